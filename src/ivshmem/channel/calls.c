@@ -1873,16 +1873,16 @@ static const char * const __pyx_cfilenm = __FILE__;
 
 static const char* const __pyx_f[] = {
   "ivshmem/channel/calls.pyx",
+  "ivshmem/native/descriptors.pxd",
+  "ivshmem/channel/roles.pxd",
   "(tree fragment)",
   "cpython/type.pxd",
   "ivshmem/native/spin.pxd",
-  "ivshmem/native/descriptors.pxd",
   "ivshmem/native/bell.pxd",
   "ivshmem/native/mapping.pxd",
   "ivshmem/_core.pxd",
   "ivshmem/channel/membership.pxd",
   "ivshmem/channel/ends.pxd",
-  "ivshmem/channel/roles.pxd",
   "ivshmem/channel/views.pxd",
   "ivshmem/channel/queues.pxd",
 };
@@ -2269,9 +2269,21 @@ struct __pyx_t_7ivshmem_7channel_10membership_Rings {
   int count;
   uint32_t lock;
 };
+
+/* "ends.pxd":10
+ * from .membership cimport Dependent, Membership
+ * 
+ * cdef enum:             # <<<<<<<<<<<<<<
+ *     # A sleep that the memory forbids again and again, although nothing can be taken, is a hostile
+ *     # peer's work: after so many it sleeps all the same.
+*/
+enum  {
+  __pyx_e_7ivshmem_7channel_4ends_FUTILE = 64,
+  __pyx_e_7ivshmem_7channel_4ends_LAST_PAUSE = 0xF4240
+};
 struct __pyx_t_7ivshmem_7channel_5roles_Held;
 
-/* "roles.pxd":9
+/* "roles.pxd":10
  * from .membership cimport Membership
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -2280,7 +2292,7 @@ struct __pyx_t_7ivshmem_7channel_5roles_Held;
 */
 enum  {
 
-  /* "roles.pxd":11
+  /* "roles.pxd":12
  * cdef enum:
  *     # Bytes from which on a copy releases the GIL, as in native/mapping.pyx.
  *     LARGE = 1 << 18             # <<<<<<<<<<<<<<
@@ -2291,7 +2303,7 @@ enum  {
   __pyx_e_7ivshmem_7channel_5roles_TRIES = 64
 };
 
-/* "roles.pxd":21
+/* "roles.pxd":51
  * 
  * 
  * cdef struct Held:             # <<<<<<<<<<<<<<
@@ -2356,7 +2368,7 @@ struct __pyx_obj_7ivshmem_6native_4spin_Spinner {
 };
 
 
-/* "native/descriptors.pxd":86
+/* "native/descriptors.pxd":101
  * 
  * 
  * cdef class Fd:             # <<<<<<<<<<<<<<
@@ -2369,7 +2381,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Fd {
 };
 
 
-/* "native/descriptors.pxd":93
+/* "native/descriptors.pxd":108
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2388,7 +2400,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray {
 };
 
 
-/* "native/descriptors.pxd":117
+/* "native/descriptors.pxd":132
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2405,7 +2417,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller {
 };
 
 
-/* "native/descriptors.pxd":127
+/* "native/descriptors.pxd":142
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2420,7 +2432,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Relay {
 };
 
 
-/* "native/descriptors.pxd":134
+/* "native/descriptors.pxd":149
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2617,7 +2629,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Membership {
 };
 
 
-/* "ends.pxd":11
+/* "ends.pxd":18
  * 
  * 
  * cdef class Wakeup:             # <<<<<<<<<<<<<<
@@ -2634,7 +2646,7 @@ struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup {
 };
 
 
-/* "ends.pxd":24
+/* "ends.pxd":31
  * 
  * 
  * cdef class ChannelEnd(Dependent):             # <<<<<<<<<<<<<<
@@ -2661,7 +2673,7 @@ struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd {
 };
 
 
-/* "roles.pxd":26
+/* "roles.pxd":56
  * 
  * 
  * cdef class WriterEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2680,7 +2692,7 @@ struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd {
 };
 
 
-/* "roles.pxd":47
+/* "roles.pxd":77
  * 
  * 
  * cdef class ReaderEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2715,7 +2727,7 @@ struct __pyx_obj_7ivshmem_7channel_5views_Received {
 };
 
 
-/* "views.pxd":17
+/* "views.pxd":19
  * 
  * 
  * cdef class View(Received):             # <<<<<<<<<<<<<<
@@ -2799,7 +2811,7 @@ struct __pyx_obj_7ivshmem_7channel_5calls_Caller {
 };
 
 
-/* "ivshmem/channel/calls.pyx":340
+/* "ivshmem/channel/calls.pyx":338
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -2811,7 +2823,7 @@ struct __pyx_obj_7ivshmem_7channel_5calls_CallServer {
 };
 
 
-/* "ivshmem/channel/calls.pyx":440
+/* "ivshmem/channel/calls.pyx":438
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -2823,7 +2835,7 @@ struct __pyx_obj_7ivshmem_7channel_5calls_Call {
 };
 
 
-/* "ivshmem/channel/calls.pyx":322
+/* "ivshmem/channel/calls.pyx":320
  *         return until_in_time(self, self.submit, timeout, (data,))
  * 
  *     async def call_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -2845,7 +2857,7 @@ struct __pyx_obj_7ivshmem_7channel_5calls___pyx_scope_struct__call_async {
 };
 
 
-/* "ivshmem/channel/calls.pyx":388
+/* "ivshmem/channel/calls.pyx":386
  *                 reply_or_fail(call, reply)
  * 
  *     async def serve_async(self, function, timeout=None):             # <<<<<<<<<<<<<<
@@ -2885,7 +2897,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner {
 static struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *__pyx_vtabptr_7ivshmem_6native_4spin_Spinner;
 
 
-/* "native/descriptors.pxd":93
+/* "native/descriptors.pxd":108
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2902,7 +2914,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray;
 
 
-/* "native/descriptors.pxd":117
+/* "native/descriptors.pxd":132
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2917,7 +2929,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller *__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller;
 
 
-/* "native/descriptors.pxd":127
+/* "native/descriptors.pxd":142
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2931,7 +2943,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay *__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay;
 
 
-/* "native/descriptors.pxd":134
+/* "native/descriptors.pxd":149
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -3134,7 +3146,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
 static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *__pyx_vtabptr_7ivshmem_7channel_10membership_Membership;
 
 
-/* "ends.pxd":11
+/* "ends.pxd":18
  * 
  * 
  * cdef class Wakeup:             # <<<<<<<<<<<<<<
@@ -3149,7 +3161,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup {
 static struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *__pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup;
 
 
-/* "ends.pxd":24
+/* "ends.pxd":31
  * 
  * 
  * cdef class ChannelEnd(Dependent):             # <<<<<<<<<<<<<<
@@ -3184,7 +3196,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd;
 
 
-/* "roles.pxd":26
+/* "roles.pxd":56
  * 
  * 
  * cdef class WriterEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -3196,7 +3208,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd {
   struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
   int (*ready)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *);
   PyObject *(*blocked)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, PyObject *);
-  PyObject *(*too_long)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint64_t);
+  PyObject *(*too_long)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, PyObject *);
   int (*wait_again)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, PyObject *);
   int (*loan_cell)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint32_t *);
   int (*find_room)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint32_t *, PyObject *, PyObject *);
@@ -3208,7 +3220,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *__pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd;
 
 
-/* "roles.pxd":47
+/* "roles.pxd":77
  * 
  * 
  * cdef class ReaderEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -3238,11 +3250,13 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *__pyx_vtabptr
 struct __pyx_vtabstruct_7ivshmem_7channel_5views_Received {
   int (*enter)(struct __pyx_obj_7ivshmem_7channel_5views_Received *);
   int (*check_exports)(struct __pyx_obj_7ivshmem_7channel_5views_Received *);
+  PyObject *(*not_made)(struct __pyx_obj_7ivshmem_7channel_5views_Received *);
+  PyObject *(*type_in_place)(struct __pyx_obj_7ivshmem_7channel_5views_Received *);
 };
 static struct __pyx_vtabstruct_7ivshmem_7channel_5views_Received *__pyx_vtabptr_7ivshmem_7channel_5views_Received;
 
 
-/* "views.pxd":17
+/* "views.pxd":19
  * 
  * 
  * cdef class View(Received):             # <<<<<<<<<<<<<<
@@ -3336,7 +3350,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *__pyx_vtabptr_7ivshmem_7channel_5calls_Caller;
 
 
-/* "ivshmem/channel/calls.pyx":340
+/* "ivshmem/channel/calls.pyx":338
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3350,7 +3364,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5calls_CallServer {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5calls_CallServer *__pyx_vtabptr_7ivshmem_7channel_5calls_CallServer;
 
 
-/* "ivshmem/channel/calls.pyx":440
+/* "ivshmem/channel/calls.pyx":438
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3360,7 +3374,7 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_5calls_CallServer *__pyx_vtabpt
 
 struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call {
   struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken __pyx_base;
-  PyObject *(*send)(struct __pyx_obj_7ivshmem_7channel_5calls_Call *, PyObject *, unsigned int);
+  PyObject *(*send)(struct __pyx_obj_7ivshmem_7channel_5calls_Call *, PyObject *, PyObject *, unsigned int);
 };
 static struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *__pyx_vtabptr_7ivshmem_7channel_5calls_Call;
 /* #### Code section: utility_code_proto ### */
@@ -3528,11 +3542,40 @@ static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStrNoError(PyObject* obj, P
 /* GetBuiltinName.proto */
 static PyObject *__Pyx_GetBuiltinName(PyObject *name);
 
+/* PyValueError_Check.proto */
+#define __Pyx_PyExc_ValueError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_ValueError)
+
+/* PyObjectCall.proto (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw);
+#else
+#define __Pyx_PyObject_Call(func, arg, kw) PyObject_Call(func, arg, kw)
+#endif
+
+/* PyObjectCallMethO.proto (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg);
+#endif
+
+/* PyObjectFastCall.proto */
+#define __Pyx_PyObject_FastCall(func, args, nargs)  __Pyx_PyObject_FastCallDict(func, args, (size_t)(nargs), NULL)
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject * const*args, size_t nargsf, PyObject *kwargs);
+
+/* RaiseException.export */
+static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
+
 /* DivInt[int64_t].proto */
 static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t, int64_t, int b_is_constant);
 
 /* ModInt[int64_t].proto */
 static CYTHON_INLINE int64_t __Pyx_mod_int64_t(int64_t, int64_t, int b_is_constant);
+
+/* PyObjectFastCallMethod.proto */
+#if CYTHON_VECTORCALL
+#define __Pyx_PyObject_FastCallMethod(name, args, nargsf) PyObject_VectorcallMethod(name, args, nargsf, NULL)
+#else
+static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf);
+#endif
 
 /* IgnoreException.proto (used by GetModuleGlobalName) */
 static CYTHON_INLINE int __Pyx_IgnoreGivenException(PyObject *given_exception, PyObject *ignorable_exception);
@@ -3600,22 +3643,6 @@ __Pyx_PyTuple_FromArray(PyObject *const *src, Py_ssize_t n);
 
 /* TupleFromArray.proto */
 
-
-/* PyObjectCall.proto (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw);
-#else
-#define __Pyx_PyObject_Call(func, arg, kw) PyObject_Call(func, arg, kw)
-#endif
-
-/* PyObjectCallMethO.proto (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg);
-#endif
-
-/* PyObjectFastCall.proto (used by PyObjectVectorcallKwds) */
-#define __Pyx_PyObject_FastCall(func, args, nargs)  __Pyx_PyObject_FastCallDict(func, args, (size_t)(nargs), NULL)
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject * const*args, size_t nargsf, PyObject *kwargs);
 
 /* PyObjectVectorcallKwds.proto (used by PyObjectVectorcallMethodKwds) */
 #if CYTHON_VECTORCALL
@@ -3695,9 +3722,6 @@ static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count,
 
 /* PyTypeError_Check.proto */
 #define __Pyx_PyExc_TypeError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_TypeError)
-
-/* RaiseException.export */
-static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
 
 /* PyObjectCompare.proto (used by UnicodeEquals) */
 static CYTHON_INLINE int __Pyx_PyObject_CompareBoolEq_str_str(PyObject *op1, PyObject *op2, int pyop);
@@ -3843,13 +3867,6 @@ static int __Pyx_PyDict_NextRef(PyObject *p, Py_ssize_t *ppos, PyObject **pkey, 
 
 /* RejectKeywords.export */
 static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds);
-
-/* PyObjectFastCallMethod.proto */
-#if CYTHON_VECTORCALL
-#define __Pyx_PyObject_FastCallMethod(name, args, nargsf) PyObject_VectorcallMethod(name, args, nargsf, NULL)
-#else
-static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf);
-#endif
 
 /* RaiseDoubleKeywords.proto (used by ParseKeywordsImpl) */
 static void __Pyx_RaiseDoubleKeywordsError(const char* func_name, PyObject* kw_name);
@@ -4248,9 +4265,6 @@ static void __Pyx_Generator_Replace_StopIteration(int in_async_gen);
 #else
 static CYTHON_INLINE int __Pyx_HasAttr(PyObject *, PyObject *);
 #endif
-
-/* PyValueError_Check.proto */
-#define __Pyx_PyExc_ValueError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_ValueError)
 
 /* PyBufferError_Check.proto */
 #define __Pyx_PyExc_BufferError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_BufferError)
@@ -4687,7 +4701,7 @@ static void __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_sleep(struct __py
 static int64_t __pyx_f_7ivshmem_7channel_5calls_11PendingCall_probe(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self, void **__pyx_v_what, __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe); /* proto*/
 static int __pyx_f_7ivshmem_7channel_5calls_6Caller_restore(struct __pyx_obj_7ivshmem_7channel_5calls_Caller *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_5calls_6Caller_ready(struct __pyx_obj_7ivshmem_7channel_5calls_Caller *__pyx_v_self); /* proto*/
-static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7ivshmem_7channel_5calls_Call *__pyx_v_self, PyObject *__pyx_v_data, unsigned int __pyx_v_status); /* proto*/
+static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7ivshmem_7channel_5calls_Call *__pyx_v_self, PyObject *__pyx_v_message_type, PyObject *__pyx_v_data, unsigned int __pyx_v_status); /* proto*/
 
 /* Module declarations from "cython" */
 
@@ -4718,6 +4732,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
 /* Module declarations from "ivshmem.native.syscalls" */
 
 /* Module declarations from "ivshmem.native.descriptors" */
+static CYTHON_INLINE double __pyx_f_7ivshmem_6native_11descriptors_seconds_of(PyObject *); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(int64_t); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uint64_t); /*proto*/
@@ -4733,6 +4748,10 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
 /* Module declarations from "ivshmem.channel.ends" */
 
 /* Module declarations from "ivshmem.channel.roles" */
+static int (*__pyx_f_7ivshmem_7channel_5roles_take_typed)(PyObject *, PyObject *, PyObject *, Py_buffer *); /*proto*/
+static int (*__pyx_f_7ivshmem_7channel_5roles_take_without_objects)(PyObject *, Py_buffer *, int); /*proto*/
+static CYTHON_INLINE int __pyx_f_7ivshmem_7channel_5roles_take_buffer(PyObject *, Py_buffer *, int); /*proto*/
+static CYTHON_INLINE int __pyx_f_7ivshmem_7channel_5roles_take_payload(PyObject *, PyObject *, Py_buffer *); /*proto*/
 
 /* Module declarations from "ivshmem.channel.views" */
 
@@ -4913,7 +4932,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[4];
     PyObject *__pyx_codeobj_tab[27];
-    PyObject *__pyx_string_tab[169];
+    PyObject *__pyx_string_tab[170];
     PyObject *__pyx_number_tab[1];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
@@ -5020,104 +5039,104 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u_the_server_ends __pyx_string_tab[30]
 #define __pyx_kp_u_the_server_gave_no_reply __pyx_string_tab[31]
 #define __pyx_kp_u_this_PendingCall_of __pyx_string_tab[32]
-#define __pyx_n_u_Call __pyx_string_tab[33]
-#define __pyx_n_u_Call___exit __pyx_string_tab[34]
-#define __pyx_n_u_Call___reduce_cython __pyx_string_tab[35]
-#define __pyx_n_u_Call___setstate_cython __pyx_string_tab[36]
-#define __pyx_n_u_Call_done __pyx_string_tab[37]
-#define __pyx_n_u_Call_fail __pyx_string_tab[38]
-#define __pyx_n_u_Call_give_back __pyx_string_tab[39]
-#define __pyx_n_u_Call_reply __pyx_string_tab[40]
-#define __pyx_n_u_CallFailed __pyx_string_tab[41]
-#define __pyx_n_u_CallServer __pyx_string_tab[42]
-#define __pyx_n_u_CallServer___reduce_cython __pyx_string_tab[43]
-#define __pyx_n_u_CallServer___setstate_cython __pyx_string_tab[44]
-#define __pyx_n_u_CallServer_serve __pyx_string_tab[45]
-#define __pyx_n_u_CallServer_serve_async __pyx_string_tab[46]
-#define __pyx_n_u_CallServer_take __pyx_string_tab[47]
-#define __pyx_n_u_CallServer_take_async __pyx_string_tab[48]
-#define __pyx_n_u_Caller __pyx_string_tab[49]
-#define __pyx_n_u_Caller___reduce_cython __pyx_string_tab[50]
-#define __pyx_n_u_Caller___setstate_cython __pyx_string_tab[51]
-#define __pyx_n_u_Caller_call __pyx_string_tab[52]
-#define __pyx_n_u_Caller_call_async __pyx_string_tab[53]
-#define __pyx_n_u_Caller_submit __pyx_string_tab[54]
-#define __pyx_n_u_Caller_submit_async __pyx_string_tab[55]
-#define __pyx_n_u_ClosedError __pyx_string_tab[56]
-#define __pyx_n_u_MessageTooLong __pyx_string_tab[57]
-#define __pyx_n_u_PendingCall __pyx_string_tab[58]
-#define __pyx_n_u_PendingCall___reduce_cython __pyx_string_tab[59]
-#define __pyx_n_u_PendingCall___setstate_cython __pyx_string_tab[60]
-#define __pyx_n_u_PendingCall_cancel __pyx_string_tab[61]
-#define __pyx_n_u_PendingCall_close __pyx_string_tab[62]
-#define __pyx_n_u_PendingCall_done __pyx_string_tab[63]
-#define __pyx_n_u_PendingCall_fileno __pyx_string_tab[64]
-#define __pyx_n_u_PendingCall_result __pyx_string_tab[65]
-#define __pyx_n_u_PendingCall_result_async __pyx_string_tab[66]
-#define __pyx_n_u_ServerLost __pyx_string_tab[67]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[68]
-#define __pyx_n_u_annotate __pyx_string_tab[69]
-#define __pyx_n_u_await __pyx_string_tab[70]
-#define __pyx_n_u_exit __pyx_string_tab[71]
-#define __pyx_n_u_func __pyx_string_tab[72]
-#define __pyx_n_u_getstate __pyx_string_tab[73]
-#define __pyx_n_u_main __pyx_string_tab[74]
-#define __pyx_n_u_module __pyx_string_tab[75]
-#define __pyx_n_u_name __pyx_string_tab[76]
-#define __pyx_n_u_pyx_state __pyx_string_tab[77]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[78]
-#define __pyx_n_u_qualname __pyx_string_tab[79]
-#define __pyx_n_u_reduce __pyx_string_tab[80]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[81]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[82]
-#define __pyx_n_u_set_name __pyx_string_tab[83]
-#define __pyx_n_u_setstate __pyx_string_tab[84]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[85]
-#define __pyx_n_u_test __pyx_string_tab[86]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[87]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[88]
-#define __pyx_n_u_backslashreplace __pyx_string_tab[89]
-#define __pyx_n_u_begun __pyx_string_tab[90]
-#define __pyx_n_u_call __pyx_string_tab[91]
-#define __pyx_n_u_call_async __pyx_string_tab[92]
-#define __pyx_n_u_cancel __pyx_string_tab[93]
-#define __pyx_n_u_cell __pyx_string_tab[94]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[95]
-#define __pyx_n_u_close __pyx_string_tab[96]
-#define __pyx_n_u_data __pyx_string_tab[97]
-#define __pyx_n_u_decode __pyx_string_tab[98]
-#define __pyx_n_u_done __pyx_string_tab[99]
-#define __pyx_n_u_encode __pyx_string_tab[100]
-#define __pyx_n_u_error __pyx_string_tab[101]
-#define __pyx_n_u_errors __pyx_string_tab[102]
-#define __pyx_n_u_fail __pyx_string_tab[103]
-#define __pyx_n_u_fileno __pyx_string_tab[104]
-#define __pyx_n_u_function __pyx_string_tab[105]
-#define __pyx_n_u_g __pyx_string_tab[106]
-#define __pyx_n_u_get __pyx_string_tab[107]
-#define __pyx_n_u_give_back __pyx_string_tab[108]
-#define __pyx_n_u_how __pyx_string_tab[109]
-#define __pyx_n_u_id __pyx_string_tab[110]
-#define __pyx_n_u_items __pyx_string_tab[111]
-#define __pyx_n_u_ivshmem_channel_calls __pyx_string_tab[112]
-#define __pyx_n_u_kind __pyx_string_tab[113]
-#define __pyx_n_u_left __pyx_string_tab[114]
-#define __pyx_n_u_limit __pyx_string_tab[115]
-#define __pyx_n_u_monotonic __pyx_string_tab[116]
-#define __pyx_n_u_never __pyx_string_tab[117]
-#define __pyx_n_u_next __pyx_string_tab[118]
-#define __pyx_n_u_plain __pyx_string_tab[119]
-#define __pyx_n_u_pop __pyx_string_tab[120]
-#define __pyx_n_u_ref __pyx_string_tab[121]
-#define __pyx_n_u_replace __pyx_string_tab[122]
-#define __pyx_n_u_reply __pyx_string_tab[123]
-#define __pyx_n_u_result __pyx_string_tab[124]
-#define __pyx_n_u_result_async __pyx_string_tab[125]
-#define __pyx_n_u_self __pyx_string_tab[126]
-#define __pyx_n_u_send __pyx_string_tab[127]
-#define __pyx_n_u_serve __pyx_string_tab[128]
-#define __pyx_n_u_serve_async __pyx_string_tab[129]
-#define __pyx_n_u_server __pyx_string_tab[130]
+#define __pyx_kp_u_timeout_is_not_a_number __pyx_string_tab[33]
+#define __pyx_n_u_Call __pyx_string_tab[34]
+#define __pyx_n_u_Call___exit __pyx_string_tab[35]
+#define __pyx_n_u_Call___reduce_cython __pyx_string_tab[36]
+#define __pyx_n_u_Call___setstate_cython __pyx_string_tab[37]
+#define __pyx_n_u_Call_done __pyx_string_tab[38]
+#define __pyx_n_u_Call_fail __pyx_string_tab[39]
+#define __pyx_n_u_Call_give_back __pyx_string_tab[40]
+#define __pyx_n_u_Call_reply __pyx_string_tab[41]
+#define __pyx_n_u_CallFailed __pyx_string_tab[42]
+#define __pyx_n_u_CallServer __pyx_string_tab[43]
+#define __pyx_n_u_CallServer___reduce_cython __pyx_string_tab[44]
+#define __pyx_n_u_CallServer___setstate_cython __pyx_string_tab[45]
+#define __pyx_n_u_CallServer_serve __pyx_string_tab[46]
+#define __pyx_n_u_CallServer_serve_async __pyx_string_tab[47]
+#define __pyx_n_u_CallServer_take __pyx_string_tab[48]
+#define __pyx_n_u_CallServer_take_async __pyx_string_tab[49]
+#define __pyx_n_u_Caller __pyx_string_tab[50]
+#define __pyx_n_u_Caller___reduce_cython __pyx_string_tab[51]
+#define __pyx_n_u_Caller___setstate_cython __pyx_string_tab[52]
+#define __pyx_n_u_Caller_call __pyx_string_tab[53]
+#define __pyx_n_u_Caller_call_async __pyx_string_tab[54]
+#define __pyx_n_u_Caller_submit __pyx_string_tab[55]
+#define __pyx_n_u_Caller_submit_async __pyx_string_tab[56]
+#define __pyx_n_u_ClosedError __pyx_string_tab[57]
+#define __pyx_n_u_MessageTooLong __pyx_string_tab[58]
+#define __pyx_n_u_PendingCall __pyx_string_tab[59]
+#define __pyx_n_u_PendingCall___reduce_cython __pyx_string_tab[60]
+#define __pyx_n_u_PendingCall___setstate_cython __pyx_string_tab[61]
+#define __pyx_n_u_PendingCall_cancel __pyx_string_tab[62]
+#define __pyx_n_u_PendingCall_close __pyx_string_tab[63]
+#define __pyx_n_u_PendingCall_done __pyx_string_tab[64]
+#define __pyx_n_u_PendingCall_fileno __pyx_string_tab[65]
+#define __pyx_n_u_PendingCall_result __pyx_string_tab[66]
+#define __pyx_n_u_PendingCall_result_async __pyx_string_tab[67]
+#define __pyx_n_u_ServerLost __pyx_string_tab[68]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[69]
+#define __pyx_n_u_annotate __pyx_string_tab[70]
+#define __pyx_n_u_await __pyx_string_tab[71]
+#define __pyx_n_u_exit __pyx_string_tab[72]
+#define __pyx_n_u_func __pyx_string_tab[73]
+#define __pyx_n_u_getstate __pyx_string_tab[74]
+#define __pyx_n_u_main __pyx_string_tab[75]
+#define __pyx_n_u_module __pyx_string_tab[76]
+#define __pyx_n_u_name __pyx_string_tab[77]
+#define __pyx_n_u_pyx_state __pyx_string_tab[78]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[79]
+#define __pyx_n_u_qualname __pyx_string_tab[80]
+#define __pyx_n_u_reduce __pyx_string_tab[81]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[82]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[83]
+#define __pyx_n_u_set_name __pyx_string_tab[84]
+#define __pyx_n_u_setstate __pyx_string_tab[85]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[86]
+#define __pyx_n_u_test __pyx_string_tab[87]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[88]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[89]
+#define __pyx_n_u_backslashreplace __pyx_string_tab[90]
+#define __pyx_n_u_begun __pyx_string_tab[91]
+#define __pyx_n_u_call __pyx_string_tab[92]
+#define __pyx_n_u_call_async __pyx_string_tab[93]
+#define __pyx_n_u_cancel __pyx_string_tab[94]
+#define __pyx_n_u_cell __pyx_string_tab[95]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[96]
+#define __pyx_n_u_close __pyx_string_tab[97]
+#define __pyx_n_u_data __pyx_string_tab[98]
+#define __pyx_n_u_decode __pyx_string_tab[99]
+#define __pyx_n_u_done __pyx_string_tab[100]
+#define __pyx_n_u_encode __pyx_string_tab[101]
+#define __pyx_n_u_error __pyx_string_tab[102]
+#define __pyx_n_u_errors __pyx_string_tab[103]
+#define __pyx_n_u_fail __pyx_string_tab[104]
+#define __pyx_n_u_fileno __pyx_string_tab[105]
+#define __pyx_n_u_function __pyx_string_tab[106]
+#define __pyx_n_u_g __pyx_string_tab[107]
+#define __pyx_n_u_get __pyx_string_tab[108]
+#define __pyx_n_u_give_back __pyx_string_tab[109]
+#define __pyx_n_u_how __pyx_string_tab[110]
+#define __pyx_n_u_id __pyx_string_tab[111]
+#define __pyx_n_u_items __pyx_string_tab[112]
+#define __pyx_n_u_ivshmem_channel_calls __pyx_string_tab[113]
+#define __pyx_n_u_kind __pyx_string_tab[114]
+#define __pyx_n_u_left __pyx_string_tab[115]
+#define __pyx_n_u_limit __pyx_string_tab[116]
+#define __pyx_n_u_monotonic __pyx_string_tab[117]
+#define __pyx_n_u_never __pyx_string_tab[118]
+#define __pyx_n_u_next __pyx_string_tab[119]
+#define __pyx_n_u_plain __pyx_string_tab[120]
+#define __pyx_n_u_pop __pyx_string_tab[121]
+#define __pyx_n_u_ref __pyx_string_tab[122]
+#define __pyx_n_u_replace __pyx_string_tab[123]
+#define __pyx_n_u_reply __pyx_string_tab[124]
+#define __pyx_n_u_result __pyx_string_tab[125]
+#define __pyx_n_u_result_async __pyx_string_tab[126]
+#define __pyx_n_u_self __pyx_string_tab[127]
+#define __pyx_n_u_send __pyx_string_tab[128]
+#define __pyx_n_u_serve __pyx_string_tab[129]
+#define __pyx_n_u_serve_async __pyx_string_tab[130]
 #define __pyx_n_u_setdefault __pyx_string_tab[131]
 #define __pyx_n_u_spin __pyx_string_tab[132]
 #define __pyx_n_u_submit __pyx_string_tab[133]
@@ -5136,26 +5155,27 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_why __pyx_string_tab[146]
 #define __pyx_kp_b__3 __pyx_string_tab[147]
 #define __pyx_kp_b_PyObject_struct___pyx_obj_7ivshm __pyx_string_tab[148]
-#define __pyx_kp_b_struct___pyx_obj_7ivshmem_7chann __pyx_string_tab[149]
-#define __pyx_kp_b_iso88591_Q_2 __pyx_string_tab[150]
-#define __pyx_kp_b_iso88591_A_4vT_Yc_Q_e3j_qPQ __pyx_string_tab[151]
-#define __pyx_kp_b_iso88591_A_4vQ_9F_1_1_xq_fAQ __pyx_string_tab[152]
-#define __pyx_kp_b_iso88591_A_1_Q_4vWA_4uG1A_1_HA_6_a_z_U_D __pyx_string_tab[153]
-#define __pyx_kp_b_iso88591_A_F_1D_xwixq_t5_AT_0C2XQ __pyx_string_tab[154]
-#define __pyx_kp_b_iso88591_A_G1_T_l_t_wa_KuD_1G1 __pyx_string_tab[155]
-#define __pyx_kp_b_iso88591_A_iq __pyx_string_tab[156]
-#define __pyx_kp_b_iso88591_A_T_t6_D_1_q_t4wgQ_Ja_q_1Jat1_t __pyx_string_tab[157]
-#define __pyx_kp_b_iso88591_A_T_a_4xs_Q __pyx_string_tab[158]
-#define __pyx_kp_b_iso88591_A_T_t87_t4t1_k_8_Q_t83a_F_JfAT_K __pyx_string_tab[159]
-#define __pyx_kp_b_iso88591_Q_F_6_wa_6_gQa_t5_q __pyx_string_tab[160]
-#define __pyx_kp_b_iso88591_1_T_t5_1_l_Qd2H_PQ_t7_d_4z_WF_Z __pyx_string_tab[161]
-#define __pyx_kp_b_iso88591_avT __pyx_string_tab[162]
-#define __pyx_kp_b_iso88591_q_A_t7_6_q_4xs_3b_m1_4wavU_34wh __pyx_string_tab[163]
-#define __pyx_kp_b_iso88591_1_AV4y __pyx_string_tab[164]
-#define __pyx_kp_b_iso88591_nA_4uAYe1_uCq_T_E_1A_E_QfA __pyx_string_tab[165]
-#define __pyx_kp_b_iso88591_AV4y __pyx_string_tab[166]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[167]
-#define __pyx_kp_b_iso88591_2 __pyx_string_tab[168]
+#define __pyx_kp_b_int_PyObject_PyObject_PyObject_P __pyx_string_tab[149]
+#define __pyx_kp_b_struct___pyx_obj_7ivshmem_7chann __pyx_string_tab[150]
+#define __pyx_kp_b_iso88591_Q_2 __pyx_string_tab[151]
+#define __pyx_kp_b_iso88591_A_4vT_Yc_Q_e3j_qPQ __pyx_string_tab[152]
+#define __pyx_kp_b_iso88591_A_4vQ_9F_1_1_xq_fAQ __pyx_string_tab[153]
+#define __pyx_kp_b_iso88591_A_1_Q_1_HA_AT_aq_a_z_U_D_y_d_1D __pyx_string_tab[154]
+#define __pyx_kp_b_iso88591_A_F_1D_xwixq_t5_s_4waw6I_8ST __pyx_string_tab[155]
+#define __pyx_kp_b_iso88591_A_G1_T_l_t_wa_KuD_1G1 __pyx_string_tab[156]
+#define __pyx_kp_b_iso88591_A_iq __pyx_string_tab[157]
+#define __pyx_kp_b_iso88591_A_T_t6_D_1_q_t4wgQ_Ja_q_1Jat1_t __pyx_string_tab[158]
+#define __pyx_kp_b_iso88591_A_T_a_4xs_Q __pyx_string_tab[159]
+#define __pyx_kp_b_iso88591_A_T_t87_t4t1_k_8_Q_t83a_F_JfAT_K __pyx_string_tab[160]
+#define __pyx_kp_b_iso88591_F_t5_WG6 __pyx_string_tab[161]
+#define __pyx_kp_b_iso88591_1_T_t5_1_l_Qd2H_PQ_t7_d_4z_WF_Z __pyx_string_tab[162]
+#define __pyx_kp_b_iso88591_avT __pyx_string_tab[163]
+#define __pyx_kp_b_iso88591_q_A_t7_6_q_4xs_3b_m1_4wavU_34wh __pyx_string_tab[164]
+#define __pyx_kp_b_iso88591_1_AV4y __pyx_string_tab[165]
+#define __pyx_kp_b_iso88591_nA_4uAYe1_uCq_T_E_1A_E_QfA __pyx_string_tab[166]
+#define __pyx_kp_b_iso88591_AV4y __pyx_string_tab[167]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[168]
+#define __pyx_kp_b_iso88591_2 __pyx_string_tab[169]
 #define __pyx_float_0_0 __pyx_number_tab[0]
 /* #### Code section: module_state_clear ### */
 #if CYTHON_USE_MODULE_STATE
@@ -5213,7 +5233,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<4; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
   for (int i=0; i<27; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<169; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<170; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<1; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -5283,7 +5303,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<4; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
   for (int i=0; i<27; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<169; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<170; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<1; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -5305,6 +5325,203 @@ return 0;
 /* "native/descriptors.pxd":28
  * 
  * 
+ * cdef inline double seconds_of(object timeout) except? -1:             # <<<<<<<<<<<<<<
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+*/
+
+static CYTHON_INLINE double __pyx_f_7ivshmem_6native_11descriptors_seconds_of(PyObject *__pyx_v_timeout) {
+  double __pyx_v_seconds;
+  double __pyx_r;
+  __Pyx_RefNannyDeclarations
+  double __pyx_t_1;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  size_t __pyx_t_5;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("seconds_of", 0);
+
+  /* "native/descriptors.pxd":30
+ * cdef inline double seconds_of(object timeout) except? -1:
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout             # <<<<<<<<<<<<<<
+ *     if seconds != seconds:
+ *         raise ValueError("timeout is not a number")
+*/
+  __pyx_t_1 = __Pyx_PyFloat_AsDouble(__pyx_v_timeout); if (unlikely((__pyx_t_1 == (double)-1) && PyErr_Occurred())) __PYX_ERR(1, 30, __pyx_L1_error)
+  __pyx_v_seconds = __pyx_t_1;
+
+  /* "native/descriptors.pxd":31
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+ *     if seconds != seconds:             # <<<<<<<<<<<<<<
+ *         raise ValueError("timeout is not a number")
+ *     return seconds
+*/
+  __pyx_t_2 = (__pyx_v_seconds != __pyx_v_seconds);
+
+  if (unlikely(__pyx_t_2)) {
+
+
+    /* "native/descriptors.pxd":32
+ *     cdef double seconds = timeout
+ *     if seconds != seconds:
+ *         raise ValueError("timeout is not a number")             # <<<<<<<<<<<<<<
+ *     return seconds
+ * 
+*/
+    __pyx_t_4 = NULL;
+    __pyx_t_5 = 1;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_timeout_is_not_a_number};
+      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 32, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_3);
+    }
+    __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __PYX_ERR(1, 32, __pyx_L1_error)
+
+    /* "native/descriptors.pxd":31
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+ *     if seconds != seconds:             # <<<<<<<<<<<<<<
+ *         raise ValueError("timeout is not a number")
+ *     return seconds
+*/
+  }
+
+  /* "native/descriptors.pxd":33
+ *     if seconds != seconds:
+ *         raise ValueError("timeout is not a number")
+ *     return seconds             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = __pyx_v_seconds;
+  }
+  goto __pyx_L0;
+
+  /* "native/descriptors.pxd":28
+ * 
+ * 
+ * cdef inline double seconds_of(object timeout) except? -1:             # <<<<<<<<<<<<<<
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.seconds_of", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1.0;
+  __pyx_L0:;
+
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "native/descriptors.pxd":36
+ * 
+ * 
+ * cdef inline int check_timeout(object timeout) except -1:             # <<<<<<<<<<<<<<
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+*/
+
+static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_check_timeout(PyObject *__pyx_v_timeout) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  double __pyx_t_3;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "native/descriptors.pxd":38
+ * cdef inline int check_timeout(object timeout) except -1:
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns             # <<<<<<<<<<<<<<
+ *         seconds_of(timeout)
+ *     return 0
+*/
+  __pyx_t_2 = (__pyx_v_timeout != Py_None);
+  if (__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = (((PyObject *)Py_TYPE(__pyx_v_timeout)) != ((PyObject *)(&PyLong_Type)));
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L4_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "native/descriptors.pxd":39
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+ *         seconds_of(timeout)             # <<<<<<<<<<<<<<
+ *     return 0
+ * 
+*/
+    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_seconds_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((double)-1.0) && PyErr_Occurred())) __PYX_ERR(1, 39, __pyx_L1_error)
+
+
+    /* "native/descriptors.pxd":38
+ * cdef inline int check_timeout(object timeout) except -1:
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns             # <<<<<<<<<<<<<<
+ *         seconds_of(timeout)
+ *     return 0
+*/
+  }
+
+  /* "native/descriptors.pxd":40
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+ *         seconds_of(timeout)
+ *     return 0             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "native/descriptors.pxd":36
+ * 
+ * 
+ * cdef inline int check_timeout(object timeout) except -1:             # <<<<<<<<<<<<<<
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.native.descriptors.check_timeout", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "native/descriptors.pxd":43
+ * 
+ * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
@@ -5314,7 +5531,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   struct timespec __pyx_v_t;
   int64_t __pyx_r;
 
-  /* "native/descriptors.pxd":30
+  /* "native/descriptors.pxd":45
  * cdef inline int64_t now() noexcept nogil:
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)             # <<<<<<<<<<<<<<
@@ -5323,7 +5540,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
 */
   (void)(clock_gettime(CLOCK_MONOTONIC, (&__pyx_v_t)));
 
-  /* "native/descriptors.pxd":31
+  /* "native/descriptors.pxd":46
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
  *     return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec             # <<<<<<<<<<<<<<
@@ -5336,7 +5553,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":28
+  /* "native/descriptors.pxd":43
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5350,7 +5567,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":34
+/* "native/descriptors.pxd":49
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5367,7 +5584,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   int64_t __pyx_t_5;
   int __pyx_t_6;
 
-  /* "native/descriptors.pxd":36
+  /* "native/descriptors.pxd":51
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:
  *     """When they will be over; less than 0: never."""
  *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX             # <<<<<<<<<<<<<<
@@ -5404,7 +5621,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":34
+  /* "native/descriptors.pxd":49
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5417,7 +5634,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":39
+/* "native/descriptors.pxd":54
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5433,7 +5650,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   int64_t __pyx_t_3;
   int64_t __pyx_t_4;
 
-  /* "native/descriptors.pxd":42
+  /* "native/descriptors.pxd":57
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -5445,7 +5662,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   if (__pyx_t_1) {
 
 
-    /* "native/descriptors.pxd":43
+    /* "native/descriptors.pxd":58
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:
  *         return NULL             # <<<<<<<<<<<<<<
@@ -5458,7 +5675,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
     }
     goto __pyx_L0;
 
-    /* "native/descriptors.pxd":42
+    /* "native/descriptors.pxd":57
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -5467,7 +5684,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   }
 
-  /* "native/descriptors.pxd":44
+  /* "native/descriptors.pxd":59
  *     if deadline == INT64_MAX:
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)             # <<<<<<<<<<<<<<
@@ -5491,7 +5708,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   __pyx_v_nanoseconds = __pyx_t_4;
 
 
-  /* "native/descriptors.pxd":45
+  /* "native/descriptors.pxd":60
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000             # <<<<<<<<<<<<<<
@@ -5500,7 +5717,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   __pyx_v_left->tv_sec = __Pyx_div_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "native/descriptors.pxd":46
+  /* "native/descriptors.pxd":61
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000             # <<<<<<<<<<<<<<
@@ -5509,7 +5726,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   __pyx_v_left->tv_nsec = __Pyx_mod_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "native/descriptors.pxd":47
+  /* "native/descriptors.pxd":62
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000
  *     return left             # <<<<<<<<<<<<<<
@@ -5522,7 +5739,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":39
+  /* "native/descriptors.pxd":54
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5536,7 +5753,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":50
+/* "native/descriptors.pxd":65
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5551,7 +5768,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
   uint64_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "native/descriptors.pxd":52
+  /* "native/descriptors.pxd":67
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:
  *     """What was read from an eventfd; more than 2**63 - 1 rings are somebody's ill will."""
  *     return <int64_t>min(count, <uint64_t>INT64_MAX)             # <<<<<<<<<<<<<<
@@ -5579,7 +5796,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
 
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":50
+  /* "native/descriptors.pxd":65
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5592,7 +5809,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":55
+/* "native/descriptors.pxd":70
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5607,7 +5824,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
   int64_t __pyx_r;
   int __pyx_t_1;
 
-  /* "native/descriptors.pxd":61
+  /* "native/descriptors.pxd":76
  *     it since Linux 5.8, which is why that is the oldest kernel supported.
  *     """
  *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
@@ -5616,7 +5833,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_count = 0;
 
-  /* "native/descriptors.pxd":64
+  /* "native/descriptors.pxd":79
  *     cdef iovec iov
  *     cdef ssize_t n
  *     iov.iov_base = &count             # <<<<<<<<<<<<<<
@@ -5625,7 +5842,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_iov.iov_base = (&__pyx_v_count);
 
-  /* "native/descriptors.pxd":65
+  /* "native/descriptors.pxd":80
  *     cdef ssize_t n
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)             # <<<<<<<<<<<<<<
@@ -5634,7 +5851,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_count));
 
-  /* "native/descriptors.pxd":66
+  /* "native/descriptors.pxd":81
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)
  *     while True:             # <<<<<<<<<<<<<<
@@ -5643,7 +5860,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   while (1) {
 
-    /* "native/descriptors.pxd":67
+    /* "native/descriptors.pxd":82
  *     iov.iov_len = sizeof(count)
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)             # <<<<<<<<<<<<<<
@@ -5652,7 +5869,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     __pyx_v_n = preadv2(__pyx_v_fd, (&__pyx_v_iov), 1, -1L, RWF_NOWAIT);
 
-    /* "native/descriptors.pxd":68
+    /* "native/descriptors.pxd":83
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -5664,7 +5881,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "native/descriptors.pxd":69
+      /* "native/descriptors.pxd":84
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):
  *             return count_of(count)             # <<<<<<<<<<<<<<
@@ -5677,7 +5894,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "native/descriptors.pxd":68
+      /* "native/descriptors.pxd":83
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -5686,7 +5903,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "native/descriptors.pxd":70
+    /* "native/descriptors.pxd":85
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -5698,7 +5915,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "native/descriptors.pxd":71
+      /* "native/descriptors.pxd":86
  *             return count_of(count)
  *         if n >= 0:
  *             return -EINVAL  # no eventfd             # <<<<<<<<<<<<<<
@@ -5711,7 +5928,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "native/descriptors.pxd":70
+      /* "native/descriptors.pxd":85
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -5720,7 +5937,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "native/descriptors.pxd":72
+    /* "native/descriptors.pxd":87
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5732,7 +5949,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "native/descriptors.pxd":73
+      /* "native/descriptors.pxd":88
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:
  *             return 0             # <<<<<<<<<<<<<<
@@ -5745,7 +5962,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "native/descriptors.pxd":72
+      /* "native/descriptors.pxd":87
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5754,7 +5971,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "native/descriptors.pxd":74
+    /* "native/descriptors.pxd":89
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -5766,7 +5983,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "native/descriptors.pxd":75
+      /* "native/descriptors.pxd":90
  *             return 0
  *         if errno != EINTR:
  *             return -errno             # <<<<<<<<<<<<<<
@@ -5779,7 +5996,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "native/descriptors.pxd":74
+      /* "native/descriptors.pxd":89
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -5789,7 +6006,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     }
   }
 
-  /* "native/descriptors.pxd":55
+  /* "native/descriptors.pxd":70
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5806,7 +6023,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":78
+/* "native/descriptors.pxd":93
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5820,7 +6037,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "native/descriptors.pxd":80
+  /* "native/descriptors.pxd":95
  * cdef inline int add_one(int fd) noexcept nogil:
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1             # <<<<<<<<<<<<<<
@@ -5829,7 +6046,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 */
   __pyx_v_one = 1;
 
-  /* "native/descriptors.pxd":81
+  /* "native/descriptors.pxd":96
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5855,7 +6072,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   if (__pyx_t_1) {
 
 
-    /* "native/descriptors.pxd":82
+    /* "native/descriptors.pxd":97
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0             # <<<<<<<<<<<<<<
@@ -5868,7 +6085,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
     }
     goto __pyx_L0;
 
-    /* "native/descriptors.pxd":81
+    /* "native/descriptors.pxd":96
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5877,7 +6094,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 */
   }
 
-  /* "native/descriptors.pxd":83
+  /* "native/descriptors.pxd":98
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0
  *     return errno             # <<<<<<<<<<<<<<
@@ -5890,7 +6107,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":78
+  /* "native/descriptors.pxd":93
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5904,7 +6121,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":107
+/* "native/descriptors.pxd":122
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5915,7 +6132,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array) {
   Py_ssize_t __pyx_r;
 
-  /* "native/descriptors.pxd":109
+  /* "native/descriptors.pxd":124
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:
  *     """How many descriptors there are, also while another thread adds one."""
  *     return ivshmem_length(&array.count)             # <<<<<<<<<<<<<<
@@ -5928,7 +6145,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":107
+  /* "native/descriptors.pxd":122
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5941,7 +6158,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":112
+/* "native/descriptors.pxd":127
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5952,7 +6169,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
 static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array, Py_ssize_t __pyx_v_index) {
   int *__pyx_r;
 
-  /* "native/descriptors.pxd":114
+  /* "native/descriptors.pxd":129
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:
  *     """Where a descriptor stands, of as many as `length_of` told; it stays there."""
  *     return &ivshmem_elements(&array.fds)[index]             # <<<<<<<<<<<<<<
@@ -5965,7 +6182,7 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":112
+  /* "native/descriptors.pxd":127
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -6033,6 +6250,276 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_core_begin_wait(struct __pyx_t_7ivs
 */
 
   /* function exit code */
+}
+
+/* "roles.pxd":23
+ * 
+ * 
+ * cdef inline int take_buffer(object data, Py_buffer *view, int flags) except -1:             # <<<<<<<<<<<<<<
+ *     """Get a buffer whose bytes are sent, or received into; none of Python objects."""
+ *     if type(data) is bytes or type(data) is bytearray:
+*/
+
+static CYTHON_INLINE int __pyx_f_7ivshmem_7channel_5roles_take_buffer(PyObject *__pyx_v_data, Py_buffer *__pyx_v_view, int __pyx_v_flags) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_t_3;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "roles.pxd":25
+ * cdef inline int take_buffer(object data, Py_buffer *view, int flags) except -1:
+ *     """Get a buffer whose bytes are sent, or received into; none of Python objects."""
+ *     if type(data) is bytes or type(data) is bytearray:             # <<<<<<<<<<<<<<
+ *         return PyObject_GetBuffer(data, view, flags)
+ *     return take_without_objects(data, view, flags)
+*/
+  __pyx_t_2 = (((PyObject *)Py_TYPE(__pyx_v_data)) == ((PyObject *)(&PyBytes_Type)));
+  if (!__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = (((PyObject *)Py_TYPE(__pyx_v_data)) == ((PyObject *)(&PyByteArray_Type)));
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L4_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "roles.pxd":26
+ *     """Get a buffer whose bytes are sent, or received into; none of Python objects."""
+ *     if type(data) is bytes or type(data) is bytearray:
+ *         return PyObject_GetBuffer(data, view, flags)             # <<<<<<<<<<<<<<
+ *     return take_without_objects(data, view, flags)
+ * 
+*/
+    __pyx_t_3 = PyObject_GetBuffer(__pyx_v_data, __pyx_v_view, __pyx_v_flags); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(2, 26, __pyx_L1_error)
+    {
+      __pyx_r = __pyx_t_3;
+    }
+    goto __pyx_L0;
+
+    /* "roles.pxd":25
+ * cdef inline int take_buffer(object data, Py_buffer *view, int flags) except -1:
+ *     """Get a buffer whose bytes are sent, or received into; none of Python objects."""
+ *     if type(data) is bytes or type(data) is bytearray:             # <<<<<<<<<<<<<<
+ *         return PyObject_GetBuffer(data, view, flags)
+ *     return take_without_objects(data, view, flags)
+*/
+  }
+
+  /* "roles.pxd":27
+ *     if type(data) is bytes or type(data) is bytearray:
+ *         return PyObject_GetBuffer(data, view, flags)
+ *     return take_without_objects(data, view, flags)             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_5roles_take_without_objects(__pyx_v_data, __pyx_v_view, __pyx_v_flags); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(2, 27, __pyx_L1_error)
+  {
+    __pyx_r = __pyx_t_3;
+  }
+  goto __pyx_L0;
+
+  /* "roles.pxd":23
+ * 
+ * 
+ * cdef inline int take_buffer(object data, Py_buffer *view, int flags) except -1:             # <<<<<<<<<<<<<<
+ *     """Get a buffer whose bytes are sent, or received into; none of Python objects."""
+ *     if type(data) is bytes or type(data) is bytearray:
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.roles.take_buffer", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "roles.pxd":30
+ * 
+ * 
+ * cdef inline int take_payload(object message_type, object data, Py_buffer *view) except -1:             # <<<<<<<<<<<<<<
+ *     """Get the bytes of what is to be sent, as the channel's type makes them."""
+ *     if message_type is None:
+*/
+
+static CYTHON_INLINE int __pyx_f_7ivshmem_7channel_5roles_take_payload(PyObject *__pyx_v_message_type, PyObject *__pyx_v_data, Py_buffer *__pyx_v_view) {
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  size_t __pyx_t_5;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("take_payload", 0);
+
+  /* "roles.pxd":32
+ * cdef inline int take_payload(object message_type, object data, Py_buffer *view) except -1:
+ *     """Get the bytes of what is to be sent, as the channel's type makes them."""
+ *     if message_type is None:             # <<<<<<<<<<<<<<
+ *         return take_buffer(data, view, PyBUF_SIMPLE)
+ *     return PyObject_GetBuffer(message_type.encode(data), view, PyBUF_SIMPLE)
+*/
+  __pyx_t_1 = (__pyx_v_message_type == Py_None);
+  if (__pyx_t_1) {
+
+
+    /* "roles.pxd":33
+ *     """Get the bytes of what is to be sent, as the channel's type makes them."""
+ *     if message_type is None:
+ *         return take_buffer(data, view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
+ *     return PyObject_GetBuffer(message_type.encode(data), view, PyBUF_SIMPLE)
+ * 
+*/
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_take_buffer(__pyx_v_data, __pyx_v_view, PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(2, 33, __pyx_L1_error)
+    {
+      __pyx_r = __pyx_t_2;
+    }
+    goto __pyx_L0;
+
+    /* "roles.pxd":32
+ * cdef inline int take_payload(object message_type, object data, Py_buffer *view) except -1:
+ *     """Get the bytes of what is to be sent, as the channel's type makes them."""
+ *     if message_type is None:             # <<<<<<<<<<<<<<
+ *         return take_buffer(data, view, PyBUF_SIMPLE)
+ *     return PyObject_GetBuffer(message_type.encode(data), view, PyBUF_SIMPLE)
+*/
+  }
+
+  /* "roles.pxd":34
+ *     if message_type is None:
+ *         return take_buffer(data, view, PyBUF_SIMPLE)
+ *     return PyObject_GetBuffer(message_type.encode(data), view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  __pyx_t_4 = __pyx_v_message_type;
+  __Pyx_INCREF(__pyx_t_4);
+  __pyx_t_5 = 0;
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_v_data};
+    __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_encode, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(2, 34, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
+  }
+  __pyx_t_2 = PyObject_GetBuffer(__pyx_t_3, __pyx_v_view, PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(2, 34, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+  {
+    __pyx_r = __pyx_t_2;
+  }
+  goto __pyx_L0;
+
+  /* "roles.pxd":30
+ * 
+ * 
+ * cdef inline int take_payload(object message_type, object data, Py_buffer *view) except -1:             # <<<<<<<<<<<<<<
+ *     """Get the bytes of what is to be sent, as the channel's type makes them."""
+ *     if message_type is None:
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_AddTraceback("ivshmem.channel.roles.take_payload", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "roles.pxd":37
+ * 
+ * 
+ * cdef inline int take_target(             # <<<<<<<<<<<<<<
+ *     object message_type, str name, object buffer, Py_buffer *view
+ * ) except -1:
+*/
+
+static CYTHON_INLINE int __pyx_f_7ivshmem_7channel_5roles_take_target(PyObject *__pyx_v_message_type, PyObject *__pyx_v_name, PyObject *__pyx_v_buffer, Py_buffer *__pyx_v_view) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "roles.pxd":41
+ * ) except -1:
+ *     """Get a buffer that messages are received into: of bytes, or of the type's dtype."""
+ *     if message_type is None:             # <<<<<<<<<<<<<<
+ *         return take_buffer(buffer, view, PyBUF_WRITABLE)
+ *     return take_typed(message_type, name, buffer, view)
+*/
+  __pyx_t_1 = (__pyx_v_message_type == Py_None);
+  if (__pyx_t_1) {
+
+
+    /* "roles.pxd":42
+ *     """Get a buffer that messages are received into: of bytes, or of the type's dtype."""
+ *     if message_type is None:
+ *         return take_buffer(buffer, view, PyBUF_WRITABLE)             # <<<<<<<<<<<<<<
+ *     return take_typed(message_type, name, buffer, view)
+ * 
+*/
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_take_buffer(__pyx_v_buffer, __pyx_v_view, PyBUF_WRITABLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(2, 42, __pyx_L1_error)
+    {
+      __pyx_r = __pyx_t_2;
+    }
+    goto __pyx_L0;
+
+    /* "roles.pxd":41
+ * ) except -1:
+ *     """Get a buffer that messages are received into: of bytes, or of the type's dtype."""
+ *     if message_type is None:             # <<<<<<<<<<<<<<
+ *         return take_buffer(buffer, view, PyBUF_WRITABLE)
+ *     return take_typed(message_type, name, buffer, view)
+*/
+  }
+
+  /* "roles.pxd":43
+ *     if message_type is None:
+ *         return take_buffer(buffer, view, PyBUF_WRITABLE)
+ *     return take_typed(message_type, name, buffer, view)             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_take_typed(__pyx_v_message_type, __pyx_v_name, __pyx_v_buffer, __pyx_v_view); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(2, 43, __pyx_L1_error)
+  {
+    __pyx_r = __pyx_t_2;
+  }
+  goto __pyx_L0;
+
+  /* "roles.pxd":37
+ * 
+ * 
+ * cdef inline int take_target(             # <<<<<<<<<<<<<<
+ *     object message_type, str name, object buffer, Py_buffer *view
+ * ) except -1:
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.roles.take_target", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  return __pyx_r;
 }
 
 /* "ivshmem/channel/calls.pyx":40
@@ -9134,7 +9621,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_16__reduce_cyth
  *     raise TypeError, "self.probed cannot be converted to a Python object for pickling"
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_self_probed_cannot_be_converted, 0, 0);
-  __PYX_ERR(1, 2, __pyx_L1_error)
+  __PYX_ERR(3, 2, __pyx_L1_error)
 
   /* "(tree fragment)":1
  * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
@@ -9198,32 +9685,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(1, 3, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(3, 3, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(3, 3, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(1, 3, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(3, 3, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(1, 3, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(3, 3, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(3, 3, __pyx_L3_error)
     }
     __pyx_v___pyx_state = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(1, 3, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(3, 3, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9258,7 +9745,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_18__setstate_cy
  *     raise TypeError, "self.probed cannot be converted to a Python object for pickling"             # <<<<<<<<<<<<<<
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_self_probed_cannot_be_converted, 0, 0);
-  __PYX_ERR(1, 4, __pyx_L1_error)
+  __PYX_ERR(3, 4, __pyx_L1_error)
 
   /* "(tree fragment)":3
  * def __reduce_cython__(self):
@@ -9735,26 +10222,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
-  int __pyx_t_2;
-  PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  size_t __pyx_t_5;
-  int __pyx_t_6;
-  struct ivshmem_channel __pyx_t_7;
-  uint64_t __pyx_t_8;
-  int __pyx_t_9;
-  char const *__pyx_t_10;
+  PyObject *__pyx_t_2 = NULL;
+  int __pyx_t_3;
+  int __pyx_t_4;
+  PyObject *__pyx_t_5 = NULL;
+  struct ivshmem_channel __pyx_t_6;
+  uint64_t __pyx_t_7;
+  int __pyx_t_8;
+  char const *__pyx_t_9;
+  PyObject *__pyx_t_10 = NULL;
   PyObject *__pyx_t_11 = NULL;
   PyObject *__pyx_t_12 = NULL;
   PyObject *__pyx_t_13 = NULL;
   PyObject *__pyx_t_14 = NULL;
   PyObject *__pyx_t_15 = NULL;
-  PyObject *__pyx_t_16 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("submit", 0);
-  __Pyx_INCREF(__pyx_v_data);
   {
       __Pyx_PyCriticalSection __pyx_cs;
       __pyx_t_1 = ((PyObject *)__pyx_v_self);
@@ -9766,127 +10251,93 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
  *         cdef PendingCall call
  *         cdef Py_buffer view
  *         cdef uint32_t cell = 0             # <<<<<<<<<<<<<<
- *         if self.type is not None:
- *             data = self.type.encode(data)
+ *         call = PendingCall.__new__(PendingCall)  # first: once it is sent, nothing may fail
+ *         call.over = True
 */
         __pyx_v_cell = 0;
 
         /* "ivshmem/channel/calls.pyx":269
  *         cdef Py_buffer view
  *         cdef uint32_t cell = 0
- *         if self.type is not None:             # <<<<<<<<<<<<<<
- *             data = self.type.encode(data)
- *         call = PendingCall.__new__(PendingCall)  # first: once it is sent, nothing may fail
-*/
-        __pyx_t_2 = (__pyx_v_self->__pyx_base.type != Py_None);
-        if (__pyx_t_2) {
-
-
-          /* "ivshmem/channel/calls.pyx":270
- *         cdef uint32_t cell = 0
- *         if self.type is not None:
- *             data = self.type.encode(data)             # <<<<<<<<<<<<<<
- *         call = PendingCall.__new__(PendingCall)  # first: once it is sent, nothing may fail
- *         call.over = True
-*/
-          __pyx_t_4 = __pyx_v_self->__pyx_base.type;
-          __Pyx_INCREF(__pyx_t_4);
-          __pyx_t_5 = 0;
-          {
-            PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_v_data};
-            __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_encode, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-            __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 270, __pyx_L4_error)
-            __Pyx_GOTREF(__pyx_t_3);
-          }
-          __Pyx_DECREF_SET(__pyx_v_data, __pyx_t_3);
-          __pyx_t_3 = 0;
-
-          /* "ivshmem/channel/calls.pyx":269
- *         cdef Py_buffer view
- *         cdef uint32_t cell = 0
- *         if self.type is not None:             # <<<<<<<<<<<<<<
- *             data = self.type.encode(data)
- *         call = PendingCall.__new__(PendingCall)  # first: once it is sent, nothing may fail
-*/
-        }
-
-        /* "ivshmem/channel/calls.pyx":271
- *         if self.type is not None:
- *             data = self.type.encode(data)
  *         call = PendingCall.__new__(PendingCall)  # first: once it is sent, nothing may fail             # <<<<<<<<<<<<<<
  *         call.over = True
- *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+ *         take_payload(self.type, data, &view)
 */
-        __pyx_t_3 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_5calls_PendingCall(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 271, __pyx_L4_error)
-        __Pyx_GOTREF(__pyx_t_3);
-        __pyx_v_call = ((struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *)__pyx_t_3);
-        __pyx_t_3 = 0;
+        __pyx_t_2 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_5calls_PendingCall(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 269, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_2);
+        __pyx_v_call = ((struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *)__pyx_t_2);
+        __pyx_t_2 = 0;
 
-        /* "ivshmem/channel/calls.pyx":272
- *             data = self.type.encode(data)
+        /* "ivshmem/channel/calls.pyx":270
+ *         cdef uint32_t cell = 0
  *         call = PendingCall.__new__(PendingCall)  # first: once it is sent, nothing may fail
  *         call.over = True             # <<<<<<<<<<<<<<
- *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+ *         take_payload(self.type, data, &view)
  *         try:
 */
         __pyx_v_call->over = 1;
 
-        /* "ivshmem/channel/calls.pyx":273
+        /* "ivshmem/channel/calls.pyx":271
  *         call = PendingCall.__new__(PendingCall)  # first: once it is sent, nothing may fail
  *         call.over = True
- *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
+ *         take_payload(self.type, data, &view)             # <<<<<<<<<<<<<<
  *         try:
  *             self.enter()
 */
-        __pyx_t_6 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 273, __pyx_L4_error)
+        __pyx_t_2 = __pyx_v_self->__pyx_base.type;
+        __Pyx_INCREF(__pyx_t_2);
+        __pyx_t_3 = __pyx_f_7ivshmem_7channel_5roles_take_payload(__pyx_t_2, __pyx_v_data, (&__pyx_v_view)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 271, __pyx_L4_error)
+        __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
 
-        /* "ivshmem/channel/calls.pyx":274
+        /* "ivshmem/channel/calls.pyx":272
  *         call.over = True
- *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+ *         take_payload(self.type, data, &view)
  *         try:             # <<<<<<<<<<<<<<
  *             self.enter()
  *             if <uint64_t>view.len > self.channel.record.geometry.limit:
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/calls.pyx":275
- *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+          /* "ivshmem/channel/calls.pyx":273
+ *         take_payload(self.type, data, &view)
  *         try:
  *             self.enter()             # <<<<<<<<<<<<<<
  *             if <uint64_t>view.len > self.channel.record.geometry.limit:
  *                 raise self.too_long(view.len)
 */
-          __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 275, __pyx_L8_error)
+          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 273, __pyx_L7_error)
 
 
-          /* "ivshmem/channel/calls.pyx":276
+          /* "ivshmem/channel/calls.pyx":274
  *         try:
  *             self.enter()
  *             if <uint64_t>view.len > self.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
  *                 raise self.too_long(view.len)
  *             self.find_room(&cell, timeout, spin)
 */
-          __pyx_t_2 = (((uint64_t)__pyx_v_view.len) > __pyx_v_self->__pyx_base.__pyx_base.channel.record.geometry.limit);
+          __pyx_t_4 = (((uint64_t)__pyx_v_view.len) > __pyx_v_self->__pyx_base.__pyx_base.channel.record.geometry.limit);
 
-          if (unlikely(__pyx_t_2)) {
+          if (unlikely(__pyx_t_4)) {
 
 
-            /* "ivshmem/channel/calls.pyx":277
+            /* "ivshmem/channel/calls.pyx":275
  *             self.enter()
  *             if <uint64_t>view.len > self.channel.record.geometry.limit:
  *                 raise self.too_long(view.len)             # <<<<<<<<<<<<<<
  *             self.find_room(&cell, timeout, spin)
  *             memcpy(self.at(cell), view.buf, view.len)
 */
-            __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.too_long(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_view.len); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 277, __pyx_L8_error)
-            __Pyx_GOTREF(__pyx_t_3);
-            __Pyx_Raise(__pyx_t_3, 0, 0, 0);
-            __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-            __PYX_ERR(0, 277, __pyx_L8_error)
+            __pyx_t_2 = PyLong_FromSsize_t(__pyx_v_view.len); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 275, __pyx_L7_error)
+            __Pyx_GOTREF(__pyx_t_2);
+            __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.too_long(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_t_2); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 275, __pyx_L7_error)
+            __Pyx_GOTREF(__pyx_t_5);
+            __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+            __Pyx_Raise(__pyx_t_5, 0, 0, 0);
+            __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+            __PYX_ERR(0, 275, __pyx_L7_error)
 
-            /* "ivshmem/channel/calls.pyx":276
+            /* "ivshmem/channel/calls.pyx":274
  *         try:
  *             self.enter()
  *             if <uint64_t>view.len > self.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
@@ -9895,17 +10346,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
 */
           }
 
-          /* "ivshmem/channel/calls.pyx":278
+          /* "ivshmem/channel/calls.pyx":276
  *             if <uint64_t>view.len > self.channel.record.geometry.limit:
  *                 raise self.too_long(view.len)
  *             self.find_room(&cell, timeout, spin)             # <<<<<<<<<<<<<<
  *             memcpy(self.at(cell), view.buf, view.len)
  *             call.caller = self
 */
-          __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.find_room(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), (&__pyx_v_cell), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 278, __pyx_L8_error)
+          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.find_room(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), (&__pyx_v_cell), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 276, __pyx_L7_error)
 
 
-          /* "ivshmem/channel/calls.pyx":279
+          /* "ivshmem/channel/calls.pyx":277
  *                 raise self.too_long(view.len)
  *             self.find_room(&cell, timeout, spin)
  *             memcpy(self.at(cell), view.buf, view.len)             # <<<<<<<<<<<<<<
@@ -9914,7 +10365,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
 */
           (void)(memcpy(((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.at(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_cell), __pyx_v_view.buf, __pyx_v_view.len));
 
-          /* "ivshmem/channel/calls.pyx":280
+          /* "ivshmem/channel/calls.pyx":278
  *             self.find_room(&cell, timeout, spin)
  *             memcpy(self.at(cell), view.buf, view.len)
  *             call.caller = self             # <<<<<<<<<<<<<<
@@ -9926,46 +10377,46 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
           __Pyx_GOTREF((PyObject *)__pyx_v_call->caller);
           __Pyx_DECREF_SET(__pyx_v_call->caller, __pyx_v_self);
 
-          /* "ivshmem/channel/calls.pyx":281
+          /* "ivshmem/channel/calls.pyx":279
  *             memcpy(self.at(cell), view.buf, view.len)
  *             call.caller = self
  *             call.membership = self.membership             # <<<<<<<<<<<<<<
  *             call.channel = self.channel
  *             call.name = self.name
 */
-          __pyx_t_3 = ((PyObject *)__pyx_v_self->__pyx_base.__pyx_base.membership);
-          __Pyx_INCREF(__pyx_t_3);
-          __Pyx_GIVEREF(__pyx_t_3);
+          __pyx_t_5 = ((PyObject *)__pyx_v_self->__pyx_base.__pyx_base.membership);
+          __Pyx_INCREF(__pyx_t_5);
+          __Pyx_GIVEREF(__pyx_t_5);
           __Pyx_GOTREF((PyObject *)__pyx_v_call->__pyx_base.membership);
-          __Pyx_DECREF_SET(__pyx_v_call->__pyx_base.membership, ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_t_3));
-          __pyx_t_3 = 0;
+          __Pyx_DECREF_SET(__pyx_v_call->__pyx_base.membership, ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_t_5));
+          __pyx_t_5 = 0;
 
-          /* "ivshmem/channel/calls.pyx":282
+          /* "ivshmem/channel/calls.pyx":280
  *             call.caller = self
  *             call.membership = self.membership
  *             call.channel = self.channel             # <<<<<<<<<<<<<<
  *             call.name = self.name
  *             call.open = True
 */
-          __pyx_t_7 = __pyx_v_self->__pyx_base.__pyx_base.channel;
+          __pyx_t_6 = __pyx_v_self->__pyx_base.__pyx_base.channel;
 
-          __pyx_v_call->__pyx_base.channel = __pyx_t_7;
+          __pyx_v_call->__pyx_base.channel = __pyx_t_6;
 
-          /* "ivshmem/channel/calls.pyx":283
+          /* "ivshmem/channel/calls.pyx":281
  *             call.membership = self.membership
  *             call.channel = self.channel
  *             call.name = self.name             # <<<<<<<<<<<<<<
  *             call.open = True
  *             call.position = self.writer.next
 */
-          __pyx_t_3 = __pyx_v_self->__pyx_base.__pyx_base.name;
-          __Pyx_INCREF(__pyx_t_3);
-          __Pyx_GIVEREF(__pyx_t_3);
+          __pyx_t_5 = __pyx_v_self->__pyx_base.__pyx_base.name;
+          __Pyx_INCREF(__pyx_t_5);
+          __Pyx_GIVEREF(__pyx_t_5);
           __Pyx_GOTREF(__pyx_v_call->__pyx_base.name);
-          __Pyx_DECREF_SET(__pyx_v_call->__pyx_base.name, ((PyObject*)__pyx_t_3));
-          __pyx_t_3 = 0;
+          __Pyx_DECREF_SET(__pyx_v_call->__pyx_base.name, ((PyObject*)__pyx_t_5));
+          __pyx_t_5 = 0;
 
-          /* "ivshmem/channel/calls.pyx":284
+          /* "ivshmem/channel/calls.pyx":282
  *             call.channel = self.channel
  *             call.name = self.name
  *             call.open = True             # <<<<<<<<<<<<<<
@@ -9974,18 +10425,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
 */
           __pyx_v_call->__pyx_base.open = 1;
 
-          /* "ivshmem/channel/calls.pyx":285
+          /* "ivshmem/channel/calls.pyx":283
  *             call.name = self.name
  *             call.open = True
  *             call.position = self.writer.next             # <<<<<<<<<<<<<<
  *             call.over = False
  *             self.send(cell, view.len, 0)
 */
-          __pyx_t_8 = __pyx_v_self->__pyx_base.writer.next;
+          __pyx_t_7 = __pyx_v_self->__pyx_base.writer.next;
 
-          __pyx_v_call->position = __pyx_t_8;
+          __pyx_v_call->position = __pyx_t_7;
 
-          /* "ivshmem/channel/calls.pyx":286
+          /* "ivshmem/channel/calls.pyx":284
  *             call.open = True
  *             call.position = self.writer.next
  *             call.over = False             # <<<<<<<<<<<<<<
@@ -9994,17 +10445,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
 */
           __pyx_v_call->over = 0;
 
-          /* "ivshmem/channel/calls.pyx":287
+          /* "ivshmem/channel/calls.pyx":285
  *             call.position = self.writer.next
  *             call.over = False
  *             self.send(cell, view.len, 0)             # <<<<<<<<<<<<<<
  *             return call
  *         finally:
 */
-          __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.send(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_cell, __pyx_v_view.len, 0); if (unlikely(__pyx_t_8 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 287, __pyx_L8_error)
+          __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.send(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_cell, __pyx_v_view.len, 0); if (unlikely(__pyx_t_7 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 285, __pyx_L7_error)
 
 
-          /* "ivshmem/channel/calls.pyx":288
+          /* "ivshmem/channel/calls.pyx":286
  *             call.over = False
  *             self.send(cell, view.len, 0)
  *             return call             # <<<<<<<<<<<<<<
@@ -10021,10 +10472,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
             __Pyx_XDECREF(__pyx_temp);
           }
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-          goto __pyx_L7_return;
+          goto __pyx_L6_return;
         }
 
-        /* "ivshmem/channel/calls.pyx":290
+        /* "ivshmem/channel/calls.pyx":288
  *             return call
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -10032,43 +10483,43 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
  *     def call(self, data, timeout=None, *, spin=None):
 */
         /*finally:*/ {
-          __pyx_L8_error:;
+          __pyx_L7_error:;
           /*exception exit:*/{
             __Pyx_PyThreadState_declare
             __Pyx_PyThreadState_assign
-            __pyx_t_11 = 0; __pyx_t_12 = 0; __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0;
-            __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-            __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-             __Pyx_ExceptionSwap(&__pyx_t_14, &__pyx_t_15, &__pyx_t_16);
-            if ( unlikely(__Pyx_GetException(&__pyx_t_11, &__pyx_t_12, &__pyx_t_13) < 0)) __Pyx_ErrFetch(&__pyx_t_11, &__pyx_t_12, &__pyx_t_13);
+            __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0; __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0;
+            __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+            __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+             __Pyx_ExceptionSwap(&__pyx_t_13, &__pyx_t_14, &__pyx_t_15);
+            if ( unlikely(__Pyx_GetException(&__pyx_t_10, &__pyx_t_11, &__pyx_t_12) < 0)) __Pyx_ErrFetch(&__pyx_t_10, &__pyx_t_11, &__pyx_t_12);
+            __Pyx_XGOTREF(__pyx_t_10);
             __Pyx_XGOTREF(__pyx_t_11);
             __Pyx_XGOTREF(__pyx_t_12);
             __Pyx_XGOTREF(__pyx_t_13);
             __Pyx_XGOTREF(__pyx_t_14);
             __Pyx_XGOTREF(__pyx_t_15);
-            __Pyx_XGOTREF(__pyx_t_16);
-            __pyx_t_6 = __pyx_lineno; __pyx_t_9 = __pyx_clineno; __pyx_t_10 = __pyx_filename;
+            __pyx_t_3 = __pyx_lineno; __pyx_t_8 = __pyx_clineno; __pyx_t_9 = __pyx_filename;
             {
               PyBuffer_Release((&__pyx_v_view));
             }
+            __Pyx_XGIVEREF(__pyx_t_13);
             __Pyx_XGIVEREF(__pyx_t_14);
             __Pyx_XGIVEREF(__pyx_t_15);
-            __Pyx_XGIVEREF(__pyx_t_16);
-            __Pyx_ExceptionReset(__pyx_t_14, __pyx_t_15, __pyx_t_16);
+            __Pyx_ExceptionReset(__pyx_t_13, __pyx_t_14, __pyx_t_15);
+            __Pyx_XGIVEREF(__pyx_t_10);
             __Pyx_XGIVEREF(__pyx_t_11);
             __Pyx_XGIVEREF(__pyx_t_12);
-            __Pyx_XGIVEREF(__pyx_t_13);
-            __Pyx_ErrRestore(__pyx_t_11, __pyx_t_12, __pyx_t_13);
-            __pyx_t_11 = 0; __pyx_t_12 = 0; __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0;
-            __pyx_lineno = __pyx_t_6; __pyx_clineno = __pyx_t_9; __pyx_filename = __pyx_t_10;
+            __Pyx_ErrRestore(__pyx_t_10, __pyx_t_11, __pyx_t_12);
+            __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0; __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0;
+            __pyx_lineno = __pyx_t_3; __pyx_clineno = __pyx_t_8; __pyx_filename = __pyx_t_9;
             goto __pyx_L4_error;
           }
-          __pyx_L7_return: {
-            __pyx_t_16 = __pyx_r;
+          __pyx_L6_return: {
+            __pyx_t_15 = __pyx_r;
             __pyx_r = 0;
             PyBuffer_Release((&__pyx_v_view));
-            __pyx_r = __pyx_t_16;
-            __pyx_t_16 = 0;
+            __pyx_r = __pyx_t_15;
+            __pyx_t_15 = 0;
             goto __pyx_L3_return;
           }
         }
@@ -10083,11 +10534,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
 */
       /*finally:*/ {
         __pyx_L3_return: {
-          __pyx_t_16 = __pyx_r;
+          __pyx_t_15 = __pyx_r;
           __pyx_r = 0;
           __Pyx_PyCriticalSection_End(&__pyx_cs);
-          __pyx_r = __pyx_t_16;
-          __pyx_t_16 = 0;
+          __pyx_r = __pyx_t_15;
+          __pyx_t_15 = 0;
           goto __pyx_L0;
         }
         __pyx_L4_error: {
@@ -10103,21 +10554,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
   goto __pyx_L0;
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_5);
   __Pyx_AddTraceback("ivshmem.channel.calls.Caller.submit", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
   __Pyx_XDECREF((PyObject *)__pyx_v_call);
 
 
-  __Pyx_XDECREF(__pyx_v_data);
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":292
+/* "ivshmem/channel/calls.pyx":290
  *             PyBuffer_Release(&view)
  * 
  *     def call(self, data, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -10167,36 +10617,36 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 292, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 290, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 292, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 290, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 292, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 290, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "call", 0) < (0)) __PYX_ERR(0, 292, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "call", 0) < (0)) __PYX_ERR(0, 290, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("call", 0, 1, 2, i); __PYX_ERR(0, 292, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("call", 0, 1, 2, i); __PYX_ERR(0, 290, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 292, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 290, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 292, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 290, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -10209,7 +10659,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("call", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 292, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("call", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 290, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10261,17 +10711,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("call", 0);
 
-  /* "ivshmem/channel/calls.pyx":304
+  /* "ivshmem/channel/calls.pyx":302
  *         """
  *         cdef PendingCall call
  *         begun = monotonic() if timeout else 0.0             # <<<<<<<<<<<<<<
  *         call = self.submit(data, timeout, spin=spin)
  *         try:
 */
-  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_v_timeout); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 304, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_v_timeout); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 302, __pyx_L1_error)
   if (__pyx_t_2) {
     __pyx_t_4 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 304, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 302, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -10290,7 +10740,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 304, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 302, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __pyx_t_1 = __pyx_t_3;
@@ -10303,7 +10753,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
   __pyx_v_begun = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/calls.pyx":305
+  /* "ivshmem/channel/calls.pyx":303
  *         cdef PendingCall call
  *         begun = monotonic() if timeout else 0.0
  *         call = self.submit(data, timeout, spin=spin)             # <<<<<<<<<<<<<<
@@ -10319,13 +10769,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
     PyObject *__pyx_callargs[4] = {__pyx_t_3, __pyx_v_data, __pyx_v_timeout, __pyx_v_spin};
     #if CYTHON_VECTORCALL
     __pyx_t_5 = __pyx_mstate_global->__pyx_tuple[1];
-    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 305, __pyx_L1_error)
+    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 303, __pyx_L1_error)
     __Pyx_INCREF(__pyx_t_5);
     #else
     {
       PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_spin};
       __pyx_t_5 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+3, 1);
-      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 305, __pyx_L1_error)
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 303, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
     }
     #endif
@@ -10334,14 +10784,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
     #if CYTHON_VECTORCALL
     #endif
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 305, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 303, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall))))) __PYX_ERR(0, 305, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall))))) __PYX_ERR(0, 303, __pyx_L1_error)
   __pyx_v_call = ((struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/calls.pyx":306
+  /* "ivshmem/channel/calls.pyx":304
  *         begun = monotonic() if timeout else 0.0
  *         call = self.submit(data, timeout, spin=spin)
  *         try:             # <<<<<<<<<<<<<<
@@ -10357,19 +10807,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
     __Pyx_XGOTREF(__pyx_t_9);
     /*try:*/ {
 
-      /* "ivshmem/channel/calls.pyx":307
+      /* "ivshmem/channel/calls.pyx":305
  *         call = self.submit(data, timeout, spin=spin)
  *         try:
  *             left = max(timeout - (monotonic() - begun), 0) if timeout else timeout             # <<<<<<<<<<<<<<
  *             return call.result(left, spin=spin)
  *         except TimeoutError:
 */
-      __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_v_timeout); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 307, __pyx_L3_error)
+      __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_v_timeout); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 305, __pyx_L3_error)
       if (__pyx_t_2) {
 
         __pyx_t_10 = 0;
         __pyx_t_3 = NULL;
-        __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 307, __pyx_L3_error)
+        __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 305, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_4);
         __pyx_t_6 = 1;
         #if CYTHON_UNPACK_METHODS
@@ -10388,21 +10838,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
           __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 307, __pyx_L3_error)
+          if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 305, __pyx_L3_error)
           __Pyx_GOTREF(__pyx_t_5);
         }
-        __pyx_t_4 = __Pyx_PyNumber_Subtract_object_object(__pyx_t_5, __pyx_v_begun); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 307, __pyx_L3_error)
+        __pyx_t_4 = __Pyx_PyNumber_Subtract_object_object(__pyx_t_5, __pyx_v_begun); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 305, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_4);
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-        __pyx_t_5 = __Pyx_PyNumber_Subtract_object_object(__pyx_v_timeout, __pyx_t_4); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 307, __pyx_L3_error)
+        __pyx_t_5 = __Pyx_PyNumber_Subtract_object_object(__pyx_v_timeout, __pyx_t_4); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 305, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_5);
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-        __pyx_t_3 = __Pyx_PyLong_From_long(__pyx_t_10); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 307, __pyx_L3_error)
+        __pyx_t_3 = __Pyx_PyLong_From_long(__pyx_t_10); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 305, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_3);
-        __pyx_t_11 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_3, __pyx_t_5, Py_GT); if (unlikely((__pyx_t_11 < 0))) __PYX_ERR(0, 307, __pyx_L3_error)
+        __pyx_t_11 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_3, __pyx_t_5, Py_GT); if (unlikely((__pyx_t_11 < 0))) __PYX_ERR(0, 305, __pyx_L3_error)
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
         if (__pyx_t_11) {
-          __pyx_t_3 = __Pyx_PyLong_From_long(__pyx_t_10); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 307, __pyx_L3_error)
+          __pyx_t_3 = __Pyx_PyLong_From_long(__pyx_t_10); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 305, __pyx_L3_error)
           __Pyx_GOTREF(__pyx_t_3);
           __pyx_t_4 = __pyx_t_3;
           __pyx_t_3 = 0;
@@ -10423,7 +10873,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
       __pyx_v_left = __pyx_t_1;
       __pyx_t_1 = 0;
 
-      /* "ivshmem/channel/calls.pyx":308
+      /* "ivshmem/channel/calls.pyx":306
  *         try:
  *             left = max(timeout - (monotonic() - begun), 0) if timeout else timeout
  *             return call.result(left, spin=spin)             # <<<<<<<<<<<<<<
@@ -10439,13 +10889,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
         PyObject *__pyx_callargs[3] = {__pyx_t_4, __pyx_v_left, __pyx_v_spin};
         #if CYTHON_VECTORCALL
         __pyx_t_5 = __pyx_mstate_global->__pyx_tuple[1];
-        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 308, __pyx_L3_error)
+        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 306, __pyx_L3_error)
         __Pyx_INCREF(__pyx_t_5);
         #else
         {
           PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_spin};
           __pyx_t_5 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+2, 1);
-          if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 308, __pyx_L3_error)
+          if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 306, __pyx_L3_error)
           __Pyx_GOTREF(__pyx_t_5);
         }
         #endif
@@ -10454,7 +10904,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
         #if CYTHON_VECTORCALL
         #endif
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 308, __pyx_L3_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 306, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       {
@@ -10468,7 +10918,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
       __pyx_t_1 = 0;
       goto __pyx_L7_try_return;
 
-      /* "ivshmem/channel/calls.pyx":306
+      /* "ivshmem/channel/calls.pyx":304
  *         begun = monotonic() if timeout else 0.0
  *         call = self.submit(data, timeout, spin=spin)
  *         try:             # <<<<<<<<<<<<<<
@@ -10482,7 +10932,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-    /* "ivshmem/channel/calls.pyx":309
+    /* "ivshmem/channel/calls.pyx":307
  *             left = max(timeout - (monotonic() - begun), 0) if timeout else timeout
  *             return call.result(left, spin=spin)
  *         except TimeoutError:             # <<<<<<<<<<<<<<
@@ -10492,12 +10942,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
     __pyx_t_12 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_TimeoutError))));
     if (__pyx_t_12) {
       __Pyx_AddTraceback("ivshmem.channel.calls.Caller.call", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_5, &__pyx_t_4) < 0) __PYX_ERR(0, 309, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_5, &__pyx_t_4) < 0) __PYX_ERR(0, 307, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_1);
       __Pyx_XGOTREF(__pyx_t_5);
       __Pyx_XGOTREF(__pyx_t_4);
 
-      /* "ivshmem/channel/calls.pyx":310
+      /* "ivshmem/channel/calls.pyx":308
  *             return call.result(left, spin=spin)
  *         except TimeoutError:
  *             how = "no server has begun with it" if call.cancel() else "a server has begun with it"             # <<<<<<<<<<<<<<
@@ -10511,10 +10961,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
         PyObject *__pyx_callargs[2] = {__pyx_t_14, NULL};
         __pyx_t_13 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_cancel, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_14); __pyx_t_14 = 0;
-        if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 310, __pyx_L5_except_error)
+        if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 308, __pyx_L5_except_error)
         __Pyx_GOTREF(__pyx_t_13);
       }
-      __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_13); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 310, __pyx_L5_except_error)
+      __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_13); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 308, __pyx_L5_except_error)
       __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
       if (__pyx_t_2) {
         __Pyx_INCREF(__pyx_mstate_global->__pyx_kp_u_no_server_has_begun_with_it);
@@ -10527,7 +10977,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
       __pyx_v_how = ((PyObject*)__pyx_t_3);
       __pyx_t_3 = 0;
 
-      /* "ivshmem/channel/calls.pyx":311
+      /* "ivshmem/channel/calls.pyx":309
  *         except TimeoutError:
  *             how = "no server has begun with it" if call.cancel() else "a server has begun with it"
  *             raise TimeoutError(             # <<<<<<<<<<<<<<
@@ -10536,18 +10986,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
 */
       __pyx_t_13 = NULL;
 
-      /* "ivshmem/channel/calls.pyx":312
+      /* "ivshmem/channel/calls.pyx":310
  *             how = "no server has begun with it" if call.cancel() else "a server has begun with it"
  *             raise TimeoutError(
  *                 f"call of {self.name!r}: no reply in {timeout:g} s; {how}"             # <<<<<<<<<<<<<<
  *             ) from None
  *         except BaseException:
 */
-      __pyx_t_14 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 312, __pyx_L5_except_error)
+      __pyx_t_14 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 310, __pyx_L5_except_error)
       __Pyx_GOTREF(__pyx_t_14);
-      __pyx_t_15 = __Pyx_PyObject_Format(__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 312, __pyx_L5_except_error)
+      __pyx_t_15 = __Pyx_PyObject_Format(__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 310, __pyx_L5_except_error)
       __Pyx_GOTREF(__pyx_t_15);
-      __pyx_t_16 = __Pyx_PyUnicode_Unicode(__pyx_v_how); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 312, __pyx_L5_except_error)
+      __pyx_t_16 = __Pyx_PyUnicode_Unicode(__pyx_v_how); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 310, __pyx_L5_except_error)
       __Pyx_GOTREF(__pyx_t_16);
       __pyx_t_17[0] = __pyx_mstate_global->__pyx_kp_u_call_of;
       __pyx_t_17[1] = __pyx_t_14;
@@ -10564,7 +11014,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
       __pyx_t_12 |= __Pyx_PyUnicode_KIND_04(__pyx_t_17[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_17[3]) | __Pyx_PyUnicode_KIND_04(__pyx_t_17[5]);
       #endif
       __pyx_t_19 = __Pyx_PyUnicode_Join(__pyx_t_17, 6, __pyx_t_18, __pyx_t_12);
-      if (unlikely(!__pyx_t_19)) __PYX_ERR(0, 312, __pyx_L5_except_error)
+      if (unlikely(!__pyx_t_19)) __PYX_ERR(0, 310, __pyx_L5_except_error)
       __Pyx_GOTREF(__pyx_t_19);
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
       __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
@@ -10575,11 +11025,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
         __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TimeoutError)), __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_13); __pyx_t_13 = 0;
         __Pyx_DECREF(__pyx_t_19); __pyx_t_19 = 0;
-        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 311, __pyx_L5_except_error)
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 309, __pyx_L5_except_error)
         __Pyx_GOTREF(__pyx_t_3);
       }
 
-      /* "ivshmem/channel/calls.pyx":313
+      /* "ivshmem/channel/calls.pyx":311
  *             raise TimeoutError(
  *                 f"call of {self.name!r}: no reply in {timeout:g} s; {how}"
  *             ) from None             # <<<<<<<<<<<<<<
@@ -10588,10 +11038,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
 */
       __Pyx_Raise(__pyx_t_3, 0, 0, Py_None);
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __PYX_ERR(0, 311, __pyx_L5_except_error)
+      __PYX_ERR(0, 309, __pyx_L5_except_error)
     }
 
-    /* "ivshmem/channel/calls.pyx":314
+    /* "ivshmem/channel/calls.pyx":312
  *                 f"call of {self.name!r}: no reply in {timeout:g} s; {how}"
  *             ) from None
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -10601,12 +11051,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
     __pyx_t_12 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_12) {
       __Pyx_AddTraceback("ivshmem.channel.calls.Caller.call", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_5, &__pyx_t_1) < 0) __PYX_ERR(0, 314, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_5, &__pyx_t_1) < 0) __PYX_ERR(0, 312, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_4);
       __Pyx_XGOTREF(__pyx_t_5);
       __Pyx_XGOTREF(__pyx_t_1);
 
-      /* "ivshmem/channel/calls.pyx":315
+      /* "ivshmem/channel/calls.pyx":313
  *             ) from None
  *         except BaseException:
  *             call.cancel()             # <<<<<<<<<<<<<<
@@ -10620,12 +11070,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
         PyObject *__pyx_callargs[2] = {__pyx_t_19, NULL};
         __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_cancel, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_19); __pyx_t_19 = 0;
-        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 315, __pyx_L5_except_error)
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 313, __pyx_L5_except_error)
         __Pyx_GOTREF(__pyx_t_3);
       }
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-      /* "ivshmem/channel/calls.pyx":316
+      /* "ivshmem/channel/calls.pyx":314
  *         except BaseException:
  *             call.cancel()
  *             raise             # <<<<<<<<<<<<<<
@@ -10637,11 +11087,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
       __Pyx_XGIVEREF(__pyx_t_1);
       __Pyx_ErrRestoreWithState(__pyx_t_4, __pyx_t_5, __pyx_t_1);
       __pyx_t_4 = 0;  __pyx_t_5 = 0;  __pyx_t_1 = 0; 
-      __PYX_ERR(0, 316, __pyx_L5_except_error)
+      __PYX_ERR(0, 314, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/channel/calls.pyx":306
+    /* "ivshmem/channel/calls.pyx":304
  *         begun = monotonic() if timeout else 0.0
  *         call = self.submit(data, timeout, spin=spin)
  *         try:             # <<<<<<<<<<<<<<
@@ -10662,7 +11112,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
     goto __pyx_L0;
   }
 
-  /* "ivshmem/channel/calls.pyx":292
+  /* "ivshmem/channel/calls.pyx":290
  *             PyBuffer_Release(&view)
  * 
  *     def call(self, data, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -10693,7 +11143,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":318
+/* "ivshmem/channel/calls.pyx":316
  *             raise
  * 
  *     def submit_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -10742,35 +11192,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 318, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 316, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 318, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 316, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 318, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 316, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "submit_async", 0) < (0)) __PYX_ERR(0, 318, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "submit_async", 0) < (0)) __PYX_ERR(0, 316, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("submit_async", 0, 1, 2, i); __PYX_ERR(0, 318, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("submit_async", 0, 1, 2, i); __PYX_ERR(0, 316, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 318, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 316, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 318, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 316, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -10781,7 +11231,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("submit_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 318, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("submit_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 316, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10813,21 +11263,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_6submit_async(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("submit_async", 0);
 
-  /* "ivshmem/channel/calls.pyx":320
+  /* "ivshmem/channel/calls.pyx":318
  *     def submit_async(self, data, timeout=None):
  *         """The twin of `submit` for asyncio: a coroutine."""
  *         return until_in_time(self, self.submit, timeout, (data,))             # <<<<<<<<<<<<<<
  * 
  *     async def call_async(self, data, timeout=None):
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_submit); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 320, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_submit); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 318, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 320, __pyx_L1_error)
+  __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 318, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_INCREF(__pyx_v_data);
   __Pyx_GIVEREF(__pyx_v_data);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_v_data) != (0)) __PYX_ERR(0, 320, __pyx_L1_error);
-  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, ((PyObject*)__pyx_t_2), NULL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 320, __pyx_L1_error)
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_v_data) != (0)) __PYX_ERR(0, 318, __pyx_L1_error);
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, ((PyObject*)__pyx_t_2), NULL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 318, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -10842,7 +11292,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_6submit_async(struct 
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":318
+  /* "ivshmem/channel/calls.pyx":316
  *             raise
  * 
  *     def submit_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -10864,7 +11314,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_6submit_async(struct 
 }
 static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
 
-/* "ivshmem/channel/calls.pyx":322
+/* "ivshmem/channel/calls.pyx":320
  *         return until_in_time(self, self.submit, timeout, (data,))
  * 
  *     async def call_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -10913,35 +11363,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 322, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 320, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 322, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 320, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 322, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 320, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "call_async", 0) < (0)) __PYX_ERR(0, 322, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "call_async", 0) < (0)) __PYX_ERR(0, 320, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("call_async", 0, 1, 2, i); __PYX_ERR(0, 322, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("call_async", 0, 1, 2, i); __PYX_ERR(0, 320, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 322, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 320, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 322, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 320, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -10952,7 +11402,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("call_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 322, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("call_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 320, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10985,7 +11435,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_8call_async(struct __
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_5calls___pyx_scope_struct__call_async *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 322, __pyx_L1_error)
+    __PYX_ERR(0, 320, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
@@ -10999,7 +11449,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_8call_async(struct __
   __Pyx_INCREF(__pyx_cur_scope->__pyx_v_timeout);
   __Pyx_GIVEREF(__pyx_cur_scope->__pyx_v_timeout);
   {
-    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_call_async, __pyx_mstate_global->__pyx_n_u_Caller_call_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls); if (unlikely(!gen)) __PYX_ERR(0, 322, __pyx_L1_error)
+    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_call_async, __pyx_mstate_global->__pyx_n_u_Caller_call_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls); if (unlikely(!gen)) __PYX_ERR(0, 320, __pyx_L1_error)
     __Pyx_DECREF(__pyx_cur_scope);
     __Pyx_RefNannyFinishContext();
     return (PyObject *) gen;
@@ -11055,20 +11505,20 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
   __pyx_L3_first_run:;
   if (unlikely(__pyx_sent_value != Py_None)) {
     if (unlikely(__pyx_sent_value)) PyErr_SetString(PyExc_TypeError, "can't send non-None value to a just-started coroutine");
-    __PYX_ERR(0, 322, __pyx_L1_error)
+    __PYX_ERR(0, 320, __pyx_L1_error)
   }
 
-  /* "ivshmem/channel/calls.pyx":325
+  /* "ivshmem/channel/calls.pyx":323
  *         """The twin of `call` for asyncio. If it is cancelled, the call is given up."""
  *         cdef PendingCall call
  *         begun = monotonic() if timeout else 0.0             # <<<<<<<<<<<<<<
  *         call = await self.submit_async(data, timeout)
  *         try:
 */
-  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_timeout); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 325, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_timeout); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 323, __pyx_L1_error)
   if (__pyx_t_2) {
     __pyx_t_4 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 325, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 323, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -11087,7 +11537,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 325, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 323, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __pyx_t_1 = __pyx_t_3;
@@ -11101,7 +11551,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
   __pyx_cur_scope->__pyx_v_begun = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/calls.pyx":326
+  /* "ivshmem/channel/calls.pyx":324
  *         cdef PendingCall call
  *         begun = monotonic() if timeout else 0.0
  *         call = await self.submit_async(data, timeout)             # <<<<<<<<<<<<<<
@@ -11115,7 +11565,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
     PyObject *__pyx_callargs[3] = {__pyx_t_3, __pyx_cur_scope->__pyx_v_data, __pyx_cur_scope->__pyx_v_timeout};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_submit_async, __pyx_callargs+__pyx_t_6, (3-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 326, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 324, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __pyx_t_7 = __Pyx_Coroutine_Yield_From(__pyx_generator, __pyx_t_1, &__pyx_r);
@@ -11129,21 +11579,21 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
     __pyx_generator->resume_label = 1;
     return __pyx_r;
     __pyx_L4_resume_from_await:;
-    if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 326, __pyx_L1_error)
+    if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 324, __pyx_L1_error)
     __pyx_t_1 = __pyx_sent_value; __Pyx_INCREF(__pyx_t_1);
   } else if (likely(__pyx_t_7 == PYGEN_RETURN)) {
     __Pyx_GOTREF(__pyx_r);
     __pyx_t_1 = __pyx_r; __pyx_r = NULL;
   } else {
     __Pyx_XGOTREF(__pyx_r);
-    __PYX_ERR(0, 326, __pyx_L1_error)
+    __PYX_ERR(0, 324, __pyx_L1_error)
   }
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall))))) __PYX_ERR(0, 326, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall))))) __PYX_ERR(0, 324, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __pyx_cur_scope->__pyx_v_call = ((struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/calls.pyx":327
+  /* "ivshmem/channel/calls.pyx":325
  *         begun = monotonic() if timeout else 0.0
  *         call = await self.submit_async(data, timeout)
  *         try:             # <<<<<<<<<<<<<<
@@ -11157,19 +11607,19 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
     __Pyx_XGOTREF(__pyx_t_10);
     /*try:*/ {
 
-      /* "ivshmem/channel/calls.pyx":328
+      /* "ivshmem/channel/calls.pyx":326
  *         call = await self.submit_async(data, timeout)
  *         try:
  *             left = max(timeout - (monotonic() - begun), 0) if timeout else timeout             # <<<<<<<<<<<<<<
  *             return await call.result_async(left)
  *         except TimeoutError:
 */
-      __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_timeout); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 328, __pyx_L5_error)
+      __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_timeout); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 326, __pyx_L5_error)
       if (__pyx_t_2) {
 
         __pyx_t_11 = 0;
         __pyx_t_5 = NULL;
-        __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 328, __pyx_L5_error)
+        __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 326, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_4);
         __pyx_t_6 = 1;
         #if CYTHON_UNPACK_METHODS
@@ -11188,21 +11638,21 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
           __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 328, __pyx_L5_error)
+          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 326, __pyx_L5_error)
           __Pyx_GOTREF(__pyx_t_3);
         }
-        __pyx_t_4 = __Pyx_PyNumber_Subtract_object_object(__pyx_t_3, __pyx_cur_scope->__pyx_v_begun); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 328, __pyx_L5_error)
+        __pyx_t_4 = __Pyx_PyNumber_Subtract_object_object(__pyx_t_3, __pyx_cur_scope->__pyx_v_begun); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 326, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_4);
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-        __pyx_t_3 = __Pyx_PyNumber_Subtract_object_object(__pyx_cur_scope->__pyx_v_timeout, __pyx_t_4); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 328, __pyx_L5_error)
+        __pyx_t_3 = __Pyx_PyNumber_Subtract_object_object(__pyx_cur_scope->__pyx_v_timeout, __pyx_t_4); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 326, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_3);
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-        __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 328, __pyx_L5_error)
+        __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 326, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_5);
-        __pyx_t_12 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_5, __pyx_t_3, Py_GT); if (unlikely((__pyx_t_12 < 0))) __PYX_ERR(0, 328, __pyx_L5_error)
+        __pyx_t_12 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_5, __pyx_t_3, Py_GT); if (unlikely((__pyx_t_12 < 0))) __PYX_ERR(0, 326, __pyx_L5_error)
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
         if (__pyx_t_12) {
-          __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 328, __pyx_L5_error)
+          __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 326, __pyx_L5_error)
           __Pyx_GOTREF(__pyx_t_5);
           __pyx_t_4 = __pyx_t_5;
           __pyx_t_5 = 0;
@@ -11224,7 +11674,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
       __pyx_cur_scope->__pyx_v_left = __pyx_t_1;
       __pyx_t_1 = 0;
 
-      /* "ivshmem/channel/calls.pyx":329
+      /* "ivshmem/channel/calls.pyx":327
  *         try:
  *             left = max(timeout - (monotonic() - begun), 0) if timeout else timeout
  *             return await call.result_async(left)             # <<<<<<<<<<<<<<
@@ -11238,7 +11688,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
         PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_cur_scope->__pyx_v_left};
         __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_result_async, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 329, __pyx_L5_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 327, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __pyx_t_7 = __Pyx_Coroutine_Yield_From(__pyx_generator, __pyx_t_1, &__pyx_r);
@@ -11267,14 +11717,14 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
         __pyx_t_10 = __pyx_cur_scope->__pyx_t_2;
         __pyx_cur_scope->__pyx_t_2 = 0;
         __Pyx_XGOTREF(__pyx_t_10);
-        if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 329, __pyx_L5_error)
+        if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 327, __pyx_L5_error)
         __pyx_t_1 = __pyx_sent_value; __Pyx_INCREF(__pyx_t_1);
       } else if (likely(__pyx_t_7 == PYGEN_RETURN)) {
         __Pyx_GOTREF(__pyx_r);
         __pyx_t_1 = __pyx_r; __pyx_r = NULL;
       } else {
         __Pyx_XGOTREF(__pyx_r);
-        __PYX_ERR(0, 329, __pyx_L5_error)
+        __PYX_ERR(0, 327, __pyx_L5_error)
       }
       {
         PyObject *__pyx_temp;
@@ -11287,7 +11737,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
       __pyx_t_1 = 0;
       goto __pyx_L9_try_return;
 
-      /* "ivshmem/channel/calls.pyx":327
+      /* "ivshmem/channel/calls.pyx":325
  *         begun = monotonic() if timeout else 0.0
  *         call = await self.submit_async(data, timeout)
  *         try:             # <<<<<<<<<<<<<<
@@ -11301,7 +11751,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-    /* "ivshmem/channel/calls.pyx":330
+    /* "ivshmem/channel/calls.pyx":328
  *             left = max(timeout - (monotonic() - begun), 0) if timeout else timeout
  *             return await call.result_async(left)
  *         except TimeoutError:             # <<<<<<<<<<<<<<
@@ -11311,12 +11761,12 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
     __pyx_t_13 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_TimeoutError))));
     if (__pyx_t_13) {
       __Pyx_AddTraceback("ivshmem.channel.calls.Caller.call_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_4, &__pyx_t_3) < 0) __PYX_ERR(0, 330, __pyx_L7_except_error)
+      if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_4, &__pyx_t_3) < 0) __PYX_ERR(0, 328, __pyx_L7_except_error)
       __Pyx_XGOTREF(__pyx_t_1);
       __Pyx_XGOTREF(__pyx_t_4);
       __Pyx_XGOTREF(__pyx_t_3);
 
-      /* "ivshmem/channel/calls.pyx":331
+      /* "ivshmem/channel/calls.pyx":329
  *             return await call.result_async(left)
  *         except TimeoutError:
  *             how = "no server has begun with it" if call.cancel() else "a server has begun with it"             # <<<<<<<<<<<<<<
@@ -11330,10 +11780,10 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
         PyObject *__pyx_callargs[2] = {__pyx_t_15, NULL};
         __pyx_t_14 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_cancel, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_15); __pyx_t_15 = 0;
-        if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 331, __pyx_L7_except_error)
+        if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 329, __pyx_L7_except_error)
         __Pyx_GOTREF(__pyx_t_14);
       }
-      __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_14); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 331, __pyx_L7_except_error)
+      __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_14); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 329, __pyx_L7_except_error)
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
       if (__pyx_t_2) {
         __Pyx_INCREF(__pyx_mstate_global->__pyx_kp_u_no_server_has_begun_with_it);
@@ -11347,7 +11797,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
       __pyx_cur_scope->__pyx_v_how = ((PyObject*)__pyx_t_5);
       __pyx_t_5 = 0;
 
-      /* "ivshmem/channel/calls.pyx":332
+      /* "ivshmem/channel/calls.pyx":330
  *         except TimeoutError:
  *             how = "no server has begun with it" if call.cancel() else "a server has begun with it"
  *             raise TimeoutError(             # <<<<<<<<<<<<<<
@@ -11356,18 +11806,18 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
 */
       __pyx_t_14 = NULL;
 
-      /* "ivshmem/channel/calls.pyx":333
+      /* "ivshmem/channel/calls.pyx":331
  *             how = "no server has begun with it" if call.cancel() else "a server has begun with it"
  *             raise TimeoutError(
  *                 f"call of {self.name!r}: no reply in {timeout:g} s; {how}"             # <<<<<<<<<<<<<<
  *             ) from None
  *         except BaseException:
 */
-      __pyx_t_15 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_cur_scope->__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 333, __pyx_L7_except_error)
+      __pyx_t_15 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_cur_scope->__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 331, __pyx_L7_except_error)
       __Pyx_GOTREF(__pyx_t_15);
-      __pyx_t_16 = __Pyx_PyObject_Format(__pyx_cur_scope->__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 333, __pyx_L7_except_error)
+      __pyx_t_16 = __Pyx_PyObject_Format(__pyx_cur_scope->__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 331, __pyx_L7_except_error)
       __Pyx_GOTREF(__pyx_t_16);
-      __pyx_t_17 = __Pyx_PyUnicode_Unicode(__pyx_cur_scope->__pyx_v_how); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 333, __pyx_L7_except_error)
+      __pyx_t_17 = __Pyx_PyUnicode_Unicode(__pyx_cur_scope->__pyx_v_how); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 331, __pyx_L7_except_error)
       __Pyx_GOTREF(__pyx_t_17);
       __pyx_t_18[0] = __pyx_mstate_global->__pyx_kp_u_call_of;
       __pyx_t_18[1] = __pyx_t_15;
@@ -11384,7 +11834,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
       __pyx_t_13 |= __Pyx_PyUnicode_KIND_04(__pyx_t_18[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_18[3]) | __Pyx_PyUnicode_KIND_04(__pyx_t_18[5]);
       #endif
       __pyx_t_20 = __Pyx_PyUnicode_Join(__pyx_t_18, 6, __pyx_t_19, __pyx_t_13);
-      if (unlikely(!__pyx_t_20)) __PYX_ERR(0, 333, __pyx_L7_except_error)
+      if (unlikely(!__pyx_t_20)) __PYX_ERR(0, 331, __pyx_L7_except_error)
       __Pyx_GOTREF(__pyx_t_20);
       __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
       __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
@@ -11395,11 +11845,11 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
         __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TimeoutError)), __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_14); __pyx_t_14 = 0;
         __Pyx_DECREF(__pyx_t_20); __pyx_t_20 = 0;
-        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 332, __pyx_L7_except_error)
+        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 330, __pyx_L7_except_error)
         __Pyx_GOTREF(__pyx_t_5);
       }
 
-      /* "ivshmem/channel/calls.pyx":334
+      /* "ivshmem/channel/calls.pyx":332
  *             raise TimeoutError(
  *                 f"call of {self.name!r}: no reply in {timeout:g} s; {how}"
  *             ) from None             # <<<<<<<<<<<<<<
@@ -11408,10 +11858,10 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
 */
       __Pyx_Raise(__pyx_t_5, 0, 0, Py_None);
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      __PYX_ERR(0, 332, __pyx_L7_except_error)
+      __PYX_ERR(0, 330, __pyx_L7_except_error)
     }
 
-    /* "ivshmem/channel/calls.pyx":335
+    /* "ivshmem/channel/calls.pyx":333
  *                 f"call of {self.name!r}: no reply in {timeout:g} s; {how}"
  *             ) from None
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -11421,12 +11871,12 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
     __pyx_t_13 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_13) {
       __Pyx_AddTraceback("ivshmem.channel.calls.Caller.call_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_4, &__pyx_t_1) < 0) __PYX_ERR(0, 335, __pyx_L7_except_error)
+      if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_4, &__pyx_t_1) < 0) __PYX_ERR(0, 333, __pyx_L7_except_error)
       __Pyx_XGOTREF(__pyx_t_3);
       __Pyx_XGOTREF(__pyx_t_4);
       __Pyx_XGOTREF(__pyx_t_1);
 
-      /* "ivshmem/channel/calls.pyx":336
+      /* "ivshmem/channel/calls.pyx":334
  *             ) from None
  *         except BaseException:
  *             call.cancel()             # <<<<<<<<<<<<<<
@@ -11440,12 +11890,12 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
         PyObject *__pyx_callargs[2] = {__pyx_t_20, NULL};
         __pyx_t_5 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_cancel, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_20); __pyx_t_20 = 0;
-        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 336, __pyx_L7_except_error)
+        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 334, __pyx_L7_except_error)
         __Pyx_GOTREF(__pyx_t_5);
       }
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-      /* "ivshmem/channel/calls.pyx":337
+      /* "ivshmem/channel/calls.pyx":335
  *         except BaseException:
  *             call.cancel()
  *             raise             # <<<<<<<<<<<<<<
@@ -11457,11 +11907,11 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
       __Pyx_XGIVEREF(__pyx_t_1);
       __Pyx_ErrRestoreWithState(__pyx_t_3, __pyx_t_4, __pyx_t_1);
       __pyx_t_3 = 0;  __pyx_t_4 = 0;  __pyx_t_1 = 0; 
-      __PYX_ERR(0, 337, __pyx_L7_except_error)
+      __PYX_ERR(0, 335, __pyx_L7_except_error)
     }
     goto __pyx_L7_except_error;
 
-    /* "ivshmem/channel/calls.pyx":327
+    /* "ivshmem/channel/calls.pyx":325
  *         begun = monotonic() if timeout else 0.0
  *         call = await self.submit_async(data, timeout)
  *         try:             # <<<<<<<<<<<<<<
@@ -11483,7 +11933,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
   }
   CYTHON_MAYBE_UNUSED_VAR(__pyx_cur_scope);
 
-  /* "ivshmem/channel/calls.pyx":322
+  /* "ivshmem/channel/calls.pyx":320
  *         return until_in_time(self, self.submit, timeout, (data,))
  * 
  *     async def call_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -11581,7 +12031,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_11__reduce_cython__(C
  *     raise TypeError, "self.writer cannot be converted to a Python object for pickling"
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_self_writer_cannot_be_converted, 0, 0);
-  __PYX_ERR(1, 2, __pyx_L1_error)
+  __PYX_ERR(3, 2, __pyx_L1_error)
 
   /* "(tree fragment)":1
  * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
@@ -11645,32 +12095,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(1, 3, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(3, 3, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(3, 3, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(1, 3, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(3, 3, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(1, 3, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(3, 3, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(3, 3, __pyx_L3_error)
     }
     __pyx_v___pyx_state = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(1, 3, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(3, 3, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11705,7 +12155,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_13__setstate_cython__
  *     raise TypeError, "self.writer cannot be converted to a Python object for pickling"             # <<<<<<<<<<<<<<
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_self_writer_cannot_be_converted, 0, 0);
-  __PYX_ERR(1, 4, __pyx_L1_error)
+  __PYX_ERR(3, 4, __pyx_L1_error)
 
   /* "(tree fragment)":3
  * def __reduce_cython__(self):
@@ -11723,7 +12173,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_13__setstate_cython__
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":344
+/* "ivshmem/channel/calls.pyx":342
  *     """One server of a channel of calls; made by its `server()`. It iterates over calls."""
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11772,20 +12222,20 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 344, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 342, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 344, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 342, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take", 0) < (0)) __PYX_ERR(0, 344, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take", 0) < (0)) __PYX_ERR(0, 342, __pyx_L3_error)
 
-      /* "ivshmem/channel/calls.pyx":345
+      /* "ivshmem/channel/calls.pyx":343
  * 
  *     @cython.critical_section
  *     def take(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -11798,7 +12248,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 344, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 342, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -11811,7 +12261,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("take", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 344, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("take", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 342, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11824,7 +12274,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_5calls_10CallServer_take(((struct __pyx_obj_7ivshmem_7channel_5calls_CallServer *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/calls.pyx":344
+  /* "ivshmem/channel/calls.pyx":342
  *     """One server of a channel of calls; made by its `server()`. It iterates over calls."""
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11860,21 +12310,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_take(struct __py
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/calls.pyx":359
+        /* "ivshmem/channel/calls.pyx":357
  *         """
  *         cdef ivshmem_taken taken
  *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin, &taken):             # <<<<<<<<<<<<<<
  *             return None
  *         return taken_of(Call, self, &taken)
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_CallServer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_TAKEN, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 359, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_CallServer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_TAKEN, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 357, __pyx_L4_error)
         __pyx_t_3 = (__pyx_t_2 != 0);
 
 
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/calls.pyx":360
+          /* "ivshmem/channel/calls.pyx":358
  *         cdef ivshmem_taken taken
  *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin, &taken):
  *             return None             # <<<<<<<<<<<<<<
@@ -11892,7 +12342,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_take(struct __py
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/calls.pyx":359
+          /* "ivshmem/channel/calls.pyx":357
  *         """
  *         cdef ivshmem_taken taken
  *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin, &taken):             # <<<<<<<<<<<<<<
@@ -11901,14 +12351,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_take(struct __py
 */
         }
 
-        /* "ivshmem/channel/calls.pyx":361
+        /* "ivshmem/channel/calls.pyx":359
  *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin, &taken):
  *             return None
  *         return taken_of(Call, self, &taken)             # <<<<<<<<<<<<<<
  * 
  *     def serve(self, function, timeout=None, *, spin=None):
 */
-        __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_6queues_taken_of(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, ((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), (&__pyx_v_taken))); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 361, __pyx_L4_error)
+        __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_6queues_taken_of(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, ((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), (&__pyx_v_taken))); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 359, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
         {
           PyObject *__pyx_temp;
@@ -11923,7 +12373,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_take(struct __py
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/calls.pyx":344
+      /* "ivshmem/channel/calls.pyx":342
  *     """One server of a channel of calls; made by its `server()`. It iterates over calls."""
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11962,7 +12412,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_take(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":363
+/* "ivshmem/channel/calls.pyx":361
  *         return taken_of(Call, self, &taken)
  * 
  *     def serve(self, function, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -12012,36 +12462,36 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_function,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 363, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 361, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 363, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 361, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 363, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 361, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "serve", 0) < (0)) __PYX_ERR(0, 363, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "serve", 0) < (0)) __PYX_ERR(0, 361, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("serve", 0, 1, 2, i); __PYX_ERR(0, 363, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("serve", 0, 1, 2, i); __PYX_ERR(0, 361, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 363, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 361, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 363, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 361, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -12054,7 +12504,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("serve", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 363, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("serve", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 361, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12106,7 +12556,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("serve", 0);
 
-  /* "ivshmem/channel/calls.pyx":374
+  /* "ivshmem/channel/calls.pyx":372
  *             timeout: seconds without a call after which this returns; None: for ever.
  *         """
  *         while True:             # <<<<<<<<<<<<<<
@@ -12115,7 +12565,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
 */
   while (1) {
 
-    /* "ivshmem/channel/calls.pyx":375
+    /* "ivshmem/channel/calls.pyx":373
  *         """
  *         while True:
  *             call = self.take(timeout, spin=spin)             # <<<<<<<<<<<<<<
@@ -12131,13 +12581,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
       PyObject *__pyx_callargs[3] = {__pyx_t_2, __pyx_v_timeout, __pyx_v_spin};
       #if CYTHON_VECTORCALL
       __pyx_t_4 = __pyx_mstate_global->__pyx_tuple[1];
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 375, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 373, __pyx_L1_error)
       __Pyx_INCREF(__pyx_t_4);
       #else
       {
         PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_spin};
         __pyx_t_4 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+2, 1);
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 375, __pyx_L1_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 373, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_4);
       }
       #endif
@@ -12146,13 +12596,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
       #if CYTHON_VECTORCALL
       #endif
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 375, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 373, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_XDECREF_SET(__pyx_v_call, __pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/calls.pyx":376
+    /* "ivshmem/channel/calls.pyx":374
  *         while True:
  *             call = self.take(timeout, spin=spin)
  *             if call is None:             # <<<<<<<<<<<<<<
@@ -12163,7 +12613,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/channel/calls.pyx":377
+      /* "ivshmem/channel/calls.pyx":375
  *             call = self.take(timeout, spin=spin)
  *             if call is None:
  *                 return             # <<<<<<<<<<<<<<
@@ -12180,7 +12630,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/calls.pyx":376
+      /* "ivshmem/channel/calls.pyx":374
  *         while True:
  *             call = self.take(timeout, spin=spin)
  *             if call is None:             # <<<<<<<<<<<<<<
@@ -12189,7 +12639,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
 */
     }
 
-    /* "ivshmem/channel/calls.pyx":378
+    /* "ivshmem/channel/calls.pyx":376
  *             if call is None:
  *                 return
  *             try:             # <<<<<<<<<<<<<<
@@ -12205,7 +12655,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
       __Pyx_XGOTREF(__pyx_t_8);
       /*try:*/ {
 
-        /* "ivshmem/channel/calls.pyx":379
+        /* "ivshmem/channel/calls.pyx":377
  *                 return
  *             try:
  *                 reply = function(call.get())             # <<<<<<<<<<<<<<
@@ -12222,7 +12672,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
           PyObject *__pyx_callargs[2] = {__pyx_t_10, NULL};
           __pyx_t_9 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-          if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 379, __pyx_L6_error)
+          if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 377, __pyx_L6_error)
           __Pyx_GOTREF(__pyx_t_9);
         }
         __pyx_t_3 = 1;
@@ -12243,13 +12693,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
           __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
           __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
           __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 379, __pyx_L6_error)
+          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 377, __pyx_L6_error)
           __Pyx_GOTREF(__pyx_t_1);
         }
         __Pyx_XDECREF_SET(__pyx_v_reply, __pyx_t_1);
         __pyx_t_1 = 0;
 
-        /* "ivshmem/channel/calls.pyx":378
+        /* "ivshmem/channel/calls.pyx":376
  *             if call is None:
  *                 return
  *             try:             # <<<<<<<<<<<<<<
@@ -12258,7 +12708,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
 */
       }
 
-      /* "ivshmem/channel/calls.pyx":386
+      /* "ivshmem/channel/calls.pyx":384
  *                 raise
  *             else:
  *                 reply_or_fail(call, reply)             # <<<<<<<<<<<<<<
@@ -12266,8 +12716,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
  *     async def serve_async(self, function, timeout=None):
 */
       /*else:*/ {
-        if (!(likely(((__pyx_v_call) == Py_None) || likely(__Pyx_TypeTest(__pyx_v_call, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call))))) __PYX_ERR(0, 386, __pyx_L8_except_error)
-        __pyx_t_11 = __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(((struct __pyx_obj_7ivshmem_7channel_5calls_Call *)__pyx_v_call), __pyx_v_reply); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 386, __pyx_L8_except_error)
+        if (!(likely(((__pyx_v_call) == Py_None) || likely(__Pyx_TypeTest(__pyx_v_call, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call))))) __PYX_ERR(0, 384, __pyx_L8_except_error)
+        __pyx_t_11 = __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(((struct __pyx_obj_7ivshmem_7channel_5calls_Call *)__pyx_v_call), __pyx_v_reply); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 384, __pyx_L8_except_error)
 
       }
       __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -12281,7 +12731,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-      /* "ivshmem/channel/calls.pyx":380
+      /* "ivshmem/channel/calls.pyx":378
  *             try:
  *                 reply = function(call.get())
  *             except Exception as error:             # <<<<<<<<<<<<<<
@@ -12291,7 +12741,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
       __pyx_t_11 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_Exception))));
       if (__pyx_t_11) {
         __Pyx_AddTraceback("ivshmem.channel.calls.CallServer.serve", __pyx_clineno, __pyx_lineno, __pyx_filename);
-        if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_2, &__pyx_t_9) < 0) __PYX_ERR(0, 380, __pyx_L8_except_error)
+        if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_2, &__pyx_t_9) < 0) __PYX_ERR(0, 378, __pyx_L8_except_error)
         __Pyx_XGOTREF(__pyx_t_1);
         __Pyx_XGOTREF(__pyx_t_2);
         __Pyx_XGOTREF(__pyx_t_9);
@@ -12299,7 +12749,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
         __pyx_v_error = __pyx_t_2;
         /*try:*/ {
 
-          /* "ivshmem/channel/calls.pyx":381
+          /* "ivshmem/channel/calls.pyx":379
  *                 reply = function(call.get())
  *             except Exception as error:
  *                 call.fail(explained(error))             # <<<<<<<<<<<<<<
@@ -12308,7 +12758,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
 */
           __pyx_t_10 = __pyx_v_call;
           __Pyx_INCREF(__pyx_t_10);
-          __pyx_t_12 = __pyx_f_7ivshmem_7channel_5calls_explained(__pyx_v_error); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 381, __pyx_L19_error)
+          __pyx_t_12 = __pyx_f_7ivshmem_7channel_5calls_explained(__pyx_v_error); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 379, __pyx_L19_error)
           __Pyx_GOTREF(__pyx_t_12);
           __pyx_t_3 = 0;
           {
@@ -12316,13 +12766,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
             __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fail, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
             __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 381, __pyx_L19_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 379, __pyx_L19_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
         }
 
-        /* "ivshmem/channel/calls.pyx":380
+        /* "ivshmem/channel/calls.pyx":378
  *             try:
  *                 reply = function(call.get())
  *             except Exception as error:             # <<<<<<<<<<<<<<
@@ -12374,7 +12824,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
         goto __pyx_L7_exception_handled;
       }
 
-      /* "ivshmem/channel/calls.pyx":382
+      /* "ivshmem/channel/calls.pyx":380
  *             except Exception as error:
  *                 call.fail(explained(error))
  *             except BaseException:             # <<<<<<<<<<<<<<
@@ -12384,12 +12834,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
       __pyx_t_13 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
       if (__pyx_t_13) {
         __Pyx_AddTraceback("ivshmem.channel.calls.CallServer.serve", __pyx_clineno, __pyx_lineno, __pyx_filename);
-        if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_2, &__pyx_t_1) < 0) __PYX_ERR(0, 382, __pyx_L8_except_error)
+        if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_2, &__pyx_t_1) < 0) __PYX_ERR(0, 380, __pyx_L8_except_error)
         __Pyx_XGOTREF(__pyx_t_9);
         __Pyx_XGOTREF(__pyx_t_2);
         __Pyx_XGOTREF(__pyx_t_1);
 
-        /* "ivshmem/channel/calls.pyx":383
+        /* "ivshmem/channel/calls.pyx":381
  *                 call.fail(explained(error))
  *             except BaseException:
  *                 call.fail("the server ends")             # <<<<<<<<<<<<<<
@@ -12403,12 +12853,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
           PyObject *__pyx_callargs[2] = {__pyx_t_12, __pyx_mstate_global->__pyx_kp_u_the_server_ends};
           __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fail, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_12); __pyx_t_12 = 0;
-          if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 383, __pyx_L8_except_error)
+          if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 381, __pyx_L8_except_error)
           __Pyx_GOTREF(__pyx_t_4);
         }
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-        /* "ivshmem/channel/calls.pyx":384
+        /* "ivshmem/channel/calls.pyx":382
  *             except BaseException:
  *                 call.fail("the server ends")
  *                 raise             # <<<<<<<<<<<<<<
@@ -12420,11 +12870,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
         __Pyx_XGIVEREF(__pyx_t_1);
         __Pyx_ErrRestoreWithState(__pyx_t_9, __pyx_t_2, __pyx_t_1);
         __pyx_t_9 = 0;  __pyx_t_2 = 0;  __pyx_t_1 = 0; 
-        __PYX_ERR(0, 384, __pyx_L8_except_error)
+        __PYX_ERR(0, 382, __pyx_L8_except_error)
       }
       goto __pyx_L8_except_error;
 
-      /* "ivshmem/channel/calls.pyx":378
+      /* "ivshmem/channel/calls.pyx":376
  *             if call is None:
  *                 return
  *             try:             # <<<<<<<<<<<<<<
@@ -12446,7 +12896,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
     }
   }
 
-  /* "ivshmem/channel/calls.pyx":363
+  /* "ivshmem/channel/calls.pyx":361
  *         return taken_of(Call, self, &taken)
  * 
  *     def serve(self, function, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -12476,7 +12926,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
 }
 static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
 
-/* "ivshmem/channel/calls.pyx":388
+/* "ivshmem/channel/calls.pyx":386
  *                 reply_or_fail(call, reply)
  * 
  *     async def serve_async(self, function, timeout=None):             # <<<<<<<<<<<<<<
@@ -12525,35 +12975,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_function,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 388, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 386, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 388, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 386, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 388, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 386, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "serve_async", 0) < (0)) __PYX_ERR(0, 388, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "serve_async", 0) < (0)) __PYX_ERR(0, 386, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("serve_async", 0, 1, 2, i); __PYX_ERR(0, 388, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("serve_async", 0, 1, 2, i); __PYX_ERR(0, 386, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 388, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 386, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 388, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 386, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -12564,7 +13014,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("serve_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 388, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("serve_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 386, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12597,7 +13047,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_4serve_async(str
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 388, __pyx_L1_error)
+    __PYX_ERR(0, 386, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
@@ -12611,7 +13061,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_4serve_async(str
   __Pyx_INCREF(__pyx_cur_scope->__pyx_v_timeout);
   __Pyx_GIVEREF(__pyx_cur_scope->__pyx_v_timeout);
   {
-    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_serve_async, __pyx_mstate_global->__pyx_n_u_CallServer_serve_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls); if (unlikely(!gen)) __PYX_ERR(0, 388, __pyx_L1_error)
+    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_serve_async, __pyx_mstate_global->__pyx_n_u_CallServer_serve_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls); if (unlikely(!gen)) __PYX_ERR(0, 386, __pyx_L1_error)
     __Pyx_DECREF(__pyx_cur_scope);
     __Pyx_RefNannyFinishContext();
     return (PyObject *) gen;
@@ -12668,10 +13118,10 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
   __pyx_L3_first_run:;
   if (unlikely(__pyx_sent_value != Py_None)) {
     if (unlikely(__pyx_sent_value)) PyErr_SetString(PyExc_TypeError, "can't send non-None value to a just-started coroutine");
-    __PYX_ERR(0, 388, __pyx_L1_error)
+    __PYX_ERR(0, 386, __pyx_L1_error)
   }
 
-  /* "ivshmem/channel/calls.pyx":390
+  /* "ivshmem/channel/calls.pyx":388
  *     async def serve_async(self, function, timeout=None):
  *         """The twin of `serve` for asyncio; `function` may be a coroutine function."""
  *         while True:             # <<<<<<<<<<<<<<
@@ -12680,7 +13130,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
 */
   while (1) {
 
-    /* "ivshmem/channel/calls.pyx":391
+    /* "ivshmem/channel/calls.pyx":389
  *         """The twin of `serve` for asyncio; `function` may be a coroutine function."""
  *         while True:
  *             call = await self.take_async(timeout)             # <<<<<<<<<<<<<<
@@ -12694,7 +13144,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
       PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_cur_scope->__pyx_v_timeout};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take_async, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 391, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 389, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __pyx_t_4 = __Pyx_Coroutine_Yield_From(__pyx_generator, __pyx_t_1, &__pyx_r);
@@ -12708,21 +13158,21 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
       __pyx_generator->resume_label = 1;
       return __pyx_r;
       __pyx_L6_resume_from_await:;
-      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 391, __pyx_L1_error)
+      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 389, __pyx_L1_error)
       __pyx_t_1 = __pyx_sent_value; __Pyx_INCREF(__pyx_t_1);
     } else if (likely(__pyx_t_4 == PYGEN_RETURN)) {
       __Pyx_GOTREF(__pyx_r);
       __pyx_t_1 = __pyx_r; __pyx_r = NULL;
     } else {
       __Pyx_XGOTREF(__pyx_r);
-      __PYX_ERR(0, 391, __pyx_L1_error)
+      __PYX_ERR(0, 389, __pyx_L1_error)
     }
     __Pyx_XGOTREF(__pyx_cur_scope->__pyx_v_call);
     __Pyx_XDECREF_SET(__pyx_cur_scope->__pyx_v_call, __pyx_t_1);
     __Pyx_GIVEREF(__pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/calls.pyx":392
+    /* "ivshmem/channel/calls.pyx":390
  *         while True:
  *             call = await self.take_async(timeout)
  *             if call is None:             # <<<<<<<<<<<<<<
@@ -12733,7 +13183,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/channel/calls.pyx":393
+      /* "ivshmem/channel/calls.pyx":391
  *             call = await self.take_async(timeout)
  *             if call is None:
  *                 return             # <<<<<<<<<<<<<<
@@ -12750,7 +13200,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/calls.pyx":392
+      /* "ivshmem/channel/calls.pyx":390
  *         while True:
  *             call = await self.take_async(timeout)
  *             if call is None:             # <<<<<<<<<<<<<<
@@ -12759,7 +13209,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
 */
     }
 
-    /* "ivshmem/channel/calls.pyx":394
+    /* "ivshmem/channel/calls.pyx":392
  *             if call is None:
  *                 return
  *             try:             # <<<<<<<<<<<<<<
@@ -12773,7 +13223,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
       __Pyx_XGOTREF(__pyx_t_8);
       /*try:*/ {
 
-        /* "ivshmem/channel/calls.pyx":395
+        /* "ivshmem/channel/calls.pyx":393
  *                 return
  *             try:
  *                 reply = function(call.get())             # <<<<<<<<<<<<<<
@@ -12790,7 +13240,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
           PyObject *__pyx_callargs[2] = {__pyx_t_11, NULL};
           __pyx_t_10 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
-          if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 395, __pyx_L8_error)
+          if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 393, __pyx_L8_error)
           __Pyx_GOTREF(__pyx_t_10);
         }
         __pyx_t_3 = 1;
@@ -12811,7 +13261,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
           __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
           __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
           __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 395, __pyx_L8_error)
+          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 393, __pyx_L8_error)
           __Pyx_GOTREF(__pyx_t_1);
         }
         __Pyx_XGOTREF(__pyx_cur_scope->__pyx_v_reply);
@@ -12819,18 +13269,18 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
         __Pyx_GIVEREF(__pyx_t_1);
         __pyx_t_1 = 0;
 
-        /* "ivshmem/channel/calls.pyx":396
+        /* "ivshmem/channel/calls.pyx":394
  *             try:
  *                 reply = function(call.get())
  *                 if hasattr(reply, "__await__"):             # <<<<<<<<<<<<<<
  *                     reply = await reply
  *             except Exception as error:
 */
-        __pyx_t_5 = __Pyx_HasAttr(__pyx_cur_scope->__pyx_v_reply, __pyx_mstate_global->__pyx_n_u_await); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 396, __pyx_L8_error)
+        __pyx_t_5 = __Pyx_HasAttr(__pyx_cur_scope->__pyx_v_reply, __pyx_mstate_global->__pyx_n_u_await); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 394, __pyx_L8_error)
         if (__pyx_t_5) {
 
 
-          /* "ivshmem/channel/calls.pyx":397
+          /* "ivshmem/channel/calls.pyx":395
  *                 reply = function(call.get())
  *                 if hasattr(reply, "__await__"):
  *                     reply = await reply             # <<<<<<<<<<<<<<
@@ -12862,21 +13312,21 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
             __pyx_t_8 = __pyx_cur_scope->__pyx_t_2;
             __pyx_cur_scope->__pyx_t_2 = 0;
             __Pyx_XGOTREF(__pyx_t_8);
-            if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 397, __pyx_L8_error)
+            if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 395, __pyx_L8_error)
             __pyx_t_1 = __pyx_sent_value; __Pyx_INCREF(__pyx_t_1);
           } else if (likely(__pyx_t_4 == PYGEN_RETURN)) {
             __Pyx_GOTREF(__pyx_r);
             __pyx_t_1 = __pyx_r; __pyx_r = NULL;
           } else {
             __Pyx_XGOTREF(__pyx_r);
-            __PYX_ERR(0, 397, __pyx_L8_error)
+            __PYX_ERR(0, 395, __pyx_L8_error)
           }
           __Pyx_GOTREF(__pyx_cur_scope->__pyx_v_reply);
           __Pyx_DECREF_SET(__pyx_cur_scope->__pyx_v_reply, __pyx_t_1);
           __Pyx_GIVEREF(__pyx_t_1);
           __pyx_t_1 = 0;
 
-          /* "ivshmem/channel/calls.pyx":396
+          /* "ivshmem/channel/calls.pyx":394
  *             try:
  *                 reply = function(call.get())
  *                 if hasattr(reply, "__await__"):             # <<<<<<<<<<<<<<
@@ -12885,7 +13335,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
 */
         }
 
-        /* "ivshmem/channel/calls.pyx":394
+        /* "ivshmem/channel/calls.pyx":392
  *             if call is None:
  *                 return
  *             try:             # <<<<<<<<<<<<<<
@@ -12894,7 +13344,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
 */
       }
 
-      /* "ivshmem/channel/calls.pyx":404
+      /* "ivshmem/channel/calls.pyx":402
  *                 raise
  *             else:
  *                 reply_or_fail(call, reply)             # <<<<<<<<<<<<<<
@@ -12902,8 +13352,8 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
  *     def take_async(self, timeout=None):
 */
       /*else:*/ {
-        if (!(likely(((__pyx_cur_scope->__pyx_v_call) == Py_None) || likely(__Pyx_TypeTest(__pyx_cur_scope->__pyx_v_call, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call))))) __PYX_ERR(0, 404, __pyx_L10_except_error)
-        __pyx_t_12 = __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(((struct __pyx_obj_7ivshmem_7channel_5calls_Call *)__pyx_cur_scope->__pyx_v_call), __pyx_cur_scope->__pyx_v_reply); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 404, __pyx_L10_except_error)
+        if (!(likely(((__pyx_cur_scope->__pyx_v_call) == Py_None) || likely(__Pyx_TypeTest(__pyx_cur_scope->__pyx_v_call, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call))))) __PYX_ERR(0, 402, __pyx_L10_except_error)
+        __pyx_t_12 = __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(((struct __pyx_obj_7ivshmem_7channel_5calls_Call *)__pyx_cur_scope->__pyx_v_call), __pyx_cur_scope->__pyx_v_reply); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 402, __pyx_L10_except_error)
 
       }
       __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -12917,7 +13367,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-      /* "ivshmem/channel/calls.pyx":398
+      /* "ivshmem/channel/calls.pyx":396
  *                 if hasattr(reply, "__await__"):
  *                     reply = await reply
  *             except Exception as error:             # <<<<<<<<<<<<<<
@@ -12927,7 +13377,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
       __pyx_t_12 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_Exception))));
       if (__pyx_t_12) {
         __Pyx_AddTraceback("ivshmem.channel.calls.CallServer.serve_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
-        if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_9, &__pyx_t_10) < 0) __PYX_ERR(0, 398, __pyx_L10_except_error)
+        if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_9, &__pyx_t_10) < 0) __PYX_ERR(0, 396, __pyx_L10_except_error)
         __Pyx_XGOTREF(__pyx_t_1);
         __Pyx_XGOTREF(__pyx_t_9);
         __Pyx_XGOTREF(__pyx_t_10);
@@ -12936,7 +13386,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
         __pyx_cur_scope->__pyx_v_error = __pyx_t_9;
         /*try:*/ {
 
-          /* "ivshmem/channel/calls.pyx":399
+          /* "ivshmem/channel/calls.pyx":397
  *                     reply = await reply
  *             except Exception as error:
  *                 call.fail(explained(error))             # <<<<<<<<<<<<<<
@@ -12945,7 +13395,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
 */
           __pyx_t_11 = __pyx_cur_scope->__pyx_v_call;
           __Pyx_INCREF(__pyx_t_11);
-          __pyx_t_13 = __pyx_f_7ivshmem_7channel_5calls_explained(__pyx_cur_scope->__pyx_v_error); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 399, __pyx_L23_error)
+          __pyx_t_13 = __pyx_f_7ivshmem_7channel_5calls_explained(__pyx_cur_scope->__pyx_v_error); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 397, __pyx_L23_error)
           __Pyx_GOTREF(__pyx_t_13);
           __pyx_t_3 = 0;
           {
@@ -12953,13 +13403,13 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
             __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fail, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
             __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 399, __pyx_L23_error)
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 397, __pyx_L23_error)
             __Pyx_GOTREF(__pyx_t_2);
           }
           __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
         }
 
-        /* "ivshmem/channel/calls.pyx":398
+        /* "ivshmem/channel/calls.pyx":396
  *                 if hasattr(reply, "__await__"):
  *                     reply = await reply
  *             except Exception as error:             # <<<<<<<<<<<<<<
@@ -13012,7 +13462,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
         goto __pyx_L9_exception_handled;
       }
 
-      /* "ivshmem/channel/calls.pyx":400
+      /* "ivshmem/channel/calls.pyx":398
  *             except Exception as error:
  *                 call.fail(explained(error))
  *             except BaseException:             # <<<<<<<<<<<<<<
@@ -13022,12 +13472,12 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
       __pyx_t_14 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
       if (__pyx_t_14) {
         __Pyx_AddTraceback("ivshmem.channel.calls.CallServer.serve_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
-        if (__Pyx_GetException(&__pyx_t_10, &__pyx_t_9, &__pyx_t_1) < 0) __PYX_ERR(0, 400, __pyx_L10_except_error)
+        if (__Pyx_GetException(&__pyx_t_10, &__pyx_t_9, &__pyx_t_1) < 0) __PYX_ERR(0, 398, __pyx_L10_except_error)
         __Pyx_XGOTREF(__pyx_t_10);
         __Pyx_XGOTREF(__pyx_t_9);
         __Pyx_XGOTREF(__pyx_t_1);
 
-        /* "ivshmem/channel/calls.pyx":401
+        /* "ivshmem/channel/calls.pyx":399
  *                 call.fail(explained(error))
  *             except BaseException:
  *                 call.fail("the server ends")             # <<<<<<<<<<<<<<
@@ -13041,12 +13491,12 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
           PyObject *__pyx_callargs[2] = {__pyx_t_13, __pyx_mstate_global->__pyx_kp_u_the_server_ends};
           __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fail, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_13); __pyx_t_13 = 0;
-          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 401, __pyx_L10_except_error)
+          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 399, __pyx_L10_except_error)
           __Pyx_GOTREF(__pyx_t_2);
         }
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-        /* "ivshmem/channel/calls.pyx":402
+        /* "ivshmem/channel/calls.pyx":400
  *             except BaseException:
  *                 call.fail("the server ends")
  *                 raise             # <<<<<<<<<<<<<<
@@ -13058,11 +13508,11 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
         __Pyx_XGIVEREF(__pyx_t_1);
         __Pyx_ErrRestoreWithState(__pyx_t_10, __pyx_t_9, __pyx_t_1);
         __pyx_t_10 = 0;  __pyx_t_9 = 0;  __pyx_t_1 = 0; 
-        __PYX_ERR(0, 402, __pyx_L10_except_error)
+        __PYX_ERR(0, 400, __pyx_L10_except_error)
       }
       goto __pyx_L10_except_error;
 
-      /* "ivshmem/channel/calls.pyx":394
+      /* "ivshmem/channel/calls.pyx":392
  *             if call is None:
  *                 return
  *             try:             # <<<<<<<<<<<<<<
@@ -13085,7 +13535,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
   }
   CYTHON_MAYBE_UNUSED_VAR(__pyx_cur_scope);
 
-  /* "ivshmem/channel/calls.pyx":388
+  /* "ivshmem/channel/calls.pyx":386
  *                 reply_or_fail(call, reply)
  * 
  *     async def serve_async(self, function, timeout=None):             # <<<<<<<<<<<<<<
@@ -13118,7 +13568,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":406
+/* "ivshmem/channel/calls.pyx":404
  *                 reply_or_fail(call, reply)
  * 
  *     def take_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -13166,24 +13616,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 406, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 404, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 406, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 404, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take_async", 0) < (0)) __PYX_ERR(0, 406, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take_async", 0) < (0)) __PYX_ERR(0, 404, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 406, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 404, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -13194,7 +13644,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("take_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 406, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("take_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 404, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13225,16 +13675,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_7take_async(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("take_async", 0);
 
-  /* "ivshmem/channel/calls.pyx":408
+  /* "ivshmem/channel/calls.pyx":406
  *     def take_async(self, timeout=None):
  *         """The twin of `take` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.take, timeout, ())             # <<<<<<<<<<<<<<
  * 
  *     def __iter__(self):
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_take); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 408, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_take); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 406, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 408, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 406, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
@@ -13248,7 +13698,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_7take_async(stru
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":406
+  /* "ivshmem/channel/calls.pyx":404
  *                 reply_or_fail(call, reply)
  * 
  *     def take_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -13268,7 +13718,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_7take_async(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":410
+/* "ivshmem/channel/calls.pyx":408
  *         return until_something(self, self.take, timeout, ())
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -13296,7 +13746,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_9__iter__(struct
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__iter__", 0);
 
-  /* "ivshmem/channel/calls.pyx":411
+  /* "ivshmem/channel/calls.pyx":409
  * 
  *     def __iter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -13314,7 +13764,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_9__iter__(struct
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":410
+  /* "ivshmem/channel/calls.pyx":408
  *         return until_something(self, self.take, timeout, ())
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -13329,7 +13779,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_9__iter__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":413
+/* "ivshmem/channel/calls.pyx":411
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -13363,7 +13813,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_11__next__(struc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__next__", 0);
 
-  /* "ivshmem/channel/calls.pyx":414
+  /* "ivshmem/channel/calls.pyx":412
  * 
  *     def __next__(self):
  *         return self.take()             # <<<<<<<<<<<<<<
@@ -13377,7 +13827,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_11__next__(struc
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 414, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 412, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -13391,7 +13841,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_11__next__(struc
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":413
+  /* "ivshmem/channel/calls.pyx":411
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -13411,7 +13861,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_11__next__(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":416
+/* "ivshmem/channel/calls.pyx":414
  *         return self.take()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -13439,7 +13889,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_13__aiter__(stru
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__aiter__", 0);
 
-  /* "ivshmem/channel/calls.pyx":417
+  /* "ivshmem/channel/calls.pyx":415
  * 
  *     def __aiter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -13457,7 +13907,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_13__aiter__(stru
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":416
+  /* "ivshmem/channel/calls.pyx":414
  *         return self.take()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -13472,7 +13922,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_13__aiter__(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":419
+/* "ivshmem/channel/calls.pyx":417
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -13506,7 +13956,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_15__anext__(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__anext__", 0);
 
-  /* "ivshmem/channel/calls.pyx":420
+  /* "ivshmem/channel/calls.pyx":418
  * 
  *     def __anext__(self):
  *         return self.take_async()             # <<<<<<<<<<<<<<
@@ -13520,7 +13970,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_15__anext__(stru
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take_async, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 420, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 418, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -13534,7 +13984,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_15__anext__(stru
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":419
+  /* "ivshmem/channel/calls.pyx":417
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -13618,7 +14068,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_17__reduce_cytho
  *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_self_held_self_reader_cannot_be, 0, 0);
-  __PYX_ERR(1, 2, __pyx_L1_error)
+  __PYX_ERR(3, 2, __pyx_L1_error)
 
   /* "(tree fragment)":1
  * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
@@ -13682,32 +14132,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(1, 3, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(3, 3, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(3, 3, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(1, 3, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(3, 3, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(1, 3, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(3, 3, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(3, 3, __pyx_L3_error)
     }
     __pyx_v___pyx_state = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(1, 3, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(3, 3, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13742,7 +14192,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_19__setstate_cyt
  *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"             # <<<<<<<<<<<<<<
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_self_held_self_reader_cannot_be, 0, 0);
-  __PYX_ERR(1, 4, __pyx_L1_error)
+  __PYX_ERR(3, 4, __pyx_L1_error)
 
   /* "(tree fragment)":3
  * def __reduce_cython__(self):
@@ -13760,7 +14210,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_19__setstate_cyt
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":423
+/* "ivshmem/channel/calls.pyx":421
  * 
  * 
  * cdef str explained(object error):             # <<<<<<<<<<<<<<
@@ -13786,7 +14236,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_explained(PyObject *__pyx_v_er
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("explained", 0);
 
-  /* "ivshmem/channel/calls.pyx":425
+  /* "ivshmem/channel/calls.pyx":423
  * cdef str explained(object error):
  *     """Return what a caller is told of an exception."""
  *     try:             # <<<<<<<<<<<<<<
@@ -13802,19 +14252,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_explained(PyObject *__pyx_v_er
     __Pyx_XGOTREF(__pyx_t_3);
     /*try:*/ {
 
-      /* "ivshmem/channel/calls.pyx":426
+      /* "ivshmem/channel/calls.pyx":424
  *     """Return what a caller is told of an exception."""
  *     try:
  *         return f"{type(error).__name__}: {error}"             # <<<<<<<<<<<<<<
  *     except Exception:  # of its __str__
  *         return type(error).__name__
 */
-      __pyx_t_4 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(__pyx_v_error)), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 426, __pyx_L3_error)
+      __pyx_t_4 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(__pyx_v_error)), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 424, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_4);
-      __pyx_t_5 = __Pyx_PyObject_FormatSimple(__pyx_t_4, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 426, __pyx_L3_error)
+      __pyx_t_5 = __Pyx_PyObject_FormatSimple(__pyx_t_4, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 424, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_5);
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_v_error, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 426, __pyx_L3_error)
+      __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_v_error, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 424, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_4);
       __pyx_t_6[0] = __pyx_t_5;
       __pyx_t_6[1] = __pyx_mstate_global->__pyx_kp_u__2;
@@ -13828,7 +14278,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_explained(PyObject *__pyx_v_er
       __pyx_t_8 |= __Pyx_PyUnicode_KIND_04(__pyx_t_6[0]) | __Pyx_PyUnicode_KIND_04(__pyx_t_6[2]);
       #endif
       __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_6, 3, __pyx_t_7, __pyx_t_8);
-      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 426, __pyx_L3_error)
+      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 424, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_9);
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
@@ -13843,7 +14293,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_explained(PyObject *__pyx_v_er
       __pyx_t_9 = 0;
       goto __pyx_L7_try_return;
 
-      /* "ivshmem/channel/calls.pyx":425
+      /* "ivshmem/channel/calls.pyx":423
  * cdef str explained(object error):
  *     """Return what a caller is told of an exception."""
  *     try:             # <<<<<<<<<<<<<<
@@ -13856,7 +14306,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_explained(PyObject *__pyx_v_er
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-    /* "ivshmem/channel/calls.pyx":427
+    /* "ivshmem/channel/calls.pyx":425
  *     try:
  *         return f"{type(error).__name__}: {error}"
  *     except Exception:  # of its __str__             # <<<<<<<<<<<<<<
@@ -13866,21 +14316,21 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_explained(PyObject *__pyx_v_er
     __pyx_t_8 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_Exception))));
     if (__pyx_t_8) {
       __Pyx_AddTraceback("ivshmem.channel.calls.explained", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_4, &__pyx_t_5) < 0) __PYX_ERR(0, 427, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_4, &__pyx_t_5) < 0) __PYX_ERR(0, 425, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_9);
       __Pyx_XGOTREF(__pyx_t_4);
       __Pyx_XGOTREF(__pyx_t_5);
 
-      /* "ivshmem/channel/calls.pyx":428
+      /* "ivshmem/channel/calls.pyx":426
  *         return f"{type(error).__name__}: {error}"
  *     except Exception:  # of its __str__
  *         return type(error).__name__             # <<<<<<<<<<<<<<
  * 
  * 
 */
-      __pyx_t_10 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(__pyx_v_error)), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 428, __pyx_L5_except_error)
+      __pyx_t_10 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(__pyx_v_error)), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 426, __pyx_L5_except_error)
       __Pyx_GOTREF(__pyx_t_10);
-      if (!(likely(PyUnicode_CheckExact(__pyx_t_10))||((__pyx_t_10) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_10))) __PYX_ERR(0, 428, __pyx_L5_except_error)
+      if (!(likely(PyUnicode_CheckExact(__pyx_t_10))||((__pyx_t_10) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_10))) __PYX_ERR(0, 426, __pyx_L5_except_error)
       {
         PyObject *__pyx_temp;
         {
@@ -13897,7 +14347,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_explained(PyObject *__pyx_v_er
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/channel/calls.pyx":425
+    /* "ivshmem/channel/calls.pyx":423
  * cdef str explained(object error):
  *     """Return what a caller is told of an exception."""
  *     try:             # <<<<<<<<<<<<<<
@@ -13924,7 +14374,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_explained(PyObject *__pyx_v_er
     goto __pyx_L0;
   }
 
-  /* "ivshmem/channel/calls.pyx":423
+  /* "ivshmem/channel/calls.pyx":421
  * 
  * 
  * cdef str explained(object error):             # <<<<<<<<<<<<<<
@@ -13946,7 +14396,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_explained(PyObject *__pyx_v_er
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":431
+/* "ivshmem/channel/calls.pyx":429
  * 
  * 
  * cdef int reply_or_fail(Call call, object reply) except -1:             # <<<<<<<<<<<<<<
@@ -13982,7 +14432,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivsh
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("reply_or_fail", 0);
 
-  /* "ivshmem/channel/calls.pyx":433
+  /* "ivshmem/channel/calls.pyx":431
  * cdef int reply_or_fail(Call call, object reply) except -1:
  *     """Send a reply, or tell the caller that it cannot be sent. The server continues."""
  *     try:             # <<<<<<<<<<<<<<
@@ -13998,7 +14448,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivsh
     __Pyx_XGOTREF(__pyx_t_3);
     /*try:*/ {
 
-      /* "ivshmem/channel/calls.pyx":434
+      /* "ivshmem/channel/calls.pyx":432
  *     """Send a reply, or tell the caller that it cannot be sent. The server continues."""
  *     try:
  *         call.reply(reply)             # <<<<<<<<<<<<<<
@@ -14012,12 +14462,12 @@ static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivsh
         PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_v_reply};
         __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_reply, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 434, __pyx_L3_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 432, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_4);
       }
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-      /* "ivshmem/channel/calls.pyx":433
+      /* "ivshmem/channel/calls.pyx":431
  * cdef int reply_or_fail(Call call, object reply) except -1:
  *     """Send a reply, or tell the caller that it cannot be sent. The server continues."""
  *     try:             # <<<<<<<<<<<<<<
@@ -14033,7 +14483,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivsh
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-    /* "ivshmem/channel/calls.pyx":435
+    /* "ivshmem/channel/calls.pyx":433
  *     try:
  *         call.reply(reply)
  *     except (MessageTooLong, TypeError, ValueError, BufferError) as error:             # <<<<<<<<<<<<<<
@@ -14041,7 +14491,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivsh
  *     return 0
 */
     __Pyx_ErrFetch(&__pyx_t_4, &__pyx_t_5, &__pyx_t_7);
-    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 435, __pyx_L5_except_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 433, __pyx_L5_except_error)
     __Pyx_GOTREF(__pyx_t_8);
     __pyx_t_9 = __Pyx_PyErr_GivenExceptionMatches(__pyx_t_4, __pyx_t_8) || __Pyx_PyErr_GivenExceptionMatches(__pyx_t_4, ((PyObject *)(((PyTypeObject*)PyExc_TypeError)))) || __Pyx_PyErr_GivenExceptionMatches(__pyx_t_4, ((PyObject *)(((PyTypeObject*)PyExc_ValueError)))) || __Pyx_PyErr_GivenExceptionMatches(__pyx_t_4, ((PyObject *)(((PyTypeObject*)PyExc_BufferError))));
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
@@ -14049,7 +14499,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivsh
     __pyx_t_4 = 0; __pyx_t_5 = 0; __pyx_t_7 = 0;
     if (__pyx_t_9) {
       __Pyx_AddTraceback("ivshmem.channel.calls.reply_or_fail", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_7, &__pyx_t_5, &__pyx_t_4) < 0) __PYX_ERR(0, 435, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_7, &__pyx_t_5, &__pyx_t_4) < 0) __PYX_ERR(0, 433, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_7);
       __Pyx_XGOTREF(__pyx_t_5);
       __Pyx_XGOTREF(__pyx_t_4);
@@ -14057,7 +14507,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivsh
       __pyx_v_error = __pyx_t_5;
       /*try:*/ {
 
-        /* "ivshmem/channel/calls.pyx":436
+        /* "ivshmem/channel/calls.pyx":434
  *         call.reply(reply)
  *     except (MessageTooLong, TypeError, ValueError, BufferError) as error:
  *         call.fail(explained(error))             # <<<<<<<<<<<<<<
@@ -14066,7 +14516,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivsh
 */
         __pyx_t_10 = ((PyObject *)__pyx_v_call);
         __Pyx_INCREF(__pyx_t_10);
-        __pyx_t_11 = __pyx_f_7ivshmem_7channel_5calls_explained(__pyx_v_error); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 436, __pyx_L14_error)
+        __pyx_t_11 = __pyx_f_7ivshmem_7channel_5calls_explained(__pyx_v_error); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 434, __pyx_L14_error)
         __Pyx_GOTREF(__pyx_t_11);
         __pyx_t_6 = 0;
         {
@@ -14074,13 +14524,13 @@ static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivsh
           __pyx_t_8 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fail, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
           __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 436, __pyx_L14_error)
+          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 434, __pyx_L14_error)
           __Pyx_GOTREF(__pyx_t_8);
         }
         __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
       }
 
-      /* "ivshmem/channel/calls.pyx":435
+      /* "ivshmem/channel/calls.pyx":433
  *     try:
  *         call.reply(reply)
  *     except (MessageTooLong, TypeError, ValueError, BufferError) as error:             # <<<<<<<<<<<<<<
@@ -14133,7 +14583,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivsh
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/channel/calls.pyx":433
+    /* "ivshmem/channel/calls.pyx":431
  * cdef int reply_or_fail(Call call, object reply) except -1:
  *     """Send a reply, or tell the caller that it cannot be sent. The server continues."""
  *     try:             # <<<<<<<<<<<<<<
@@ -14154,7 +14604,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivsh
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/channel/calls.pyx":437
+  /* "ivshmem/channel/calls.pyx":435
  *     except (MessageTooLong, TypeError, ValueError, BufferError) as error:
  *         call.fail(explained(error))
  *     return 0             # <<<<<<<<<<<<<<
@@ -14167,7 +14617,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivsh
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":431
+  /* "ivshmem/channel/calls.pyx":429
  * 
  * 
  * cdef int reply_or_fail(Call call, object reply) except -1:             # <<<<<<<<<<<<<<
@@ -14192,7 +14642,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":447
+/* "ivshmem/channel/calls.pyx":445
  *     """
  * 
  *     def reply(self, data=b""):             # <<<<<<<<<<<<<<
@@ -14240,24 +14690,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 447, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 445, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 447, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 445, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "reply", 0) < (0)) __PYX_ERR(0, 447, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "reply", 0) < (0)) __PYX_ERR(0, 445, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_kp_b__3));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 447, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 445, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -14268,7 +14718,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("reply", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 447, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("reply", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 445, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -14290,104 +14740,50 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 }
 
 static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_reply(struct __pyx_obj_7ivshmem_7channel_5calls_Call *__pyx_v_self, PyObject *__pyx_v_data) {
-  struct __pyx_obj_7ivshmem_7channel_5calls_CallServer *__pyx_v_server = 0;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  int __pyx_t_2;
-  int __pyx_t_3;
-  PyObject *__pyx_t_4 = NULL;
-  size_t __pyx_t_5;
+  int __pyx_t_1;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("reply", 0);
-  __Pyx_INCREF(__pyx_v_data);
 
-  /* "ivshmem/channel/calls.pyx":456
+  /* "ivshmem/channel/calls.pyx":454
  *             MessageTooLong: it is longer than the channel's limit. The call can still be replied to.
  *         """
- *         cdef CallServer server = self.reader             # <<<<<<<<<<<<<<
- *         self.enter()
- *         if server.type is not None:
-*/
-  __pyx_t_1 = ((PyObject *)__pyx_v_self->__pyx_base.__pyx_base.reader);
-  __Pyx_INCREF(__pyx_t_1);
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer))))) __PYX_ERR(0, 456, __pyx_L1_error)
-  __pyx_v_server = ((struct __pyx_obj_7ivshmem_7channel_5calls_CallServer *)__pyx_t_1);
-  __pyx_t_1 = 0;
-
-  /* "ivshmem/channel/calls.pyx":457
- *         """
- *         cdef CallServer server = self.reader
  *         self.enter()             # <<<<<<<<<<<<<<
- *         if server.type is not None:
- *             data = server.type.encode(data)
-*/
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 457, __pyx_L1_error)
-
-
-  /* "ivshmem/channel/calls.pyx":458
- *         cdef CallServer server = self.reader
- *         self.enter()
- *         if server.type is not None:             # <<<<<<<<<<<<<<
- *             data = server.type.encode(data)
- *         return self.send(data, REPLY)
-*/
-  __pyx_t_3 = (__pyx_v_server->__pyx_base.__pyx_base.type != Py_None);
-  if (__pyx_t_3) {
-
-
-    /* "ivshmem/channel/calls.pyx":459
- *         self.enter()
- *         if server.type is not None:
- *             data = server.type.encode(data)             # <<<<<<<<<<<<<<
- *         return self.send(data, REPLY)
+ *         return self.send(self.reader.type, data, REPLY)
  * 
 */
-    __pyx_t_4 = __pyx_v_server->__pyx_base.__pyx_base.type;
-    __Pyx_INCREF(__pyx_t_4);
-    __pyx_t_5 = 0;
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_v_data};
-      __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_encode, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 459, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_1);
-    }
-    __Pyx_DECREF_SET(__pyx_v_data, __pyx_t_1);
-    __pyx_t_1 = 0;
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 454, __pyx_L1_error)
 
-    /* "ivshmem/channel/calls.pyx":458
- *         cdef CallServer server = self.reader
+
+  /* "ivshmem/channel/calls.pyx":455
+ *         """
  *         self.enter()
- *         if server.type is not None:             # <<<<<<<<<<<<<<
- *             data = server.type.encode(data)
- *         return self.send(data, REPLY)
-*/
-  }
-
-  /* "ivshmem/channel/calls.pyx":460
- *         if server.type is not None:
- *             data = server.type.encode(data)
- *         return self.send(data, REPLY)             # <<<<<<<<<<<<<<
+ *         return self.send(self.reader.type, data, REPLY)             # <<<<<<<<<<<<<<
  * 
  *     def fail(self, why):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->send(__pyx_v_self, __pyx_v_data, __pyx_e_7ivshmem_7channel_5calls_REPLY); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 460, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_t_2 = __pyx_v_self->__pyx_base.__pyx_base.reader->type;
+  __Pyx_INCREF(__pyx_t_2);
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->send(__pyx_v_self, __pyx_t_2, __pyx_v_data, __pyx_e_7ivshmem_7channel_5calls_REPLY); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 455, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   {
     PyObject *__pyx_temp;
     {
       __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_1;
+      __pyx_r = __pyx_t_3;
     }
     __Pyx_XDECREF(__pyx_temp);
   }
-  __pyx_t_1 = 0;
+  __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":447
+  /* "ivshmem/channel/calls.pyx":445
  *     """
  * 
  *     def reply(self, data=b""):             # <<<<<<<<<<<<<<
@@ -14397,20 +14793,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_reply(struct __pyx_obj_
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
   __Pyx_AddTraceback("ivshmem.channel.calls.Call.reply", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
-  __Pyx_XDECREF((PyObject *)__pyx_v_server);
-  __Pyx_XDECREF(__pyx_v_data);
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":462
- *         return self.send(data, REPLY)
+/* "ivshmem/channel/calls.pyx":457
+ *         return self.send(self.reader.type, data, REPLY)
  * 
  *     def fail(self, why):             # <<<<<<<<<<<<<<
  *         """Tell the caller that there is no reply, and why: its `result` raises CallFailed."""
@@ -14457,32 +14851,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_why,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 462, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 457, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 462, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 457, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fail", 0) < (0)) __PYX_ERR(0, 462, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fail", 0) < (0)) __PYX_ERR(0, 457, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fail", 1, 1, 1, i); __PYX_ERR(0, 462, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fail", 1, 1, 1, i); __PYX_ERR(0, 457, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 462, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 457, __pyx_L3_error)
     }
     __pyx_v_why = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("fail", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 462, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("fail", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 457, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -14522,21 +14916,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_2fail(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fail", 0);
 
-  /* "ivshmem/channel/calls.pyx":464
+  /* "ivshmem/channel/calls.pyx":459
  *     def fail(self, why):
  *         """Tell the caller that there is no reply, and why: its `result` raises CallFailed."""
  *         self.enter()             # <<<<<<<<<<<<<<
  *         limit = min(self.reader.channel.record.geometry.limit, SHOWN)
- *         return self.send(str(why).encode(errors="backslashreplace")[:limit], FAILURE)
+ *         return self.send(None, str(why).encode(errors="backslashreplace")[:limit], FAILURE)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 464, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 459, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/calls.pyx":465
+  /* "ivshmem/channel/calls.pyx":460
  *         """Tell the caller that there is no reply, and why: its `result` raises CallFailed."""
  *         self.enter()
  *         limit = min(self.reader.channel.record.geometry.limit, SHOWN)             # <<<<<<<<<<<<<<
- *         return self.send(str(why).encode(errors="backslashreplace")[:limit], FAILURE)
+ *         return self.send(None, str(why).encode(errors="backslashreplace")[:limit], FAILURE)
  * 
 */
 
@@ -14556,14 +14950,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_2fail(struct __pyx_obj_
   __pyx_v_limit = __pyx_t_4;
 
 
-  /* "ivshmem/channel/calls.pyx":466
+  /* "ivshmem/channel/calls.pyx":461
  *         self.enter()
  *         limit = min(self.reader.channel.record.geometry.limit, SHOWN)
- *         return self.send(str(why).encode(errors="backslashreplace")[:limit], FAILURE)             # <<<<<<<<<<<<<<
+ *         return self.send(None, str(why).encode(errors="backslashreplace")[:limit], FAILURE)             # <<<<<<<<<<<<<<
  * 
- *     cdef object send(self, object data, unsigned status):
+ *     cdef object send(self, object message_type, object data, unsigned status):
 */
-  __pyx_t_8 = __Pyx_PyObject_Unicode(__pyx_v_why); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 466, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_PyObject_Unicode(__pyx_v_why); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 461, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   __pyx_t_7 = __pyx_t_8;
   __Pyx_INCREF(__pyx_t_7);
@@ -14574,13 +14968,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_2fail(struct __pyx_obj_
     PyObject *__pyx_callargs[2] = {__pyx_t_7, __pyx_mstate_global->__pyx_n_u_backslashreplace};
     #if CYTHON_VECTORCALL
     __pyx_t_10 = __pyx_mstate_global->__pyx_tuple[0];
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 466, __pyx_L1_error)
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 461, __pyx_L1_error)
     __Pyx_INCREF(__pyx_t_10);
     #else
     {
       PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
       __pyx_t_10 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 466, __pyx_L1_error)
+      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 461, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
     }
     #endif
@@ -14590,14 +14984,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_2fail(struct __pyx_obj_
     #endif
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 466, __pyx_L1_error)
+    if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 461, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
   }
-  if (!(likely(PyBytes_CheckExact(__pyx_t_6))||((__pyx_t_6) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_6))) __PYX_ERR(0, 466, __pyx_L1_error)
-  __pyx_t_8 = PySequence_GetSlice(__pyx_t_6, 0, __pyx_v_limit); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 466, __pyx_L1_error)
+  if (!(likely(PyBytes_CheckExact(__pyx_t_6))||((__pyx_t_6) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_6))) __PYX_ERR(0, 461, __pyx_L1_error)
+  __pyx_t_8 = PySequence_GetSlice(__pyx_t_6, 0, __pyx_v_limit); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 461, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->send(__pyx_v_self, __pyx_t_8, __pyx_e_7ivshmem_7channel_5calls_FAILURE); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 466, __pyx_L1_error)
+  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->send(__pyx_v_self, Py_None, __pyx_t_8, __pyx_e_7ivshmem_7channel_5calls_FAILURE); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 461, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
   {
@@ -14611,8 +15005,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_2fail(struct __pyx_obj_
   __pyx_t_6 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":462
- *         return self.send(data, REPLY)
+  /* "ivshmem/channel/calls.pyx":457
+ *         return self.send(self.reader.type, data, REPLY)
  * 
  *     def fail(self, why):             # <<<<<<<<<<<<<<
  *         """Tell the caller that there is no reply, and why: its `result` raises CallFailed."""
@@ -14634,15 +15028,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_2fail(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":468
- *         return self.send(str(why).encode(errors="backslashreplace")[:limit], FAILURE)
+/* "ivshmem/channel/calls.pyx":463
+ *         return self.send(None, str(why).encode(errors="backslashreplace")[:limit], FAILURE)
  * 
- *     cdef object send(self, object data, unsigned status):             # <<<<<<<<<<<<<<
+ *     cdef object send(self, object message_type, object data, unsigned status):             # <<<<<<<<<<<<<<
  *         cdef Py_buffer view
  *         cdef int code
 */
 
-static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7ivshmem_7channel_5calls_Call *__pyx_v_self, PyObject *__pyx_v_data, unsigned int __pyx_v_status) {
+static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7ivshmem_7channel_5calls_Call *__pyx_v_self, PyObject *__pyx_v_message_type, PyObject *__pyx_v_data, unsigned int __pyx_v_status) {
   Py_buffer __pyx_v_view;
   int __pyx_v_code;
   PyObject *__pyx_r = NULL;
@@ -14672,11 +15066,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("send", 0);
 
-  /* "ivshmem/channel/calls.pyx":471
+  /* "ivshmem/channel/calls.pyx":466
  *         cdef Py_buffer view
  *         cdef int code
  *         with cython.critical_section(self.reader):             # <<<<<<<<<<<<<<
- *             PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+ *             take_payload(message_type, data, &view)
  *             try:
 */
   {
@@ -14686,46 +15080,46 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/calls.pyx":472
+        /* "ivshmem/channel/calls.pyx":467
  *         cdef int code
  *         with cython.critical_section(self.reader):
- *             PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
+ *             take_payload(message_type, data, &view)             # <<<<<<<<<<<<<<
  *             try:
  *                 self.enter()
 */
-        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 472, __pyx_L4_error)
+        __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_take_payload(__pyx_v_message_type, __pyx_v_data, (&__pyx_v_view)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 467, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/calls.pyx":473
+        /* "ivshmem/channel/calls.pyx":468
  *         with cython.critical_section(self.reader):
- *             PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+ *             take_payload(message_type, data, &view)
  *             try:             # <<<<<<<<<<<<<<
  *                 self.enter()
  *                 self.check_exports()
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/calls.pyx":474
- *             PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+          /* "ivshmem/channel/calls.pyx":469
+ *             take_payload(message_type, data, &view)
  *             try:
  *                 self.enter()             # <<<<<<<<<<<<<<
  *                 self.check_exports()
  *                 if <uint64_t>view.len > self.reader.channel.record.geometry.limit:
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 474, __pyx_L7_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 469, __pyx_L7_error)
 
 
-          /* "ivshmem/channel/calls.pyx":475
+          /* "ivshmem/channel/calls.pyx":470
  *             try:
  *                 self.enter()
  *                 self.check_exports()             # <<<<<<<<<<<<<<
  *                 if <uint64_t>view.len > self.reader.channel.record.geometry.limit:
  *                     raise MessageTooLong(
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.check_exports(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 475, __pyx_L7_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.check_exports(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 470, __pyx_L7_error)
 
 
-          /* "ivshmem/channel/calls.pyx":476
+          /* "ivshmem/channel/calls.pyx":471
  *                 self.enter()
  *                 self.check_exports()
  *                 if <uint64_t>view.len > self.reader.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
@@ -14737,7 +15131,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
           if (unlikely(__pyx_t_3)) {
 
 
-            /* "ivshmem/channel/calls.pyx":477
+            /* "ivshmem/channel/calls.pyx":472
  *                 self.check_exports()
  *                 if <uint64_t>view.len > self.reader.channel.record.geometry.limit:
  *                     raise MessageTooLong(             # <<<<<<<<<<<<<<
@@ -14745,34 +15139,34 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
  *                         f" {self.reader.channel.record.geometry.limit}"
 */
             __pyx_t_5 = NULL;
-            __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 477, __pyx_L7_error)
+            __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 472, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_6);
 
-            /* "ivshmem/channel/calls.pyx":478
+            /* "ivshmem/channel/calls.pyx":473
  *                 if <uint64_t>view.len > self.reader.channel.record.geometry.limit:
  *                     raise MessageTooLong(
  *                         f"a reply of {view.len} bytes, and the channel's limit is"             # <<<<<<<<<<<<<<
  *                         f" {self.reader.channel.record.geometry.limit}"
  *                     )
 */
-            __pyx_t_7 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 478, __pyx_L7_error)
+            __pyx_t_7 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 473, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_7);
 
-            /* "ivshmem/channel/calls.pyx":479
+            /* "ivshmem/channel/calls.pyx":474
  *                     raise MessageTooLong(
  *                         f"a reply of {view.len} bytes, and the channel's limit is"
  *                         f" {self.reader.channel.record.geometry.limit}"             # <<<<<<<<<<<<<<
  *                     )
  *                 memcpy(
 */
-            __pyx_t_8 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->__pyx_base.__pyx_base.reader->__pyx_base.channel.record.geometry.limit, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 479, __pyx_L7_error)
+            __pyx_t_8 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->__pyx_base.__pyx_base.reader->__pyx_base.channel.record.geometry.limit, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 474, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_8);
             __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_a_reply_of;
             __pyx_t_9[1] = __pyx_t_7;
             __pyx_t_9[2] = __pyx_mstate_global->__pyx_kp_u_bytes_and_the_channel_s_limit_i;
             __pyx_t_9[3] = __pyx_t_8;
 
-            /* "ivshmem/channel/calls.pyx":478
+            /* "ivshmem/channel/calls.pyx":473
  *                 if <uint64_t>view.len > self.reader.channel.record.geometry.limit:
  *                     raise MessageTooLong(
  *                         f"a reply of {view.len} bytes, and the channel's limit is"             # <<<<<<<<<<<<<<
@@ -14785,7 +15179,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
             #endif
             __pyx_t_2 = 0;
             __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_9, 4, __pyx_t_10, __pyx_t_2);
-            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 478, __pyx_L7_error)
+            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 473, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_11);
             __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
@@ -14807,14 +15201,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
               __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
               __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
               __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 477, __pyx_L7_error)
+              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 472, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_4);
             }
             __Pyx_Raise(__pyx_t_4, 0, 0, 0);
             __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-            __PYX_ERR(0, 477, __pyx_L7_error)
+            __PYX_ERR(0, 472, __pyx_L7_error)
 
-            /* "ivshmem/channel/calls.pyx":476
+            /* "ivshmem/channel/calls.pyx":471
  *                 self.enter()
  *                 self.check_exports()
  *                 if <uint64_t>view.len > self.reader.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
@@ -14823,7 +15217,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
 */
           }
 
-          /* "ivshmem/channel/calls.pyx":481
+          /* "ivshmem/channel/calls.pyx":476
  *                         f" {self.reader.channel.record.geometry.limit}"
  *                     )
  *                 memcpy(             # <<<<<<<<<<<<<<
@@ -14832,7 +15226,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
 */
           (void)(memcpy((__pyx_v_self->__pyx_base.__pyx_base.reader->__pyx_base.channel.area.memory.start + ivshmem_reply_offset((&__pyx_v_self->__pyx_base.__pyx_base.reader->__pyx_base.channel), __pyx_v_self->__pyx_base.taken.message.writer, __pyx_v_self->__pyx_base.taken.message.position)), __pyx_v_view.buf, __pyx_v_view.len));
 
-          /* "ivshmem/channel/calls.pyx":489
+          /* "ivshmem/channel/calls.pyx":484
  *                     view.len,
  *                 )
  *                 code = ivshmem_reply(&self.reader.reader, &self.taken, view.len, status)             # <<<<<<<<<<<<<<
@@ -14842,7 +15236,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
           __pyx_v_code = ivshmem_reply((&__pyx_v_self->__pyx_base.__pyx_base.reader->reader), (&__pyx_v_self->__pyx_base.taken), __pyx_v_view.len, __pyx_v_status);
         }
 
-        /* "ivshmem/channel/calls.pyx":491
+        /* "ivshmem/channel/calls.pyx":486
  *                 code = ivshmem_reply(&self.reader.reader, &self.taken, view.len, status)
  *             finally:
  *                 PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -14892,7 +15286,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
           __pyx_L8:;
         }
 
-        /* "ivshmem/channel/calls.pyx":492
+        /* "ivshmem/channel/calls.pyx":487
  *             finally:
  *                 PyBuffer_Release(&view)
  *             self.live = False             # <<<<<<<<<<<<<<
@@ -14901,24 +15295,24 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
 */
         __pyx_v_self->__pyx_base.__pyx_base.live = 0;
 
-        /* "ivshmem/channel/calls.pyx":493
+        /* "ivshmem/channel/calls.pyx":488
  *                 PyBuffer_Release(&view)
  *             self.live = False
  *             self.reader.membership.flush()             # <<<<<<<<<<<<<<
  *             return code == 0
  * 
 */
-        __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.reader->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.reader->__pyx_base.membership); if (unlikely(__pyx_t_13 == ((int)-1))) __PYX_ERR(0, 493, __pyx_L4_error)
+        __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.reader->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.reader->__pyx_base.membership); if (unlikely(__pyx_t_13 == ((int)-1))) __PYX_ERR(0, 488, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/calls.pyx":494
+        /* "ivshmem/channel/calls.pyx":489
  *             self.live = False
  *             self.reader.membership.flush()
  *             return code == 0             # <<<<<<<<<<<<<<
  * 
  *     def done(self):
 */
-        __pyx_t_4 = __Pyx_PyBool_FromLong((__pyx_v_code == 0)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 494, __pyx_L4_error)
+        __pyx_t_4 = __Pyx_PyBool_FromLong((__pyx_v_code == 0)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 489, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
         {
           PyObject *__pyx_temp;
@@ -14933,11 +15327,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/calls.pyx":471
+      /* "ivshmem/channel/calls.pyx":466
  *         cdef Py_buffer view
  *         cdef int code
  *         with cython.critical_section(self.reader):             # <<<<<<<<<<<<<<
- *             PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+ *             take_payload(message_type, data, &view)
  *             try:
 */
       /*finally:*/ {
@@ -14957,10 +15351,10 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/calls.pyx":468
- *         return self.send(str(why).encode(errors="backslashreplace")[:limit], FAILURE)
+  /* "ivshmem/channel/calls.pyx":463
+ *         return self.send(None, str(why).encode(errors="backslashreplace")[:limit], FAILURE)
  * 
- *     cdef object send(self, object data, unsigned status):             # <<<<<<<<<<<<<<
+ *     cdef object send(self, object message_type, object data, unsigned status):             # <<<<<<<<<<<<<<
  *         cdef Py_buffer view
  *         cdef int code
 */
@@ -14984,7 +15378,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":496
+/* "ivshmem/channel/calls.pyx":491
  *             return code == 0
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
@@ -15046,7 +15440,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_4done(CYTHON_UNUSED str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("done", 0);
 
-  /* "ivshmem/channel/calls.pyx":498
+  /* "ivshmem/channel/calls.pyx":493
  *     def done(self):
  *         """A call is replied to."""
  *         raise TypeError("a call ends with `reply` or `fail`")             # <<<<<<<<<<<<<<
@@ -15059,14 +15453,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_4done(CYTHON_UNUSED str
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_a_call_ends_with_reply_or_fail};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 498, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 493, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 498, __pyx_L1_error)
+  __PYX_ERR(0, 493, __pyx_L1_error)
 
-  /* "ivshmem/channel/calls.pyx":496
+  /* "ivshmem/channel/calls.pyx":491
  *             return code == 0
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
@@ -15085,7 +15479,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_4done(CYTHON_UNUSED str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":500
+/* "ivshmem/channel/calls.pyx":495
  *         raise TypeError("a call ends with `reply` or `fail`")
  * 
  *     def give_back(self):             # <<<<<<<<<<<<<<
@@ -15147,7 +15541,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_6give_back(CYTHON_UNUSE
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("give_back", 0);
 
-  /* "ivshmem/channel/calls.pyx":502
+  /* "ivshmem/channel/calls.pyx":497
  *     def give_back(self):
  *         """No other server may get a call: what this one did would be repeated."""
  *         raise TypeError("a call ends with `reply` or `fail`")             # <<<<<<<<<<<<<<
@@ -15160,14 +15554,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_6give_back(CYTHON_UNUSE
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_a_call_ends_with_reply_or_fail};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 502, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 497, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 502, __pyx_L1_error)
+  __PYX_ERR(0, 497, __pyx_L1_error)
 
-  /* "ivshmem/channel/calls.pyx":500
+  /* "ivshmem/channel/calls.pyx":495
  *         raise TypeError("a call ends with `reply` or `fail`")
  * 
  *     def give_back(self):             # <<<<<<<<<<<<<<
@@ -15186,7 +15580,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_6give_back(CYTHON_UNUSE
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":504
+/* "ivshmem/channel/calls.pyx":499
  *         raise TypeError("a call ends with `reply` or `fail`")
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -15241,33 +15635,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_kind,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 504, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 499, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         default:
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 504, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 499, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
       const Py_ssize_t used_pos_args = (kwd_pos_args < 1) ? kwd_pos_args : 1;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 504, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 499, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 504, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 499, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs < 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 504, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 499, __pyx_L3_error)
     }
     __pyx_v_kind = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 504, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 499, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15306,7 +15700,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_8__exit__(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__exit__", 0);
 
-  /* "ivshmem/channel/calls.pyx":505
+  /* "ivshmem/channel/calls.pyx":500
  * 
  *     def __exit__(self, kind, *error):
  *         if self.live and self.exports == 0:             # <<<<<<<<<<<<<<
@@ -15328,7 +15722,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_8__exit__(struct __pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/calls.pyx":506
+    /* "ivshmem/channel/calls.pyx":501
  *     def __exit__(self, kind, *error):
  *         if self.live and self.exports == 0:
  *             self.fail(             # <<<<<<<<<<<<<<
@@ -15338,7 +15732,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_8__exit__(struct __pyx_
     __pyx_t_4 = ((PyObject *)__pyx_v_self);
     __Pyx_INCREF(__pyx_t_4);
 
-    /* "ivshmem/channel/calls.pyx":507
+    /* "ivshmem/channel/calls.pyx":502
  *         if self.live and self.exports == 0:
  *             self.fail(
  *                 "the server gave no reply" if kind is None else explained(error[0])             # <<<<<<<<<<<<<<
@@ -15350,9 +15744,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_8__exit__(struct __pyx_
       __Pyx_INCREF(__pyx_mstate_global->__pyx_kp_u_the_server_gave_no_reply);
       __pyx_t_5 = __pyx_mstate_global->__pyx_kp_u_the_server_gave_no_reply;
     } else {
-      __pyx_t_6 = __Pyx_GetItemInt_Tuple(__pyx_v_error, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_FunctionArgument); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 507, __pyx_L1_error)
+      __pyx_t_6 = __Pyx_GetItemInt_Tuple(__pyx_v_error, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_FunctionArgument); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 502, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
-      __pyx_t_7 = __pyx_f_7ivshmem_7channel_5calls_explained(__pyx_t_6); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 507, __pyx_L1_error)
+      __pyx_t_7 = __pyx_f_7ivshmem_7channel_5calls_explained(__pyx_t_6); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 502, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
       __pyx_t_5 = __pyx_t_7;
@@ -15365,12 +15759,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_8__exit__(struct __pyx_
       __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fail, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 506, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 501, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-    /* "ivshmem/channel/calls.pyx":505
+    /* "ivshmem/channel/calls.pyx":500
  * 
  *     def __exit__(self, kind, *error):
  *         if self.live and self.exports == 0:             # <<<<<<<<<<<<<<
@@ -15379,7 +15773,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_8__exit__(struct __pyx_
 */
   }
 
-  /* "ivshmem/channel/calls.pyx":504
+  /* "ivshmem/channel/calls.pyx":499
  *         raise TypeError("a call ends with `reply` or `fail`")
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -15404,7 +15798,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_8__exit__(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":510
+/* "ivshmem/channel/calls.pyx":505
  *             )
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -15437,7 +15831,7 @@ static void __pyx_pf_7ivshmem_7channel_5calls_4Call_10__del__(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__del__", 0);
 
-  /* "ivshmem/channel/calls.pyx":511
+  /* "ivshmem/channel/calls.pyx":506
  * 
  *     def __del__(self):
  *         if self.live and self.exports == 0 and self.reader.usable():             # <<<<<<<<<<<<<<
@@ -15468,7 +15862,7 @@ static void __pyx_pf_7ivshmem_7channel_5calls_4Call_10__del__(struct __pyx_obj_7
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/calls.pyx":512
+    /* "ivshmem/channel/calls.pyx":507
  *     def __del__(self):
  *         if self.live and self.exports == 0 and self.reader.usable():
  *             self.fail("the server gave no reply")             # <<<<<<<<<<<<<<
@@ -15480,12 +15874,12 @@ static void __pyx_pf_7ivshmem_7channel_5calls_4Call_10__del__(struct __pyx_obj_7
       PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_the_server_gave_no_reply};
       __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fail, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 512, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 507, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-    /* "ivshmem/channel/calls.pyx":511
+    /* "ivshmem/channel/calls.pyx":506
  * 
  *     def __del__(self):
  *         if self.live and self.exports == 0 and self.reader.usable():             # <<<<<<<<<<<<<<
@@ -15493,7 +15887,7 @@ static void __pyx_pf_7ivshmem_7channel_5calls_4Call_10__del__(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/channel/calls.pyx":510
+  /* "ivshmem/channel/calls.pyx":505
  *             )
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -15576,7 +15970,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_12__reduce_cython__(CYT
  *     raise TypeError, "Pickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)"
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_Pickling_of_struct_members_such, 0, 0);
-  __PYX_ERR(1, 2, __pyx_L1_error)
+  __PYX_ERR(3, 2, __pyx_L1_error)
 
   /* "(tree fragment)":1
  * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
@@ -15640,32 +16034,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(1, 3, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(3, 3, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(3, 3, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(1, 3, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(3, 3, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(1, 3, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(3, 3, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(3, 3, __pyx_L3_error)
     }
     __pyx_v___pyx_state = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(1, 3, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(3, 3, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15700,7 +16094,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_14__setstate_cython__(C
  *     raise TypeError, "Pickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)"             # <<<<<<<<<<<<<<
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_Pickling_of_struct_members_such, 0, 0);
-  __PYX_ERR(1, 4, __pyx_L1_error)
+  __PYX_ERR(3, 4, __pyx_L1_error)
 
   /* "(tree fragment)":3
  * def __reduce_cython__(self):
@@ -17133,11 +17527,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_CallServer(_
   __pyx_vtabptr_7ivshmem_7channel_5calls_CallServer = &__pyx_vtable_7ivshmem_7channel_5calls_CallServer;
   __pyx_vtable_7ivshmem_7channel_5calls_CallServer.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_6queues_ClaimingEnd;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 340, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 338, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5calls_CallServer_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer)) __PYX_ERR(0, 340, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer)) __PYX_ERR(0, 338, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer = &__pyx_type_7ivshmem_7channel_5calls_CallServer;
   #endif
@@ -17145,7 +17539,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_CallServer(_
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer) < (0)) __PYX_ERR(0, 340, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer) < (0)) __PYX_ERR(0, 338, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer);
@@ -17155,12 +17549,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_CallServer(_
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer, __pyx_vtabptr_7ivshmem_7channel_5calls_CallServer) < (0)) __PYX_ERR(0, 340, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_CallServer, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer) < (0)) __PYX_ERR(0, 340, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer, __pyx_vtabptr_7ivshmem_7channel_5calls_CallServer) < (0)) __PYX_ERR(0, 338, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_CallServer, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer) < (0)) __PYX_ERR(0, 338, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_5calls_CallServer, __pyx_base.__pyx_base.__pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer) < (0)) __PYX_ERR(0, 340, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer) < (0)) __PYX_ERR(0, 338, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -17180,13 +17574,13 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_Call(__pyx_m
   /*--- Exttype __pyx_obj_7ivshmem_7channel_5calls_Call ---*/
   __pyx_vtabptr_7ivshmem_7channel_5calls_Call = &__pyx_vtable_7ivshmem_7channel_5calls_Call;
   __pyx_vtable_7ivshmem_7channel_5calls_Call.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_6queues_Taken;
-  __pyx_vtable_7ivshmem_7channel_5calls_Call.send = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_5calls_Call *, PyObject *, unsigned int))__pyx_f_7ivshmem_7channel_5calls_4Call_send;
+  __pyx_vtable_7ivshmem_7channel_5calls_Call.send = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_5calls_Call *, PyObject *, PyObject *, unsigned int))__pyx_f_7ivshmem_7channel_5calls_4Call_send;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 440, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 438, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5calls_Call_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call)) __PYX_ERR(0, 440, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call)) __PYX_ERR(0, 438, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call = &__pyx_type_7ivshmem_7channel_5calls_Call;
   #endif
@@ -17194,7 +17588,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_Call(__pyx_m
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call) < (0)) __PYX_ERR(0, 440, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call) < (0)) __PYX_ERR(0, 438, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call);
@@ -17204,9 +17598,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_Call(__pyx_m
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_vtabptr_7ivshmem_7channel_5calls_Call) < (0)) __PYX_ERR(0, 440, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Call, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call) < (0)) __PYX_ERR(0, 440, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call) < (0)) __PYX_ERR(0, 440, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_vtabptr_7ivshmem_7channel_5calls_Call) < (0)) __PYX_ERR(0, 438, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Call, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call) < (0)) __PYX_ERR(0, 438, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call) < (0)) __PYX_ERR(0, 438, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -17224,14 +17618,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls___pyx_scope_
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls___pyx_scope_struct__call_async", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_5calls___pyx_scope_struct__call_async ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct__call_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5calls___pyx_scope_struct__call_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct__call_async)) __PYX_ERR(0, 322, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct__call_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5calls___pyx_scope_struct__call_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct__call_async)) __PYX_ERR(0, 320, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct__call_async = &__pyx_type_7ivshmem_7channel_5calls___pyx_scope_struct__call_async;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct__call_async) < (0)) __PYX_ERR(0, 322, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct__call_async) < (0)) __PYX_ERR(0, 320, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct__call_async);
@@ -17257,14 +17651,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls___pyx_scope_
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async)) __PYX_ERR(0, 388, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async)) __PYX_ERR(0, 386, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async = &__pyx_type_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async) < (0)) __PYX_ERR(0, 388, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async) < (0)) __PYX_ERR(0, 386, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async);
@@ -17290,7 +17684,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_modinit_Type_import_code", 0);
   /*--- Type import code ---*/
-  __pyx_t_1 = PyImport_ImportModule(__Pyx_BUILTIN_MODULE_NAME); if (unlikely(!__pyx_t_1)) __PYX_ERR(2, 9, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule(__Pyx_BUILTIN_MODULE_NAME); if (unlikely(!__pyx_t_1)) __PYX_ERR(4, 9, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7cpython_4type_type = __Pyx_ImportType_3_3_1(__pyx_t_1, __Pyx_BUILTIN_MODULE_NAME, "type",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -17300,9 +17694,9 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(PyHeapTypeObject), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(PyHeapTypeObject),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(2, 9, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(4, 9, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.spin"); if (unlikely(!__pyx_t_1)) __PYX_ERR(3, 30, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.spin"); if (unlikely(!__pyx_t_1)) __PYX_ERR(5, 30, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.spin", "Spinner",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -17312,10 +17706,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_4spin_Spinner), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_4spin_Spinner),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner) __PYX_ERR(3, 30, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner, (void**)&__pyx_vtabptr_7ivshmem_6native_4spin_Spinner) != 1)) __PYX_ERR(3, 30, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner) __PYX_ERR(5, 30, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner, (void**)&__pyx_vtabptr_7ivshmem_6native_4spin_Spinner) != 1)) __PYX_ERR(5, 30, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.descriptors"); if (unlikely(!__pyx_t_1)) __PYX_ERR(4, 86, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.descriptors"); if (unlikely(!__pyx_t_1)) __PYX_ERR(1, 101, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Fd",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -17325,7 +17719,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) __PYX_ERR(4, 86, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) __PYX_ERR(1, 101, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "FdArray",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
@@ -17334,8 +17728,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) __PYX_ERR(4, 93, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray) != 1)) __PYX_ERR(4, 93, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) __PYX_ERR(1, 108, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray) != 1)) __PYX_ERR(1, 108, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Signaller",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
@@ -17344,8 +17738,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) __PYX_ERR(4, 117, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) != 1)) __PYX_ERR(4, 117, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) __PYX_ERR(1, 132, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) != 1)) __PYX_ERR(1, 132, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Relay",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
@@ -17354,8 +17748,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) __PYX_ERR(4, 127, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) != 1)) __PYX_ERR(4, 127, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) __PYX_ERR(1, 142, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) != 1)) __PYX_ERR(1, 142, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Epoll",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
@@ -17364,10 +17758,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) __PYX_ERR(4, 134, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) != 1)) __PYX_ERR(4, 134, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) __PYX_ERR(1, 149, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) != 1)) __PYX_ERR(1, 149, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.bell"); if (unlikely(!__pyx_t_1)) __PYX_ERR(5, 23, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.bell"); if (unlikely(!__pyx_t_1)) __PYX_ERR(6, 23, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.bell", "Doorbell",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -17377,10 +17771,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell) __PYX_ERR(5, 23, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell, (void**)&__pyx_vtabptr_7ivshmem_6native_4bell_Doorbell) != 1)) __PYX_ERR(5, 23, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell) __PYX_ERR(6, 23, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell, (void**)&__pyx_vtabptr_7ivshmem_6native_4bell_Doorbell) != 1)) __PYX_ERR(6, 23, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.mapping"); if (unlikely(!__pyx_t_1)) __PYX_ERR(6, 6, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.mapping"); if (unlikely(!__pyx_t_1)) __PYX_ERR(7, 6, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "Mapping",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -17390,8 +17784,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping) __PYX_ERR(6, 6, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Mapping) != 1)) __PYX_ERR(6, 6, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping) __PYX_ERR(7, 6, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Mapping) != 1)) __PYX_ERR(7, 6, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "Atomic",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic),
@@ -17400,8 +17794,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic) __PYX_ERR(6, 22, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Atomic) != 1)) __PYX_ERR(6, 22, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic) __PYX_ERR(7, 22, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Atomic) != 1)) __PYX_ERR(7, 22, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32 = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "AtomicU32",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32),
@@ -17410,8 +17804,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32) __PYX_ERR(6, 33, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32) != 1)) __PYX_ERR(6, 33, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32) __PYX_ERR(7, 33, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32) != 1)) __PYX_ERR(7, 33, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64 = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "AtomicU64",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64),
@@ -17420,8 +17814,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64) __PYX_ERR(6, 37, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64) != 1)) __PYX_ERR(6, 37, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64) __PYX_ERR(7, 37, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64) != 1)) __PYX_ERR(7, 37, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "Registers",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Registers), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Registers),
@@ -17430,10 +17824,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Registers), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Registers),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers) __PYX_ERR(6, 41, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Registers) != 1)) __PYX_ERR(6, 41, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers) __PYX_ERR(7, 41, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Registers) != 1)) __PYX_ERR(7, 41, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem._core"); if (unlikely(!__pyx_t_1)) __PYX_ERR(7, 56, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem._core"); if (unlikely(!__pyx_t_1)) __PYX_ERR(8, 56, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._core", "Doorbells",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -17443,10 +17837,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_5_core_Doorbells), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_5_core_Doorbells),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) __PYX_ERR(7, 56, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells, (void**)&__pyx_vtabptr_7ivshmem_5_core_Doorbells) != 1)) __PYX_ERR(7, 56, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) __PYX_ERR(8, 56, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells, (void**)&__pyx_vtabptr_7ivshmem_5_core_Doorbells) != 1)) __PYX_ERR(8, 56, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.membership"); if (unlikely(!__pyx_t_1)) __PYX_ERR(8, 22, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.membership"); if (unlikely(!__pyx_t_1)) __PYX_ERR(9, 22, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.membership", "Dependent",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -17456,8 +17850,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent) __PYX_ERR(8, 22, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Dependent) != 1)) __PYX_ERR(8, 22, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent) __PYX_ERR(9, 22, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Dependent) != 1)) __PYX_ERR(9, 22, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.membership", "Membership",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Membership), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Membership),
@@ -17466,10 +17860,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Membership), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Membership),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) __PYX_ERR(8, 29, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Membership) != 1)) __PYX_ERR(8, 29, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) __PYX_ERR(9, 29, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Membership) != 1)) __PYX_ERR(9, 29, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.ends"); if (unlikely(!__pyx_t_1)) __PYX_ERR(9, 11, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.ends"); if (unlikely(!__pyx_t_1)) __PYX_ERR(10, 18, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.ends", "Wakeup",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -17479,10 +17873,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup) __PYX_ERR(9, 11, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup) != 1)) __PYX_ERR(9, 11, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup) __PYX_ERR(10, 18, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup) != 1)) __PYX_ERR(10, 18, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.roles"); if (unlikely(!__pyx_t_1)) __PYX_ERR(10, 47, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.roles"); if (unlikely(!__pyx_t_1)) __PYX_ERR(2, 77, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.roles", "ReaderEnd",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -17492,8 +17886,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) __PYX_ERR(10, 47, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd) != 1)) __PYX_ERR(10, 47, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) __PYX_ERR(2, 77, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd) != 1)) __PYX_ERR(2, 77, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.views"); if (unlikely(!__pyx_t_1)) __PYX_ERR(11, 7, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
@@ -17515,8 +17909,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_5views_View), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_5views_View),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View) __PYX_ERR(11, 17, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View, (void**)&__pyx_vtabptr_7ivshmem_7channel_5views_View) != 1)) __PYX_ERR(11, 17, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View) __PYX_ERR(11, 19, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View, (void**)&__pyx_vtabptr_7ivshmem_7channel_5views_View) != 1)) __PYX_ERR(11, 19, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.queues"); if (unlikely(!__pyx_t_1)) __PYX_ERR(12, 21, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
@@ -17557,6 +17951,26 @@ static int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_modinit_Function_import_code", 0);
   /*--- Function import code ---*/
+  {
+    __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.roles"); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+    const char * __pyx_import_signature = __Pyx_PyBytes_AsString(__pyx_mstate_global->__pyx_kp_b_int_PyObject_PyObject_PyObject_P);
+    #if !CYTHON_ASSUME_SAFE_MACROS
+    if (unlikely(!__pyx_import_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
+    #endif
+    const char * __pyx_import_name = __pyx_import_signature + 89;
+    void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_7channel_5roles_take_typed, (void (**)(void))&__pyx_f_7ivshmem_7channel_5roles_take_without_objects, (void (**)(void)) NULL};
+    void (**const *__pyx_import_pointer)(void) = __pyx_import_pointers;
+    const char *__pyx_import_current_signature = __pyx_import_signature;
+    while (*__pyx_import_pointer) {
+      if (__Pyx_ImportFunction_3_3_1(__pyx_t_1, __pyx_import_name, *__pyx_import_pointer, __pyx_import_current_signature) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
+      ++__pyx_import_pointer;
+      __pyx_import_name = strchr(__pyx_import_name, '\0') + 1;
+      __pyx_import_signature = strchr(__pyx_import_signature, '\0') + 1;
+      if (*__pyx_import_signature != '\0') __pyx_import_current_signature = __pyx_import_signature;
+    }
+    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
   {
     __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.queues"); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
@@ -18130,12 +18544,12 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
  *     raise TypeError, "self.probed cannot be converted to a Python object for pickling"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_17__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_PendingCall___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_17__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_PendingCall___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_3)) __PYX_ERR(3, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_3) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_3) < (0)) __PYX_ERR(3, 1, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "(tree fragment)":3
@@ -18144,12 +18558,12 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "self.probed cannot be converted to a Python object for pickling"
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_19__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_PendingCall___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_19__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_PendingCall___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_3)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_3) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_3) < (0)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "ivshmem/channel/calls.pyx":254
@@ -18189,17 +18603,17 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
   if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Caller, __pyx_mstate_global->__pyx_n_u_submit, __pyx_t_4) < (0)) __PYX_ERR(0, 254, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/calls.pyx":292
+  /* "ivshmem/channel/calls.pyx":290
  *             PyBuffer_Release(&view)
  * 
  *     def call(self, data, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Send a request, wait for the reply and return it.
  * 
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 292, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 290, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 292, __pyx_L1_error)
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_6Caller_5call, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Caller_call, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 292, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 290, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_6Caller_5call, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Caller_call, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 290, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
@@ -18207,39 +18621,39 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[2]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_3, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Caller, __pyx_mstate_global->__pyx_n_u_call, __pyx_t_3) < (0)) __PYX_ERR(0, 292, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Caller, __pyx_mstate_global->__pyx_n_u_call, __pyx_t_3) < (0)) __PYX_ERR(0, 290, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":318
+  /* "ivshmem/channel/calls.pyx":316
  *             raise
  * 
  *     def submit_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `submit` for asyncio: a coroutine."""
  *         return until_in_time(self, self.submit, timeout, (data,))
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_6Caller_7submit_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Caller_submit_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 318, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_6Caller_7submit_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Caller_submit_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 316, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Caller, __pyx_mstate_global->__pyx_n_u_submit_async, __pyx_t_3) < (0)) __PYX_ERR(0, 318, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Caller, __pyx_mstate_global->__pyx_n_u_submit_async, __pyx_t_3) < (0)) __PYX_ERR(0, 316, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":322
+  /* "ivshmem/channel/calls.pyx":320
  *         return until_in_time(self, self.submit, timeout, (data,))
  * 
  *     async def call_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `call` for asyncio. If it is cancelled, the call is given up."""
  *         cdef PendingCall call
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_6Caller_9call_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_Caller_call_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 322, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_6Caller_9call_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_Caller_call_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 320, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Caller, __pyx_mstate_global->__pyx_n_u_call_async, __pyx_t_3) < (0)) __PYX_ERR(0, 322, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Caller, __pyx_mstate_global->__pyx_n_u_call_async, __pyx_t_3) < (0)) __PYX_ERR(0, 320, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "(tree fragment)":1
@@ -18247,12 +18661,12 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
  *     raise TypeError, "self.writer cannot be converted to a Python object for pickling"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_6Caller_12__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Caller___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_6Caller_12__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Caller___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_3)) __PYX_ERR(3, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_3) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_3) < (0)) __PYX_ERR(3, 1, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "(tree fragment)":3
@@ -18261,41 +18675,41 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "self.writer cannot be converted to a Python object for pickling"
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_6Caller_14__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Caller___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_6Caller_14__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Caller___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_3)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_3) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_3) < (0)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":344
+  /* "ivshmem/channel/calls.pyx":342
  *     """One server of a channel of calls; made by its `server()`. It iterates over calls."""
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def take(self, timeout=None, *, spin=None):
  *         """Take the next call, which no other server gets.
 */
-  __pyx_t_3 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 344, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 342, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
-  /* "ivshmem/channel/calls.pyx":345
+  /* "ivshmem/channel/calls.pyx":343
  * 
  *     @cython.critical_section
  *     def take(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Take the next call, which no other server gets.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 344, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 342, __pyx_L1_error)
 
-  /* "ivshmem/channel/calls.pyx":344
+  /* "ivshmem/channel/calls.pyx":342
  *     """One server of a channel of calls; made by its `server()`. It iterates over calls."""
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def take(self, timeout=None, *, spin=None):
  *         """Take the next call, which no other server gets.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_1take, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_CallServer_take, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 344, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_1take, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_CallServer_take, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 342, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -18303,20 +18717,20 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[2]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_3);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer, __pyx_mstate_global->__pyx_n_u_take, __pyx_t_4) < (0)) __PYX_ERR(0, 344, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer, __pyx_mstate_global->__pyx_n_u_take, __pyx_t_4) < (0)) __PYX_ERR(0, 342, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/calls.pyx":363
+  /* "ivshmem/channel/calls.pyx":361
  *         return taken_of(Call, self, &taken)
  * 
  *     def serve(self, function, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Reply to calls with what `function` returns, one after the other.
  * 
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 363, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 361, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 363, __pyx_L1_error)
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_3serve, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_CallServer_serve, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 363, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 361, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_3serve, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_CallServer_serve, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 361, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
@@ -18324,39 +18738,39 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[2]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_3, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer, __pyx_mstate_global->__pyx_n_u_serve, __pyx_t_3) < (0)) __PYX_ERR(0, 363, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer, __pyx_mstate_global->__pyx_n_u_serve, __pyx_t_3) < (0)) __PYX_ERR(0, 361, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":388
+  /* "ivshmem/channel/calls.pyx":386
  *                 reply_or_fail(call, reply)
  * 
  *     async def serve_async(self, function, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `serve` for asyncio; `function` may be a coroutine function."""
  *         while True:
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_5serve_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_CallServer_serve_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 388, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_5serve_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_CallServer_serve_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 386, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer, __pyx_mstate_global->__pyx_n_u_serve_async, __pyx_t_3) < (0)) __PYX_ERR(0, 388, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer, __pyx_mstate_global->__pyx_n_u_serve_async, __pyx_t_3) < (0)) __PYX_ERR(0, 386, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":406
+  /* "ivshmem/channel/calls.pyx":404
  *                 reply_or_fail(call, reply)
  * 
  *     def take_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `take` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.take, timeout, ())
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_8take_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_CallServer_take_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 406, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_8take_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_CallServer_take_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 404, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer, __pyx_mstate_global->__pyx_n_u_take_async, __pyx_t_3) < (0)) __PYX_ERR(0, 406, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer, __pyx_mstate_global->__pyx_n_u_take_async, __pyx_t_3) < (0)) __PYX_ERR(0, 404, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "(tree fragment)":1
@@ -18364,12 +18778,12 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
  *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_18__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_CallServer___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_18__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_CallServer___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_3)) __PYX_ERR(3, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_3) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_3) < (0)) __PYX_ERR(3, 1, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "(tree fragment)":3
@@ -18378,88 +18792,88 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_20__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_CallServer___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_20__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_CallServer___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_3)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_3) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_3) < (0)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":447
+  /* "ivshmem/channel/calls.pyx":445
  *     """
  * 
  *     def reply(self, data=b""):             # <<<<<<<<<<<<<<
  *         """Send the reply.
  * 
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_1reply, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call_reply, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 447, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_1reply, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call_reply, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 445, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[3]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_reply, __pyx_t_3) < (0)) __PYX_ERR(0, 447, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_reply, __pyx_t_3) < (0)) __PYX_ERR(0, 445, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":462
- *         return self.send(data, REPLY)
+  /* "ivshmem/channel/calls.pyx":457
+ *         return self.send(self.reader.type, data, REPLY)
  * 
  *     def fail(self, why):             # <<<<<<<<<<<<<<
  *         """Tell the caller that there is no reply, and why: its `result` raises CallFailed."""
  *         self.enter()
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_3fail, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call_fail, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 462, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_3fail, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call_fail, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 457, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_fail, __pyx_t_3) < (0)) __PYX_ERR(0, 462, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_fail, __pyx_t_3) < (0)) __PYX_ERR(0, 457, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":496
+  /* "ivshmem/channel/calls.pyx":491
  *             return code == 0
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
  *         """A call is replied to."""
  *         raise TypeError("a call ends with `reply` or `fail`")
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_5done, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call_done, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 496, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_5done, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call_done, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 491, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_done, __pyx_t_3) < (0)) __PYX_ERR(0, 496, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_done, __pyx_t_3) < (0)) __PYX_ERR(0, 491, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":500
+  /* "ivshmem/channel/calls.pyx":495
  *         raise TypeError("a call ends with `reply` or `fail`")
  * 
  *     def give_back(self):             # <<<<<<<<<<<<<<
  *         """No other server may get a call: what this one did would be repeated."""
  *         raise TypeError("a call ends with `reply` or `fail`")
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_7give_back, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call_give_back, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 500, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_7give_back, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call_give_back, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 495, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_give_back, __pyx_t_3) < (0)) __PYX_ERR(0, 500, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_give_back, __pyx_t_3) < (0)) __PYX_ERR(0, 495, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":504
+  /* "ivshmem/channel/calls.pyx":499
  *         raise TypeError("a call ends with `reply` or `fail`")
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
  *         if self.live and self.exports == 0:
  *             self.fail(
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_9__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 504, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_9__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 499, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_3) < (0)) __PYX_ERR(0, 504, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_3) < (0)) __PYX_ERR(0, 499, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "(tree fragment)":1
@@ -18467,12 +18881,12 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
  *     raise TypeError, "Pickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_13__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[25])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_13__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[25])); if (unlikely(!__pyx_t_3)) __PYX_ERR(3, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_3) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_3) < (0)) __PYX_ERR(3, 1, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "(tree fragment)":3
@@ -18481,12 +18895,12 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "Pickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)"
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_15__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[26])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_15__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[26])); if (unlikely(!__pyx_t_3)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_3) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_3) < (0)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "ivshmem/channel/calls.pyx":1
@@ -18577,7 +18991,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
 
-  /* "ivshmem/channel/calls.pyx":305
+  /* "ivshmem/channel/calls.pyx":303
  *         cdef PendingCall call
  *         begun = monotonic() if timeout else 0.0
  *         call = self.submit(data, timeout, spin=spin)             # <<<<<<<<<<<<<<
@@ -18586,7 +19000,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_spin};
-    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 305, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 303, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
@@ -18605,7 +19019,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
 
-  /* "ivshmem/channel/calls.pyx":447
+  /* "ivshmem/channel/calls.pyx":445
  *     """
  * 
  *     def reply(self, data=b""):             # <<<<<<<<<<<<<<
@@ -18614,7 +19028,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_kp_b__3};
-    __pyx_mstate_global->__pyx_tuple[3] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[3])) __PYX_ERR(0, 447, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[3] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[3])) __PYX_ERR(0, 445, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[3]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[3]);
@@ -18655,31 +19069,31 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 7; } str_length_index[] = {{35},{10},{2},{4},{15},{1},{2},{18},{14},{21},{81},{1},{4},{111},{38},{34},{11},{26},{8},{7},{6},{2},{9},{14},{12},{25},{27},{73},{63},{63},{15},{24},{20},{4},{13},{22},{24},{9},{9},{14},{10},{10},{10},{28},{30},{16},{22},{15},{21},{6},{24},{26},{11},{17},{13},{19},{11},{14},{11},{29},{31},{18},{17},{16},{18},{18},{24},{10},{20},{12},{9},{8},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{18},{16},{5},{4},{10},{6},{4},{18},{5},{4},{6},{4},{6},{5},{6},{4},{6},{8},{1},{3},{9},{3},{2},{5},{21},{4},{4},{5},{9},{5},{4},{5},{3},{3},{7},{5},{6},{12},{4},{4},{5},{11},{6},{10},{4},{6},{12},{4},{10},{5},{4},{5},{4},{7},{5},{6},{4},{7},{3}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{0},{326},{163},{9},{46},{49},{237},{58},{64},{11},{135},{29},{139},{58},{108},{22},{138},{22},{99},{22},{5},{5}};
+    const struct { const unsigned int length: 7; } str_length_index[] = {{35},{10},{2},{4},{15},{1},{2},{18},{14},{21},{81},{1},{4},{111},{38},{34},{11},{26},{8},{7},{6},{2},{9},{14},{12},{25},{27},{73},{63},{63},{15},{24},{20},{23},{4},{13},{22},{24},{9},{9},{14},{10},{10},{10},{28},{30},{16},{22},{15},{21},{6},{24},{26},{11},{17},{13},{19},{11},{14},{11},{29},{31},{18},{17},{16},{18},{18},{24},{10},{20},{12},{9},{8},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{18},{16},{5},{4},{10},{6},{4},{18},{5},{4},{6},{4},{6},{5},{6},{4},{6},{8},{1},{3},{9},{3},{2},{5},{21},{4},{4},{5},{9},{5},{4},{5},{3},{3},{7},{5},{6},{12},{4},{4},{5},{11},{10},{4},{6},{12},{4},{10},{5},{4},{5},{4},{7},{5},{6},{4},{7},{3}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{0},{326},{120},{163},{9},{46},{49},{215},{61},{64},{11},{135},{29},{139},{33},{108},{22},{138},{22},{99},{22},{5},{5}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1896 bytes) */
-static const char cstring[] = "x\332\275V\315s\333\306\025\027\247\252-\312\262MZ\252d;\037]\332\261#9\252R\332\214\025;\355\264\034\311R\352|TL\224(\255;\205\227\300\222D\004\002$v!\222\351d\352\243\2168\356q\2178\342\310\243\216:\362\310\243\377\004\375\t}o\001R\224eu:9\2243$v\337\276\267\357\367~\357\003$\325\236`|\225P\327\"\242\301\210\331\240\256\313\234\0179q\354\246-\210\315\t~M\307\343\314\"\234\360\317\310\262\360\031#5\237\326\233\314\025+kO\311S\002\232\035\nj\3245\231\3430\353)q=\342\263\226\323#\266\013\347x5g\376\001\363I\215\332Z\341\214P4\250 \rj\221*\253\007.\351\330\242A\022\357u\317e\237\221N\203\201\266\2172\313N\220v<\177\037\025\\O\220}\327\353\270\177\372\032Twls\337\261\335:\361j\204\013?0\005i\262f\225\371\000=0\033\004@r\346\324\326\232\214sZg\253z#\350>sI3\340\002\374\023\326m9\266i\013\300\356\263v\300\270\200\3105\242?\323@xF\013]\260\345]?`+\224\3540\327\002\177\033\324q\020M\223Z\214T{\004\367\314_\343A\025X\244@\014\034\203&O.z\251\251yI<\237\274D>^\322\224,@MG\2344\000\353\031:\364%\240a\331\234V\035\306\\\374\255\2336OV\226}\300\033\020\354\032\363}\317\347\243\235`]\221\256?N\263\3731\336\304\327Z\275.d\351\"o\232\231\006s\254\204#\237Ad>f\030\t\007\232L\317\005;\344Fx\000z\247\047\032\236K\274\352\217\0148\257Ad\2554\025\332\274\345{UP\375\245\346\035\337\026\277\314\373D\221!\377\023\333:=`\3432\025\rH\336d.\201g|\342w\3150X\327\026\206\221n|f\005&3L\355s,\345LpA\305\033r\013jR/0\315zQ\267\017\230Q\245\346\276\336i\347\270\332\322m\201\253o5\274\323\325\333=\216\317\336\3527=\325\221\276\2717(\357\271\346\204\024\313\377\215\355\251N\202\344\"\024\027#\200\0233\345/]N\336\2316\306\231Mz\256\047\3153,\341\257\222\036\335\365\274/=\267>\221\234\211\345yXg\017\317a\233<N\306\325\031\tz\237\024`\376&\3675\310\222\353MJ|\306\003G\234\227$\341$\234~\351q(\237\235^\027\276\233\266)\214\257\241)\277a5\303\320\005\215\370\340C;\024\253lTm\206Q\013\\\023\237\365Q\020\360iR\333\325O\317\n\034-qiS?\241\235\215T\r\227\007\002\207\002\036\264\003\352\214\224R\262\214s\264""\215\005\254\213\033\340m|1\237p\177\216O\303\200\367\007\242\265\271az\276\027\010\333e:t\333[\033\0138\026<w(o`\301S\223\351Q\203UqZ\031I6\360\375aB\3432\003\342\024>\252\202i\362\376\241\002f\220\351Y\014\263\302\\\\\351Y\227\014<\354\260$=\310\233\260\241f\200\270q\2735\274\216m\301\024i\216\047c:\ruq\362}\333\265\034V\023\372\265\327\364 +\236k\233.\203\354\271\220,\000m\273-\257\345\263Z\032\201\356\334$\325\223\t\307q\305q\322`\342\047\372-\031:@\237\305j\024\264y\313v\223\272\237\254~\354\275\323\376\323\357%\234\337\242\341{\035a7\031~\201\321\003\352\004L\377\360\003\233u:\214\356\003\260N\243\267\323\373k2\002\037,\247o\277\244\030`0\032\353i\334\306z\032\270QB\234\306F\262{\006\377\000\036\254\222\323\033.Z\257L\375?\274\254\222\263W\267\200!\277\316\337r\177\261\304\341e\010t\326\rA\371>7\002W\330\216.\037`\213<\030_\000\025A\035}\313\312T\242\303=\240\264\001\226Sgl\376\207\240\036\303\037\003`\337\330\325\177\035\036,\357\364v{-v\021\370\377z\305\006\224V\0230\244\324\244\226#\365\344\277\t\274\356\270\246^o\r\257\366*3\234\236=\374(\254\274*\017g\256\034\226\016\017\302]\271 \377\246\314(?\234\313\205\277\016+\303\334Z\304\342G\361\217G\331\343\374\361\275\343\366`\007\265\337Y\211\362\047\357Ne\347\264Qe\260\370Q\364$\336\352\027\372\305\341\334|X\034\316\\?\354\206myI\326TY\241\301\335b\234?\271=\225}_VF\256\366d\031\225Ka \267UQ\225\321\350_rY\025\024\330\317\035~\036\202\344\266,\310\307*\257\356G\231\341L\0261]\n\351p\356\372\341O\200\363;uGmF3\361\345\270w\224\031\346\026CK\256\300E\233\240\013\212\263`Z\224[j%\002L7\302\0028\342 ZW\037\250Z\264\031\217t\360qMZJ/\256\310\222l\343bFN#:\\h\3059\271\251.\253\366\204\004\270\tk \275\244\250\016\371\365\334\273\262,+\222\276*\277\006\364[aa8\003\342pS^\226]\325\211\354\270\333oc\210\"\374Df\344<(\357\252\245(\023-\r~\277q\364\360\350\207\343Jb\271\r\364]\275\247v\223\024\244\336f\345\007\322\211\n\030\271\010\377 ;\3404\267\020~!\003\2146\272\021\025\243\355\270\210\366\327\016m\340=\203\313[2?\276""\010\315\036\203\323M5\023\375\n\010\311-\205\355DZ\n;\262\256*x\335sI\323\203\\\230\225\371\344q\033\030}\036\321H\304Em0\230\277\213\311\202k\227\342l\177\241\377\3428s\234G\353m\371Dm\003\020M\355\274\366V\006\030\247\241\350\314a\276\273\222\253\273X\025\047\013S\327\356\237\002\374\024\222sO\211\250\244\235A>\367U~p\347\323~\006\334TF*\217\244\016}\0132\247!\3274\226\374\210\216\262\372F\265\243l\274\324\237\356\227\301*\207\016\333\303\205\233\362\212z\022\245\005\327\001\253\277D\273\361;\375\347G\365\343\3121\035L\003Y\0477\246\262w\324\002p1\312\337\225\303\307\341\"h\323$\240\337 Q\300\3748\211\213\262=\230~O\3763*BiOF\202\207\267\240h5\325\213\241\0035\3754\252D\326\340\341\347@\327\022\364P\242\267.?T\371\244r\013\t\264\237\000\300^\264\025\337\215\377\336\027G\353\320q\235\301\367{\203\275\027\203\027\377\030L\027T\3765x\377\267\244\362 \315@\036\245\357G\355\223\233S\331<\344kQ\376\034\225\023\210\353\272ynE\367\242\266n\236\021\367+\321\243\250\032\317\364/\365\233\307\305\021#x\343wPa\327s\320-\203\033\217\342R\334\3517\216(\366\316*r\216\255X\032\374\366\223\270\022\327\373{G\345\243\312p~A\253\347\302\313X4W\007\323P\032\210\357g(\356\357UI\365\022|\367\225\033\227O\026\247\262\263\243~/\303\214a\221.\250 \334\000\343\034\020wu\230\273)gT\006\030\320D\316\207\177T\031\314\3533\231\327\215]F\207\351\036\262\237\177\235{\017\032\016\n`0\r\343\350\254\343\331~a0\373\273\2502\230}\030\027\376\003\240=\250\362";
-    PyObject *data = __Pyx_DecompressString(cstring, 1896, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1924 bytes) */
+static const char cstring[] = "x\332\275V\315s\3336\026\227f\335Dr\234D\262=v\222~,\3244\251\235\272\356\250Q\355$\335\235]M\034\247\315v\273V\353\326\323fg\031\210\204$V\024)\021\240)u\247\2639\372\310#\216<\362\310\243\216>\352\310\243\216\371\023\374\047\364\001\240d9\216w:=\3243\262\200\207\207\367~\357\367> T\0370B7\020\266\r\304Z\004\351-l\333\304\372\220\"\313\354\230\014\231\024\211\217n9\224\030\210\"\3729Zc.!\250\341\342f\207\330l}\363\021z\204@\323\307\240\206m\235X\0261\036!\333A.\351Z\003d\332p.LS\342\036\022\0275\260)\025\316\010Y\0133\324\302\006\252\223\246g#\337d-\244\2747\035\233|\216\374\026\001mW\310\014S!\365\035\267-\024l\207\241\266\355\370\366\337\276\006\325=So[\246\335DN\003Q\346z:C\035\322\251\023\027\240{z\013\001HJ\254\306f\207P\212\233dCn\030n\023\033u<\312\300?\"\375\256e\352&\003\354.\351y\2042\210\\\"\372;\366\230\243u\205\013\262\266\357zd\035\243=b\033\340\3571\266,\201\246\203\r\202\352\003$\366\304\335\244^\035X\304@\014\034\203&U\206^Hj^ \307E/\004\037/pJ\026\240\306\023NZ\200\365\014\035\322\010h\030&\305u\213\020[\374o\352&U+\303<\244-\010v\223\270\256\343\322\311\216\221>K\327\237\244\331\375DX\242\233\335A\037\262t\2217\311L\213X\206\342\310%\020\231+2,\010\007\232t\307\206{\202\033\346\000\350\275\001k96r\352?\021\340\274\001\221u\323T\310\353]\327\251\203\352\357\275\356\273&\373}\336g\212L\360?\263m\342C2-S\326\202\344\315\346\022xff\2078\036\233\024\031F\266\047*I\034\213\317\246\246\221\276\3114-\335\270\304\360t\242\351\022\312TJ\t\243\014\263\327\344\006\224\252\\\210\354\313E\323<$Z\035\353m\271\223\230\304jWv\213X}+Q\237\256\336\354qz\366F\277\351\251$\340\365\275\206\351\300\326g\244\242+^\333\236\352($\027\241\270\030\001\234\350)\177\351r\326f\332/g6\351\271\034@ODe\377S\265\356\276\343|\345\330\315\231\234\315,\317\303:{x\016\333\354\261\232bg$\302\373\254@\344ov\337\200,\331\316\254\304%\324\263\330y\211\nGq\372\225C\241|\366\006}\370\354\230:\323\276\206^\375\20644M\326\271\300\007\177\330\307\242\312&\325\246i\r\317\326\305ws\022\004\374u""\260i\313o\307\360,)\261qG~C\227k\251\232X\03621+\304A\317\303\326D)%K;G\333T@\372b\003\274M\r\323\031\367\347\370\3244xV\004Z\223j\272\343B\033\2316\221\241\233\316\346T@E\301S\013\323\226(x\254\0239\201DU\234V\206\312\206xVt\350g\242A\234\314\025\252pU=K\230\301h\322\035\203\210\254\020[\254\344\010TsPt\230J\217\340\215\231P3@\334\264\335Z\216o\0320\\:\323\201\231\016IY\234\264m\332\206E\032L\276\206\035\007\262\342\330\246n\023\310\236\r\311\002\320\246\335u\272.i\244\021\310\316U\251\236M\270\230bT\014 \221\370\231~\003\342\014\322\300\240G\273\246\255*~\266\356E\327\235v\236|\250\304@g-\327\361\305|Jg\324!\266<\"\377\321C\223\370>\301m\200\344\267\006{\203\177\251\231xo-}\016U\031\300\244\324\266\323\210\265\3554d\255\"\020j\217\325\356\t\374$\270\267\201N-\\\264^\317\374\021^6\320Y\323]`\310m\3227\330/W(\274\216@gSc\230\266\251\346\331\314\264d\341\000[\350\336\324\000\324\002\266\244\225\365\214\322\241\016P\332\202\233\2313wL\233\241\265\337\002qo\240\325\275F\003^\027`\345\r\267\246\247\033\360\273\210\255gdj\331\240K\014\265\024o/\244SS\017\031\375\rdn\301/\024\310\272\266/\177\303\334\003\177\373`\356\"\322\376\257\211\307P\314\035\210=MIzs\242\256~$\301\273Ke\312\345Vs\032/\263\343\271\371\243\217\202\332\313\3528w\345\250rt\030\354\363e\376C\250G\305\361B!x+\250\215\013\233\021\211\357\307?\035\347G\305\321\235Q/\331\023\332o\257G\305\223w2\371\005y\251\226\254|\024=\214w\207\245ay\274\260\024\224\307\271\353G\375\240\307/\361FX\r\305\205\333\345\270xr+\223\177\217\327\304\341\177\371ZX\nAo\341\350\213\000\234/\007Up\275\032^\nq\330\033\347\362\302\373\245\000\217\027\256\037\375\014\210\276\013\337\017w\242\\|9\036\034g\307\205\225\300\340\353a\031DY\2418\317K\274\314w\303\365\010\274/\006\245\240\022P\020m\207\037\204\215h\047\236\350\210\257k\334\010\345\342\n\257\360\236X\344\370\034\257\252\205T\\\340;\341\345\2607#\001\026\202\006H\001\233\014\356\325\302;\274\312k\034\277\254\276\002\374\273Ai\234\003q\260\303/\363~\350Gf\334\037\366D\220,\370""\214g\371\n\247\020j\005\016p\344\047[_\216\026G\017\222o\367\325\345\247\300\325\325;\341\276\342;u8\317?\340VT\022\301\263\340/\334\007\277\205\345\340\037\334\023\001G\213Q9z\032\227\305\375kG&\220\234\025\313\233\27485$\256m\361%\200\234\213\376\004\234\024V\203\236\222V\002\2377\303\2320\367\214\343\364\240\020\344yQ}\335\002R\237\001N\026\227\345\205d\3516H\252`v5\316\017\227\207\317G\331QQ\334~\312\037\206O\001\210dwIz\253\002\214\323Pd\362\226\300a\037\302\277-J\340d9s\355\356)\300\007\220\237;!\213*\322\031\244\264\035\026\223\367\037\014\263\340\2466Q\271\317e\350\273\220<\t\271!\261\024\047tT\303o\302^\224\217W\207s\303*\334*\010\207\275\361\362\r~%|\030U\025\000\037n}\031\355\307o\017\237\0357G\265\021N\346\200\254\223\305L\376\252\312\335$Q\313\374\000b\332\212\213\311\334\273\374?Q\031\312u\026\260P\271\031\336U\214\256\004\026$\365QT\213\214\344\323/\200\225U\350\013\245\267\315?\014\213\252FK\n\301\317\341rx\020\355\306\267\343\037\207\354x\033\272\310O\276?H\016\236\047\317\377\235\314\225\302\342+\300\360?\216\371aJtQH\337\213z\04772\371\"\244e\205\377\002\321\344\224\365\022\337\noFw\"\325&\023\212\327\243\373Q=\316\r/\r;\243\362$pa\361;(\244\353\005\350\213d\361~\\\211\375a\353\030\213.\331\020\324\336\002k\225\344\317\237\305\265\2709<8\256\036\327\306K\313R\275\020\\\026\265q5\231\203\n\020\370~\201\232\377\036\312x\240\360\335\r\355\270z\262\222\311\317+g\036\034\377\020\222H\326\215\027<\206\313\005 \356\352\270p\203\347\302,0 \211\\\n\376\032fE\372\236\360\242l\341\252p\230\356!\311\305W\205w\241\265 \317\311\034\214\230\263\216\347\207\245d\376\343\250\226\314\177\032\227~\005\333y\307N";
+    PyObject *data = __Pyx_DecompressString(cstring, 1924, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2459 bytes) */
-static const char cstring[] = "\377 bytes, \377and the \377channel\047\377s limit \367is \000\001clos\377ed s s; \377(tree fr\377agment).\357: : \047\000was\377 cancell\377ed: no r\177eply in\035\000\376W\001server \267fai\034\002: \n\010t\377hat had \377begun wi\367th x\003gone_; whe\233\000rd\001{di\244\003work\233\001\377not know\367n?N(\000Pick\377ling of \377struct m\337ember\270\000uc\373h \242\000self.\377message,\376\010\002taken m\367ust}\000 exp\337licit\271\000re\237quest\367\000\215\002@\277auto_p_\001e\377(True)a \357Pendm\000Cal\275l\251!made\321  ~\014\001er.sub\303 Qa\226 \034\000\047\000s\325\003`\226\"\277` or `\214!`Ya\246$\263\000a \242$h\316 \362\202*c`\001\325\000disa\337bleen\002\001gc\373is\004\003divsh\376\352\000.errors^\006\005text\023\004/\327D}/F\001s.pyx\243@\274V\025\242\"held\236#r\245e\327\000r\336A\355!b\247`o\271n\314@\230!to \205 y\377thon obj\225e\361 f\327\000p\204D\353\"p\307rob\276`\236`\n2wr\207iteI2\357h\374!\376hg\367ave\236\204\006this\360\277J\275`\320A\324A.__e\337xit__\006\004re?duce_c\355\002\r\006\177setstat\t\014\217done?\002\363\204\001H\002g\377ive_backHV\002\237\205\002\271aF\222\205\002\303aS\243\205\002\000\000\007|\000_\020 \003\230\000c\022\027\004\356\205\002\374?\010\376\205\002_async\260U\010\373\204\001\000\014\032\007er\304\204\004_\355_\345\020erj\025er.\000\254\204\001\201\205\004\267\204\001H\t\222\205\004\231\205\n\221\004\345\207\002\365E\277\204\001M\236\206\003TooL\007ong\336\205\010\351\205\010\213/\017\013\205N\2000\t\251\210\003\005\n\344\210\001S\t\274Ac\tf\337ilenou\tre\217sult\000\017\341#\307CL\373os\274`Pyx_P\377yDict_Ne\377xtRef__a\327nno\261b_\t\000wa\374\342a\346e__func\346\025\000_g\323e\"\000mai\375n\020\001module.\032\001nam\003\002p\\\000\374c\315_\007\001vt\241\207\001;\001qu\223al\035\005\265\204\004_\275N\326Fe\275xo\001set_Q\005s\274t\010\325\204\016__te\331\001_\377is_corou\357tine\335bio.\372\010\006s\355\204\001slash\016\221\213\001ace\343\212\002\315\210\001\220g\267\213\003\326\274\213\001clA\000_\345""\000tr\356\047\001ack\372\213\003ata\277decode\322\205\001e\201n\006\001\347\210\002\353\210\003\325\213\001\231C\264!t\361i\261`\266 \346\205\006howi\037ditem\221\211\006\345\214\004\243\204\002\377skindlef\375t\362\214\002monoto\377nicnever\277nextpl\365 p\037opref\273\004\331\214\002\367C\010\375C\322\205\003\332\213\001s\346\212\001\352\214\001\345\205\010\370\214\003\177setdefa\256`\017spin\230\213\003\236\213\003\220\206\003\206\214\001\364\212\214\001\004\007n\274\212\001thro\237wtime\000\001\340 v\357alue\000\002svi\277ewweak\226\000w\337hyPyO\373\211\003*(\372\367\214\004_\210bobj_7\266\231\213\004_7\336\216\004_4\216\214\001_\375C\355\216\003End *,\261 8\007\000\t\014\t)\000\002a,\375 \263\013pt_arg\375s\263\02014slee\376\314 g_tasks?_until\272b\257 k *\373\004p\216aalA\002\333)\000\036\003so\320 hi\347ng\000\047\n\230\201 6qu\277eues_T\266\217\002*\177(PyType\365%\350\255\r\3512;\005C\330`min\341g\372$\257\220\004\245E\226\220\003con\277st *)\000\246\220\002_\377of\200\001\330\004\n\210\377+\220Q\200A\330\010\013\377\2104\210v\220T\230\024\377\230Y\240c\250\021\330\014\377\020\220\005\220Q\330\020.\377\250e\2603\260j\300\t\377\310\021\310%\310q\320P\376*\001\033)\250\021\360\034\000\373\t\0140\002Q\320\026+\250\3779\260F\270!\2701\330\377\014\023\2201\330\010\017\210\377x\220q\230\006\230f\240\373A\240[\001#1\260\021\360\277\032\000\t\036\230Qc\005W\373\230A)\0014\220u\230G\367\2401\240\200\000\017\210{\230\357(\240!\240=\000\014\210H\375\220\222\000\032\230!\2306\240\377\021\240&\250\001\330\010\t\376\220\001\006\220a\330\014\017\210\375z\245\000U\240\"\240D\250\377\010\260\007\260y\300\001\330\277\020\026\220d\230)F\000D\364)\000\272\000\n8\0001\230F\240\373)\250\221\000\022\220!\2204\373\220sK\0007\240$\240f\237\250D\260\001\330\036\003\344\001\016\357\230d\240!\355\001\013\2304\273\230q\366\001\010\230\004\232\001\020\367\220\010\230$\002\014\230D\240k\007\240\024\004\001\225$\220f\023\000\367\006\240a\356\002\340\014\034\230\377A\230Q\230a\200A\340""\377\010\014\210F\220!\330\010\376\207 \220D\230\007\230x\240\177w\250i\260x\270q\224!\177t\2205\230\001\230\023*\000\377T\240\027\250\001\250\027\320\3770C\3002\300X\310Qz4\003G\274 \r%\240T\375#~y\004\n\230$\230l\250\241\000\177\017\210t\220<\230wr\000\277\020\024\220K\230u\376\000\001\377\250\022\2501\250G\2601\256v\001\016\210i\365 \001\201\001\031\247\230\021\330A\0053\0016r\000D\357\240\010\250\003\216 \020\027\220\374\345\000I\0014\220w\230g\240~\345@\024\220J\230a\330\023\003\357\020\220\t\230\375B\t\230\032~\230@J\250a\250t\260\330@\316{\000\320\023#\251A\235\000\027\260\377\t\270\024\270[\310\001\310\373\021\330\212\000G\2309\240G,\206\000\326\"\023\220j\001A\211 \301\007\372\265B\023\204@x\230s\240#>\222a\360\024\000\016&\344\003\324\001\3778\2307\240%\240t\250\3714h\002\315@k\240\021\320\"\3278\270\001d\000Q\361At\220\3678\2303\241\001\024\220F\230\305!q\001J\334b\250!\210$A\240\377R\240q\250\t\260\027\270\177\004\270A\270Q\330\020m\001\377q\330\024\030\230\013\2409\375\250\352dw\230f\240I\250\377T\260\033\270J\300g\310\337Q\310a\320\004\252 \360\022\237\000\t\"\240\024\211 \270E\013\317\2106\220\026\235 \335B6\230\311\025\245!\354@\010\201A\301A\026\230\377q\320\004\035\230^\2501s\360\032\275\n\336A\031\240&\345#\377\026\220l\240!\240:\250\277Q\250d\3202H\254 \027\373\320P\310\0047\230\047\240\021\352\264\204\003!\206\205\003z~\000W\250F\377\260#\260Z\270t\3007\377\310%\310w\320VW\320\377W[\320[\\\320\004!\377\240\021\340\010\017\210\177\230\327a\230v\373$\021\022\001\036\250\277q\360\030\000\t\021\264@\026w\230}\250\306\205\002t\2207\270\205\002\237\031\250%\250q\270\205\002\364%)\377\2503\250b\260\010\270\006G\270m\310\253\206\002\200aN\001U\337`\377\017\020\330\014\022\320\0223\377\2604\260w\270h\300a\346\013\000\220,\225a\207\206\0014\320\037\3775\260Q\260g\270W\300\177A\300Q\330\023\024\330+\001w\020\220\007\312a\r\320\004\230`\376\234\001}\230A\230V\2404\363\240y\237`\235\000&\240n\260\277A\360\026\000\t\n\350\206\005A\357\230Y\240e\224\206\001""\017\210u\377\220C\220q\330\020\021\330\377\014\r\330\020\030\230\010\240\371\001\200@\370\204\002\023\220=\240\001\256\326aE\230\021\324\206\002Am\001\020\363\024\220\014\001\373@\021\340\020\035\373\230Q\336\207\001\320\004)\250\021\376k\013\n\270!\320\n-\250?Q\320\n2\260!";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2459, 3744);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2492 bytes) */
+static const char cstring[] = "\377 bytes, \377and the \377channel\047\377s limit \367is \000\001clos\377ed s s; \377(tree fr\377agment).\357: : \047\000was\377 cancell\377ed: no r\177eply in\035\000\376W\001server \267fai\034\002: \n\010t\377hat had \377begun wi\367th x\003gone_; whe\233\000rd\001{di\244\003work\233\001\377not know\367n?N(\000Pick\377ling of \377struct m\337ember\270\000uc\373h \242\000self.\377message,\376\010\002taken m\367ust}\000 exp\337licit\271\000re\237quest\367\000\215\002@\277auto_p_\001e\377(True)a \357Pendm\000Cal\275l\251!made\321  ~\014\001er.sub\303 Qa\226 \034\000\047\000s\325\003`\226\"\277` or `\214!`Ya\246$\263\000a \242$h\316 \362\202*c`\001\325\000disa\337bleen\002\001gc\373is\004\003divsh\376\352\000.errors^\006\005text\023\004/\327D}/F\001s.pyx\243@\274V\025\242\"held\236#r\245e\327\000r\336A\355!b\247`o\271n\314@\230!to \205 y\377thon obj\225e\361 f\327\000p\204D\353\"p\307rob\276`\236`\n2wr\207iteI2\357h\374!\376hg\367ave\236\204\006this\374\277J\275`timeou=t\335ea nu\306a\347A\376\353A.__exit\373__\006\004reduc\347e_c\204\"\r\006set\357stat\t\014don\361e?\002\212\205\001H\002give\037_backV\002\266\205\002\320a\tF\251\205\002\332aS\272\205\002\000\007|\000_\020\200 \003\230\000c\022\027\004\205\206\002?\010\225\206\002_\037asyncU\010\222\205\001\000\014\266\032\007er\333\204\004__\345\020e\035rj\025er.\303\204\001\230\205\004\316\204\001\240H\t\251\205\004\260\205\n\221\004\374\207\002E\326\204\001M\376\265\206\003TooLong\000\365\205\010\200\206\010\213/\017\013\205N0\t\300\210\003\005\n\360\373\210\001S\t\274Ac\tfile\373nou\tresulqt\000\017\341#\307CLos\274`\377Pyx_PyDi\377ct_NextR\377ef__anno\232\261b_\t\000wa\342a\346e_\337_func\025\000_g\274\323e\"\000main\020\001m\337odule\032\001na\245m\003\002p\\\000\374c_\007\001vyt\270\207\001;\001qual\035\005\262\265\204\004_\275N\326Fexo\001s\227et_Q\005st\010\325\204\016_\367_te\331\001_is_\377coroutin]e\335bio.\010\006s\355\204\001\337slash\250\213\001ac\301e\372\212\002\344\210\001\220g\316\213\003\323\213""\001cl\332A\000_\345\000tr\047\001ac\375k\221\214\003atadec7ode\322\205\001en\006\001\376\210\0020\202\211\003\354\213\001\231C\264!ti\261`\266 \376\346\205\006howidit\343em\250\211\006\374\214\004\243\204\002ski\277ndleft\211\215\002m\377onotonic\377nevernex\367tpl\365 popr\003ef\273\004\360\214\002\367C\375C\322\205\003\361\213\001\361s\375\212\001\201\215\001\345\205\010setd\367efa\250`spin@\251\213\003\257\213\003\212\206\003\227\214\001\233\214\001\004\007n\315\212\001\237throw\234\210\001\235\210\004v\357alue\000\002svi\277ewweak\220\000w\337hyPyO\214\212\003*(\372\210\215\004_\202bobj_7\266\252\213\004_7\357\216\004_4\237\214\001_\375C\376\216\003End *,\261 8\007\000\t\014\t)\000\002a,\375 \263\013pt_arg\375s\263\02014slee\376\314 g_tasks\277_until\264bi\257me *\373\004p\210aa\355lA\002)\000\036\003som\177ething\000\047\n\237int (\347\037\251!_\377buffer *\263)\000#\020\025\006, Q\000)}\000\326Btyped\005\003^\365\220\001out_\301\215\003s\220\202 \3776queues_\025T\277\220\002*\243\000TL\000\355E\245-\374\341R;\005Claimi\303ng\362D\270\221\004\235e\237\221\003co\347nst\331\001\257\221\002_of\377\200\001\330\004\n\210+\220\377Q\200A\330\010\013\2104\377\210v\220T\230\024\230Y\377\240c\250\021\330\014\020\220\377\005\220Q\330\020.\250e\377\2603\260j\300\t\310\021\277\310%\310q\320P*\001\033\377)\250\021\360\034\000\t\014\3760\002Q\320\026+\2509\260\377F\270!\2701\330\014\023\377\2201\330\010\017\210x\220\377q\230\006\230f\240A\240\376[\001#1\260\021\360\032\000\357\t\036\230Q\031\001{\230(\367\240!\240%\000\014\210H\220\356z\000\024\220Ax\000\027\240\006\177\240a\240q\330\010\tz\001\377\006\220a\330\014\017\210z\376\217\000U\240\"\240D\250\010\377\260\007\260y\300\001\330\020\177\026\220d\230)\2401\020\000\375\001\243\001\n\230!\2301\230\357F\240)\250{\000\022\220!\357\2204\220s\020\0007\240$\237\240f\250D\260\034\005\316\001\016\357\230d\240!\327\001\013\2304\373\230q\340\001\010\230\004\230A\374\003\003H\002\014\230D\240\007\240\031q\007\010\203 \220f\023\000""\231\000\330\002\377\340\014\034\230A\230Q\230\377a\200A\340\010\014\210F\357\220!\330\010\361\000\220D\230\377\007\230x\240w\250i\260\373x\270\301\000\017\210t\2205\277\230\001\230\026\230s\350\0004\376\026\000a\250w\3206I\310\277\022\3108\320ST7\003G\336\251 \r%\240T\352#\010\230\236\311\004$\230l\250\244\000?\001<\377\230w\240a\330\020\024\220\367K\230u\355\001\250\022\2501\357\250G\2601y\001\016\210iz\342 \001\204\001\031\230\021\330A\005\356v\0016\230\023\306\000\010\250\003\316\221 \020\027\220\350\000\214\0014\220\357w\230g\240\322@\024\220Jy\230S\000\024\002\020\220\t\230\352B\367\t\230\032\322 J\250a\250st\260\305@\276\000\320\023#\344 \375A\235\000\027\260\t\270\024\270\337[\310\001\310\021\211\001G\230g9\240G\206\000\331\"\023\220j\001QA\214 \301\007\270B\023\207@x\374\000}#\377A\360\024\000\016&\344\003\376\227!8\2307\240%\240t\363\2504h\002\320@k\240\021\320\257\"8\270\001d\000Q\364At\357\2208\2303\241\001\024\220F\213\230!\376\001J\311b\250!\210$A\377\240R\240q\250\t\260\027\377\270\004\270A\270Q\330\020\376m\001q\330\024\030\230\013\240\3639\250\323@}\001w\230f\240\377I\250T\260\033\270J\300\177g\310Q\310a\320\004\252 \237\360\022\000\t\r\266C\241E\024\373\230W\321\0006\260\021\320\004\177\035\230^\2501\360\032\244\n\356\310A\031\240&\314#\026\220l\377\240!\240:\250Q\250dw\3202H\223 \027\320P\257\004\0377\230\047\240\021\236\204\003\347`\377\001\377z\240\024\240W\250F\260\377#\260Z\270t\3007\310\377%\310w\320VW\320W\377[\320[\\\320\004!\240\377\021\340\010\017\210\177\230a\363\230v\342$\177\000!\240\036\250\277q\360\030\000\t\021\233@\026\353\230}\313\000\010\316a7\230!\177\2306\240\031\250%\250\241\205\003\376\333%)\2503\250b\260\010\037\270\006\270m\310\377\205\002\347AN\001\375U\306`\017\020\330\014\022\320\377\0223\2604\260w\270h\333\300a\013\000\220,\374A\032\230\377!\2304\320\0375\260Q\377\260g\270W\300A\300Q\357\330\023\024\330+\001\020\220\007\316\261a\r\320\004\377@\234\001}\230\177A\230V\2404\240y\206`\376\237 &\240n\260A\360\026\367\000""\t\n\355\206\0014\220u\230\337A\230Y\240e\376\205\001\017\210\367u\220C\357`\020\021\330\014\377\r\330\020\030\230\010\240\001|\377\000\337\204\002\023\220=\240\001\312\204\001\327E\230\021\276\206\002Am\001\020\024\371\220\014\001\342@\021\340\020\035\230}Q\262\207\001\320\004)\250\021k\013\377\n\270!\320\n-\250Q\037\320\n2\260!";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2492, 3837);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (3744 bytes) */
-static const char bytes[] = " bytes, and the channel\047s limit is  is closed s s; (tree fragment).: : it was cancelled: no reply in : the server failed: : the server that had begun with it is gone; whether it did the work is not known?NonePickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)a PendingCall is made by Caller.submita call ends with `reply` or `fail`a reply of a server has begun with itcall of disableenablegcisenabledivshmem.errorsivshmem.textivshmem/channel/calls.pyxno server has begun with itself.held,self.reader cannot be converted to a Python object for picklingself.probed cannot be converted to a Python object for picklingself.writer cannot be converted to a Python object for picklingthe server endsthe server gave no replythis PendingCall of CallCall.__exit__Call.__reduce_cython__Call.__setstate_cython__Call.doneCall.failCall.give_backCall.replyCallFailedCallServerCallServer.__reduce_cython__CallServer.__setstate_cython__CallServer.serveCallServer.serve_asyncCallServer.takeCallServer.take_asyncCallerCaller.__reduce_cython__Caller.__setstate_cython__Caller.callCaller.call_asyncCaller.submitCaller.submit_asyncClosedErrorMessageTooLongPendingCallPendingCall.__reduce_cython__PendingCall.__setstate_cython__PendingCall.cancelPendingCall.closePendingCall.donePendingCall.filenoPendingCall.resultPendingCall.result_asyncServerLost__Pyx_PyDict_NextRef__annotate____await____exit____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineasyncio.coroutinesbackslashreplacebeguncallcall_asynccancelcellcline_in_tracebackclosedatadecodedoneencodeerrorerrorsfailfilenofunctionggetgive_backhowiditemsivshmem.channel.callskindleftlimitmonotonicnevernextplainpoprefreplacereplyresultresult_asyncselfsendserveserve_asyncserversetdefaultspinsubmitsubmit_asynctaketake_asynctakentextthrowtimetimeoutvaluevaluesviewweakrefw""hyPyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *)\000PyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *, struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time *__pyx_optional_args)\000until_something\000until_in_timestruct __pyx_obj_7ivshmem_7channel_6queues_Taken *(PyTypeObject *, struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, struct ivshmem_taken const *)\000taken_of\200\001\330\004\n\210+\220Q\200A\330\010\013\2104\210v\220T\230\024\230Y\240c\250\021\330\014\020\220\005\220Q\330\020.\250e\2603\260j\300\t\310\021\310%\310q\320PQ\200A\330\033)\250\021\360\034\000\t\014\2104\210v\220Q\320\026+\2509\260F\270!\2701\330\014\023\2201\330\010\017\210x\220q\230\006\230f\240A\240Q\200A\330#1\260\021\360\032\000\t\036\230Q\330\010\013\2104\210v\220W\230A\330\014\023\2204\220u\230G\2401\240A\330\010\017\210{\230(\240!\2401\330\010\014\210H\220A\330\010\032\230!\2306\240\021\240&\250\001\330\010\t\330\014\020\220\006\220a\330\014\017\210z\230\024\230U\240\"\240D\250\010\260\007\260y\300\001\330\020\026\220d\230)\2401\240D\250\001\330\014\020\220\n\230!\2301\230F\240)\2501\330\014\022\220!\2204\220s\230!\2307\240$\240f\250D\260\001\330\014\020\220\n\230!\330\014\020\220\016\230d\240!\330\014\020\220\013\2304\230q\330\014\020\220\010\230\004\230A\330\014\020\220\010\230\001\330\014\020\220\014\230D\240\007\240q\330\014\020\220\010\230\001\330\014\020\220\005\220Q\220f\230D\240\006\240a\330\014\023\2201\340\014\034\230A\230Q\230a\200A\340\010\014\210F\220!\330\010\023\2201\220D\230\007\230x\240w\250i\260x\270q\330\010\017\210t\2205\230\001\230\023\230A\230T\240\027\250\001\250\027\3200C\3002\300X\310Q\200A\340\010\014\210G\2201\330\r%\240T\250\021\330\014\020\220\010\230\001\330\014\020\220\n\230$\230l\250!\330\014\017\210t\220<\230w\240a\330\020\024\220K\230u\240D\250\001\250\022\2501\250G\2601\200A\340\010\016\210i\220q\230\001\200A\340\010\031""\230\021\330\r%\240T\250\021\330\014\017\210t\2206\230\023\230D\240\010\250\003\2501\330\020\027\220q\330\014\017\210t\2204\220w\230g\240Q\330\020\024\220J\230a\330\020\027\220q\330\014\020\220\t\230\021\330\014\020\220\t\230\032\2401\240J\250a\250t\2601\330\014\017\210t\320\023#\2401\240A\240T\250\027\260\t\270\024\270[\310\001\310\021\330\020\024\220G\2309\240G\2501\250D\260\001\330\014\023\2206\230\023\230A\200A\340\r%\240T\250\021\330\014\020\220\006\220a\330\014\023\2204\220x\230s\240#\240Q\200A\360\024\000\016&\240T\250\021\330\014\017\210t\2208\2307\240%\240t\2504\250t\2601\330\020\026\220k\240\021\320\"8\270\001\270\024\270Q\330\014\017\210t\2208\2303\230a\330\020\024\220F\230!\330\020\024\220J\230f\240A\240T\250\021\330\020\024\220K\230u\240A\240R\240q\250\t\260\027\270\004\270A\270Q\330\020\023\2204\220q\330\024\030\230\013\2409\250A\330\014\023\2204\220w\230f\240I\250T\260\033\270J\300g\310Q\310a\320\004\031\230\021\360\022\000\t\"\240\024\240Q\330\010\014\210F\220!\330\010\013\2106\220\026\220w\230a\330\014\023\2206\230\025\230g\240Q\240a\330\010\017\210t\2205\230\001\230\026\230q\320\004\035\230^\2501\360\032\000\016&\240T\250\021\330\014\017\210t\2205\230\001\230\031\240&\250\003\2501\330\020\026\220l\240!\240:\250Q\250d\3202H\310\001\310\027\320PQ\330\014\017\210t\2207\230\047\240\021\330\020\026\220d\230!\330\014\023\2204\220z\240\024\240W\250F\260#\260Z\270t\3007\310%\310w\320VW\320W[\320[\\\320\004!\240\021\340\010\017\210\177\230a\230v\240T\250\027\260\t\270\021\320\004!\240\036\250q\360\030\000\t\021\220\t\230\026\230}\250A\330\010\017\210t\2207\230!\2306\240\031\250%\250q\330\010\t\330\014\023\2204\220x\230s\240)\2503\250b\260\010\270\006\270m\3101\330\014\023\2204\220w\230a\230v\240U\250!\330\017\020\330\014\022\320\0223\2604\260w\270h\300a\330\014\022\220,\230a\330\020\032\230!\2304\320\0375\260Q\260g\270W\300A\300Q\330\023\024\330\017\020\330\014\020\220\007\220q\330\014\r\320\004#\2401\340\010\017\210}\230A\230V\2404\240y\260\t\270\021\320""\004&\240n\260A\360\026\000\t\n\330\014\023\2204\220u\230A\230Y\240e\2501\330\014\017\210u\220C\220q\330\020\021\330\014\r\330\020\030\230\010\240\001\240\024\240T\250\021\330\014\023\220=\240\001\330\020\024\220E\230\021\230)\2401\240A\330\023\024\330\020\024\220E\230\021\230!\330\020\021\340\020\035\230Q\230f\240A\320\004)\250\021\340\010\017\210}\230A\230V\2404\240y\260\n\270!\320\n-\250Q\320\n2\260!";
+    #else /* compression: none (3837 bytes) */
+static const char bytes[] = " bytes, and the channel\047s limit is  is closed s s; (tree fragment).: : it was cancelled: no reply in : the server failed: : the server that had begun with it is gone; whether it did the work is not known?NonePickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)a PendingCall is made by Caller.submita call ends with `reply` or `fail`a reply of a server has begun with itcall of disableenablegcisenabledivshmem.errorsivshmem.textivshmem/channel/calls.pyxno server has begun with itself.held,self.reader cannot be converted to a Python object for picklingself.probed cannot be converted to a Python object for picklingself.writer cannot be converted to a Python object for picklingthe server endsthe server gave no replythis PendingCall of timeout is not a numberCallCall.__exit__Call.__reduce_cython__Call.__setstate_cython__Call.doneCall.failCall.give_backCall.replyCallFailedCallServerCallServer.__reduce_cython__CallServer.__setstate_cython__CallServer.serveCallServer.serve_asyncCallServer.takeCallServer.take_asyncCallerCaller.__reduce_cython__Caller.__setstate_cython__Caller.callCaller.call_asyncCaller.submitCaller.submit_asyncClosedErrorMessageTooLongPendingCallPendingCall.__reduce_cython__PendingCall.__setstate_cython__PendingCall.cancelPendingCall.closePendingCall.donePendingCall.filenoPendingCall.resultPendingCall.result_asyncServerLost__Pyx_PyDict_NextRef__annotate____await____exit____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineasyncio.coroutinesbackslashreplacebeguncallcall_asynccancelcellcline_in_tracebackclosedatadecodedoneencodeerrorerrorsfailfilenofunctionggetgive_backhowiditemsivshmem.channel.callskindleftlimitmonotonicnevernextplainpoprefreplacereplyresultresult_asyncselfsendserveserve_asyncsetdefaultspinsubmitsubmit_asynctaketake_asynctakentextthrowtimetimeoutvaluev""aluesviewweakrefwhyPyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *)\000PyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *, struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time *__pyx_optional_args)\000until_something\000until_in_timeint (PyObject *, PyObject *, PyObject *, Py_buffer *)\000int (PyObject *, Py_buffer *, int)\000take_typed\000take_without_objectsstruct __pyx_obj_7ivshmem_7channel_6queues_Taken *(PyTypeObject *, struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, struct ivshmem_taken const *)\000taken_of\200\001\330\004\n\210+\220Q\200A\330\010\013\2104\210v\220T\230\024\230Y\240c\250\021\330\014\020\220\005\220Q\330\020.\250e\2603\260j\300\t\310\021\310%\310q\320PQ\200A\330\033)\250\021\360\034\000\t\014\2104\210v\220Q\320\026+\2509\260F\270!\2701\330\014\023\2201\330\010\017\210x\220q\230\006\230f\240A\240Q\200A\330#1\260\021\360\032\000\t\036\230Q\330\010\017\210{\230(\240!\2401\330\010\014\210H\220A\330\010\024\220A\220T\230\027\240\006\240a\240q\330\010\t\330\014\020\220\006\220a\330\014\017\210z\230\024\230U\240\"\240D\250\010\260\007\260y\300\001\330\020\026\220d\230)\2401\240D\250\001\330\014\020\220\n\230!\2301\230F\240)\2501\330\014\022\220!\2204\220s\230!\2307\240$\240f\250D\260\001\330\014\020\220\n\230!\330\014\020\220\016\230d\240!\330\014\020\220\013\2304\230q\330\014\020\220\010\230\004\230A\330\014\020\220\010\230\001\330\014\020\220\014\230D\240\007\240q\330\014\020\220\010\230\001\330\014\020\220\005\220Q\220f\230D\240\006\240a\330\014\023\2201\340\014\034\230A\230Q\230a\200A\340\010\014\210F\220!\330\010\023\2201\220D\230\007\230x\240w\250i\260x\270q\330\010\017\210t\2205\230\001\230\026\230s\240!\2404\240w\250a\250w\3206I\310\022\3108\320ST\200A\340\010\014\210G\2201\330\r%\240T\250\021\330\014\020\220\010\230\001\330\014\020\220\n\230$\230l\250!\330\014\017\210t\220<\230w\240a\330\020\024\220K\230u\240D""\250\001\250\022\2501\250G\2601\200A\340\010\016\210i\220q\230\001\200A\340\010\031\230\021\330\r%\240T\250\021\330\014\017\210t\2206\230\023\230D\240\010\250\003\2501\330\020\027\220q\330\014\017\210t\2204\220w\230g\240Q\330\020\024\220J\230a\330\020\027\220q\330\014\020\220\t\230\021\330\014\020\220\t\230\032\2401\240J\250a\250t\2601\330\014\017\210t\320\023#\2401\240A\240T\250\027\260\t\270\024\270[\310\001\310\021\330\020\024\220G\2309\240G\2501\250D\260\001\330\014\023\2206\230\023\230A\200A\340\r%\240T\250\021\330\014\020\220\006\220a\330\014\023\2204\220x\230s\240#\240Q\200A\360\024\000\016&\240T\250\021\330\014\017\210t\2208\2307\240%\240t\2504\250t\2601\330\020\026\220k\240\021\320\"8\270\001\270\024\270Q\330\014\017\210t\2208\2303\230a\330\020\024\220F\230!\330\020\024\220J\230f\240A\240T\250\021\330\020\024\220K\230u\240A\240R\240q\250\t\260\027\270\004\270A\270Q\330\020\023\2204\220q\330\024\030\230\013\2409\250A\330\014\023\2204\220w\230f\240I\250T\260\033\270J\300g\310Q\310a\320\004\031\230\021\360\022\000\t\r\210F\220!\330\010\017\210t\2205\230\001\230\024\230W\240G\2506\260\021\320\004\035\230^\2501\360\032\000\016&\240T\250\021\330\014\017\210t\2205\230\001\230\031\240&\250\003\2501\330\020\026\220l\240!\240:\250Q\250d\3202H\310\001\310\027\320PQ\330\014\017\210t\2207\230\047\240\021\330\020\026\220d\230!\330\014\023\2204\220z\240\024\240W\250F\260#\260Z\270t\3007\310%\310w\320VW\320W[\320[\\\320\004!\240\021\340\010\017\210\177\230a\230v\240T\250\027\260\t\270\021\320\004!\240\036\250q\360\030\000\t\021\220\t\230\026\230}\250A\330\010\017\210t\2207\230!\2306\240\031\250%\250q\330\010\t\330\014\023\2204\220x\230s\240)\2503\250b\260\010\270\006\270m\3101\330\014\023\2204\220w\230a\230v\240U\250!\330\017\020\330\014\022\320\0223\2604\260w\270h\300a\330\014\022\220,\230a\330\020\032\230!\2304\320\0375\260Q\260g\270W\300A\300Q\330\023\024\330\017\020\330\014\020\220\007\220q\330\014\r\320\004#\2401\340\010\017\210}\230A\230V\2404\240y\260\t\270\021\320""\004&\240n\260A\360\026\000\t\n\330\014\023\2204\220u\230A\230Y\240e\2501\330\014\017\210u\220C\220q\330\020\021\330\014\r\330\020\030\230\010\240\001\240\024\240T\250\021\330\014\023\220=\240\001\330\020\024\220E\230\021\230)\2401\240A\330\023\024\330\020\024\220E\230\021\230!\330\020\021\340\020\035\230Q\230f\240A\320\004)\250\021\340\010\017\210}\230A\230V\2404\240y\260\n\270!\320\n-\250Q\320\n2\260!";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
@@ -18689,7 +19103,7 @@ static const char bytes[] = " bytes, and the channel\047s limit is  is closed s 
     for (int i = 0; i < 147; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 33) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 34) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)
@@ -18697,7 +19111,7 @@ static const char bytes[] = " bytes, and the channel\047s limit is  is closed s 
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 147; i < 169; i++) {
+    for (int i = 147; i < 170; i++) {
       Py_ssize_t bytes_length = bytes_length_index[i-147].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
@@ -18708,7 +19122,7 @@ static const char bytes[] = " bytes, and the channel\047s limit is  is closed s 
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 169; i++) {
+    for (Py_ssize_t i = 0; i < 170; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
@@ -18716,7 +19130,7 @@ static const char bytes[] = " bytes, and the channel\047s limit is  is closed s 
     #if CYTHON_IMMORTAL_CONSTANTS
     {
       PyObject **table = stringtab + 147;
-      for (Py_ssize_t i=0; i<22; ++i) {
+      for (Py_ssize_t i=0; i<23; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
         #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -18802,12 +19216,12 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 322};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 320};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_call, __pyx_mstate->__pyx_n_u_begun, __pyx_mstate->__pyx_n_u_left, __pyx_mstate->__pyx_n_u_how};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_call_async, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 388};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 386};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_function, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_call, __pyx_mstate->__pyx_n_u_reply, __pyx_mstate->__pyx_n_u_error};
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_serve_async, __pyx_mstate->__pyx_kp_b_iso88591_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
@@ -18854,15 +19268,15 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   {
     const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 254};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_call, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_cell};
-    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_submit, __pyx_mstate->__pyx_kp_b_iso88591_A_1_Q_4vWA_4uG1A_1_HA_6_a_z_U_D, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_submit, __pyx_mstate->__pyx_kp_b_iso88591_A_1_Q_1_HA_AT_aq_a_z_U_D_y_d_1D, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 292};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 290};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_call, __pyx_mstate->__pyx_n_u_begun, __pyx_mstate->__pyx_n_u_left, __pyx_mstate->__pyx_n_u_how};
     __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_call, __pyx_mstate->__pyx_kp_b_iso88591_q_A_t7_6_q_4xs_3b_m1_4wavU_34wh, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 318};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 316};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_submit_async, __pyx_mstate->__pyx_kp_b_iso88591_AV4y, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
   }
@@ -18877,17 +19291,17 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 344};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 342};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_taken};
     __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_take, __pyx_mstate->__pyx_kp_b_iso88591_A_4vQ_9F_1_1_xq_fAQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 363};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 361};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_function, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_call, __pyx_mstate->__pyx_n_u_reply, __pyx_mstate->__pyx_n_u_error};
     __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_serve, __pyx_mstate->__pyx_kp_b_iso88591_nA_4uAYe1_uCq_T_E_1A_E_QfA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 406};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 404};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_take_async, __pyx_mstate->__pyx_kp_b_iso88591_avT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
   }
@@ -18902,27 +19316,27 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 447};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_server};
-    __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_reply, __pyx_mstate->__pyx_kp_b_iso88591_Q_F_6_wa_6_gQa_t5_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 445};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data};
+    __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_reply, __pyx_mstate->__pyx_kp_b_iso88591_F_t5_WG6, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 462};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 457};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_why, __pyx_mstate->__pyx_n_u_limit};
-    __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_fail, __pyx_mstate->__pyx_kp_b_iso88591_A_F_1D_xwixq_t5_AT_0C2XQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_fail, __pyx_mstate->__pyx_kp_b_iso88591_A_F_1D_xwixq_t5_s_4waw6I_8ST, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 496};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 491};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_kp_b_iso88591_A_iq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 500};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 495};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[23] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_give_back, __pyx_mstate->__pyx_kp_b_iso88591_A_iq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[23])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 504};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 499};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_kind, __pyx_mstate->__pyx_n_u_error};
     __pyx_mstate_global->__pyx_codeobj_tab[24] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_4vT_Yc_Q_e3j_qPQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[24])) goto bad;
   }
@@ -19307,6 +19721,231 @@ static PyObject *__Pyx_GetBuiltinName(PyObject *name) {
     return result;
 }
 
+/* PyObjectCall (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw) {
+    PyObject *result;
+    ternaryfunc call = Py_TYPE(func)->tp_call;
+    if (unlikely(!call))
+        return PyObject_Call(func, arg, kw);
+    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
+        return NULL;
+    result = (*call)(func, arg, kw);
+    Py_LeaveRecursiveCall();
+    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
+        PyErr_SetString(
+            PyExc_SystemError,
+            "NULL result without error in PyObject_Call");
+    }
+    return result;
+}
+#endif
+
+/* PyObjectCallMethO (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg) {
+    PyObject *self, *result;
+    PyCFunction cfunc;
+    cfunc = __Pyx_CyOrPyCFunction_GET_FUNCTION(func);
+    self = __Pyx_CyOrPyCFunction_GET_SELF(func);
+    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
+        return NULL;
+    result = cfunc(self, arg);
+    Py_LeaveRecursiveCall();
+    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
+        PyErr_SetString(
+            PyExc_SystemError,
+            "NULL result without error in PyObject_Call");
+    }
+    return result;
+}
+#endif
+
+/* PyObjectFastCall */
+#if CYTHON_COMPILING_IN_LIMITED_API
+static PyObject* __Pyx_PyObject_FastCall_fallback(PyObject *func, PyObject * const*args, size_t nargs, PyObject *kwargs) {
+    PyObject *argstuple;
+    PyObject *result = 0;
+    size_t i;
+    argstuple = PyTuple_New((Py_ssize_t)nargs);
+    if (unlikely(!argstuple)) return NULL;
+    for (i = 0; i < nargs; i++) {
+        Py_INCREF(args[i]);
+        if (__Pyx_PyTuple_SET_ITEM(argstuple, (Py_ssize_t)i, args[i]) != (0)) goto bad;
+    }
+    result = __Pyx_PyObject_Call(func, argstuple, kwargs);
+  bad:
+    Py_DECREF(argstuple);
+    return result;
+}
+#endif
+#if CYTHON_VECTORCALL && !(CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY)
+  #if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE vectorcallfunc __Pyx_PyVectorcall_Function(PyObject *callable) {
+    PyTypeObject *tp = Py_TYPE(callable);
+    #if defined(__Pyx_CyFunction_USED)
+    if (__Pyx_CyFunction_CheckExact(callable)) {
+        return __Pyx_CyFunction_func_vectorcall(callable);
+    }
+    #endif
+    if (!PyType_HasFeature(tp, Py_TPFLAGS_HAVE_VECTORCALL)) {
+        return NULL;
+    }
+    assert(PyCallable_Check(callable));
+    Py_ssize_t offset = tp->tp_vectorcall_offset;
+    assert(offset > 0);
+    vectorcallfunc ptr;
+    memcpy(&ptr, (char *) callable + offset, sizeof(ptr));
+    return ptr;
+}
+  #else
+    #define __Pyx_PyVectorcall_Function(callable) PyVectorcall_Function(callable)
+  #endif
+#endif
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwargs) {
+    Py_ssize_t nargs = __Pyx_PyVectorcall_NARGS(nargsf);
+#if CYTHON_COMPILING_IN_CPYTHON
+    if (nargs == 0 && kwargs == NULL) {
+        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_NOARGS))
+            return __Pyx_PyObject_CallMethO(func, NULL);
+    }
+    else if (nargs == 1 && kwargs == NULL) {
+        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_O))
+            return __Pyx_PyObject_CallMethO(func, args[0]);
+    }
+#endif
+    if (kwargs == NULL) {
+        #if CYTHON_VECTORCALL
+          #if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY
+            return PyObject_Vectorcall(func, args, nargsf, NULL);
+          #else
+            vectorcallfunc f = __Pyx_PyVectorcall_Function(func);
+            if (f) {
+                return f(func, args, nargsf, NULL);
+            }
+          #endif
+        #endif
+    }
+    if (nargs == 0) {
+        return __Pyx_PyObject_Call(func, __pyx_mstate_global->__pyx_empty_tuple, kwargs);
+    }
+    #if CYTHON_COMPILING_IN_LIMITED_API
+    return __Pyx_PyObject_FastCall_fallback(func, args, (size_t)nargs, kwargs);
+    #elif CYTHON_COMPILING_IN_PYPY
+    return PyObject_VectorcallDict(func, args, (size_t) nargs, kwargs);
+    #else
+    return PyObject_VectorcallDict(func, args, nargsf, kwargs);
+    #endif
+}
+
+/* RaiseException */
+static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause) {
+    PyObject* owned_instance = NULL;
+    if (tb == Py_None) {
+        tb = 0;
+    } else if (tb && !PyTraceBack_Check(tb)) {
+        PyErr_SetString(PyExc_TypeError,
+            "raise: arg 3 must be a traceback or None");
+        goto bad;
+    }
+    if (value == Py_None)
+        value = 0;
+    if (PyExceptionInstance_Check(type)) {
+        if (value) {
+            PyErr_SetString(PyExc_TypeError,
+                "instance exception may not have a separate value");
+            goto bad;
+        }
+        value = type;
+        type = (PyObject*) Py_TYPE(value);
+    } else if (PyExceptionClass_Check(type)) {
+        PyObject *instance_class = NULL;
+        if (value && PyExceptionInstance_Check(value)) {
+            instance_class = (PyObject*) Py_TYPE(value);
+            if (instance_class != type) {
+                int is_subclass = PyObject_IsSubclass(instance_class, type);
+                if (!is_subclass) {
+                    instance_class = NULL;
+                } else if (unlikely(is_subclass == -1)) {
+                    goto bad;
+                } else {
+                    type = instance_class;
+                }
+            }
+        }
+        if (!instance_class) {
+            PyObject *args;
+            if (!value)
+                args = PyTuple_New(0);
+            else if (PyTuple_Check(value)) {
+                Py_INCREF(value);
+                args = value;
+            } else
+                args = PyTuple_Pack(1, value);
+            if (!args)
+                goto bad;
+            owned_instance = PyObject_Call(type, args, NULL);
+            Py_DECREF(args);
+            if (!owned_instance)
+                goto bad;
+            value = owned_instance;
+            if (!PyExceptionInstance_Check(value)) {
+                PyErr_Format(PyExc_TypeError,
+                             "calling %R should have returned an instance of "
+                             "BaseException, not %R",
+                             type, Py_TYPE(value));
+                goto bad;
+            }
+        }
+    } else {
+        PyErr_SetString(PyExc_TypeError,
+            "raise: exception class must be a subclass of BaseException");
+        goto bad;
+    }
+    if (cause) {
+        PyObject *fixed_cause;
+        if (cause == Py_None) {
+            fixed_cause = NULL;
+        } else if (PyExceptionClass_Check(cause)) {
+            fixed_cause = PyObject_CallObject(cause, NULL);
+            if (fixed_cause == NULL)
+                goto bad;
+        } else if (PyExceptionInstance_Check(cause)) {
+            fixed_cause = cause;
+            Py_INCREF(fixed_cause);
+        } else {
+            PyErr_SetString(PyExc_TypeError,
+                            "exception causes must derive from "
+                            "BaseException");
+            goto bad;
+        }
+        PyException_SetCause(value, fixed_cause);
+    }
+    PyErr_SetObject(type, value);
+    if (tb) {
+#if PY_VERSION_HEX >= 0x030C00A6
+        PyException_SetTraceback(value, tb);
+#elif CYTHON_FAST_THREAD_STATE
+        PyThreadState *tstate = __Pyx_PyThreadState_Current;
+        PyObject* tmp_tb = tstate->curexc_traceback;
+        if (tb != tmp_tb) {
+            Py_INCREF(tb);
+            tstate->curexc_traceback = tb;
+            Py_XDECREF(tmp_tb);
+        }
+#else
+        PyObject *tmp_type, *tmp_value, *tmp_tb;
+        PyErr_Fetch(&tmp_type, &tmp_value, &tmp_tb);
+        Py_INCREF(tb);
+        PyErr_Restore(tmp_type, tmp_value, tb);
+        Py_XDECREF(tmp_tb);
+#endif
+    }
+bad:
+    Py_XDECREF(owned_instance);
+    return;
+}
+
 /* DivInt[int64_t] */
 static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t a, int64_t b, int b_is_constant) {
     int64_t q = a / b;
@@ -19327,6 +19966,31 @@ static CYTHON_INLINE int64_t __Pyx_mod_int64_t(int64_t a, int64_t b, int b_is_co
     );
     return r + adapt_python * b;
 }
+
+/* PyObjectFastCallMethod */
+#if !CYTHON_VECTORCALL
+static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf) {
+    PyObject *result;
+    switch (__Pyx_PyVectorcall_NARGS(nargsf)) {
+        case 1:
+            return PyObject_CallMethodObjArgs(args[0], name, NULL);
+        case 2:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], NULL);
+        case 3:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], NULL);
+        case 4:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], NULL);
+        case 5:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], args[4], NULL);
+    }
+    PyObject *attr = PyObject_GetAttr(args[0], name);
+    if (unlikely(!attr))
+        return NULL;
+    result = __Pyx_PyObject_FastCall(attr, args+1, nargsf - 1);
+    Py_DECREF(attr);
+    return result;
+}
+#endif
 
 /* IgnoreException (used by GetModuleGlobalName) */
 static CYTHON_INLINE int __Pyx_IgnoreGivenException(PyObject *given_exception, PyObject *ignorable_exception) {
@@ -19444,123 +20108,6 @@ __Pyx_PyTuple_FromArray(PyObject *const *src, Py_ssize_t n) {
     return res;
 }
 #endif
-
-/* PyObjectCall (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw) {
-    PyObject *result;
-    ternaryfunc call = Py_TYPE(func)->tp_call;
-    if (unlikely(!call))
-        return PyObject_Call(func, arg, kw);
-    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
-        return NULL;
-    result = (*call)(func, arg, kw);
-    Py_LeaveRecursiveCall();
-    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
-        PyErr_SetString(
-            PyExc_SystemError,
-            "NULL result without error in PyObject_Call");
-    }
-    return result;
-}
-#endif
-
-/* PyObjectCallMethO (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg) {
-    PyObject *self, *result;
-    PyCFunction cfunc;
-    cfunc = __Pyx_CyOrPyCFunction_GET_FUNCTION(func);
-    self = __Pyx_CyOrPyCFunction_GET_SELF(func);
-    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
-        return NULL;
-    result = cfunc(self, arg);
-    Py_LeaveRecursiveCall();
-    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
-        PyErr_SetString(
-            PyExc_SystemError,
-            "NULL result without error in PyObject_Call");
-    }
-    return result;
-}
-#endif
-
-/* PyObjectFastCall (used by PyObjectVectorcallKwds) */
-#if CYTHON_COMPILING_IN_LIMITED_API
-static PyObject* __Pyx_PyObject_FastCall_fallback(PyObject *func, PyObject * const*args, size_t nargs, PyObject *kwargs) {
-    PyObject *argstuple;
-    PyObject *result = 0;
-    size_t i;
-    argstuple = PyTuple_New((Py_ssize_t)nargs);
-    if (unlikely(!argstuple)) return NULL;
-    for (i = 0; i < nargs; i++) {
-        Py_INCREF(args[i]);
-        if (__Pyx_PyTuple_SET_ITEM(argstuple, (Py_ssize_t)i, args[i]) != (0)) goto bad;
-    }
-    result = __Pyx_PyObject_Call(func, argstuple, kwargs);
-  bad:
-    Py_DECREF(argstuple);
-    return result;
-}
-#endif
-#if CYTHON_VECTORCALL && !(CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY)
-  #if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE vectorcallfunc __Pyx_PyVectorcall_Function(PyObject *callable) {
-    PyTypeObject *tp = Py_TYPE(callable);
-    #if defined(__Pyx_CyFunction_USED)
-    if (__Pyx_CyFunction_CheckExact(callable)) {
-        return __Pyx_CyFunction_func_vectorcall(callable);
-    }
-    #endif
-    if (!PyType_HasFeature(tp, Py_TPFLAGS_HAVE_VECTORCALL)) {
-        return NULL;
-    }
-    assert(PyCallable_Check(callable));
-    Py_ssize_t offset = tp->tp_vectorcall_offset;
-    assert(offset > 0);
-    vectorcallfunc ptr;
-    memcpy(&ptr, (char *) callable + offset, sizeof(ptr));
-    return ptr;
-}
-  #else
-    #define __Pyx_PyVectorcall_Function(callable) PyVectorcall_Function(callable)
-  #endif
-#endif
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwargs) {
-    Py_ssize_t nargs = __Pyx_PyVectorcall_NARGS(nargsf);
-#if CYTHON_COMPILING_IN_CPYTHON
-    if (nargs == 0 && kwargs == NULL) {
-        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_NOARGS))
-            return __Pyx_PyObject_CallMethO(func, NULL);
-    }
-    else if (nargs == 1 && kwargs == NULL) {
-        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_O))
-            return __Pyx_PyObject_CallMethO(func, args[0]);
-    }
-#endif
-    if (kwargs == NULL) {
-        #if CYTHON_VECTORCALL
-          #if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY
-            return PyObject_Vectorcall(func, args, nargsf, NULL);
-          #else
-            vectorcallfunc f = __Pyx_PyVectorcall_Function(func);
-            if (f) {
-                return f(func, args, nargsf, NULL);
-            }
-          #endif
-        #endif
-    }
-    if (nargs == 0) {
-        return __Pyx_PyObject_Call(func, __pyx_mstate_global->__pyx_empty_tuple, kwargs);
-    }
-    #if CYTHON_COMPILING_IN_LIMITED_API
-    return __Pyx_PyObject_FastCall_fallback(func, args, (size_t)nargs, kwargs);
-    #elif CYTHON_COMPILING_IN_PYPY
-    return PyObject_VectorcallDict(func, args, (size_t) nargs, kwargs);
-    #else
-    return PyObject_VectorcallDict(func, args, nargsf, kwargs);
-    #endif
-}
 
 /* PyObjectVectorcallKwds (used by PyObjectVectorcallMethodKwds) */
 #if CYTHON_VECTORCALL
@@ -19756,114 +20303,6 @@ bad:
     Py_DECREF(value_tuple);
     return result;
 #endif
-}
-
-/* RaiseException */
-static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause) {
-    PyObject* owned_instance = NULL;
-    if (tb == Py_None) {
-        tb = 0;
-    } else if (tb && !PyTraceBack_Check(tb)) {
-        PyErr_SetString(PyExc_TypeError,
-            "raise: arg 3 must be a traceback or None");
-        goto bad;
-    }
-    if (value == Py_None)
-        value = 0;
-    if (PyExceptionInstance_Check(type)) {
-        if (value) {
-            PyErr_SetString(PyExc_TypeError,
-                "instance exception may not have a separate value");
-            goto bad;
-        }
-        value = type;
-        type = (PyObject*) Py_TYPE(value);
-    } else if (PyExceptionClass_Check(type)) {
-        PyObject *instance_class = NULL;
-        if (value && PyExceptionInstance_Check(value)) {
-            instance_class = (PyObject*) Py_TYPE(value);
-            if (instance_class != type) {
-                int is_subclass = PyObject_IsSubclass(instance_class, type);
-                if (!is_subclass) {
-                    instance_class = NULL;
-                } else if (unlikely(is_subclass == -1)) {
-                    goto bad;
-                } else {
-                    type = instance_class;
-                }
-            }
-        }
-        if (!instance_class) {
-            PyObject *args;
-            if (!value)
-                args = PyTuple_New(0);
-            else if (PyTuple_Check(value)) {
-                Py_INCREF(value);
-                args = value;
-            } else
-                args = PyTuple_Pack(1, value);
-            if (!args)
-                goto bad;
-            owned_instance = PyObject_Call(type, args, NULL);
-            Py_DECREF(args);
-            if (!owned_instance)
-                goto bad;
-            value = owned_instance;
-            if (!PyExceptionInstance_Check(value)) {
-                PyErr_Format(PyExc_TypeError,
-                             "calling %R should have returned an instance of "
-                             "BaseException, not %R",
-                             type, Py_TYPE(value));
-                goto bad;
-            }
-        }
-    } else {
-        PyErr_SetString(PyExc_TypeError,
-            "raise: exception class must be a subclass of BaseException");
-        goto bad;
-    }
-    if (cause) {
-        PyObject *fixed_cause;
-        if (cause == Py_None) {
-            fixed_cause = NULL;
-        } else if (PyExceptionClass_Check(cause)) {
-            fixed_cause = PyObject_CallObject(cause, NULL);
-            if (fixed_cause == NULL)
-                goto bad;
-        } else if (PyExceptionInstance_Check(cause)) {
-            fixed_cause = cause;
-            Py_INCREF(fixed_cause);
-        } else {
-            PyErr_SetString(PyExc_TypeError,
-                            "exception causes must derive from "
-                            "BaseException");
-            goto bad;
-        }
-        PyException_SetCause(value, fixed_cause);
-    }
-    PyErr_SetObject(type, value);
-    if (tb) {
-#if PY_VERSION_HEX >= 0x030C00A6
-        PyException_SetTraceback(value, tb);
-#elif CYTHON_FAST_THREAD_STATE
-        PyThreadState *tstate = __Pyx_PyThreadState_Current;
-        PyObject* tmp_tb = tstate->curexc_traceback;
-        if (tb != tmp_tb) {
-            Py_INCREF(tb);
-            tstate->curexc_traceback = tb;
-            Py_XDECREF(tmp_tb);
-        }
-#else
-        PyObject *tmp_type, *tmp_value, *tmp_tb;
-        PyErr_Fetch(&tmp_type, &tmp_value, &tmp_tb);
-        Py_INCREF(tb);
-        PyErr_Restore(tmp_type, tmp_value, tb);
-        Py_XDECREF(tmp_tb);
-#endif
-    }
-bad:
-    Py_XDECREF(owned_instance);
-    return;
 }
 
 /* PyObjectCompare (used by UnicodeEquals) */
@@ -20214,31 +20653,6 @@ static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds) {
         Py_DECREF(key);
     }
 }
-
-/* PyObjectFastCallMethod */
-#if !CYTHON_VECTORCALL
-static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf) {
-    PyObject *result;
-    switch (__Pyx_PyVectorcall_NARGS(nargsf)) {
-        case 1:
-            return PyObject_CallMethodObjArgs(args[0], name, NULL);
-        case 2:
-            return PyObject_CallMethodObjArgs(args[0], name, args[1], NULL);
-        case 3:
-            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], NULL);
-        case 4:
-            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], NULL);
-        case 5:
-            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], args[4], NULL);
-    }
-    PyObject *attr = PyObject_GetAttr(args[0], name);
-    if (unlikely(!attr))
-        return NULL;
-    result = __Pyx_PyObject_FastCall(attr, args+1, nargsf - 1);
-    Py_DECREF(attr);
-    return result;
-}
-#endif
 
 /* RaiseDoubleKeywords (used by ParseKeywordsImpl) */
 static void __Pyx_RaiseDoubleKeywordsError(

@@ -1874,9 +1874,9 @@ static const char * const __pyx_cfilenm = __FILE__;
 
 static const char* const __pyx_f[] = {
   "ivshmem/channel/ends.pyx",
+  "ivshmem/native/descriptors.pxd",
   "(tree fragment)",
   "cpython/type.pxd",
-  "ivshmem/native/descriptors.pxd",
   "ivshmem/native/spin.pxd",
   "ivshmem/native/bell.pxd",
   "ivshmem/native/mapping.pxd",
@@ -2266,19 +2266,30 @@ struct __pyx_t_7ivshmem_7channel_10membership_Rings {
   uint32_t lock;
 };
 
-/* "ivshmem/channel/ends.pyx":43
- * # A sleep that the memory forbids again and again, although nothing can be taken, is a hostile
- * # peer's work: after so many it sleeps all the same.
+/* "ivshmem/channel/ends.pxd":10
+ * from .membership cimport Dependent, Membership
+ * 
  * cdef enum:             # <<<<<<<<<<<<<<
- *     FUTILE = 64
- *     FIRST_LOOKS = 256  # of a spin, with the GIL: one or two microseconds
+ *     # A sleep that the memory forbids again and again, although nothing can be taken, is a hostile
+ *     # peer's work: after so many it sleeps all the same.
 */
 enum  {
   __pyx_e_7ivshmem_7channel_4ends_FUTILE = 64,
+  __pyx_e_7ivshmem_7channel_4ends_LAST_PAUSE = 0xF4240
+};
+
+/* "ivshmem/channel/ends.pyx":40
+ * # Nanoseconds: where no ring can come, the shortest pause between two looks.
+ * cdef int64_t FIRST_PAUSE = 20_000
+ * cdef enum:             # <<<<<<<<<<<<<<
+ *     FIRST_LOOKS = 256  # of a spin, with the GIL: one or two microseconds
+ * 
+*/
+enum  {
   __pyx_e_7ivshmem_7channel_4ends_FIRST_LOOKS = 0x100
 };
 
-/* "native/descriptors.pxd":86
+/* "native/descriptors.pxd":101
  * 
  * 
  * cdef class Fd:             # <<<<<<<<<<<<<<
@@ -2291,7 +2302,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Fd {
 };
 
 
-/* "native/descriptors.pxd":93
+/* "native/descriptors.pxd":108
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2310,7 +2321,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray {
 };
 
 
-/* "native/descriptors.pxd":117
+/* "native/descriptors.pxd":132
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2327,7 +2338,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller {
 };
 
 
-/* "native/descriptors.pxd":127
+/* "native/descriptors.pxd":142
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2342,7 +2353,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Relay {
 };
 
 
-/* "native/descriptors.pxd":134
+/* "native/descriptors.pxd":149
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2553,7 +2564,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Membership {
 };
 
 
-/* "ivshmem/channel/ends.pxd":11
+/* "ivshmem/channel/ends.pxd":18
  * 
  * 
  * cdef class Wakeup:             # <<<<<<<<<<<<<<
@@ -2570,7 +2581,7 @@ struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup {
 };
 
 
-/* "ivshmem/channel/ends.pxd":24
+/* "ivshmem/channel/ends.pxd":31
  * 
  * 
  * cdef class ChannelEnd(Dependent):             # <<<<<<<<<<<<<<
@@ -2598,7 +2609,7 @@ struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd {
 
 
 
-/* "native/descriptors.pxd":93
+/* "native/descriptors.pxd":108
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2615,7 +2626,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray;
 
 
-/* "native/descriptors.pxd":117
+/* "native/descriptors.pxd":132
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2630,7 +2641,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller *__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller;
 
 
-/* "native/descriptors.pxd":127
+/* "native/descriptors.pxd":142
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2644,7 +2655,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay *__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay;
 
 
-/* "native/descriptors.pxd":134
+/* "native/descriptors.pxd":149
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2865,7 +2876,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
 static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *__pyx_vtabptr_7ivshmem_7channel_10membership_Membership;
 
 
-/* "ivshmem/channel/ends.pyx":48
+/* "ivshmem/channel/ends.pyx":44
  * 
  * 
  * cdef class Wakeup:             # <<<<<<<<<<<<<<
@@ -2880,7 +2891,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup {
 static struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *__pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup;
 
 
-/* "ivshmem/channel/ends.pyx":135
+/* "ivshmem/channel/ends.pyx":131
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3078,6 +3089,28 @@ static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStrNoError(PyObject* obj, P
 /* GetBuiltinName.proto */
 static PyObject *__Pyx_GetBuiltinName(PyObject *name);
 
+/* PyValueError_Check.proto */
+#define __Pyx_PyExc_ValueError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_ValueError)
+
+/* PyObjectCall.proto (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw);
+#else
+#define __Pyx_PyObject_Call(func, arg, kw) PyObject_Call(func, arg, kw)
+#endif
+
+/* PyObjectCallMethO.proto (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg);
+#endif
+
+/* PyObjectFastCall.proto */
+#define __Pyx_PyObject_FastCall(func, args, nargs)  __Pyx_PyObject_FastCallDict(func, args, (size_t)(nargs), NULL)
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject * const*args, size_t nargsf, PyObject *kwargs);
+
+/* RaiseException.export */
+static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
+
 /* DivInt[int64_t].proto */
 static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t, int64_t, int b_is_constant);
 
@@ -3176,22 +3209,6 @@ static CYTHON_INLINE PyObject* __Pyx_PyDict_Items(PyObject* d);
     ((__Pyx_PyCFunctionFast)(void(*)(void))(PyCFunction)(cfunc)->func)(self, args, nargs)
 #define __Pyx_CallCFunctionFastWithKeywords(cfunc, self, args, nargs, kwnames)\
     ((__Pyx_PyCFunctionFastWithKeywords)(void(*)(void))(PyCFunction)(cfunc)->func)(self, args, nargs, kwnames)
-
-/* PyObjectCall.proto (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw);
-#else
-#define __Pyx_PyObject_Call(func, arg, kw) PyObject_Call(func, arg, kw)
-#endif
-
-/* PyObjectCallMethO.proto (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg);
-#endif
-
-/* PyObjectFastCall.proto (used by PyObjectCallOneArg) */
-#define __Pyx_PyObject_FastCall(func, args, nargs)  __Pyx_PyObject_FastCallDict(func, args, (size_t)(nargs), NULL)
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject * const*args, size_t nargsf, PyObject *kwargs);
 
 /* PyObjectCallOneArg.proto (used by CallUnboundCMethod0) */
 static CYTHON_INLINE PyObject* __Pyx_PyObject_CallOneArg(PyObject *func, PyObject *arg);
@@ -3321,9 +3338,6 @@ static void __Pyx_ArgTypeError(PyObject *obj, PyTypeObject *type, const char *na
 
 /* ArgTypeTest.proto */
 static CYTHON_INLINE int __Pyx_ArgTypeTest(PyObject *obj, PyTypeObject *type, int none_allowed, const char *name, int exact);
-
-/* RaiseException.export */
-static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
 
 /* PyObjectFastCallMethod.proto */
 #if CYTHON_VECTORCALL
@@ -4005,6 +4019,8 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
 
 /* Module declarations from "ivshmem.native.descriptors" */
 static int64_t (*__pyx_f_7ivshmem_6native_11descriptors_deadline_of)(PyObject *); /*proto*/
+static CYTHON_INLINE double __pyx_f_7ivshmem_6native_11descriptors_seconds_of(PyObject *); /*proto*/
+static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_check_timeout(PyObject *); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(int64_t); /*proto*/
 static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_time_left(int64_t, struct timespec *); /*proto*/
@@ -4032,7 +4048,6 @@ static int64_t (*__pyx_f_7ivshmem_6native_4spin_spin_of)(PyObject *); /*proto*/
 
 /* Module declarations from "ivshmem.channel.ends" */
 static int64_t __pyx_v_7ivshmem_7channel_4ends_FIRST_PAUSE;
-static int64_t __pyx_v_7ivshmem_7channel_4ends_LAST_PAUSE;
 static PyObject *__pyx_f_7ivshmem_7channel_4ends_was_removed(PyObject *); /*proto*/
 static struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *__pyx_f_7ivshmem_7channel_4ends_wakeup_of_thread(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *); /*proto*/
 /* #### Code section: typeinfo ### */
@@ -4134,7 +4149,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_codeobj_tab[8];
-    PyObject *__pyx_string_tab[87];
+    PyObject *__pyx_string_tab[88];
     PyObject *__pyx_number_tab[2];
 /* #### Code section: module_state_contents ### */
 /* CommonTypesMetaclass.module_state_decls */
@@ -4204,68 +4219,69 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[22]
 #define __pyx_kp_u_the_endpoint_is_closed __pyx_string_tab[23]
 #define __pyx_kp_u_this __pyx_string_tab[24]
-#define __pyx_n_u_ChannelEnd __pyx_string_tab[25]
-#define __pyx_n_u_ChannelEnd___enter __pyx_string_tab[26]
-#define __pyx_n_u_ChannelEnd___exit __pyx_string_tab[27]
-#define __pyx_n_u_ChannelEnd___reduce __pyx_string_tab[28]
-#define __pyx_n_u_ChannelEnd_close __pyx_string_tab[29]
-#define __pyx_n_u_ChannelEnd_fileno __pyx_string_tab[30]
-#define __pyx_n_u_ClosedError __pyx_string_tab[31]
-#define __pyx_n_u_Wakeup __pyx_string_tab[32]
-#define __pyx_n_u_Wakeup___reduce_cython __pyx_string_tab[33]
-#define __pyx_n_u_Wakeup___setstate_cython __pyx_string_tab[34]
-#define __pyx_n_u_Wakeup_fileno __pyx_string_tab[35]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[36]
-#define __pyx_n_u_annotate __pyx_string_tab[37]
-#define __pyx_n_u_enter __pyx_string_tab[38]
-#define __pyx_n_u_exit __pyx_string_tab[39]
-#define __pyx_n_u_func __pyx_string_tab[40]
-#define __pyx_n_u_getstate __pyx_string_tab[41]
-#define __pyx_n_u_main __pyx_string_tab[42]
-#define __pyx_n_u_module __pyx_string_tab[43]
-#define __pyx_n_u_name __pyx_string_tab[44]
-#define __pyx_n_u_pyx_capi __pyx_string_tab[45]
-#define __pyx_n_u_pyx_state __pyx_string_tab[46]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[47]
-#define __pyx_n_u_qualname __pyx_string_tab[48]
-#define __pyx_n_u_reduce __pyx_string_tab[49]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[50]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[51]
-#define __pyx_n_u_set_name __pyx_string_tab[52]
-#define __pyx_n_u_setstate __pyx_string_tab[53]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[54]
-#define __pyx_n_u_test __pyx_string_tab[55]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[56]
-#define __pyx_n_u_add __pyx_string_tab[57]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[58]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[59]
-#define __pyx_n_u_close __pyx_string_tab[60]
-#define __pyx_n_u_closed __pyx_string_tab[61]
-#define __pyx_n_u_error __pyx_string_tab[62]
-#define __pyx_n_u_errors __pyx_string_tab[63]
-#define __pyx_n_u_fileno __pyx_string_tab[64]
-#define __pyx_n_u_id __pyx_string_tab[65]
-#define __pyx_n_u_items __pyx_string_tab[66]
-#define __pyx_n_u_ivshmem_channel_ends __pyx_string_tab[67]
-#define __pyx_n_u_membership __pyx_string_tab[68]
-#define __pyx_n_u_pop __pyx_string_tab[69]
-#define __pyx_n_u_readonly __pyx_string_tab[70]
-#define __pyx_n_u_ref __pyx_string_tab[71]
-#define __pyx_n_u_self __pyx_string_tab[72]
-#define __pyx_n_u_setdefault __pyx_string_tab[73]
-#define __pyx_n_u_values __pyx_string_tab[74]
-#define __pyx_n_u_wakeup __pyx_string_tab[75]
-#define __pyx_n_u_weakref __pyx_string_tab[76]
-#define __pyx_kp_b_PyObject_PyObject_was_removed __pyx_string_tab[77]
-#define __pyx_kp_b_int64_t_PyObject_deadline_of __pyx_string_tab[78]
-#define __pyx_kp_b_int64_t_PyObject_spin_of __pyx_string_tab[79]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[80]
-#define __pyx_kp_b_iso88591_A_F __pyx_string_tab[81]
-#define __pyx_kp_b_iso88591_A_iq_Qe1 __pyx_string_tab[82]
-#define __pyx_kp_b_iso88591_A_q __pyx_string_tab[83]
-#define __pyx_kp_b_iso88591_A_t6 __pyx_string_tab[84]
-#define __pyx_kp_b_iso88591_A_4t1_HA_Jd_a_4q_6_1_4_Ct4t1_6_4 __pyx_string_tab[85]
-#define __pyx_kp_b_iso88591_A_F_4xs_Q_4t1_1_A_t4s_Q_Ky_t7 __pyx_string_tab[86]
+#define __pyx_kp_u_timeout_is_not_a_number __pyx_string_tab[25]
+#define __pyx_n_u_ChannelEnd __pyx_string_tab[26]
+#define __pyx_n_u_ChannelEnd___enter __pyx_string_tab[27]
+#define __pyx_n_u_ChannelEnd___exit __pyx_string_tab[28]
+#define __pyx_n_u_ChannelEnd___reduce __pyx_string_tab[29]
+#define __pyx_n_u_ChannelEnd_close __pyx_string_tab[30]
+#define __pyx_n_u_ChannelEnd_fileno __pyx_string_tab[31]
+#define __pyx_n_u_ClosedError __pyx_string_tab[32]
+#define __pyx_n_u_Wakeup __pyx_string_tab[33]
+#define __pyx_n_u_Wakeup___reduce_cython __pyx_string_tab[34]
+#define __pyx_n_u_Wakeup___setstate_cython __pyx_string_tab[35]
+#define __pyx_n_u_Wakeup_fileno __pyx_string_tab[36]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[37]
+#define __pyx_n_u_annotate __pyx_string_tab[38]
+#define __pyx_n_u_enter __pyx_string_tab[39]
+#define __pyx_n_u_exit __pyx_string_tab[40]
+#define __pyx_n_u_func __pyx_string_tab[41]
+#define __pyx_n_u_getstate __pyx_string_tab[42]
+#define __pyx_n_u_main __pyx_string_tab[43]
+#define __pyx_n_u_module __pyx_string_tab[44]
+#define __pyx_n_u_name __pyx_string_tab[45]
+#define __pyx_n_u_pyx_capi __pyx_string_tab[46]
+#define __pyx_n_u_pyx_state __pyx_string_tab[47]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[48]
+#define __pyx_n_u_qualname __pyx_string_tab[49]
+#define __pyx_n_u_reduce __pyx_string_tab[50]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[51]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[52]
+#define __pyx_n_u_set_name __pyx_string_tab[53]
+#define __pyx_n_u_setstate __pyx_string_tab[54]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[55]
+#define __pyx_n_u_test __pyx_string_tab[56]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[57]
+#define __pyx_n_u_add __pyx_string_tab[58]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[59]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[60]
+#define __pyx_n_u_close __pyx_string_tab[61]
+#define __pyx_n_u_closed __pyx_string_tab[62]
+#define __pyx_n_u_error __pyx_string_tab[63]
+#define __pyx_n_u_errors __pyx_string_tab[64]
+#define __pyx_n_u_fileno __pyx_string_tab[65]
+#define __pyx_n_u_id __pyx_string_tab[66]
+#define __pyx_n_u_items __pyx_string_tab[67]
+#define __pyx_n_u_ivshmem_channel_ends __pyx_string_tab[68]
+#define __pyx_n_u_membership __pyx_string_tab[69]
+#define __pyx_n_u_pop __pyx_string_tab[70]
+#define __pyx_n_u_readonly __pyx_string_tab[71]
+#define __pyx_n_u_ref __pyx_string_tab[72]
+#define __pyx_n_u_self __pyx_string_tab[73]
+#define __pyx_n_u_setdefault __pyx_string_tab[74]
+#define __pyx_n_u_values __pyx_string_tab[75]
+#define __pyx_n_u_wakeup __pyx_string_tab[76]
+#define __pyx_n_u_weakref __pyx_string_tab[77]
+#define __pyx_kp_b_PyObject_PyObject_was_removed __pyx_string_tab[78]
+#define __pyx_kp_b_int64_t_PyObject_deadline_of __pyx_string_tab[79]
+#define __pyx_kp_b_int64_t_PyObject_spin_of __pyx_string_tab[80]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[81]
+#define __pyx_kp_b_iso88591_A_F __pyx_string_tab[82]
+#define __pyx_kp_b_iso88591_A_iq_Qe1 __pyx_string_tab[83]
+#define __pyx_kp_b_iso88591_A_q __pyx_string_tab[84]
+#define __pyx_kp_b_iso88591_A_t6 __pyx_string_tab[85]
+#define __pyx_kp_b_iso88591_A_4t1_HA_Jd_a_4q_6_1_4_Ct4t1_6_4 __pyx_string_tab[86]
+#define __pyx_kp_b_iso88591_A_F_4xs_Q_4t1_1_A_t4s_Q_Ky_t7 __pyx_string_tab[87]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_1 __pyx_number_tab[1]
 /* #### Code section: module_state_clear ### */
@@ -4306,7 +4322,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<8; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<87; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<88; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<2; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -4354,7 +4370,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<8; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<87; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<88; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<2; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -4372,6 +4388,203 @@ return 0;
 /* "native/descriptors.pxd":28
  * 
  * 
+ * cdef inline double seconds_of(object timeout) except? -1:             # <<<<<<<<<<<<<<
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+*/
+
+static CYTHON_INLINE double __pyx_f_7ivshmem_6native_11descriptors_seconds_of(PyObject *__pyx_v_timeout) {
+  double __pyx_v_seconds;
+  double __pyx_r;
+  __Pyx_RefNannyDeclarations
+  double __pyx_t_1;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  size_t __pyx_t_5;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("seconds_of", 0);
+
+  /* "native/descriptors.pxd":30
+ * cdef inline double seconds_of(object timeout) except? -1:
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout             # <<<<<<<<<<<<<<
+ *     if seconds != seconds:
+ *         raise ValueError("timeout is not a number")
+*/
+  __pyx_t_1 = __Pyx_PyFloat_AsDouble(__pyx_v_timeout); if (unlikely((__pyx_t_1 == (double)-1) && PyErr_Occurred())) __PYX_ERR(1, 30, __pyx_L1_error)
+  __pyx_v_seconds = __pyx_t_1;
+
+  /* "native/descriptors.pxd":31
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+ *     if seconds != seconds:             # <<<<<<<<<<<<<<
+ *         raise ValueError("timeout is not a number")
+ *     return seconds
+*/
+  __pyx_t_2 = (__pyx_v_seconds != __pyx_v_seconds);
+
+  if (unlikely(__pyx_t_2)) {
+
+
+    /* "native/descriptors.pxd":32
+ *     cdef double seconds = timeout
+ *     if seconds != seconds:
+ *         raise ValueError("timeout is not a number")             # <<<<<<<<<<<<<<
+ *     return seconds
+ * 
+*/
+    __pyx_t_4 = NULL;
+    __pyx_t_5 = 1;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_timeout_is_not_a_number};
+      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 32, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_3);
+    }
+    __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __PYX_ERR(1, 32, __pyx_L1_error)
+
+    /* "native/descriptors.pxd":31
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+ *     if seconds != seconds:             # <<<<<<<<<<<<<<
+ *         raise ValueError("timeout is not a number")
+ *     return seconds
+*/
+  }
+
+  /* "native/descriptors.pxd":33
+ *     if seconds != seconds:
+ *         raise ValueError("timeout is not a number")
+ *     return seconds             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = __pyx_v_seconds;
+  }
+  goto __pyx_L0;
+
+  /* "native/descriptors.pxd":28
+ * 
+ * 
+ * cdef inline double seconds_of(object timeout) except? -1:             # <<<<<<<<<<<<<<
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.seconds_of", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1.0;
+  __pyx_L0:;
+
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "native/descriptors.pxd":36
+ * 
+ * 
+ * cdef inline int check_timeout(object timeout) except -1:             # <<<<<<<<<<<<<<
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+*/
+
+static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_check_timeout(PyObject *__pyx_v_timeout) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  double __pyx_t_3;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "native/descriptors.pxd":38
+ * cdef inline int check_timeout(object timeout) except -1:
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns             # <<<<<<<<<<<<<<
+ *         seconds_of(timeout)
+ *     return 0
+*/
+  __pyx_t_2 = (__pyx_v_timeout != Py_None);
+  if (__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = (((PyObject *)Py_TYPE(__pyx_v_timeout)) != ((PyObject *)(&PyLong_Type)));
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L4_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "native/descriptors.pxd":39
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+ *         seconds_of(timeout)             # <<<<<<<<<<<<<<
+ *     return 0
+ * 
+*/
+    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_seconds_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((double)-1.0) && PyErr_Occurred())) __PYX_ERR(1, 39, __pyx_L1_error)
+
+
+    /* "native/descriptors.pxd":38
+ * cdef inline int check_timeout(object timeout) except -1:
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns             # <<<<<<<<<<<<<<
+ *         seconds_of(timeout)
+ *     return 0
+*/
+  }
+
+  /* "native/descriptors.pxd":40
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+ *         seconds_of(timeout)
+ *     return 0             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "native/descriptors.pxd":36
+ * 
+ * 
+ * cdef inline int check_timeout(object timeout) except -1:             # <<<<<<<<<<<<<<
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.native.descriptors.check_timeout", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "native/descriptors.pxd":43
+ * 
+ * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
@@ -4381,7 +4594,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   struct timespec __pyx_v_t;
   int64_t __pyx_r;
 
-  /* "native/descriptors.pxd":30
+  /* "native/descriptors.pxd":45
  * cdef inline int64_t now() noexcept nogil:
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)             # <<<<<<<<<<<<<<
@@ -4390,7 +4603,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
 */
   (void)(clock_gettime(CLOCK_MONOTONIC, (&__pyx_v_t)));
 
-  /* "native/descriptors.pxd":31
+  /* "native/descriptors.pxd":46
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
  *     return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec             # <<<<<<<<<<<<<<
@@ -4403,7 +4616,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":28
+  /* "native/descriptors.pxd":43
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4417,7 +4630,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":34
+/* "native/descriptors.pxd":49
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4434,7 +4647,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   int64_t __pyx_t_5;
   int __pyx_t_6;
 
-  /* "native/descriptors.pxd":36
+  /* "native/descriptors.pxd":51
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:
  *     """When they will be over; less than 0: never."""
  *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX             # <<<<<<<<<<<<<<
@@ -4471,7 +4684,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":34
+  /* "native/descriptors.pxd":49
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4484,7 +4697,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":39
+/* "native/descriptors.pxd":54
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4500,7 +4713,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   int64_t __pyx_t_3;
   int64_t __pyx_t_4;
 
-  /* "native/descriptors.pxd":42
+  /* "native/descriptors.pxd":57
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -4512,7 +4725,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   if (__pyx_t_1) {
 
 
-    /* "native/descriptors.pxd":43
+    /* "native/descriptors.pxd":58
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:
  *         return NULL             # <<<<<<<<<<<<<<
@@ -4525,7 +4738,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
     }
     goto __pyx_L0;
 
-    /* "native/descriptors.pxd":42
+    /* "native/descriptors.pxd":57
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -4534,7 +4747,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   }
 
-  /* "native/descriptors.pxd":44
+  /* "native/descriptors.pxd":59
  *     if deadline == INT64_MAX:
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)             # <<<<<<<<<<<<<<
@@ -4558,7 +4771,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   __pyx_v_nanoseconds = __pyx_t_4;
 
 
-  /* "native/descriptors.pxd":45
+  /* "native/descriptors.pxd":60
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000             # <<<<<<<<<<<<<<
@@ -4567,7 +4780,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   __pyx_v_left->tv_sec = __Pyx_div_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "native/descriptors.pxd":46
+  /* "native/descriptors.pxd":61
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000             # <<<<<<<<<<<<<<
@@ -4576,7 +4789,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   __pyx_v_left->tv_nsec = __Pyx_mod_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "native/descriptors.pxd":47
+  /* "native/descriptors.pxd":62
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000
  *     return left             # <<<<<<<<<<<<<<
@@ -4589,7 +4802,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":39
+  /* "native/descriptors.pxd":54
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4603,7 +4816,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":50
+/* "native/descriptors.pxd":65
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4618,7 +4831,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
   uint64_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "native/descriptors.pxd":52
+  /* "native/descriptors.pxd":67
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:
  *     """What was read from an eventfd; more than 2**63 - 1 rings are somebody's ill will."""
  *     return <int64_t>min(count, <uint64_t>INT64_MAX)             # <<<<<<<<<<<<<<
@@ -4646,7 +4859,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
 
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":50
+  /* "native/descriptors.pxd":65
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4659,7 +4872,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":55
+/* "native/descriptors.pxd":70
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4674,7 +4887,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
   int64_t __pyx_r;
   int __pyx_t_1;
 
-  /* "native/descriptors.pxd":61
+  /* "native/descriptors.pxd":76
  *     it since Linux 5.8, which is why that is the oldest kernel supported.
  *     """
  *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
@@ -4683,7 +4896,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_count = 0;
 
-  /* "native/descriptors.pxd":64
+  /* "native/descriptors.pxd":79
  *     cdef iovec iov
  *     cdef ssize_t n
  *     iov.iov_base = &count             # <<<<<<<<<<<<<<
@@ -4692,7 +4905,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_iov.iov_base = (&__pyx_v_count);
 
-  /* "native/descriptors.pxd":65
+  /* "native/descriptors.pxd":80
  *     cdef ssize_t n
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)             # <<<<<<<<<<<<<<
@@ -4701,7 +4914,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_count));
 
-  /* "native/descriptors.pxd":66
+  /* "native/descriptors.pxd":81
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)
  *     while True:             # <<<<<<<<<<<<<<
@@ -4710,7 +4923,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   while (1) {
 
-    /* "native/descriptors.pxd":67
+    /* "native/descriptors.pxd":82
  *     iov.iov_len = sizeof(count)
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)             # <<<<<<<<<<<<<<
@@ -4719,7 +4932,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     __pyx_v_n = preadv2(__pyx_v_fd, (&__pyx_v_iov), 1, -1L, RWF_NOWAIT);
 
-    /* "native/descriptors.pxd":68
+    /* "native/descriptors.pxd":83
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -4731,7 +4944,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "native/descriptors.pxd":69
+      /* "native/descriptors.pxd":84
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):
  *             return count_of(count)             # <<<<<<<<<<<<<<
@@ -4744,7 +4957,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "native/descriptors.pxd":68
+      /* "native/descriptors.pxd":83
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -4753,7 +4966,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "native/descriptors.pxd":70
+    /* "native/descriptors.pxd":85
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -4765,7 +4978,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "native/descriptors.pxd":71
+      /* "native/descriptors.pxd":86
  *             return count_of(count)
  *         if n >= 0:
  *             return -EINVAL  # no eventfd             # <<<<<<<<<<<<<<
@@ -4778,7 +4991,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "native/descriptors.pxd":70
+      /* "native/descriptors.pxd":85
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -4787,7 +5000,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "native/descriptors.pxd":72
+    /* "native/descriptors.pxd":87
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4799,7 +5012,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "native/descriptors.pxd":73
+      /* "native/descriptors.pxd":88
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:
  *             return 0             # <<<<<<<<<<<<<<
@@ -4812,7 +5025,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "native/descriptors.pxd":72
+      /* "native/descriptors.pxd":87
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4821,7 +5034,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "native/descriptors.pxd":74
+    /* "native/descriptors.pxd":89
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -4833,7 +5046,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "native/descriptors.pxd":75
+      /* "native/descriptors.pxd":90
  *             return 0
  *         if errno != EINTR:
  *             return -errno             # <<<<<<<<<<<<<<
@@ -4846,7 +5059,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "native/descriptors.pxd":74
+      /* "native/descriptors.pxd":89
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -4856,7 +5069,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     }
   }
 
-  /* "native/descriptors.pxd":55
+  /* "native/descriptors.pxd":70
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4873,7 +5086,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":78
+/* "native/descriptors.pxd":93
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4887,7 +5100,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "native/descriptors.pxd":80
+  /* "native/descriptors.pxd":95
  * cdef inline int add_one(int fd) noexcept nogil:
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1             # <<<<<<<<<<<<<<
@@ -4896,7 +5109,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 */
   __pyx_v_one = 1;
 
-  /* "native/descriptors.pxd":81
+  /* "native/descriptors.pxd":96
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4922,7 +5135,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   if (__pyx_t_1) {
 
 
-    /* "native/descriptors.pxd":82
+    /* "native/descriptors.pxd":97
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0             # <<<<<<<<<<<<<<
@@ -4935,7 +5148,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
     }
     goto __pyx_L0;
 
-    /* "native/descriptors.pxd":81
+    /* "native/descriptors.pxd":96
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4944,7 +5157,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 */
   }
 
-  /* "native/descriptors.pxd":83
+  /* "native/descriptors.pxd":98
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0
  *     return errno             # <<<<<<<<<<<<<<
@@ -4957,7 +5170,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":78
+  /* "native/descriptors.pxd":93
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4971,7 +5184,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":107
+/* "native/descriptors.pxd":122
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4982,7 +5195,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array) {
   Py_ssize_t __pyx_r;
 
-  /* "native/descriptors.pxd":109
+  /* "native/descriptors.pxd":124
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:
  *     """How many descriptors there are, also while another thread adds one."""
  *     return ivshmem_length(&array.count)             # <<<<<<<<<<<<<<
@@ -4995,7 +5208,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":107
+  /* "native/descriptors.pxd":122
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5008,7 +5221,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":112
+/* "native/descriptors.pxd":127
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5019,7 +5232,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
 static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array, Py_ssize_t __pyx_v_index) {
   int *__pyx_r;
 
-  /* "native/descriptors.pxd":114
+  /* "native/descriptors.pxd":129
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:
  *     """Where a descriptor stands, of as many as `length_of` told; it stays there."""
  *     return &ivshmem_elements(&array.fds)[index]             # <<<<<<<<<<<<<<
@@ -5032,7 +5245,7 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":112
+  /* "native/descriptors.pxd":127
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5102,7 +5315,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_core_begin_wait(struct __pyx_t_7ivs
   /* function exit code */
 }
 
-/* "ivshmem/channel/ends.pyx":58
+/* "ivshmem/channel/ends.pyx":54
  *     """
  * 
  *     def __cinit__(self, Membership membership not None):             # <<<<<<<<<<<<<<
@@ -5148,32 +5361,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_membership,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 58, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 54, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 58, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 54, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 58, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 54, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 1, 1, i); __PYX_ERR(0, 58, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 1, 1, i); __PYX_ERR(0, 54, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 58, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 54, __pyx_L3_error)
     }
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[0]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 58, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 54, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5184,7 +5397,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 58, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 54, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)__pyx_v_self), __pyx_v_membership);
 
   /* function exit code */
@@ -5221,7 +5434,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/channel/ends.pyx":59
+  /* "ivshmem/channel/ends.pyx":55
  * 
  *     def __cinit__(self, Membership membership not None):
  *         cdef Doorbells doorbells = membership.doorbells             # <<<<<<<<<<<<<<
@@ -5233,7 +5446,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
   __pyx_v_doorbells = ((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":60
+  /* "ivshmem/channel/ends.pyx":56
  *     def __cinit__(self, Membership membership not None):
  *         cdef Doorbells doorbells = membership.doorbells
  *         self.membership = membership             # <<<<<<<<<<<<<<
@@ -5245,7 +5458,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
   __Pyx_GOTREF((PyObject *)__pyx_v_self->membership);
   __Pyx_DECREF_SET(__pyx_v_self->membership, __pyx_v_membership);
 
-  /* "ivshmem/channel/ends.pyx":61
+  /* "ivshmem/channel/ends.pyx":57
  *         cdef Doorbells doorbells = membership.doorbells
  *         self.membership = membership
  *         self.epoll = Epoll()             # <<<<<<<<<<<<<<
@@ -5258,7 +5471,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 61, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 57, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   __Pyx_GIVEREF((PyObject *)__pyx_t_1);
@@ -5266,7 +5479,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
   __Pyx_DECREF_SET(__pyx_v_self->epoll, ((struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":62
+  /* "ivshmem/channel/ends.pyx":58
  *         self.membership = membership
  *         self.epoll = Epoll()
  *         self.pause = FIRST_PAUSE             # <<<<<<<<<<<<<<
@@ -5275,7 +5488,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
 */
   __pyx_v_self->pause = __pyx_v_7ivshmem_7channel_4ends_FIRST_PAUSE;
 
-  /* "ivshmem/channel/ends.pyx":63
+  /* "ivshmem/channel/ends.pyx":59
  *         self.epoll = Epoll()
  *         self.pause = FIRST_PAUSE
  *         self.kick = membership.kick             # <<<<<<<<<<<<<<
@@ -5289,7 +5502,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
   __Pyx_DECREF_SET(__pyx_v_self->kick, ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":64
+  /* "ivshmem/channel/ends.pyx":60
  *         self.pause = FIRST_PAUSE
  *         self.kick = membership.kick
  *         if self.kick is None:             # <<<<<<<<<<<<<<
@@ -5300,20 +5513,20 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
   if (unlikely(__pyx_t_4)) {
 
 
-    /* "ivshmem/channel/ends.pyx":65
+    /* "ivshmem/channel/ends.pyx":61
  *         self.kick = membership.kick
  *         if self.kick is None:
  *             raise membership.unusable()             # <<<<<<<<<<<<<<
  *         self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
  *         if membership.vector >= 0 and doorbells is not None:
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->unusable(__pyx_v_membership); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 65, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->unusable(__pyx_v_membership); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 61, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 65, __pyx_L1_error)
+    __PYX_ERR(0, 61, __pyx_L1_error)
 
-    /* "ivshmem/channel/ends.pyx":64
+    /* "ivshmem/channel/ends.pyx":60
  *         self.pause = FIRST_PAUSE
  *         self.kick = membership.kick
  *         if self.kick is None:             # <<<<<<<<<<<<<<
@@ -5322,7 +5535,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":66
+  /* "ivshmem/channel/ends.pyx":62
  *         if self.kick is None:
  *             raise membership.unusable()
  *         self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)             # <<<<<<<<<<<<<<
@@ -5333,10 +5546,10 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
   __Pyx_INCREF(__pyx_t_2);
   __pyx_t_5 = ((PyObject *)__pyx_v_self->kick);
   __Pyx_INCREF(__pyx_t_5);
-  __pyx_t_6 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_5), 0)[0])); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 66, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_5), 0)[0])); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 62, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-  __pyx_t_5 = __Pyx_PyLong_From_unsigned_int((EPOLLIN | ((unsigned int)EPOLLET))); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 66, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyLong_From_unsigned_int((EPOLLIN | ((unsigned int)EPOLLET))); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 62, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_3 = 0;
   {
@@ -5345,12 +5558,12 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 66, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 62, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":67
+  /* "ivshmem/channel/ends.pyx":63
  *             raise membership.unusable()
  *         self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
  *         if membership.vector >= 0 and doorbells is not None:             # <<<<<<<<<<<<<<
@@ -5375,7 +5588,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
   if (__pyx_t_4) {
 
 
-    /* "ivshmem/channel/ends.pyx":68
+    /* "ivshmem/channel/ends.pyx":64
  *         self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
  *         if membership.vector >= 0 and doorbells is not None:
  *             if not membership.told:             # <<<<<<<<<<<<<<
@@ -5387,7 +5600,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/channel/ends.pyx":69
+      /* "ivshmem/channel/ends.pyx":65
  *         if membership.vector >= 0 and doorbells is not None:
  *             if not membership.told:
  *                 doorbells.tell_after_waits(place_of(self.kick, 0)[0])             # <<<<<<<<<<<<<<
@@ -5396,11 +5609,11 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
 */
       __pyx_t_1 = ((PyObject *)__pyx_v_self->kick);
       __Pyx_INCREF(__pyx_t_1);
-      __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_doorbells->__pyx_vtab)->tell_after_waits(__pyx_v_doorbells, (__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1), 0)[0])); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 69, __pyx_L1_error)
+      __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_doorbells->__pyx_vtab)->tell_after_waits(__pyx_v_doorbells, (__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1), 0)[0])); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 65, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
 
-      /* "ivshmem/channel/ends.pyx":70
+      /* "ivshmem/channel/ends.pyx":66
  *             if not membership.told:
  *                 doorbells.tell_after_waits(place_of(self.kick, 0)[0])
  *                 membership.told = True             # <<<<<<<<<<<<<<
@@ -5409,7 +5622,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
 */
       __pyx_v_membership->told = 1;
 
-      /* "ivshmem/channel/ends.pyx":68
+      /* "ivshmem/channel/ends.pyx":64
  *         self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
  *         if membership.vector >= 0 and doorbells is not None:
  *             if not membership.told:             # <<<<<<<<<<<<<<
@@ -5418,7 +5631,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
 */
     }
 
-    /* "ivshmem/channel/ends.pyx":71
+    /* "ivshmem/channel/ends.pyx":67
  *                 doorbells.tell_after_waits(place_of(self.kick, 0)[0])
  *                 membership.told = True
  *             self.epoll.add(             # <<<<<<<<<<<<<<
@@ -5428,7 +5641,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
     __pyx_t_5 = ((PyObject *)__pyx_v_self->epoll);
     __Pyx_INCREF(__pyx_t_5);
 
-    /* "ivshmem/channel/ends.pyx":72
+    /* "ivshmem/channel/ends.pyx":68
  *                 membership.told = True
  *             self.epoll.add(
  *                 place_of(doorbells.own, membership.vector)[0],             # <<<<<<<<<<<<<<
@@ -5437,18 +5650,18 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
 */
     __pyx_t_6 = ((PyObject *)__pyx_v_doorbells->own);
     __Pyx_INCREF(__pyx_t_6);
-    __pyx_t_2 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_6), __pyx_v_membership->vector)[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 72, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_6), __pyx_v_membership->vector)[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 68, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
 
-    /* "ivshmem/channel/ends.pyx":74
+    /* "ivshmem/channel/ends.pyx":70
  *                 place_of(doorbells.own, membership.vector)[0],
  *                 1,
  *                 _EPOLLIN | <unsigned int>EPOLLET,             # <<<<<<<<<<<<<<
  *             )
  * 
 */
-    __pyx_t_6 = __Pyx_PyLong_From_unsigned_int((EPOLLIN | ((unsigned int)EPOLLET))); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 74, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyLong_From_unsigned_int((EPOLLIN | ((unsigned int)EPOLLET))); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 70, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_3 = 0;
     {
@@ -5457,12 +5670,12 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 71, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 67, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/ends.pyx":67
+    /* "ivshmem/channel/ends.pyx":63
  *             raise membership.unusable()
  *         self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
  *         if membership.vector >= 0 and doorbells is not None:             # <<<<<<<<<<<<<<
@@ -5471,7 +5684,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":58
+  /* "ivshmem/channel/ends.pyx":54
  *     """
  * 
  *     def __cinit__(self, Membership membership not None):             # <<<<<<<<<<<<<<
@@ -5496,7 +5709,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":77
+/* "ivshmem/channel/ends.pyx":73
  *             )
  * 
  *     cdef int wait(self, int64_t deadline) except -1:             # <<<<<<<<<<<<<<
@@ -5520,17 +5733,18 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
   int64_t __pyx_t_4;
   int __pyx_t_5;
   int __pyx_t_6;
-  long __pyx_t_7;
-  int __pyx_t_8;
-  PyObject *__pyx_t_9 = NULL;
+  int __pyx_t_7;
+  long __pyx_t_8;
+  int __pyx_t_9;
   PyObject *__pyx_t_10 = NULL;
-  size_t __pyx_t_11;
+  PyObject *__pyx_t_11 = NULL;
+  size_t __pyx_t_12;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait", 0);
 
-  /* "ivshmem/channel/ends.pyx":79
+  /* "ivshmem/channel/ends.pyx":75
  *     cdef int wait(self, int64_t deadline) except -1:
  *         """Sleep until a ring or a kick came, at the latest until the next beat."""
  *         cdef Membership membership = self.membership             # <<<<<<<<<<<<<<
@@ -5542,7 +5756,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
   __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":84
+  /* "ivshmem/channel/ends.pyx":80
  *         cdef timespec left
  *         cdef int64_t left_until
  *         cdef int milliseconds = -1             # <<<<<<<<<<<<<<
@@ -5551,7 +5765,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
 */
   __pyx_v_milliseconds = -1;
 
-  /* "ivshmem/channel/ends.pyx":86
+  /* "ivshmem/channel/ends.pyx":82
  *         cdef int milliseconds = -1
  *         cdef int n
  *         if membership.polls:             # <<<<<<<<<<<<<<
@@ -5560,7 +5774,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
 */
   if (__pyx_v_membership->polls) {
 
-    /* "ivshmem/channel/ends.pyx":87
+    /* "ivshmem/channel/ends.pyx":83
  *         cdef int n
  *         if membership.polls:
  *             left_until = min(deadline, now() + self.pause)             # <<<<<<<<<<<<<<
@@ -5584,7 +5798,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
     __pyx_v_left_until = __pyx_t_4;
 
 
-    /* "ivshmem/channel/ends.pyx":88
+    /* "ivshmem/channel/ends.pyx":84
  *         if membership.polls:
  *             left_until = min(deadline, now() + self.pause)
  *             self.pause = min(self.pause + self.pause // 2, LAST_PAUSE)             # <<<<<<<<<<<<<<
@@ -5592,34 +5806,34 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
  *             one.events = _POLLIN
 */
 
-    __pyx_t_4 = __pyx_v_7ivshmem_7channel_4ends_LAST_PAUSE;
+    __pyx_t_6 = __pyx_e_7ivshmem_7channel_4ends_LAST_PAUSE;
 
-    __pyx_t_2 = (__pyx_v_self->pause + __Pyx_div_int64_t(__pyx_v_self->pause, 2, 1));
-    __pyx_t_5 = (__pyx_t_4 < __pyx_t_2);
+    __pyx_t_4 = (__pyx_v_self->pause + __Pyx_div_int64_t(__pyx_v_self->pause, 2, 1));
+    __pyx_t_5 = (__pyx_t_6 < __pyx_t_4);
 
     if (__pyx_t_5) {
 
-      __pyx_t_3 = __pyx_t_4;
+      __pyx_t_2 = __pyx_t_6;
     } else {
 
-      __pyx_t_3 = __pyx_t_2;
+      __pyx_t_2 = __pyx_t_4;
     }
 
-    __pyx_v_self->pause = __pyx_t_3;
+    __pyx_v_self->pause = __pyx_t_2;
 
 
-    /* "ivshmem/channel/ends.pyx":89
+    /* "ivshmem/channel/ends.pyx":85
  *             left_until = min(deadline, now() + self.pause)
  *             self.pause = min(self.pause + self.pause // 2, LAST_PAUSE)
  *             one.fd = self.epoll.epfd             # <<<<<<<<<<<<<<
  *             one.events = _POLLIN
  *             with nogil:
 */
-    __pyx_t_6 = __pyx_v_self->epoll->epfd;
+    __pyx_t_7 = __pyx_v_self->epoll->epfd;
 
-    __pyx_v_one.fd = __pyx_t_6;
+    __pyx_v_one.fd = __pyx_t_7;
 
-    /* "ivshmem/channel/ends.pyx":90
+    /* "ivshmem/channel/ends.pyx":86
  *             self.pause = min(self.pause + self.pause // 2, LAST_PAUSE)
  *             one.fd = self.epoll.epfd
  *             one.events = _POLLIN             # <<<<<<<<<<<<<<
@@ -5628,7 +5842,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
 */
     __pyx_v_one.events = POLLIN;
 
-    /* "ivshmem/channel/ends.pyx":91
+    /* "ivshmem/channel/ends.pyx":87
  *             one.fd = self.epoll.epfd
  *             one.events = _POLLIN
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -5641,7 +5855,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
         __Pyx_FastGIL_Remember();
         /*try:*/ {
 
-          /* "ivshmem/channel/ends.pyx":92
+          /* "ivshmem/channel/ends.pyx":88
  *             one.events = _POLLIN
  *             with nogil:
  *                 n = ppoll(&one, 1, time_left(left_until, &left), NULL)             # <<<<<<<<<<<<<<
@@ -5650,7 +5864,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
 */
           __pyx_v_n = ppoll((&__pyx_v_one), 1, __pyx_f_7ivshmem_6native_11descriptors_time_left(__pyx_v_left_until, (&__pyx_v_left)), NULL);
 
-          /* "ivshmem/channel/ends.pyx":93
+          /* "ivshmem/channel/ends.pyx":89
  *             with nogil:
  *                 n = ppoll(&one, 1, time_left(left_until, &left), NULL)
  *                 if n > 0:             # <<<<<<<<<<<<<<
@@ -5662,7 +5876,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
           if (__pyx_t_5) {
 
 
-            /* "ivshmem/channel/ends.pyx":94
+            /* "ivshmem/channel/ends.pyx":90
  *                 n = ppoll(&one, 1, time_left(left_until, &left), NULL)
  *                 if n > 0:
  *                     epoll_wait(one.fd, events, 2, 0)             # <<<<<<<<<<<<<<
@@ -5671,7 +5885,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
 */
             (void)(epoll_wait(__pyx_v_one.fd, __pyx_v_events, 2, 0));
 
-            /* "ivshmem/channel/ends.pyx":93
+            /* "ivshmem/channel/ends.pyx":89
  *             with nogil:
  *                 n = ppoll(&one, 1, time_left(left_until, &left), NULL)
  *                 if n > 0:             # <<<<<<<<<<<<<<
@@ -5681,7 +5895,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
           }
         }
 
-        /* "ivshmem/channel/ends.pyx":91
+        /* "ivshmem/channel/ends.pyx":87
  *             one.fd = self.epoll.epfd
  *             one.events = _POLLIN
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -5698,7 +5912,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
         }
     }
 
-    /* "ivshmem/channel/ends.pyx":86
+    /* "ivshmem/channel/ends.pyx":82
  *         cdef int milliseconds = -1
  *         cdef int n
  *         if membership.polls:             # <<<<<<<<<<<<<<
@@ -5708,7 +5922,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/ends.pyx":98
+  /* "ivshmem/channel/ends.pyx":94
  *             # The thread of the beat wakes all sleepers once a beat. To set a timer for each sleep
  *             # takes a tenth of the round trip of two processes on one core.
  *             if deadline != INT64_MAX:             # <<<<<<<<<<<<<<
@@ -5721,7 +5935,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/channel/ends.pyx":99
+      /* "ivshmem/channel/ends.pyx":95
  *             # takes a tenth of the round trip of two processes on one core.
  *             if deadline != INT64_MAX:
  *                 left_until = deadline - now()             # <<<<<<<<<<<<<<
@@ -5730,7 +5944,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
 */
       __pyx_v_left_until = (__pyx_v_deadline - __pyx_f_7ivshmem_6native_11descriptors_now());
 
-      /* "ivshmem/channel/ends.pyx":100
+      /* "ivshmem/channel/ends.pyx":96
  *             if deadline != INT64_MAX:
  *                 left_until = deadline - now()
  *                 if left_until < 2 * membership.beat:             # <<<<<<<<<<<<<<
@@ -5742,7 +5956,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
       if (__pyx_t_5) {
 
 
-        /* "ivshmem/channel/ends.pyx":101
+        /* "ivshmem/channel/ends.pyx":97
  *                 left_until = deadline - now()
  *                 if left_until < 2 * membership.beat:
  *                     milliseconds = <int>max((left_until + 999999) // 1000000, 0)             # <<<<<<<<<<<<<<
@@ -5750,23 +5964,23 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
  *             with nogil:
 */
 
-        __pyx_t_7 = 0;
+        __pyx_t_8 = 0;
 
-        __pyx_t_3 = __Pyx_div_int64_t((__pyx_v_left_until + 0xF423F), 0xF4240, 1);
-        __pyx_t_5 = (__pyx_t_7 > __pyx_t_3);
+        __pyx_t_2 = __Pyx_div_int64_t((__pyx_v_left_until + 0xF423F), 0xF4240, 1);
+        __pyx_t_5 = (__pyx_t_8 > __pyx_t_2);
 
         if (__pyx_t_5) {
 
-          __pyx_t_4 = __pyx_t_7;
+          __pyx_t_4 = __pyx_t_8;
         } else {
 
-          __pyx_t_4 = __pyx_t_3;
+          __pyx_t_4 = __pyx_t_2;
         }
 
         __pyx_v_milliseconds = ((int)__pyx_t_4);
 
 
-        /* "ivshmem/channel/ends.pyx":100
+        /* "ivshmem/channel/ends.pyx":96
  *             if deadline != INT64_MAX:
  *                 left_until = deadline - now()
  *                 if left_until < 2 * membership.beat:             # <<<<<<<<<<<<<<
@@ -5775,7 +5989,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
 */
       }
 
-      /* "ivshmem/channel/ends.pyx":98
+      /* "ivshmem/channel/ends.pyx":94
  *             # The thread of the beat wakes all sleepers once a beat. To set a timer for each sleep
  *             # takes a tenth of the round trip of two processes on one core.
  *             if deadline != INT64_MAX:             # <<<<<<<<<<<<<<
@@ -5784,7 +5998,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
 */
     }
 
-    /* "ivshmem/channel/ends.pyx":102
+    /* "ivshmem/channel/ends.pyx":98
  *                 if left_until < 2 * membership.beat:
  *                     milliseconds = <int>max((left_until + 999999) // 1000000, 0)
  *             ivshmem_count(&membership.sleepers, 1)             # <<<<<<<<<<<<<<
@@ -5793,7 +6007,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
 */
     (void)(ivshmem_count((&__pyx_v_membership->sleepers), 1));
 
-    /* "ivshmem/channel/ends.pyx":103
+    /* "ivshmem/channel/ends.pyx":99
  *                     milliseconds = <int>max((left_until + 999999) // 1000000, 0)
  *             ivshmem_count(&membership.sleepers, 1)
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -5806,7 +6020,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
         __Pyx_FastGIL_Remember();
         /*try:*/ {
 
-          /* "ivshmem/channel/ends.pyx":104
+          /* "ivshmem/channel/ends.pyx":100
  *             ivshmem_count(&membership.sleepers, 1)
  *             with nogil:
  *                 n = epoll_wait(self.epoll.epfd, events, 2, milliseconds)             # <<<<<<<<<<<<<<
@@ -5816,7 +6030,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
           __pyx_v_n = epoll_wait(__pyx_v_self->epoll->epfd, __pyx_v_events, 2, __pyx_v_milliseconds);
         }
 
-        /* "ivshmem/channel/ends.pyx":103
+        /* "ivshmem/channel/ends.pyx":99
  *                     milliseconds = <int>max((left_until + 999999) // 1000000, 0)
  *             ivshmem_count(&membership.sleepers, 1)
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -5833,7 +6047,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
         }
     }
 
-    /* "ivshmem/channel/ends.pyx":105
+    /* "ivshmem/channel/ends.pyx":101
  *             with nogil:
  *                 n = epoll_wait(self.epoll.epfd, events, 2, milliseconds)
  *             ivshmem_count(&membership.sleepers, -1)             # <<<<<<<<<<<<<<
@@ -5844,88 +6058,88 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/ends.pyx":106
+  /* "ivshmem/channel/ends.pyx":102
  *                 n = epoll_wait(self.epoll.epfd, events, 2, milliseconds)
  *             ivshmem_count(&membership.sleepers, -1)
  *         PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *         membership.check()
  *         if membership.doorbells is not None and membership.doorbells.closed:
 */
-  __pyx_t_6 = PyErr_CheckSignals(); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 106, __pyx_L1_error)
+  __pyx_t_7 = PyErr_CheckSignals(); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 102, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/ends.pyx":107
+  /* "ivshmem/channel/ends.pyx":103
  *             ivshmem_count(&membership.sleepers, -1)
  *         PyErr_CheckSignals()
  *         membership.check()             # <<<<<<<<<<<<<<
  *         if membership.doorbells is not None and membership.doorbells.closed:
  *             raise ClosedError("the endpoint is closed")
 */
-  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 107, __pyx_L1_error)
+  __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 103, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/ends.pyx":108
+  /* "ivshmem/channel/ends.pyx":104
  *         PyErr_CheckSignals()
  *         membership.check()
  *         if membership.doorbells is not None and membership.doorbells.closed:             # <<<<<<<<<<<<<<
  *             raise ClosedError("the endpoint is closed")
  *         return 0
 */
-  __pyx_t_8 = (((PyObject *)__pyx_v_membership->doorbells) != Py_None);
-  if (__pyx_t_8) {
+  __pyx_t_9 = (((PyObject *)__pyx_v_membership->doorbells) != Py_None);
+  if (__pyx_t_9) {
 
   } else {
 
-    __pyx_t_5 = __pyx_t_8;
+    __pyx_t_5 = __pyx_t_9;
 
     goto __pyx_L14_bool_binop_done;
   }
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_membership->doorbells), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 108, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_membership->doorbells), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 104, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_8 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 108, __pyx_L1_error)
+  __pyx_t_9 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_9 < 0))) __PYX_ERR(0, 104, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  __pyx_t_5 = __pyx_t_8;
+  __pyx_t_5 = __pyx_t_9;
 
   __pyx_L14_bool_binop_done:;
   if (unlikely(__pyx_t_5)) {
 
 
-    /* "ivshmem/channel/ends.pyx":109
+    /* "ivshmem/channel/ends.pyx":105
  *         membership.check()
  *         if membership.doorbells is not None and membership.doorbells.closed:
  *             raise ClosedError("the endpoint is closed")             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_9 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 109, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_10);
-    __pyx_t_11 = 1;
+    __pyx_t_10 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 105, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_11);
+    __pyx_t_12 = 1;
     #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_10))) {
-      __pyx_t_9 = PyMethod_GET_SELF(__pyx_t_10);
-      assert(__pyx_t_9);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_10);
-      __Pyx_INCREF(__pyx_t_9);
+    if (unlikely(PyMethod_Check(__pyx_t_11))) {
+      __pyx_t_10 = PyMethod_GET_SELF(__pyx_t_11);
+      assert(__pyx_t_10);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_11);
+      __Pyx_INCREF(__pyx_t_10);
       __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_10, __pyx__function);
-      __pyx_t_11 = 0;
+      __Pyx_DECREF_SET(__pyx_t_11, __pyx__function);
+      __pyx_t_12 = 0;
     }
     #endif
     {
-      PyObject *__pyx_callargs[2] = {__pyx_t_9, __pyx_mstate_global->__pyx_kp_u_the_endpoint_is_closed};
-      __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_10, __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
-      __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 109, __pyx_L1_error)
+      PyObject *__pyx_callargs[2] = {__pyx_t_10, __pyx_mstate_global->__pyx_kp_u_the_endpoint_is_closed};
+      __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_11, __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
+      __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 105, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 109, __pyx_L1_error)
+    __PYX_ERR(0, 105, __pyx_L1_error)
 
-    /* "ivshmem/channel/ends.pyx":108
+    /* "ivshmem/channel/ends.pyx":104
  *         PyErr_CheckSignals()
  *         membership.check()
  *         if membership.doorbells is not None and membership.doorbells.closed:             # <<<<<<<<<<<<<<
@@ -5934,7 +6148,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":110
+  /* "ivshmem/channel/ends.pyx":106
  *         if membership.doorbells is not None and membership.doorbells.closed:
  *             raise ClosedError("the endpoint is closed")
  *         return 0             # <<<<<<<<<<<<<<
@@ -5947,7 +6161,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":77
+  /* "ivshmem/channel/ends.pyx":73
  *             )
  * 
  *     cdef int wait(self, int64_t deadline) except -1:             # <<<<<<<<<<<<<<
@@ -5958,8 +6172,8 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_9);
   __Pyx_XDECREF(__pyx_t_10);
+  __Pyx_XDECREF(__pyx_t_11);
   __Pyx_AddTraceback("ivshmem.channel.ends.Wakeup.wait", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
@@ -5975,7 +6189,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":112
+/* "ivshmem/channel/ends.pyx":108
  *         return 0
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -6035,14 +6249,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_6Wakeup_2fileno(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/channel/ends.pyx":114
+  /* "ivshmem/channel/ends.pyx":110
  *     def fileno(self):
  *         """Return the epoll object's descriptor, which stays this object's."""
  *         return self.epoll.epfd             # <<<<<<<<<<<<<<
  * 
  *     cdef int clear(self) except -1:
 */
-  __pyx_t_1 = __Pyx_PyLong_From_int(__pyx_v_self->epoll->epfd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 114, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_int(__pyx_v_self->epoll->epfd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 110, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -6055,7 +6269,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_6Wakeup_2fileno(struct __pyx_o
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":112
+  /* "ivshmem/channel/ends.pyx":108
  *         return 0
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -6074,7 +6288,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_6Wakeup_2fileno(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":116
+/* "ivshmem/channel/ends.pyx":112
  *         return self.epoll.epfd
  * 
  *     cdef int clear(self) except -1:             # <<<<<<<<<<<<<<
@@ -6086,7 +6300,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_clear(struct __pyx_obj_7ivshm
   struct epoll_event __pyx_v_events[2];
   int __pyx_r;
 
-  /* "ivshmem/channel/ends.pyx":119
+  /* "ivshmem/channel/ends.pyx":115
  *         """Forget the rings until now, so that the descriptor is not readable."""
  *         cdef epoll_event events[2]
  *         epoll_wait(self.epoll.epfd, events, 2, 0)             # <<<<<<<<<<<<<<
@@ -6095,7 +6309,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_clear(struct __pyx_obj_7ivshm
 */
   (void)(epoll_wait(__pyx_v_self->epoll->epfd, __pyx_v_events, 2, 0));
 
-  /* "ivshmem/channel/ends.pyx":120
+  /* "ivshmem/channel/ends.pyx":116
  *         cdef epoll_event events[2]
  *         epoll_wait(self.epoll.epfd, events, 2, 0)
  *         return 0             # <<<<<<<<<<<<<<
@@ -6108,7 +6322,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_clear(struct __pyx_obj_7ivshm
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":116
+  /* "ivshmem/channel/ends.pyx":112
  *         return self.epoll.epfd
  * 
  *     cdef int clear(self) except -1:             # <<<<<<<<<<<<<<
@@ -6187,7 +6401,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_6Wakeup_4__reduce_cython__(CYT
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
-  __PYX_ERR(1, 2, __pyx_L1_error)
+  __PYX_ERR(2, 2, __pyx_L1_error)
 
   /* "(tree fragment)":1
  * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
@@ -6251,32 +6465,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(1, 3, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(2, 3, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(2, 3, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(1, 3, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(2, 3, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(1, 3, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(2, 3, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(2, 3, __pyx_L3_error)
     }
     __pyx_v___pyx_state = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(1, 3, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(2, 3, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6311,7 +6525,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_6Wakeup_6__setstate_cython__(C
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"             # <<<<<<<<<<<<<<
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
-  __PYX_ERR(1, 4, __pyx_L1_error)
+  __PYX_ERR(2, 4, __pyx_L1_error)
 
   /* "(tree fragment)":3
  * def __reduce_cython__(self):
@@ -6329,7 +6543,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_6Wakeup_6__setstate_cython__(C
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":123
+/* "ivshmem/channel/ends.pyx":119
  * 
  * 
  * cdef Wakeup wakeup_of_thread(Membership membership):             # <<<<<<<<<<<<<<
@@ -6350,7 +6564,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *__pyx_f_7ivshmem_7channe
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wakeup_of_thread", 0);
 
-  /* "ivshmem/channel/ends.pyx":125
+  /* "ivshmem/channel/ends.pyx":121
  * cdef Wakeup wakeup_of_thread(Membership membership):
  *     """Return what this thread sleeps on, at any end."""
  *     wakeup = getattr(membership.threads, "wakeup", None)             # <<<<<<<<<<<<<<
@@ -6359,13 +6573,13 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *__pyx_f_7ivshmem_7channe
 */
   __pyx_t_1 = __pyx_v_membership->threads;
   __Pyx_INCREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_GetAttr3(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_wakeup, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 125, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_GetAttr3(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_wakeup, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 121, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_wakeup = __pyx_t_2;
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":126
+  /* "ivshmem/channel/ends.pyx":122
  *     """Return what this thread sleeps on, at any end."""
  *     wakeup = getattr(membership.threads, "wakeup", None)
  *     if wakeup is None:             # <<<<<<<<<<<<<<
@@ -6376,7 +6590,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *__pyx_f_7ivshmem_7channe
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/ends.pyx":127
+    /* "ivshmem/channel/ends.pyx":123
  *     wakeup = getattr(membership.threads, "wakeup", None)
  *     if wakeup is None:
  *         wakeup = membership.threads.wakeup = Wakeup(membership)             # <<<<<<<<<<<<<<
@@ -6389,15 +6603,15 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *__pyx_f_7ivshmem_7channe
       PyObject *__pyx_callargs[2] = {__pyx_t_1, ((PyObject *)__pyx_v_membership)};
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 127, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 123, __pyx_L1_error)
       __Pyx_GOTREF((PyObject *)__pyx_t_2);
     }
     __Pyx_INCREF(__pyx_t_2);
     __Pyx_DECREF_SET(__pyx_v_wakeup, __pyx_t_2);
-    if (__Pyx_PyObject_SetAttrStr(__pyx_v_membership->threads, __pyx_mstate_global->__pyx_n_u_wakeup, __pyx_t_2) < (0)) __PYX_ERR(0, 127, __pyx_L1_error)
+    if (__Pyx_PyObject_SetAttrStr(__pyx_v_membership->threads, __pyx_mstate_global->__pyx_n_u_wakeup, __pyx_t_2) < (0)) __PYX_ERR(0, 123, __pyx_L1_error)
     __Pyx_DECREF((PyObject *)__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/ends.pyx":126
+    /* "ivshmem/channel/ends.pyx":122
  *     """Return what this thread sleeps on, at any end."""
  *     wakeup = getattr(membership.threads, "wakeup", None)
  *     if wakeup is None:             # <<<<<<<<<<<<<<
@@ -6406,14 +6620,14 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *__pyx_f_7ivshmem_7channe
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":128
+  /* "ivshmem/channel/ends.pyx":124
  *     if wakeup is None:
  *         wakeup = membership.threads.wakeup = Wakeup(membership)
  *     return wakeup             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  if (!(likely(((__pyx_v_wakeup) == Py_None) || likely(__Pyx_TypeTest(__pyx_v_wakeup, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup))))) __PYX_ERR(0, 128, __pyx_L1_error)
+  if (!(likely(((__pyx_v_wakeup) == Py_None) || likely(__Pyx_TypeTest(__pyx_v_wakeup, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup))))) __PYX_ERR(0, 124, __pyx_L1_error)
   {
     struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *__pyx_temp;
     {
@@ -6425,7 +6639,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *__pyx_f_7ivshmem_7channe
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":123
+  /* "ivshmem/channel/ends.pyx":119
  * 
  * 
  * cdef Wakeup wakeup_of_thread(Membership membership):             # <<<<<<<<<<<<<<
@@ -6446,7 +6660,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *__pyx_f_7ivshmem_7channe
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":131
+/* "ivshmem/channel/ends.pyx":127
  * 
  * 
  * cdef object was_removed(str name):             # <<<<<<<<<<<<<<
@@ -6471,7 +6685,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_4ends_was_removed(PyObject *__pyx_v_n
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("was_removed", 0);
 
-  /* "ivshmem/channel/ends.pyx":132
+  /* "ivshmem/channel/ends.pyx":128
  * 
  * cdef object was_removed(str name):
  *     return ClosedError(f"channel {name!r} was removed")             # <<<<<<<<<<<<<<
@@ -6479,9 +6693,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_4ends_was_removed(PyObject *__pyx_v_n
  * 
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 132, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 128, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 132, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 128, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_channel;
   __pyx_t_5[1] = __pyx_t_4;
@@ -6495,7 +6709,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_4ends_was_removed(PyObject *__pyx_v_n
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
   #endif
   __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 132, __pyx_L1_error)
+  if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 128, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __pyx_t_9 = 1;
@@ -6516,7 +6730,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_4ends_was_removed(PyObject *__pyx_v_n
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 132, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 128, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -6530,7 +6744,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_4ends_was_removed(PyObject *__pyx_v_n
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":131
+  /* "ivshmem/channel/ends.pyx":127
  * 
  * 
  * cdef object was_removed(str name):             # <<<<<<<<<<<<<<
@@ -6553,7 +6767,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_4ends_was_removed(PyObject *__pyx_v_n
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":143
+/* "ivshmem/channel/ends.pyx":139
  *     """
  * 
  *     def __cinit__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -6598,7 +6812,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd___cinit__(struct __pyx_
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/channel/ends.pyx":144
+  /* "ivshmem/channel/ends.pyx":140
  * 
  *     def __cinit__(self, *args, **kwargs):
  *         self.name = ""             # <<<<<<<<<<<<<<
@@ -6610,7 +6824,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd___cinit__(struct __pyx_
   __Pyx_GOTREF(__pyx_v_self->name);
   __Pyx_DECREF_SET(__pyx_v_self->name, __pyx_mstate_global->__pyx_kp_u__2);
 
-  /* "ivshmem/channel/ends.pyx":143
+  /* "ivshmem/channel/ends.pyx":139
  *     """
  * 
  *     def __cinit__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -6625,7 +6839,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd___cinit__(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":146
+/* "ivshmem/channel/ends.pyx":142
  *         self.name = ""
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -6692,7 +6906,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_2__reduce__(struc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__reduce__", 0);
 
-  /* "ivshmem/channel/ends.pyx":147
+  /* "ivshmem/channel/ends.pyx":143
  * 
  *     def __reduce__(self):
  *         raise TypeError(             # <<<<<<<<<<<<<<
@@ -6701,16 +6915,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_2__reduce__(struc
 */
   __pyx_t_2 = NULL;
 
-  /* "ivshmem/channel/ends.pyx":148
+  /* "ivshmem/channel/ends.pyx":144
  *     def __reduce__(self):
  *         raise TypeError(
  *             f"a {type(self).__name__} cannot be copied or pickled: open another one where it is"             # <<<<<<<<<<<<<<
  *             " needed"
  *         )
 */
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 148, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 144, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 148, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 144, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_a;
@@ -6725,7 +6939,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_2__reduce__(struc
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
   #endif
   __pyx_t_3 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 148, __pyx_L1_error)
+  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 144, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __pyx_t_8 = 1;
@@ -6734,14 +6948,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_2__reduce__(struc
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 147, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 143, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 147, __pyx_L1_error)
+  __PYX_ERR(0, 143, __pyx_L1_error)
 
-  /* "ivshmem/channel/ends.pyx":146
+  /* "ivshmem/channel/ends.pyx":142
  *         self.name = ""
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -6762,7 +6976,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_2__reduce__(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":152
+/* "ivshmem/channel/ends.pyx":148
  *         )
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6796,7 +7010,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6closed___get__(s
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/ends.pyx":155
+  /* "ivshmem/channel/ends.pyx":151
  *     def closed(self):
  *         """Whether close() was called, or the channels or the region were closed."""
  *         return not self.open or self.membership.closed or self.membership.mapping.closed             # <<<<<<<<<<<<<<
@@ -6808,16 +7022,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6closed___get__(s
   if (!__pyx_t_2) {
 
   } else {
-    __pyx_t_3 = __Pyx_PyBool_FromLong(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 155, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyBool_FromLong(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 151, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_1 = __pyx_t_3;
     __pyx_t_3 = 0;
 
     goto __pyx_L3_bool_binop_done;
   }
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 155, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 151, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 155, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 151, __pyx_L1_error)
   if (!__pyx_t_2) {
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   } else {
@@ -6826,7 +7040,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6closed___get__(s
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     goto __pyx_L3_bool_binop_done;
   }
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 155, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 151, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_INCREF(__pyx_t_3);
   __pyx_t_1 = __pyx_t_3;
@@ -6843,7 +7057,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6closed___get__(s
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":152
+  /* "ivshmem/channel/ends.pyx":148
  *         )
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6863,7 +7077,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6closed___get__(s
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":157
+/* "ivshmem/channel/ends.pyx":153
  *         return not self.open or self.membership.closed or self.membership.mapping.closed
  * 
  *     cdef bint usable(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6876,7 +7090,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_usable(struct __pyx_obj_
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/ends.pyx":159
+  /* "ivshmem/channel/ends.pyx":155
  *     cdef bint usable(self) noexcept:
  *         """Whether this end may still be used: what ends a call asks this before it stores."""
  *         return self.open and not self.removed and self.membership.has_place()             # <<<<<<<<<<<<<<
@@ -6910,7 +7124,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_usable(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":157
+  /* "ivshmem/channel/ends.pyx":153
  *         return not self.open or self.membership.closed or self.membership.mapping.closed
  * 
  *     cdef bint usable(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6924,7 +7138,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_usable(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":161
+/* "ivshmem/channel/ends.pyx":157
  *         return self.open and not self.removed and self.membership.has_place()
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
@@ -6951,7 +7165,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enter(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("enter", 0);
 
-  /* "ivshmem/channel/ends.pyx":162
+  /* "ivshmem/channel/ends.pyx":158
  * 
  *     cdef int enter(self) except -1:
  *         if not self.open:             # <<<<<<<<<<<<<<
@@ -6963,7 +7177,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enter(struct __pyx_obj_7
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/ends.pyx":163
+    /* "ivshmem/channel/ends.pyx":159
  *     cdef int enter(self) except -1:
  *         if not self.open:
  *             raise ClosedError(f"this {type(self).__name__} of {self.name!r} is closed")             # <<<<<<<<<<<<<<
@@ -6971,14 +7185,14 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enter(struct __pyx_obj_7
  *             raise was_removed(self.name)
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 163, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 159, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_5 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 163, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 159, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_5, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 163, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_5, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 159, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 163, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 159, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_this;
     __pyx_t_7[1] = __pyx_t_6;
@@ -6994,7 +7208,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enter(struct __pyx_obj_7
     __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_7[3]);
     #endif
     __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 5, __pyx_t_8, __pyx_t_9);
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 163, __pyx_L1_error)
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 159, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
@@ -7016,14 +7230,14 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enter(struct __pyx_obj_7
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 163, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 159, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 163, __pyx_L1_error)
+    __PYX_ERR(0, 159, __pyx_L1_error)
 
-    /* "ivshmem/channel/ends.pyx":162
+    /* "ivshmem/channel/ends.pyx":158
  * 
  *     cdef int enter(self) except -1:
  *         if not self.open:             # <<<<<<<<<<<<<<
@@ -7032,7 +7246,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enter(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":164
+  /* "ivshmem/channel/ends.pyx":160
  *         if not self.open:
  *             raise ClosedError(f"this {type(self).__name__} of {self.name!r} is closed")
  *         if self.removed:             # <<<<<<<<<<<<<<
@@ -7041,7 +7255,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enter(struct __pyx_obj_7
 */
   if (unlikely(__pyx_v_self->removed)) {
 
-    /* "ivshmem/channel/ends.pyx":165
+    /* "ivshmem/channel/ends.pyx":161
  *             raise ClosedError(f"this {type(self).__name__} of {self.name!r} is closed")
  *         if self.removed:
  *             raise was_removed(self.name)             # <<<<<<<<<<<<<<
@@ -7050,14 +7264,14 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enter(struct __pyx_obj_7
 */
     __pyx_t_2 = __pyx_v_self->name;
     __Pyx_INCREF(__pyx_t_2);
-    __pyx_t_4 = __pyx_f_7ivshmem_7channel_4ends_was_removed(((PyObject*)__pyx_t_2)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 165, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_7channel_4ends_was_removed(((PyObject*)__pyx_t_2)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 161, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 165, __pyx_L1_error)
+    __PYX_ERR(0, 161, __pyx_L1_error)
 
-    /* "ivshmem/channel/ends.pyx":164
+    /* "ivshmem/channel/ends.pyx":160
  *         if not self.open:
  *             raise ClosedError(f"this {type(self).__name__} of {self.name!r} is closed")
  *         if self.removed:             # <<<<<<<<<<<<<<
@@ -7066,20 +7280,20 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enter(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":166
+  /* "ivshmem/channel/ends.pyx":162
  *         if self.removed:
  *             raise was_removed(self.name)
  *         return self.membership.check()             # <<<<<<<<<<<<<<
  * 
  *     # What each kind of end does in its own way.
 */
-  __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->check(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 166, __pyx_L1_error)
+  __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->check(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 162, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_9;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":161
+  /* "ivshmem/channel/ends.pyx":157
  *         return self.open and not self.removed and self.membership.has_place()
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
@@ -7103,7 +7317,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enter(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":170
+/* "ivshmem/channel/ends.pyx":166
  *     # What each kind of end does in its own way.
  * 
  *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
@@ -7114,7 +7328,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enter(struct __pyx_obj_7
 static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_attempt(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/ends.pyx":172
+  /* "ivshmem/channel/ends.pyx":168
  *     cdef int attempt(self) except? -2:
  *         """Look whether what is waited for is there; 0, IVSHMEM_AGAIN or an error."""
  *         return 0             # <<<<<<<<<<<<<<
@@ -7127,7 +7341,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_attempt(CYTHON_UNUSED st
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":170
+  /* "ivshmem/channel/ends.pyx":166
  *     # What each kind of end does in its own way.
  * 
  *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
@@ -7141,7 +7355,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_attempt(CYTHON_UNUSED st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":174
+/* "ivshmem/channel/ends.pyx":170
  *         return 0
  * 
  *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
@@ -7152,7 +7366,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_attempt(CYTHON_UNUSED st
 static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_sleep(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/ends.pyx":176
+  /* "ivshmem/channel/ends.pyx":172
  *     cdef int begin_sleep(self) except? -2:
  *         """Say in memory that this end sleeps; 0: there is something, so do not."""
  *         return IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -7165,7 +7379,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_sleep(CYTHON_UNUSE
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":174
+  /* "ivshmem/channel/ends.pyx":170
  *         return 0
  * 
  *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
@@ -7179,7 +7393,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_sleep(CYTHON_UNUSE
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":178
+/* "ivshmem/channel/ends.pyx":174
  *         return IVSHMEM_AGAIN
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -7193,7 +7407,7 @@ static void __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_sleep(CYTHON_UNUSED
 
 }
 
-/* "ivshmem/channel/ends.pyx":181
+/* "ivshmem/channel/ends.pyx":177
  *         pass
  * 
  *     cdef int one_awake(self) except -1:             # <<<<<<<<<<<<<<
@@ -7210,7 +7424,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_one_awake(struct __pyx_o
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/ends.pyx":183
+  /* "ivshmem/channel/ends.pyx":179
  *     cdef int one_awake(self) except -1:
  *         """Note that one of those that slept at this end sleeps no more."""
  *         self.asleep -= 1             # <<<<<<<<<<<<<<
@@ -7219,7 +7433,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_one_awake(struct __pyx_o
 */
   __pyx_v_self->asleep = (__pyx_v_self->asleep - 1);
 
-  /* "ivshmem/channel/ends.pyx":184
+  /* "ivshmem/channel/ends.pyx":180
  *         """Note that one of those that slept at this end sleeps no more."""
  *         self.asleep -= 1
  *         if self.usable():             # <<<<<<<<<<<<<<
@@ -7231,7 +7445,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_one_awake(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/ends.pyx":186
+    /* "ivshmem/channel/ends.pyx":182
  *         if self.usable():
  *             # Another thread or task sleeps, or a program watches: it is still to be rung.
  *             if self.asleep or self.watched:             # <<<<<<<<<<<<<<
@@ -7254,17 +7468,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_one_awake(struct __pyx_o
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/ends.pyx":187
+      /* "ivshmem/channel/ends.pyx":183
  *             # Another thread or task sleeps, or a program watches: it is still to be rung.
  *             if self.asleep or self.watched:
  *                 self.begin_sleep()             # <<<<<<<<<<<<<<
  *             else:
  *                 self.end_sleep()
 */
-      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 187, __pyx_L1_error)
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 183, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/ends.pyx":186
+      /* "ivshmem/channel/ends.pyx":182
  *         if self.usable():
  *             # Another thread or task sleeps, or a program watches: it is still to be rung.
  *             if self.asleep or self.watched:             # <<<<<<<<<<<<<<
@@ -7274,7 +7488,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_one_awake(struct __pyx_o
       goto __pyx_L4;
     }
 
-    /* "ivshmem/channel/ends.pyx":189
+    /* "ivshmem/channel/ends.pyx":185
  *                 self.begin_sleep()
  *             else:
  *                 self.end_sleep()             # <<<<<<<<<<<<<<
@@ -7286,7 +7500,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_one_awake(struct __pyx_o
     }
     __pyx_L4:;
 
-    /* "ivshmem/channel/ends.pyx":184
+    /* "ivshmem/channel/ends.pyx":180
  *         """Note that one of those that slept at this end sleeps no more."""
  *         self.asleep -= 1
  *         if self.usable():             # <<<<<<<<<<<<<<
@@ -7295,7 +7509,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_one_awake(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":190
+  /* "ivshmem/channel/ends.pyx":186
  *             else:
  *                 self.end_sleep()
  *         return 0             # <<<<<<<<<<<<<<
@@ -7308,7 +7522,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_one_awake(struct __pyx_o
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":181
+  /* "ivshmem/channel/ends.pyx":177
  *         pass
  * 
  *     cdef int one_awake(self) except -1:             # <<<<<<<<<<<<<<
@@ -7325,7 +7539,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_one_awake(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":192
+/* "ivshmem/channel/ends.pyx":188
  *         return 0
  * 
  *     cdef ChannelEnd sleeper(self):             # <<<<<<<<<<<<<<
@@ -7338,7 +7552,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("sleeper", 0);
 
-  /* "ivshmem/channel/ends.pyx":194
+  /* "ivshmem/channel/ends.pyx":190
  *     cdef ChannelEnd sleeper(self):
  *         """Return the end whose word in memory says that this one sleeps."""
  *         return self             # <<<<<<<<<<<<<<
@@ -7356,7 +7570,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":192
+  /* "ivshmem/channel/ends.pyx":188
  *         return 0
  * 
  *     cdef ChannelEnd sleeper(self):             # <<<<<<<<<<<<<<
@@ -7371,7 +7585,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":196
+/* "ivshmem/channel/ends.pyx":192
  *         return self
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -7382,7 +7596,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
 static int64_t __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_probe(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self, CYTHON_UNUSED void **__pyx_v_what, CYTHON_UNUSED __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe) {
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/ends.pyx":198
+  /* "ivshmem/channel/ends.pyx":194
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         """Set a look that a spin repeats; 0: this end cannot spin."""
  *         return 0             # <<<<<<<<<<<<<<
@@ -7395,7 +7609,7 @@ static int64_t __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_probe(CYTHON_UNUSED 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":196
+  /* "ivshmem/channel/ends.pyx":192
  *         return self
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -7409,7 +7623,7 @@ static int64_t __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_probe(CYTHON_UNUSED 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":200
+/* "ivshmem/channel/ends.pyx":196
  *         return 0
  * 
  *     cdef int beat(self) except -1:             # <<<<<<<<<<<<<<
@@ -7428,7 +7642,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_beat(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("beat", 0);
 
-  /* "ivshmem/channel/ends.pyx":201
+  /* "ivshmem/channel/ends.pyx":197
  * 
  *     cdef int beat(self) except -1:
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -7442,7 +7656,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_beat(struct __pyx_obj_7i
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":202
+        /* "ivshmem/channel/ends.pyx":198
  *     cdef int beat(self) except -1:
  *         with cython.critical_section(self):
  *             if not self.usable():  # another thread has closed it             # <<<<<<<<<<<<<<
@@ -7454,7 +7668,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_beat(struct __pyx_obj_7i
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/ends.pyx":203
+          /* "ivshmem/channel/ends.pyx":199
  *         with cython.critical_section(self):
  *             if not self.usable():  # another thread has closed it
  *                 return 0             # <<<<<<<<<<<<<<
@@ -7468,7 +7682,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_beat(struct __pyx_obj_7i
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/ends.pyx":202
+          /* "ivshmem/channel/ends.pyx":198
  *     cdef int beat(self) except -1:
  *         with cython.critical_section(self):
  *             if not self.usable():  # another thread has closed it             # <<<<<<<<<<<<<<
@@ -7477,7 +7691,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_beat(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":204
+        /* "ivshmem/channel/ends.pyx":200
  *             if not self.usable():  # another thread has closed it
  *                 return 0
  *             if ivshmem_is_there(&self.channel):             # <<<<<<<<<<<<<<
@@ -7489,21 +7703,21 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_beat(struct __pyx_obj_7i
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/ends.pyx":205
+          /* "ivshmem/channel/ends.pyx":201
  *                 return 0
  *             if ivshmem_is_there(&self.channel):
  *                 return self.restore()             # <<<<<<<<<<<<<<
  *             self.removed = True
  *             if self.awaited:
 */
-          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->restore(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 205, __pyx_L4_error)
+          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->restore(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 201, __pyx_L4_error)
           {
             __pyx_r = __pyx_t_3;
           }
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/ends.pyx":204
+          /* "ivshmem/channel/ends.pyx":200
  *             if not self.usable():  # another thread has closed it
  *                 return 0
  *             if ivshmem_is_there(&self.channel):             # <<<<<<<<<<<<<<
@@ -7512,7 +7726,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_beat(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":206
+        /* "ivshmem/channel/ends.pyx":202
  *             if ivshmem_is_there(&self.channel):
  *                 return self.restore()
  *             self.removed = True             # <<<<<<<<<<<<<<
@@ -7521,7 +7735,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_beat(struct __pyx_obj_7i
 */
         __pyx_v_self->removed = 1;
 
-        /* "ivshmem/channel/ends.pyx":207
+        /* "ivshmem/channel/ends.pyx":203
  *                 return self.restore()
  *             self.removed = True
  *             if self.awaited:             # <<<<<<<<<<<<<<
@@ -7533,17 +7747,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_beat(struct __pyx_obj_7i
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/ends.pyx":208
+          /* "ivshmem/channel/ends.pyx":204
  *             self.removed = True
  *             if self.awaited:
  *                 self.membership.kick_all()             # <<<<<<<<<<<<<<
  *             return 0
  * 
 */
-          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 208, __pyx_L4_error)
+          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 204, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":207
+          /* "ivshmem/channel/ends.pyx":203
  *                 return self.restore()
  *             self.removed = True
  *             if self.awaited:             # <<<<<<<<<<<<<<
@@ -7552,7 +7766,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_beat(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":209
+        /* "ivshmem/channel/ends.pyx":205
  *             if self.awaited:
  *                 self.membership.kick_all()
  *             return 0             # <<<<<<<<<<<<<<
@@ -7567,7 +7781,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_beat(struct __pyx_obj_7i
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/ends.pyx":201
+      /* "ivshmem/channel/ends.pyx":197
  * 
  *     cdef int beat(self) except -1:
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -7589,7 +7803,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_beat(struct __pyx_obj_7i
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/ends.pyx":200
+  /* "ivshmem/channel/ends.pyx":196
  *         return 0
  * 
  *     cdef int beat(self) except -1:             # <<<<<<<<<<<<<<
@@ -7608,7 +7822,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_beat(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":211
+/* "ivshmem/channel/ends.pyx":207
  *             return 0
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -7619,7 +7833,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_beat(struct __pyx_obj_7i
 static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_restore(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/ends.pyx":213
+  /* "ivshmem/channel/ends.pyx":209
  *     cdef int restore(self) except -1:
  *         """Once a beat: store again what a late store spoiled; wake who watches the descriptor."""
  *         return 0             # <<<<<<<<<<<<<<
@@ -7632,7 +7846,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_restore(CYTHON_UNUSED st
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":211
+  /* "ivshmem/channel/ends.pyx":207
  *             return 0
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -7646,7 +7860,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_restore(CYTHON_UNUSED st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":215
+/* "ivshmem/channel/ends.pyx":211
  *         return 0
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -7657,7 +7871,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_restore(CYTHON_UNUSED st
 static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_give_up(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/ends.pyx":217
+  /* "ivshmem/channel/ends.pyx":213
  *     cdef int give_up(self) except -1:
  *         """Free the slot."""
  *         return 0             # <<<<<<<<<<<<<<
@@ -7670,7 +7884,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_give_up(CYTHON_UNUSED st
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":215
+  /* "ivshmem/channel/ends.pyx":211
  *         return 0
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -7684,7 +7898,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_give_up(CYTHON_UNUSED st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":219
+/* "ivshmem/channel/ends.pyx":215
  *         return 0
  * 
  *     cdef int check_there(self) except -1:             # <<<<<<<<<<<<<<
@@ -7703,14 +7917,14 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_check_there(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check_there", 0);
 
-  /* "ivshmem/channel/ends.pyx":221
+  /* "ivshmem/channel/ends.pyx":217
  *     cdef int check_there(self) except -1:
  *         """Raise ClosedError if the channel was removed, by force: then nothing more comes."""
  *         if not ivshmem_is_there(&self.sleeper().channel):             # <<<<<<<<<<<<<<
  *             raise was_removed(self.name)
  *         return 0
 */
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 221, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 217, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_t_2 = (!(ivshmem_is_there((&((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1)->channel)) != 0));
 
@@ -7718,7 +7932,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_check_there(struct __pyx
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/ends.pyx":222
+    /* "ivshmem/channel/ends.pyx":218
  *         """Raise ClosedError if the channel was removed, by force: then nothing more comes."""
  *         if not ivshmem_is_there(&self.sleeper().channel):
  *             raise was_removed(self.name)             # <<<<<<<<<<<<<<
@@ -7727,14 +7941,14 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_check_there(struct __pyx
 */
     __pyx_t_1 = __pyx_v_self->name;
     __Pyx_INCREF(__pyx_t_1);
-    __pyx_t_3 = __pyx_f_7ivshmem_7channel_4ends_was_removed(((PyObject*)__pyx_t_1)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 222, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_7channel_4ends_was_removed(((PyObject*)__pyx_t_1)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 218, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 222, __pyx_L1_error)
+    __PYX_ERR(0, 218, __pyx_L1_error)
 
-    /* "ivshmem/channel/ends.pyx":221
+    /* "ivshmem/channel/ends.pyx":217
  *     cdef int check_there(self) except -1:
  *         """Raise ClosedError if the channel was removed, by force: then nothing more comes."""
  *         if not ivshmem_is_there(&self.sleeper().channel):             # <<<<<<<<<<<<<<
@@ -7743,7 +7957,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_check_there(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":223
+  /* "ivshmem/channel/ends.pyx":219
  *         if not ivshmem_is_there(&self.sleeper().channel):
  *             raise was_removed(self.name)
  *         return 0             # <<<<<<<<<<<<<<
@@ -7756,7 +7970,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_check_there(struct __pyx
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":219
+  /* "ivshmem/channel/ends.pyx":215
  *         return 0
  * 
  *     cdef int check_there(self) except -1:             # <<<<<<<<<<<<<<
@@ -7776,7 +7990,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_check_there(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":227
+/* "ivshmem/channel/ends.pyx":223
  *     # Waiting.
  * 
  *     cdef int wait(self, object timeout, object spin) except? -2:             # <<<<<<<<<<<<<<
@@ -7824,7 +8038,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait", 0);
 
-  /* "ivshmem/channel/ends.pyx":232
+  /* "ivshmem/channel/ends.pyx":228
  *         cdef int64_t n
  *         cdef int64_t wish
  *         cdef int futile = 0             # <<<<<<<<<<<<<<
@@ -7833,7 +8047,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
   __pyx_v_futile = 0;
 
-  /* "ivshmem/channel/ends.pyx":235
+  /* "ivshmem/channel/ends.pyx":231
  *         cdef int code
  *         cdef Turn turn
  *         cdef Wakeup wakeup = None             # <<<<<<<<<<<<<<
@@ -7843,19 +8057,19 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
   __Pyx_INCREF(Py_None);
   __pyx_v_wakeup = ((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)Py_None);
 
-  /* "ivshmem/channel/ends.pyx":236
+  /* "ivshmem/channel/ends.pyx":232
  *         cdef Turn turn
  *         cdef Wakeup wakeup = None
  *         cdef ChannelEnd sleeper = self.sleeper()             # <<<<<<<<<<<<<<
  *         cdef Spinner spinner = None
  *         cdef void *what = NULL
 */
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 236, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 232, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_sleeper = ((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":237
+  /* "ivshmem/channel/ends.pyx":233
  *         cdef Wakeup wakeup = None
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         cdef Spinner spinner = None             # <<<<<<<<<<<<<<
@@ -7865,7 +8079,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
   __Pyx_INCREF(Py_None);
   __pyx_v_spinner = ((struct __pyx_obj_7ivshmem_6native_4spin_Spinner *)Py_None);
 
-  /* "ivshmem/channel/ends.pyx":238
+  /* "ivshmem/channel/ends.pyx":234
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         cdef Spinner spinner = None
  *         cdef void *what = NULL             # <<<<<<<<<<<<<<
@@ -7874,54 +8088,64 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
   __pyx_v_what = NULL;
 
-  /* "ivshmem/channel/ends.pyx":239
+  /* "ivshmem/channel/ends.pyx":235
  *         cdef Spinner spinner = None
  *         cdef void *what = NULL
  *         cdef Probe probe = NULL             # <<<<<<<<<<<<<<
  *         wish = 0 if spin is None else spin_of(spin)
- *         self.enter()
+ *         check_timeout(timeout)
 */
   __pyx_v_probe = NULL;
 
-  /* "ivshmem/channel/ends.pyx":240
+  /* "ivshmem/channel/ends.pyx":236
  *         cdef void *what = NULL
  *         cdef Probe probe = NULL
  *         wish = 0 if spin is None else spin_of(spin)             # <<<<<<<<<<<<<<
+ *         check_timeout(timeout)
  *         self.enter()
- *         code = self.attempt()
 */
   __pyx_t_3 = (__pyx_v_spin == Py_None);
   if (__pyx_t_3) {
 
     __pyx_t_2 = 0;
   } else {
-    __pyx_t_4 = __pyx_f_7ivshmem_6native_4spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_4 == ((int64_t)-2L))) __PYX_ERR(0, 240, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_6native_4spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_4 == ((int64_t)-2L))) __PYX_ERR(0, 236, __pyx_L1_error)
     __pyx_t_2 = __pyx_t_4;
   }
 
   __pyx_v_wish = __pyx_t_2;
 
-  /* "ivshmem/channel/ends.pyx":241
+  /* "ivshmem/channel/ends.pyx":237
  *         cdef Probe probe = NULL
  *         wish = 0 if spin is None else spin_of(spin)
+ *         check_timeout(timeout)             # <<<<<<<<<<<<<<
+ *         self.enter()
+ *         code = self.attempt()
+*/
+  __pyx_t_5 = __pyx_f_7ivshmem_6native_11descriptors_check_timeout(__pyx_v_timeout); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 237, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/ends.pyx":238
+ *         wish = 0 if spin is None else spin_of(spin)
+ *         check_timeout(timeout)
  *         self.enter()             # <<<<<<<<<<<<<<
  *         code = self.attempt()
  *         if code != IVSHMEM_AGAIN:
 */
-  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 241, __pyx_L1_error)
+  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 238, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/ends.pyx":242
- *         wish = 0 if spin is None else spin_of(spin)
+  /* "ivshmem/channel/ends.pyx":239
+ *         check_timeout(timeout)
  *         self.enter()
  *         code = self.attempt()             # <<<<<<<<<<<<<<
  *         if code != IVSHMEM_AGAIN:
  *             return code
 */
-  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 242, __pyx_L1_error)
+  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 239, __pyx_L1_error)
   __pyx_v_code = __pyx_t_5;
 
-  /* "ivshmem/channel/ends.pyx":243
+  /* "ivshmem/channel/ends.pyx":240
  *         self.enter()
  *         code = self.attempt()
  *         if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -7933,7 +8157,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/ends.pyx":244
+    /* "ivshmem/channel/ends.pyx":241
  *         code = self.attempt()
  *         if code != IVSHMEM_AGAIN:
  *             return code             # <<<<<<<<<<<<<<
@@ -7946,7 +8170,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/ends.pyx":243
+    /* "ivshmem/channel/ends.pyx":240
  *         self.enter()
  *         code = self.attempt()
  *         if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -7955,7 +8179,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":245
+  /* "ivshmem/channel/ends.pyx":242
  *         if code != IVSHMEM_AGAIN:
  *             return code
  *         turn.left = 0             # <<<<<<<<<<<<<<
@@ -7964,7 +8188,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
   __pyx_v_turn.left = 0;
 
-  /* "ivshmem/channel/ends.pyx":246
+  /* "ivshmem/channel/ends.pyx":243
  *             return code
  *         turn.left = 0
  *         if wish and self.probe(&what, &probe):             # <<<<<<<<<<<<<<
@@ -7981,7 +8205,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 
     goto __pyx_L5_bool_binop_done;
   }
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->probe(__pyx_v_self, (&__pyx_v_what), (&__pyx_v_probe)); if (unlikely(__pyx_t_2 == ((int64_t)-1L))) __PYX_ERR(0, 246, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->probe(__pyx_v_self, (&__pyx_v_what), (&__pyx_v_probe)); if (unlikely(__pyx_t_2 == ((int64_t)-1L))) __PYX_ERR(0, 243, __pyx_L1_error)
   __pyx_t_6 = (__pyx_t_2 != 0);
 
 
@@ -7992,7 +8216,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/ends.pyx":247
+    /* "ivshmem/channel/ends.pyx":244
  *         turn.left = 0
  *         if wish and self.probe(&what, &probe):
  *             if sleeper.spinner is None:             # <<<<<<<<<<<<<<
@@ -8003,7 +8227,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/ends.pyx":248
+      /* "ivshmem/channel/ends.pyx":245
  *         if wish and self.probe(&what, &probe):
  *             if sleeper.spinner is None:
  *                 sleeper.spinner = Spinner()             # <<<<<<<<<<<<<<
@@ -8016,7 +8240,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
         PyObject *__pyx_callargs[2] = {__pyx_t_7, NULL};
         __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4spin_Spinner, __pyx_callargs+__pyx_t_8, (1-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 248, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 245, __pyx_L1_error)
         __Pyx_GOTREF((PyObject *)__pyx_t_1);
       }
       __Pyx_GIVEREF((PyObject *)__pyx_t_1);
@@ -8024,7 +8248,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       __Pyx_DECREF_SET(__pyx_v_sleeper->spinner, ((struct __pyx_obj_7ivshmem_6native_4spin_Spinner *)__pyx_t_1));
       __pyx_t_1 = 0;
 
-      /* "ivshmem/channel/ends.pyx":247
+      /* "ivshmem/channel/ends.pyx":244
  *         turn.left = 0
  *         if wish and self.probe(&what, &probe):
  *             if sleeper.spinner is None:             # <<<<<<<<<<<<<<
@@ -8033,7 +8257,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/channel/ends.pyx":249
+    /* "ivshmem/channel/ends.pyx":246
  *             if sleeper.spinner is None:
  *                 sleeper.spinner = Spinner()
  *             spinner = sleeper.spinner             # <<<<<<<<<<<<<<
@@ -8045,7 +8269,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     __Pyx_DECREF_SET(__pyx_v_spinner, ((struct __pyx_obj_7ivshmem_6native_4spin_Spinner *)__pyx_t_1));
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/ends.pyx":250
+    /* "ivshmem/channel/ends.pyx":247
  *                 sleeper.spinner = Spinner()
  *             spinner = sleeper.spinner
  *             spinner.begin(&turn, 0, wish)             # <<<<<<<<<<<<<<
@@ -8054,7 +8278,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
     ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_spinner->__pyx_vtab)->begin(__pyx_v_spinner, (&__pyx_v_turn), 0, __pyx_v_wish);
 
-    /* "ivshmem/channel/ends.pyx":252
+    /* "ivshmem/channel/ends.pyx":249
  *             spinner.begin(&turn, 0, wish)
  *             # What comes at once costs neither a look at the clock nor letting go of the GIL.
  *             for _ in range(FIRST_LOOKS if turn.left else 0):             # <<<<<<<<<<<<<<
@@ -8076,7 +8300,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     for (__pyx_t_11 = 0; __pyx_t_11 < __pyx_t_10; __pyx_t_11+=1) {
       __pyx_v__ = __pyx_t_11;
 
-      /* "ivshmem/channel/ends.pyx":253
+      /* "ivshmem/channel/ends.pyx":250
  *             # What comes at once costs neither a look at the clock nor letting go of the GIL.
  *             for _ in range(FIRST_LOOKS if turn.left else 0):
  *                 if probe(what):             # <<<<<<<<<<<<<<
@@ -8088,17 +8312,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/channel/ends.pyx":254
+        /* "ivshmem/channel/ends.pyx":251
  *             for _ in range(FIRST_LOOKS if turn.left else 0):
  *                 if probe(what):
  *                     code = self.attempt()             # <<<<<<<<<<<<<<
  *                     if code != IVSHMEM_AGAIN:
  *                         spinner.won(0, 1, False)
 */
-        __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 254, __pyx_L1_error)
+        __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 251, __pyx_L1_error)
         __pyx_v_code = __pyx_t_5;
 
-        /* "ivshmem/channel/ends.pyx":255
+        /* "ivshmem/channel/ends.pyx":252
  *                 if probe(what):
  *                     code = self.attempt()
  *                     if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -8110,7 +8334,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/ends.pyx":256
+          /* "ivshmem/channel/ends.pyx":253
  *                     code = self.attempt()
  *                     if code != IVSHMEM_AGAIN:
  *                         spinner.won(0, 1, False)             # <<<<<<<<<<<<<<
@@ -8119,7 +8343,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
           ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_spinner->__pyx_vtab)->won(__pyx_v_spinner, 0, 1, 0);
 
-          /* "ivshmem/channel/ends.pyx":257
+          /* "ivshmem/channel/ends.pyx":254
  *                     if code != IVSHMEM_AGAIN:
  *                         spinner.won(0, 1, False)
  *                         return code             # <<<<<<<<<<<<<<
@@ -8132,7 +8356,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
           }
           goto __pyx_L0;
 
-          /* "ivshmem/channel/ends.pyx":255
+          /* "ivshmem/channel/ends.pyx":252
  *                 if probe(what):
  *                     code = self.attempt()
  *                     if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -8141,7 +8365,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":258
+        /* "ivshmem/channel/ends.pyx":255
  *                         spinner.won(0, 1, False)
  *                         return code
  *                     break             # <<<<<<<<<<<<<<
@@ -8150,7 +8374,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
         goto __pyx_L9_break;
 
-        /* "ivshmem/channel/ends.pyx":253
+        /* "ivshmem/channel/ends.pyx":250
  *             # What comes at once costs neither a look at the clock nor letting go of the GIL.
  *             for _ in range(FIRST_LOOKS if turn.left else 0):
  *                 if probe(what):             # <<<<<<<<<<<<<<
@@ -8163,7 +8387,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 
 
 
-    /* "ivshmem/channel/ends.pyx":246
+    /* "ivshmem/channel/ends.pyx":243
  *             return code
  *         turn.left = 0
  *         if wish and self.probe(&what, &probe):             # <<<<<<<<<<<<<<
@@ -8172,7 +8396,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":259
+  /* "ivshmem/channel/ends.pyx":256
  *                         return code
  *                     break
  *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)             # <<<<<<<<<<<<<<
@@ -8184,13 +8408,13 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 
     __pyx_t_2 = INT64_MAX;
   } else {
-    __pyx_t_4 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_4 == ((int64_t)-1L))) __PYX_ERR(0, 259, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_4 == ((int64_t)-1L))) __PYX_ERR(0, 256, __pyx_L1_error)
     __pyx_t_2 = __pyx_t_4;
   }
 
   __pyx_v_deadline = __pyx_t_2;
 
-  /* "ivshmem/channel/ends.pyx":260
+  /* "ivshmem/channel/ends.pyx":257
  *                     break
  *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         if deadline == 0:             # <<<<<<<<<<<<<<
@@ -8202,7 +8426,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/ends.pyx":261
+    /* "ivshmem/channel/ends.pyx":258
  *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         if deadline == 0:
  *             if self.watched:             # <<<<<<<<<<<<<<
@@ -8211,20 +8435,20 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
     if (__pyx_v_self->watched) {
 
-      /* "ivshmem/channel/ends.pyx":262
+      /* "ivshmem/channel/ends.pyx":259
  *         if deadline == 0:
  *             if self.watched:
  *                 return self.arm()             # <<<<<<<<<<<<<<
  *             return code
  *         while True:
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->arm(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 262, __pyx_L1_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->arm(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 259, __pyx_L1_error)
       {
         __pyx_r = __pyx_t_5;
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/ends.pyx":261
+      /* "ivshmem/channel/ends.pyx":258
  *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         if deadline == 0:
  *             if self.watched:             # <<<<<<<<<<<<<<
@@ -8233,7 +8457,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/channel/ends.pyx":263
+    /* "ivshmem/channel/ends.pyx":260
  *             if self.watched:
  *                 return self.arm()
  *             return code             # <<<<<<<<<<<<<<
@@ -8246,7 +8470,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/ends.pyx":260
+    /* "ivshmem/channel/ends.pyx":257
  *                     break
  *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         if deadline == 0:             # <<<<<<<<<<<<<<
@@ -8255,7 +8479,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":264
+  /* "ivshmem/channel/ends.pyx":261
  *                 return self.arm()
  *             return code
  *         while True:             # <<<<<<<<<<<<<<
@@ -8264,7 +8488,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
   while (1) {
 
-    /* "ivshmem/channel/ends.pyx":265
+    /* "ivshmem/channel/ends.pyx":262
  *             return code
  *         while True:
  *             if turn.left:             # <<<<<<<<<<<<<<
@@ -8276,7 +8500,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/ends.pyx":266
+      /* "ivshmem/channel/ends.pyx":263
  *         while True:
  *             if turn.left:
  *                 if turn.left <= 100_000 and ivshmem_is_only_thread():             # <<<<<<<<<<<<<<
@@ -8302,7 +8526,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/channel/ends.pyx":267
+        /* "ivshmem/channel/ends.pyx":264
  *             if turn.left:
  *                 if turn.left <= 100_000 and ivshmem_is_only_thread():
  *                     n = spinner.spin(             # <<<<<<<<<<<<<<
@@ -8311,7 +8535,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
         __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_spinner->__pyx_vtab)->spin(__pyx_v_spinner, 0, __pyx_v_deadline, __pyx_v_probe, __pyx_v_what, (&__pyx_v_turn), (&__pyx_v_self->membership->state));
 
-        /* "ivshmem/channel/ends.pyx":266
+        /* "ivshmem/channel/ends.pyx":263
  *         while True:
  *             if turn.left:
  *                 if turn.left <= 100_000 and ivshmem_is_only_thread():             # <<<<<<<<<<<<<<
@@ -8321,7 +8545,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
         goto __pyx_L17;
       }
 
-      /* "ivshmem/channel/ends.pyx":271
+      /* "ivshmem/channel/ends.pyx":268
  *                     )
  *                 else:
  *                     with nogil:             # <<<<<<<<<<<<<<
@@ -8335,7 +8559,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
             __Pyx_FastGIL_Remember();
             /*try:*/ {
 
-              /* "ivshmem/channel/ends.pyx":272
+              /* "ivshmem/channel/ends.pyx":269
  *                 else:
  *                     with nogil:
  *                         n = spinner.spin(             # <<<<<<<<<<<<<<
@@ -8345,7 +8569,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
               __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_spinner->__pyx_vtab)->spin(__pyx_v_spinner, 0, __pyx_v_deadline, __pyx_v_probe, __pyx_v_what, (&__pyx_v_turn), (&__pyx_v_self->membership->state));
             }
 
-            /* "ivshmem/channel/ends.pyx":271
+            /* "ivshmem/channel/ends.pyx":268
  *                     )
  *                 else:
  *                     with nogil:             # <<<<<<<<<<<<<<
@@ -8364,27 +8588,27 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       }
       __pyx_L17:;
 
-      /* "ivshmem/channel/ends.pyx":275
+      /* "ivshmem/channel/ends.pyx":272
  *                             0, deadline, probe, what, &turn, &self.membership.state
  *                         )
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *                 self.enter()
  *             else:
 */
-      __pyx_t_5 = PyErr_CheckSignals(); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 275, __pyx_L1_error)
+      __pyx_t_5 = PyErr_CheckSignals(); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 272, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/ends.pyx":276
+      /* "ivshmem/channel/ends.pyx":273
  *                         )
  *                 PyErr_CheckSignals()
  *                 self.enter()             # <<<<<<<<<<<<<<
  *             else:
  *                 if self.slept_on is None or self.slept_by != PyThread_get_thread_ident():
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 276, __pyx_L1_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 273, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/ends.pyx":265
+      /* "ivshmem/channel/ends.pyx":262
  *             return code
  *         while True:
  *             if turn.left:             # <<<<<<<<<<<<<<
@@ -8394,7 +8618,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       goto __pyx_L16;
     }
 
-    /* "ivshmem/channel/ends.pyx":278
+    /* "ivshmem/channel/ends.pyx":275
  *                 self.enter()
  *             else:
  *                 if self.slept_on is None or self.slept_by != PyThread_get_thread_ident():             # <<<<<<<<<<<<<<
@@ -8420,7 +8644,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/channel/ends.pyx":279
+        /* "ivshmem/channel/ends.pyx":276
  *             else:
  *                 if self.slept_on is None or self.slept_by != PyThread_get_thread_ident():
  *                     wakeup = wakeup_of_thread(self.membership)             # <<<<<<<<<<<<<<
@@ -8429,23 +8653,23 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
         __pyx_t_1 = ((PyObject *)__pyx_v_self->membership);
         __Pyx_INCREF(__pyx_t_1);
-        __pyx_t_7 = ((PyObject *)__pyx_f_7ivshmem_7channel_4ends_wakeup_of_thread(((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_t_1))); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 279, __pyx_L1_error)
+        __pyx_t_7 = ((PyObject *)__pyx_f_7ivshmem_7channel_4ends_wakeup_of_thread(((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_t_1))); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 276, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_7);
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
         __Pyx_DECREF_SET(__pyx_v_wakeup, ((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)__pyx_t_7));
         __pyx_t_7 = 0;
 
-        /* "ivshmem/channel/ends.pyx":280
+        /* "ivshmem/channel/ends.pyx":277
  *                 if self.slept_on is None or self.slept_by != PyThread_get_thread_ident():
  *                     wakeup = wakeup_of_thread(self.membership)
  *                     self.enter()             # <<<<<<<<<<<<<<
  *                     self.slept_on, self.slept_by = wakeup, PyThread_get_thread_ident()
  *                 else:
 */
-        __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 280, __pyx_L1_error)
+        __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 277, __pyx_L1_error)
 
 
-        /* "ivshmem/channel/ends.pyx":281
+        /* "ivshmem/channel/ends.pyx":278
  *                     wakeup = wakeup_of_thread(self.membership)
  *                     self.enter()
  *                     self.slept_on, self.slept_by = wakeup, PyThread_get_thread_ident()             # <<<<<<<<<<<<<<
@@ -8462,7 +8686,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
         __pyx_t_7 = 0;
         __pyx_v_self->slept_by = __pyx_t_11;
 
-        /* "ivshmem/channel/ends.pyx":278
+        /* "ivshmem/channel/ends.pyx":275
  *                 self.enter()
  *             else:
  *                 if self.slept_on is None or self.slept_by != PyThread_get_thread_ident():             # <<<<<<<<<<<<<<
@@ -8472,7 +8696,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
         goto __pyx_L25;
       }
 
-      /* "ivshmem/channel/ends.pyx":283
+      /* "ivshmem/channel/ends.pyx":280
  *                     self.slept_on, self.slept_by = wakeup, PyThread_get_thread_ident()
  *                 else:
  *                     wakeup = self.slept_on             # <<<<<<<<<<<<<<
@@ -8487,17 +8711,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       }
       __pyx_L25:;
 
-      /* "ivshmem/channel/ends.pyx":284
+      /* "ivshmem/channel/ends.pyx":281
  *                 else:
  *                     wakeup = self.slept_on
  *                 code = self.begin_sleep()             # <<<<<<<<<<<<<<
  *                 sleeper.asleep += 1
  *                 try:
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 284, __pyx_L1_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 281, __pyx_L1_error)
       __pyx_v_code = __pyx_t_5;
 
-      /* "ivshmem/channel/ends.pyx":285
+      /* "ivshmem/channel/ends.pyx":282
  *                     wakeup = self.slept_on
  *                 code = self.begin_sleep()
  *                 sleeper.asleep += 1             # <<<<<<<<<<<<<<
@@ -8506,7 +8730,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
       __pyx_v_sleeper->asleep = (__pyx_v_sleeper->asleep + 1);
 
-      /* "ivshmem/channel/ends.pyx":286
+      /* "ivshmem/channel/ends.pyx":283
  *                 code = self.begin_sleep()
  *                 sleeper.asleep += 1
  *                 try:             # <<<<<<<<<<<<<<
@@ -8515,17 +8739,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":287
+        /* "ivshmem/channel/ends.pyx":284
  *                 sleeper.asleep += 1
  *                 try:
  *                     self.membership.flush()             # <<<<<<<<<<<<<<
  *                     if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:
  *                         wakeup.wait(deadline)
 */
-        __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 287, __pyx_L31_error)
+        __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 284, __pyx_L31_error)
 
 
-        /* "ivshmem/channel/ends.pyx":288
+        /* "ivshmem/channel/ends.pyx":285
  *                 try:
  *                     self.membership.flush()
  *                     if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:             # <<<<<<<<<<<<<<
@@ -8561,27 +8785,27 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/ends.pyx":289
+          /* "ivshmem/channel/ends.pyx":286
  *                     self.membership.flush()
  *                     if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:
  *                         wakeup.wait(deadline)             # <<<<<<<<<<<<<<
  *                         self.enter()
  *                 finally:
 */
-          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *)__pyx_v_wakeup->__pyx_vtab)->wait(__pyx_v_wakeup, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 289, __pyx_L31_error)
+          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *)__pyx_v_wakeup->__pyx_vtab)->wait(__pyx_v_wakeup, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 286, __pyx_L31_error)
 
 
-          /* "ivshmem/channel/ends.pyx":290
+          /* "ivshmem/channel/ends.pyx":287
  *                     if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:
  *                         wakeup.wait(deadline)
  *                         self.enter()             # <<<<<<<<<<<<<<
  *                 finally:
  *                     sleeper.one_awake()
 */
-          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 290, __pyx_L31_error)
+          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 287, __pyx_L31_error)
 
 
-          /* "ivshmem/channel/ends.pyx":288
+          /* "ivshmem/channel/ends.pyx":285
  *                 try:
  *                     self.membership.flush()
  *                     if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:             # <<<<<<<<<<<<<<
@@ -8591,7 +8815,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
         }
       }
 
-      /* "ivshmem/channel/ends.pyx":292
+      /* "ivshmem/channel/ends.pyx":289
  *                         self.enter()
  *                 finally:
  *                     sleeper.one_awake()             # <<<<<<<<<<<<<<
@@ -8600,7 +8824,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
       /*finally:*/ {
         /*normal exit:*/{
-          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->one_awake(__pyx_v_sleeper); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 292, __pyx_L1_error)
+          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->one_awake(__pyx_v_sleeper); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 289, __pyx_L1_error)
 
           goto __pyx_L32;
         }
@@ -8621,7 +8845,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
           __Pyx_XGOTREF(__pyx_t_19);
           __pyx_t_5 = __pyx_lineno; __pyx_t_12 = __pyx_clineno; __pyx_t_13 = __pyx_filename;
           {
-            __pyx_t_20 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->one_awake(__pyx_v_sleeper); if (unlikely(__pyx_t_20 == ((int)-1))) __PYX_ERR(0, 292, __pyx_L40_error)
+            __pyx_t_20 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->one_awake(__pyx_v_sleeper); if (unlikely(__pyx_t_20 == ((int)-1))) __PYX_ERR(0, 289, __pyx_L40_error)
 
           }
           __Pyx_XGIVEREF(__pyx_t_17);
@@ -8649,7 +8873,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
         __pyx_L32:;
       }
 
-      /* "ivshmem/channel/ends.pyx":293
+      /* "ivshmem/channel/ends.pyx":290
  *                 finally:
  *                     sleeper.one_awake()
  *                 futile += code == 0             # <<<<<<<<<<<<<<
@@ -8658,7 +8882,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
       __pyx_v_futile = (__pyx_v_futile + (__pyx_v_code == 0));
 
-      /* "ivshmem/channel/ends.pyx":294
+      /* "ivshmem/channel/ends.pyx":291
  *                     sleeper.one_awake()
  *                 futile += code == 0
  *                 if code != 0 and code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -8677,7 +8901,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/channel/ends.pyx":295
+        /* "ivshmem/channel/ends.pyx":292
  *                 futile += code == 0
  *                 if code != 0 and code != IVSHMEM_AGAIN:
  *                     return code             # <<<<<<<<<<<<<<
@@ -8690,7 +8914,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
         }
         goto __pyx_L0;
 
-        /* "ivshmem/channel/ends.pyx":294
+        /* "ivshmem/channel/ends.pyx":291
  *                     sleeper.one_awake()
  *                 futile += code == 0
  *                 if code != 0 and code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -8701,17 +8925,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     }
     __pyx_L16:;
 
-    /* "ivshmem/channel/ends.pyx":296
+    /* "ivshmem/channel/ends.pyx":293
  *                 if code != 0 and code != IVSHMEM_AGAIN:
  *                     return code
  *             code = self.attempt()             # <<<<<<<<<<<<<<
  *             if code != IVSHMEM_AGAIN:
  *                 if wakeup is not None:
 */
-    __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_12 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 296, __pyx_L1_error)
+    __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_12 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 293, __pyx_L1_error)
     __pyx_v_code = __pyx_t_12;
 
-    /* "ivshmem/channel/ends.pyx":297
+    /* "ivshmem/channel/ends.pyx":294
  *                     return code
  *             code = self.attempt()
  *             if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -8723,7 +8947,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/ends.pyx":298
+      /* "ivshmem/channel/ends.pyx":295
  *             code = self.attempt()
  *             if code != IVSHMEM_AGAIN:
  *                 if wakeup is not None:             # <<<<<<<<<<<<<<
@@ -8734,7 +8958,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/channel/ends.pyx":299
+        /* "ivshmem/channel/ends.pyx":296
  *             if code != IVSHMEM_AGAIN:
  *                 if wakeup is not None:
  *                     wakeup.pause = FIRST_PAUSE             # <<<<<<<<<<<<<<
@@ -8743,7 +8967,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
         __pyx_v_wakeup->pause = __pyx_v_7ivshmem_7channel_4ends_FIRST_PAUSE;
 
-        /* "ivshmem/channel/ends.pyx":298
+        /* "ivshmem/channel/ends.pyx":295
  *             code = self.attempt()
  *             if code != IVSHMEM_AGAIN:
  *                 if wakeup is not None:             # <<<<<<<<<<<<<<
@@ -8752,7 +8976,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/channel/ends.pyx":300
+      /* "ivshmem/channel/ends.pyx":297
  *                 if wakeup is not None:
  *                     wakeup.pause = FIRST_PAUSE
  *                 return code             # <<<<<<<<<<<<<<
@@ -8765,7 +8989,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/ends.pyx":297
+      /* "ivshmem/channel/ends.pyx":294
  *                     return code
  *             code = self.attempt()
  *             if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -8774,7 +8998,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/channel/ends.pyx":301
+    /* "ivshmem/channel/ends.pyx":298
  *                     wakeup.pause = FIRST_PAUSE
  *                 return code
  *             if deadline != INT64_MAX and now() >= deadline:             # <<<<<<<<<<<<<<
@@ -8800,7 +9024,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/ends.pyx":302
+      /* "ivshmem/channel/ends.pyx":299
  *                 return code
  *             if deadline != INT64_MAX and now() >= deadline:
  *                 return code             # <<<<<<<<<<<<<<
@@ -8813,7 +9037,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/ends.pyx":301
+      /* "ivshmem/channel/ends.pyx":298
  *                     wakeup.pause = FIRST_PAUSE
  *                 return code
  *             if deadline != INT64_MAX and now() >= deadline:             # <<<<<<<<<<<<<<
@@ -8823,7 +9047,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     }
   }
 
-  /* "ivshmem/channel/ends.pyx":227
+  /* "ivshmem/channel/ends.pyx":223
  *     # Waiting.
  * 
  *     cdef int wait(self, object timeout, object spin) except? -2:             # <<<<<<<<<<<<<<
@@ -8857,7 +9081,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":304
+/* "ivshmem/channel/ends.pyx":301
  *                 return code
  * 
  *     cdef int arm(self) except? -2:             # <<<<<<<<<<<<<<
@@ -8877,47 +9101,47 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("arm", 0);
 
-  /* "ivshmem/channel/ends.pyx":307
+  /* "ivshmem/channel/ends.pyx":304
  *         """Sleep as one that watches the descriptor does; return what is there after all."""
  *         cdef int code
  *         self.check_there()             # <<<<<<<<<<<<<<
  *         self.wakeup.clear()
  *         code = self.begin_sleep()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->check_there(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 307, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->check_there(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 304, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/ends.pyx":308
+  /* "ivshmem/channel/ends.pyx":305
  *         cdef int code
  *         self.check_there()
  *         self.wakeup.clear()             # <<<<<<<<<<<<<<
  *         code = self.begin_sleep()
  *         self.membership.flush()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *)__pyx_v_self->wakeup->__pyx_vtab)->clear(__pyx_v_self->wakeup); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 308, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *)__pyx_v_self->wakeup->__pyx_vtab)->clear(__pyx_v_self->wakeup); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 305, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/ends.pyx":309
+  /* "ivshmem/channel/ends.pyx":306
  *         self.check_there()
  *         self.wakeup.clear()
  *         code = self.begin_sleep()             # <<<<<<<<<<<<<<
  *         self.membership.flush()
  *         if code == 0:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 309, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 306, __pyx_L1_error)
   __pyx_v_code = __pyx_t_1;
 
-  /* "ivshmem/channel/ends.pyx":310
+  /* "ivshmem/channel/ends.pyx":307
  *         self.wakeup.clear()
  *         code = self.begin_sleep()
  *         self.membership.flush()             # <<<<<<<<<<<<<<
  *         if code == 0:
  *             if not self.sleeper().asleep:  # else those still sleep
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 310, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 307, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/ends.pyx":311
+  /* "ivshmem/channel/ends.pyx":308
  *         code = self.begin_sleep()
  *         self.membership.flush()
  *         if code == 0:             # <<<<<<<<<<<<<<
@@ -8929,14 +9153,14 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/ends.pyx":312
+    /* "ivshmem/channel/ends.pyx":309
  *         self.membership.flush()
  *         if code == 0:
  *             if not self.sleeper().asleep:  # else those still sleep             # <<<<<<<<<<<<<<
  *                 self.end_sleep()
  *             return self.attempt()
 */
-    __pyx_t_3 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 312, __pyx_L1_error)
+    __pyx_t_3 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 309, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_2 = (!(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_3)->asleep != 0));
 
@@ -8944,7 +9168,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/ends.pyx":313
+      /* "ivshmem/channel/ends.pyx":310
  *         if code == 0:
  *             if not self.sleeper().asleep:  # else those still sleep
  *                 self.end_sleep()             # <<<<<<<<<<<<<<
@@ -8953,7 +9177,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
 */
       ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->end_sleep(__pyx_v_self);
 
-      /* "ivshmem/channel/ends.pyx":312
+      /* "ivshmem/channel/ends.pyx":309
  *         self.membership.flush()
  *         if code == 0:
  *             if not self.sleeper().asleep:  # else those still sleep             # <<<<<<<<<<<<<<
@@ -8962,20 +9186,20 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/channel/ends.pyx":314
+    /* "ivshmem/channel/ends.pyx":311
  *             if not self.sleeper().asleep:  # else those still sleep
  *                 self.end_sleep()
  *             return self.attempt()             # <<<<<<<<<<<<<<
  *         return code
  * 
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 314, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 311, __pyx_L1_error)
     {
       __pyx_r = __pyx_t_1;
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/ends.pyx":311
+    /* "ivshmem/channel/ends.pyx":308
  *         code = self.begin_sleep()
  *         self.membership.flush()
  *         if code == 0:             # <<<<<<<<<<<<<<
@@ -8984,7 +9208,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":315
+  /* "ivshmem/channel/ends.pyx":312
  *                 self.end_sleep()
  *             return self.attempt()
  *         return code             # <<<<<<<<<<<<<<
@@ -8997,7 +9221,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":304
+  /* "ivshmem/channel/ends.pyx":301
  *                 return code
  * 
  *     cdef int arm(self) except? -2:             # <<<<<<<<<<<<<<
@@ -9017,7 +9241,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":317
+/* "ivshmem/channel/ends.pyx":314
  *         return code
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9089,17 +9313,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":329
+        /* "ivshmem/channel/ends.pyx":326
  *             ClosedError: it is closed.
  *         """
  *         self.enter()             # <<<<<<<<<<<<<<
  *         if self.wakeup is None:
  *             self.wakeup = Wakeup(self.membership)
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 329, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 326, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/ends.pyx":330
+        /* "ivshmem/channel/ends.pyx":327
  *         """
  *         self.enter()
  *         if self.wakeup is None:             # <<<<<<<<<<<<<<
@@ -9110,7 +9334,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/ends.pyx":331
+          /* "ivshmem/channel/ends.pyx":328
  *         self.enter()
  *         if self.wakeup is None:
  *             self.wakeup = Wakeup(self.membership)             # <<<<<<<<<<<<<<
@@ -9123,7 +9347,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
             PyObject *__pyx_callargs[2] = {__pyx_t_5, ((PyObject *)__pyx_v_self->membership)};
             __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 331, __pyx_L4_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 328, __pyx_L4_error)
             __Pyx_GOTREF((PyObject *)__pyx_t_4);
           }
           __Pyx_GIVEREF((PyObject *)__pyx_t_4);
@@ -9131,7 +9355,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
           __Pyx_DECREF_SET(__pyx_v_self->wakeup, ((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)__pyx_t_4));
           __pyx_t_4 = 0;
 
-          /* "ivshmem/channel/ends.pyx":330
+          /* "ivshmem/channel/ends.pyx":327
  *         """
  *         self.enter()
  *         if self.wakeup is None:             # <<<<<<<<<<<<<<
@@ -9140,7 +9364,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":332
+        /* "ivshmem/channel/ends.pyx":329
  *         if self.wakeup is None:
  *             self.wakeup = Wakeup(self.membership)
  *         if not self.watched:             # <<<<<<<<<<<<<<
@@ -9152,7 +9376,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/ends.pyx":333
+          /* "ivshmem/channel/ends.pyx":330
  *             self.wakeup = Wakeup(self.membership)
  *         if not self.watched:
  *             self.watched = True             # <<<<<<<<<<<<<<
@@ -9161,41 +9385,41 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
 */
           __pyx_v_self->watched = 1;
 
-          /* "ivshmem/channel/ends.pyx":334
+          /* "ivshmem/channel/ends.pyx":331
  *         if not self.watched:
  *             self.watched = True
  *             self.begin_watch()             # <<<<<<<<<<<<<<
  *             if self.arm() == 0:
  *                 self.membership.kick_all()
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_watch(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 334, __pyx_L4_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_watch(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 331, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":335
+          /* "ivshmem/channel/ends.pyx":332
  *             self.watched = True
  *             self.begin_watch()
  *             if self.arm() == 0:             # <<<<<<<<<<<<<<
  *                 self.membership.kick_all()
  *         return self.wakeup.epoll.epfd
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->arm(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 335, __pyx_L4_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->arm(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 332, __pyx_L4_error)
           __pyx_t_3 = (__pyx_t_2 == 0);
 
 
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/channel/ends.pyx":336
+            /* "ivshmem/channel/ends.pyx":333
  *             self.begin_watch()
  *             if self.arm() == 0:
  *                 self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return self.wakeup.epoll.epfd
  * 
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 336, __pyx_L4_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 333, __pyx_L4_error)
 
 
-            /* "ivshmem/channel/ends.pyx":335
+            /* "ivshmem/channel/ends.pyx":332
  *             self.watched = True
  *             self.begin_watch()
  *             if self.arm() == 0:             # <<<<<<<<<<<<<<
@@ -9204,7 +9428,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
 */
           }
 
-          /* "ivshmem/channel/ends.pyx":332
+          /* "ivshmem/channel/ends.pyx":329
  *         if self.wakeup is None:
  *             self.wakeup = Wakeup(self.membership)
  *         if not self.watched:             # <<<<<<<<<<<<<<
@@ -9213,14 +9437,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":337
+        /* "ivshmem/channel/ends.pyx":334
  *             if self.arm() == 0:
  *                 self.membership.kick_all()
  *         return self.wakeup.epoll.epfd             # <<<<<<<<<<<<<<
  * 
  *     cdef int begin_watch(self) except -1:
 */
-        __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_self->wakeup->epoll->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 337, __pyx_L4_error)
+        __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_self->wakeup->epoll->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 334, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
         {
           PyObject *__pyx_temp;
@@ -9235,7 +9459,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/ends.pyx":317
+      /* "ivshmem/channel/ends.pyx":314
  *         return code
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9274,7 +9498,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":339
+/* "ivshmem/channel/ends.pyx":336
  *         return self.wakeup.epoll.epfd
  * 
  *     cdef int begin_watch(self) except -1:             # <<<<<<<<<<<<<<
@@ -9289,7 +9513,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_watch(struct __pyx
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/ends.pyx":341
+  /* "ivshmem/channel/ends.pyx":338
  *     cdef int begin_watch(self) except -1:
  *         """Let each beat wake who watches the descriptor."""
  *         self.awaited += 1             # <<<<<<<<<<<<<<
@@ -9298,7 +9522,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_watch(struct __pyx
 */
   __pyx_v_self->awaited = (__pyx_v_self->awaited + 1);
 
-  /* "ivshmem/channel/ends.pyx":342
+  /* "ivshmem/channel/ends.pyx":339
  *         """Let each beat wake who watches the descriptor."""
  *         self.awaited += 1
  *         self.membership.watch(1)             # <<<<<<<<<<<<<<
@@ -9307,20 +9531,20 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_watch(struct __pyx
 */
   ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->watch(__pyx_v_self->membership, 1);
 
-  /* "ivshmem/channel/ends.pyx":343
+  /* "ivshmem/channel/ends.pyx":340
  *         self.awaited += 1
  *         self.membership.watch(1)
  *         return self.membership.hurry()             # <<<<<<<<<<<<<<
  * 
  *     cdef object fail(self, int code):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->hurry(__pyx_v_self->membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 343, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->hurry(__pyx_v_self->membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 340, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":339
+  /* "ivshmem/channel/ends.pyx":336
  *         return self.wakeup.epoll.epfd
  * 
  *     cdef int begin_watch(self) except -1:             # <<<<<<<<<<<<<<
@@ -9337,7 +9561,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_watch(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":345
+/* "ivshmem/channel/ends.pyx":342
  *         return self.membership.hurry()
  * 
  *     cdef object fail(self, int code):             # <<<<<<<<<<<<<<
@@ -9355,7 +9579,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_fail(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fail", 0);
 
-  /* "ivshmem/channel/ends.pyx":346
+  /* "ivshmem/channel/ends.pyx":343
  * 
  *     cdef object fail(self, int code):
  *         return self.membership.fail(code, &self.channel, self.name)             # <<<<<<<<<<<<<<
@@ -9364,7 +9588,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_fail(struct __pyx_
 */
   __pyx_t_1 = __pyx_v_self->name;
   __Pyx_INCREF(__pyx_t_1);
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->fail(__pyx_v_self->membership, __pyx_v_code, (&__pyx_v_self->channel), ((PyObject*)__pyx_t_1)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 346, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->fail(__pyx_v_self->membership, __pyx_v_code, (&__pyx_v_self->channel), ((PyObject*)__pyx_t_1)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 343, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
@@ -9378,7 +9602,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_fail(struct __pyx_
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":345
+  /* "ivshmem/channel/ends.pyx":342
  *         return self.membership.hurry()
  * 
  *     cdef object fail(self, int code):             # <<<<<<<<<<<<<<
@@ -9398,7 +9622,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_fail(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":350
+/* "ivshmem/channel/ends.pyx":347
  *     # For tasks of an asyncio loop (sleeping_tasks.pyx).
  * 
  *     cdef bint begin_waiting(self) except -1:             # <<<<<<<<<<<<<<
@@ -9419,19 +9643,19 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_waiting(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("begin_waiting", 0);
 
-  /* "ivshmem/channel/ends.pyx":353
+  /* "ivshmem/channel/ends.pyx":350
  *         """Say in memory that this end sleeps; whether there is something already."""
  *         cdef int code
  *         cdef ChannelEnd sleeper = self.sleeper()             # <<<<<<<<<<<<<<
  *         with cython.critical_section(sleeper):
  *             self.enter()
 */
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 353, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 350, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_sleeper = ((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":354
+  /* "ivshmem/channel/ends.pyx":351
  *         cdef int code
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         with cython.critical_section(sleeper):             # <<<<<<<<<<<<<<
@@ -9440,43 +9664,43 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_waiting(struct __p
 */
   {
       __Pyx_PyCriticalSection __pyx_cs;
-      if (unlikely(!__pyx_v_sleeper)) { __Pyx_RaiseUnboundLocalError("sleeper"); __PYX_ERR(0, 354, __pyx_L1_error) }
+      if (unlikely(!__pyx_v_sleeper)) { __Pyx_RaiseUnboundLocalError("sleeper"); __PYX_ERR(0, 351, __pyx_L1_error) }
       __pyx_t_1 = ((PyObject *)__pyx_v_sleeper);
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":355
+        /* "ivshmem/channel/ends.pyx":352
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         with cython.critical_section(sleeper):
  *             self.enter()             # <<<<<<<<<<<<<<
  *             sleeper.check_there()
  *             code = self.begin_sleep()
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 355, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 352, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/ends.pyx":356
+        /* "ivshmem/channel/ends.pyx":353
  *         with cython.critical_section(sleeper):
  *             self.enter()
  *             sleeper.check_there()             # <<<<<<<<<<<<<<
  *             code = self.begin_sleep()
  *             sleeper.asleep += 1
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->check_there(__pyx_v_sleeper); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 356, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->check_there(__pyx_v_sleeper); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 353, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/ends.pyx":357
+        /* "ivshmem/channel/ends.pyx":354
  *             self.enter()
  *             sleeper.check_there()
  *             code = self.begin_sleep()             # <<<<<<<<<<<<<<
  *             sleeper.asleep += 1
  *             sleeper.awaited += 1
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 357, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 354, __pyx_L4_error)
         __pyx_v_code = __pyx_t_2;
 
-        /* "ivshmem/channel/ends.pyx":358
+        /* "ivshmem/channel/ends.pyx":355
  *             sleeper.check_there()
  *             code = self.begin_sleep()
  *             sleeper.asleep += 1             # <<<<<<<<<<<<<<
@@ -9485,7 +9709,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_waiting(struct __p
 */
         __pyx_v_sleeper->asleep = (__pyx_v_sleeper->asleep + 1);
 
-        /* "ivshmem/channel/ends.pyx":359
+        /* "ivshmem/channel/ends.pyx":356
  *             code = self.begin_sleep()
  *             sleeper.asleep += 1
  *             sleeper.awaited += 1             # <<<<<<<<<<<<<<
@@ -9494,7 +9718,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_waiting(struct __p
 */
         __pyx_v_sleeper->awaited = (__pyx_v_sleeper->awaited + 1);
 
-        /* "ivshmem/channel/ends.pyx":360
+        /* "ivshmem/channel/ends.pyx":357
  *             sleeper.asleep += 1
  *             sleeper.awaited += 1
  *             self.membership.watch(1)             # <<<<<<<<<<<<<<
@@ -9503,27 +9727,27 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_waiting(struct __p
 */
         ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->watch(__pyx_v_self->membership, 1);
 
-        /* "ivshmem/channel/ends.pyx":361
+        /* "ivshmem/channel/ends.pyx":358
  *             sleeper.awaited += 1
  *             self.membership.watch(1)
  *             self.membership.hurry()             # <<<<<<<<<<<<<<
  *             self.membership.flush()
  *             return code != IVSHMEM_AGAIN
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->hurry(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 361, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->hurry(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 358, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/ends.pyx":362
+        /* "ivshmem/channel/ends.pyx":359
  *             self.membership.watch(1)
  *             self.membership.hurry()
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *             return code != IVSHMEM_AGAIN
  * 
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 362, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 359, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/ends.pyx":363
+        /* "ivshmem/channel/ends.pyx":360
  *             self.membership.hurry()
  *             self.membership.flush()
  *             return code != IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -9538,7 +9762,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_waiting(struct __p
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/ends.pyx":354
+      /* "ivshmem/channel/ends.pyx":351
  *         cdef int code
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         with cython.critical_section(sleeper):             # <<<<<<<<<<<<<<
@@ -9560,7 +9784,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_waiting(struct __p
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/ends.pyx":350
+  /* "ivshmem/channel/ends.pyx":347
  *     # For tasks of an asyncio loop (sleeping_tasks.pyx).
  * 
  *     cdef bint begin_waiting(self) except -1:             # <<<<<<<<<<<<<<
@@ -9581,7 +9805,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_waiting(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":365
+/* "ivshmem/channel/ends.pyx":362
  *             return code != IVSHMEM_AGAIN
  * 
  *     cdef bint sleeps_on(self) except -1:             # <<<<<<<<<<<<<<
@@ -9603,19 +9827,19 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("sleeps_on", 0);
 
-  /* "ivshmem/channel/ends.pyx":370
+  /* "ivshmem/channel/ends.pyx":367
  *         A ring is for all ends of the process, which can have hundreds. Not every one's task runs.
  *         """
  *         cdef ChannelEnd sleeper = self.sleeper()             # <<<<<<<<<<<<<<
  *         cdef bint nothing
  *         with cython.critical_section(sleeper):
 */
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 370, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 367, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_sleeper = ((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":372
+  /* "ivshmem/channel/ends.pyx":369
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         cdef bint nothing
  *         with cython.critical_section(sleeper):             # <<<<<<<<<<<<<<
@@ -9624,13 +9848,13 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
 */
   {
       __Pyx_PyCriticalSection __pyx_cs;
-      if (unlikely(!__pyx_v_sleeper)) { __Pyx_RaiseUnboundLocalError("sleeper"); __PYX_ERR(0, 372, __pyx_L1_error) }
+      if (unlikely(!__pyx_v_sleeper)) { __Pyx_RaiseUnboundLocalError("sleeper"); __PYX_ERR(0, 369, __pyx_L1_error) }
       __pyx_t_1 = ((PyObject *)__pyx_v_sleeper);
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":374
+        /* "ivshmem/channel/ends.pyx":371
  *         with cython.critical_section(sleeper):
  *             nothing = (
  *                 sleeper.usable()             # <<<<<<<<<<<<<<
@@ -9648,14 +9872,14 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
           goto __pyx_L6_bool_binop_done;
         }
 
-        /* "ivshmem/channel/ends.pyx":375
+        /* "ivshmem/channel/ends.pyx":372
  *             nothing = (
  *                 sleeper.usable()
  *                 and self.begin_sleep() == IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
  *                 and ivshmem_is_there(&sleeper.channel)
  *             )
 */
-        __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 375, __pyx_L4_error)
+        __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 372, __pyx_L4_error)
         __pyx_t_3 = (__pyx_t_4 == IVSHMEM_AGAIN);
 
 
@@ -9668,7 +9892,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
           goto __pyx_L6_bool_binop_done;
         }
 
-        /* "ivshmem/channel/ends.pyx":376
+        /* "ivshmem/channel/ends.pyx":373
  *                 sleeper.usable()
  *                 and self.begin_sleep() == IVSHMEM_AGAIN
  *                 and ivshmem_is_there(&sleeper.channel)             # <<<<<<<<<<<<<<
@@ -9683,7 +9907,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
         __pyx_L6_bool_binop_done:;
         __pyx_v_nothing = __pyx_t_2;
 
-        /* "ivshmem/channel/ends.pyx":378
+        /* "ivshmem/channel/ends.pyx":375
  *                 and ivshmem_is_there(&sleeper.channel)
  *             )
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -9695,17 +9919,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/ends.pyx":379
+          /* "ivshmem/channel/ends.pyx":376
  *             )
  *             if self.membership.rings.count:
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *             return nothing
  * 
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 379, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 376, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":378
+          /* "ivshmem/channel/ends.pyx":375
  *                 and ivshmem_is_there(&sleeper.channel)
  *             )
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -9714,7 +9938,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":380
+        /* "ivshmem/channel/ends.pyx":377
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *             return nothing             # <<<<<<<<<<<<<<
@@ -9729,7 +9953,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/ends.pyx":372
+      /* "ivshmem/channel/ends.pyx":369
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         cdef bint nothing
  *         with cython.critical_section(sleeper):             # <<<<<<<<<<<<<<
@@ -9751,7 +9975,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/ends.pyx":365
+  /* "ivshmem/channel/ends.pyx":362
  *             return code != IVSHMEM_AGAIN
  * 
  *     cdef bint sleeps_on(self) except -1:             # <<<<<<<<<<<<<<
@@ -9772,7 +9996,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":382
+/* "ivshmem/channel/ends.pyx":379
  *             return nothing
  * 
  *     cdef int end_waiting(self) except -1:             # <<<<<<<<<<<<<<
@@ -9791,19 +10015,19 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_waiting(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("end_waiting", 0);
 
-  /* "ivshmem/channel/ends.pyx":384
+  /* "ivshmem/channel/ends.pyx":381
  *     cdef int end_waiting(self) except -1:
  *         """End what begin_waiting began."""
  *         cdef ChannelEnd sleeper = self.sleeper()             # <<<<<<<<<<<<<<
  *         with cython.critical_section(sleeper):
  *             sleeper.awaited -= 1
 */
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 384, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 381, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_sleeper = ((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":385
+  /* "ivshmem/channel/ends.pyx":382
  *         """End what begin_waiting began."""
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         with cython.critical_section(sleeper):             # <<<<<<<<<<<<<<
@@ -9812,13 +10036,13 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_waiting(struct __pyx
 */
   {
       __Pyx_PyCriticalSection __pyx_cs;
-      if (unlikely(!__pyx_v_sleeper)) { __Pyx_RaiseUnboundLocalError("sleeper"); __PYX_ERR(0, 385, __pyx_L1_error) }
+      if (unlikely(!__pyx_v_sleeper)) { __Pyx_RaiseUnboundLocalError("sleeper"); __PYX_ERR(0, 382, __pyx_L1_error) }
       __pyx_t_1 = ((PyObject *)__pyx_v_sleeper);
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":386
+        /* "ivshmem/channel/ends.pyx":383
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         with cython.critical_section(sleeper):
  *             sleeper.awaited -= 1             # <<<<<<<<<<<<<<
@@ -9827,7 +10051,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_waiting(struct __pyx
 */
         __pyx_v_sleeper->awaited = (__pyx_v_sleeper->awaited - 1);
 
-        /* "ivshmem/channel/ends.pyx":387
+        /* "ivshmem/channel/ends.pyx":384
  *         with cython.critical_section(sleeper):
  *             sleeper.awaited -= 1
  *             self.membership.watch(-1)             # <<<<<<<<<<<<<<
@@ -9836,17 +10060,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_waiting(struct __pyx
 */
         ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->watch(__pyx_v_self->membership, -1);
 
-        /* "ivshmem/channel/ends.pyx":388
+        /* "ivshmem/channel/ends.pyx":385
  *             sleeper.awaited -= 1
  *             self.membership.watch(-1)
  *             sleeper.one_awake()             # <<<<<<<<<<<<<<
  *             return 0
  * 
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->one_awake(__pyx_v_sleeper); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 388, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->one_awake(__pyx_v_sleeper); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 385, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/ends.pyx":389
+        /* "ivshmem/channel/ends.pyx":386
  *             self.membership.watch(-1)
  *             sleeper.one_awake()
  *             return 0             # <<<<<<<<<<<<<<
@@ -9861,7 +10085,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_waiting(struct __pyx
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/ends.pyx":385
+      /* "ivshmem/channel/ends.pyx":382
  *         """End what begin_waiting began."""
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         with cython.critical_section(sleeper):             # <<<<<<<<<<<<<<
@@ -9883,7 +10107,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_waiting(struct __pyx
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/ends.pyx":382
+  /* "ivshmem/channel/ends.pyx":379
  *             return nothing
  * 
  *     cdef int end_waiting(self) except -1:             # <<<<<<<<<<<<<<
@@ -9903,7 +10127,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_waiting(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":391
+/* "ivshmem/channel/ends.pyx":388
  *             return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9976,7 +10200,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":394
+        /* "ivshmem/channel/ends.pyx":391
  *     def close(self):
  *         """Free what this end has in the channel; may be called twice."""
  *         if not self.open:             # <<<<<<<<<<<<<<
@@ -9988,7 +10212,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/ends.pyx":395
+          /* "ivshmem/channel/ends.pyx":392
  *         """Free what this end has in the channel; may be called twice."""
  *         if not self.open:
  *             return             # <<<<<<<<<<<<<<
@@ -10006,7 +10230,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/ends.pyx":394
+          /* "ivshmem/channel/ends.pyx":391
  *     def close(self):
  *         """Free what this end has in the channel; may be called twice."""
  *         if not self.open:             # <<<<<<<<<<<<<<
@@ -10015,7 +10239,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":396
+        /* "ivshmem/channel/ends.pyx":393
  *         if not self.open:
  *             return
  *         self.open = False             # <<<<<<<<<<<<<<
@@ -10024,7 +10248,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
 */
         __pyx_v_self->open = 0;
 
-        /* "ivshmem/channel/ends.pyx":397
+        /* "ivshmem/channel/ends.pyx":394
  *             return
  *         self.open = False
  *         self.wakeup = self.slept_on = None             # <<<<<<<<<<<<<<
@@ -10040,7 +10264,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
         __Pyx_GOTREF((PyObject *)__pyx_v_self->slept_on);
         __Pyx_DECREF_SET(__pyx_v_self->slept_on, ((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)Py_None));
 
-        /* "ivshmem/channel/ends.pyx":398
+        /* "ivshmem/channel/ends.pyx":395
  *         self.open = False
  *         self.wakeup = self.slept_on = None
  *         if self.watched:             # <<<<<<<<<<<<<<
@@ -10049,7 +10273,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
 */
         if (__pyx_v_self->watched) {
 
-          /* "ivshmem/channel/ends.pyx":399
+          /* "ivshmem/channel/ends.pyx":396
  *         self.wakeup = self.slept_on = None
  *         if self.watched:
  *             self.membership.watch(-1)             # <<<<<<<<<<<<<<
@@ -10058,7 +10282,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
 */
           ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->watch(__pyx_v_self->membership, -1);
 
-          /* "ivshmem/channel/ends.pyx":398
+          /* "ivshmem/channel/ends.pyx":395
  *         self.open = False
  *         self.wakeup = self.slept_on = None
  *         if self.watched:             # <<<<<<<<<<<<<<
@@ -10067,7 +10291,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":400
+        /* "ivshmem/channel/ends.pyx":397
  *         if self.watched:
  *             self.membership.watch(-1)
  *         if self.membership.has_place() and not self.copying:             # <<<<<<<<<<<<<<
@@ -10093,27 +10317,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/ends.pyx":401
+          /* "ivshmem/channel/ends.pyx":398
  *             self.membership.watch(-1)
  *         if self.membership.has_place() and not self.copying:
  *             self.give_up()             # <<<<<<<<<<<<<<
  *             self.membership.flush()
  *         if self.membership.is_own():
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 401, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 398, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":402
+          /* "ivshmem/channel/ends.pyx":399
  *         if self.membership.has_place() and not self.copying:
  *             self.give_up()
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *         if self.membership.is_own():
  *             self.membership.kick_all()
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 402, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 399, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":400
+          /* "ivshmem/channel/ends.pyx":397
  *         if self.watched:
  *             self.membership.watch(-1)
  *         if self.membership.has_place() and not self.copying:             # <<<<<<<<<<<<<<
@@ -10122,7 +10346,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":403
+        /* "ivshmem/channel/ends.pyx":400
  *             self.give_up()
  *             self.membership.flush()
  *         if self.membership.is_own():             # <<<<<<<<<<<<<<
@@ -10134,17 +10358,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/ends.pyx":404
+          /* "ivshmem/channel/ends.pyx":401
  *             self.membership.flush()
  *         if self.membership.is_own():
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         self.membership.ends.pop(id(self), None)
  * 
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 404, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 401, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":403
+          /* "ivshmem/channel/ends.pyx":400
  *             self.give_up()
  *             self.membership.flush()
  *         if self.membership.is_own():             # <<<<<<<<<<<<<<
@@ -10153,7 +10377,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":405
+        /* "ivshmem/channel/ends.pyx":402
  *         if self.membership.is_own():
  *             self.membership.kick_all()
  *         self.membership.ends.pop(id(self), None)             # <<<<<<<<<<<<<<
@@ -10162,7 +10386,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
 */
         if (unlikely(__pyx_v_self->membership->ends == Py_None)) {
           PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "pop");
-          __PYX_ERR(0, 405, __pyx_L4_error)
+          __PYX_ERR(0, 402, __pyx_L4_error)
         }
         __pyx_t_6 = NULL;
         __pyx_t_7 = 1;
@@ -10170,15 +10394,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
           PyObject *__pyx_callargs[2] = {__pyx_t_6, ((PyObject *)__pyx_v_self)};
           __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_id, __pyx_callargs+__pyx_t_7, (2-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 405, __pyx_L4_error)
+          if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 402, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_5);
         }
-        __pyx_t_4 = __Pyx_PyDict_Pop_ignore(__pyx_v_self->membership->ends, __pyx_t_5, Py_None); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 405, __pyx_L4_error)
+        __pyx_t_4 = __Pyx_PyDict_Pop_ignore(__pyx_v_self->membership->ends, __pyx_t_5, Py_None); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 402, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
       }
 
-      /* "ivshmem/channel/ends.pyx":391
+      /* "ivshmem/channel/ends.pyx":388
  *             return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -10222,7 +10446,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":407
+/* "ivshmem/channel/ends.pyx":404
  *         self.membership.ends.pop(id(self), None)
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -10253,7 +10477,7 @@ static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8__del__(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__del__", 0);
 
-  /* "ivshmem/channel/ends.pyx":408
+  /* "ivshmem/channel/ends.pyx":405
  * 
  *     def __del__(self):
  *         if self.open:             # <<<<<<<<<<<<<<
@@ -10262,7 +10486,7 @@ static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8__del__(struct __pyx_
 */
   if (__pyx_v_self->open) {
 
-    /* "ivshmem/channel/ends.pyx":409
+    /* "ivshmem/channel/ends.pyx":406
  *     def __del__(self):
  *         if self.open:
  *             self.close()             # <<<<<<<<<<<<<<
@@ -10276,12 +10500,12 @@ static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8__del__(struct __pyx_
       PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 409, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 406, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/ends.pyx":408
+    /* "ivshmem/channel/ends.pyx":405
  * 
  *     def __del__(self):
  *         if self.open:             # <<<<<<<<<<<<<<
@@ -10290,7 +10514,7 @@ static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8__del__(struct __pyx_
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":407
+  /* "ivshmem/channel/ends.pyx":404
  *         self.membership.ends.pop(id(self), None)
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -10309,7 +10533,7 @@ static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8__del__(struct __pyx_
   __Pyx_RefNannyFinishContext();
 }
 
-/* "ivshmem/channel/ends.pyx":411
+/* "ivshmem/channel/ends.pyx":408
  *             self.close()
  * 
  *     cdef int begin_copy(self) except -1:             # <<<<<<<<<<<<<<
@@ -10333,7 +10557,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("begin_copy", 0);
 
-  /* "ivshmem/channel/ends.pyx":413
+  /* "ivshmem/channel/ends.pyx":410
  *     cdef int begin_copy(self) except -1:
  *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -10347,17 +10571,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":414
+        /* "ivshmem/channel/ends.pyx":411
  *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
  *         with cython.critical_section(self):
  *             self.membership.mapping.pin()             # <<<<<<<<<<<<<<
  *             try:
  *                 self.membership.use_memory()
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->pin(__pyx_v_self->membership->mapping); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 414, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->pin(__pyx_v_self->membership->mapping); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 411, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/ends.pyx":415
+        /* "ivshmem/channel/ends.pyx":412
  *         with cython.critical_section(self):
  *             self.membership.mapping.pin()
  *             try:             # <<<<<<<<<<<<<<
@@ -10373,17 +10597,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
           __Pyx_XGOTREF(__pyx_t_5);
           /*try:*/ {
 
-            /* "ivshmem/channel/ends.pyx":416
+            /* "ivshmem/channel/ends.pyx":413
  *             self.membership.mapping.pin()
  *             try:
  *                 self.membership.use_memory()             # <<<<<<<<<<<<<<
  *             except BaseException:
  *                 self.membership.mapping.unpin()
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->use_memory(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 416, __pyx_L6_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->use_memory(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 413, __pyx_L6_error)
 
 
-            /* "ivshmem/channel/ends.pyx":415
+            /* "ivshmem/channel/ends.pyx":412
  *         with cython.critical_section(self):
  *             self.membership.mapping.pin()
  *             try:             # <<<<<<<<<<<<<<
@@ -10397,7 +10621,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
           goto __pyx_L11_try_end;
           __pyx_L6_error:;
 
-          /* "ivshmem/channel/ends.pyx":417
+          /* "ivshmem/channel/ends.pyx":414
  *             try:
  *                 self.membership.use_memory()
  *             except BaseException:             # <<<<<<<<<<<<<<
@@ -10407,12 +10631,12 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
           __pyx_t_2 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
           if (__pyx_t_2) {
             __Pyx_AddTraceback("ivshmem.channel.ends.ChannelEnd.begin_copy", __pyx_clineno, __pyx_lineno, __pyx_filename);
-            if (__Pyx_GetException(&__pyx_t_6, &__pyx_t_7, &__pyx_t_8) < 0) __PYX_ERR(0, 417, __pyx_L8_except_error)
+            if (__Pyx_GetException(&__pyx_t_6, &__pyx_t_7, &__pyx_t_8) < 0) __PYX_ERR(0, 414, __pyx_L8_except_error)
             __Pyx_XGOTREF(__pyx_t_6);
             __Pyx_XGOTREF(__pyx_t_7);
             __Pyx_XGOTREF(__pyx_t_8);
 
-            /* "ivshmem/channel/ends.pyx":418
+            /* "ivshmem/channel/ends.pyx":415
  *                 self.membership.use_memory()
  *             except BaseException:
  *                 self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -10421,7 +10645,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
 */
             ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->membership->mapping);
 
-            /* "ivshmem/channel/ends.pyx":419
+            /* "ivshmem/channel/ends.pyx":416
  *             except BaseException:
  *                 self.membership.mapping.unpin()
  *                 raise             # <<<<<<<<<<<<<<
@@ -10433,11 +10657,11 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
             __Pyx_XGIVEREF(__pyx_t_8);
             __Pyx_ErrRestoreWithState(__pyx_t_6, __pyx_t_7, __pyx_t_8);
             __pyx_t_6 = 0;  __pyx_t_7 = 0;  __pyx_t_8 = 0; 
-            __PYX_ERR(0, 419, __pyx_L8_except_error)
+            __PYX_ERR(0, 416, __pyx_L8_except_error)
           }
           goto __pyx_L8_except_error;
 
-          /* "ivshmem/channel/ends.pyx":415
+          /* "ivshmem/channel/ends.pyx":412
  *         with cython.critical_section(self):
  *             self.membership.mapping.pin()
  *             try:             # <<<<<<<<<<<<<<
@@ -10453,7 +10677,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
           __pyx_L11_try_end:;
         }
 
-        /* "ivshmem/channel/ends.pyx":420
+        /* "ivshmem/channel/ends.pyx":417
  *                 self.membership.mapping.unpin()
  *                 raise
  *             self.copying += 1             # <<<<<<<<<<<<<<
@@ -10462,7 +10686,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
 */
         __pyx_v_self->copying = (__pyx_v_self->copying + 1);
 
-        /* "ivshmem/channel/ends.pyx":421
+        /* "ivshmem/channel/ends.pyx":418
  *                 raise
  *             self.copying += 1
  *             return 0             # <<<<<<<<<<<<<<
@@ -10477,7 +10701,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/ends.pyx":413
+      /* "ivshmem/channel/ends.pyx":410
  *     cdef int begin_copy(self) except -1:
  *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -10499,7 +10723,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/ends.pyx":411
+  /* "ivshmem/channel/ends.pyx":408
  *             self.close()
  * 
  *     cdef int begin_copy(self) except -1:             # <<<<<<<<<<<<<<
@@ -10521,7 +10745,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":423
+/* "ivshmem/channel/ends.pyx":420
  *             return 0
  * 
  *     cdef int end_copy(self) except -1:             # <<<<<<<<<<<<<<
@@ -10541,7 +10765,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("end_copy", 0);
 
-  /* "ivshmem/channel/ends.pyx":424
+  /* "ivshmem/channel/ends.pyx":421
  * 
  *     cdef int end_copy(self) except -1:
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -10555,7 +10779,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":425
+        /* "ivshmem/channel/ends.pyx":422
  *     cdef int end_copy(self) except -1:
  *         with cython.critical_section(self):
  *             self.copying -= 1             # <<<<<<<<<<<<<<
@@ -10564,7 +10788,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
 */
         __pyx_v_self->copying = (__pyx_v_self->copying - 1);
 
-        /* "ivshmem/channel/ends.pyx":426
+        /* "ivshmem/channel/ends.pyx":423
  *         with cython.critical_section(self):
  *             self.copying -= 1
  *             if not self.open and not self.copying and self.membership.has_place():             # <<<<<<<<<<<<<<
@@ -10600,27 +10824,27 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/ends.pyx":427
+          /* "ivshmem/channel/ends.pyx":424
  *             self.copying -= 1
  *             if not self.open and not self.copying and self.membership.has_place():
  *                 self.give_up()  # another thread closed this end during the copy             # <<<<<<<<<<<<<<
  *                 self.membership.flush()
  *             self.membership.mapping.unpin()
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 427, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 424, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":428
+          /* "ivshmem/channel/ends.pyx":425
  *             if not self.open and not self.copying and self.membership.has_place():
  *                 self.give_up()  # another thread closed this end during the copy
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *             self.membership.mapping.unpin()
  *             return self.membership.end_use()
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 428, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 425, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":426
+          /* "ivshmem/channel/ends.pyx":423
  *         with cython.critical_section(self):
  *             self.copying -= 1
  *             if not self.open and not self.copying and self.membership.has_place():             # <<<<<<<<<<<<<<
@@ -10629,7 +10853,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":429
+        /* "ivshmem/channel/ends.pyx":426
  *                 self.give_up()  # another thread closed this end during the copy
  *                 self.membership.flush()
  *             self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -10638,14 +10862,14 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
 */
         ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->membership->mapping);
 
-        /* "ivshmem/channel/ends.pyx":430
+        /* "ivshmem/channel/ends.pyx":427
  *                 self.membership.flush()
  *             self.membership.mapping.unpin()
  *             return self.membership.end_use()             # <<<<<<<<<<<<<<
  * 
  *     cdef int enlist(self) except -1:
 */
-        __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->end_use(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 430, __pyx_L4_error)
+        __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->end_use(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 427, __pyx_L4_error)
         {
           __pyx_r = __pyx_t_4;
         }
@@ -10653,7 +10877,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/ends.pyx":424
+      /* "ivshmem/channel/ends.pyx":421
  * 
  *     cdef int end_copy(self) except -1:
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -10675,7 +10899,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/ends.pyx":423
+  /* "ivshmem/channel/ends.pyx":420
  *             return 0
  * 
  *     cdef int end_copy(self) except -1:             # <<<<<<<<<<<<<<
@@ -10694,7 +10918,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":432
+/* "ivshmem/channel/ends.pyx":429
  *             return self.membership.end_use()
  * 
  *     cdef int enlist(self) except -1:             # <<<<<<<<<<<<<<
@@ -10721,7 +10945,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("enlist", 0);
 
-  /* "ivshmem/channel/ends.pyx":434
+  /* "ivshmem/channel/ends.pyx":431
  *     cdef int enlist(self) except -1:
  *         """Make the end known to the membership; if that fails, free its slot."""
  *         self.open = True             # <<<<<<<<<<<<<<
@@ -10730,7 +10954,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
 */
   __pyx_v_self->open = 1;
 
-  /* "ivshmem/channel/ends.pyx":435
+  /* "ivshmem/channel/ends.pyx":432
  *         """Make the end known to the membership; if that fails, free its slot."""
  *         self.open = True
  *         try:             # <<<<<<<<<<<<<<
@@ -10746,7 +10970,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
     __Pyx_XGOTREF(__pyx_t_3);
     /*try:*/ {
 
-      /* "ivshmem/channel/ends.pyx":436
+      /* "ivshmem/channel/ends.pyx":433
  *         self.open = True
  *         try:
  *             self.membership.ends[id(self)] = weakref.ref(self)             # <<<<<<<<<<<<<<
@@ -10754,9 +10978,9 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
  *             if self.membership.readonly:
 */
       __pyx_t_5 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 436, __pyx_L3_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 433, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_6);
-      __pyx_t_7 = __Pyx_PyObject_GetAttrStr(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 436, __pyx_L3_error)
+      __pyx_t_7 = __Pyx_PyObject_GetAttrStr(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 433, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_7);
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
       __pyx_t_8 = 1;
@@ -10776,12 +11000,12 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
         __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 436, __pyx_L3_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 433, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_4);
       }
       if (unlikely(__pyx_v_self->membership->ends == Py_None)) {
         PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-        __PYX_ERR(0, 436, __pyx_L3_error)
+        __PYX_ERR(0, 433, __pyx_L3_error)
       }
       __pyx_t_5 = NULL;
       __pyx_t_8 = 1;
@@ -10789,48 +11013,48 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
         PyObject *__pyx_callargs[2] = {__pyx_t_5, ((PyObject *)__pyx_v_self)};
         __pyx_t_7 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_id, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-        if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 436, __pyx_L3_error)
+        if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 433, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_7);
       }
-      if (unlikely((PyDict_SetItem(__pyx_v_self->membership->ends, __pyx_t_7, __pyx_t_4) < 0))) __PYX_ERR(0, 436, __pyx_L3_error)
+      if (unlikely((PyDict_SetItem(__pyx_v_self->membership->ends, __pyx_t_7, __pyx_t_4) < 0))) __PYX_ERR(0, 433, __pyx_L3_error)
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-      /* "ivshmem/channel/ends.pyx":437
+      /* "ivshmem/channel/ends.pyx":434
  *         try:
  *             self.membership.ends[id(self)] = weakref.ref(self)
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *             if self.membership.readonly:
  *                 self.membership.look_for_quiet_ends()
 */
-      __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 437, __pyx_L3_error)
+      __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 434, __pyx_L3_error)
 
 
-      /* "ivshmem/channel/ends.pyx":438
+      /* "ivshmem/channel/ends.pyx":435
  *             self.membership.ends[id(self)] = weakref.ref(self)
  *             self.membership.flush()
  *             if self.membership.readonly:             # <<<<<<<<<<<<<<
  *                 self.membership.look_for_quiet_ends()
  *         except BaseException:
 */
-      __pyx_t_4 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership), __pyx_mstate_global->__pyx_n_u_readonly); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 438, __pyx_L3_error)
+      __pyx_t_4 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership), __pyx_mstate_global->__pyx_n_u_readonly); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 435, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_4);
-      __pyx_t_10 = __Pyx_PyObject_IsTrue(__pyx_t_4); if (unlikely((__pyx_t_10 < 0))) __PYX_ERR(0, 438, __pyx_L3_error)
+      __pyx_t_10 = __Pyx_PyObject_IsTrue(__pyx_t_4); if (unlikely((__pyx_t_10 < 0))) __PYX_ERR(0, 435, __pyx_L3_error)
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
       if (__pyx_t_10) {
 
 
-        /* "ivshmem/channel/ends.pyx":439
+        /* "ivshmem/channel/ends.pyx":436
  *             self.membership.flush()
  *             if self.membership.readonly:
  *                 self.membership.look_for_quiet_ends()             # <<<<<<<<<<<<<<
  *         except BaseException:
  *             self.close()
 */
-        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->look_for_quiet_ends(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 439, __pyx_L3_error)
+        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->look_for_quiet_ends(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 436, __pyx_L3_error)
 
 
-        /* "ivshmem/channel/ends.pyx":438
+        /* "ivshmem/channel/ends.pyx":435
  *             self.membership.ends[id(self)] = weakref.ref(self)
  *             self.membership.flush()
  *             if self.membership.readonly:             # <<<<<<<<<<<<<<
@@ -10839,7 +11063,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
 */
       }
 
-      /* "ivshmem/channel/ends.pyx":435
+      /* "ivshmem/channel/ends.pyx":432
  *         """Make the end known to the membership; if that fails, free its slot."""
  *         self.open = True
  *         try:             # <<<<<<<<<<<<<<
@@ -10857,7 +11081,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
     __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
 
-    /* "ivshmem/channel/ends.pyx":440
+    /* "ivshmem/channel/ends.pyx":437
  *             if self.membership.readonly:
  *                 self.membership.look_for_quiet_ends()
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -10867,12 +11091,12 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
     __pyx_t_9 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_9) {
       __Pyx_AddTraceback("ivshmem.channel.ends.ChannelEnd.enlist", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_7, &__pyx_t_5) < 0) __PYX_ERR(0, 440, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_7, &__pyx_t_5) < 0) __PYX_ERR(0, 437, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_4);
       __Pyx_XGOTREF(__pyx_t_7);
       __Pyx_XGOTREF(__pyx_t_5);
 
-      /* "ivshmem/channel/ends.pyx":441
+      /* "ivshmem/channel/ends.pyx":438
  *                 self.membership.look_for_quiet_ends()
  *         except BaseException:
  *             self.close()             # <<<<<<<<<<<<<<
@@ -10886,12 +11110,12 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
         PyObject *__pyx_callargs[2] = {__pyx_t_11, NULL};
         __pyx_t_6 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_8, (1-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
-        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 441, __pyx_L5_except_error)
+        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 438, __pyx_L5_except_error)
         __Pyx_GOTREF(__pyx_t_6);
       }
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
 
-      /* "ivshmem/channel/ends.pyx":442
+      /* "ivshmem/channel/ends.pyx":439
  *         except BaseException:
  *             self.close()
  *             raise             # <<<<<<<<<<<<<<
@@ -10903,11 +11127,11 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
       __Pyx_XGIVEREF(__pyx_t_5);
       __Pyx_ErrRestoreWithState(__pyx_t_4, __pyx_t_7, __pyx_t_5);
       __pyx_t_4 = 0;  __pyx_t_7 = 0;  __pyx_t_5 = 0; 
-      __PYX_ERR(0, 442, __pyx_L5_except_error)
+      __PYX_ERR(0, 439, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/channel/ends.pyx":435
+    /* "ivshmem/channel/ends.pyx":432
  *         """Make the end known to the membership; if that fails, free its slot."""
  *         self.open = True
  *         try:             # <<<<<<<<<<<<<<
@@ -10923,7 +11147,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/channel/ends.pyx":443
+  /* "ivshmem/channel/ends.pyx":440
  *             self.close()
  *             raise
  *         return 0             # <<<<<<<<<<<<<<
@@ -10936,7 +11160,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":432
+  /* "ivshmem/channel/ends.pyx":429
  *             return self.membership.end_use()
  * 
  *     cdef int enlist(self) except -1:             # <<<<<<<<<<<<<<
@@ -10959,7 +11183,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":445
+/* "ivshmem/channel/ends.pyx":442
  *         return 0
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -11015,7 +11239,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_10__enter__(struc
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__enter__", 0);
 
-  /* "ivshmem/channel/ends.pyx":446
+  /* "ivshmem/channel/ends.pyx":443
  * 
  *     def __enter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -11033,7 +11257,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_10__enter__(struc
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":445
+  /* "ivshmem/channel/ends.pyx":442
  *         return 0
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -11048,7 +11272,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_10__enter__(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":448
+/* "ivshmem/channel/ends.pyx":445
  *         return self
  * 
  *     def __exit__(self, *error):             # <<<<<<<<<<<<<<
@@ -11097,7 +11321,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12__exit__(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__exit__", 0);
 
-  /* "ivshmem/channel/ends.pyx":449
+  /* "ivshmem/channel/ends.pyx":446
  * 
  *     def __exit__(self, *error):
  *         self.close()             # <<<<<<<<<<<<<<
@@ -11111,12 +11335,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12__exit__(struct
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 449, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 446, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":448
+  /* "ivshmem/channel/ends.pyx":445
  *         return self
  * 
  *     def __exit__(self, *error):             # <<<<<<<<<<<<<<
@@ -11138,7 +11362,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12__exit__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":451
+/* "ivshmem/channel/ends.pyx":448
  *         self.close()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -11178,7 +11402,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14__repr__(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__repr__", 0);
 
-  /* "ivshmem/channel/ends.pyx":452
+  /* "ivshmem/channel/ends.pyx":449
  * 
  *     def __repr__(self):
  *         state = ", closed" if not self.open else ""             # <<<<<<<<<<<<<<
@@ -11197,19 +11421,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14__repr__(struct
   __pyx_v_state = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":453
+  /* "ivshmem/channel/ends.pyx":450
  *     def __repr__(self):
  *         state = ", closed" if not self.open else ""
  *         return f"<ivshmem.channel.{type(self).__name__} of {self.name!r}{state}>"             # <<<<<<<<<<<<<<
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 453, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 450, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 453, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 450, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 453, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 450, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_4 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 453, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 450, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_ivshmem_channel;
   __pyx_t_5[1] = __pyx_t_3;
@@ -11226,7 +11450,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14__repr__(struct
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_5[3]) | __Pyx_PyUnicode_KIND_04(__pyx_t_5[4]);
   #endif
   __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_5, 6, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 453, __pyx_L1_error)
+  if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 450, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -11242,7 +11466,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14__repr__(struct
   __pyx_t_8 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":451
+  /* "ivshmem/channel/ends.pyx":448
  *         self.close()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -11265,7 +11489,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14__repr__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pxd":26
+/* "ivshmem/channel/ends.pxd":33
  * cdef class ChannelEnd(Dependent):
  *     cdef Membership membership
  *     cdef readonly object channels  # keeps the membership from being collected             # <<<<<<<<<<<<<<
@@ -11332,7 +11556,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8channels___get__
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pxd":27
+/* "ivshmem/channel/ends.pxd":34
  *     cdef Membership membership
  *     cdef readonly object channels  # keeps the membership from being collected
  *     cdef readonly str name  # of the channel             # <<<<<<<<<<<<<<
@@ -11961,14 +12185,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_4ends_Wakeup(__pyx_
   __pyx_vtable_7ivshmem_7channel_4ends_Wakeup.wait = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *, int64_t))__pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait;
   __pyx_vtable_7ivshmem_7channel_4ends_Wakeup.clear = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *))__pyx_f_7ivshmem_7channel_4ends_6Wakeup_clear;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_4ends_Wakeup_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup)) __PYX_ERR(0, 48, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_4ends_Wakeup_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup)) __PYX_ERR(0, 44, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup = &__pyx_type_7ivshmem_7channel_4ends_Wakeup;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup) < (0)) __PYX_ERR(0, 48, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup) < (0)) __PYX_ERR(0, 44, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup);
@@ -11978,9 +12202,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_4ends_Wakeup(__pyx_
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, __pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup) < (0)) __PYX_ERR(0, 48, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Wakeup, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup) < (0)) __PYX_ERR(0, 48, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup) < (0)) __PYX_ERR(0, 48, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, __pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup) < (0)) __PYX_ERR(0, 44, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Wakeup, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup) < (0)) __PYX_ERR(0, 44, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup) < (0)) __PYX_ERR(0, 44, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -12022,11 +12246,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_4ends_ChannelEnd(__
   __pyx_vtable_7ivshmem_7channel_4ends_ChannelEnd.arm = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm;
   __pyx_vtable_7ivshmem_7channel_4ends_ChannelEnd.fail = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, int))__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_fail;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Dependent); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 135, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Dependent); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 131, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_4ends_ChannelEnd_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd)) __PYX_ERR(0, 135, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd)) __PYX_ERR(0, 131, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd = &__pyx_type_7ivshmem_7channel_4ends_ChannelEnd;
   #endif
@@ -12034,7 +12258,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_4ends_ChannelEnd(__
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Dependent;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd) < (0)) __PYX_ERR(0, 135, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd) < (0)) __PYX_ERR(0, 131, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd);
@@ -12044,8 +12268,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_4ends_ChannelEnd(__
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd) < (0)) __PYX_ERR(0, 135, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_ChannelEnd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd) < (0)) __PYX_ERR(0, 135, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd) < (0)) __PYX_ERR(0, 131, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_ChannelEnd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd) < (0)) __PYX_ERR(0, 131, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd, __pyx_base.__weakref__);
   #endif
@@ -12066,7 +12290,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_modinit_Type_import_code", 0);
   /*--- Type import code ---*/
-  __pyx_t_1 = PyImport_ImportModule(__Pyx_BUILTIN_MODULE_NAME); if (unlikely(!__pyx_t_1)) __PYX_ERR(2, 9, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule(__Pyx_BUILTIN_MODULE_NAME); if (unlikely(!__pyx_t_1)) __PYX_ERR(3, 9, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7cpython_4type_type = __Pyx_ImportType_3_3_1(__pyx_t_1, __Pyx_BUILTIN_MODULE_NAME, "type",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -12076,9 +12300,9 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(PyHeapTypeObject), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(PyHeapTypeObject),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(2, 9, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(3, 9, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.descriptors"); if (unlikely(!__pyx_t_1)) __PYX_ERR(3, 86, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.descriptors"); if (unlikely(!__pyx_t_1)) __PYX_ERR(1, 101, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Fd",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -12088,7 +12312,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) __PYX_ERR(3, 86, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) __PYX_ERR(1, 101, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "FdArray",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
@@ -12097,8 +12321,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) __PYX_ERR(3, 93, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray) != 1)) __PYX_ERR(3, 93, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) __PYX_ERR(1, 108, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray) != 1)) __PYX_ERR(1, 108, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Signaller",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
@@ -12107,8 +12331,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) __PYX_ERR(3, 117, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) != 1)) __PYX_ERR(3, 117, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) __PYX_ERR(1, 132, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) != 1)) __PYX_ERR(1, 132, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Relay",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
@@ -12117,8 +12341,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) __PYX_ERR(3, 127, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) != 1)) __PYX_ERR(3, 127, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) __PYX_ERR(1, 142, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) != 1)) __PYX_ERR(1, 142, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Epoll",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
@@ -12127,8 +12351,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) __PYX_ERR(3, 134, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) != 1)) __PYX_ERR(3, 134, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) __PYX_ERR(1, 149, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) != 1)) __PYX_ERR(1, 149, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_1 = PyImport_ImportModule("ivshmem.native.spin"); if (unlikely(!__pyx_t_1)) __PYX_ERR(4, 30, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
@@ -12624,7 +12848,7 @@ __Pyx_RefNannySetupContext("PyInit_ends", 0);
  * 
  * from ..errors import ClosedError             # <<<<<<<<<<<<<<
  * 
- * # Nanoseconds. Where no ring can come, the shortest and the longest pause between two looks.
+ * # Nanoseconds: where no ring can come, the shortest pause between two looks.
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ClosedError};
@@ -12645,35 +12869,26 @@ __Pyx_RefNannySetupContext("PyInit_ends", 0);
 
   /* "ivshmem/channel/ends.pyx":39
  * 
- * # Nanoseconds. Where no ring can come, the shortest and the longest pause between two looks.
+ * # Nanoseconds: where no ring can come, the shortest pause between two looks.
  * cdef int64_t FIRST_PAUSE = 20_000             # <<<<<<<<<<<<<<
- * cdef int64_t LAST_PAUSE = 1_000_000
- * # A sleep that the memory forbids again and again, although nothing can be taken, is a hostile
+ * cdef enum:
+ *     FIRST_LOOKS = 256  # of a spin, with the GIL: one or two microseconds
 */
   __pyx_v_7ivshmem_7channel_4ends_FIRST_PAUSE = 0x4E20;
 
-  /* "ivshmem/channel/ends.pyx":40
- * # Nanoseconds. Where no ring can come, the shortest and the longest pause between two looks.
- * cdef int64_t FIRST_PAUSE = 20_000
- * cdef int64_t LAST_PAUSE = 1_000_000             # <<<<<<<<<<<<<<
- * # A sleep that the memory forbids again and again, although nothing can be taken, is a hostile
- * # peer's work: after so many it sleeps all the same.
-*/
-  __pyx_v_7ivshmem_7channel_4ends_LAST_PAUSE = 0xF4240;
-
-  /* "ivshmem/channel/ends.pyx":112
+  /* "ivshmem/channel/ends.pyx":108
  *         return 0
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         """Return the epoll object's descriptor, which stays this object's."""
  *         return self.epoll.epfd
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_6Wakeup_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Wakeup_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 112, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_6Wakeup_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Wakeup_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 108, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 112, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 108, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -12681,12 +12896,12 @@ __Pyx_RefNannySetupContext("PyInit_ends", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_6Wakeup_5__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Wakeup___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_6Wakeup_5__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Wakeup___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(2, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_2) < (0)) __PYX_ERR(2, 1, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":3
@@ -12695,87 +12910,87 @@ __Pyx_RefNannySetupContext("PyInit_ends", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_6Wakeup_7__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Wakeup___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_6Wakeup_7__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Wakeup___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(2, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(2, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":146
+  /* "ivshmem/channel/ends.pyx":142
  *         self.name = ""
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
  *         raise TypeError(
  *             f"a {type(self).__name__} cannot be copied or pickled: open another one where it is"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 146, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 142, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 146, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 142, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":317
+  /* "ivshmem/channel/ends.pyx":314
  *         return code
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def fileno(self):
  *         """Return a descriptor for an event loop, which is readable when there may be something.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_5fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 317, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_5fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 314, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 317, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 314, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":391
+  /* "ivshmem/channel/ends.pyx":388
  *             return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def close(self):
  *         """Free what this end has in the channel; may be called twice."""
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_7close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 391, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_7close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 388, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 391, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 388, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":445
+  /* "ivshmem/channel/ends.pyx":442
  *         return 0
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
  *         return self
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_11__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 445, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_11__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 442, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_2) < (0)) __PYX_ERR(0, 445, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_2) < (0)) __PYX_ERR(0, 442, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":448
+  /* "ivshmem/channel/ends.pyx":445
  *         return self
  * 
  *     def __exit__(self, *error):             # <<<<<<<<<<<<<<
  *         self.close()
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_13__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 448, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_13__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 445, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_2) < (0)) __PYX_ERR(0, 448, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_2) < (0)) __PYX_ERR(0, 445, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/ends.pyx":1
@@ -12828,7 +13043,7 @@ static int __Pyx_InitCachedBuiltins(__pyx_mstatetype *__pyx_mstate) {
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __pyx_builtin_id = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_id); if (!__pyx_builtin_id) __PYX_ERR(0, 405, __pyx_L1_error)
+  __pyx_builtin_id = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_id); if (!__pyx_builtin_id) __PYX_ERR(0, 402, __pyx_L1_error)
 
   /* Cached unbound methods */
   __pyx_mstate->__pyx_umethod_PyDict_Type_items.type = (PyObject*)&PyDict_Type;
@@ -12858,41 +13073,41 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{65},{10},{4},{12},{15},{8},{1},{17},{1},{1},{4},{179},{2},{8},{8},{7},{6},{2},{9},{14},{24},{50},{22},{5},{10},{20},{19},{21},{16},{17},{11},{6},{24},{26},{13},{20},{12},{9},{8},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{3},{18},{18},{5},{6},{5},{6},{6},{2},{5},{20},{10},{3},{8},{3},{4},{10},{6},{6},{7}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{65},{10},{4},{12},{15},{8},{1},{17},{1},{1},{4},{179},{2},{8},{8},{7},{6},{2},{9},{14},{24},{50},{22},{5},{23},{10},{20},{19},{21},{16},{17},{11},{6},{24},{26},{13},{20},{12},{9},{8},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{3},{18},{18},{5},{6},{5},{6},{6},{2},{5},{20},{10},{3},{8},{3},{4},{10},{6},{6},{7}};
     const struct { const unsigned int length: 7; } bytes_length_index[] = {{34},{32},{28},{9},{9},{22},{7},{11},{126},{91}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (803 bytes) */
-static const char cstring[] = "x\332mSKo\0337\020\266\200\240pb\245y\300\207\036\047(P\047i\242\300\200\3404A\220\302p\234\266\t\340\330\271\344HP\344\254\305\230\"\327$W\326\242\027\037u\334\343\036\367\350c\177\216\216\375\t\371\t\035r\265\262\035W\200\226\303y|\363\315\203 \27016\300\010A\330\\\241\004\353 W\342D\243|\r6G\003\234\354ct`\r\302\031\t\010*\200\362`\020%\371\223$\264\36512\0038\343\036\034N\354\024\345\343\340\020!s\374x\202&<y\266t\033\274QS?\236\340d \306\224\033\365\340\355\357\007\204}`\003B\030\363\000{e\030[\023\201%j5B\307\003\352\022|pJ\004\"BN\006\016\367\017\237\017\177\033\022;I\t\277\242\010\036|1\022\232{\217>r\031\025J\007e \2249\372\001\374\225Ai\213\304\032\202\205\234\374\256\006P\211\006<\206(\300Vj\n\017\312\032F\341\312\034o\201T\216\222\250)\306\350\367\\{\034p\340R2\362\304e)\344\344\371H#\232\370=\026\312\267\222\354JF\347\254\363\313\333\213e\324\0134\322\017\362rf,U\234\361B\007`\314\241,\0042\006\262H)\2155\317\251\003S\3055Y\2052*0\026\311Rtn\225\t\227\223\010c\022\367Z\360}#/\245\001c4\nt\214]\327\315\"\3265U\227\375\2122a_\271gJ\243\261{)\343~\254\353\013?\301\"o\277\227\020\"M\223\261\225\236\232\354\251\2677,-\036c\207\345\214\376\357h\326\354\000g\3413f\214-\347A\204V\025t\264\031\313\n#\342y\334\001\323o\302\225I\247\225\205N\032\303\047\351\244>3\301s\325\311\313\220(NC\034V4\234\026\\w\001]+nT\264R\340,^\250\256U\022\177\205\312\215zil\350#s\345\231\260\316\026\264\245H\233\304}i\204\262\203\225\316\013M_F\225\004\307\005\216\2708ICh\247\234v\251]\250\266uJ\252\200\023\377\375\363\212\333EwzG~\254\362\334\346\216\222Y\243K\207\231GM\377\260\334\272)\327\005\372\2634\2163\344\047\344pX~\032\305\307\005O\037_\212O\326\350\231\263\3453\247\315\333\031\262\000\327\354\222R$\3566\373_\273\2477E\266\363\336\342\326\235\371\257\325\321\371\356b\275?\177_=\212\302\217sU\235.\372\367\253^\265Y\035UXoG\355\275\371\351\371\356\277t\204j\247~p\276\373\355\207\265\333\375\371\220\256\333\213\376\335\030\376g\225P>T\262~\326\360\305\372\006Y\023\316F\275\323<l""\266[\315\337\365\323f\257\t\027\303\213\360\317v\264\256\327\275\316\351A\347\262Eb\322\275j\022\346\307\252\250\3375\275\210\322\374qA|\276\375\264v\373n$\334F\314*_?\212\021w\352_\310m\2639j\365\211\\\304IG\277\336]\364c\001Cr\377\271>Z\334\337\254>\326\345Eo\221\312z\031c\377\003/\201\036\n";
-    PyObject *data = __Pyx_DecompressString(cstring, 803, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (816 bytes) */
+static const char cstring[] = "x\332mS\315n\0337\020\266\200\242p\022\245M\n\037r\234\240@\234\244\211\002\003\202\233\026E\013\303q\2226\200k\367\322#A\221\263\026k.\271&\271\262\026\275\370\250\343\036\367\270G\037\3638:\346\021\362\010\031r\265\262]W\200\226\303\371\375f\276!\010n\214\r0A\020\266P(\301:(\2248\325(\177\006[\240\001N\366):\260\006\341\234\004\004\025@y0\210\222\374I\022\332\372\030\231\001\234s\017\016s;C\37148D\310\034?\311\321\204g/Vn\243_\324\314Os\314GbJ\265Q\217~\375\355\220r\037\332\200\020\246<\300~\025\246\326\304\304\022\265\232\240\343\001u\005>8%\002\001!\047\003G\007G/\307\257\307\204NR\301\177P\004\017\276\234\010\315\275G\037\261LJ\245\2032\020\252\002\375\010~\317\240\262eB\r\301BA~\327\003\250E\003\036C\024`;\r\205\007e\r\243peN\266A*GE\324\014c\364[\256=\2168p)\031y\342\252\025r\362|\242\021M\374\236\010\345;I\366-\243s\326\371\325\355\325*\352\025\032\351GE57\226:\316x\251\0030\346P\226\002\031\003Y\246\222\306\232\2274\201\231\342\232\254B\031\025\030\213`)\272\260\312\204+&\302\224\304\240r\264e\307\024\021\314\301\2249\315r\277\253y`\344\2254b\214\030B\307\330M\335<\226\270\241\352A]S\246\222\327\356\231\322h\354~\002r\020\333\375\233\237bYt\337\253\024\"\221\314\330ZO\263\3674\362[\226.\037cG\325\234\376oh\005\330!\316\303_\2301\266\242\211\000\255;\350a3\226\225F\304\363\244OL\277\234+\223N+K\2354\206\347\351\244\3613\301\013\325\313\253\220(\316B\3440\032\316J\256\373\200~\024\267:Z+p\036/\324\327\272\210\277\006\345V\277\304&\372\210\\y&\254#\356\224AZ0\356+#\224\035\255u^h\3722\352$8.p\302\305i\"\241#?\255X\267g\335\350\224T\001s\377\337W\027\227\216\356\264\022~\252\212\302\026\216\212Y\243+\207\231GM\377\260Z\306\031\327%\372\363D\3079\362Sr8\252\376\234\3047\007\317\237^\211\3176\350\365\263\325\353\247\205\334\035\263\0007\354\222J$\3546\373_\273\247\247F\266\213\301\362\253\273\213\037\352\343\213\275\345\346p\361\266~\034\205o\026\252>[\016\037\324\203z\253>\256\261\331\211\332o\027g\027{\237\350\010\365n\363\360b\357\363\327\033w\206\2131]w\226""\303\3731\374}\235\262\374Q\313\346E\313\227\233\367\310\232\362\334kv\333\357\332\235N\363o\363\274\335o\303\345\3702|\334\211\326\315f\320;=\354]\266IL\272\237\332\224\363C]6o\332A\314\322\276\273$<\237\037m\334\271\037\001w\021\363\3327\217c\304\335\346\t\271m\265\307\235>\201\213y\3221l\366\226\303\330\300\230\334\277o\216\227\017\266\352\017Mu9X\246\266~\214\261_\000S+&\250";
+    PyObject *data = __Pyx_DecompressString(cstring, 816, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1048 bytes) */
-static const char cstring[] = "\377 cannot \377be copie\377d or pic\377kled: op\357en a\035\000her\277 one w\006\000e\377 it is n\347eed-\000\007\000clo\375s6\001f  was\377 removed\377(tree fr\377agment),\375 !\003.<ivsh\277mem.chy\000e\337l.>?NY\000No\377te that \277Cython_\001d\377eliberat\377ely stri\363ct\206\000\"\000n PE_P-484\233\000dn\000\377jects su\377bclasses\377 of buil\377tin type\377s. If yo}u\261\002 to p%\000v%\tth\350\000set\200\000\367e \047\220\"atio\373n_<\000ing\047 \267dirb\000iv\242\000o\377 False.a_ add_\274 e\304\004\376\"\000sableen^\002\001gcis\004\003d\353\005\277errors\372\004/\376\372\004/ends.p\377yxno def\377ault __r\377educe__ {dun\002non-\377\000\357vial\033\000cin\257it__\263\000 ;\000pgoin\217B\204Cth\234@\335C\330#End\000\007._\275_\210@er__\006\013x\300H\001\032\nv\0051\010\341BA\010fi_lenoC\367BE\324\001\277Wakeup\000\003.\232\270\006c\311B__\017\006\342 s\345t\320@_\013\014J\003__P\353yx\001\000D\351@_Ne\177xtRef__\211D\360\214 \271\006\310\000\262\002__fu\377nc____geytS\003\n\000main\020\001\337modul2\002na\371m:\002\345 _capi0.\001\010\001,\004\023\001vt\271AG\001\017qual)\005\201E\301\016\233FSex{\001\272`_]\005s\200\010\354\337\016\264@es\272@_is\377_corouti\373ne\307`asyncwio.\013\006scl\027\000\375_\307\000traceb\007ack\346\205\002\352\205\003\307b\313c\205C\177iditems\317\205\r\376\332amembers\177hippoprj\000\377onlyrefs\353el\001\000t\357dval\357uesw\302Bwea\275k\036\000PyOb\331\205\001 \373*(\001\007)\000was\371_\340\206\004\367`64_t \262\023\nd\315\000\267\002of\013\022s\375p\234@of\200\001\330\004\377\n\210+\220Q\200A\330\277\010\014\210F\220!\005\001\016\377\210i\220q\330\014\020\220\377\001\220\024\220Q\220e\230\3751\033\001\017\210q\200A\340\377\010\017\210t\2206\230\021\377\200A\360\006\000\t\014\210\2754\014\0001\330\014\r;\001H\375\220A\002J\220d\230,\240\317a\330\010\013\033\000C\002\013\230\3376\240\022\2401\014\003{\230\377*\240C\240t\2504\250\373t\2607\000\020\220\010\230\001ti\001!\001\021\033\005\047\240\021\016\003\3739\240\225\002K""\220u\230D\273\240\001B\001\240G\250\215\000\360\317\030\000\t\r\255\001a\003x\220ws\230!\257\001\n\230&$\000\267\024\240Qy\003t\220^\002\013}\230e\002\014\230A\330\014\275\001\3754,\000#\230Q\330\020\024\177\220K\230y\250\001\330\322\002\00178\001";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1048, 1425);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1065 bytes) */
+static const char cstring[] = "\377 cannot \377be copie\377d or pic\377kled: op\357en a\035\000her\277 one w\006\000e\377 it is n\347eed-\000\007\000clo\375s6\001f  was\377 removed\377(tree fr\377agment),\375 !\003.<ivsh\277mem.chy\000e\337l.>?NY\000No\377te that \277Cython_\001d\377eliberat\377ely stri\363ct\206\000\"\000n PE_P-484\233\000dn\000\377jects su\377bclasses\377 of buil\377tin type\377s. If yo}u\261\002 to p%\000v%\tth\350\000set\200\000\367e \047\220\"atio\373n_<\000ing\047 \267dirb\000iv\242\000o\377 False.a_ add_\274 e\304\004\376\"\000sableen^\002\001gcis\004\003d\353\005\277errors\372\004/\376\372\004/ends.p\377yxno def\377ault __r\377educe__ {dun\002non-\377\000\357vial\033\000cin\257it__\263\000 ;\000pgoin\217B\204Cth\234@?timeou\244C\336@_a num\311 C\357#wEnd\000\007.__\237@/er__\006\013x_\001\032\n\360\215\0051\010\370BA\010file\327noC\216bE\353\001Wa\257keup\000\003.\317\006cf\340B__\017\006\371 st\347@\371_\013\014J\003__Pyx\372\001\000D\200`_Next\037Ref__\240D\243 \271\006\374\310\000\262\002__func\177____getS\003\336\n\000main\020\001mowdul2\002nam:\002>\374 _capi.\001\010\001\314,\004\023\001vt\320AG\001qu\303al)\005\230E\301\016\262Fex\024{\001\321`_]\005s\200\010\337\016\313@\373es\321@_is_c\273or\271@ine\336`a\177syncio.\013\006\327scl\027\000_\307\000tr\177aceback\375\205\002\360\201\206\003\336b\342c\205Ciditgems\346\205\r\361ame\217a\377shippopr\376j\000onlyref\327sel\001\000t\206\204\004va\337luesw\302Bwe{ak\036\000PyOb\360\205\001\367 *(\001\007)\000wa\373s_\367\206\004int64\227_t \023\nd\315\000\267\002o\355f\013\022sp\234@of\200\377\001\330\004\n\210+\220Q\377\200A\330\010\014\210F\220\375!\005\001\016\210i\220q\330\377\014\020\220\001\220\024\220Q\357\220e\2301\033\001\017\210q\377\200A\340\010\017\210t\220\3776\230\021\200A\360\006\000\357\t\014\2104\014\0001\330\014\355\r;\001H\220A\002J\220d\177\230,\240a\330\010\013\033\000\376C\002\013\2306\240\022\2401\376\014\003{\230*\240C\240t\337\2504\250t\2607\000\020\220\247\010\230\001i\001!\001\021\033\005\047""\333\240\021\016\0039\240\225\002K\220\337u\230D\240\001B\001\240G}\250\215\000\360\030\000\t\r\255\001\276a\003x\220s\230!\257\001\n\273\230&$\000\024\240Qy\003t\355\220^\002\013\230e\002\014\230A\353\330\014\275\0014,\000#\230Q\377\330\020\024\220K\230y\250\013\001\330\322\00278\001";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1065, 1448);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (1425 bytes) */
-static const char bytes[] = " cannot be copied or pickled: open another one where it is needed is closed of  was removed(tree fragment), closed.<ivshmem.channel.>?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a add_notechannel disableenablegcisenabledivshmem.errorsivshmem/channel/ends.pyxno default __reduce__ due to non-trivial __cinit__the endpoint is closedthis ChannelEndChannelEnd.__enter__ChannelEnd.__exit__ChannelEnd.__reduce__ChannelEnd.closeChannelEnd.filenoClosedErrorWakeupWakeup.__reduce_cython__Wakeup.__setstate_cython__Wakeup.fileno__Pyx_PyDict_NextRef__annotate____enter____exit____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineaddasyncio.coroutinescline_in_tracebackcloseclosederrorerrorsfilenoiditemsivshmem.channel.endsmembershippopreadonlyrefselfsetdefaultvalueswakeupweakrefPyObject *(PyObject *)\000was_removedint64_t (PyObject *)\000deadline_ofint64_t (PyObject *)\000spin_of\200\001\330\004\n\210+\220Q\200A\330\010\014\210F\220!\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\330\010\017\210q\200A\340\010\017\210t\2206\230\021\200A\360\006\000\t\014\2104\210t\2201\330\014\r\330\010\014\210H\220A\330\010\014\210J\220d\230,\240a\330\010\013\2104\210q\330\014\020\220\013\2306\240\022\2401\330\010\013\2104\210{\230*\240C\240t\2504\250t\2601\330\014\020\220\010\230\001\330\014\020\220\013\2306\240\021\330\010\013\2104\210{\230\047\240\021\330\014\020\220\013\2309\240A\330\010\014\210K\220u\230D\240\001\240\022\2401\240G\2501\200A\360\030\000\t\r\210F\220!\330\010\013\2104\210x\220s\230!\330\014\020\220\n\230&\240\001\240\024\240Q\330\010\013\2104\210t\2201\330\014\020\220\013\2301\330\014\020\220\014\230A\330\014\017\210t\2204\220s\230#\230Q\330\020\024\220K\230y\250\001""\330\010\017\210t\2207\230&\240\001";
+    #else /* compression: none (1448 bytes) */
+static const char bytes[] = " cannot be copied or pickled: open another one where it is needed is closed of  was removed(tree fragment), closed.<ivshmem.channel.>?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a add_notechannel disableenablegcisenabledivshmem.errorsivshmem/channel/ends.pyxno default __reduce__ due to non-trivial __cinit__the endpoint is closedthis timeout is not a numberChannelEndChannelEnd.__enter__ChannelEnd.__exit__ChannelEnd.__reduce__ChannelEnd.closeChannelEnd.filenoClosedErrorWakeupWakeup.__reduce_cython__Wakeup.__setstate_cython__Wakeup.fileno__Pyx_PyDict_NextRef__annotate____enter____exit____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineaddasyncio.coroutinescline_in_tracebackcloseclosederrorerrorsfilenoiditemsivshmem.channel.endsmembershippopreadonlyrefselfsetdefaultvalueswakeupweakrefPyObject *(PyObject *)\000was_removedint64_t (PyObject *)\000deadline_ofint64_t (PyObject *)\000spin_of\200\001\330\004\n\210+\220Q\200A\330\010\014\210F\220!\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\330\010\017\210q\200A\340\010\017\210t\2206\230\021\200A\360\006\000\t\014\2104\210t\2201\330\014\r\330\010\014\210H\220A\330\010\014\210J\220d\230,\240a\330\010\013\2104\210q\330\014\020\220\013\2306\240\022\2401\330\010\013\2104\210{\230*\240C\240t\2504\250t\2601\330\014\020\220\010\230\001\330\014\020\220\013\2306\240\021\330\010\013\2104\210{\230\047\240\021\330\014\020\220\013\2309\240A\330\010\014\210K\220u\230D\240\001\240\022\2401\240G\2501\200A\360\030\000\t\r\210F\220!\330\010\013\2104\210x\220s\230!\330\014\020\220\n\230&\240\001\240\024\240Q\330\010\013\2104\210t\2201\330\014\020\220\013\2301\330\014\020\220\014\230A\330\014\017\210t\2204\220s\230#\230Q\330""\020\024\220K\230y\250\001\330\010\017\210t\2207\230&\240\001";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 77; i++) {
+    for (int i = 0; i < 78; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 25) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 26) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)
@@ -12900,8 +13115,8 @@ static const char bytes[] = " cannot be copied or pickled: open another one wher
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 77; i < 87; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-77].length;
+    for (int i = 78; i < 88; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-78].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -12911,14 +13126,14 @@ static const char bytes[] = " cannot be copied or pickled: open another one wher
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 87; i++) {
+    for (Py_ssize_t i = 0; i < 88; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 77;
+      PyObject **table = stringtab + 78;
       for (Py_ssize_t i=0; i<10; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
@@ -13005,7 +13220,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 112};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 108};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_t6, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
@@ -13020,27 +13235,27 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 146};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 142};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq_Qe1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 317};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 314};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_F_4xs_Q_4t1_1_A_t4s_Q_Ky_t7, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 391};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 388};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_HA_Jd_a_4q_6_1_4_Ct4t1_6_4, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 445};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 442};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_enter, __pyx_mstate->__pyx_kp_b_iso88591_A_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 448};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 445};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_error};
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
@@ -13374,6 +13589,231 @@ static PyObject *__Pyx_GetBuiltinName(PyObject *name) {
     return result;
 }
 
+/* PyObjectCall (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw) {
+    PyObject *result;
+    ternaryfunc call = Py_TYPE(func)->tp_call;
+    if (unlikely(!call))
+        return PyObject_Call(func, arg, kw);
+    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
+        return NULL;
+    result = (*call)(func, arg, kw);
+    Py_LeaveRecursiveCall();
+    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
+        PyErr_SetString(
+            PyExc_SystemError,
+            "NULL result without error in PyObject_Call");
+    }
+    return result;
+}
+#endif
+
+/* PyObjectCallMethO (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg) {
+    PyObject *self, *result;
+    PyCFunction cfunc;
+    cfunc = __Pyx_CyOrPyCFunction_GET_FUNCTION(func);
+    self = __Pyx_CyOrPyCFunction_GET_SELF(func);
+    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
+        return NULL;
+    result = cfunc(self, arg);
+    Py_LeaveRecursiveCall();
+    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
+        PyErr_SetString(
+            PyExc_SystemError,
+            "NULL result without error in PyObject_Call");
+    }
+    return result;
+}
+#endif
+
+/* PyObjectFastCall */
+#if CYTHON_COMPILING_IN_LIMITED_API
+static PyObject* __Pyx_PyObject_FastCall_fallback(PyObject *func, PyObject * const*args, size_t nargs, PyObject *kwargs) {
+    PyObject *argstuple;
+    PyObject *result = 0;
+    size_t i;
+    argstuple = PyTuple_New((Py_ssize_t)nargs);
+    if (unlikely(!argstuple)) return NULL;
+    for (i = 0; i < nargs; i++) {
+        Py_INCREF(args[i]);
+        if (__Pyx_PyTuple_SET_ITEM(argstuple, (Py_ssize_t)i, args[i]) != (0)) goto bad;
+    }
+    result = __Pyx_PyObject_Call(func, argstuple, kwargs);
+  bad:
+    Py_DECREF(argstuple);
+    return result;
+}
+#endif
+#if CYTHON_VECTORCALL && !(CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY)
+  #if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE vectorcallfunc __Pyx_PyVectorcall_Function(PyObject *callable) {
+    PyTypeObject *tp = Py_TYPE(callable);
+    #if defined(__Pyx_CyFunction_USED)
+    if (__Pyx_CyFunction_CheckExact(callable)) {
+        return __Pyx_CyFunction_func_vectorcall(callable);
+    }
+    #endif
+    if (!PyType_HasFeature(tp, Py_TPFLAGS_HAVE_VECTORCALL)) {
+        return NULL;
+    }
+    assert(PyCallable_Check(callable));
+    Py_ssize_t offset = tp->tp_vectorcall_offset;
+    assert(offset > 0);
+    vectorcallfunc ptr;
+    memcpy(&ptr, (char *) callable + offset, sizeof(ptr));
+    return ptr;
+}
+  #else
+    #define __Pyx_PyVectorcall_Function(callable) PyVectorcall_Function(callable)
+  #endif
+#endif
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwargs) {
+    Py_ssize_t nargs = __Pyx_PyVectorcall_NARGS(nargsf);
+#if CYTHON_COMPILING_IN_CPYTHON
+    if (nargs == 0 && kwargs == NULL) {
+        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_NOARGS))
+            return __Pyx_PyObject_CallMethO(func, NULL);
+    }
+    else if (nargs == 1 && kwargs == NULL) {
+        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_O))
+            return __Pyx_PyObject_CallMethO(func, args[0]);
+    }
+#endif
+    if (kwargs == NULL) {
+        #if CYTHON_VECTORCALL
+          #if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY
+            return PyObject_Vectorcall(func, args, nargsf, NULL);
+          #else
+            vectorcallfunc f = __Pyx_PyVectorcall_Function(func);
+            if (f) {
+                return f(func, args, nargsf, NULL);
+            }
+          #endif
+        #endif
+    }
+    if (nargs == 0) {
+        return __Pyx_PyObject_Call(func, __pyx_mstate_global->__pyx_empty_tuple, kwargs);
+    }
+    #if CYTHON_COMPILING_IN_LIMITED_API
+    return __Pyx_PyObject_FastCall_fallback(func, args, (size_t)nargs, kwargs);
+    #elif CYTHON_COMPILING_IN_PYPY
+    return PyObject_VectorcallDict(func, args, (size_t) nargs, kwargs);
+    #else
+    return PyObject_VectorcallDict(func, args, nargsf, kwargs);
+    #endif
+}
+
+/* RaiseException */
+static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause) {
+    PyObject* owned_instance = NULL;
+    if (tb == Py_None) {
+        tb = 0;
+    } else if (tb && !PyTraceBack_Check(tb)) {
+        PyErr_SetString(PyExc_TypeError,
+            "raise: arg 3 must be a traceback or None");
+        goto bad;
+    }
+    if (value == Py_None)
+        value = 0;
+    if (PyExceptionInstance_Check(type)) {
+        if (value) {
+            PyErr_SetString(PyExc_TypeError,
+                "instance exception may not have a separate value");
+            goto bad;
+        }
+        value = type;
+        type = (PyObject*) Py_TYPE(value);
+    } else if (PyExceptionClass_Check(type)) {
+        PyObject *instance_class = NULL;
+        if (value && PyExceptionInstance_Check(value)) {
+            instance_class = (PyObject*) Py_TYPE(value);
+            if (instance_class != type) {
+                int is_subclass = PyObject_IsSubclass(instance_class, type);
+                if (!is_subclass) {
+                    instance_class = NULL;
+                } else if (unlikely(is_subclass == -1)) {
+                    goto bad;
+                } else {
+                    type = instance_class;
+                }
+            }
+        }
+        if (!instance_class) {
+            PyObject *args;
+            if (!value)
+                args = PyTuple_New(0);
+            else if (PyTuple_Check(value)) {
+                Py_INCREF(value);
+                args = value;
+            } else
+                args = PyTuple_Pack(1, value);
+            if (!args)
+                goto bad;
+            owned_instance = PyObject_Call(type, args, NULL);
+            Py_DECREF(args);
+            if (!owned_instance)
+                goto bad;
+            value = owned_instance;
+            if (!PyExceptionInstance_Check(value)) {
+                PyErr_Format(PyExc_TypeError,
+                             "calling %R should have returned an instance of "
+                             "BaseException, not %R",
+                             type, Py_TYPE(value));
+                goto bad;
+            }
+        }
+    } else {
+        PyErr_SetString(PyExc_TypeError,
+            "raise: exception class must be a subclass of BaseException");
+        goto bad;
+    }
+    if (cause) {
+        PyObject *fixed_cause;
+        if (cause == Py_None) {
+            fixed_cause = NULL;
+        } else if (PyExceptionClass_Check(cause)) {
+            fixed_cause = PyObject_CallObject(cause, NULL);
+            if (fixed_cause == NULL)
+                goto bad;
+        } else if (PyExceptionInstance_Check(cause)) {
+            fixed_cause = cause;
+            Py_INCREF(fixed_cause);
+        } else {
+            PyErr_SetString(PyExc_TypeError,
+                            "exception causes must derive from "
+                            "BaseException");
+            goto bad;
+        }
+        PyException_SetCause(value, fixed_cause);
+    }
+    PyErr_SetObject(type, value);
+    if (tb) {
+#if PY_VERSION_HEX >= 0x030C00A6
+        PyException_SetTraceback(value, tb);
+#elif CYTHON_FAST_THREAD_STATE
+        PyThreadState *tstate = __Pyx_PyThreadState_Current;
+        PyObject* tmp_tb = tstate->curexc_traceback;
+        if (tb != tmp_tb) {
+            Py_INCREF(tb);
+            tstate->curexc_traceback = tb;
+            Py_XDECREF(tmp_tb);
+        }
+#else
+        PyObject *tmp_type, *tmp_value, *tmp_tb;
+        PyErr_Fetch(&tmp_type, &tmp_value, &tmp_tb);
+        Py_INCREF(tb);
+        PyErr_Restore(tmp_type, tmp_value, tb);
+        Py_XDECREF(tmp_tb);
+#endif
+    }
+bad:
+    Py_XDECREF(owned_instance);
+    return;
+}
+
 /* DivInt[int64_t] */
 static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t a, int64_t b, int b_is_constant) {
     int64_t q = a / b;
@@ -13541,123 +13981,6 @@ bad:
 }
 #endif
 #endif
-
-/* PyObjectCall (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw) {
-    PyObject *result;
-    ternaryfunc call = Py_TYPE(func)->tp_call;
-    if (unlikely(!call))
-        return PyObject_Call(func, arg, kw);
-    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
-        return NULL;
-    result = (*call)(func, arg, kw);
-    Py_LeaveRecursiveCall();
-    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
-        PyErr_SetString(
-            PyExc_SystemError,
-            "NULL result without error in PyObject_Call");
-    }
-    return result;
-}
-#endif
-
-/* PyObjectCallMethO (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg) {
-    PyObject *self, *result;
-    PyCFunction cfunc;
-    cfunc = __Pyx_CyOrPyCFunction_GET_FUNCTION(func);
-    self = __Pyx_CyOrPyCFunction_GET_SELF(func);
-    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
-        return NULL;
-    result = cfunc(self, arg);
-    Py_LeaveRecursiveCall();
-    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
-        PyErr_SetString(
-            PyExc_SystemError,
-            "NULL result without error in PyObject_Call");
-    }
-    return result;
-}
-#endif
-
-/* PyObjectFastCall (used by PyObjectCallOneArg) */
-#if CYTHON_COMPILING_IN_LIMITED_API
-static PyObject* __Pyx_PyObject_FastCall_fallback(PyObject *func, PyObject * const*args, size_t nargs, PyObject *kwargs) {
-    PyObject *argstuple;
-    PyObject *result = 0;
-    size_t i;
-    argstuple = PyTuple_New((Py_ssize_t)nargs);
-    if (unlikely(!argstuple)) return NULL;
-    for (i = 0; i < nargs; i++) {
-        Py_INCREF(args[i]);
-        if (__Pyx_PyTuple_SET_ITEM(argstuple, (Py_ssize_t)i, args[i]) != (0)) goto bad;
-    }
-    result = __Pyx_PyObject_Call(func, argstuple, kwargs);
-  bad:
-    Py_DECREF(argstuple);
-    return result;
-}
-#endif
-#if CYTHON_VECTORCALL && !(CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY)
-  #if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE vectorcallfunc __Pyx_PyVectorcall_Function(PyObject *callable) {
-    PyTypeObject *tp = Py_TYPE(callable);
-    #if defined(__Pyx_CyFunction_USED)
-    if (__Pyx_CyFunction_CheckExact(callable)) {
-        return __Pyx_CyFunction_func_vectorcall(callable);
-    }
-    #endif
-    if (!PyType_HasFeature(tp, Py_TPFLAGS_HAVE_VECTORCALL)) {
-        return NULL;
-    }
-    assert(PyCallable_Check(callable));
-    Py_ssize_t offset = tp->tp_vectorcall_offset;
-    assert(offset > 0);
-    vectorcallfunc ptr;
-    memcpy(&ptr, (char *) callable + offset, sizeof(ptr));
-    return ptr;
-}
-  #else
-    #define __Pyx_PyVectorcall_Function(callable) PyVectorcall_Function(callable)
-  #endif
-#endif
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwargs) {
-    Py_ssize_t nargs = __Pyx_PyVectorcall_NARGS(nargsf);
-#if CYTHON_COMPILING_IN_CPYTHON
-    if (nargs == 0 && kwargs == NULL) {
-        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_NOARGS))
-            return __Pyx_PyObject_CallMethO(func, NULL);
-    }
-    else if (nargs == 1 && kwargs == NULL) {
-        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_O))
-            return __Pyx_PyObject_CallMethO(func, args[0]);
-    }
-#endif
-    if (kwargs == NULL) {
-        #if CYTHON_VECTORCALL
-          #if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY
-            return PyObject_Vectorcall(func, args, nargsf, NULL);
-          #else
-            vectorcallfunc f = __Pyx_PyVectorcall_Function(func);
-            if (f) {
-                return f(func, args, nargsf, NULL);
-            }
-          #endif
-        #endif
-    }
-    if (nargs == 0) {
-        return __Pyx_PyObject_Call(func, __pyx_mstate_global->__pyx_empty_tuple, kwargs);
-    }
-    #if CYTHON_COMPILING_IN_LIMITED_API
-    return __Pyx_PyObject_FastCall_fallback(func, args, (size_t)nargs, kwargs);
-    #elif CYTHON_COMPILING_IN_PYPY
-    return PyObject_VectorcallDict(func, args, (size_t) nargs, kwargs);
-    #else
-    return PyObject_VectorcallDict(func, args, nargsf, kwargs);
-    #endif
-}
 
 /* PyObjectCallOneArg (used by CallUnboundCMethod0) */
 static CYTHON_INLINE PyObject* __Pyx_PyObject_CallOneArg(PyObject *func, PyObject *arg) {
@@ -14391,114 +14714,6 @@ static CYTHON_INLINE int __Pyx_ArgTypeTest(PyObject *obj, PyTypeObject *type, in
         return 1;
     __Pyx_ArgTypeError(obj, type, name, exact);
     return 0;
-}
-
-/* RaiseException */
-static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause) {
-    PyObject* owned_instance = NULL;
-    if (tb == Py_None) {
-        tb = 0;
-    } else if (tb && !PyTraceBack_Check(tb)) {
-        PyErr_SetString(PyExc_TypeError,
-            "raise: arg 3 must be a traceback or None");
-        goto bad;
-    }
-    if (value == Py_None)
-        value = 0;
-    if (PyExceptionInstance_Check(type)) {
-        if (value) {
-            PyErr_SetString(PyExc_TypeError,
-                "instance exception may not have a separate value");
-            goto bad;
-        }
-        value = type;
-        type = (PyObject*) Py_TYPE(value);
-    } else if (PyExceptionClass_Check(type)) {
-        PyObject *instance_class = NULL;
-        if (value && PyExceptionInstance_Check(value)) {
-            instance_class = (PyObject*) Py_TYPE(value);
-            if (instance_class != type) {
-                int is_subclass = PyObject_IsSubclass(instance_class, type);
-                if (!is_subclass) {
-                    instance_class = NULL;
-                } else if (unlikely(is_subclass == -1)) {
-                    goto bad;
-                } else {
-                    type = instance_class;
-                }
-            }
-        }
-        if (!instance_class) {
-            PyObject *args;
-            if (!value)
-                args = PyTuple_New(0);
-            else if (PyTuple_Check(value)) {
-                Py_INCREF(value);
-                args = value;
-            } else
-                args = PyTuple_Pack(1, value);
-            if (!args)
-                goto bad;
-            owned_instance = PyObject_Call(type, args, NULL);
-            Py_DECREF(args);
-            if (!owned_instance)
-                goto bad;
-            value = owned_instance;
-            if (!PyExceptionInstance_Check(value)) {
-                PyErr_Format(PyExc_TypeError,
-                             "calling %R should have returned an instance of "
-                             "BaseException, not %R",
-                             type, Py_TYPE(value));
-                goto bad;
-            }
-        }
-    } else {
-        PyErr_SetString(PyExc_TypeError,
-            "raise: exception class must be a subclass of BaseException");
-        goto bad;
-    }
-    if (cause) {
-        PyObject *fixed_cause;
-        if (cause == Py_None) {
-            fixed_cause = NULL;
-        } else if (PyExceptionClass_Check(cause)) {
-            fixed_cause = PyObject_CallObject(cause, NULL);
-            if (fixed_cause == NULL)
-                goto bad;
-        } else if (PyExceptionInstance_Check(cause)) {
-            fixed_cause = cause;
-            Py_INCREF(fixed_cause);
-        } else {
-            PyErr_SetString(PyExc_TypeError,
-                            "exception causes must derive from "
-                            "BaseException");
-            goto bad;
-        }
-        PyException_SetCause(value, fixed_cause);
-    }
-    PyErr_SetObject(type, value);
-    if (tb) {
-#if PY_VERSION_HEX >= 0x030C00A6
-        PyException_SetTraceback(value, tb);
-#elif CYTHON_FAST_THREAD_STATE
-        PyThreadState *tstate = __Pyx_PyThreadState_Current;
-        PyObject* tmp_tb = tstate->curexc_traceback;
-        if (tb != tmp_tb) {
-            Py_INCREF(tb);
-            tstate->curexc_traceback = tb;
-            Py_XDECREF(tmp_tb);
-        }
-#else
-        PyObject *tmp_type, *tmp_value, *tmp_tb;
-        PyErr_Fetch(&tmp_type, &tmp_value, &tmp_tb);
-        Py_INCREF(tb);
-        PyErr_Restore(tmp_type, tmp_value, tb);
-        Py_XDECREF(tmp_tb);
-#endif
-    }
-bad:
-    Py_XDECREF(owned_instance);
-    return;
 }
 
 /* PyObjectFastCallMethod */

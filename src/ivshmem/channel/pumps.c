@@ -1873,8 +1873,8 @@ static const char * const __pyx_cfilenm = __FILE__;
 
 static const char* const __pyx_f[] = {
   "ivshmem/channel/pumps.pyx",
-  "cpython/type.pxd",
   "ivshmem/native/descriptors.pxd",
+  "cpython/type.pxd",
   "ivshmem/native/spin.pxd",
   "ivshmem/native/bell.pxd",
   "ivshmem/native/mapping.pxd",
@@ -2259,6 +2259,18 @@ struct __pyx_t_7ivshmem_7channel_10membership_Rings {
   int count;
   uint32_t lock;
 };
+
+/* "ends.pxd":10
+ * from .membership cimport Dependent, Membership
+ * 
+ * cdef enum:             # <<<<<<<<<<<<<<
+ *     # A sleep that the memory forbids again and again, although nothing can be taken, is a hostile
+ *     # peer's work: after so many it sleeps all the same.
+*/
+enum  {
+  __pyx_e_7ivshmem_7channel_4ends_FUTILE = 64,
+  __pyx_e_7ivshmem_7channel_4ends_LAST_PAUSE = 0xF4240
+};
 struct __pyx_t_7ivshmem_7channel_11stream_poll_Entry;
 
 /* "stream_poll.pxd":8
@@ -2314,7 +2326,7 @@ enum  {
   __pyx_e_7ivshmem_7channel_5pumps_OUT_OR_ERROR = 0x1c
 };
 
-/* "native/descriptors.pxd":86
+/* "native/descriptors.pxd":101
  * 
  * 
  * cdef class Fd:             # <<<<<<<<<<<<<<
@@ -2327,7 +2339,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Fd {
 };
 
 
-/* "native/descriptors.pxd":93
+/* "native/descriptors.pxd":108
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2346,7 +2358,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray {
 };
 
 
-/* "native/descriptors.pxd":117
+/* "native/descriptors.pxd":132
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2363,7 +2375,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller {
 };
 
 
-/* "native/descriptors.pxd":127
+/* "native/descriptors.pxd":142
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2378,7 +2390,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Relay {
 };
 
 
-/* "native/descriptors.pxd":134
+/* "native/descriptors.pxd":149
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2589,7 +2601,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Membership {
 };
 
 
-/* "ends.pxd":11
+/* "ends.pxd":18
  * 
  * 
  * cdef class Wakeup:             # <<<<<<<<<<<<<<
@@ -2606,7 +2618,7 @@ struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup {
 };
 
 
-/* "ends.pxd":24
+/* "ends.pxd":31
  * 
  * 
  * cdef class ChannelEnd(Dependent):             # <<<<<<<<<<<<<<
@@ -2731,7 +2743,7 @@ struct __pyx_obj_7ivshmem_7channel_5pumps_Pump {
 
 
 
-/* "native/descriptors.pxd":93
+/* "native/descriptors.pxd":108
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2748,7 +2760,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray;
 
 
-/* "native/descriptors.pxd":117
+/* "native/descriptors.pxd":132
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2763,7 +2775,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller *__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller;
 
 
-/* "native/descriptors.pxd":127
+/* "native/descriptors.pxd":142
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2777,7 +2789,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay *__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay;
 
 
-/* "native/descriptors.pxd":134
+/* "native/descriptors.pxd":149
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2998,7 +3010,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
 static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *__pyx_vtabptr_7ivshmem_7channel_10membership_Membership;
 
 
-/* "ends.pxd":11
+/* "ends.pxd":18
  * 
  * 
  * cdef class Wakeup:             # <<<<<<<<<<<<<<
@@ -3013,7 +3025,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup {
 static struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *__pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup;
 
 
-/* "ends.pxd":24
+/* "ends.pxd":31
  * 
  * 
  * cdef class ChannelEnd(Dependent):             # <<<<<<<<<<<<<<
@@ -3213,6 +3225,84 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_drain(struct __pyx_obj_7ivshme
 #define __Pyx_CLEAR(r)    do { PyObject* tmp = ((PyObject*)(r)); r = NULL; __Pyx_DECREF(tmp);} while(0)
 #define __Pyx_XCLEAR(r)   do { if((r) != NULL) {PyObject* tmp = ((PyObject*)(r)); r = NULL; __Pyx_DECREF(tmp);}} while(0)
 
+/* FastTypeChecks.proto (used by PyValueError_Check) */
+#if CYTHON_COMPILING_IN_CPYTHON
+#define __Pyx_TypeCheck(obj, type) __Pyx_IsSubtype(Py_TYPE(obj), (PyTypeObject *)type)
+#define __Pyx_TypeCheck2(obj, type1, type2) __Pyx_IsAnySubtype2(Py_TYPE(obj), (PyTypeObject *)type1, (PyTypeObject *)type2)
+static CYTHON_INLINE int __Pyx_IsSubtype(PyTypeObject *a, PyTypeObject *b);
+static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a, PyTypeObject *b);
+#define __Pyx_PyAnySet_Check(obj)  __Pyx_TypeCheck2(obj, &PySet_Type, &PyFrozenSet_Type)
+#else
+#define __Pyx_TypeCheck(obj, type) PyObject_TypeCheck(obj, (PyTypeObject *)type)
+#define __Pyx_TypeCheck2(obj, type1, type2) (PyObject_TypeCheck(obj, (PyTypeObject *)type1) || PyObject_TypeCheck(obj, (PyTypeObject *)type2))
+#define __Pyx_PyAnySet_Check(obj)  PyAnySet_Check(obj)
+#endif
+
+/* PyValueError_Check.proto */
+#define __Pyx_PyExc_ValueError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_ValueError)
+
+/* PyObjectCall.proto (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw);
+#else
+#define __Pyx_PyObject_Call(func, arg, kw) PyObject_Call(func, arg, kw)
+#endif
+
+/* PyObjectCallMethO.proto (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg);
+#endif
+
+/* PyObjectFastCall.proto */
+#define __Pyx_PyObject_FastCall(func, args, nargs)  __Pyx_PyObject_FastCallDict(func, args, (size_t)(nargs), NULL)
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject * const*args, size_t nargsf, PyObject *kwargs);
+
+/* PyThreadStateGet.proto (used by PyErrFetchRestore) */
+#if CYTHON_FAST_THREAD_STATE
+#define __Pyx_PyThreadState_declare  PyThreadState *__pyx_tstate;
+#define __Pyx_PyThreadState_assign  __pyx_tstate = __Pyx_PyThreadState_Current;
+#if PY_VERSION_HEX >= 0x030C00A6
+#define __Pyx_PyErr_Occurred()  (__pyx_tstate->current_exception != NULL)
+#define __Pyx_PyErr_CurrentExceptionType()  (__pyx_tstate->current_exception ? (PyObject*) Py_TYPE(__pyx_tstate->current_exception) : (PyObject*) NULL)
+#else
+#define __Pyx_PyErr_Occurred()  (__pyx_tstate->curexc_type != NULL)
+#define __Pyx_PyErr_CurrentExceptionType()  (__pyx_tstate->curexc_type)
+#endif
+#else
+#define __Pyx_PyThreadState_declare
+#define __Pyx_PyThreadState_assign
+#define __Pyx_PyErr_Occurred()  (PyErr_Occurred() != NULL)
+#define __Pyx_PyErr_CurrentExceptionType()  PyErr_Occurred()
+#endif
+
+/* PyErrFetchRestore.proto (used by RaiseException) */
+#if CYTHON_FAST_THREAD_STATE
+#define __Pyx_PyErr_Clear() __Pyx_ErrRestore(NULL, NULL, NULL)
+#define __Pyx_ErrRestoreWithState(type, value, tb)  __Pyx_ErrRestoreInState(PyThreadState_GET(), type, value, tb)
+#define __Pyx_ErrFetchWithState(type, value, tb)    __Pyx_ErrFetchInState(PyThreadState_GET(), type, value, tb)
+#define __Pyx_ErrRestore(type, value, tb)  __Pyx_ErrRestoreInState(__pyx_tstate, type, value, tb)
+#define __Pyx_ErrFetch(type, value, tb)    __Pyx_ErrFetchInState(__pyx_tstate, type, value, tb)
+static CYTHON_INLINE void __Pyx_ErrRestoreInState(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb);
+static CYTHON_INLINE void __Pyx_ErrFetchInState(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb);
+#if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX < 0x030C00A6
+#define __Pyx_PyErr_SetNone(exc) (Py_INCREF(exc), __Pyx_ErrRestore((exc), NULL, NULL))
+#else
+#define __Pyx_PyErr_SetNone(exc) PyErr_SetNone(exc)
+#endif
+#else
+#define __Pyx_PyErr_Clear() PyErr_Clear()
+#define __Pyx_PyErr_SetNone(exc) PyErr_SetNone(exc)
+#define __Pyx_ErrRestoreWithState(type, value, tb)  PyErr_Restore(type, value, tb)
+#define __Pyx_ErrFetchWithState(type, value, tb)  PyErr_Fetch(type, value, tb)
+#define __Pyx_ErrRestoreInState(tstate, type, value, tb)  PyErr_Restore(type, value, tb)
+#define __Pyx_ErrFetchInState(tstate, type, value, tb)  PyErr_Fetch(type, value, tb)
+#define __Pyx_ErrRestore(type, value, tb)  PyErr_Restore(type, value, tb)
+#define __Pyx_ErrFetch(type, value, tb)  PyErr_Fetch(type, value, tb)
+#endif
+
+/* RaiseException.export */
+static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
+
 /* DivInt[int64_t].proto */
 static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t, int64_t, int b_is_constant);
 
@@ -3312,22 +3402,6 @@ static CYTHON_INLINE PyObject* __Pyx_PyDict_Items(PyObject* d);
 #define __Pyx_CallCFunctionFastWithKeywords(cfunc, self, args, nargs, kwnames)\
     ((__Pyx_PyCFunctionFastWithKeywords)(void(*)(void))(PyCFunction)(cfunc)->func)(self, args, nargs, kwnames)
 
-/* PyObjectCall.proto (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw);
-#else
-#define __Pyx_PyObject_Call(func, arg, kw) PyObject_Call(func, arg, kw)
-#endif
-
-/* PyObjectCallMethO.proto (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg);
-#endif
-
-/* PyObjectFastCall.proto (used by PyObjectCallOneArg) */
-#define __Pyx_PyObject_FastCall(func, args, nargs)  __Pyx_PyObject_FastCallDict(func, args, (size_t)(nargs), NULL)
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject * const*args, size_t nargsf, PyObject *kwargs);
-
 /* PyObjectCallOneArg.proto (used by CallUnboundCMethod0) */
 static CYTHON_INLINE PyObject* __Pyx_PyObject_CallOneArg(PyObject *func, PyObject *arg);
 
@@ -3346,19 +3420,6 @@ typedef struct {
 /* IgnoreException.proto (used by UnpackUnboundCMethod_impl) */
 static CYTHON_INLINE int __Pyx_IgnoreGivenException(PyObject *given_exception, PyObject *ignorable_exception);
 #define __Pyx_IgnoreException(ignorable_exception) __Pyx_IgnoreGivenException(NULL, ignorable_exception)
-
-/* FastTypeChecks.proto (used by UnpackUnboundCMethod_impl) */
-#if CYTHON_COMPILING_IN_CPYTHON
-#define __Pyx_TypeCheck(obj, type) __Pyx_IsSubtype(Py_TYPE(obj), (PyTypeObject *)type)
-#define __Pyx_TypeCheck2(obj, type1, type2) __Pyx_IsAnySubtype2(Py_TYPE(obj), (PyTypeObject *)type1, (PyTypeObject *)type2)
-static CYTHON_INLINE int __Pyx_IsSubtype(PyTypeObject *a, PyTypeObject *b);
-static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a, PyTypeObject *b);
-#define __Pyx_PyAnySet_Check(obj)  __Pyx_TypeCheck2(obj, &PySet_Type, &PyFrozenSet_Type)
-#else
-#define __Pyx_TypeCheck(obj, type) PyObject_TypeCheck(obj, (PyTypeObject *)type)
-#define __Pyx_TypeCheck2(obj, type1, type2) (PyObject_TypeCheck(obj, (PyTypeObject *)type1) || PyObject_TypeCheck(obj, (PyTypeObject *)type2))
-#define __Pyx_PyAnySet_Check(obj)  PyAnySet_Check(obj)
-#endif
 
 /* PyObjectGetAttrStr.proto (used by UnpackUnboundCMethod_impl) */
 #if CYTHON_USE_TYPE_SLOTS
@@ -3544,52 +3605,6 @@ static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds);
 
 /* JoinPyUnicode.export */
 static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count, Py_ssize_t result_ulength, int kind);
-
-/* PyThreadStateGet.proto (used by PyErrFetchRestore) */
-#if CYTHON_FAST_THREAD_STATE
-#define __Pyx_PyThreadState_declare  PyThreadState *__pyx_tstate;
-#define __Pyx_PyThreadState_assign  __pyx_tstate = __Pyx_PyThreadState_Current;
-#if PY_VERSION_HEX >= 0x030C00A6
-#define __Pyx_PyErr_Occurred()  (__pyx_tstate->current_exception != NULL)
-#define __Pyx_PyErr_CurrentExceptionType()  (__pyx_tstate->current_exception ? (PyObject*) Py_TYPE(__pyx_tstate->current_exception) : (PyObject*) NULL)
-#else
-#define __Pyx_PyErr_Occurred()  (__pyx_tstate->curexc_type != NULL)
-#define __Pyx_PyErr_CurrentExceptionType()  (__pyx_tstate->curexc_type)
-#endif
-#else
-#define __Pyx_PyThreadState_declare
-#define __Pyx_PyThreadState_assign
-#define __Pyx_PyErr_Occurred()  (PyErr_Occurred() != NULL)
-#define __Pyx_PyErr_CurrentExceptionType()  PyErr_Occurred()
-#endif
-
-/* PyErrFetchRestore.proto (used by RaiseException) */
-#if CYTHON_FAST_THREAD_STATE
-#define __Pyx_PyErr_Clear() __Pyx_ErrRestore(NULL, NULL, NULL)
-#define __Pyx_ErrRestoreWithState(type, value, tb)  __Pyx_ErrRestoreInState(PyThreadState_GET(), type, value, tb)
-#define __Pyx_ErrFetchWithState(type, value, tb)    __Pyx_ErrFetchInState(PyThreadState_GET(), type, value, tb)
-#define __Pyx_ErrRestore(type, value, tb)  __Pyx_ErrRestoreInState(__pyx_tstate, type, value, tb)
-#define __Pyx_ErrFetch(type, value, tb)    __Pyx_ErrFetchInState(__pyx_tstate, type, value, tb)
-static CYTHON_INLINE void __Pyx_ErrRestoreInState(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb);
-static CYTHON_INLINE void __Pyx_ErrFetchInState(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb);
-#if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX < 0x030C00A6
-#define __Pyx_PyErr_SetNone(exc) (Py_INCREF(exc), __Pyx_ErrRestore((exc), NULL, NULL))
-#else
-#define __Pyx_PyErr_SetNone(exc) PyErr_SetNone(exc)
-#endif
-#else
-#define __Pyx_PyErr_Clear() PyErr_Clear()
-#define __Pyx_PyErr_SetNone(exc) PyErr_SetNone(exc)
-#define __Pyx_ErrRestoreWithState(type, value, tb)  PyErr_Restore(type, value, tb)
-#define __Pyx_ErrFetchWithState(type, value, tb)  PyErr_Fetch(type, value, tb)
-#define __Pyx_ErrRestoreInState(tstate, type, value, tb)  PyErr_Restore(type, value, tb)
-#define __Pyx_ErrFetchInState(tstate, type, value, tb)  PyErr_Fetch(type, value, tb)
-#define __Pyx_ErrRestore(type, value, tb)  PyErr_Restore(type, value, tb)
-#define __Pyx_ErrFetch(type, value, tb)  PyErr_Fetch(type, value, tb)
-#endif
-
-/* RaiseException.export */
-static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
 
 /* PyException_Check.proto */
 #define __Pyx_PyExc_Exception_Check(obj)  __Pyx_TypeCheck(obj, PyExc_Exception)
@@ -4202,6 +4217,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_drain(struct __pyx_obj_7ivshme
 /* Module declarations from "ivshmem.native.syscalls" */
 
 /* Module declarations from "ivshmem.native.descriptors" */
+static CYTHON_INLINE double __pyx_f_7ivshmem_6native_11descriptors_seconds_of(PyObject *); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(int64_t); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uint64_t); /*proto*/
@@ -4329,7 +4345,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_codeobj_tab[5];
-    PyObject *__pyx_string_tab[69];
+    PyObject *__pyx_string_tab[70];
 /* #### Code section: module_state_contents ### */
 /* CommonTypesMetaclass.module_state_decls */
 PyTypeObject *__pyx_CommonTypesMetaclassType;
@@ -4383,65 +4399,66 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u_gc __pyx_string_tab[7]
 #define __pyx_kp_u_isenabled __pyx_string_tab[8]
 #define __pyx_kp_u_ivshmem_channel_pumps_pyx __pyx_string_tab[9]
-#define __pyx_n_u_EPOLLERR __pyx_string_tab[10]
-#define __pyx_n_u_EPOLLHUP __pyx_string_tab[11]
-#define __pyx_n_u_EPOLLIN __pyx_string_tab[12]
-#define __pyx_n_u_EPOLLOUT __pyx_string_tab[13]
-#define __pyx_n_u_EPOLLRDHUP __pyx_string_tab[14]
-#define __pyx_n_u_HAS_MORE __pyx_string_tab[15]
-#define __pyx_n_u_HUNG_UP __pyx_string_tab[16]
-#define __pyx_n_u_Pump __pyx_string_tab[17]
-#define __pyx_n_u_Pump___reduce __pyx_string_tab[18]
-#define __pyx_n_u_Pump_awaken __pyx_string_tab[19]
-#define __pyx_n_u_Pump_close __pyx_string_tab[20]
-#define __pyx_n_u_Pump_noted __pyx_string_tab[21]
-#define __pyx_n_u_Pump_turn __pyx_string_tab[22]
-#define __pyx_n_u_RESET_WAITS __pyx_string_tab[23]
-#define __pyx_n_u_SOURCE_ENDED __pyx_string_tab[24]
-#define __pyx_n_u_STREAM_ENDED __pyx_string_tab[25]
-#define __pyx_n_u_STREAM_RESET __pyx_string_tab[26]
-#define __pyx_n_u_TARGET_BLOCKS __pyx_string_tab[27]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[28]
-#define __pyx_n_u_annotate __pyx_string_tab[29]
-#define __pyx_n_u_func __pyx_string_tab[30]
-#define __pyx_n_u_main __pyx_string_tab[31]
-#define __pyx_n_u_module __pyx_string_tab[32]
-#define __pyx_n_u_name __pyx_string_tab[33]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[34]
-#define __pyx_n_u_qualname __pyx_string_tab[35]
-#define __pyx_n_u_reduce __pyx_string_tab[36]
-#define __pyx_n_u_set_name __pyx_string_tab[37]
-#define __pyx_n_u_test __pyx_string_tab[38]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[39]
-#define __pyx_n_u_add __pyx_string_tab[40]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[41]
-#define __pyx_n_u_awaken __pyx_string_tab[42]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[43]
-#define __pyx_n_u_close __pyx_string_tab[44]
-#define __pyx_n_u_directions __pyx_string_tab[45]
-#define __pyx_n_u_events __pyx_string_tab[46]
-#define __pyx_n_u_items __pyx_string_tab[47]
-#define __pyx_n_u_ivshmem_channel_pumps __pyx_string_tab[48]
-#define __pyx_n_u_noted __pyx_string_tab[49]
-#define __pyx_n_u_piece __pyx_string_tab[50]
-#define __pyx_n_u_poll __pyx_string_tab[51]
-#define __pyx_n_u_pop __pyx_string_tab[52]
-#define __pyx_n_u_select __pyx_string_tab[53]
-#define __pyx_n_u_self __pyx_string_tab[54]
-#define __pyx_n_u_setdefault __pyx_string_tab[55]
-#define __pyx_n_u_share __pyx_string_tab[56]
-#define __pyx_n_u_short_is_empty __pyx_string_tab[57]
-#define __pyx_n_u_source __pyx_string_tab[58]
-#define __pyx_n_u_stream __pyx_string_tab[59]
-#define __pyx_n_u_target __pyx_string_tab[60]
-#define __pyx_n_u_told __pyx_string_tab[61]
-#define __pyx_n_u_turn __pyx_string_tab[62]
-#define __pyx_n_u_values __pyx_string_tab[63]
-#define __pyx_kp_b_iso88591_A_iq_AT_q __pyx_string_tab[64]
-#define __pyx_kp_b_iso88591_A_4y_q_a_1 __pyx_string_tab[65]
-#define __pyx_kp_b_iso88591_A_7_S_A_7_A_A_7_A_a_E_7_M_T_Qha __pyx_string_tab[66]
-#define __pyx_kp_b_iso88591_A_E __pyx_string_tab[67]
-#define __pyx_kp_b_iso88591_A_HAQ_E __pyx_string_tab[68]
+#define __pyx_kp_u_timeout_is_not_a_number __pyx_string_tab[10]
+#define __pyx_n_u_EPOLLERR __pyx_string_tab[11]
+#define __pyx_n_u_EPOLLHUP __pyx_string_tab[12]
+#define __pyx_n_u_EPOLLIN __pyx_string_tab[13]
+#define __pyx_n_u_EPOLLOUT __pyx_string_tab[14]
+#define __pyx_n_u_EPOLLRDHUP __pyx_string_tab[15]
+#define __pyx_n_u_HAS_MORE __pyx_string_tab[16]
+#define __pyx_n_u_HUNG_UP __pyx_string_tab[17]
+#define __pyx_n_u_Pump __pyx_string_tab[18]
+#define __pyx_n_u_Pump___reduce __pyx_string_tab[19]
+#define __pyx_n_u_Pump_awaken __pyx_string_tab[20]
+#define __pyx_n_u_Pump_close __pyx_string_tab[21]
+#define __pyx_n_u_Pump_noted __pyx_string_tab[22]
+#define __pyx_n_u_Pump_turn __pyx_string_tab[23]
+#define __pyx_n_u_RESET_WAITS __pyx_string_tab[24]
+#define __pyx_n_u_SOURCE_ENDED __pyx_string_tab[25]
+#define __pyx_n_u_STREAM_ENDED __pyx_string_tab[26]
+#define __pyx_n_u_STREAM_RESET __pyx_string_tab[27]
+#define __pyx_n_u_TARGET_BLOCKS __pyx_string_tab[28]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[29]
+#define __pyx_n_u_annotate __pyx_string_tab[30]
+#define __pyx_n_u_func __pyx_string_tab[31]
+#define __pyx_n_u_main __pyx_string_tab[32]
+#define __pyx_n_u_module __pyx_string_tab[33]
+#define __pyx_n_u_name __pyx_string_tab[34]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[35]
+#define __pyx_n_u_qualname __pyx_string_tab[36]
+#define __pyx_n_u_reduce __pyx_string_tab[37]
+#define __pyx_n_u_set_name __pyx_string_tab[38]
+#define __pyx_n_u_test __pyx_string_tab[39]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[40]
+#define __pyx_n_u_add __pyx_string_tab[41]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[42]
+#define __pyx_n_u_awaken __pyx_string_tab[43]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[44]
+#define __pyx_n_u_close __pyx_string_tab[45]
+#define __pyx_n_u_directions __pyx_string_tab[46]
+#define __pyx_n_u_events __pyx_string_tab[47]
+#define __pyx_n_u_items __pyx_string_tab[48]
+#define __pyx_n_u_ivshmem_channel_pumps __pyx_string_tab[49]
+#define __pyx_n_u_noted __pyx_string_tab[50]
+#define __pyx_n_u_piece __pyx_string_tab[51]
+#define __pyx_n_u_poll __pyx_string_tab[52]
+#define __pyx_n_u_pop __pyx_string_tab[53]
+#define __pyx_n_u_select __pyx_string_tab[54]
+#define __pyx_n_u_self __pyx_string_tab[55]
+#define __pyx_n_u_setdefault __pyx_string_tab[56]
+#define __pyx_n_u_share __pyx_string_tab[57]
+#define __pyx_n_u_short_is_empty __pyx_string_tab[58]
+#define __pyx_n_u_source __pyx_string_tab[59]
+#define __pyx_n_u_stream __pyx_string_tab[60]
+#define __pyx_n_u_target __pyx_string_tab[61]
+#define __pyx_n_u_told __pyx_string_tab[62]
+#define __pyx_n_u_turn __pyx_string_tab[63]
+#define __pyx_n_u_values __pyx_string_tab[64]
+#define __pyx_kp_b_iso88591_A_iq_AT_q __pyx_string_tab[65]
+#define __pyx_kp_b_iso88591_A_4y_q_a_1 __pyx_string_tab[66]
+#define __pyx_kp_b_iso88591_A_7_S_A_7_A_A_7_A_a_E_7_M_T_Qha __pyx_string_tab[67]
+#define __pyx_kp_b_iso88591_A_E __pyx_string_tab[68]
+#define __pyx_kp_b_iso88591_A_HAQ_E __pyx_string_tab[69]
 /* #### Code section: module_state_clear ### */
 #if CYTHON_USE_MODULE_STATE
 static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
@@ -4484,7 +4501,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<5; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<69; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<70; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
 Py_CLEAR(clear_module_state->__pyx_CommonTypesMetaclassType);
@@ -4535,7 +4552,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<5; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<69; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<70; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
 Py_VISIT(traverse_module_state->__pyx_CommonTypesMetaclassType);
@@ -4552,6 +4569,203 @@ return 0;
 /* "native/descriptors.pxd":28
  * 
  * 
+ * cdef inline double seconds_of(object timeout) except? -1:             # <<<<<<<<<<<<<<
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+*/
+
+static CYTHON_INLINE double __pyx_f_7ivshmem_6native_11descriptors_seconds_of(PyObject *__pyx_v_timeout) {
+  double __pyx_v_seconds;
+  double __pyx_r;
+  __Pyx_RefNannyDeclarations
+  double __pyx_t_1;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  size_t __pyx_t_5;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("seconds_of", 0);
+
+  /* "native/descriptors.pxd":30
+ * cdef inline double seconds_of(object timeout) except? -1:
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout             # <<<<<<<<<<<<<<
+ *     if seconds != seconds:
+ *         raise ValueError("timeout is not a number")
+*/
+  __pyx_t_1 = __Pyx_PyFloat_AsDouble(__pyx_v_timeout); if (unlikely((__pyx_t_1 == (double)-1) && PyErr_Occurred())) __PYX_ERR(1, 30, __pyx_L1_error)
+  __pyx_v_seconds = __pyx_t_1;
+
+  /* "native/descriptors.pxd":31
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+ *     if seconds != seconds:             # <<<<<<<<<<<<<<
+ *         raise ValueError("timeout is not a number")
+ *     return seconds
+*/
+  __pyx_t_2 = (__pyx_v_seconds != __pyx_v_seconds);
+
+  if (unlikely(__pyx_t_2)) {
+
+
+    /* "native/descriptors.pxd":32
+ *     cdef double seconds = timeout
+ *     if seconds != seconds:
+ *         raise ValueError("timeout is not a number")             # <<<<<<<<<<<<<<
+ *     return seconds
+ * 
+*/
+    __pyx_t_4 = NULL;
+    __pyx_t_5 = 1;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_timeout_is_not_a_number};
+      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 32, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_3);
+    }
+    __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __PYX_ERR(1, 32, __pyx_L1_error)
+
+    /* "native/descriptors.pxd":31
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+ *     if seconds != seconds:             # <<<<<<<<<<<<<<
+ *         raise ValueError("timeout is not a number")
+ *     return seconds
+*/
+  }
+
+  /* "native/descriptors.pxd":33
+ *     if seconds != seconds:
+ *         raise ValueError("timeout is not a number")
+ *     return seconds             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = __pyx_v_seconds;
+  }
+  goto __pyx_L0;
+
+  /* "native/descriptors.pxd":28
+ * 
+ * 
+ * cdef inline double seconds_of(object timeout) except? -1:             # <<<<<<<<<<<<<<
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.seconds_of", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1.0;
+  __pyx_L0:;
+
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "native/descriptors.pxd":36
+ * 
+ * 
+ * cdef inline int check_timeout(object timeout) except -1:             # <<<<<<<<<<<<<<
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+*/
+
+static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_check_timeout(PyObject *__pyx_v_timeout) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  double __pyx_t_3;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "native/descriptors.pxd":38
+ * cdef inline int check_timeout(object timeout) except -1:
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns             # <<<<<<<<<<<<<<
+ *         seconds_of(timeout)
+ *     return 0
+*/
+  __pyx_t_2 = (__pyx_v_timeout != Py_None);
+  if (__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = (((PyObject *)Py_TYPE(__pyx_v_timeout)) != ((PyObject *)(&PyLong_Type)));
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L4_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "native/descriptors.pxd":39
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+ *         seconds_of(timeout)             # <<<<<<<<<<<<<<
+ *     return 0
+ * 
+*/
+    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_seconds_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((double)-1.0) && PyErr_Occurred())) __PYX_ERR(1, 39, __pyx_L1_error)
+
+
+    /* "native/descriptors.pxd":38
+ * cdef inline int check_timeout(object timeout) except -1:
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns             # <<<<<<<<<<<<<<
+ *         seconds_of(timeout)
+ *     return 0
+*/
+  }
+
+  /* "native/descriptors.pxd":40
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+ *         seconds_of(timeout)
+ *     return 0             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "native/descriptors.pxd":36
+ * 
+ * 
+ * cdef inline int check_timeout(object timeout) except -1:             # <<<<<<<<<<<<<<
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.native.descriptors.check_timeout", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "native/descriptors.pxd":43
+ * 
+ * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
@@ -4561,7 +4775,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   struct timespec __pyx_v_t;
   int64_t __pyx_r;
 
-  /* "native/descriptors.pxd":30
+  /* "native/descriptors.pxd":45
  * cdef inline int64_t now() noexcept nogil:
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)             # <<<<<<<<<<<<<<
@@ -4570,7 +4784,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
 */
   (void)(clock_gettime(CLOCK_MONOTONIC, (&__pyx_v_t)));
 
-  /* "native/descriptors.pxd":31
+  /* "native/descriptors.pxd":46
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
  *     return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec             # <<<<<<<<<<<<<<
@@ -4583,7 +4797,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":28
+  /* "native/descriptors.pxd":43
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4597,7 +4811,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":34
+/* "native/descriptors.pxd":49
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4614,7 +4828,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   int64_t __pyx_t_5;
   int __pyx_t_6;
 
-  /* "native/descriptors.pxd":36
+  /* "native/descriptors.pxd":51
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:
  *     """When they will be over; less than 0: never."""
  *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX             # <<<<<<<<<<<<<<
@@ -4651,7 +4865,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":34
+  /* "native/descriptors.pxd":49
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4664,7 +4878,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":39
+/* "native/descriptors.pxd":54
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4680,7 +4894,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   int64_t __pyx_t_3;
   int64_t __pyx_t_4;
 
-  /* "native/descriptors.pxd":42
+  /* "native/descriptors.pxd":57
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -4692,7 +4906,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   if (__pyx_t_1) {
 
 
-    /* "native/descriptors.pxd":43
+    /* "native/descriptors.pxd":58
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:
  *         return NULL             # <<<<<<<<<<<<<<
@@ -4705,7 +4919,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
     }
     goto __pyx_L0;
 
-    /* "native/descriptors.pxd":42
+    /* "native/descriptors.pxd":57
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -4714,7 +4928,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   }
 
-  /* "native/descriptors.pxd":44
+  /* "native/descriptors.pxd":59
  *     if deadline == INT64_MAX:
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)             # <<<<<<<<<<<<<<
@@ -4738,7 +4952,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   __pyx_v_nanoseconds = __pyx_t_4;
 
 
-  /* "native/descriptors.pxd":45
+  /* "native/descriptors.pxd":60
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000             # <<<<<<<<<<<<<<
@@ -4747,7 +4961,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   __pyx_v_left->tv_sec = __Pyx_div_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "native/descriptors.pxd":46
+  /* "native/descriptors.pxd":61
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000             # <<<<<<<<<<<<<<
@@ -4756,7 +4970,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   __pyx_v_left->tv_nsec = __Pyx_mod_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "native/descriptors.pxd":47
+  /* "native/descriptors.pxd":62
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000
  *     return left             # <<<<<<<<<<<<<<
@@ -4769,7 +4983,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":39
+  /* "native/descriptors.pxd":54
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4783,7 +4997,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":50
+/* "native/descriptors.pxd":65
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4798,7 +5012,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
   uint64_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "native/descriptors.pxd":52
+  /* "native/descriptors.pxd":67
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:
  *     """What was read from an eventfd; more than 2**63 - 1 rings are somebody's ill will."""
  *     return <int64_t>min(count, <uint64_t>INT64_MAX)             # <<<<<<<<<<<<<<
@@ -4826,7 +5040,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
 
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":50
+  /* "native/descriptors.pxd":65
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4839,7 +5053,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":55
+/* "native/descriptors.pxd":70
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4854,7 +5068,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
   int64_t __pyx_r;
   int __pyx_t_1;
 
-  /* "native/descriptors.pxd":61
+  /* "native/descriptors.pxd":76
  *     it since Linux 5.8, which is why that is the oldest kernel supported.
  *     """
  *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
@@ -4863,7 +5077,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_count = 0;
 
-  /* "native/descriptors.pxd":64
+  /* "native/descriptors.pxd":79
  *     cdef iovec iov
  *     cdef ssize_t n
  *     iov.iov_base = &count             # <<<<<<<<<<<<<<
@@ -4872,7 +5086,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_iov.iov_base = (&__pyx_v_count);
 
-  /* "native/descriptors.pxd":65
+  /* "native/descriptors.pxd":80
  *     cdef ssize_t n
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)             # <<<<<<<<<<<<<<
@@ -4881,7 +5095,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_count));
 
-  /* "native/descriptors.pxd":66
+  /* "native/descriptors.pxd":81
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)
  *     while True:             # <<<<<<<<<<<<<<
@@ -4890,7 +5104,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   while (1) {
 
-    /* "native/descriptors.pxd":67
+    /* "native/descriptors.pxd":82
  *     iov.iov_len = sizeof(count)
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)             # <<<<<<<<<<<<<<
@@ -4899,7 +5113,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     __pyx_v_n = preadv2(__pyx_v_fd, (&__pyx_v_iov), 1, -1L, RWF_NOWAIT);
 
-    /* "native/descriptors.pxd":68
+    /* "native/descriptors.pxd":83
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -4911,7 +5125,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "native/descriptors.pxd":69
+      /* "native/descriptors.pxd":84
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):
  *             return count_of(count)             # <<<<<<<<<<<<<<
@@ -4924,7 +5138,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "native/descriptors.pxd":68
+      /* "native/descriptors.pxd":83
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -4933,7 +5147,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "native/descriptors.pxd":70
+    /* "native/descriptors.pxd":85
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -4945,7 +5159,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "native/descriptors.pxd":71
+      /* "native/descriptors.pxd":86
  *             return count_of(count)
  *         if n >= 0:
  *             return -EINVAL  # no eventfd             # <<<<<<<<<<<<<<
@@ -4958,7 +5172,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "native/descriptors.pxd":70
+      /* "native/descriptors.pxd":85
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -4967,7 +5181,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "native/descriptors.pxd":72
+    /* "native/descriptors.pxd":87
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4979,7 +5193,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "native/descriptors.pxd":73
+      /* "native/descriptors.pxd":88
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:
  *             return 0             # <<<<<<<<<<<<<<
@@ -4992,7 +5206,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "native/descriptors.pxd":72
+      /* "native/descriptors.pxd":87
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5001,7 +5215,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "native/descriptors.pxd":74
+    /* "native/descriptors.pxd":89
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -5013,7 +5227,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "native/descriptors.pxd":75
+      /* "native/descriptors.pxd":90
  *             return 0
  *         if errno != EINTR:
  *             return -errno             # <<<<<<<<<<<<<<
@@ -5026,7 +5240,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "native/descriptors.pxd":74
+      /* "native/descriptors.pxd":89
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -5036,7 +5250,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     }
   }
 
-  /* "native/descriptors.pxd":55
+  /* "native/descriptors.pxd":70
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5053,7 +5267,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":78
+/* "native/descriptors.pxd":93
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5067,7 +5281,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "native/descriptors.pxd":80
+  /* "native/descriptors.pxd":95
  * cdef inline int add_one(int fd) noexcept nogil:
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1             # <<<<<<<<<<<<<<
@@ -5076,7 +5290,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 */
   __pyx_v_one = 1;
 
-  /* "native/descriptors.pxd":81
+  /* "native/descriptors.pxd":96
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5102,7 +5316,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   if (__pyx_t_1) {
 
 
-    /* "native/descriptors.pxd":82
+    /* "native/descriptors.pxd":97
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0             # <<<<<<<<<<<<<<
@@ -5115,7 +5329,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
     }
     goto __pyx_L0;
 
-    /* "native/descriptors.pxd":81
+    /* "native/descriptors.pxd":96
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5124,7 +5338,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 */
   }
 
-  /* "native/descriptors.pxd":83
+  /* "native/descriptors.pxd":98
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0
  *     return errno             # <<<<<<<<<<<<<<
@@ -5137,7 +5351,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":78
+  /* "native/descriptors.pxd":93
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5151,7 +5365,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":107
+/* "native/descriptors.pxd":122
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5162,7 +5376,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array) {
   Py_ssize_t __pyx_r;
 
-  /* "native/descriptors.pxd":109
+  /* "native/descriptors.pxd":124
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:
  *     """How many descriptors there are, also while another thread adds one."""
  *     return ivshmem_length(&array.count)             # <<<<<<<<<<<<<<
@@ -5175,7 +5389,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":107
+  /* "native/descriptors.pxd":122
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5188,7 +5402,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":112
+/* "native/descriptors.pxd":127
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5199,7 +5413,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
 static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array, Py_ssize_t __pyx_v_index) {
   int *__pyx_r;
 
-  /* "native/descriptors.pxd":114
+  /* "native/descriptors.pxd":129
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:
  *     """Where a descriptor stands, of as many as `length_of` told; it stays there."""
  *     return &ivshmem_elements(&array.fds)[index]             # <<<<<<<<<<<<<<
@@ -5212,7 +5426,7 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":112
+  /* "native/descriptors.pxd":127
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8969,7 +9183,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_modinit_Type_import_code", 0);
   /*--- Type import code ---*/
-  __pyx_t_1 = PyImport_ImportModule(__Pyx_BUILTIN_MODULE_NAME); if (unlikely(!__pyx_t_1)) __PYX_ERR(1, 9, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule(__Pyx_BUILTIN_MODULE_NAME); if (unlikely(!__pyx_t_1)) __PYX_ERR(2, 9, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7cpython_4type_type = __Pyx_ImportType_3_3_1(__pyx_t_1, __Pyx_BUILTIN_MODULE_NAME, "type",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -8979,9 +9193,9 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(PyHeapTypeObject), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(PyHeapTypeObject),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(1, 9, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(2, 9, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.descriptors"); if (unlikely(!__pyx_t_1)) __PYX_ERR(2, 86, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.descriptors"); if (unlikely(!__pyx_t_1)) __PYX_ERR(1, 101, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Fd",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -8991,7 +9205,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) __PYX_ERR(2, 86, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) __PYX_ERR(1, 101, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "FdArray",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
@@ -9000,8 +9214,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) __PYX_ERR(2, 93, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray) != 1)) __PYX_ERR(2, 93, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) __PYX_ERR(1, 108, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray) != 1)) __PYX_ERR(1, 108, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Signaller",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
@@ -9010,8 +9224,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) __PYX_ERR(2, 117, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) != 1)) __PYX_ERR(2, 117, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) __PYX_ERR(1, 132, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) != 1)) __PYX_ERR(1, 132, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Relay",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
@@ -9020,8 +9234,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) __PYX_ERR(2, 127, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) != 1)) __PYX_ERR(2, 127, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) __PYX_ERR(1, 142, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) != 1)) __PYX_ERR(1, 142, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Epoll",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
@@ -9030,8 +9244,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) __PYX_ERR(2, 134, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) != 1)) __PYX_ERR(2, 134, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) __PYX_ERR(1, 149, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) != 1)) __PYX_ERR(1, 149, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_1 = PyImport_ImportModule("ivshmem.native.spin"); if (unlikely(!__pyx_t_1)) __PYX_ERR(3, 30, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
@@ -9148,7 +9362,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) __PYX_ERR(7, 29, __pyx_L1_error)
   if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Membership) != 1)) __PYX_ERR(7, 29, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.ends"); if (unlikely(!__pyx_t_1)) __PYX_ERR(8, 11, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.ends"); if (unlikely(!__pyx_t_1)) __PYX_ERR(8, 18, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.ends", "Wakeup",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -9158,8 +9372,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup) __PYX_ERR(8, 11, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup) != 1)) __PYX_ERR(8, 11, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup) __PYX_ERR(8, 18, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup) != 1)) __PYX_ERR(8, 18, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.ends", "ChannelEnd",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd),
@@ -9168,8 +9382,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd) __PYX_ERR(8, 24, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd) != 1)) __PYX_ERR(8, 24, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd) __PYX_ERR(8, 31, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd) != 1)) __PYX_ERR(8, 31, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.stream_poll"); if (unlikely(!__pyx_t_1)) __PYX_ERR(9, 16, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
@@ -9873,32 +10087,32 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{28},{1},{179},{2},{8},{7},{6},{2},{9},{25},{8},{8},{7},{8},{10},{8},{7},{4},{15},{11},{10},{10},{9},{11},{12},{12},{12},{13},{20},{12},{8},{8},{10},{8},{14},{12},{10},{12},{8},{13},{3},{18},{6},{18},{5},{10},{6},{5},{21},{5},{5},{4},{3},{6},{4},{10},{5},{14},{6},{6},{6},{4},{4},{6}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{28},{1},{179},{2},{8},{7},{6},{2},{9},{25},{23},{8},{8},{7},{8},{10},{8},{7},{4},{15},{11},{10},{10},{9},{11},{12},{12},{12},{13},{20},{12},{8},{8},{10},{8},{14},{12},{10},{12},{8},{13},{3},{18},{6},{18},{5},{10},{6},{5},{21},{5},{5},{4},{3},{6},{4},{10},{5},{14},{6},{6},{6},{4},{4},{6}};
     const struct { const unsigned int length: 7; } bytes_length_index[] = {{21},{36},{91},{9},{18}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 0
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (612 bytes) */
-static const char cstring[] = "x\332mR=o\3330\020E\213~\030H\0204@\227nl\213\"S\025\024\010\320n\205\032\253q\320\304v$\031\035\t\232:\307l(R&On\264e\364\250Q\243\307\216\035\373S2\366\247\224\244\235\240\005:H\357\335\361\335\007\357H8SJ#\231\002\341\272\022P\020mH%\370\225\204\342\343P#\020\2343$\307\r\316\265\"\302\222\002\244\230\202a\010\262!\026\215\340\010\306\213\024\031\047\343\267G\037\216\010S\0051\360\r8Zb\353)\227\314Z\260D\317\310\264\026\022\205\"\330T`#r:#\215\256\211\002W\0265\251\234\356\357\000\234\203\"\026\320\023r\020\372d(\264\242.\\\250\313\003R\010\343\212\210%\370\350\317LZ\210\030aEA\235\022\na\331T\002(\377\277\344\302nX!\226v^By\310]\313\n\344aU\227\225\215\252\346:\031\217\316\316\2224\r8\230\214\003\236\016\003\214&y\300\264\357\016\006qF\317Gi2\230\014O\350d<v\t\374\027Qj\240\2509P\032L\366\235]\201\n\224Km!\260\320Y`X\033\225&Y\222\323\257\361i\236e\243Iz\234\320d\330O\372Y\236&\361\371?<(\3638=q\372Og\243\343/\231\253\322\\\273\257\3576@\207p\215)\314(\335N\311\365@\351\254V\334c\311\204\n\250\213Z\206\023\305\312\200\356\326t\211~,\336Z\324L\336\235\334\335\204R\267\200{=\202E\007\302R\256\215\256\335*\301\215\233\331Fq\241\243{\237\335\\\235K\307\251\253\215\206q\2302~\025\346\260\335\232V\026\226\240\320\n\204\322n\267\022m\267\022\205\255\204a\271G\311\241\322RV\272\262 \375\253\0029s]\0250c\265D;g\006\354\\\033\364}AYacum\270k\325\000+\221\231K@\324\262\360\003_2Y\203\275\211o{{+\321.\272G]\334\345\353\375\365\233\365\342&\376\335\333Y\035\255\232\356i\267\270\335}\326\366\272\047\035\363d\247{\267\261\037l4\357\333\327m\326=\354^z\357n\347\222y\337\2536\376\237\275\347r\364vWI\273\177\347>_?_\347?^\374<\370\265\357\005\217\333\213v\3361\237:\3106d\320\306\355\3056\360\017\243\225]\357";
-    PyObject *data = __Pyx_DecompressString(cstring, 612, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (625 bytes) */
+static const char cstring[] = "x\332mR\317o\3230\024\026\210\037\2256ML\342\302\315\200\320NdB\232\0047\024\326\260Nlm\227\244\342h\271\316\353j\346\330\251\375R\226\333\216=\346\230c\217\0349\362\247\354\310\237\202\355v\023H\034\222\367=\373{\277\276g\302\231R\032\311\024\010\327\225\200\202hC*\301\257$\024\037\207\032\201\340\234!9np\256\025\021\226\024 \305\024\014C\220\r\261h\004G0\236\244\3108\031\277=\372pD\230*\210\201o\300\321\022[O\271d\326\202%zF\246\265\220(\024\301\246\002\033\221\323\031itM\024\270\262\250I\345x\177\007\340\034\024\261\200\036\220\203\320\047C\241\025u\341B]\036\220B\030WD,\301G\177f\322B\304\010+\n\352\230P\010\313\246\022@\371\377%\027v\203\n\261\264\363\022\312C\356ZV \017\253\272\254lT5\327(J\3205\372!\275\"\214\250\272t\223&\343\321\331Y\222\246\301\016&\343`O\207\301\214&y\260i\337]\014\342\214\236\217\322d0\031\236\320\311x\354\362\372/\242\324@Qs\2404\270\354;\273\002\025 \227\332B@\241\341\200\2606*M\262$\247_\343\323<\313F\223\3648\241\311\260\237\364\263<M\342\363\177p`\346qz\342\370\237\316F\307_2W\245\271v_\337-\206\016\341\032S\230Q\272\025\317\365@\351\254V\334\333\222\t\025\254.j\031n\024+\203ub\320%z\265\274\267\250\231\274\273\271\233\204R\267\227{>\202Eg\204\245\\\033\047\241P\340\266\300l\243\270\320\321\375\231\335\214\316\245\303\324\325F\3038L\031\277\n:l\227\251\225\205%(\264\002\241\264\333eE\333eEaYA,\367V9TZ\312JW\026\244\177l g\256\253\002f\254\226h\347\314\200\235k\203\276/(+l\254\256\rw\255\032`%2s\t\210Z\026^\360%\2235\330\233\370\266\267\267\022\355\242{\324\305]\276\336_\277Y/n\342\337\275\235\325\321\252\351\236v\213\333\335gm\257{\3221\017v\272w\033\377\301\206\363\276}\335f\335\303\356\245?\335\355\\2\177\366\252\215\377\347\357\271\034\275\335U\322\356\337\035\237\257\237\257\363\037/~\036\374\332\367\204\307\355E;\357\230O\035h\0330h\343\366b\033\370\007Q\313f\215";
+    PyObject *data = __Pyx_DecompressString(cstring, 625, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (932 bytes) */
-static const char bytes[] = " cannot be copied or pickled?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a add_notedisableenablegcisenabledivshmem/channel/pumps.pyxEPOLLERREPOLLHUPEPOLLINEPOLLOUTEPOLLRDHUPHAS_MOREHUNG_UPPumpPump.__reduce__Pump.awakenPump.closePump.notedPump.turnRESET_WAITSSOURCE_ENDEDSTREAM_ENDEDSTREAM_RESETTARGET_BLOCKS__Pyx_PyDict_NextRef__annotate____func____main____module____name____pyx_vtable____qualname____reduce____set_name____test___is_coroutineaddasyncio.coroutinesawakencline_in_tracebackclosedirectionseventsitemsivshmem.channel.pumpsnotedpiecepollpopselectselfsetdefaultshareshort_is_emptysourcestreamtargettoldturnvalues\200A\330\010\016\210i\220q\230\004\230A\230T\240\021\240%\240q\200A\340\010\013\2104\210y\230\007\230q\330\014\020\220\010\230\006\230a\330\014\020\220\013\2301\330\014\020\220\010\230\001\200A\340\010\013\2107\220#\220S\230\002\230!\330\014\020\220\014\230A\330\010\013\2107\220\"\220A\330\014\020\220\014\230A\330\010\013\2107\220\"\220A\330\014\020\220\016\230a\330\010\014\210E\220\021\330\010\013\2107\220\"\220M\240\024\240T\250\031\260\047\270\021\330\014\020\220\005\220Q\220h\230a\200A\340\010\014\210E\220\021\200A\340\010\014\210H\220A\220Q\330\010\014\210E\220\021";
+    #else /* compression: none (955 bytes) */
+static const char bytes[] = " cannot be copied or pickled?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a add_notedisableenablegcisenabledivshmem/channel/pumps.pyxtimeout is not a numberEPOLLERREPOLLHUPEPOLLINEPOLLOUTEPOLLRDHUPHAS_MOREHUNG_UPPumpPump.__reduce__Pump.awakenPump.closePump.notedPump.turnRESET_WAITSSOURCE_ENDEDSTREAM_ENDEDSTREAM_RESETTARGET_BLOCKS__Pyx_PyDict_NextRef__annotate____func____main____module____name____pyx_vtable____qualname____reduce____set_name____test___is_coroutineaddasyncio.coroutinesawakencline_in_tracebackclosedirectionseventsitemsivshmem.channel.pumpsnotedpiecepollpopselectselfsetdefaultshareshort_is_emptysourcestreamtargettoldturnvalues\200A\330\010\016\210i\220q\230\004\230A\230T\240\021\240%\240q\200A\340\010\013\2104\210y\230\007\230q\330\014\020\220\010\230\006\230a\330\014\020\220\013\2301\330\014\020\220\010\230\001\200A\340\010\013\2107\220#\220S\230\002\230!\330\014\020\220\014\230A\330\010\013\2107\220\"\220A\330\014\020\220\014\230A\330\010\013\2107\220\"\220A\330\014\020\220\016\230a\330\010\014\210E\220\021\330\010\013\2107\220\"\220M\240\024\240T\250\031\260\047\270\021\330\014\020\220\005\220Q\220h\230a\200A\340\010\014\210E\220\021\200A\340\010\014\210H\220A\220Q\330\010\014\210E\220\021";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 64; i++) {
+    for (int i = 0; i < 65; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 10) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 11) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)
@@ -9906,8 +10120,8 @@ static const char bytes[] = " cannot be copied or pickled?Note that Cython is de
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 64; i < 69; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-64].length;
+    for (int i = 65; i < 70; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-65].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -9917,14 +10131,14 @@ static const char bytes[] = " cannot be copied or pickled?Note that Cython is de
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 69; i++) {
+    for (Py_ssize_t i = 0; i < 70; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 64;
+      PyObject **table = stringtab + 65;
       for (Py_ssize_t i=0; i<5; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
@@ -10099,6 +10313,333 @@ end:
 }
 #endif
 
+/* FastTypeChecks (used by PyValueError_Check) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static int __Pyx_InBases(PyTypeObject *a, PyTypeObject *b) {
+    while (a) {
+        a = __Pyx_PyType_GetSlot(a, tp_base, PyTypeObject*);
+        if (a == b)
+            return 1;
+    }
+    return b == &PyBaseObject_Type;
+}
+static CYTHON_INLINE int __Pyx_IsSubtype(PyTypeObject *a, PyTypeObject *b) {
+    PyObject *mro;
+    if (a == b) return 1;
+    mro = a->tp_mro;
+    if (likely(mro)) {
+        Py_ssize_t i, n;
+        n = PyTuple_GET_SIZE(mro);
+        for (i = 0; i < n; i++) {
+            if (PyTuple_GET_ITEM(mro, i) == (PyObject *)b)
+                return 1;
+        }
+        return 0;
+    }
+    return __Pyx_InBases(a, b);
+}
+static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a, PyTypeObject *b) {
+    PyObject *mro;
+    if (cls == a || cls == b) return 1;
+    mro = cls->tp_mro;
+    if (likely(mro)) {
+        Py_ssize_t i, n;
+        n = PyTuple_GET_SIZE(mro);
+        for (i = 0; i < n; i++) {
+            PyObject *base = PyTuple_GET_ITEM(mro, i);
+            if (base == (PyObject *)a || base == (PyObject *)b)
+                return 1;
+        }
+        return 0;
+    }
+    return __Pyx_InBases(cls, a) || __Pyx_InBases(cls, b);
+}
+#endif
+
+/* PyObjectCall (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw) {
+    PyObject *result;
+    ternaryfunc call = Py_TYPE(func)->tp_call;
+    if (unlikely(!call))
+        return PyObject_Call(func, arg, kw);
+    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
+        return NULL;
+    result = (*call)(func, arg, kw);
+    Py_LeaveRecursiveCall();
+    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
+        PyErr_SetString(
+            PyExc_SystemError,
+            "NULL result without error in PyObject_Call");
+    }
+    return result;
+}
+#endif
+
+/* PyObjectCallMethO (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg) {
+    PyObject *self, *result;
+    PyCFunction cfunc;
+    cfunc = __Pyx_CyOrPyCFunction_GET_FUNCTION(func);
+    self = __Pyx_CyOrPyCFunction_GET_SELF(func);
+    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
+        return NULL;
+    result = cfunc(self, arg);
+    Py_LeaveRecursiveCall();
+    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
+        PyErr_SetString(
+            PyExc_SystemError,
+            "NULL result without error in PyObject_Call");
+    }
+    return result;
+}
+#endif
+
+/* PyObjectFastCall */
+#if CYTHON_COMPILING_IN_LIMITED_API
+static PyObject* __Pyx_PyObject_FastCall_fallback(PyObject *func, PyObject * const*args, size_t nargs, PyObject *kwargs) {
+    PyObject *argstuple;
+    PyObject *result = 0;
+    size_t i;
+    argstuple = PyTuple_New((Py_ssize_t)nargs);
+    if (unlikely(!argstuple)) return NULL;
+    for (i = 0; i < nargs; i++) {
+        Py_INCREF(args[i]);
+        if (__Pyx_PyTuple_SET_ITEM(argstuple, (Py_ssize_t)i, args[i]) != (0)) goto bad;
+    }
+    result = __Pyx_PyObject_Call(func, argstuple, kwargs);
+  bad:
+    Py_DECREF(argstuple);
+    return result;
+}
+#endif
+#if CYTHON_VECTORCALL && !(CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY)
+  #if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE vectorcallfunc __Pyx_PyVectorcall_Function(PyObject *callable) {
+    PyTypeObject *tp = Py_TYPE(callable);
+    #if defined(__Pyx_CyFunction_USED)
+    if (__Pyx_CyFunction_CheckExact(callable)) {
+        return __Pyx_CyFunction_func_vectorcall(callable);
+    }
+    #endif
+    if (!PyType_HasFeature(tp, Py_TPFLAGS_HAVE_VECTORCALL)) {
+        return NULL;
+    }
+    assert(PyCallable_Check(callable));
+    Py_ssize_t offset = tp->tp_vectorcall_offset;
+    assert(offset > 0);
+    vectorcallfunc ptr;
+    memcpy(&ptr, (char *) callable + offset, sizeof(ptr));
+    return ptr;
+}
+  #else
+    #define __Pyx_PyVectorcall_Function(callable) PyVectorcall_Function(callable)
+  #endif
+#endif
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwargs) {
+    Py_ssize_t nargs = __Pyx_PyVectorcall_NARGS(nargsf);
+#if CYTHON_COMPILING_IN_CPYTHON
+    if (nargs == 0 && kwargs == NULL) {
+        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_NOARGS))
+            return __Pyx_PyObject_CallMethO(func, NULL);
+    }
+    else if (nargs == 1 && kwargs == NULL) {
+        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_O))
+            return __Pyx_PyObject_CallMethO(func, args[0]);
+    }
+#endif
+    if (kwargs == NULL) {
+        #if CYTHON_VECTORCALL
+          #if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY
+            return PyObject_Vectorcall(func, args, nargsf, NULL);
+          #else
+            vectorcallfunc f = __Pyx_PyVectorcall_Function(func);
+            if (f) {
+                return f(func, args, nargsf, NULL);
+            }
+          #endif
+        #endif
+    }
+    if (nargs == 0) {
+        return __Pyx_PyObject_Call(func, __pyx_mstate_global->__pyx_empty_tuple, kwargs);
+    }
+    #if CYTHON_COMPILING_IN_LIMITED_API
+    return __Pyx_PyObject_FastCall_fallback(func, args, (size_t)nargs, kwargs);
+    #elif CYTHON_COMPILING_IN_PYPY
+    return PyObject_VectorcallDict(func, args, (size_t) nargs, kwargs);
+    #else
+    return PyObject_VectorcallDict(func, args, nargsf, kwargs);
+    #endif
+}
+
+/* PyErrFetchRestore (used by RaiseException) */
+#if CYTHON_FAST_THREAD_STATE
+static CYTHON_INLINE void __Pyx_ErrRestoreInState(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb) {
+#if PY_VERSION_HEX >= 0x030C00A6
+    PyObject *tmp_value;
+    assert(type == NULL || (value != NULL && type == (PyObject*) Py_TYPE(value)));
+    if (value) {
+        #if CYTHON_COMPILING_IN_CPYTHON
+        if (unlikely(((PyBaseExceptionObject*) value)->traceback != tb))
+        #endif
+            PyException_SetTraceback(value, tb);
+    }
+    tmp_value = tstate->current_exception;
+    tstate->current_exception = value;
+    Py_XDECREF(tmp_value);
+    Py_XDECREF(type);
+    Py_XDECREF(tb);
+#else
+    PyObject *tmp_type, *tmp_value, *tmp_tb;
+    tmp_type = tstate->curexc_type;
+    tmp_value = tstate->curexc_value;
+    tmp_tb = tstate->curexc_traceback;
+    tstate->curexc_type = type;
+    tstate->curexc_value = value;
+    tstate->curexc_traceback = tb;
+    Py_XDECREF(tmp_type);
+    Py_XDECREF(tmp_value);
+    Py_XDECREF(tmp_tb);
+#endif
+}
+static CYTHON_INLINE void __Pyx_ErrFetchInState(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb) {
+#if PY_VERSION_HEX >= 0x030C00A6
+    PyObject* exc_value;
+    exc_value = tstate->current_exception;
+    tstate->current_exception = 0;
+    *value = exc_value;
+    *type = NULL;
+    *tb = NULL;
+    if (exc_value) {
+        *type = (PyObject*) Py_TYPE(exc_value);
+        Py_INCREF(*type);
+        #if CYTHON_COMPILING_IN_CPYTHON
+        *tb = ((PyBaseExceptionObject*) exc_value)->traceback;
+        Py_XINCREF(*tb);
+        #else
+        *tb = PyException_GetTraceback(exc_value);
+        #endif
+    }
+#else
+    *type = tstate->curexc_type;
+    *value = tstate->curexc_value;
+    *tb = tstate->curexc_traceback;
+    tstate->curexc_type = 0;
+    tstate->curexc_value = 0;
+    tstate->curexc_traceback = 0;
+#endif
+}
+#endif
+
+/* RaiseException */
+static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause) {
+    PyObject* owned_instance = NULL;
+    if (tb == Py_None) {
+        tb = 0;
+    } else if (tb && !PyTraceBack_Check(tb)) {
+        PyErr_SetString(PyExc_TypeError,
+            "raise: arg 3 must be a traceback or None");
+        goto bad;
+    }
+    if (value == Py_None)
+        value = 0;
+    if (PyExceptionInstance_Check(type)) {
+        if (value) {
+            PyErr_SetString(PyExc_TypeError,
+                "instance exception may not have a separate value");
+            goto bad;
+        }
+        value = type;
+        type = (PyObject*) Py_TYPE(value);
+    } else if (PyExceptionClass_Check(type)) {
+        PyObject *instance_class = NULL;
+        if (value && PyExceptionInstance_Check(value)) {
+            instance_class = (PyObject*) Py_TYPE(value);
+            if (instance_class != type) {
+                int is_subclass = PyObject_IsSubclass(instance_class, type);
+                if (!is_subclass) {
+                    instance_class = NULL;
+                } else if (unlikely(is_subclass == -1)) {
+                    goto bad;
+                } else {
+                    type = instance_class;
+                }
+            }
+        }
+        if (!instance_class) {
+            PyObject *args;
+            if (!value)
+                args = PyTuple_New(0);
+            else if (PyTuple_Check(value)) {
+                Py_INCREF(value);
+                args = value;
+            } else
+                args = PyTuple_Pack(1, value);
+            if (!args)
+                goto bad;
+            owned_instance = PyObject_Call(type, args, NULL);
+            Py_DECREF(args);
+            if (!owned_instance)
+                goto bad;
+            value = owned_instance;
+            if (!PyExceptionInstance_Check(value)) {
+                PyErr_Format(PyExc_TypeError,
+                             "calling %R should have returned an instance of "
+                             "BaseException, not %R",
+                             type, Py_TYPE(value));
+                goto bad;
+            }
+        }
+    } else {
+        PyErr_SetString(PyExc_TypeError,
+            "raise: exception class must be a subclass of BaseException");
+        goto bad;
+    }
+    if (cause) {
+        PyObject *fixed_cause;
+        if (cause == Py_None) {
+            fixed_cause = NULL;
+        } else if (PyExceptionClass_Check(cause)) {
+            fixed_cause = PyObject_CallObject(cause, NULL);
+            if (fixed_cause == NULL)
+                goto bad;
+        } else if (PyExceptionInstance_Check(cause)) {
+            fixed_cause = cause;
+            Py_INCREF(fixed_cause);
+        } else {
+            PyErr_SetString(PyExc_TypeError,
+                            "exception causes must derive from "
+                            "BaseException");
+            goto bad;
+        }
+        PyException_SetCause(value, fixed_cause);
+    }
+    PyErr_SetObject(type, value);
+    if (tb) {
+#if PY_VERSION_HEX >= 0x030C00A6
+        PyException_SetTraceback(value, tb);
+#elif CYTHON_FAST_THREAD_STATE
+        PyThreadState *tstate = __Pyx_PyThreadState_Current;
+        PyObject* tmp_tb = tstate->curexc_traceback;
+        if (tb != tmp_tb) {
+            Py_INCREF(tb);
+            tstate->curexc_traceback = tb;
+            Py_XDECREF(tmp_tb);
+        }
+#else
+        PyObject *tmp_type, *tmp_value, *tmp_tb;
+        PyErr_Fetch(&tmp_type, &tmp_value, &tmp_tb);
+        Py_INCREF(tb);
+        PyErr_Restore(tmp_type, tmp_value, tb);
+        Py_XDECREF(tmp_tb);
+#endif
+    }
+bad:
+    Py_XDECREF(owned_instance);
+    return;
+}
+
 /* DivInt[int64_t] */
 static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t a, int64_t b, int b_is_constant) {
     int64_t q = a / b;
@@ -10267,123 +10808,6 @@ bad:
 #endif
 #endif
 
-/* PyObjectCall (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw) {
-    PyObject *result;
-    ternaryfunc call = Py_TYPE(func)->tp_call;
-    if (unlikely(!call))
-        return PyObject_Call(func, arg, kw);
-    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
-        return NULL;
-    result = (*call)(func, arg, kw);
-    Py_LeaveRecursiveCall();
-    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
-        PyErr_SetString(
-            PyExc_SystemError,
-            "NULL result without error in PyObject_Call");
-    }
-    return result;
-}
-#endif
-
-/* PyObjectCallMethO (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg) {
-    PyObject *self, *result;
-    PyCFunction cfunc;
-    cfunc = __Pyx_CyOrPyCFunction_GET_FUNCTION(func);
-    self = __Pyx_CyOrPyCFunction_GET_SELF(func);
-    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
-        return NULL;
-    result = cfunc(self, arg);
-    Py_LeaveRecursiveCall();
-    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
-        PyErr_SetString(
-            PyExc_SystemError,
-            "NULL result without error in PyObject_Call");
-    }
-    return result;
-}
-#endif
-
-/* PyObjectFastCall (used by PyObjectCallOneArg) */
-#if CYTHON_COMPILING_IN_LIMITED_API
-static PyObject* __Pyx_PyObject_FastCall_fallback(PyObject *func, PyObject * const*args, size_t nargs, PyObject *kwargs) {
-    PyObject *argstuple;
-    PyObject *result = 0;
-    size_t i;
-    argstuple = PyTuple_New((Py_ssize_t)nargs);
-    if (unlikely(!argstuple)) return NULL;
-    for (i = 0; i < nargs; i++) {
-        Py_INCREF(args[i]);
-        if (__Pyx_PyTuple_SET_ITEM(argstuple, (Py_ssize_t)i, args[i]) != (0)) goto bad;
-    }
-    result = __Pyx_PyObject_Call(func, argstuple, kwargs);
-  bad:
-    Py_DECREF(argstuple);
-    return result;
-}
-#endif
-#if CYTHON_VECTORCALL && !(CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY)
-  #if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE vectorcallfunc __Pyx_PyVectorcall_Function(PyObject *callable) {
-    PyTypeObject *tp = Py_TYPE(callable);
-    #if defined(__Pyx_CyFunction_USED)
-    if (__Pyx_CyFunction_CheckExact(callable)) {
-        return __Pyx_CyFunction_func_vectorcall(callable);
-    }
-    #endif
-    if (!PyType_HasFeature(tp, Py_TPFLAGS_HAVE_VECTORCALL)) {
-        return NULL;
-    }
-    assert(PyCallable_Check(callable));
-    Py_ssize_t offset = tp->tp_vectorcall_offset;
-    assert(offset > 0);
-    vectorcallfunc ptr;
-    memcpy(&ptr, (char *) callable + offset, sizeof(ptr));
-    return ptr;
-}
-  #else
-    #define __Pyx_PyVectorcall_Function(callable) PyVectorcall_Function(callable)
-  #endif
-#endif
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwargs) {
-    Py_ssize_t nargs = __Pyx_PyVectorcall_NARGS(nargsf);
-#if CYTHON_COMPILING_IN_CPYTHON
-    if (nargs == 0 && kwargs == NULL) {
-        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_NOARGS))
-            return __Pyx_PyObject_CallMethO(func, NULL);
-    }
-    else if (nargs == 1 && kwargs == NULL) {
-        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_O))
-            return __Pyx_PyObject_CallMethO(func, args[0]);
-    }
-#endif
-    if (kwargs == NULL) {
-        #if CYTHON_VECTORCALL
-          #if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY
-            return PyObject_Vectorcall(func, args, nargsf, NULL);
-          #else
-            vectorcallfunc f = __Pyx_PyVectorcall_Function(func);
-            if (f) {
-                return f(func, args, nargsf, NULL);
-            }
-          #endif
-        #endif
-    }
-    if (nargs == 0) {
-        return __Pyx_PyObject_Call(func, __pyx_mstate_global->__pyx_empty_tuple, kwargs);
-    }
-    #if CYTHON_COMPILING_IN_LIMITED_API
-    return __Pyx_PyObject_FastCall_fallback(func, args, (size_t)nargs, kwargs);
-    #elif CYTHON_COMPILING_IN_PYPY
-    return PyObject_VectorcallDict(func, args, (size_t) nargs, kwargs);
-    #else
-    return PyObject_VectorcallDict(func, args, nargsf, kwargs);
-    #endif
-}
-
 /* PyObjectCallOneArg (used by CallUnboundCMethod0) */
 static CYTHON_INLINE PyObject* __Pyx_PyObject_CallOneArg(PyObject *func, PyObject *arg) {
     PyObject *args[2] = {NULL, arg};
@@ -10398,49 +10822,6 @@ static CYTHON_INLINE int __Pyx_IgnoreGivenException(PyObject *given_exception, P
     }
     return 0;
 }
-
-/* FastTypeChecks (used by UnpackUnboundCMethod_impl) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static int __Pyx_InBases(PyTypeObject *a, PyTypeObject *b) {
-    while (a) {
-        a = __Pyx_PyType_GetSlot(a, tp_base, PyTypeObject*);
-        if (a == b)
-            return 1;
-    }
-    return b == &PyBaseObject_Type;
-}
-static CYTHON_INLINE int __Pyx_IsSubtype(PyTypeObject *a, PyTypeObject *b) {
-    PyObject *mro;
-    if (a == b) return 1;
-    mro = a->tp_mro;
-    if (likely(mro)) {
-        Py_ssize_t i, n;
-        n = PyTuple_GET_SIZE(mro);
-        for (i = 0; i < n; i++) {
-            if (PyTuple_GET_ITEM(mro, i) == (PyObject *)b)
-                return 1;
-        }
-        return 0;
-    }
-    return __Pyx_InBases(a, b);
-}
-static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a, PyTypeObject *b) {
-    PyObject *mro;
-    if (cls == a || cls == b) return 1;
-    mro = cls->tp_mro;
-    if (likely(mro)) {
-        Py_ssize_t i, n;
-        n = PyTuple_GET_SIZE(mro);
-        for (i = 0; i < n; i++) {
-            PyObject *base = PyTuple_GET_ITEM(mro, i);
-            if (base == (PyObject *)a || base == (PyObject *)b)
-                return 1;
-        }
-        return 0;
-    }
-    return __Pyx_InBases(cls, a) || __Pyx_InBases(cls, b);
-}
-#endif
 
 /* PyObjectGetAttrStr (used by UnpackUnboundCMethod_impl) */
 #if CYTHON_USE_TYPE_SLOTS
@@ -11375,173 +11756,6 @@ bad:
     Py_DECREF(value_tuple);
     return result;
 #endif
-}
-
-/* PyErrFetchRestore (used by RaiseException) */
-#if CYTHON_FAST_THREAD_STATE
-static CYTHON_INLINE void __Pyx_ErrRestoreInState(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb) {
-#if PY_VERSION_HEX >= 0x030C00A6
-    PyObject *tmp_value;
-    assert(type == NULL || (value != NULL && type == (PyObject*) Py_TYPE(value)));
-    if (value) {
-        #if CYTHON_COMPILING_IN_CPYTHON
-        if (unlikely(((PyBaseExceptionObject*) value)->traceback != tb))
-        #endif
-            PyException_SetTraceback(value, tb);
-    }
-    tmp_value = tstate->current_exception;
-    tstate->current_exception = value;
-    Py_XDECREF(tmp_value);
-    Py_XDECREF(type);
-    Py_XDECREF(tb);
-#else
-    PyObject *tmp_type, *tmp_value, *tmp_tb;
-    tmp_type = tstate->curexc_type;
-    tmp_value = tstate->curexc_value;
-    tmp_tb = tstate->curexc_traceback;
-    tstate->curexc_type = type;
-    tstate->curexc_value = value;
-    tstate->curexc_traceback = tb;
-    Py_XDECREF(tmp_type);
-    Py_XDECREF(tmp_value);
-    Py_XDECREF(tmp_tb);
-#endif
-}
-static CYTHON_INLINE void __Pyx_ErrFetchInState(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb) {
-#if PY_VERSION_HEX >= 0x030C00A6
-    PyObject* exc_value;
-    exc_value = tstate->current_exception;
-    tstate->current_exception = 0;
-    *value = exc_value;
-    *type = NULL;
-    *tb = NULL;
-    if (exc_value) {
-        *type = (PyObject*) Py_TYPE(exc_value);
-        Py_INCREF(*type);
-        #if CYTHON_COMPILING_IN_CPYTHON
-        *tb = ((PyBaseExceptionObject*) exc_value)->traceback;
-        Py_XINCREF(*tb);
-        #else
-        *tb = PyException_GetTraceback(exc_value);
-        #endif
-    }
-#else
-    *type = tstate->curexc_type;
-    *value = tstate->curexc_value;
-    *tb = tstate->curexc_traceback;
-    tstate->curexc_type = 0;
-    tstate->curexc_value = 0;
-    tstate->curexc_traceback = 0;
-#endif
-}
-#endif
-
-/* RaiseException */
-static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause) {
-    PyObject* owned_instance = NULL;
-    if (tb == Py_None) {
-        tb = 0;
-    } else if (tb && !PyTraceBack_Check(tb)) {
-        PyErr_SetString(PyExc_TypeError,
-            "raise: arg 3 must be a traceback or None");
-        goto bad;
-    }
-    if (value == Py_None)
-        value = 0;
-    if (PyExceptionInstance_Check(type)) {
-        if (value) {
-            PyErr_SetString(PyExc_TypeError,
-                "instance exception may not have a separate value");
-            goto bad;
-        }
-        value = type;
-        type = (PyObject*) Py_TYPE(value);
-    } else if (PyExceptionClass_Check(type)) {
-        PyObject *instance_class = NULL;
-        if (value && PyExceptionInstance_Check(value)) {
-            instance_class = (PyObject*) Py_TYPE(value);
-            if (instance_class != type) {
-                int is_subclass = PyObject_IsSubclass(instance_class, type);
-                if (!is_subclass) {
-                    instance_class = NULL;
-                } else if (unlikely(is_subclass == -1)) {
-                    goto bad;
-                } else {
-                    type = instance_class;
-                }
-            }
-        }
-        if (!instance_class) {
-            PyObject *args;
-            if (!value)
-                args = PyTuple_New(0);
-            else if (PyTuple_Check(value)) {
-                Py_INCREF(value);
-                args = value;
-            } else
-                args = PyTuple_Pack(1, value);
-            if (!args)
-                goto bad;
-            owned_instance = PyObject_Call(type, args, NULL);
-            Py_DECREF(args);
-            if (!owned_instance)
-                goto bad;
-            value = owned_instance;
-            if (!PyExceptionInstance_Check(value)) {
-                PyErr_Format(PyExc_TypeError,
-                             "calling %R should have returned an instance of "
-                             "BaseException, not %R",
-                             type, Py_TYPE(value));
-                goto bad;
-            }
-        }
-    } else {
-        PyErr_SetString(PyExc_TypeError,
-            "raise: exception class must be a subclass of BaseException");
-        goto bad;
-    }
-    if (cause) {
-        PyObject *fixed_cause;
-        if (cause == Py_None) {
-            fixed_cause = NULL;
-        } else if (PyExceptionClass_Check(cause)) {
-            fixed_cause = PyObject_CallObject(cause, NULL);
-            if (fixed_cause == NULL)
-                goto bad;
-        } else if (PyExceptionInstance_Check(cause)) {
-            fixed_cause = cause;
-            Py_INCREF(fixed_cause);
-        } else {
-            PyErr_SetString(PyExc_TypeError,
-                            "exception causes must derive from "
-                            "BaseException");
-            goto bad;
-        }
-        PyException_SetCause(value, fixed_cause);
-    }
-    PyErr_SetObject(type, value);
-    if (tb) {
-#if PY_VERSION_HEX >= 0x030C00A6
-        PyException_SetTraceback(value, tb);
-#elif CYTHON_FAST_THREAD_STATE
-        PyThreadState *tstate = __Pyx_PyThreadState_Current;
-        PyObject* tmp_tb = tstate->curexc_traceback;
-        if (tb != tmp_tb) {
-            Py_INCREF(tb);
-            tstate->curexc_traceback = tb;
-            Py_XDECREF(tmp_tb);
-        }
-#else
-        PyObject *tmp_type, *tmp_value, *tmp_tb;
-        PyErr_Fetch(&tmp_type, &tmp_value, &tmp_tb);
-        Py_INCREF(tb);
-        PyErr_Restore(tmp_type, tmp_value, tb);
-        Py_XDECREF(tmp_tb);
-#endif
-    }
-bad:
-    Py_XDECREF(owned_instance);
-    return;
 }
 
 /* GetTopmostException (used by SaveResetException) */

@@ -1873,16 +1873,16 @@ static const char * const __pyx_cfilenm = __FILE__;
 
 static const char* const __pyx_f[] = {
   "ivshmem/channel/queues.pyx",
+  "ivshmem/native/descriptors.pxd",
+  "ivshmem/channel/roles.pxd",
   "(tree fragment)",
   "cpython/type.pxd",
-  "ivshmem/native/descriptors.pxd",
   "ivshmem/native/spin.pxd",
   "ivshmem/native/bell.pxd",
   "ivshmem/native/mapping.pxd",
   "ivshmem/_core.pxd",
   "ivshmem/channel/membership.pxd",
   "ivshmem/channel/ends.pxd",
-  "ivshmem/channel/roles.pxd",
   "ivshmem/channel/views.pxd",
 };
 /* #### Code section: utility_code_proto_before_types ### */
@@ -2274,9 +2274,21 @@ struct __pyx_t_7ivshmem_7channel_10membership_Rings {
   int count;
   uint32_t lock;
 };
+
+/* "ends.pxd":10
+ * from .membership cimport Dependent, Membership
+ * 
+ * cdef enum:             # <<<<<<<<<<<<<<
+ *     # A sleep that the memory forbids again and again, although nothing can be taken, is a hostile
+ *     # peer's work: after so many it sleeps all the same.
+*/
+enum  {
+  __pyx_e_7ivshmem_7channel_4ends_FUTILE = 64,
+  __pyx_e_7ivshmem_7channel_4ends_LAST_PAUSE = 0xF4240
+};
 struct __pyx_t_7ivshmem_7channel_5roles_Held;
 
-/* "roles.pxd":9
+/* "roles.pxd":10
  * from .membership cimport Membership
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -2285,7 +2297,7 @@ struct __pyx_t_7ivshmem_7channel_5roles_Held;
 */
 enum  {
 
-  /* "roles.pxd":11
+  /* "roles.pxd":12
  * cdef enum:
  *     # Bytes from which on a copy releases the GIL, as in native/mapping.pyx.
  *     LARGE = 1 << 18             # <<<<<<<<<<<<<<
@@ -2296,7 +2308,7 @@ enum  {
   __pyx_e_7ivshmem_7channel_5roles_TRIES = 64
 };
 
-/* "roles.pxd":21
+/* "roles.pxd":51
  * 
  * 
  * cdef struct Held:             # <<<<<<<<<<<<<<
@@ -2321,7 +2333,7 @@ struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time {
   PyObject *options;
 };
 
-/* "native/descriptors.pxd":86
+/* "native/descriptors.pxd":101
  * 
  * 
  * cdef class Fd:             # <<<<<<<<<<<<<<
@@ -2334,7 +2346,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Fd {
 };
 
 
-/* "native/descriptors.pxd":93
+/* "native/descriptors.pxd":108
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2353,7 +2365,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray {
 };
 
 
-/* "native/descriptors.pxd":117
+/* "native/descriptors.pxd":132
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2370,7 +2382,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller {
 };
 
 
-/* "native/descriptors.pxd":127
+/* "native/descriptors.pxd":142
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2385,7 +2397,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Relay {
 };
 
 
-/* "native/descriptors.pxd":134
+/* "native/descriptors.pxd":149
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2596,7 +2608,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Membership {
 };
 
 
-/* "ends.pxd":11
+/* "ends.pxd":18
  * 
  * 
  * cdef class Wakeup:             # <<<<<<<<<<<<<<
@@ -2613,7 +2625,7 @@ struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup {
 };
 
 
-/* "ends.pxd":24
+/* "ends.pxd":31
  * 
  * 
  * cdef class ChannelEnd(Dependent):             # <<<<<<<<<<<<<<
@@ -2640,7 +2652,7 @@ struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd {
 };
 
 
-/* "roles.pxd":26
+/* "roles.pxd":56
  * 
  * 
  * cdef class WriterEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2659,7 +2671,7 @@ struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd {
 };
 
 
-/* "roles.pxd":47
+/* "roles.pxd":77
  * 
  * 
  * cdef class ReaderEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2694,7 +2706,7 @@ struct __pyx_obj_7ivshmem_7channel_5views_Received {
 };
 
 
-/* "views.pxd":17
+/* "views.pxd":19
  * 
  * 
  * cdef class View(Received):             # <<<<<<<<<<<<<<
@@ -2748,7 +2760,7 @@ struct __pyx_obj_7ivshmem_7channel_6queues_Taken {
 
 
 
-/* "native/descriptors.pxd":93
+/* "native/descriptors.pxd":108
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2765,7 +2777,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray;
 
 
-/* "native/descriptors.pxd":117
+/* "native/descriptors.pxd":132
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2780,7 +2792,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller *__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller;
 
 
-/* "native/descriptors.pxd":127
+/* "native/descriptors.pxd":142
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2794,7 +2806,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay *__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay;
 
 
-/* "native/descriptors.pxd":134
+/* "native/descriptors.pxd":149
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -3015,7 +3027,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
 static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *__pyx_vtabptr_7ivshmem_7channel_10membership_Membership;
 
 
-/* "ends.pxd":11
+/* "ends.pxd":18
  * 
  * 
  * cdef class Wakeup:             # <<<<<<<<<<<<<<
@@ -3030,7 +3042,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup {
 static struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *__pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup;
 
 
-/* "ends.pxd":24
+/* "ends.pxd":31
  * 
  * 
  * cdef class ChannelEnd(Dependent):             # <<<<<<<<<<<<<<
@@ -3065,7 +3077,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd;
 
 
-/* "roles.pxd":26
+/* "roles.pxd":56
  * 
  * 
  * cdef class WriterEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -3077,7 +3089,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd {
   struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
   int (*ready)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *);
   PyObject *(*blocked)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, PyObject *);
-  PyObject *(*too_long)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint64_t);
+  PyObject *(*too_long)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, PyObject *);
   int (*wait_again)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, PyObject *);
   int (*loan_cell)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint32_t *);
   int (*find_room)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint32_t *, PyObject *, PyObject *);
@@ -3089,7 +3101,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *__pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd;
 
 
-/* "roles.pxd":47
+/* "roles.pxd":77
  * 
  * 
  * cdef class ReaderEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -3119,11 +3131,13 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *__pyx_vtabptr
 struct __pyx_vtabstruct_7ivshmem_7channel_5views_Received {
   int (*enter)(struct __pyx_obj_7ivshmem_7channel_5views_Received *);
   int (*check_exports)(struct __pyx_obj_7ivshmem_7channel_5views_Received *);
+  PyObject *(*not_made)(struct __pyx_obj_7ivshmem_7channel_5views_Received *);
+  PyObject *(*type_in_place)(struct __pyx_obj_7ivshmem_7channel_5views_Received *);
 };
 static struct __pyx_vtabstruct_7ivshmem_7channel_5views_Received *__pyx_vtabptr_7ivshmem_7channel_5views_Received;
 
 
-/* "views.pxd":17
+/* "views.pxd":19
  * 
  * 
  * cdef class View(Received):             # <<<<<<<<<<<<<<
@@ -3138,7 +3152,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5views_View {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5views_View *__pyx_vtabptr_7ivshmem_7channel_5views_View;
 
 
-/* "ivshmem/channel/queues.pyx":31
+/* "ivshmem/channel/queues.pyx":32
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3156,7 +3170,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_vtabptr_7ivshmem_7channel_6queues_ClaimingEnd;
 
 
-/* "ivshmem/channel/queues.pyx":104
+/* "ivshmem/channel/queues.pyx":106
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3171,7 +3185,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader {
 static struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *__pyx_vtabptr_7ivshmem_7channel_6queues_QueueReader;
 
 
-/* "ivshmem/channel/queues.pyx":240
+/* "ivshmem/channel/queues.pyx":243
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3259,11 +3273,37 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *__pyx_vtabptr_7i
 #define __Pyx_CLEAR(r)    do { PyObject* tmp = ((PyObject*)(r)); r = NULL; __Pyx_DECREF(tmp);} while(0)
 #define __Pyx_XCLEAR(r)   do { if((r) != NULL) {PyObject* tmp = ((PyObject*)(r)); r = NULL; __Pyx_DECREF(tmp);}} while(0)
 
-/* DivInt[int64_t].proto */
-static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t, int64_t, int b_is_constant);
+/* FastTypeChecks.proto (used by PyValueError_Check) */
+#if CYTHON_COMPILING_IN_CPYTHON
+#define __Pyx_TypeCheck(obj, type) __Pyx_IsSubtype(Py_TYPE(obj), (PyTypeObject *)type)
+#define __Pyx_TypeCheck2(obj, type1, type2) __Pyx_IsAnySubtype2(Py_TYPE(obj), (PyTypeObject *)type1, (PyTypeObject *)type2)
+static CYTHON_INLINE int __Pyx_IsSubtype(PyTypeObject *a, PyTypeObject *b);
+static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a, PyTypeObject *b);
+#define __Pyx_PyAnySet_Check(obj)  __Pyx_TypeCheck2(obj, &PySet_Type, &PyFrozenSet_Type)
+#else
+#define __Pyx_TypeCheck(obj, type) PyObject_TypeCheck(obj, (PyTypeObject *)type)
+#define __Pyx_TypeCheck2(obj, type1, type2) (PyObject_TypeCheck(obj, (PyTypeObject *)type1) || PyObject_TypeCheck(obj, (PyTypeObject *)type2))
+#define __Pyx_PyAnySet_Check(obj)  PyAnySet_Check(obj)
+#endif
 
-/* ModInt[int64_t].proto */
-static CYTHON_INLINE int64_t __Pyx_mod_int64_t(int64_t, int64_t, int b_is_constant);
+/* PyValueError_Check.proto */
+#define __Pyx_PyExc_ValueError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_ValueError)
+
+/* PyObjectCall.proto (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw);
+#else
+#define __Pyx_PyObject_Call(func, arg, kw) PyObject_Call(func, arg, kw)
+#endif
+
+/* PyObjectCallMethO.proto (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg);
+#endif
+
+/* PyObjectFastCall.proto */
+#define __Pyx_PyObject_FastCall(func, args, nargs)  __Pyx_PyObject_FastCallDict(func, args, (size_t)(nargs), NULL)
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject * const*args, size_t nargsf, PyObject *kwargs);
 
 /* PyThreadStateGet.proto (used by PyErrFetchRestore) */
 #if CYTHON_FAST_THREAD_STATE
@@ -3283,7 +3323,7 @@ static CYTHON_INLINE int64_t __Pyx_mod_int64_t(int64_t, int64_t, int b_is_consta
 #define __Pyx_PyErr_CurrentExceptionType()  PyErr_Occurred()
 #endif
 
-/* PyErrFetchRestore.proto */
+/* PyErrFetchRestore.proto (used by RaiseException) */
 #if CYTHON_FAST_THREAD_STATE
 #define __Pyx_PyErr_Clear() __Pyx_ErrRestore(NULL, NULL, NULL)
 #define __Pyx_ErrRestoreWithState(type, value, tb)  __Pyx_ErrRestoreInState(PyThreadState_GET(), type, value, tb)
@@ -3306,6 +3346,22 @@ static CYTHON_INLINE void __Pyx_ErrFetchInState(PyThreadState *tstate, PyObject 
 #define __Pyx_ErrFetchInState(tstate, type, value, tb)  PyErr_Fetch(type, value, tb)
 #define __Pyx_ErrRestore(type, value, tb)  PyErr_Restore(type, value, tb)
 #define __Pyx_ErrFetch(type, value, tb)  PyErr_Fetch(type, value, tb)
+#endif
+
+/* RaiseException.export */
+static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
+
+/* DivInt[int64_t].proto */
+static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t, int64_t, int b_is_constant);
+
+/* ModInt[int64_t].proto */
+static CYTHON_INLINE int64_t __Pyx_mod_int64_t(int64_t, int64_t, int b_is_constant);
+
+/* PyObjectFastCallMethod.proto */
+#if CYTHON_VECTORCALL
+#define __Pyx_PyObject_FastCallMethod(name, args, nargsf) PyObject_VectorcallMethod(name, args, nargsf, NULL)
+#else
+static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf);
 #endif
 
 /* GetException.proto */
@@ -3339,9 +3395,6 @@ static CYTHON_INLINE void __Pyx__ExceptionReset(PyThreadState *tstate, PyObject 
 #define __Pyx_ExceptionSave(type, value, tb)   PyErr_GetExcInfo(type, value, tb)
 #define __Pyx_ExceptionReset(type, value, tb)  PyErr_SetExcInfo(type, value, tb)
 #endif
-
-/* RaiseException.export */
-static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
 
 /* CopyObjectArray.proto (used by TupleOrListFromArrayImpl) */
 #if CYTHON_COMPILING_IN_CPYTHON
@@ -3440,22 +3493,6 @@ static CYTHON_INLINE PyObject* __Pyx_PyDict_Items(PyObject* d);
 #define __Pyx_CallCFunctionFastWithKeywords(cfunc, self, args, nargs, kwnames)\
     ((__Pyx_PyCFunctionFastWithKeywords)(void(*)(void))(PyCFunction)(cfunc)->func)(self, args, nargs, kwnames)
 
-/* PyObjectCall.proto (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw);
-#else
-#define __Pyx_PyObject_Call(func, arg, kw) PyObject_Call(func, arg, kw)
-#endif
-
-/* PyObjectCallMethO.proto (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg);
-#endif
-
-/* PyObjectFastCall.proto (used by PyObjectCallOneArg) */
-#define __Pyx_PyObject_FastCall(func, args, nargs)  __Pyx_PyObject_FastCallDict(func, args, (size_t)(nargs), NULL)
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject * const*args, size_t nargsf, PyObject *kwargs);
-
 /* PyObjectCallOneArg.proto (used by CallUnboundCMethod0) */
 static CYTHON_INLINE PyObject* __Pyx_PyObject_CallOneArg(PyObject *func, PyObject *arg);
 
@@ -3474,19 +3511,6 @@ typedef struct {
 /* IgnoreException.proto (used by UnpackUnboundCMethod_impl) */
 static CYTHON_INLINE int __Pyx_IgnoreGivenException(PyObject *given_exception, PyObject *ignorable_exception);
 #define __Pyx_IgnoreException(ignorable_exception) __Pyx_IgnoreGivenException(NULL, ignorable_exception)
-
-/* FastTypeChecks.proto (used by UnpackUnboundCMethod_impl) */
-#if CYTHON_COMPILING_IN_CPYTHON
-#define __Pyx_TypeCheck(obj, type) __Pyx_IsSubtype(Py_TYPE(obj), (PyTypeObject *)type)
-#define __Pyx_TypeCheck2(obj, type1, type2) __Pyx_IsAnySubtype2(Py_TYPE(obj), (PyTypeObject *)type1, (PyTypeObject *)type2)
-static CYTHON_INLINE int __Pyx_IsSubtype(PyTypeObject *a, PyTypeObject *b);
-static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a, PyTypeObject *b);
-#define __Pyx_PyAnySet_Check(obj)  __Pyx_TypeCheck2(obj, &PySet_Type, &PyFrozenSet_Type)
-#else
-#define __Pyx_TypeCheck(obj, type) PyObject_TypeCheck(obj, (PyTypeObject *)type)
-#define __Pyx_TypeCheck2(obj, type1, type2) (PyObject_TypeCheck(obj, (PyTypeObject *)type1) || PyObject_TypeCheck(obj, (PyTypeObject *)type2))
-#define __Pyx_PyAnySet_Check(obj)  PyAnySet_Check(obj)
-#endif
 
 /* PyObjectGetAttrStr.proto (used by UnpackUnboundCMethod_impl) */
 #if CYTHON_USE_TYPE_SLOTS
@@ -3622,13 +3646,6 @@ static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches2(PyObject *err, PyObj
 static CYTHON_INLINE int __Pyx_PyErr_ExceptionMatchesInState(PyThreadState* tstate, PyObject* err);
 #else
 #define __Pyx_PyErr_ExceptionMatches(err)  PyErr_ExceptionMatches(err)
-#endif
-
-/* PyObjectFastCallMethod.proto */
-#if CYTHON_VECTORCALL
-#define __Pyx_PyObject_FastCallMethod(name, args, nargsf) PyObject_VectorcallMethod(name, args, nargsf, NULL)
-#else
-static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf);
 #endif
 
 /* PyObjectGetAttrStrNoError.proto (used by GetBuiltinName) */
@@ -4252,6 +4269,8 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
 
 /* Module declarations from "ivshmem.channel.header" */
 
+/* Module declarations from "cpython.buffer" */
+
 /* Module declarations from "libc.string" */
 
 /* Module declarations from "libc.stdio" */
@@ -4269,6 +4288,8 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
 /* Module declarations from "ivshmem.native.syscalls" */
 
 /* Module declarations from "ivshmem.native.descriptors" */
+static CYTHON_INLINE double __pyx_f_7ivshmem_6native_11descriptors_seconds_of(PyObject *); /*proto*/
+static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_check_timeout(PyObject *); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(int64_t); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uint64_t); /*proto*/
@@ -4286,12 +4307,14 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
 /* Module declarations from "ivshmem.channel.ends" */
 
 /* Module declarations from "ivshmem.channel.roles" */
+static int (*__pyx_f_7ivshmem_7channel_5roles_take_typed)(PyObject *, PyObject *, PyObject *, Py_buffer *); /*proto*/
+static int (*__pyx_f_7ivshmem_7channel_5roles_take_without_objects)(PyObject *, Py_buffer *, int); /*proto*/
+static CYTHON_INLINE int __pyx_f_7ivshmem_7channel_5roles_take_buffer(PyObject *, Py_buffer *, int); /*proto*/
+static CYTHON_INLINE int __pyx_f_7ivshmem_7channel_5roles_take_target(PyObject *, PyObject *, PyObject *, Py_buffer *); /*proto*/
 
 /* Module declarations from "ivshmem.channel.views" */
 
 /* Module declarations from "cython" */
-
-/* Module declarations from "cpython.buffer" */
 
 /* Module declarations from "cpython.bytes" */
 
@@ -4399,7 +4422,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[1];
     PyObject *__pyx_codeobj_tab[17];
-    PyObject *__pyx_string_tab[112];
+    PyObject *__pyx_string_tab[115];
 /* #### Code section: module_state_contents ### */
 /* CommonTypesMetaclass.module_state_decls */
 PyTypeObject *__pyx_CommonTypesMetaclassType;
@@ -4468,93 +4491,96 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u_ivshmem_channel_queues_pyx __pyx_string_tab[22]
 #define __pyx_kp_u_queue __pyx_string_tab[23]
 #define __pyx_kp_u_self_held_self_reader_cannot_be __pyx_string_tab[24]
-#define __pyx_n_u_ClaimingEnd __pyx_string_tab[25]
-#define __pyx_n_u_ClaimingEnd___reduce_cython __pyx_string_tab[26]
-#define __pyx_n_u_ClaimingEnd___setstate_cython __pyx_string_tab[27]
-#define __pyx_n_u_MessageTooLong __pyx_string_tab[28]
-#define __pyx_n_u_QueueReader __pyx_string_tab[29]
-#define __pyx_n_u_QueueReader___reduce_cython __pyx_string_tab[30]
-#define __pyx_n_u_QueueReader___setstate_cython __pyx_string_tab[31]
-#define __pyx_n_u_QueueReader_get_async __pyx_string_tab[32]
-#define __pyx_n_u_QueueReader_get_into __pyx_string_tab[33]
-#define __pyx_n_u_QueueReader_get_into_async __pyx_string_tab[34]
-#define __pyx_n_u_QueueReader_take __pyx_string_tab[35]
-#define __pyx_n_u_QueueReader_take_async __pyx_string_tab[36]
-#define __pyx_n_u_Redelivered __pyx_string_tab[37]
-#define __pyx_n_u_Taken __pyx_string_tab[38]
-#define __pyx_n_u_Taken___bytes __pyx_string_tab[39]
-#define __pyx_n_u_Taken___enter __pyx_string_tab[40]
-#define __pyx_n_u_Taken___exit __pyx_string_tab[41]
-#define __pyx_n_u_Taken___reduce_cython __pyx_string_tab[42]
-#define __pyx_n_u_Taken___setstate_cython __pyx_string_tab[43]
-#define __pyx_n_u_Taken_done __pyx_string_tab[44]
-#define __pyx_n_u_Taken_get __pyx_string_tab[45]
-#define __pyx_n_u_Taken_give_back __pyx_string_tab[46]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[47]
-#define __pyx_n_u_annotate __pyx_string_tab[48]
-#define __pyx_n_u_bytes_2 __pyx_string_tab[49]
-#define __pyx_n_u_enter __pyx_string_tab[50]
-#define __pyx_n_u_exit __pyx_string_tab[51]
-#define __pyx_n_u_func __pyx_string_tab[52]
-#define __pyx_n_u_getstate __pyx_string_tab[53]
-#define __pyx_n_u_main __pyx_string_tab[54]
-#define __pyx_n_u_module __pyx_string_tab[55]
-#define __pyx_n_u_name __pyx_string_tab[56]
-#define __pyx_n_u_pyx_capi __pyx_string_tab[57]
-#define __pyx_n_u_pyx_state __pyx_string_tab[58]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[59]
-#define __pyx_n_u_qualname __pyx_string_tab[60]
-#define __pyx_n_u_reduce __pyx_string_tab[61]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[62]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[63]
-#define __pyx_n_u_set_name __pyx_string_tab[64]
-#define __pyx_n_u_setstate __pyx_string_tab[65]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[66]
-#define __pyx_n_u_test __pyx_string_tab[67]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[68]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[69]
-#define __pyx_n_u_buffer __pyx_string_tab[70]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[71]
-#define __pyx_n_u_code __pyx_string_tab[72]
-#define __pyx_n_u_data __pyx_string_tab[73]
-#define __pyx_n_u_decode __pyx_string_tab[74]
-#define __pyx_n_u_done __pyx_string_tab[75]
-#define __pyx_n_u_error __pyx_string_tab[76]
-#define __pyx_n_u_errors __pyx_string_tab[77]
-#define __pyx_n_u_get __pyx_string_tab[78]
-#define __pyx_n_u_get_async __pyx_string_tab[79]
-#define __pyx_n_u_get_into __pyx_string_tab[80]
-#define __pyx_n_u_get_into_async __pyx_string_tab[81]
-#define __pyx_n_u_give_back __pyx_string_tab[82]
-#define __pyx_n_u_items __pyx_string_tab[83]
-#define __pyx_n_u_ivshmem_channel_queues __pyx_string_tab[84]
-#define __pyx_n_u_kind __pyx_string_tab[85]
-#define __pyx_n_u_pop __pyx_string_tab[86]
-#define __pyx_n_u_self __pyx_string_tab[87]
-#define __pyx_n_u_setdefault __pyx_string_tab[88]
-#define __pyx_n_u_size __pyx_string_tab[89]
-#define __pyx_n_u_spin __pyx_string_tab[90]
-#define __pyx_n_u_take __pyx_string_tab[91]
-#define __pyx_n_u_take_async __pyx_string_tab[92]
-#define __pyx_n_u_taken __pyx_string_tab[93]
-#define __pyx_n_u_timeout __pyx_string_tab[94]
-#define __pyx_n_u_tobytes __pyx_string_tab[95]
-#define __pyx_n_u_values __pyx_string_tab[96]
-#define __pyx_n_u_view __pyx_string_tab[97]
-#define __pyx_kp_b_PyObject_struct___pyx_obj_7ivshm __pyx_string_tab[98]
-#define __pyx_kp_b_struct___pyx_obj_7ivshmem_7chann __pyx_string_tab[99]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[100]
-#define __pyx_kp_b_iso88591_A_5_1_Q_Q __pyx_string_tab[101]
-#define __pyx_kp_b_iso88591_A_q __pyx_string_tab[102]
-#define __pyx_kp_b_iso88591_A_z_xq __pyx_string_tab[103]
-#define __pyx_kp_b_iso88591_A_4vQ_9F_1_1_xq_vQa __pyx_string_tab[104]
-#define __pyx_kp_b_iso88591_A_5Q_81F_t6_ivQa_q_uHHBj_A_E_1_n __pyx_string_tab[105]
-#define __pyx_kp_b_iso88591_A_uAQ_xt7_T_WAQ __pyx_string_tab[106]
-#define __pyx_kp_b_iso88591_A_T_t4q_a_t7_AQd_4q_G_fA __pyx_string_tab[107]
-#define __pyx_kp_b_iso88591_A_T_t4q_a_a_Qat7_1D_q_k_AT_q_F_q __pyx_string_tab[108]
-#define __pyx_kp_b_iso88591_avT_y __pyx_string_tab[109]
-#define __pyx_kp_b_iso88591_avT __pyx_string_tab[110]
-#define __pyx_kp_b_iso88591_Q_avT_Ja __pyx_string_tab[111]
+#define __pyx_kp_u_timeout_is_not_a_number __pyx_string_tab[25]
+#define __pyx_n_u_ClaimingEnd __pyx_string_tab[26]
+#define __pyx_n_u_ClaimingEnd___reduce_cython __pyx_string_tab[27]
+#define __pyx_n_u_ClaimingEnd___setstate_cython __pyx_string_tab[28]
+#define __pyx_n_u_MessageTooLong __pyx_string_tab[29]
+#define __pyx_n_u_QueueReader __pyx_string_tab[30]
+#define __pyx_n_u_QueueReader___reduce_cython __pyx_string_tab[31]
+#define __pyx_n_u_QueueReader___setstate_cython __pyx_string_tab[32]
+#define __pyx_n_u_QueueReader_get_async __pyx_string_tab[33]
+#define __pyx_n_u_QueueReader_get_into __pyx_string_tab[34]
+#define __pyx_n_u_QueueReader_get_into_async __pyx_string_tab[35]
+#define __pyx_n_u_QueueReader_take __pyx_string_tab[36]
+#define __pyx_n_u_QueueReader_take_async __pyx_string_tab[37]
+#define __pyx_n_u_Redelivered __pyx_string_tab[38]
+#define __pyx_n_u_Taken __pyx_string_tab[39]
+#define __pyx_n_u_Taken___bytes __pyx_string_tab[40]
+#define __pyx_n_u_Taken___enter __pyx_string_tab[41]
+#define __pyx_n_u_Taken___exit __pyx_string_tab[42]
+#define __pyx_n_u_Taken___reduce_cython __pyx_string_tab[43]
+#define __pyx_n_u_Taken___setstate_cython __pyx_string_tab[44]
+#define __pyx_n_u_Taken_done __pyx_string_tab[45]
+#define __pyx_n_u_Taken_get __pyx_string_tab[46]
+#define __pyx_n_u_Taken_give_back __pyx_string_tab[47]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[48]
+#define __pyx_n_u_annotate __pyx_string_tab[49]
+#define __pyx_n_u_bytes_2 __pyx_string_tab[50]
+#define __pyx_n_u_enter __pyx_string_tab[51]
+#define __pyx_n_u_exit __pyx_string_tab[52]
+#define __pyx_n_u_func __pyx_string_tab[53]
+#define __pyx_n_u_getstate __pyx_string_tab[54]
+#define __pyx_n_u_main __pyx_string_tab[55]
+#define __pyx_n_u_module __pyx_string_tab[56]
+#define __pyx_n_u_name __pyx_string_tab[57]
+#define __pyx_n_u_pyx_capi __pyx_string_tab[58]
+#define __pyx_n_u_pyx_state __pyx_string_tab[59]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[60]
+#define __pyx_n_u_qualname __pyx_string_tab[61]
+#define __pyx_n_u_reduce __pyx_string_tab[62]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[63]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[64]
+#define __pyx_n_u_set_name __pyx_string_tab[65]
+#define __pyx_n_u_setstate __pyx_string_tab[66]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[67]
+#define __pyx_n_u_test __pyx_string_tab[68]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[69]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[70]
+#define __pyx_n_u_buffer __pyx_string_tab[71]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[72]
+#define __pyx_n_u_code __pyx_string_tab[73]
+#define __pyx_n_u_data __pyx_string_tab[74]
+#define __pyx_n_u_decode __pyx_string_tab[75]
+#define __pyx_n_u_done __pyx_string_tab[76]
+#define __pyx_n_u_encode __pyx_string_tab[77]
+#define __pyx_n_u_error __pyx_string_tab[78]
+#define __pyx_n_u_errors __pyx_string_tab[79]
+#define __pyx_n_u_get __pyx_string_tab[80]
+#define __pyx_n_u_get_async __pyx_string_tab[81]
+#define __pyx_n_u_get_into __pyx_string_tab[82]
+#define __pyx_n_u_get_into_async __pyx_string_tab[83]
+#define __pyx_n_u_give_back __pyx_string_tab[84]
+#define __pyx_n_u_items __pyx_string_tab[85]
+#define __pyx_n_u_ivshmem_channel_queues __pyx_string_tab[86]
+#define __pyx_n_u_kind __pyx_string_tab[87]
+#define __pyx_n_u_pop __pyx_string_tab[88]
+#define __pyx_n_u_self __pyx_string_tab[89]
+#define __pyx_n_u_setdefault __pyx_string_tab[90]
+#define __pyx_n_u_size __pyx_string_tab[91]
+#define __pyx_n_u_spin __pyx_string_tab[92]
+#define __pyx_n_u_take __pyx_string_tab[93]
+#define __pyx_n_u_take_async __pyx_string_tab[94]
+#define __pyx_n_u_taken __pyx_string_tab[95]
+#define __pyx_n_u_timeout __pyx_string_tab[96]
+#define __pyx_n_u_tobytes __pyx_string_tab[97]
+#define __pyx_n_u_values __pyx_string_tab[98]
+#define __pyx_n_u_view __pyx_string_tab[99]
+#define __pyx_kp_b_PyObject_struct___pyx_obj_7ivshm __pyx_string_tab[100]
+#define __pyx_kp_b_int_PyObject_PyObject_PyObject_P __pyx_string_tab[101]
+#define __pyx_kp_b_struct___pyx_obj_7ivshmem_7chann __pyx_string_tab[102]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[103]
+#define __pyx_kp_b_iso88591_A_5_1_Q_Q __pyx_string_tab[104]
+#define __pyx_kp_b_iso88591_A_q __pyx_string_tab[105]
+#define __pyx_kp_b_iso88591_A_z_xq __pyx_string_tab[106]
+#define __pyx_kp_b_iso88591_A_4vQ_9F_1_1_xq_vQa __pyx_string_tab[107]
+#define __pyx_kp_b_iso88591_A_5Q_1D_t7_1_t6_ivQa_q_uHHBj_A_E __pyx_string_tab[108]
+#define __pyx_kp_b_iso88591_A_uAQ_xt7_T_WAQ __pyx_string_tab[109]
+#define __pyx_kp_b_iso88591_A_T_t4q_a_t7_AQd_4q_G_fA __pyx_string_tab[110]
+#define __pyx_kp_b_iso88591_A_T_t4q_a_a_Qat7_1D_q_k_AT_q_F_q __pyx_string_tab[111]
+#define __pyx_kp_b_iso88591_avT_y __pyx_string_tab[112]
+#define __pyx_kp_b_iso88591_avT __pyx_string_tab[113]
+#define __pyx_kp_b_iso88591_Q_avT_Ja __pyx_string_tab[114]
 /* #### Code section: module_state_clear ### */
 #if CYTHON_USE_MODULE_STATE
 static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
@@ -4602,7 +4628,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<1; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
   for (int i=0; i<17; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<112; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<115; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
 Py_CLEAR(clear_module_state->__pyx_CommonTypesMetaclassType);
@@ -4658,7 +4684,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<1; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
   for (int i=0; i<17; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<112; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<115; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
 Py_VISIT(traverse_module_state->__pyx_CommonTypesMetaclassType);
@@ -4675,6 +4701,203 @@ return 0;
 /* "native/descriptors.pxd":28
  * 
  * 
+ * cdef inline double seconds_of(object timeout) except? -1:             # <<<<<<<<<<<<<<
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+*/
+
+static CYTHON_INLINE double __pyx_f_7ivshmem_6native_11descriptors_seconds_of(PyObject *__pyx_v_timeout) {
+  double __pyx_v_seconds;
+  double __pyx_r;
+  __Pyx_RefNannyDeclarations
+  double __pyx_t_1;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  size_t __pyx_t_5;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("seconds_of", 0);
+
+  /* "native/descriptors.pxd":30
+ * cdef inline double seconds_of(object timeout) except? -1:
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout             # <<<<<<<<<<<<<<
+ *     if seconds != seconds:
+ *         raise ValueError("timeout is not a number")
+*/
+  __pyx_t_1 = __Pyx_PyFloat_AsDouble(__pyx_v_timeout); if (unlikely((__pyx_t_1 == (double)-1) && PyErr_Occurred())) __PYX_ERR(1, 30, __pyx_L1_error)
+  __pyx_v_seconds = __pyx_t_1;
+
+  /* "native/descriptors.pxd":31
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+ *     if seconds != seconds:             # <<<<<<<<<<<<<<
+ *         raise ValueError("timeout is not a number")
+ *     return seconds
+*/
+  __pyx_t_2 = (__pyx_v_seconds != __pyx_v_seconds);
+
+  if (unlikely(__pyx_t_2)) {
+
+
+    /* "native/descriptors.pxd":32
+ *     cdef double seconds = timeout
+ *     if seconds != seconds:
+ *         raise ValueError("timeout is not a number")             # <<<<<<<<<<<<<<
+ *     return seconds
+ * 
+*/
+    __pyx_t_4 = NULL;
+    __pyx_t_5 = 1;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_timeout_is_not_a_number};
+      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 32, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_3);
+    }
+    __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __PYX_ERR(1, 32, __pyx_L1_error)
+
+    /* "native/descriptors.pxd":31
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+ *     if seconds != seconds:             # <<<<<<<<<<<<<<
+ *         raise ValueError("timeout is not a number")
+ *     return seconds
+*/
+  }
+
+  /* "native/descriptors.pxd":33
+ *     if seconds != seconds:
+ *         raise ValueError("timeout is not a number")
+ *     return seconds             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = __pyx_v_seconds;
+  }
+  goto __pyx_L0;
+
+  /* "native/descriptors.pxd":28
+ * 
+ * 
+ * cdef inline double seconds_of(object timeout) except? -1:             # <<<<<<<<<<<<<<
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.seconds_of", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1.0;
+  __pyx_L0:;
+
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "native/descriptors.pxd":36
+ * 
+ * 
+ * cdef inline int check_timeout(object timeout) except -1:             # <<<<<<<<<<<<<<
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+*/
+
+static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_check_timeout(PyObject *__pyx_v_timeout) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  double __pyx_t_3;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "native/descriptors.pxd":38
+ * cdef inline int check_timeout(object timeout) except -1:
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns             # <<<<<<<<<<<<<<
+ *         seconds_of(timeout)
+ *     return 0
+*/
+  __pyx_t_2 = (__pyx_v_timeout != Py_None);
+  if (__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = (((PyObject *)Py_TYPE(__pyx_v_timeout)) != ((PyObject *)(&PyLong_Type)));
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L4_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "native/descriptors.pxd":39
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+ *         seconds_of(timeout)             # <<<<<<<<<<<<<<
+ *     return 0
+ * 
+*/
+    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_seconds_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((double)-1.0) && PyErr_Occurred())) __PYX_ERR(1, 39, __pyx_L1_error)
+
+
+    /* "native/descriptors.pxd":38
+ * cdef inline int check_timeout(object timeout) except -1:
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns             # <<<<<<<<<<<<<<
+ *         seconds_of(timeout)
+ *     return 0
+*/
+  }
+
+  /* "native/descriptors.pxd":40
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+ *         seconds_of(timeout)
+ *     return 0             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "native/descriptors.pxd":36
+ * 
+ * 
+ * cdef inline int check_timeout(object timeout) except -1:             # <<<<<<<<<<<<<<
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.native.descriptors.check_timeout", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "native/descriptors.pxd":43
+ * 
+ * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
@@ -4684,7 +4907,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   struct timespec __pyx_v_t;
   int64_t __pyx_r;
 
-  /* "native/descriptors.pxd":30
+  /* "native/descriptors.pxd":45
  * cdef inline int64_t now() noexcept nogil:
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)             # <<<<<<<<<<<<<<
@@ -4693,7 +4916,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
 */
   (void)(clock_gettime(CLOCK_MONOTONIC, (&__pyx_v_t)));
 
-  /* "native/descriptors.pxd":31
+  /* "native/descriptors.pxd":46
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
  *     return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec             # <<<<<<<<<<<<<<
@@ -4706,7 +4929,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":28
+  /* "native/descriptors.pxd":43
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4720,7 +4943,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":34
+/* "native/descriptors.pxd":49
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4737,7 +4960,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   int64_t __pyx_t_5;
   int __pyx_t_6;
 
-  /* "native/descriptors.pxd":36
+  /* "native/descriptors.pxd":51
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:
  *     """When they will be over; less than 0: never."""
  *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX             # <<<<<<<<<<<<<<
@@ -4774,7 +4997,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":34
+  /* "native/descriptors.pxd":49
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4787,7 +5010,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":39
+/* "native/descriptors.pxd":54
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4803,7 +5026,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   int64_t __pyx_t_3;
   int64_t __pyx_t_4;
 
-  /* "native/descriptors.pxd":42
+  /* "native/descriptors.pxd":57
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -4815,7 +5038,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   if (__pyx_t_1) {
 
 
-    /* "native/descriptors.pxd":43
+    /* "native/descriptors.pxd":58
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:
  *         return NULL             # <<<<<<<<<<<<<<
@@ -4828,7 +5051,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
     }
     goto __pyx_L0;
 
-    /* "native/descriptors.pxd":42
+    /* "native/descriptors.pxd":57
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -4837,7 +5060,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   }
 
-  /* "native/descriptors.pxd":44
+  /* "native/descriptors.pxd":59
  *     if deadline == INT64_MAX:
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)             # <<<<<<<<<<<<<<
@@ -4861,7 +5084,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   __pyx_v_nanoseconds = __pyx_t_4;
 
 
-  /* "native/descriptors.pxd":45
+  /* "native/descriptors.pxd":60
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000             # <<<<<<<<<<<<<<
@@ -4870,7 +5093,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   __pyx_v_left->tv_sec = __Pyx_div_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "native/descriptors.pxd":46
+  /* "native/descriptors.pxd":61
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000             # <<<<<<<<<<<<<<
@@ -4879,7 +5102,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   __pyx_v_left->tv_nsec = __Pyx_mod_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "native/descriptors.pxd":47
+  /* "native/descriptors.pxd":62
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000
  *     return left             # <<<<<<<<<<<<<<
@@ -4892,7 +5115,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":39
+  /* "native/descriptors.pxd":54
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4906,7 +5129,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":50
+/* "native/descriptors.pxd":65
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4921,7 +5144,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
   uint64_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "native/descriptors.pxd":52
+  /* "native/descriptors.pxd":67
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:
  *     """What was read from an eventfd; more than 2**63 - 1 rings are somebody's ill will."""
  *     return <int64_t>min(count, <uint64_t>INT64_MAX)             # <<<<<<<<<<<<<<
@@ -4949,7 +5172,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
 
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":50
+  /* "native/descriptors.pxd":65
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4962,7 +5185,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":55
+/* "native/descriptors.pxd":70
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4977,7 +5200,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
   int64_t __pyx_r;
   int __pyx_t_1;
 
-  /* "native/descriptors.pxd":61
+  /* "native/descriptors.pxd":76
  *     it since Linux 5.8, which is why that is the oldest kernel supported.
  *     """
  *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
@@ -4986,7 +5209,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_count = 0;
 
-  /* "native/descriptors.pxd":64
+  /* "native/descriptors.pxd":79
  *     cdef iovec iov
  *     cdef ssize_t n
  *     iov.iov_base = &count             # <<<<<<<<<<<<<<
@@ -4995,7 +5218,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_iov.iov_base = (&__pyx_v_count);
 
-  /* "native/descriptors.pxd":65
+  /* "native/descriptors.pxd":80
  *     cdef ssize_t n
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)             # <<<<<<<<<<<<<<
@@ -5004,7 +5227,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_count));
 
-  /* "native/descriptors.pxd":66
+  /* "native/descriptors.pxd":81
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)
  *     while True:             # <<<<<<<<<<<<<<
@@ -5013,7 +5236,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   while (1) {
 
-    /* "native/descriptors.pxd":67
+    /* "native/descriptors.pxd":82
  *     iov.iov_len = sizeof(count)
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)             # <<<<<<<<<<<<<<
@@ -5022,7 +5245,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     __pyx_v_n = preadv2(__pyx_v_fd, (&__pyx_v_iov), 1, -1L, RWF_NOWAIT);
 
-    /* "native/descriptors.pxd":68
+    /* "native/descriptors.pxd":83
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -5034,7 +5257,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "native/descriptors.pxd":69
+      /* "native/descriptors.pxd":84
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):
  *             return count_of(count)             # <<<<<<<<<<<<<<
@@ -5047,7 +5270,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "native/descriptors.pxd":68
+      /* "native/descriptors.pxd":83
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -5056,7 +5279,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "native/descriptors.pxd":70
+    /* "native/descriptors.pxd":85
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -5068,7 +5291,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "native/descriptors.pxd":71
+      /* "native/descriptors.pxd":86
  *             return count_of(count)
  *         if n >= 0:
  *             return -EINVAL  # no eventfd             # <<<<<<<<<<<<<<
@@ -5081,7 +5304,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "native/descriptors.pxd":70
+      /* "native/descriptors.pxd":85
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -5090,7 +5313,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "native/descriptors.pxd":72
+    /* "native/descriptors.pxd":87
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5102,7 +5325,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "native/descriptors.pxd":73
+      /* "native/descriptors.pxd":88
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:
  *             return 0             # <<<<<<<<<<<<<<
@@ -5115,7 +5338,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "native/descriptors.pxd":72
+      /* "native/descriptors.pxd":87
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5124,7 +5347,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "native/descriptors.pxd":74
+    /* "native/descriptors.pxd":89
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -5136,7 +5359,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "native/descriptors.pxd":75
+      /* "native/descriptors.pxd":90
  *             return 0
  *         if errno != EINTR:
  *             return -errno             # <<<<<<<<<<<<<<
@@ -5149,7 +5372,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "native/descriptors.pxd":74
+      /* "native/descriptors.pxd":89
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -5159,7 +5382,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     }
   }
 
-  /* "native/descriptors.pxd":55
+  /* "native/descriptors.pxd":70
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5176,7 +5399,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":78
+/* "native/descriptors.pxd":93
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5190,7 +5413,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "native/descriptors.pxd":80
+  /* "native/descriptors.pxd":95
  * cdef inline int add_one(int fd) noexcept nogil:
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1             # <<<<<<<<<<<<<<
@@ -5199,7 +5422,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 */
   __pyx_v_one = 1;
 
-  /* "native/descriptors.pxd":81
+  /* "native/descriptors.pxd":96
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5225,7 +5448,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   if (__pyx_t_1) {
 
 
-    /* "native/descriptors.pxd":82
+    /* "native/descriptors.pxd":97
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0             # <<<<<<<<<<<<<<
@@ -5238,7 +5461,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
     }
     goto __pyx_L0;
 
-    /* "native/descriptors.pxd":81
+    /* "native/descriptors.pxd":96
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5247,7 +5470,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 */
   }
 
-  /* "native/descriptors.pxd":83
+  /* "native/descriptors.pxd":98
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0
  *     return errno             # <<<<<<<<<<<<<<
@@ -5260,7 +5483,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":78
+  /* "native/descriptors.pxd":93
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5274,7 +5497,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":107
+/* "native/descriptors.pxd":122
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5285,7 +5508,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array) {
   Py_ssize_t __pyx_r;
 
-  /* "native/descriptors.pxd":109
+  /* "native/descriptors.pxd":124
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:
  *     """How many descriptors there are, also while another thread adds one."""
  *     return ivshmem_length(&array.count)             # <<<<<<<<<<<<<<
@@ -5298,7 +5521,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":107
+  /* "native/descriptors.pxd":122
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5311,7 +5534,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":112
+/* "native/descriptors.pxd":127
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5322,7 +5545,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
 static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array, Py_ssize_t __pyx_v_index) {
   int *__pyx_r;
 
-  /* "native/descriptors.pxd":114
+  /* "native/descriptors.pxd":129
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:
  *     """Where a descriptor stands, of as many as `length_of` told; it stays there."""
  *     return &ivshmem_elements(&array.fds)[index]             # <<<<<<<<<<<<<<
@@ -5335,7 +5558,7 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":112
+  /* "native/descriptors.pxd":127
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5405,7 +5628,277 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_core_begin_wait(struct __pyx_t_7ivs
   /* function exit code */
 }
 
-/* "ivshmem/channel/queues.pyx":22
+/* "roles.pxd":23
+ * 
+ * 
+ * cdef inline int take_buffer(object data, Py_buffer *view, int flags) except -1:             # <<<<<<<<<<<<<<
+ *     """Get a buffer whose bytes are sent, or received into; none of Python objects."""
+ *     if type(data) is bytes or type(data) is bytearray:
+*/
+
+static CYTHON_INLINE int __pyx_f_7ivshmem_7channel_5roles_take_buffer(PyObject *__pyx_v_data, Py_buffer *__pyx_v_view, int __pyx_v_flags) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_t_3;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "roles.pxd":25
+ * cdef inline int take_buffer(object data, Py_buffer *view, int flags) except -1:
+ *     """Get a buffer whose bytes are sent, or received into; none of Python objects."""
+ *     if type(data) is bytes or type(data) is bytearray:             # <<<<<<<<<<<<<<
+ *         return PyObject_GetBuffer(data, view, flags)
+ *     return take_without_objects(data, view, flags)
+*/
+  __pyx_t_2 = (((PyObject *)Py_TYPE(__pyx_v_data)) == ((PyObject *)(&PyBytes_Type)));
+  if (!__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = (((PyObject *)Py_TYPE(__pyx_v_data)) == ((PyObject *)(&PyByteArray_Type)));
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L4_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "roles.pxd":26
+ *     """Get a buffer whose bytes are sent, or received into; none of Python objects."""
+ *     if type(data) is bytes or type(data) is bytearray:
+ *         return PyObject_GetBuffer(data, view, flags)             # <<<<<<<<<<<<<<
+ *     return take_without_objects(data, view, flags)
+ * 
+*/
+    __pyx_t_3 = PyObject_GetBuffer(__pyx_v_data, __pyx_v_view, __pyx_v_flags); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(2, 26, __pyx_L1_error)
+    {
+      __pyx_r = __pyx_t_3;
+    }
+    goto __pyx_L0;
+
+    /* "roles.pxd":25
+ * cdef inline int take_buffer(object data, Py_buffer *view, int flags) except -1:
+ *     """Get a buffer whose bytes are sent, or received into; none of Python objects."""
+ *     if type(data) is bytes or type(data) is bytearray:             # <<<<<<<<<<<<<<
+ *         return PyObject_GetBuffer(data, view, flags)
+ *     return take_without_objects(data, view, flags)
+*/
+  }
+
+  /* "roles.pxd":27
+ *     if type(data) is bytes or type(data) is bytearray:
+ *         return PyObject_GetBuffer(data, view, flags)
+ *     return take_without_objects(data, view, flags)             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_5roles_take_without_objects(__pyx_v_data, __pyx_v_view, __pyx_v_flags); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(2, 27, __pyx_L1_error)
+  {
+    __pyx_r = __pyx_t_3;
+  }
+  goto __pyx_L0;
+
+  /* "roles.pxd":23
+ * 
+ * 
+ * cdef inline int take_buffer(object data, Py_buffer *view, int flags) except -1:             # <<<<<<<<<<<<<<
+ *     """Get a buffer whose bytes are sent, or received into; none of Python objects."""
+ *     if type(data) is bytes or type(data) is bytearray:
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.roles.take_buffer", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "roles.pxd":30
+ * 
+ * 
+ * cdef inline int take_payload(object message_type, object data, Py_buffer *view) except -1:             # <<<<<<<<<<<<<<
+ *     """Get the bytes of what is to be sent, as the channel's type makes them."""
+ *     if message_type is None:
+*/
+
+static CYTHON_INLINE int __pyx_f_7ivshmem_7channel_5roles_take_payload(PyObject *__pyx_v_message_type, PyObject *__pyx_v_data, Py_buffer *__pyx_v_view) {
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  size_t __pyx_t_5;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("take_payload", 0);
+
+  /* "roles.pxd":32
+ * cdef inline int take_payload(object message_type, object data, Py_buffer *view) except -1:
+ *     """Get the bytes of what is to be sent, as the channel's type makes them."""
+ *     if message_type is None:             # <<<<<<<<<<<<<<
+ *         return take_buffer(data, view, PyBUF_SIMPLE)
+ *     return PyObject_GetBuffer(message_type.encode(data), view, PyBUF_SIMPLE)
+*/
+  __pyx_t_1 = (__pyx_v_message_type == Py_None);
+  if (__pyx_t_1) {
+
+
+    /* "roles.pxd":33
+ *     """Get the bytes of what is to be sent, as the channel's type makes them."""
+ *     if message_type is None:
+ *         return take_buffer(data, view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
+ *     return PyObject_GetBuffer(message_type.encode(data), view, PyBUF_SIMPLE)
+ * 
+*/
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_take_buffer(__pyx_v_data, __pyx_v_view, PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(2, 33, __pyx_L1_error)
+    {
+      __pyx_r = __pyx_t_2;
+    }
+    goto __pyx_L0;
+
+    /* "roles.pxd":32
+ * cdef inline int take_payload(object message_type, object data, Py_buffer *view) except -1:
+ *     """Get the bytes of what is to be sent, as the channel's type makes them."""
+ *     if message_type is None:             # <<<<<<<<<<<<<<
+ *         return take_buffer(data, view, PyBUF_SIMPLE)
+ *     return PyObject_GetBuffer(message_type.encode(data), view, PyBUF_SIMPLE)
+*/
+  }
+
+  /* "roles.pxd":34
+ *     if message_type is None:
+ *         return take_buffer(data, view, PyBUF_SIMPLE)
+ *     return PyObject_GetBuffer(message_type.encode(data), view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  __pyx_t_4 = __pyx_v_message_type;
+  __Pyx_INCREF(__pyx_t_4);
+  __pyx_t_5 = 0;
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_v_data};
+    __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_encode, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(2, 34, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
+  }
+  __pyx_t_2 = PyObject_GetBuffer(__pyx_t_3, __pyx_v_view, PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(2, 34, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+  {
+    __pyx_r = __pyx_t_2;
+  }
+  goto __pyx_L0;
+
+  /* "roles.pxd":30
+ * 
+ * 
+ * cdef inline int take_payload(object message_type, object data, Py_buffer *view) except -1:             # <<<<<<<<<<<<<<
+ *     """Get the bytes of what is to be sent, as the channel's type makes them."""
+ *     if message_type is None:
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_AddTraceback("ivshmem.channel.roles.take_payload", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "roles.pxd":37
+ * 
+ * 
+ * cdef inline int take_target(             # <<<<<<<<<<<<<<
+ *     object message_type, str name, object buffer, Py_buffer *view
+ * ) except -1:
+*/
+
+static CYTHON_INLINE int __pyx_f_7ivshmem_7channel_5roles_take_target(PyObject *__pyx_v_message_type, PyObject *__pyx_v_name, PyObject *__pyx_v_buffer, Py_buffer *__pyx_v_view) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "roles.pxd":41
+ * ) except -1:
+ *     """Get a buffer that messages are received into: of bytes, or of the type's dtype."""
+ *     if message_type is None:             # <<<<<<<<<<<<<<
+ *         return take_buffer(buffer, view, PyBUF_WRITABLE)
+ *     return take_typed(message_type, name, buffer, view)
+*/
+  __pyx_t_1 = (__pyx_v_message_type == Py_None);
+  if (__pyx_t_1) {
+
+
+    /* "roles.pxd":42
+ *     """Get a buffer that messages are received into: of bytes, or of the type's dtype."""
+ *     if message_type is None:
+ *         return take_buffer(buffer, view, PyBUF_WRITABLE)             # <<<<<<<<<<<<<<
+ *     return take_typed(message_type, name, buffer, view)
+ * 
+*/
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_take_buffer(__pyx_v_buffer, __pyx_v_view, PyBUF_WRITABLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(2, 42, __pyx_L1_error)
+    {
+      __pyx_r = __pyx_t_2;
+    }
+    goto __pyx_L0;
+
+    /* "roles.pxd":41
+ * ) except -1:
+ *     """Get a buffer that messages are received into: of bytes, or of the type's dtype."""
+ *     if message_type is None:             # <<<<<<<<<<<<<<
+ *         return take_buffer(buffer, view, PyBUF_WRITABLE)
+ *     return take_typed(message_type, name, buffer, view)
+*/
+  }
+
+  /* "roles.pxd":43
+ *     if message_type is None:
+ *         return take_buffer(buffer, view, PyBUF_WRITABLE)
+ *     return take_typed(message_type, name, buffer, view)             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_take_typed(__pyx_v_message_type, __pyx_v_name, __pyx_v_buffer, __pyx_v_view); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(2, 43, __pyx_L1_error)
+  {
+    __pyx_r = __pyx_t_2;
+  }
+  goto __pyx_L0;
+
+  /* "roles.pxd":37
+ * 
+ * 
+ * cdef inline int take_target(             # <<<<<<<<<<<<<<
+ *     object message_type, str name, object buffer, Py_buffer *view
+ * ) except -1:
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.roles.take_target", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/queues.pyx":23
  * from ..errors import MessageTooLong, Redelivered
  * 
  * cdef int64_t probe_queue(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5422,7 +5915,7 @@ static int64_t __pyx_f_7ivshmem_7channel_6queues_probe_queue(void *__pyx_v_what)
   unsigned int __pyx_t_3;
   int __pyx_t_4;
 
-  /* "ivshmem/channel/queues.pyx":23
+  /* "ivshmem/channel/queues.pyx":24
  * 
  * cdef int64_t probe_queue(void *what) noexcept nogil:
  *     cdef ivshmem_reader *reader = <ivshmem_reader *>what             # <<<<<<<<<<<<<<
@@ -5431,7 +5924,7 @@ static int64_t __pyx_f_7ivshmem_7channel_6queues_probe_queue(void *__pyx_v_what)
 */
   __pyx_v_reader = ((struct ivshmem_reader *)__pyx_v_what);
 
-  /* "ivshmem/channel/queues.pyx":25
+  /* "ivshmem/channel/queues.pyx":26
  *     cdef ivshmem_reader *reader = <ivshmem_reader *>what
  *     cdef unsigned i
  *     for i in range(reader.channel.record.geometry.writers):             # <<<<<<<<<<<<<<
@@ -5445,7 +5938,7 @@ static int64_t __pyx_f_7ivshmem_7channel_6queues_probe_queue(void *__pyx_v_what)
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_i = __pyx_t_3;
 
-    /* "ivshmem/channel/queues.pyx":26
+    /* "ivshmem/channel/queues.pyx":27
  *     cdef unsigned i
  *     for i in range(reader.channel.record.geometry.writers):
  *         if ivshmem_value(ivshmem_head(reader.channel, i)) != reader.sources[i].next:             # <<<<<<<<<<<<<<
@@ -5457,7 +5950,7 @@ static int64_t __pyx_f_7ivshmem_7channel_6queues_probe_queue(void *__pyx_v_what)
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/channel/queues.pyx":27
+      /* "ivshmem/channel/queues.pyx":28
  *     for i in range(reader.channel.record.geometry.writers):
  *         if ivshmem_value(ivshmem_head(reader.channel, i)) != reader.sources[i].next:
  *             return 1             # <<<<<<<<<<<<<<
@@ -5470,7 +5963,7 @@ static int64_t __pyx_f_7ivshmem_7channel_6queues_probe_queue(void *__pyx_v_what)
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/queues.pyx":26
+      /* "ivshmem/channel/queues.pyx":27
  *     cdef unsigned i
  *     for i in range(reader.channel.record.geometry.writers):
  *         if ivshmem_value(ivshmem_head(reader.channel, i)) != reader.sources[i].next:             # <<<<<<<<<<<<<<
@@ -5481,7 +5974,7 @@ static int64_t __pyx_f_7ivshmem_7channel_6queues_probe_queue(void *__pyx_v_what)
   }
 
 
-  /* "ivshmem/channel/queues.pyx":28
+  /* "ivshmem/channel/queues.pyx":29
  *         if ivshmem_value(ivshmem_head(reader.channel, i)) != reader.sources[i].next:
  *             return 1
  *     return 0             # <<<<<<<<<<<<<<
@@ -5494,7 +5987,7 @@ static int64_t __pyx_f_7ivshmem_7channel_6queues_probe_queue(void *__pyx_v_what)
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":22
+  /* "ivshmem/channel/queues.pyx":23
  * from ..errors import MessageTooLong, Redelivered
  * 
  * cdef int64_t probe_queue(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5509,7 +6002,7 @@ static int64_t __pyx_f_7ivshmem_7channel_6queues_probe_queue(void *__pyx_v_what)
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":35
+/* "ivshmem/channel/queues.pyx":36
  *     """A reader that claims what it takes: of a queue, or a server of calls."""
  * 
  *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
@@ -5522,7 +6015,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_attempt(struct __pyx_
   int __pyx_r;
   int __pyx_t_1;
 
-  /* "ivshmem/channel/queues.pyx":36
+  /* "ivshmem/channel/queues.pyx":37
  * 
  *     cdef int attempt(self) except? -2:
  *         cdef int code = ivshmem_queue_take(&self.reader, self.how, False, &self.taken)             # <<<<<<<<<<<<<<
@@ -5531,7 +6024,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_attempt(struct __pyx_
 */
   __pyx_v_code = ivshmem_queue_take((&__pyx_v_self->__pyx_base.reader), __pyx_v_self->how, 0, (&__pyx_v_self->taken));
 
-  /* "ivshmem/channel/queues.pyx":37
+  /* "ivshmem/channel/queues.pyx":38
  *     cdef int attempt(self) except? -2:
  *         cdef int code = ivshmem_queue_take(&self.reader, self.how, False, &self.taken)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -5543,7 +6036,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_attempt(struct __pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":38
+    /* "ivshmem/channel/queues.pyx":39
  *         cdef int code = ivshmem_queue_take(&self.reader, self.how, False, &self.taken)
  *         if code == IVSHMEM_AGAIN:
  *             code = ivshmem_queue_take(&self.reader, self.how, True, &self.taken)             # <<<<<<<<<<<<<<
@@ -5552,7 +6045,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_attempt(struct __pyx_
 */
     __pyx_v_code = ivshmem_queue_take((&__pyx_v_self->__pyx_base.reader), __pyx_v_self->how, 1, (&__pyx_v_self->taken));
 
-    /* "ivshmem/channel/queues.pyx":37
+    /* "ivshmem/channel/queues.pyx":38
  *     cdef int attempt(self) except? -2:
  *         cdef int code = ivshmem_queue_take(&self.reader, self.how, False, &self.taken)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -5561,7 +6054,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_attempt(struct __pyx_
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":39
+  /* "ivshmem/channel/queues.pyx":40
  *         if code == IVSHMEM_AGAIN:
  *             code = ivshmem_queue_take(&self.reader, self.how, True, &self.taken)
  *         return code             # <<<<<<<<<<<<<<
@@ -5574,7 +6067,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_attempt(struct __pyx_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":35
+  /* "ivshmem/channel/queues.pyx":36
  *     """A reader that claims what it takes: of a queue, or a server of calls."""
  * 
  *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
@@ -5589,7 +6082,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_attempt(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":41
+/* "ivshmem/channel/queues.pyx":42
  *         return code
  * 
  *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
@@ -5600,7 +6093,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_attempt(struct __pyx_
 static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_begin_sleep(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/queues.pyx":42
+  /* "ivshmem/channel/queues.pyx":43
  * 
  *     cdef int begin_sleep(self) except? -2:
  *         self.slept = True             # <<<<<<<<<<<<<<
@@ -5609,7 +6102,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_begin_sleep(struct __
 */
   __pyx_v_self->slept = 1;
 
-  /* "ivshmem/channel/queues.pyx":43
+  /* "ivshmem/channel/queues.pyx":44
  *     cdef int begin_sleep(self) except? -2:
  *         self.slept = True
  *         return ivshmem_queue_sleep(&self.reader)             # <<<<<<<<<<<<<<
@@ -5622,7 +6115,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_begin_sleep(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":41
+  /* "ivshmem/channel/queues.pyx":42
  *         return code
  * 
  *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
@@ -5636,7 +6129,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_begin_sleep(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":45
+/* "ivshmem/channel/queues.pyx":46
  *         return ivshmem_queue_sleep(&self.reader)
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -5646,7 +6139,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_begin_sleep(struct __
 
 static void __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_end_sleep(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self) {
 
-  /* "ivshmem/channel/queues.pyx":46
+  /* "ivshmem/channel/queues.pyx":47
  * 
  *     cdef void end_sleep(self) noexcept:
  *         ivshmem_queue_awake(&self.reader)             # <<<<<<<<<<<<<<
@@ -5655,7 +6148,7 @@ static void __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_end_sleep(struct __p
 */
   ivshmem_queue_awake((&__pyx_v_self->__pyx_base.reader));
 
-  /* "ivshmem/channel/queues.pyx":45
+  /* "ivshmem/channel/queues.pyx":46
  *         return ivshmem_queue_sleep(&self.reader)
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -5667,7 +6160,7 @@ static void __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_end_sleep(struct __p
 
 }
 
-/* "ivshmem/channel/queues.pyx":48
+/* "ivshmem/channel/queues.pyx":49
  *         ivshmem_queue_awake(&self.reader)
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -5678,7 +6171,7 @@ static void __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_end_sleep(struct __p
 static int64_t __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_probe(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self, void **__pyx_v_what, __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe) {
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/queues.pyx":49
+  /* "ivshmem/channel/queues.pyx":50
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         what[0] = &self.reader             # <<<<<<<<<<<<<<
@@ -5687,7 +6180,7 @@ static int64_t __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_probe(struct __py
 */
   (__pyx_v_what[0]) = (&__pyx_v_self->__pyx_base.reader);
 
-  /* "ivshmem/channel/queues.pyx":50
+  /* "ivshmem/channel/queues.pyx":51
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         what[0] = &self.reader
  *         probe[0] = probe_queue             # <<<<<<<<<<<<<<
@@ -5696,7 +6189,7 @@ static int64_t __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_probe(struct __py
 */
   (__pyx_v_probe[0]) = __pyx_f_7ivshmem_7channel_6queues_probe_queue;
 
-  /* "ivshmem/channel/queues.pyx":51
+  /* "ivshmem/channel/queues.pyx":52
  *         what[0] = &self.reader
  *         probe[0] = probe_queue
  *         return 1             # <<<<<<<<<<<<<<
@@ -5709,7 +6202,7 @@ static int64_t __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_probe(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":48
+  /* "ivshmem/channel/queues.pyx":49
  *         ivshmem_queue_awake(&self.reader)
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -5723,7 +6216,7 @@ static int64_t __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_probe(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":53
+/* "ivshmem/channel/queues.pyx":54
  *         return 1
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -5740,7 +6233,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_restore(struct __pyx_
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/queues.pyx":54
+  /* "ivshmem/channel/queues.pyx":55
  * 
  *     cdef int restore(self) except -1:
  *         if self.awaited and ivshmem_queue_has_more(&self.reader):             # <<<<<<<<<<<<<<
@@ -5766,17 +6259,17 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_restore(struct __pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":55
+    /* "ivshmem/channel/queues.pyx":56
  *     cdef int restore(self) except -1:
  *         if self.awaited and ivshmem_queue_has_more(&self.reader):
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 55, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 56, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/queues.pyx":54
+    /* "ivshmem/channel/queues.pyx":55
  * 
  *     cdef int restore(self) except -1:
  *         if self.awaited and ivshmem_queue_has_more(&self.reader):             # <<<<<<<<<<<<<<
@@ -5785,7 +6278,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_restore(struct __pyx_
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":56
+  /* "ivshmem/channel/queues.pyx":57
  *         if self.awaited and ivshmem_queue_has_more(&self.reader):
  *             self.membership.kick_all()
  *         return 0             # <<<<<<<<<<<<<<
@@ -5798,7 +6291,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_restore(struct __pyx_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":53
+  /* "ivshmem/channel/queues.pyx":54
  *         return 1
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -5815,7 +6308,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_restore(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":58
+/* "ivshmem/channel/queues.pyx":59
  *         return 0
  * 
  *     cdef int claim_as(self, ivshmem_claim how, ivshmem_taken *taken) noexcept:             # <<<<<<<<<<<<<<
@@ -5828,7 +6321,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim_as(struct __pyx
   int __pyx_r;
   int __pyx_t_1;
 
-  /* "ivshmem/channel/queues.pyx":59
+  /* "ivshmem/channel/queues.pyx":60
  * 
  *     cdef int claim_as(self, ivshmem_claim how, ivshmem_taken *taken) noexcept:
  *         cdef uint64_t claim = ivshmem_claim_word(             # <<<<<<<<<<<<<<
@@ -5837,7 +6330,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim_as(struct __pyx
 */
   __pyx_v_claim = ivshmem_claim_word(__pyx_v_taken->message.position, __pyx_v_self->__pyx_base.reader.slot, __pyx_v_how, __pyx_v_self->__pyx_base.reader.epoch);
 
-  /* "ivshmem/channel/queues.pyx":62
+  /* "ivshmem/channel/queues.pyx":63
  *             taken.message.position, self.reader.slot, how, self.reader.epoch
  *         )
  *         if not ivshmem_claim_exchange(&self.channel, taken.claim_at, taken.claim, claim):             # <<<<<<<<<<<<<<
@@ -5849,7 +6342,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim_as(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":63
+    /* "ivshmem/channel/queues.pyx":64
  *         )
  *         if not ivshmem_claim_exchange(&self.channel, taken.claim_at, taken.claim, claim):
  *             return IVSHMEM_AGAIN  # this process was taken for gone at that moment             # <<<<<<<<<<<<<<
@@ -5862,7 +6355,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim_as(struct __pyx
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/queues.pyx":62
+    /* "ivshmem/channel/queues.pyx":63
  *             taken.message.position, self.reader.slot, how, self.reader.epoch
  *         )
  *         if not ivshmem_claim_exchange(&self.channel, taken.claim_at, taken.claim, claim):             # <<<<<<<<<<<<<<
@@ -5871,7 +6364,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim_as(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":64
+  /* "ivshmem/channel/queues.pyx":65
  *         if not ivshmem_claim_exchange(&self.channel, taken.claim_at, taken.claim, claim):
  *             return IVSHMEM_AGAIN  # this process was taken for gone at that moment
  *         taken.claim = claim             # <<<<<<<<<<<<<<
@@ -5880,7 +6373,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim_as(struct __pyx
 */
   __pyx_v_taken->claim = __pyx_v_claim;
 
-  /* "ivshmem/channel/queues.pyx":65
+  /* "ivshmem/channel/queues.pyx":66
  *             return IVSHMEM_AGAIN  # this process was taken for gone at that moment
  *         taken.claim = claim
  *         return 0             # <<<<<<<<<<<<<<
@@ -5893,7 +6386,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim_as(struct __pyx
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":58
+  /* "ivshmem/channel/queues.pyx":59
  *         return 0
  * 
  *     cdef int claim_as(self, ivshmem_claim how, ivshmem_taken *taken) noexcept:             # <<<<<<<<<<<<<<
@@ -5908,7 +6401,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim_as(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":67
+/* "ivshmem/channel/queues.pyx":68
  *         return 0
  * 
  *     cdef int undo(self, const ivshmem_taken *taken) except -1:             # <<<<<<<<<<<<<<
@@ -5924,7 +6417,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_undo(struct __pyx_obj
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/queues.pyx":69
+  /* "ivshmem/channel/queues.pyx":70
  *     cdef int undo(self, const ivshmem_taken *taken) except -1:
  *         """Give a message back that was claimed, for another call."""
  *         if self.usable():             # <<<<<<<<<<<<<<
@@ -5936,7 +6429,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_undo(struct __pyx_obj
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":70
+    /* "ivshmem/channel/queues.pyx":71
  *         """Give a message back that was claimed, for another call."""
  *         if self.usable():
  *             ivshmem_queue_return(&self.reader, taken)             # <<<<<<<<<<<<<<
@@ -5945,17 +6438,17 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_undo(struct __pyx_obj
 */
     (void)(ivshmem_queue_return((&__pyx_v_self->__pyx_base.reader), __pyx_v_taken));
 
-    /* "ivshmem/channel/queues.pyx":71
+    /* "ivshmem/channel/queues.pyx":72
  *         if self.usable():
  *             ivshmem_queue_return(&self.reader, taken)
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 71, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 72, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/queues.pyx":69
+    /* "ivshmem/channel/queues.pyx":70
  *     cdef int undo(self, const ivshmem_taken *taken) except -1:
  *         """Give a message back that was claimed, for another call."""
  *         if self.usable():             # <<<<<<<<<<<<<<
@@ -5964,7 +6457,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_undo(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":72
+  /* "ivshmem/channel/queues.pyx":73
  *             ivshmem_queue_return(&self.reader, taken)
  *             self.membership.flush()
  *         return 0             # <<<<<<<<<<<<<<
@@ -5977,7 +6470,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_undo(struct __pyx_obj
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":67
+  /* "ivshmem/channel/queues.pyx":68
  *         return 0
  * 
  *     cdef int undo(self, const ivshmem_taken *taken) except -1:             # <<<<<<<<<<<<<<
@@ -5994,7 +6487,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_undo(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":74
+/* "ivshmem/channel/queues.pyx":75
  *         return 0
  * 
  *     cdef int after_sleep(self) except -1:             # <<<<<<<<<<<<<<
@@ -6009,7 +6502,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_after_sleep(struct __
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/queues.pyx":76
+  /* "ivshmem/channel/queues.pyx":77
  *     cdef int after_sleep(self) except -1:
  *         """A ring wakes one reader: wake another one if there is more."""
  *         if self.slept:             # <<<<<<<<<<<<<<
@@ -6018,7 +6511,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_after_sleep(struct __
 */
   if (__pyx_v_self->slept) {
 
-    /* "ivshmem/channel/queues.pyx":77
+    /* "ivshmem/channel/queues.pyx":78
  *         """A ring wakes one reader: wake another one if there is more."""
  *         if self.slept:
  *             self.slept = False             # <<<<<<<<<<<<<<
@@ -6027,7 +6520,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_after_sleep(struct __
 */
     __pyx_v_self->slept = 0;
 
-    /* "ivshmem/channel/queues.pyx":78
+    /* "ivshmem/channel/queues.pyx":79
  *         if self.slept:
  *             self.slept = False
  *             ivshmem_queue_pass_on(&self.reader)             # <<<<<<<<<<<<<<
@@ -6036,7 +6529,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_after_sleep(struct __
 */
     ivshmem_queue_pass_on((&__pyx_v_self->__pyx_base.reader));
 
-    /* "ivshmem/channel/queues.pyx":76
+    /* "ivshmem/channel/queues.pyx":77
  *     cdef int after_sleep(self) except -1:
  *         """A ring wakes one reader: wake another one if there is more."""
  *         if self.slept:             # <<<<<<<<<<<<<<
@@ -6045,17 +6538,17 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_after_sleep(struct __
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":79
+  /* "ivshmem/channel/queues.pyx":80
  *             self.slept = False
  *             ivshmem_queue_pass_on(&self.reader)
  *         self.membership.flush()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 79, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 80, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/queues.pyx":80
+  /* "ivshmem/channel/queues.pyx":81
  *             ivshmem_queue_pass_on(&self.reader)
  *         self.membership.flush()
  *         return 0             # <<<<<<<<<<<<<<
@@ -6068,7 +6561,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_after_sleep(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":74
+  /* "ivshmem/channel/queues.pyx":75
  *         return 0
  * 
  *     cdef int after_sleep(self) except -1:             # <<<<<<<<<<<<<<
@@ -6085,7 +6578,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_after_sleep(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":82
+/* "ivshmem/channel/queues.pyx":83
  *         return 0
  * 
  *     cdef int claim(             # <<<<<<<<<<<<<<
@@ -6116,18 +6609,28 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("claim", 0);
 
-  /* "ivshmem/channel/queues.pyx":87
+  /* "ivshmem/channel/queues.pyx":88
  *         """Take a message; 0, or IVSHMEM_AGAIN: none came in time."""
  *         cdef int code
+ *         check_timeout(timeout)             # <<<<<<<<<<<<<<
+ *         self.enter()
+ *         self.how = how
+*/
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_check_timeout(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 88, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/queues.pyx":89
+ *         cdef int code
+ *         check_timeout(timeout)
  *         self.enter()             # <<<<<<<<<<<<<<
  *         self.how = how
  *         code = ivshmem_queue_take(&self.reader, how, False, taken)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 87, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 89, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/queues.pyx":88
- *         cdef int code
+  /* "ivshmem/channel/queues.pyx":90
+ *         check_timeout(timeout)
  *         self.enter()
  *         self.how = how             # <<<<<<<<<<<<<<
  *         code = ivshmem_queue_take(&self.reader, how, False, taken)
@@ -6135,7 +6638,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
 */
   __pyx_v_self->how = __pyx_v_how;
 
-  /* "ivshmem/channel/queues.pyx":89
+  /* "ivshmem/channel/queues.pyx":91
  *         self.enter()
  *         self.how = how
  *         code = ivshmem_queue_take(&self.reader, how, False, taken)             # <<<<<<<<<<<<<<
@@ -6144,7 +6647,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
 */
   __pyx_v_code = ivshmem_queue_take((&__pyx_v_self->__pyx_base.reader), __pyx_v_how, 0, __pyx_v_taken);
 
-  /* "ivshmem/channel/queues.pyx":90
+  /* "ivshmem/channel/queues.pyx":92
  *         self.how = how
  *         code = ivshmem_queue_take(&self.reader, how, False, taken)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6156,7 +6659,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/queues.pyx":91
+    /* "ivshmem/channel/queues.pyx":93
  *         code = ivshmem_queue_take(&self.reader, how, False, taken)
  *         if code == IVSHMEM_AGAIN:
  *             try:             # <<<<<<<<<<<<<<
@@ -6165,17 +6668,17 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
 */
     /*try:*/ {
 
-      /* "ivshmem/channel/queues.pyx":92
+      /* "ivshmem/channel/queues.pyx":94
  *         if code == IVSHMEM_AGAIN:
  *             try:
  *                 code = self.wait(timeout, spin)             # <<<<<<<<<<<<<<
  *                 taken[0] = self.taken  # before another thread takes one
  *                 if code == 0 and ivshmem_flags(taken.claim) != how:
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 92, __pyx_L5_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 94, __pyx_L5_error)
       __pyx_v_code = __pyx_t_1;
 
-      /* "ivshmem/channel/queues.pyx":93
+      /* "ivshmem/channel/queues.pyx":95
  *             try:
  *                 code = self.wait(timeout, spin)
  *                 taken[0] = self.taken  # before another thread takes one             # <<<<<<<<<<<<<<
@@ -6187,7 +6690,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
       (__pyx_v_taken[0]) = __pyx_t_3;
 
 
-      /* "ivshmem/channel/queues.pyx":94
+      /* "ivshmem/channel/queues.pyx":96
  *                 code = self.wait(timeout, spin)
  *                 taken[0] = self.taken  # before another thread takes one
  *                 if code == 0 and ivshmem_flags(taken.claim) != how:             # <<<<<<<<<<<<<<
@@ -6213,7 +6716,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/channel/queues.pyx":95
+        /* "ivshmem/channel/queues.pyx":97
  *                 taken[0] = self.taken  # before another thread takes one
  *                 if code == 0 and ivshmem_flags(taken.claim) != how:
  *                     code = self.claim_as(how, taken)  # `how` is another thread's since the wait             # <<<<<<<<<<<<<<
@@ -6222,7 +6725,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
 */
         __pyx_v_code = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->claim_as(__pyx_v_self, __pyx_v_how, __pyx_v_taken);
 
-        /* "ivshmem/channel/queues.pyx":94
+        /* "ivshmem/channel/queues.pyx":96
  *                 code = self.wait(timeout, spin)
  *                 taken[0] = self.taken  # before another thread takes one
  *                 if code == 0 and ivshmem_flags(taken.claim) != how:             # <<<<<<<<<<<<<<
@@ -6232,7 +6735,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
       }
     }
 
-    /* "ivshmem/channel/queues.pyx":97
+    /* "ivshmem/channel/queues.pyx":99
  *                     code = self.claim_as(how, taken)  # `how` is another thread's since the wait
  *             finally:
  *                 if self.usable():             # <<<<<<<<<<<<<<
@@ -6246,17 +6749,17 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/queues.pyx":98
+          /* "ivshmem/channel/queues.pyx":100
  *             finally:
  *                 if self.usable():
  *                     self.after_sleep()             # <<<<<<<<<<<<<<
  *         if code and code != IVSHMEM_AGAIN:
  *             raise self.fail(code)
 */
-          __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->after_sleep(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 98, __pyx_L1_error)
+          __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->after_sleep(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 100, __pyx_L1_error)
 
 
-          /* "ivshmem/channel/queues.pyx":97
+          /* "ivshmem/channel/queues.pyx":99
  *                     code = self.claim_as(how, taken)  # `how` is another thread's since the wait
  *             finally:
  *                 if self.usable():             # <<<<<<<<<<<<<<
@@ -6286,17 +6789,17 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
           if (__pyx_t_2) {
 
 
-            /* "ivshmem/channel/queues.pyx":98
+            /* "ivshmem/channel/queues.pyx":100
  *             finally:
  *                 if self.usable():
  *                     self.after_sleep()             # <<<<<<<<<<<<<<
  *         if code and code != IVSHMEM_AGAIN:
  *             raise self.fail(code)
 */
-            __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->after_sleep(__pyx_v_self); if (unlikely(__pyx_t_13 == ((int)-1))) __PYX_ERR(0, 98, __pyx_L12_error)
+            __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->after_sleep(__pyx_v_self); if (unlikely(__pyx_t_13 == ((int)-1))) __PYX_ERR(0, 100, __pyx_L12_error)
 
 
-            /* "ivshmem/channel/queues.pyx":97
+            /* "ivshmem/channel/queues.pyx":99
  *                     code = self.claim_as(how, taken)  # `how` is another thread's since the wait
  *             finally:
  *                 if self.usable():             # <<<<<<<<<<<<<<
@@ -6330,7 +6833,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
       __pyx_L6:;
     }
 
-    /* "ivshmem/channel/queues.pyx":90
+    /* "ivshmem/channel/queues.pyx":92
  *         self.how = how
  *         code = ivshmem_queue_take(&self.reader, how, False, taken)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6339,7 +6842,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":99
+  /* "ivshmem/channel/queues.pyx":101
  *                 if self.usable():
  *                     self.after_sleep()
  *         if code and code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6365,20 +6868,20 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/queues.pyx":100
+    /* "ivshmem/channel/queues.pyx":102
  *                     self.after_sleep()
  *         if code and code != IVSHMEM_AGAIN:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
  *         return code
  * 
 */
-    __pyx_t_14 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 100, __pyx_L1_error)
+    __pyx_t_14 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 102, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
     __Pyx_Raise(__pyx_t_14, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-    __PYX_ERR(0, 100, __pyx_L1_error)
+    __PYX_ERR(0, 102, __pyx_L1_error)
 
-    /* "ivshmem/channel/queues.pyx":99
+    /* "ivshmem/channel/queues.pyx":101
  *                 if self.usable():
  *                     self.after_sleep()
  *         if code and code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6387,7 +6890,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":101
+  /* "ivshmem/channel/queues.pyx":103
  *         if code and code != IVSHMEM_AGAIN:
  *             raise self.fail(code)
  *         return code             # <<<<<<<<<<<<<<
@@ -6400,7 +6903,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":82
+  /* "ivshmem/channel/queues.pyx":83
  *         return 0
  * 
  *     cdef int claim(             # <<<<<<<<<<<<<<
@@ -6484,7 +6987,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11ClaimingEnd___reduce_cytho
  *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_self_held_self_reader_cannot_be, 0, 0);
-  __PYX_ERR(1, 2, __pyx_L1_error)
+  __PYX_ERR(3, 2, __pyx_L1_error)
 
   /* "(tree fragment)":1
  * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
@@ -6548,32 +7051,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(1, 3, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(3, 3, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(3, 3, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(1, 3, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(3, 3, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(1, 3, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(3, 3, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(3, 3, __pyx_L3_error)
     }
     __pyx_v___pyx_state = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(1, 3, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(3, 3, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6608,7 +7111,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11ClaimingEnd_2__setstate_cy
  *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"             # <<<<<<<<<<<<<<
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_self_held_self_reader_cannot_be, 0, 0);
-  __PYX_ERR(1, 4, __pyx_L1_error)
+  __PYX_ERR(3, 4, __pyx_L1_error)
 
   /* "(tree fragment)":3
  * def __reduce_cython__(self):
@@ -6626,7 +7129,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11ClaimingEnd_2__setstate_cy
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":115
+/* "ivshmem/channel/queues.pyx":117
  *     """
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -6674,20 +7177,20 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 115, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 117, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 115, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 117, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get", 0) < (0)) __PYX_ERR(0, 115, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get", 0) < (0)) __PYX_ERR(0, 117, __pyx_L3_error)
 
-      /* "ivshmem/channel/queues.pyx":117
+      /* "ivshmem/channel/queues.pyx":119
  *     @cython.binding(False)
  *     @cython.critical_section
  *     def get(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -6700,7 +7203,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 115, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 117, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -6713,7 +7216,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 115, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 117, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6726,7 +7229,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/queues.pyx":115
+  /* "ivshmem/channel/queues.pyx":117
  *     """
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -6768,21 +7271,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/queues.pyx":137
+        /* "ivshmem/channel/queues.pyx":139
  *         cdef ivshmem_taken taken
  *         cdef bytes data
  *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):             # <<<<<<<<<<<<<<
  *             return None
  *         try:
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_ONCE, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 137, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_ONCE, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 139, __pyx_L4_error)
         __pyx_t_3 = (__pyx_t_2 != 0);
 
 
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/queues.pyx":138
+          /* "ivshmem/channel/queues.pyx":140
  *         cdef bytes data
  *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
  *             return None             # <<<<<<<<<<<<<<
@@ -6800,7 +7303,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/queues.pyx":137
+          /* "ivshmem/channel/queues.pyx":139
  *         cdef ivshmem_taken taken
  *         cdef bytes data
  *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):             # <<<<<<<<<<<<<<
@@ -6809,7 +7312,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
 */
         }
 
-        /* "ivshmem/channel/queues.pyx":139
+        /* "ivshmem/channel/queues.pyx":141
  *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
  *             return None
  *         try:             # <<<<<<<<<<<<<<
@@ -6825,19 +7328,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
           __Pyx_XGOTREF(__pyx_t_6);
           /*try:*/ {
 
-            /* "ivshmem/channel/queues.pyx":140
+            /* "ivshmem/channel/queues.pyx":142
  *             return None
  *         try:
  *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)             # <<<<<<<<<<<<<<
  *         except MemoryError:
  *             self.undo(&taken)
 */
-            __pyx_t_7 = PyBytes_FromStringAndSize(NULL, __pyx_v_taken.message.length); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 140, __pyx_L7_error)
+            __pyx_t_7 = PyBytes_FromStringAndSize(NULL, __pyx_v_taken.message.length); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 142, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_7);
             __pyx_v_data = ((PyObject*)__pyx_t_7);
             __pyx_t_7 = 0;
 
-            /* "ivshmem/channel/queues.pyx":139
+            /* "ivshmem/channel/queues.pyx":141
  *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
  *             return None
  *         try:             # <<<<<<<<<<<<<<
@@ -6852,7 +7355,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
           __pyx_L7_error:;
           __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
 
-          /* "ivshmem/channel/queues.pyx":141
+          /* "ivshmem/channel/queues.pyx":143
  *         try:
  *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)
  *         except MemoryError:             # <<<<<<<<<<<<<<
@@ -6862,22 +7365,22 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
           __pyx_t_2 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_MemoryError))));
           if (__pyx_t_2) {
             __Pyx_AddTraceback("ivshmem.channel.queues.QueueReader.get", __pyx_clineno, __pyx_lineno, __pyx_filename);
-            if (__Pyx_GetException(&__pyx_t_7, &__pyx_t_8, &__pyx_t_9) < 0) __PYX_ERR(0, 141, __pyx_L9_except_error)
+            if (__Pyx_GetException(&__pyx_t_7, &__pyx_t_8, &__pyx_t_9) < 0) __PYX_ERR(0, 143, __pyx_L9_except_error)
             __Pyx_XGOTREF(__pyx_t_7);
             __Pyx_XGOTREF(__pyx_t_8);
             __Pyx_XGOTREF(__pyx_t_9);
 
-            /* "ivshmem/channel/queues.pyx":142
+            /* "ivshmem/channel/queues.pyx":144
  *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)
  *         except MemoryError:
  *             self.undo(&taken)             # <<<<<<<<<<<<<<
  *             raise
  *         self.finish(&taken, PyBytes_AS_STRING(data))
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.undo(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 142, __pyx_L9_except_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.undo(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 144, __pyx_L9_except_error)
 
 
-            /* "ivshmem/channel/queues.pyx":143
+            /* "ivshmem/channel/queues.pyx":145
  *         except MemoryError:
  *             self.undo(&taken)
  *             raise             # <<<<<<<<<<<<<<
@@ -6889,11 +7392,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
             __Pyx_XGIVEREF(__pyx_t_9);
             __Pyx_ErrRestoreWithState(__pyx_t_7, __pyx_t_8, __pyx_t_9);
             __pyx_t_7 = 0;  __pyx_t_8 = 0;  __pyx_t_9 = 0; 
-            __PYX_ERR(0, 143, __pyx_L9_except_error)
+            __PYX_ERR(0, 145, __pyx_L9_except_error)
           }
           goto __pyx_L9_except_error;
 
-          /* "ivshmem/channel/queues.pyx":139
+          /* "ivshmem/channel/queues.pyx":141
  *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
  *             return None
  *         try:             # <<<<<<<<<<<<<<
@@ -6909,17 +7412,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
           __pyx_L12_try_end:;
         }
 
-        /* "ivshmem/channel/queues.pyx":144
+        /* "ivshmem/channel/queues.pyx":146
  *             self.undo(&taken)
  *             raise
  *         self.finish(&taken, PyBytes_AS_STRING(data))             # <<<<<<<<<<<<<<
  *         return data if self.type is None else self.type.decode(data)
  * 
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->finish(__pyx_v_self, (&__pyx_v_taken), PyBytes_AS_STRING(__pyx_v_data)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 144, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->finish(__pyx_v_self, (&__pyx_v_taken), PyBytes_AS_STRING(__pyx_v_data)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 146, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/queues.pyx":145
+        /* "ivshmem/channel/queues.pyx":147
  *             raise
  *         self.finish(&taken, PyBytes_AS_STRING(data))
  *         return data if self.type is None else self.type.decode(data)             # <<<<<<<<<<<<<<
@@ -6938,7 +7441,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
             PyObject *__pyx_callargs[2] = {__pyx_t_7, __pyx_v_data};
             __pyx_t_8 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-            if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 145, __pyx_L4_error)
+            if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 147, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_8);
           }
           __pyx_t_9 = __pyx_t_8;
@@ -6958,7 +7461,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/queues.pyx":115
+      /* "ivshmem/channel/queues.pyx":117
  *     """
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -7000,7 +7503,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":147
+/* "ivshmem/channel/queues.pyx":149
  *         return data if self.type is None else self.type.decode(data)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7016,7 +7519,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_11QueueReader_2get_into, "Copy the next message into `buffer`, at most once; otherwise as `get`.\n\n        Returns:\n            How many bytes the message has; None: no message came in time.\n\n        Raises:\n            MessageTooLong: the message has more bytes than the buffer; it is given back.\n        ");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_11QueueReader_2get_into, "Copy the next message into `buffer`, at most once; otherwise as `get`.\n\n        Returns:\n            How many bytes the message has; None: no message came in time.\n\n        Raises:\n            MessageTooLong: the message has more bytes than the buffer; it is given back.\n            ChannelTypeError: as of Reader.get_into.\n        ");
 static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_3get_into = {"get_into", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_3get_into, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_11QueueReader_2get_into};
 static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_3get_into(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -7050,24 +7553,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_buffer,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 147, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 149, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 147, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 149, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 147, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 149, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into", 0) < (0)) __PYX_ERR(0, 147, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into", 0) < (0)) __PYX_ERR(0, 149, __pyx_L3_error)
 
-      /* "ivshmem/channel/queues.pyx":148
+      /* "ivshmem/channel/queues.pyx":150
  * 
  *     @cython.critical_section
  *     def get_into(self, buffer, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -7077,17 +7580,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, i); __PYX_ERR(0, 147, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, i); __PYX_ERR(0, 149, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 147, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 149, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 147, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 149, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -7100,7 +7603,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 147, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 149, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7113,7 +7616,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self), __pyx_v_buffer, __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/queues.pyx":147
+  /* "ivshmem/channel/queues.pyx":149
  *         return data if self.type is None else self.type.decode(data)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7135,10 +7638,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
-  int __pyx_t_2;
-  int __pyx_t_3;
-  PyObject *__pyx_t_4 = NULL;
-  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  int __pyx_t_4;
+  int __pyx_t_5;
   PyObject *__pyx_t_6 = NULL;
   PyObject *__pyx_t_7 = NULL;
   PyObject *__pyx_t_8 = NULL;
@@ -7165,40 +7668,46 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/queues.pyx":159
+        /* "ivshmem/channel/queues.pyx":162
  *         cdef Py_buffer view
  *         cdef ivshmem_taken taken
- *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)             # <<<<<<<<<<<<<<
+ *         take_target(self.type, self.name, buffer, &view)             # <<<<<<<<<<<<<<
  *         try:
  *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
 */
-        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_buffer, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 159, __pyx_L4_error)
+        __pyx_t_2 = __pyx_v_self->__pyx_base.__pyx_base.type;
+        __Pyx_INCREF(__pyx_t_2);
+        __pyx_t_3 = __pyx_v_self->__pyx_base.__pyx_base.__pyx_base.name;
+        __Pyx_INCREF(__pyx_t_3);
+        __pyx_t_4 = __pyx_f_7ivshmem_7channel_5roles_take_target(__pyx_t_2, ((PyObject*)__pyx_t_3), __pyx_v_buffer, (&__pyx_v_view)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 162, __pyx_L4_error)
+        __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+        __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
 
-        /* "ivshmem/channel/queues.pyx":160
+        /* "ivshmem/channel/queues.pyx":163
  *         cdef ivshmem_taken taken
- *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+ *         take_target(self.type, self.name, buffer, &view)
  *         try:             # <<<<<<<<<<<<<<
  *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
  *                 return None
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/queues.pyx":161
- *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+          /* "ivshmem/channel/queues.pyx":164
+ *         take_target(self.type, self.name, buffer, &view)
  *         try:
  *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):             # <<<<<<<<<<<<<<
  *                 return None
  *             if taken.message.length > <uint64_t>view.len:
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_ONCE, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 161, __pyx_L7_error)
-          __pyx_t_3 = (__pyx_t_2 != 0);
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_ONCE, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_4 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 164, __pyx_L7_error)
+          __pyx_t_5 = (__pyx_t_4 != 0);
 
 
-          if (__pyx_t_3) {
+          if (__pyx_t_5) {
 
 
-            /* "ivshmem/channel/queues.pyx":162
+            /* "ivshmem/channel/queues.pyx":165
  *         try:
  *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
  *                 return None             # <<<<<<<<<<<<<<
@@ -7216,8 +7725,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
             goto __pyx_L6_return;
 
-            /* "ivshmem/channel/queues.pyx":161
- *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+            /* "ivshmem/channel/queues.pyx":164
+ *         take_target(self.type, self.name, buffer, &view)
  *         try:
  *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):             # <<<<<<<<<<<<<<
  *                 return None
@@ -7225,49 +7734,49 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
 */
           }
 
-          /* "ivshmem/channel/queues.pyx":163
+          /* "ivshmem/channel/queues.pyx":166
  *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
  *                 return None
  *             if taken.message.length > <uint64_t>view.len:             # <<<<<<<<<<<<<<
  *                 self.undo(&taken)
  *                 raise MessageTooLong(
 */
-          __pyx_t_3 = (__pyx_v_taken.message.length > ((uint64_t)__pyx_v_view.len));
+          __pyx_t_5 = (__pyx_v_taken.message.length > ((uint64_t)__pyx_v_view.len));
 
-          if (unlikely(__pyx_t_3)) {
+          if (unlikely(__pyx_t_5)) {
 
 
-            /* "ivshmem/channel/queues.pyx":164
+            /* "ivshmem/channel/queues.pyx":167
  *                 return None
  *             if taken.message.length > <uint64_t>view.len:
  *                 self.undo(&taken)             # <<<<<<<<<<<<<<
  *                 raise MessageTooLong(
  *                     f"a message of {taken.message.length} bytes, and the buffer has {view.len}"
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.undo(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 164, __pyx_L7_error)
+            __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.undo(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), (&__pyx_v_taken)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 167, __pyx_L7_error)
 
 
-            /* "ivshmem/channel/queues.pyx":165
+            /* "ivshmem/channel/queues.pyx":168
  *             if taken.message.length > <uint64_t>view.len:
  *                 self.undo(&taken)
  *                 raise MessageTooLong(             # <<<<<<<<<<<<<<
  *                     f"a message of {taken.message.length} bytes, and the buffer has {view.len}"
  *                 )
 */
-            __pyx_t_5 = NULL;
-            __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 165, __pyx_L7_error)
+            __pyx_t_2 = NULL;
+            __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 168, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_6);
 
-            /* "ivshmem/channel/queues.pyx":166
+            /* "ivshmem/channel/queues.pyx":169
  *                 self.undo(&taken)
  *                 raise MessageTooLong(
  *                     f"a message of {taken.message.length} bytes, and the buffer has {view.len}"             # <<<<<<<<<<<<<<
  *                 )
  *             self.finish(&taken, <char *>view.buf)
 */
-            __pyx_t_7 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_taken.message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 166, __pyx_L7_error)
+            __pyx_t_7 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_taken.message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 169, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_7);
-            __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 166, __pyx_L7_error)
+            __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 169, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_8);
             __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_a_message_of;
             __pyx_t_9[1] = __pyx_t_7;
@@ -7277,38 +7786,38 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
             #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
             __pyx_t_10 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_9[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_9[3]);
             #endif
-            __pyx_t_2 = 0;
-            __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_9, 4, __pyx_t_10, __pyx_t_2);
-            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 166, __pyx_L7_error)
+            __pyx_t_4 = 0;
+            __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_9, 4, __pyx_t_10, __pyx_t_4);
+            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 169, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_11);
             __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
             __pyx_t_12 = 1;
             #if CYTHON_UNPACK_METHODS
             if (unlikely(PyMethod_Check(__pyx_t_6))) {
-              __pyx_t_5 = PyMethod_GET_SELF(__pyx_t_6);
-              assert(__pyx_t_5);
+              __pyx_t_2 = PyMethod_GET_SELF(__pyx_t_6);
+              assert(__pyx_t_2);
               PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_6);
-              __Pyx_INCREF(__pyx_t_5);
+              __Pyx_INCREF(__pyx_t_2);
               __Pyx_INCREF(__pyx__function);
               __Pyx_DECREF_SET(__pyx_t_6, __pyx__function);
               __pyx_t_12 = 0;
             }
             #endif
             {
-              PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_t_11};
-              __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-              __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+              PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_t_11};
+              __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+              __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
               __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
               __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 165, __pyx_L7_error)
-              __Pyx_GOTREF(__pyx_t_4);
+              if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 168, __pyx_L7_error)
+              __Pyx_GOTREF(__pyx_t_3);
             }
-            __Pyx_Raise(__pyx_t_4, 0, 0, 0);
-            __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-            __PYX_ERR(0, 165, __pyx_L7_error)
+            __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+            __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+            __PYX_ERR(0, 168, __pyx_L7_error)
 
-            /* "ivshmem/channel/queues.pyx":163
+            /* "ivshmem/channel/queues.pyx":166
  *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
  *                 return None
  *             if taken.message.length > <uint64_t>view.len:             # <<<<<<<<<<<<<<
@@ -7317,39 +7826,39 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
 */
           }
 
-          /* "ivshmem/channel/queues.pyx":168
+          /* "ivshmem/channel/queues.pyx":171
  *                     f"a message of {taken.message.length} bytes, and the buffer has {view.len}"
  *                 )
  *             self.finish(&taken, <char *>view.buf)             # <<<<<<<<<<<<<<
  *             return taken.message.length
  *         finally:
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->finish(__pyx_v_self, (&__pyx_v_taken), ((char *)__pyx_v_view.buf)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 168, __pyx_L7_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->finish(__pyx_v_self, (&__pyx_v_taken), ((char *)__pyx_v_view.buf)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 171, __pyx_L7_error)
 
 
-          /* "ivshmem/channel/queues.pyx":169
+          /* "ivshmem/channel/queues.pyx":172
  *                 )
  *             self.finish(&taken, <char *>view.buf)
  *             return taken.message.length             # <<<<<<<<<<<<<<
  *         finally:
  *             PyBuffer_Release(&view)
 */
-          __pyx_t_4 = __Pyx_PyLong_From_uint32_t(__pyx_v_taken.message.length); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 169, __pyx_L7_error)
-          __Pyx_GOTREF(__pyx_t_4);
+          __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_v_taken.message.length); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 172, __pyx_L7_error)
+          __Pyx_GOTREF(__pyx_t_3);
           {
             PyObject *__pyx_temp;
             {
               __pyx_temp = __pyx_r;
-              __pyx_r = __pyx_t_4;
+              __pyx_r = __pyx_t_3;
             }
             __Pyx_XDECREF(__pyx_temp);
           }
-          __pyx_t_4 = 0;
+          __pyx_t_3 = 0;
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L6_return;
         }
 
-        /* "ivshmem/channel/queues.pyx":171
+        /* "ivshmem/channel/queues.pyx":174
  *             return taken.message.length
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -7363,8 +7872,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
             __Pyx_PyThreadState_assign
             __pyx_t_15 = 0; __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0; __pyx_t_19 = 0; __pyx_t_20 = 0;
             __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
-            __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-            __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+            __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+            __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
             __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
             __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
             __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
@@ -7376,7 +7885,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
             __Pyx_XGOTREF(__pyx_t_18);
             __Pyx_XGOTREF(__pyx_t_19);
             __Pyx_XGOTREF(__pyx_t_20);
-            __pyx_t_2 = __pyx_lineno; __pyx_t_13 = __pyx_clineno; __pyx_t_14 = __pyx_filename;
+            __pyx_t_4 = __pyx_lineno; __pyx_t_13 = __pyx_clineno; __pyx_t_14 = __pyx_filename;
             {
               PyBuffer_Release((&__pyx_v_view));
             }
@@ -7389,7 +7898,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
             __Pyx_XGIVEREF(__pyx_t_17);
             __Pyx_ErrRestore(__pyx_t_15, __pyx_t_16, __pyx_t_17);
             __pyx_t_15 = 0; __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0; __pyx_t_19 = 0; __pyx_t_20 = 0;
-            __pyx_lineno = __pyx_t_2; __pyx_clineno = __pyx_t_13; __pyx_filename = __pyx_t_14;
+            __pyx_lineno = __pyx_t_4; __pyx_clineno = __pyx_t_13; __pyx_filename = __pyx_t_14;
             goto __pyx_L4_error;
           }
           __pyx_L6_return: {
@@ -7403,7 +7912,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
         }
       }
 
-      /* "ivshmem/channel/queues.pyx":147
+      /* "ivshmem/channel/queues.pyx":149
  *         return data if self.type is None else self.type.decode(data)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7432,8 +7941,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
   goto __pyx_L0;
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_6);
   __Pyx_XDECREF(__pyx_t_7);
   __Pyx_XDECREF(__pyx_t_8);
@@ -7448,7 +7957,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":173
+/* "ivshmem/channel/queues.pyx":176
  *             PyBuffer_Release(&view)
  * 
  *     cdef int finish(self, const ivshmem_taken *taken, char *into) except -1:             # <<<<<<<<<<<<<<
@@ -7483,7 +7992,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("finish", 0);
 
-  /* "ivshmem/channel/queues.pyx":175
+  /* "ivshmem/channel/queues.pyx":178
  *     cdef int finish(self, const ivshmem_taken *taken, char *into) except -1:
  *         """Copy a message out, and give its memory back."""
  *         cdef const char *at = <const char *>self.channel.area.memory.start + taken.message.offset             # <<<<<<<<<<<<<<
@@ -7492,7 +8001,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
 */
   __pyx_v_at = (((char const *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.channel.area.memory.start) + __pyx_v_taken->message.offset);
 
-  /* "ivshmem/channel/queues.pyx":176
+  /* "ivshmem/channel/queues.pyx":179
  *         """Copy a message out, and give its memory back."""
  *         cdef const char *at = <const char *>self.channel.area.memory.start + taken.message.offset
  *         if taken.message.length < LARGE:             # <<<<<<<<<<<<<<
@@ -7504,7 +8013,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":177
+    /* "ivshmem/channel/queues.pyx":180
  *         cdef const char *at = <const char *>self.channel.area.memory.start + taken.message.offset
  *         if taken.message.length < LARGE:
  *             ivshmem_copy_payload(into, at, taken.message.length)             # <<<<<<<<<<<<<<
@@ -7513,7 +8022,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
 */
     ivshmem_copy_payload(__pyx_v_into, __pyx_v_at, __pyx_v_taken->message.length);
 
-    /* "ivshmem/channel/queues.pyx":176
+    /* "ivshmem/channel/queues.pyx":179
  *         """Copy a message out, and give its memory back."""
  *         cdef const char *at = <const char *>self.channel.area.memory.start + taken.message.offset
  *         if taken.message.length < LARGE:             # <<<<<<<<<<<<<<
@@ -7523,7 +8032,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/queues.pyx":179
+  /* "ivshmem/channel/queues.pyx":182
  *             ivshmem_copy_payload(into, at, taken.message.length)
  *         else:
  *             self.membership.mapping.pin()             # <<<<<<<<<<<<<<
@@ -7531,10 +8040,10 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
  *                 with nogil:
 */
   /*else*/ {
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->mapping); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 179, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->mapping); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 182, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/queues.pyx":180
+    /* "ivshmem/channel/queues.pyx":183
  *         else:
  *             self.membership.mapping.pin()
  *             try:             # <<<<<<<<<<<<<<
@@ -7543,7 +8052,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
 */
     /*try:*/ {
 
-      /* "ivshmem/channel/queues.pyx":181
+      /* "ivshmem/channel/queues.pyx":184
  *             self.membership.mapping.pin()
  *             try:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -7556,7 +8065,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/channel/queues.pyx":182
+            /* "ivshmem/channel/queues.pyx":185
  *             try:
  *                 with nogil:
  *                     ivshmem_copy_payload(into, at, taken.message.length)             # <<<<<<<<<<<<<<
@@ -7566,7 +8075,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
             ivshmem_copy_payload(__pyx_v_into, __pyx_v_at, __pyx_v_taken->message.length);
           }
 
-          /* "ivshmem/channel/queues.pyx":181
+          /* "ivshmem/channel/queues.pyx":184
  *             self.membership.mapping.pin()
  *             try:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -7583,18 +8092,18 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
           }
       }
 
-      /* "ivshmem/channel/queues.pyx":183
+      /* "ivshmem/channel/queues.pyx":186
  *                 with nogil:
  *                     ivshmem_copy_payload(into, at, taken.message.length)
  *                 self.enter()             # <<<<<<<<<<<<<<
  *             finally:
  *                 self.membership.mapping.unpin()
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 183, __pyx_L5_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 186, __pyx_L5_error)
 
     }
 
-    /* "ivshmem/channel/queues.pyx":185
+    /* "ivshmem/channel/queues.pyx":188
  *                 self.enter()
  *             finally:
  *                 self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -7640,7 +8149,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/queues.pyx":186
+  /* "ivshmem/channel/queues.pyx":189
  *             finally:
  *                 self.membership.mapping.unpin()
  *         if ivshmem_queue_done(&self.reader, taken):             # <<<<<<<<<<<<<<
@@ -7652,7 +8161,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/queues.pyx":187
+    /* "ivshmem/channel/queues.pyx":190
  *                 self.membership.mapping.unpin()
  *         if ivshmem_queue_done(&self.reader, taken):
  *             raise Redelivered(             # <<<<<<<<<<<<<<
@@ -7660,17 +8169,17 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
  *                 " which is lost"
 */
     __pyx_t_12 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_13, __pyx_mstate_global->__pyx_n_u_Redelivered); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 187, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_13, __pyx_mstate_global->__pyx_n_u_Redelivered); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 190, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
 
-    /* "ivshmem/channel/queues.pyx":188
+    /* "ivshmem/channel/queues.pyx":191
  *         if ivshmem_queue_done(&self.reader, taken):
  *             raise Redelivered(
  *                 f"queue {self.name!r}: this process was taken for gone while it copied a message,"             # <<<<<<<<<<<<<<
  *                 " which is lost"
  *             )
 */
-    __pyx_t_14 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 188, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 191, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
     __pyx_t_15[0] = __pyx_mstate_global->__pyx_kp_u_queue;
     __pyx_t_15[1] = __pyx_t_14;
@@ -7684,7 +8193,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
     __pyx_t_3 |= __Pyx_PyUnicode_KIND_04(__pyx_t_15[1]);
     #endif
     __pyx_t_17 = __Pyx_PyUnicode_Join(__pyx_t_15, 3, __pyx_t_16, __pyx_t_3);
-    if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 188, __pyx_L1_error)
+    if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 191, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_17);
     __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
     __pyx_t_18 = 1;
@@ -7705,14 +8214,14 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
       __Pyx_XDECREF(__pyx_t_12); __pyx_t_12 = 0;
       __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
       __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-      if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 187, __pyx_L1_error)
+      if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 190, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_11);
     }
     __Pyx_Raise(__pyx_t_11, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-    __PYX_ERR(0, 187, __pyx_L1_error)
+    __PYX_ERR(0, 190, __pyx_L1_error)
 
-    /* "ivshmem/channel/queues.pyx":186
+    /* "ivshmem/channel/queues.pyx":189
  *             finally:
  *                 self.membership.mapping.unpin()
  *         if ivshmem_queue_done(&self.reader, taken):             # <<<<<<<<<<<<<<
@@ -7721,20 +8230,20 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":191
+  /* "ivshmem/channel/queues.pyx":194
  *                 " which is lost"
  *             )
  *         return self.membership.flush()             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 191, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 194, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_3;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":173
+  /* "ivshmem/channel/queues.pyx":176
  *             PyBuffer_Release(&view)
  * 
  *     cdef int finish(self, const ivshmem_taken *taken, char *into) except -1:             # <<<<<<<<<<<<<<
@@ -7758,7 +8267,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":193
+/* "ivshmem/channel/queues.pyx":196
  *         return self.membership.flush()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7807,20 +8316,20 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 193, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 196, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 193, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 196, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take", 0) < (0)) __PYX_ERR(0, 193, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take", 0) < (0)) __PYX_ERR(0, 196, __pyx_L3_error)
 
-      /* "ivshmem/channel/queues.pyx":194
+      /* "ivshmem/channel/queues.pyx":197
  * 
  *     @cython.critical_section
  *     def take(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -7833,7 +8342,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 193, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 196, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -7846,7 +8355,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("take", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 193, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("take", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 196, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7859,7 +8368,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/queues.pyx":193
+  /* "ivshmem/channel/queues.pyx":196
  *         return self.membership.flush()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7895,21 +8404,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(struct _
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/queues.pyx":211
+        /* "ivshmem/channel/queues.pyx":214
  *         """
  *         cdef ivshmem_taken taken
  *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin, &taken):             # <<<<<<<<<<<<<<
  *             return None
  *         return taken_of(Taken, self, &taken)
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_TAKEN, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 211, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_TAKEN, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 214, __pyx_L4_error)
         __pyx_t_3 = (__pyx_t_2 != 0);
 
 
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/queues.pyx":212
+          /* "ivshmem/channel/queues.pyx":215
  *         cdef ivshmem_taken taken
  *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin, &taken):
  *             return None             # <<<<<<<<<<<<<<
@@ -7927,7 +8436,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(struct _
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/queues.pyx":211
+          /* "ivshmem/channel/queues.pyx":214
  *         """
  *         cdef ivshmem_taken taken
  *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin, &taken):             # <<<<<<<<<<<<<<
@@ -7936,14 +8445,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(struct _
 */
         }
 
-        /* "ivshmem/channel/queues.pyx":213
+        /* "ivshmem/channel/queues.pyx":216
  *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin, &taken):
  *             return None
  *         return taken_of(Taken, self, &taken)             # <<<<<<<<<<<<<<
  * 
  *     def get_async(self, timeout=None):
 */
-        __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_6queues_taken_of(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, ((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), (&__pyx_v_taken))); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 213, __pyx_L4_error)
+        __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_6queues_taken_of(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, ((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), (&__pyx_v_taken))); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 216, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
         {
           PyObject *__pyx_temp;
@@ -7958,7 +8467,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(struct _
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/queues.pyx":193
+      /* "ivshmem/channel/queues.pyx":196
  *         return self.membership.flush()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7997,7 +8506,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":215
+/* "ivshmem/channel/queues.pyx":218
  *         return taken_of(Taken, self, &taken)
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -8045,24 +8554,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 215, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 218, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 215, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 218, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_async", 0) < (0)) __PYX_ERR(0, 215, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_async", 0) < (0)) __PYX_ERR(0, 218, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 215, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 218, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -8073,7 +8582,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 215, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 218, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8104,16 +8613,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_6get_async(str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("get_async", 0);
 
-  /* "ivshmem/channel/queues.pyx":217
+  /* "ivshmem/channel/queues.pyx":220
  *     def get_async(self, timeout=None):
  *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.get, timeout, ())             # <<<<<<<<<<<<<<
  * 
  *     def get_into_async(self, buffer, timeout=None):
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 217, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 220, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 217, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 220, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
@@ -8127,7 +8636,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_6get_async(str
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":215
+  /* "ivshmem/channel/queues.pyx":218
  *         return taken_of(Taken, self, &taken)
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -8147,7 +8656,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_6get_async(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":219
+/* "ivshmem/channel/queues.pyx":222
  *         return until_something(self, self.get, timeout, ())
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
@@ -8196,35 +8705,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_buffer,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 219, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 222, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 219, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 222, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 219, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 222, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into_async", 0) < (0)) __PYX_ERR(0, 219, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into_async", 0) < (0)) __PYX_ERR(0, 222, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, i); __PYX_ERR(0, 219, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, i); __PYX_ERR(0, 222, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 219, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 222, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 219, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 222, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -8235,7 +8744,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 219, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 222, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8267,21 +8776,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_8get_into_asyn
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("get_into_async", 0);
 
-  /* "ivshmem/channel/queues.pyx":221
+  /* "ivshmem/channel/queues.pyx":224
  *     def get_into_async(self, buffer, timeout=None):
  *         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.get_into, timeout, (buffer,))             # <<<<<<<<<<<<<<
  * 
  *     def take_async(self, timeout=None):
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get_into); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 221, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get_into); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 224, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 221, __pyx_L1_error)
+  __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 224, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_INCREF(__pyx_v_buffer);
   __Pyx_GIVEREF(__pyx_v_buffer);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_v_buffer) != (0)) __PYX_ERR(0, 221, __pyx_L1_error);
-  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, ((PyObject*)__pyx_t_2)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 221, __pyx_L1_error)
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_v_buffer) != (0)) __PYX_ERR(0, 224, __pyx_L1_error);
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, ((PyObject*)__pyx_t_2)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 224, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -8296,7 +8805,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_8get_into_asyn
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":219
+  /* "ivshmem/channel/queues.pyx":222
  *         return until_something(self, self.get, timeout, ())
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
@@ -8317,7 +8826,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_8get_into_asyn
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":223
+/* "ivshmem/channel/queues.pyx":226
  *         return until_something(self, self.get_into, timeout, (buffer,))
  * 
  *     def take_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -8365,24 +8874,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 223, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 226, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 223, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 226, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take_async", 0) < (0)) __PYX_ERR(0, 223, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take_async", 0) < (0)) __PYX_ERR(0, 226, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 223, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 226, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -8393,7 +8902,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("take_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 223, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("take_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 226, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8424,16 +8933,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_10take_async(s
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("take_async", 0);
 
-  /* "ivshmem/channel/queues.pyx":225
+  /* "ivshmem/channel/queues.pyx":228
  *     def take_async(self, timeout=None):
  *         """The twin of `take` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.take, timeout, ())             # <<<<<<<<<<<<<<
  * 
  *     def __iter__(self):
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_take); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 225, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_take); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 228, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 225, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 228, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
@@ -8447,7 +8956,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_10take_async(s
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":223
+  /* "ivshmem/channel/queues.pyx":226
  *         return until_something(self, self.get_into, timeout, (buffer,))
  * 
  *     def take_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -8467,7 +8976,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_10take_async(s
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":227
+/* "ivshmem/channel/queues.pyx":230
  *         return until_something(self, self.take, timeout, ())
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -8495,7 +9004,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_12__iter__(str
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__iter__", 0);
 
-  /* "ivshmem/channel/queues.pyx":228
+  /* "ivshmem/channel/queues.pyx":231
  * 
  *     def __iter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -8513,7 +9022,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_12__iter__(str
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":227
+  /* "ivshmem/channel/queues.pyx":230
  *         return until_something(self, self.take, timeout, ())
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -8528,7 +9037,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_12__iter__(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":230
+/* "ivshmem/channel/queues.pyx":233
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -8562,7 +9071,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_14__next__(str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__next__", 0);
 
-  /* "ivshmem/channel/queues.pyx":231
+  /* "ivshmem/channel/queues.pyx":234
  * 
  *     def __next__(self):
  *         return self.get()             # <<<<<<<<<<<<<<
@@ -8576,7 +9085,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_14__next__(str
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 231, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 234, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -8590,7 +9099,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_14__next__(str
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":230
+  /* "ivshmem/channel/queues.pyx":233
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -8610,7 +9119,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_14__next__(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":233
+/* "ivshmem/channel/queues.pyx":236
  *         return self.get()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -8638,7 +9147,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_16__aiter__(st
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__aiter__", 0);
 
-  /* "ivshmem/channel/queues.pyx":234
+  /* "ivshmem/channel/queues.pyx":237
  * 
  *     def __aiter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -8656,7 +9165,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_16__aiter__(st
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":233
+  /* "ivshmem/channel/queues.pyx":236
  *         return self.get()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -8671,7 +9180,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_16__aiter__(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":236
+/* "ivshmem/channel/queues.pyx":239
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -8705,7 +9214,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_18__anext__(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__anext__", 0);
 
-  /* "ivshmem/channel/queues.pyx":237
+  /* "ivshmem/channel/queues.pyx":240
  * 
  *     def __anext__(self):
  *         return self.get_async()             # <<<<<<<<<<<<<<
@@ -8719,7 +9228,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_18__anext__(st
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get_async, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 237, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 240, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -8733,7 +9242,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_18__anext__(st
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":236
+  /* "ivshmem/channel/queues.pyx":239
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -8817,7 +9326,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_20__reduce_cyt
  *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_self_held_self_reader_cannot_be, 0, 0);
-  __PYX_ERR(1, 2, __pyx_L1_error)
+  __PYX_ERR(3, 2, __pyx_L1_error)
 
   /* "(tree fragment)":1
  * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
@@ -8881,32 +9390,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(1, 3, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(3, 3, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(3, 3, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(1, 3, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(3, 3, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(1, 3, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(3, 3, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(3, 3, __pyx_L3_error)
     }
     __pyx_v___pyx_state = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(1, 3, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(3, 3, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8941,7 +9450,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_22__setstate_c
  *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"             # <<<<<<<<<<<<<<
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_self_held_self_reader_cannot_be, 0, 0);
-  __PYX_ERR(1, 4, __pyx_L1_error)
+  __PYX_ERR(3, 4, __pyx_L1_error)
 
   /* "(tree fragment)":3
  * def __reduce_cython__(self):
@@ -8959,7 +9468,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_22__setstate_c
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":254
+/* "ivshmem/channel/queues.pyx":258
  *     """
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -8991,14 +9500,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_11redelivered___get__
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/queues.pyx":256
+  /* "ivshmem/channel/queues.pyx":260
  *     @property
  *     def redelivered(self):
  *         return self.taken.redelivered != 0             # <<<<<<<<<<<<<<
  * 
  *     def __bytes__(self):
 */
-  __pyx_t_1 = __Pyx_PyBool_FromLong((__pyx_v_self->taken.redelivered != 0)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 256, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyBool_FromLong((__pyx_v_self->taken.redelivered != 0)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 260, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -9011,7 +9520,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_11redelivered___get__
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":254
+  /* "ivshmem/channel/queues.pyx":258
  *     """
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -9030,7 +9539,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_11redelivered___get__
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":258
+/* "ivshmem/channel/queues.pyx":262
  *         return self.taken.redelivered != 0
  * 
  *     def __bytes__(self):             # <<<<<<<<<<<<<<
@@ -9093,14 +9602,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken___bytes__(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__bytes__", 0);
 
-  /* "ivshmem/channel/queues.pyx":259
+  /* "ivshmem/channel/queues.pyx":263
  * 
  *     def __bytes__(self):
  *         return memoryview(self).tobytes()             # <<<<<<<<<<<<<<
  * 
  *     def get(self):
 */
-  __pyx_t_3 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 259, __pyx_L1_error)
+  __pyx_t_3 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 263, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_2 = __pyx_t_3;
   __Pyx_INCREF(__pyx_t_2);
@@ -9110,10 +9619,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken___bytes__(struct __py
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_tobytes, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 259, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 263, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 259, __pyx_L1_error)
+  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 263, __pyx_L1_error)
   {
     PyObject *__pyx_temp;
     {
@@ -9125,7 +9634,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken___bytes__(struct __py
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":258
+  /* "ivshmem/channel/queues.pyx":262
  *         return self.taken.redelivered != 0
  * 
  *     def __bytes__(self):             # <<<<<<<<<<<<<<
@@ -9146,7 +9655,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken___bytes__(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":261
+/* "ivshmem/channel/queues.pyx":265
  *         return memoryview(self).tobytes()
  * 
  *     def get(self):             # <<<<<<<<<<<<<<
@@ -9211,7 +9720,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_2get(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("get", 0);
 
-  /* "ivshmem/channel/queues.pyx":263
+  /* "ivshmem/channel/queues.pyx":267
  *     def get(self):
  *         """Return a copy: bytes, or what the channel's type makes of them."""
  *         data = bytes(self)             # <<<<<<<<<<<<<<
@@ -9224,13 +9733,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_2get(struct __pyx_obj
     PyObject *__pyx_callargs[2] = {__pyx_t_2, ((PyObject *)__pyx_v_self)};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(&PyBytes_Type), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 263, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 267, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __pyx_v_data = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/queues.pyx":264
+  /* "ivshmem/channel/queues.pyx":268
  *         """Return a copy: bytes, or what the channel's type makes of them."""
  *         data = bytes(self)
  *         return data if self.reader.type is None else self.reader.type.decode(data)             # <<<<<<<<<<<<<<
@@ -9249,7 +9758,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_2get(struct __pyx_obj
       PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_v_data};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 264, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 268, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __pyx_t_1 = __pyx_t_2;
@@ -9267,7 +9776,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_2get(struct __pyx_obj
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":261
+  /* "ivshmem/channel/queues.pyx":265
  *         return memoryview(self).tobytes()
  * 
  *     def get(self):             # <<<<<<<<<<<<<<
@@ -9289,7 +9798,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_2get(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":266
+/* "ivshmem/channel/queues.pyx":270
  *         return data if self.reader.type is None else self.reader.type.decode(data)
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
@@ -9363,7 +9872,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("done", 0);
 
-  /* "ivshmem/channel/queues.pyx":275
+  /* "ivshmem/channel/queues.pyx":279
  *         """
  *         cdef int code
  *         with cython.critical_section(self.reader):             # <<<<<<<<<<<<<<
@@ -9377,7 +9886,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/queues.pyx":276
+        /* "ivshmem/channel/queues.pyx":280
  *         cdef int code
  *         with cython.critical_section(self.reader):
  *             if not self.live:             # <<<<<<<<<<<<<<
@@ -9389,7 +9898,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/queues.pyx":277
+          /* "ivshmem/channel/queues.pyx":281
  *         with cython.critical_section(self.reader):
  *             if not self.live:
  *                 return             # <<<<<<<<<<<<<<
@@ -9407,7 +9916,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/queues.pyx":276
+          /* "ivshmem/channel/queues.pyx":280
  *         cdef int code
  *         with cython.critical_section(self.reader):
  *             if not self.live:             # <<<<<<<<<<<<<<
@@ -9416,27 +9925,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
 */
         }
 
-        /* "ivshmem/channel/queues.pyx":278
+        /* "ivshmem/channel/queues.pyx":282
  *             if not self.live:
  *                 return
  *             self.check_exports()             # <<<<<<<<<<<<<<
  *             self.enter()
  *             self.live = False
 */
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.check_exports(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 278, __pyx_L4_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.check_exports(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 282, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/queues.pyx":279
+        /* "ivshmem/channel/queues.pyx":283
  *                 return
  *             self.check_exports()
  *             self.enter()             # <<<<<<<<<<<<<<
  *             self.live = False
  *             code = ivshmem_queue_done(&self.reader.reader, &self.taken)
 */
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 279, __pyx_L4_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 283, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/queues.pyx":280
+        /* "ivshmem/channel/queues.pyx":284
  *             self.check_exports()
  *             self.enter()
  *             self.live = False             # <<<<<<<<<<<<<<
@@ -9445,7 +9954,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
 */
         __pyx_v_self->__pyx_base.live = 0;
 
-        /* "ivshmem/channel/queues.pyx":281
+        /* "ivshmem/channel/queues.pyx":285
  *             self.enter()
  *             self.live = False
  *             code = ivshmem_queue_done(&self.reader.reader, &self.taken)             # <<<<<<<<<<<<<<
@@ -9454,17 +9963,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
 */
         __pyx_v_code = ivshmem_queue_done((&__pyx_v_self->__pyx_base.reader->reader), (&__pyx_v_self->taken));
 
-        /* "ivshmem/channel/queues.pyx":282
+        /* "ivshmem/channel/queues.pyx":286
  *             self.live = False
  *             code = ivshmem_queue_done(&self.reader.reader, &self.taken)
  *             self.reader.membership.flush()             # <<<<<<<<<<<<<<
  *             if code:
  *                 raise Redelivered(
 */
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.reader->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.reader->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 282, __pyx_L4_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.reader->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.reader->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 286, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/queues.pyx":283
+        /* "ivshmem/channel/queues.pyx":287
  *             code = ivshmem_queue_done(&self.reader.reader, &self.taken)
  *             self.reader.membership.flush()
  *             if code:             # <<<<<<<<<<<<<<
@@ -9476,7 +9985,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
         if (unlikely(__pyx_t_2)) {
 
 
-          /* "ivshmem/channel/queues.pyx":284
+          /* "ivshmem/channel/queues.pyx":288
  *             self.reader.membership.flush()
  *             if code:
  *                 raise Redelivered(             # <<<<<<<<<<<<<<
@@ -9484,29 +9993,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
  *                     f" {self.taken.message.position} of writer {self.taken.message.writer}: another"
 */
           __pyx_t_5 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_Redelivered); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 284, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_Redelivered); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 288, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
 
-          /* "ivshmem/channel/queues.pyx":285
+          /* "ivshmem/channel/queues.pyx":289
  *             if code:
  *                 raise Redelivered(
  *                     f"queue {self.reader.name!r}: this process was silent while it had message"             # <<<<<<<<<<<<<<
  *                     f" {self.taken.message.position} of writer {self.taken.message.writer}: another"
  *                     " reader has it, too"
 */
-          __pyx_t_7 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.reader->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 285, __pyx_L4_error)
+          __pyx_t_7 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.reader->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 289, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
 
-          /* "ivshmem/channel/queues.pyx":286
+          /* "ivshmem/channel/queues.pyx":290
  *                 raise Redelivered(
  *                     f"queue {self.reader.name!r}: this process was silent while it had message"
  *                     f" {self.taken.message.position} of writer {self.taken.message.writer}: another"             # <<<<<<<<<<<<<<
  *                     " reader has it, too"
  *                 )
 */
-          __pyx_t_8 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->taken.message.position, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 286, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->taken.message.position, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 290, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
-          __pyx_t_9 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_self->taken.message.writer, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 286, __pyx_L4_error)
+          __pyx_t_9 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_self->taken.message.writer, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 290, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_9);
           __pyx_t_10[0] = __pyx_mstate_global->__pyx_kp_u_queue;
           __pyx_t_10[1] = __pyx_t_7;
@@ -9516,7 +10025,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
           __pyx_t_10[5] = __pyx_t_9;
           __pyx_t_10[6] = __pyx_mstate_global->__pyx_kp_u_another_reader_has_it_too;
 
-          /* "ivshmem/channel/queues.pyx":285
+          /* "ivshmem/channel/queues.pyx":289
  *             if code:
  *                 raise Redelivered(
  *                     f"queue {self.reader.name!r}: this process was silent while it had message"             # <<<<<<<<<<<<<<
@@ -9532,7 +10041,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
           __pyx_t_3 |= __Pyx_PyUnicode_KIND_04(__pyx_t_10[1]);
           #endif
           __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_10, 7, __pyx_t_11, __pyx_t_3);
-          if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 285, __pyx_L4_error)
+          if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 289, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_12);
           __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
@@ -9555,14 +10064,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
             __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 284, __pyx_L4_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 288, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
           __Pyx_Raise(__pyx_t_4, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __PYX_ERR(0, 284, __pyx_L4_error)
+          __PYX_ERR(0, 288, __pyx_L4_error)
 
-          /* "ivshmem/channel/queues.pyx":283
+          /* "ivshmem/channel/queues.pyx":287
  *             code = ivshmem_queue_done(&self.reader.reader, &self.taken)
  *             self.reader.membership.flush()
  *             if code:             # <<<<<<<<<<<<<<
@@ -9572,7 +10081,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
         }
       }
 
-      /* "ivshmem/channel/queues.pyx":275
+      /* "ivshmem/channel/queues.pyx":279
  *         """
  *         cdef int code
  *         with cython.critical_section(self.reader):             # <<<<<<<<<<<<<<
@@ -9601,7 +10110,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/queues.pyx":266
+  /* "ivshmem/channel/queues.pyx":270
  *         return data if self.reader.type is None else self.reader.type.decode(data)
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
@@ -9630,7 +10139,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":290
+/* "ivshmem/channel/queues.pyx":294
  *                 )
  * 
  *     def give_back(self):             # <<<<<<<<<<<<<<
@@ -9693,7 +10202,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("give_back", 0);
 
-  /* "ivshmem/channel/queues.pyx":292
+  /* "ivshmem/channel/queues.pyx":296
  *     def give_back(self):
  *         """Give it to another reader, marked `redelivered`. May be called twice."""
  *         with cython.critical_section(self.reader):             # <<<<<<<<<<<<<<
@@ -9707,7 +10216,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __p
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/queues.pyx":293
+        /* "ivshmem/channel/queues.pyx":297
  *         """Give it to another reader, marked `redelivered`. May be called twice."""
  *         with cython.critical_section(self.reader):
  *             if not self.live:             # <<<<<<<<<<<<<<
@@ -9719,7 +10228,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __p
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/queues.pyx":294
+          /* "ivshmem/channel/queues.pyx":298
  *         with cython.critical_section(self.reader):
  *             if not self.live:
  *                 return             # <<<<<<<<<<<<<<
@@ -9737,7 +10246,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __p
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/queues.pyx":293
+          /* "ivshmem/channel/queues.pyx":297
  *         """Give it to another reader, marked `redelivered`. May be called twice."""
  *         with cython.critical_section(self.reader):
  *             if not self.live:             # <<<<<<<<<<<<<<
@@ -9746,17 +10255,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __p
 */
         }
 
-        /* "ivshmem/channel/queues.pyx":295
+        /* "ivshmem/channel/queues.pyx":299
  *             if not self.live:
  *                 return
  *             self.check_exports()             # <<<<<<<<<<<<<<
  *             self.live = False
  *             if self.reader.usable():
 */
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.check_exports(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 295, __pyx_L4_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.check_exports(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 299, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/queues.pyx":296
+        /* "ivshmem/channel/queues.pyx":300
  *                 return
  *             self.check_exports()
  *             self.live = False             # <<<<<<<<<<<<<<
@@ -9765,7 +10274,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __p
 */
         __pyx_v_self->__pyx_base.live = 0;
 
-        /* "ivshmem/channel/queues.pyx":297
+        /* "ivshmem/channel/queues.pyx":301
  *             self.check_exports()
  *             self.live = False
  *             if self.reader.usable():             # <<<<<<<<<<<<<<
@@ -9777,7 +10286,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __p
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/queues.pyx":298
+          /* "ivshmem/channel/queues.pyx":302
  *             self.live = False
  *             if self.reader.usable():
  *                 ivshmem_queue_return(&self.reader.reader, &self.taken)             # <<<<<<<<<<<<<<
@@ -9786,17 +10295,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __p
 */
           (void)(ivshmem_queue_return((&__pyx_v_self->__pyx_base.reader->reader), (&__pyx_v_self->taken)));
 
-          /* "ivshmem/channel/queues.pyx":299
+          /* "ivshmem/channel/queues.pyx":303
  *             if self.reader.usable():
  *                 ivshmem_queue_return(&self.reader.reader, &self.taken)
  *                 self.reader.membership.flush()             # <<<<<<<<<<<<<<
  * 
  *     def __enter__(self):
 */
-          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.reader->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.reader->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 299, __pyx_L4_error)
+          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.reader->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.reader->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 303, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/queues.pyx":297
+          /* "ivshmem/channel/queues.pyx":301
  *             self.check_exports()
  *             self.live = False
  *             if self.reader.usable():             # <<<<<<<<<<<<<<
@@ -9806,7 +10315,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __p
         }
       }
 
-      /* "ivshmem/channel/queues.pyx":292
+      /* "ivshmem/channel/queues.pyx":296
  *     def give_back(self):
  *         """Give it to another reader, marked `redelivered`. May be called twice."""
  *         with cython.critical_section(self.reader):             # <<<<<<<<<<<<<<
@@ -9835,7 +10344,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __p
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/queues.pyx":290
+  /* "ivshmem/channel/queues.pyx":294
  *                 )
  * 
  *     def give_back(self):             # <<<<<<<<<<<<<<
@@ -9856,7 +10365,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":301
+/* "ivshmem/channel/queues.pyx":305
  *                 self.reader.membership.flush()
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -9912,7 +10421,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_8__enter__(struct __p
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__enter__", 0);
 
-  /* "ivshmem/channel/queues.pyx":302
+  /* "ivshmem/channel/queues.pyx":306
  * 
  *     def __enter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -9930,7 +10439,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_8__enter__(struct __p
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":301
+  /* "ivshmem/channel/queues.pyx":305
  *                 self.reader.membership.flush()
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -9945,7 +10454,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_8__enter__(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":304
+/* "ivshmem/channel/queues.pyx":308
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -10000,33 +10509,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_kind,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 304, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 308, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         default:
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 304, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 308, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
       const Py_ssize_t used_pos_args = (kwd_pos_args < 1) ? kwd_pos_args : 1;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 304, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 308, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 304, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 308, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs < 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 304, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 308, __pyx_L3_error)
     }
     __pyx_v_kind = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 304, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 308, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10061,7 +10570,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__exit__(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__exit__", 0);
 
-  /* "ivshmem/channel/queues.pyx":305
+  /* "ivshmem/channel/queues.pyx":309
  * 
  *     def __exit__(self, kind, *error):
  *         if kind is None:             # <<<<<<<<<<<<<<
@@ -10072,7 +10581,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__exit__(struct __p
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":306
+    /* "ivshmem/channel/queues.pyx":310
  *     def __exit__(self, kind, *error):
  *         if kind is None:
  *             self.done()             # <<<<<<<<<<<<<<
@@ -10086,12 +10595,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__exit__(struct __p
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_done, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 306, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 310, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/queues.pyx":305
+    /* "ivshmem/channel/queues.pyx":309
  * 
  *     def __exit__(self, kind, *error):
  *         if kind is None:             # <<<<<<<<<<<<<<
@@ -10101,7 +10610,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__exit__(struct __p
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/queues.pyx":307
+  /* "ivshmem/channel/queues.pyx":311
  *         if kind is None:
  *             self.done()
  *         elif self.exports == 0:             # <<<<<<<<<<<<<<
@@ -10113,7 +10622,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__exit__(struct __p
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":308
+    /* "ivshmem/channel/queues.pyx":312
  *             self.done()
  *         elif self.exports == 0:
  *             self.give_back()             # <<<<<<<<<<<<<<
@@ -10127,12 +10636,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__exit__(struct __p
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_give_back, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 308, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 312, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/queues.pyx":307
+    /* "ivshmem/channel/queues.pyx":311
  *         if kind is None:
  *             self.done()
  *         elif self.exports == 0:             # <<<<<<<<<<<<<<
@@ -10142,7 +10651,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__exit__(struct __p
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/queues.pyx":304
+  /* "ivshmem/channel/queues.pyx":308
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -10164,7 +10673,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__exit__(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":310
+/* "ivshmem/channel/queues.pyx":314
  *             self.give_back()
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -10197,7 +10706,7 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_12__del__(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__del__", 0);
 
-  /* "ivshmem/channel/queues.pyx":311
+  /* "ivshmem/channel/queues.pyx":315
  * 
  *     def __del__(self):
  *         if self.live and self.exports == 0:             # <<<<<<<<<<<<<<
@@ -10219,7 +10728,7 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_12__del__(struct __pyx_obj
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":312
+    /* "ivshmem/channel/queues.pyx":316
  *     def __del__(self):
  *         if self.live and self.exports == 0:
  *             self.give_back()             # <<<<<<<<<<<<<<
@@ -10233,12 +10742,12 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_12__del__(struct __pyx_obj
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
       __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_give_back, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 312, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 316, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-    /* "ivshmem/channel/queues.pyx":311
+    /* "ivshmem/channel/queues.pyx":315
  * 
  *     def __del__(self):
  *         if self.live and self.exports == 0:             # <<<<<<<<<<<<<<
@@ -10247,7 +10756,7 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_12__del__(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":310
+  /* "ivshmem/channel/queues.pyx":314
  *             self.give_back()
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -10266,7 +10775,7 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_12__del__(struct __pyx_obj
   __Pyx_RefNannyFinishContext();
 }
 
-/* "ivshmem/channel/queues.pyx":314
+/* "ivshmem/channel/queues.pyx":318
  *             self.give_back()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -10305,7 +10814,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14__repr__(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__repr__", 0);
 
-  /* "ivshmem/channel/queues.pyx":315
+  /* "ivshmem/channel/queues.pyx":319
  * 
  *     def __repr__(self):
  *         state = "" if self.live else ", done"             # <<<<<<<<<<<<<<
@@ -10322,24 +10831,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14__repr__(struct __p
   __pyx_v_state = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/queues.pyx":316
+  /* "ivshmem/channel/queues.pyx":320
  *     def __repr__(self):
  *         state = "" if self.live else ", done"
  *         return f"<ivshmem.channel.{type(self).__name__} of {self.size} bytes{state}>"             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 316, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 320, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 316, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 320, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_size); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 316, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_size); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 320, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 316, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 320, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 316, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 320, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_t_4[0] = __pyx_mstate_global->__pyx_kp_u_ivshmem_channel;
   __pyx_t_4[1] = __pyx_t_2;
@@ -10357,7 +10866,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14__repr__(struct __p
   __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_4[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_4[3]) | __Pyx_PyUnicode_KIND_04(__pyx_t_4[5]);
   #endif
   __pyx_t_7 = __Pyx_PyUnicode_Join(__pyx_t_4, 7, __pyx_t_5, __pyx_t_6);
-  if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 316, __pyx_L1_error)
+  if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 320, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
@@ -10373,7 +10882,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14__repr__(struct __p
   __pyx_t_7 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":314
+  /* "ivshmem/channel/queues.pyx":318
  *             self.give_back()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -10460,7 +10969,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_16__reduce_cython__(C
  *     raise TypeError, "Pickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)"
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_Pickling_of_struct_members_such, 0, 0);
-  __PYX_ERR(1, 2, __pyx_L1_error)
+  __PYX_ERR(3, 2, __pyx_L1_error)
 
   /* "(tree fragment)":1
  * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
@@ -10524,32 +11033,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(1, 3, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(3, 3, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(3, 3, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(1, 3, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(3, 3, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(1, 3, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(3, 3, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(3, 3, __pyx_L3_error)
     }
     __pyx_v___pyx_state = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(1, 3, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(3, 3, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10584,7 +11093,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_18__setstate_cython__
  *     raise TypeError, "Pickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)"             # <<<<<<<<<<<<<<
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_Pickling_of_struct_members_such, 0, 0);
-  __PYX_ERR(1, 4, __pyx_L1_error)
+  __PYX_ERR(3, 4, __pyx_L1_error)
 
   /* "(tree fragment)":3
  * def __reduce_cython__(self):
@@ -10602,7 +11111,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_18__setstate_cython__
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":319
+/* "ivshmem/channel/queues.pyx":323
  * 
  * 
  * cdef Taken taken_of(type kind, ClaimingEnd reader, const ivshmem_taken *taken):             # <<<<<<<<<<<<<<
@@ -10621,7 +11130,7 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("taken_of", 0);
 
-  /* "ivshmem/channel/queues.pyx":320
+  /* "ivshmem/channel/queues.pyx":324
  * 
  * cdef Taken taken_of(type kind, ClaimingEnd reader, const ivshmem_taken *taken):
  *     cdef Taken made = kind.__new__(kind)             # <<<<<<<<<<<<<<
@@ -10630,15 +11139,15 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
 */
   if (unlikely(((PyObject *)__pyx_v_kind) == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "object.__new__(X): X is not a type object (NoneType)");
-    __PYX_ERR(0, 320, __pyx_L1_error)
+    __PYX_ERR(0, 324, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_tp_new(((PyObject *)__pyx_v_kind), __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 320, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_tp_new(((PyObject *)__pyx_v_kind), __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 324, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  if (!(likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken)))) __PYX_ERR(0, 320, __pyx_L1_error)
+  if (!(likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken)))) __PYX_ERR(0, 324, __pyx_L1_error)
   __pyx_v_made = ((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/queues.pyx":321
+  /* "ivshmem/channel/queues.pyx":325
  * cdef Taken taken_of(type kind, ClaimingEnd reader, const ivshmem_taken *taken):
  *     cdef Taken made = kind.__new__(kind)
  *     made.reader = reader             # <<<<<<<<<<<<<<
@@ -10650,7 +11159,7 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
   __Pyx_GOTREF((PyObject *)__pyx_v_made->__pyx_base.reader);
   __Pyx_DECREF_SET(__pyx_v_made->__pyx_base.reader, ((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_reader));
 
-  /* "ivshmem/channel/queues.pyx":322
+  /* "ivshmem/channel/queues.pyx":326
  *     cdef Taken made = kind.__new__(kind)
  *     made.reader = reader
  *     made.taken = taken[0]             # <<<<<<<<<<<<<<
@@ -10659,7 +11168,7 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
 */
   __pyx_v_made->taken = (__pyx_v_taken[0]);
 
-  /* "ivshmem/channel/queues.pyx":323
+  /* "ivshmem/channel/queues.pyx":327
  *     made.reader = reader
  *     made.taken = taken[0]
  *     made.message = taken.message             # <<<<<<<<<<<<<<
@@ -10670,7 +11179,7 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
 
   __pyx_v_made->__pyx_base.message = __pyx_t_2;
 
-  /* "ivshmem/channel/queues.pyx":324
+  /* "ivshmem/channel/queues.pyx":328
  *     made.taken = taken[0]
  *     made.message = taken.message
  *     made.live = True             # <<<<<<<<<<<<<<
@@ -10678,7 +11187,7 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
 */
   __pyx_v_made->__pyx_base.live = 1;
 
-  /* "ivshmem/channel/queues.pyx":325
+  /* "ivshmem/channel/queues.pyx":329
  *     made.message = taken.message
  *     made.live = True
  *     return made             # <<<<<<<<<<<<<<
@@ -10694,7 +11203,7 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":319
+  /* "ivshmem/channel/queues.pyx":323
  * 
  * 
  * cdef Taken taken_of(type kind, ClaimingEnd reader, const ivshmem_taken *taken):             # <<<<<<<<<<<<<<
@@ -11125,7 +11634,7 @@ static struct PyGetSetDef __pyx_getsets_7ivshmem_7channel_6queues_Taken[] = {
 static PyType_Slot __pyx_type_7ivshmem_7channel_6queues_Taken_slots[] = {
   {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7channel_6queues_Taken},
   {Py_tp_repr, (void *)__pyx_pw_7ivshmem_7channel_6queues_5Taken_15__repr__},
-  {Py_tp_doc, (void *)PyDoc_STR("A message of a queue that this reader has; made by `QueueReader.take`.\n\n    It is a buffer that can be read. Its bytes are shared memory: any process that can write to the\n    region can change them at any time.\n\n    Attributes:\n        size: bytes.\n        redelivered: another reader had it before, and did not acknowledge it.\n        writer: the number of the writer\047s slot.\n        position: of the message among those of its writer.\n    ")},
+  {Py_tp_doc, (void *)PyDoc_STR("A message of a queue that this reader has; made by `QueueReader.take`.\n\n    It is a buffer that can be read, and `array` has the channel\047s type, as of a View. Its bytes are\n    shared memory: any process that can write to the region can change them at any time.\n\n    Attributes:\n        size: bytes.\n        redelivered: another reader had it before, and did not acknowledge it.\n        writer: the number of the writer\047s slot.\n        position: of the message among those of its writer.\n        time: of publication, in seconds since 1970; None if the channel has no times.\n    ")},
   {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7channel_6queues_Taken},
   {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7channel_6queues_Taken},
   {Py_tp_getset, (void *)__pyx_getsets_7ivshmem_7channel_6queues_Taken},
@@ -11165,7 +11674,7 @@ static PyTypeObject __pyx_type_7ivshmem_7channel_6queues_Taken = {
   0, /*tp_setattro*/
   0, /*tp_as_buffer*/
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_BASETYPE|Py_TPFLAGS_HAVE_GC, /*tp_flags*/
-  PyDoc_STR("A message of a queue that this reader has; made by `QueueReader.take`.\n\n    It is a buffer that can be read. Its bytes are shared memory: any process that can write to the\n    region can change them at any time.\n\n    Attributes:\n        size: bytes.\n        redelivered: another reader had it before, and did not acknowledge it.\n        writer: the number of the writer\047s slot.\n        position: of the message among those of its writer.\n    "), /*tp_doc*/
+  PyDoc_STR("A message of a queue that this reader has; made by `QueueReader.take`.\n\n    It is a buffer that can be read, and `array` has the channel\047s type, as of a View. Its bytes are\n    shared memory: any process that can write to the region can change them at any time.\n\n    Attributes:\n        size: bytes.\n        redelivered: another reader had it before, and did not acknowledge it.\n        writer: the number of the writer\047s slot.\n        position: of the message among those of its writer.\n        time: of publication, in seconds since 1970; None if the channel has no times.\n    "), /*tp_doc*/
   __pyx_tp_traverse_7ivshmem_7channel_6queues_Taken, /*tp_traverse*/
   0, /*tp_clear*/
   0, /*tp_richcompare*/
@@ -11318,11 +11827,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd
   __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.undo = (int (*)(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, struct ivshmem_taken const *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_undo;
   __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.after_sleep = (int (*)(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_after_sleep;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 31, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 32, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_6queues_ClaimingEnd_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd)) __PYX_ERR(0, 31, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd)) __PYX_ERR(0, 32, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd = &__pyx_type_7ivshmem_7channel_6queues_ClaimingEnd;
   #endif
@@ -11330,7 +11839,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd) < (0)) __PYX_ERR(0, 31, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd) < (0)) __PYX_ERR(0, 32, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd);
@@ -11340,12 +11849,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd, __pyx_vtabptr_7ivshmem_7channel_6queues_ClaimingEnd) < (0)) __PYX_ERR(0, 31, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_ClaimingEnd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd) < (0)) __PYX_ERR(0, 31, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd, __pyx_vtabptr_7ivshmem_7channel_6queues_ClaimingEnd) < (0)) __PYX_ERR(0, 32, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_ClaimingEnd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd) < (0)) __PYX_ERR(0, 32, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd, __pyx_base.__pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd) < (0)) __PYX_ERR(0, 31, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd) < (0)) __PYX_ERR(0, 32, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -11367,11 +11876,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_QueueReader
   __pyx_vtable_7ivshmem_7channel_6queues_QueueReader.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_6queues_ClaimingEnd;
   __pyx_vtable_7ivshmem_7channel_6queues_QueueReader.finish = (int (*)(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *, struct ivshmem_taken const *, char *))__pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 104, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 106, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_6queues_QueueReader_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader)) __PYX_ERR(0, 104, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader)) __PYX_ERR(0, 106, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader = &__pyx_type_7ivshmem_7channel_6queues_QueueReader;
   #endif
@@ -11379,7 +11888,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_QueueReader
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader) < (0)) __PYX_ERR(0, 104, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader) < (0)) __PYX_ERR(0, 106, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader);
@@ -11389,12 +11898,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_QueueReader
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_vtabptr_7ivshmem_7channel_6queues_QueueReader) < (0)) __PYX_ERR(0, 104, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_QueueReader, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader) < (0)) __PYX_ERR(0, 104, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_vtabptr_7ivshmem_7channel_6queues_QueueReader) < (0)) __PYX_ERR(0, 106, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_QueueReader, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader) < (0)) __PYX_ERR(0, 106, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader, __pyx_base.__pyx_base.__pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader) < (0)) __PYX_ERR(0, 104, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader) < (0)) __PYX_ERR(0, 106, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -11415,11 +11924,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_Taken(__pyx
   __pyx_vtabptr_7ivshmem_7channel_6queues_Taken = &__pyx_vtable_7ivshmem_7channel_6queues_Taken;
   __pyx_vtable_7ivshmem_7channel_6queues_Taken.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_5views_Received;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_Received); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 240, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_Received); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 243, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_6queues_Taken_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken)) __PYX_ERR(0, 240, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken)) __PYX_ERR(0, 243, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken = &__pyx_type_7ivshmem_7channel_6queues_Taken;
   #endif
@@ -11427,7 +11936,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_Taken(__pyx
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_Received;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 240, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 243, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken);
@@ -11437,9 +11946,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_Taken(__pyx
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_vtabptr_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 240, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Taken, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 240, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 240, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_vtabptr_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 243, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Taken, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 243, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 243, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -11457,7 +11966,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_modinit_Type_import_code", 0);
   /*--- Type import code ---*/
-  __pyx_t_1 = PyImport_ImportModule(__Pyx_BUILTIN_MODULE_NAME); if (unlikely(!__pyx_t_1)) __PYX_ERR(2, 9, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule(__Pyx_BUILTIN_MODULE_NAME); if (unlikely(!__pyx_t_1)) __PYX_ERR(4, 9, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7cpython_4type_type = __Pyx_ImportType_3_3_1(__pyx_t_1, __Pyx_BUILTIN_MODULE_NAME, "type",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -11467,9 +11976,9 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(PyHeapTypeObject), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(PyHeapTypeObject),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(2, 9, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(4, 9, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.descriptors"); if (unlikely(!__pyx_t_1)) __PYX_ERR(3, 86, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.descriptors"); if (unlikely(!__pyx_t_1)) __PYX_ERR(1, 101, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Fd",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -11479,7 +11988,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) __PYX_ERR(3, 86, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) __PYX_ERR(1, 101, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "FdArray",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
@@ -11488,8 +11997,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) __PYX_ERR(3, 93, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray) != 1)) __PYX_ERR(3, 93, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) __PYX_ERR(1, 108, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray) != 1)) __PYX_ERR(1, 108, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Signaller",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
@@ -11498,8 +12007,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) __PYX_ERR(3, 117, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) != 1)) __PYX_ERR(3, 117, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) __PYX_ERR(1, 132, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) != 1)) __PYX_ERR(1, 132, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Relay",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
@@ -11508,8 +12017,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) __PYX_ERR(3, 127, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) != 1)) __PYX_ERR(3, 127, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) __PYX_ERR(1, 142, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) != 1)) __PYX_ERR(1, 142, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Epoll",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
@@ -11518,10 +12027,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) __PYX_ERR(3, 134, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) != 1)) __PYX_ERR(3, 134, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) __PYX_ERR(1, 149, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) != 1)) __PYX_ERR(1, 149, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.spin"); if (unlikely(!__pyx_t_1)) __PYX_ERR(4, 30, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.spin"); if (unlikely(!__pyx_t_1)) __PYX_ERR(5, 30, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.spin", "Spinner",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -11531,10 +12040,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_4spin_Spinner), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_4spin_Spinner),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner) __PYX_ERR(4, 30, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner, (void**)&__pyx_vtabptr_7ivshmem_6native_4spin_Spinner) != 1)) __PYX_ERR(4, 30, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner) __PYX_ERR(5, 30, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner, (void**)&__pyx_vtabptr_7ivshmem_6native_4spin_Spinner) != 1)) __PYX_ERR(5, 30, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.bell"); if (unlikely(!__pyx_t_1)) __PYX_ERR(5, 23, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.bell"); if (unlikely(!__pyx_t_1)) __PYX_ERR(6, 23, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.bell", "Doorbell",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -11544,10 +12053,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell) __PYX_ERR(5, 23, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell, (void**)&__pyx_vtabptr_7ivshmem_6native_4bell_Doorbell) != 1)) __PYX_ERR(5, 23, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell) __PYX_ERR(6, 23, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell, (void**)&__pyx_vtabptr_7ivshmem_6native_4bell_Doorbell) != 1)) __PYX_ERR(6, 23, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.mapping"); if (unlikely(!__pyx_t_1)) __PYX_ERR(6, 6, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.mapping"); if (unlikely(!__pyx_t_1)) __PYX_ERR(7, 6, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "Mapping",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -11557,8 +12066,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping) __PYX_ERR(6, 6, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Mapping) != 1)) __PYX_ERR(6, 6, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping) __PYX_ERR(7, 6, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Mapping) != 1)) __PYX_ERR(7, 6, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "Atomic",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic),
@@ -11567,8 +12076,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic) __PYX_ERR(6, 22, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Atomic) != 1)) __PYX_ERR(6, 22, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic) __PYX_ERR(7, 22, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Atomic) != 1)) __PYX_ERR(7, 22, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32 = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "AtomicU32",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32),
@@ -11577,8 +12086,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32) __PYX_ERR(6, 33, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32) != 1)) __PYX_ERR(6, 33, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32) __PYX_ERR(7, 33, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32) != 1)) __PYX_ERR(7, 33, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64 = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "AtomicU64",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64),
@@ -11587,8 +12096,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64) __PYX_ERR(6, 37, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64) != 1)) __PYX_ERR(6, 37, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64) __PYX_ERR(7, 37, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64) != 1)) __PYX_ERR(7, 37, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "Registers",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Registers), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Registers),
@@ -11597,10 +12106,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Registers), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Registers),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers) __PYX_ERR(6, 41, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Registers) != 1)) __PYX_ERR(6, 41, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers) __PYX_ERR(7, 41, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Registers) != 1)) __PYX_ERR(7, 41, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem._core"); if (unlikely(!__pyx_t_1)) __PYX_ERR(7, 56, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem._core"); if (unlikely(!__pyx_t_1)) __PYX_ERR(8, 56, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._core", "Doorbells",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -11610,10 +12119,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_5_core_Doorbells), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_5_core_Doorbells),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) __PYX_ERR(7, 56, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells, (void**)&__pyx_vtabptr_7ivshmem_5_core_Doorbells) != 1)) __PYX_ERR(7, 56, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) __PYX_ERR(8, 56, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells, (void**)&__pyx_vtabptr_7ivshmem_5_core_Doorbells) != 1)) __PYX_ERR(8, 56, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.membership"); if (unlikely(!__pyx_t_1)) __PYX_ERR(8, 22, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.membership"); if (unlikely(!__pyx_t_1)) __PYX_ERR(9, 22, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.membership", "Dependent",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -11623,8 +12132,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent) __PYX_ERR(8, 22, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Dependent) != 1)) __PYX_ERR(8, 22, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent) __PYX_ERR(9, 22, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Dependent) != 1)) __PYX_ERR(9, 22, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.membership", "Membership",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Membership), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Membership),
@@ -11633,10 +12142,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Membership), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Membership),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) __PYX_ERR(8, 29, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Membership) != 1)) __PYX_ERR(8, 29, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) __PYX_ERR(9, 29, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Membership) != 1)) __PYX_ERR(9, 29, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.ends"); if (unlikely(!__pyx_t_1)) __PYX_ERR(9, 11, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.ends"); if (unlikely(!__pyx_t_1)) __PYX_ERR(10, 18, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.ends", "Wakeup",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -11646,8 +12155,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup) __PYX_ERR(9, 11, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup) != 1)) __PYX_ERR(9, 11, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup) __PYX_ERR(10, 18, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup) != 1)) __PYX_ERR(10, 18, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.ends", "ChannelEnd",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd),
@@ -11656,10 +12165,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd) __PYX_ERR(9, 24, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd) != 1)) __PYX_ERR(9, 24, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd) __PYX_ERR(10, 31, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd) != 1)) __PYX_ERR(10, 31, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.roles"); if (unlikely(!__pyx_t_1)) __PYX_ERR(10, 26, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.roles"); if (unlikely(!__pyx_t_1)) __PYX_ERR(2, 56, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.roles", "WriterEnd",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -11669,10 +12178,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd) __PYX_ERR(10, 26, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd) != 1)) __PYX_ERR(10, 26, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd) __PYX_ERR(2, 56, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd) != 1)) __PYX_ERR(2, 56, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.views"); if (unlikely(!__pyx_t_1)) __PYX_ERR(11, 17, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.views"); if (unlikely(!__pyx_t_1)) __PYX_ERR(11, 19, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.views", "View",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -11682,8 +12191,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_5views_View), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_5views_View),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View) __PYX_ERR(11, 17, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View, (void**)&__pyx_vtabptr_7ivshmem_7channel_5views_View) != 1)) __PYX_ERR(11, 17, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View) __PYX_ERR(11, 19, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View, (void**)&__pyx_vtabptr_7ivshmem_7channel_5views_View) != 1)) __PYX_ERR(11, 19, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_RefNannyFinishContext();
   return 0;
@@ -11711,6 +12220,26 @@ static int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_modinit_Function_import_code", 0);
   /*--- Function import code ---*/
+  {
+    __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.roles"); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+    const char * __pyx_import_signature = __Pyx_PyBytes_AsString(__pyx_mstate_global->__pyx_kp_b_int_PyObject_PyObject_PyObject_P);
+    #if !CYTHON_ASSUME_SAFE_MACROS
+    if (unlikely(!__pyx_import_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
+    #endif
+    const char * __pyx_import_name = __pyx_import_signature + 89;
+    void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_7channel_5roles_take_typed, (void (**)(void))&__pyx_f_7ivshmem_7channel_5roles_take_without_objects, (void (**)(void)) NULL};
+    void (**const *__pyx_import_pointer)(void) = __pyx_import_pointers;
+    const char *__pyx_import_current_signature = __pyx_import_signature;
+    while (*__pyx_import_pointer) {
+      if (__Pyx_ImportFunction_3_3_1(__pyx_t_1, __pyx_import_name, *__pyx_import_pointer, __pyx_import_current_signature) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
+      ++__pyx_import_pointer;
+      __pyx_import_name = strchr(__pyx_import_name, '\0') + 1;
+      __pyx_import_signature = strchr(__pyx_import_signature, '\0') + 1;
+      if (*__pyx_import_signature != '\0') __pyx_import_current_signature = __pyx_import_signature;
+    }
+    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
   {
     __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.sleeping_tasks"); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
@@ -12050,7 +12579,7 @@ __Pyx_RefNannySetupContext("PyInit_queues", 0);
   if (__Pyx_InitAfterSharedUtility() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Execution code ---*/
 
-  /* "ivshmem/channel/queues.pyx":20
+  /* "ivshmem/channel/queues.pyx":21
  * from .views cimport Received
  * 
  * from ..errors import MessageTooLong, Redelivered             # <<<<<<<<<<<<<<
@@ -12059,16 +12588,16 @@ __Pyx_RefNannySetupContext("PyInit_queues", 0);
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_MessageTooLong,__pyx_mstate_global->__pyx_n_u_Redelivered};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 2, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 20, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 2, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 21, __pyx_L1_error)
   }
   __pyx_t_3 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_3);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_MessageTooLong,__pyx_mstate_global->__pyx_n_u_Redelivered};
     for (__pyx_t_4=0; __pyx_t_4 < 2; __pyx_t_4++) {
-      __pyx_t_2 = __Pyx_ImportFrom(__pyx_t_3, __pyx_imported_names[__pyx_t_4]); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 20, __pyx_L1_error)
+      __pyx_t_2 = __Pyx_ImportFrom(__pyx_t_3, __pyx_imported_names[__pyx_t_4]); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 21, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_4], __pyx_t_2) < (0)) __PYX_ERR(0, 20, __pyx_L1_error)
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_4], __pyx_t_2) < (0)) __PYX_ERR(0, 21, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     }
   }
@@ -12079,12 +12608,12 @@ __Pyx_RefNannySetupContext("PyInit_queues", 0);
  *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11ClaimingEnd_1__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ClaimingEnd___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11ClaimingEnd_1__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ClaimingEnd___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_3)) __PYX_ERR(3, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_3) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_3) < (0)) __PYX_ERR(3, 1, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "(tree fragment)":3
@@ -12093,41 +12622,41 @@ __Pyx_RefNannySetupContext("PyInit_queues", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11ClaimingEnd_3__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ClaimingEnd___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11ClaimingEnd_3__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ClaimingEnd___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_3)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_3) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_3) < (0)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":147
+  /* "ivshmem/channel/queues.pyx":149
  *         return data if self.type is None else self.type.decode(data)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_into(self, buffer, timeout=None, *, spin=None):
  *         """Copy the next message into `buffer`, at most once; otherwise as `get`.
 */
-  __pyx_t_3 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 147, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 149, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
-  /* "ivshmem/channel/queues.pyx":148
+  /* "ivshmem/channel/queues.pyx":150
  * 
  *     @cython.critical_section
  *     def get_into(self, buffer, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Copy the next message into `buffer`, at most once; otherwise as `get`.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 147, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 149, __pyx_L1_error)
 
-  /* "ivshmem/channel/queues.pyx":147
+  /* "ivshmem/channel/queues.pyx":149
  *         return data if self.type is None else self.type.decode(data)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_into(self, buffer, timeout=None, *, spin=None):
  *         """Copy the next message into `buffer`, at most once; otherwise as `get`.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_3get_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 147, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_3get_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 149, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -12135,36 +12664,36 @@ __Pyx_RefNannySetupContext("PyInit_queues", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[0]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_3);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get_into, __pyx_t_2) < (0)) __PYX_ERR(0, 147, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get_into, __pyx_t_2) < (0)) __PYX_ERR(0, 149, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/queues.pyx":193
+  /* "ivshmem/channel/queues.pyx":196
  *         return self.membership.flush()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def take(self, timeout=None, *, spin=None):
  *         """Take the next message, and acknowledge it later: at least once.
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 193, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 196, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
-  /* "ivshmem/channel/queues.pyx":194
+  /* "ivshmem/channel/queues.pyx":197
  * 
  *     @cython.critical_section
  *     def take(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Take the next message, and acknowledge it later: at least once.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 193, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 196, __pyx_L1_error)
 
-  /* "ivshmem/channel/queues.pyx":193
+  /* "ivshmem/channel/queues.pyx":196
  *         return self.membership.flush()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def take(self, timeout=None, *, spin=None):
  *         """Take the next message, and acknowledge it later: at least once.
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_5take, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_take, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 193, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_5take, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_take, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 196, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
@@ -12172,55 +12701,55 @@ __Pyx_RefNannySetupContext("PyInit_queues", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[0]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_3, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_take, __pyx_t_3) < (0)) __PYX_ERR(0, 193, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_take, __pyx_t_3) < (0)) __PYX_ERR(0, 196, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":215
+  /* "ivshmem/channel/queues.pyx":218
  *         return taken_of(Taken, self, &taken)
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.get, timeout, ())
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_7get_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 215, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_7get_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 218, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get_async, __pyx_t_3) < (0)) __PYX_ERR(0, 215, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get_async, __pyx_t_3) < (0)) __PYX_ERR(0, 218, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":219
+  /* "ivshmem/channel/queues.pyx":222
  *         return until_something(self, self.get, timeout, ())
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.get_into, timeout, (buffer,))
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_9get_into_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_into_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 219, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_9get_into_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_into_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 222, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get_into_async, __pyx_t_3) < (0)) __PYX_ERR(0, 219, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get_into_async, __pyx_t_3) < (0)) __PYX_ERR(0, 222, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":223
+  /* "ivshmem/channel/queues.pyx":226
  *         return until_something(self, self.get_into, timeout, (buffer,))
  * 
  *     def take_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `take` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.take, timeout, ())
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_11take_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_take_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 223, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_11take_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_take_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 226, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_take_async, __pyx_t_3) < (0)) __PYX_ERR(0, 223, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_take_async, __pyx_t_3) < (0)) __PYX_ERR(0, 226, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "(tree fragment)":1
@@ -12228,12 +12757,12 @@ __Pyx_RefNannySetupContext("PyInit_queues", 0);
  *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_21__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_21__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_3)) __PYX_ERR(3, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_3) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_3) < (0)) __PYX_ERR(3, 1, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "(tree fragment)":3
@@ -12242,102 +12771,102 @@ __Pyx_RefNannySetupContext("PyInit_queues", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_23__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_23__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_3)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_3) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_3) < (0)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":258
+  /* "ivshmem/channel/queues.pyx":262
  *         return self.taken.redelivered != 0
  * 
  *     def __bytes__(self):             # <<<<<<<<<<<<<<
  *         return memoryview(self).tobytes()
  * 
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_1__bytes__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___bytes, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 258, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_1__bytes__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___bytes, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 262, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_bytes_2, __pyx_t_3) < (0)) __PYX_ERR(0, 258, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_bytes_2, __pyx_t_3) < (0)) __PYX_ERR(0, 262, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":261
+  /* "ivshmem/channel/queues.pyx":265
  *         return memoryview(self).tobytes()
  * 
  *     def get(self):             # <<<<<<<<<<<<<<
  *         """Return a copy: bytes, or what the channel's type makes of them."""
  *         data = bytes(self)
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_3get, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_get, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 261, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_3get, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_get, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 265, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_get, __pyx_t_3) < (0)) __PYX_ERR(0, 261, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_get, __pyx_t_3) < (0)) __PYX_ERR(0, 265, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":266
+  /* "ivshmem/channel/queues.pyx":270
  *         return data if self.reader.type is None else self.reader.type.decode(data)
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
  *         """Acknowledge it: no other reader gets it. May be called twice.
  * 
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_5done, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_done, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 266, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_5done, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_done, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 270, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_done, __pyx_t_3) < (0)) __PYX_ERR(0, 266, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_done, __pyx_t_3) < (0)) __PYX_ERR(0, 270, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":290
+  /* "ivshmem/channel/queues.pyx":294
  *                 )
  * 
  *     def give_back(self):             # <<<<<<<<<<<<<<
  *         """Give it to another reader, marked `redelivered`. May be called twice."""
  *         with cython.critical_section(self.reader):
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_7give_back, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_give_back, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 290, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_7give_back, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_give_back, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 294, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_give_back, __pyx_t_3) < (0)) __PYX_ERR(0, 290, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_give_back, __pyx_t_3) < (0)) __PYX_ERR(0, 294, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":301
+  /* "ivshmem/channel/queues.pyx":305
  *                 self.reader.membership.flush()
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
  *         return self
  * 
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_9__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 301, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_9__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 305, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_3) < (0)) __PYX_ERR(0, 301, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_3) < (0)) __PYX_ERR(0, 305, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":304
+  /* "ivshmem/channel/queues.pyx":308
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
  *         if kind is None:
  *             self.done()
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_11__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 304, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_11__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 308, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_3) < (0)) __PYX_ERR(0, 304, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_3) < (0)) __PYX_ERR(0, 308, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "(tree fragment)":1
@@ -12345,12 +12874,12 @@ __Pyx_RefNannySetupContext("PyInit_queues", 0);
  *     raise TypeError, "Pickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_17__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_17__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_3)) __PYX_ERR(3, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_3) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_3) < (0)) __PYX_ERR(3, 1, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "(tree fragment)":3
@@ -12359,12 +12888,12 @@ __Pyx_RefNannySetupContext("PyInit_queues", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "Pickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)"
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_19__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_19__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_3)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_3) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_3) < (0)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "ivshmem/channel/queues.pyx":1
@@ -12434,7 +12963,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/channel/queues.pyx":147
+  /* "ivshmem/channel/queues.pyx":149
  *         return data if self.type is None else self.type.decode(data)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -12443,7 +12972,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 147, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 149, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
@@ -12484,41 +13013,41 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 7; } str_length_index[] = {{0},{6},{27},{4},{11},{15},{6},{1},{28},{47},{74},{17},{1},{1},{4},{111},{13},{7},{6},{2},{9},{14},{26},{6},{73},{11},{29},{31},{14},{11},{29},{31},{21},{20},{26},{16},{22},{11},{5},{15},{15},{14},{23},{25},{10},{9},{15},{20},{12},{9},{9},{8},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{18},{6},{18},{4},{4},{6},{4},{5},{6},{3},{9},{8},{14},{9},{5},{22},{4},{3},{4},{10},{4},{4},{4},{10},{5},{7},{7},{6},{4}};
-    const struct { const unsigned int length: 8; } bytes_length_index[] = {{117},{163},{9},{34},{7},{15},{49},{141},{38},{76},{125},{22},{22},{22}};
+    const struct { const unsigned int length: 7; } str_length_index[] = {{0},{6},{27},{4},{11},{15},{6},{1},{28},{47},{74},{17},{1},{1},{4},{111},{13},{7},{6},{2},{9},{14},{26},{6},{73},{23},{11},{29},{31},{14},{11},{29},{31},{21},{20},{26},{16},{22},{11},{5},{15},{15},{14},{23},{25},{10},{9},{15},{20},{12},{9},{9},{8},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{18},{6},{18},{4},{4},{6},{4},{6},{5},{6},{3},{9},{8},{14},{9},{5},{22},{4},{3},{4},{10},{4},{4},{4},{10},{5},{7},{7},{6},{4}};
+    const struct { const unsigned int length: 8; } bytes_length_index[] = {{117},{120},{163},{9},{34},{7},{15},{49},{147},{38},{76},{125},{22},{22},{22}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1181 bytes) */
-static const char cstring[] = "x\332\225T\275S\033G\024\207\261\034\203\203m)0\020\207\024K\034\314\207\211<\314\200IH&\216b\233x<\211\203\210<\031\247\331Y\335=IkN\267\322\355\236\220\234\"\224\224Wny\345\225*URR\252T\311\237\300\237\220\267w\372\002\234L\242\031\335\276\217}\357\375\336\327\222bK\201$\361w\2030\327&\252\002\244\350\227J\340\221\n\223\204\210R\374?\362\270B\321\252\362\000H\311c\345*\270jm\203\330\302\205\354.Z\n4\364\210\007\314\356[r\265A\224\020\273\350\221KR\363\204\005R\222#\324H\356\24019\252\340\211\327\360\266M\252\250de \037\270\256\330!\270\244$<R\306`#3K\3248\330\204\rl7\214\312\252\0204w\204T\337\361\206\254T\241\232\265*\314u\301\311~\377\3645\332\357s\353\320\341n\331$%\225\347[\n\355\253E\360\020\227\217\326\006\0378\245\354\300i\314$\020\252\276T\244\010\004\2325\207[\\9-\314\267\356\203T\010\343\210\253\n\371\201\371J\320\232\t\001\253\005\317\207\265!:\023\317\346\222\025\035\000\327|\313\026\227\te\017\220\202\347\tO\366\271\307}\334\2171\002\306\310\326Z\315\230J\340U\300\261\023l\375\222[xY\304\360,\3416\3003\230\224\300\352\354\267TE\270D\024\337\001\346j\312X\353\227\340\231\303x\025\317\027\256=Ff)\365\300\366-\240VlI\351e\245\004%\025S#\365/I\202\005!~\026n9o0\036\304\230\306\310\353N/+\2579\035W\227AQ&[\256uU\310]%>$\273~\3334\360*\237\334:\000\033\034\216\005\003\273`\272\034\177\020Q\274\022\224\016X\034X\360\306\330&W#\356Jj\003\361\265\244\022\205Y\231\204B\274}\002\001\320\"\263\016)\335o5\361\377\234[\212\276\206\246:\200\022\245qk\215#:\3045D4\300Bi\311w-s\226\007a\361We\334\215Oa\373N,qY5>q\234\250\305j|@\367M\014\331Pf*\215\242\3563g`\320O\222^Kw(\200\246a0\353a\0209\006\345Z5(\305L\014r.\251%<\341+\356B\334\023.\262C\201L\036#\013\007\026\260\271Ty\314\002S*K\330`3\205\355\214),j\274>\311\016a\r\206S3\230\212\313\3231,9\276kUy\365\255Hv\356\220\273vM\324\314\232!z\033J\314w\224\344\357A\326\320\021vn4F\361\013\241x\025\020\265\022q\223\032\314A\037\r\016G\373\255_\223\355[_\355?9I\241q\047\351N?4\335\351\307\246[\340\332\222>K8\3349\262\276AF""\036\376\211^\233\3601\276C\245\250\002>\241n\371?Dz\222\244\231\314%\202\333o\025Z5\030y\377\037.\306\336\2101\313\301\365\344\375\304\207I\306Hc\226\212\322\361d/u\373\344Q\220?\316\365\246>>\331\016n\004\233\275\231tp3\310\367\356d\202\373\372\201\316\033\376\266^27\356\235\324\223\343\275\316\350e\335\014\r\273\270\026e.\276\230\230\2369\331:i\004\371\356\374\243\350\233\366^g\251\203\236f\321\035^o\006u}K7\302|\310\320`e\273\235\277\230\237\230^\324K\372\353p3\334\213\226zS\323\275\231{\047*x\2423\335\317\262\021o7:\371\016\353\245\027\202\272Q\370\301K\3752\3741|\327N\265s\275\364\\\360\002\001,\351\315^z>p\303\\o\356\001\372y\021}\332\335,t\013o\272o\336v\337\376q\216\270oa\340I\275\020NE\251(g\340l\353\251p\362|\346s\235\323y\215`\316\247\214\363\034\246\033\303Tz\047|\030\335\210v\333\205\316\302\351\315\323\337\317rgX\233\363;\313a!\312$\020\267\020R:c\252rW3sL\351\311D\263\243W\302L/\375e\230\303L\355h\245}\037\253\260\325\251\033\300?\351o\303R\224;\316]|2q\367\341\277x\373(\0309\235\355\316.\233\242\205*\332i\257u6;\317O\047{qZ\177\"\3148j\335\224\340\020\303\316\231\234\n\341\002\212\347\260j:\245\367\302\325\356\372\323N\3754u\272w\266\332=\370\255\233\"\230<&\372\227f\330\215B4\037\265:\223\335\324R\230\031\227.\264\247;\231n\352\253(?.]l\277\352\260\277\001\375\031\\\275";
-    PyObject *data = __Pyx_DecompressString(cstring, 1181, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1236 bytes) */
+static const char cstring[] = "x\332\225UKS\033G\020\206\262\034\203\203m\024(\260\343\034\2068\030\201\211\\T\201\251\220T\034\305@\\\251\304AD\256\224s\231\032\355\266\2441\253\035igVH\316!\034u\334\343\036\367\270G\035u\344\310QG\035\371\t\374\204\364\354\256\036<\362\242J;\375\230\356\376\372\233\231\206\024[\n$\211\276\353\204\331&Q\025 E\267T\002\207T\230$D\224\242\337\261\303\025\2322\312\001 %\207\225\253`\253\325ub\n\033\262;\030)0\320!\01603\211\344j\235(!v0#\227\244\346\010\003\244$\307\350\221\334\302`r\\\301\025\267\341n\223T\321\311\312@n\330\256\330\021\330\244$\034R\306b\2430C\3248\230\204\rb\327\265\313\250\020\014\267\204T\337\360\206\254T\241\2325*\314\266\301\312~\373\362\r\306\037p\343\310\342vY7%\225\343\032\n\343\253Ep\020\227\213\321\032\037X\245\354 i\244\304\020\252\256T\244\010\004\2325\213\033\\Y-\354\267\356\202T\010\343\230\253\n\371\216\271J\320\232.\001\231\202\343\302\352\020\235\256gr\311\212\026\200\255\277e\203\313X2\007H\301q\204#\023\355y\202\3739V\300\032\331Z\253\031I1\274\nXf\214-\241\334\300\315\"\202g\010\273\001\216\306\244\004\262s\320R\025a\023Q|\017\330\253\246\261\226P\240x\025\204\2534a:\224\021\333\325D\274\262\030\257\242{\3176\307\304,\245\016\230\256\001\324\210\022Rz\331)AI\305\324\310\375s\334wA\210\237\204]\316k\350\207\021\3241\361z\322\313\316kI\307\335eP\224\311\226m\\5r[\211\233l\327w\353s\275\252\307\273\016\301\004\213#\217`\026\364\341G\037D\024\275\024J\007*\336cp\306\324&W#\355Jk\003\363\265\246b\207~I\261\204x\023\001\001\320\"3\216(=h5\361\267\313\rE\337@S\035B\211\322\350\304u\":\3045D4\300Bi\311\265\r\275\226\007e\361\257\312\270\035\255\302t\255\310b\263j\264\342-\243\006\253\361\201\234\204h\261\241\364e\325\216\272\313\254A@\322$\275\326\356\320\000M\255`\327\303\"r\014\31256(\305N4r.\251!\034\274\240\334\206\350L\270\310\016\r2\236Q\006\336c\300\303\245\312a\006h\252\014a\202\311\024\036g$!\251`k)z[\361\003C&\206wgp7.\337\221!\3618\364\252\362\352 \211\037\344\021\267\315\232\250\3517\210=\230Pb\256\245$\377\000\262\206\211""\360\374F\227)\032\037\311kS\":\252\006\2630G\203\303\361A\353\227\370i\256e\222y\024\323\215\017\226n\047\245\351vR\233n\202mJ\372*\326\360\345\221\265u2\312\360w\362\352\204\213\365-*E\025p\276\332eDH2\377\036\247e\232\3747\300$7D\r\275\353\004\275\253\023Q\323\252U\0033\026\365X\304\256i<~\344\177\350\360ELo\374*\220\224\203V\001\323\215j\376\217\024c\023j,r\260=\036\3528-e\304P\244RQ:\231\354\247\356\266\237y\371\223\\\177\352\343\366\226w\313\333\350\317\314z\267\275|\377^\332{\344?\361\363Z\277\353/\351\035\017\332\365x\371\340\247\375e\277\031h\365\361j\230\276\370|bz\246\275\331nx\371\336\302\263\360\253\316~w\251\213\231\3460\035nozu\377\216\337\010\362\001\303\200\225\255N\376\342\341\304\364\274\267\341\355\242]\005\333a\246\263\324\301\255\323\375\231\007m\345\275\360\323\275O\263!\3574\272\371.\353\317.zu\355p\275\327\376\353\340\373\340}\047\325\311\365g\347\275=\204\261\344o\364g\027<;\310\365\347\237\004\033\301^\370\260\267Q\350\025\336\366\336\276\353\275\373\375\034\321\337\301\362\223\376b0\025\246\302\234\006\265\345O\005\223\3473\237\3719?\357#\244\363)\235<\207MG`\225\277\035<\ro\205;\235Bw\361\364\366\351og\2713d\350\374\336rP\010\3231\304M\2044\233\326\334\334\367\231^\246\374\311\330\263\355\257\004\351\376\354\027A\016\3735\303\225\316#\344b\263[\327\200\177\360\277\016Ja\356$w\361\311\304\375\247\377\220\355#o\224t\2567\267\254\251\013T\270\335Y\355ntwO\047\373Q[\177 \314\250j]Sp\204e\347uO\205`\021\315\363\310\232\237\362\367\203Lo\355e\267~\232:\335?\313\364\016\177\355\245\0106\217\215\376\3513<\223B\270\020\266\272\223\275\324R\220\036\267.v\246\273\351^\352\3130?n}\334\371\261\313\376\002l\361\222\236";
+    PyObject *data = __Pyx_DecompressString(cstring, 1236, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1506 bytes) */
-static const char cstring[] = "\277 bytes\000\003,\377 and the\377 buffer \177has  of\000\001\337 writ\020\000(t\377ree frag\377ment), d_one.:7\000o6\000\277r read3\004i\177t, too:O\000\377is proce\357ss wQ\000sil\356:\000 wh\005\000 it\356e\000d m\032\000age\375 \034\020taken \237for gj\000-\007c\177opied a4\005\335,N\001ch k\000lo\377st<ivshm\377em.chann\277el.>?N\252\000P\177ickling\325\001\277structy\000m\177bers su;\000\336\234\001elf.\212\004,s\374\t\001}\003must b\377e explic\357itly\355\000que\373st\204\000with \177@auto_p_\001\177e(True)\225\006\376\305!disable{en\002\001gcis\004\003\375d\242\005errors\312\261\004/\261\004/_\000a\000.p\353yx\005\002 \215\002hel\251d\226\003\354$c\342\000o\232\002c\337onver\220\001to\376\233 Python Oobje\351\000\303!p\374\004\337Claim\210 En\375d\000\010.__red\337uce_c5\002__\376\017\013setstat\372\025\007M\265CTooLo\377ngQueueR\300\202b\000\010C\017\017\013D\0160\tge\177t_async\005\r\017into\000\021\034\017\300a\203\t\374\320aN\003Redeli\016\256 edT\345a\000\002\201 \224\205\002\373__\007\005enter\016\004\010xit\023\007\241,;\005\231.\300V\003\257\205\001`\003\326\000\002\004~\000_b\377ack__Pyx\376\001\000Dict_Ne\177xtRef__\326Bn\357!___\221\004__\213\004\374\006\000\207\002__func\346\036\000_g\231E+\000mai\375n\020\001module\316\032\001nam\003\002\314`_cGapi.\001\010\001\316C_\023\001\363vt\242\204\001G\001quald)\005\216d_\216n\247fex{\001\312\235`_]\005s\200\010\247n__\367tes\303 _is_\377coroutin]e\343Bio.\010\006s\207\210\003\353cl\032\000_\312\000tra\373ce\247!coded\337atade\005\002on\001e\272\205\002\276\205\003\260`\255f\273a\246a\000\005\372\306cg\353%items\374\234\207\r\356\205\003kindpo\375p\377\206\001setdef\377aultsize;sp\370`ake\275g\240\210\002otime\304\000to\321\211\002\377valuesvi\337ewPyO\370\205\003*(\372\354\207\004_\344\"obj_7\366\240\210\004_7\241\210\004_4en\357ds_C\260\210\003End\217 *, 8\007\000\t\014\t)\377\000until_s\377omething\362G 6\325\207\003\337\204\003 *(P\337yType\244\005, \300\030(\301\207\010\254\001\323\211\004\324""\005\275\212\003co\177nst *)\000\315\212\002\377_of\200\001\330\004\n\377\210+\220Q\200A\330\010\377\013\2105\220\003\2201\330\377\014\020\220\005\220Q\330\r\177\021\220\031\230#\230Q\014\001w\n\230!\036\001\017\210q\001\003\377z\230\021\230%\230x\240\376\013\001\033)\250\021\360\"\000\377\t\014\2104\210v\220Q\377\320\026+\2509\260F\270\353!\270G\000\023L\000\010\017\210\377x\220q\230\007\230v\240\367Q\240af\000\0475\260Q\377\360\026\000\t\033\230!\230\3778\2401\240F\250!\330\377\010\t\330\014\017\210t\220\3776\230\021\320\032.\250i\377\260v\270Q\270a\330\020\367\027\220q\025\001u\220H\230\377H\240B\240j\260\004\260\277A\330\020\024\220E~\000!\377\2301\330\020\026\220n\240\357A\330\024#E\000E\250\030\377\3201T\320TU\320U_Y\320YZ\340\305\000\007v\000\377\001\230\027\240\010\250\004\250\377A\330\014\023\2205\230\010\377\240\001\340\014\034\230A\230\353Q\230\212\000\340\233\000u\220A\374\354\000\242\002t\2307\240&\250\377\003\250:\260T\270\027\300\277\005\300W\310A\310\231 \340\277\r%\240T\250\021\235\0034\372\220\000\020\t\000\020\220\016\230a\356\251!\010\230\001\267\0037\230\047\177\240\021\330\020$\240A\347\000\337d\250\047\260\031\203 4\270\375q\255\001G\230;\240f\250\377A\200A\360\022\000\016&\3663\030\006\220K\007\023\320\023%\376\261!\240t\2507\260)\270\3571\270D\300h\000\020\220\007\343\220{\244\000q\002Z\000\026\220k\372t\000\024\320\001T\240\027\250\001\373\330\024\263 \230\004\230F\240\377(\320*?\270q\300\004\377\300F\310(\320RS\320s\004 \372\000\215@\177\230a\213@\377T\250\026\250y\270\001\320\337\004!\240\021\340\013\010\027\260\377\t\270\021\320\004-\250Q>\n\t\033\260J\270a";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1506, 2222);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1582 bytes) */
+static const char cstring[] = "\277 bytes\000\003,\377 and the\377 buffer \177has  of\000\001\337 writ\020\000(t\377ree frag\377ment), d_one.:7\000o6\000\277r read3\004i\177t, too:O\000\377is proce\357ss wQ\000sil\356:\000 wh\005\000 it\356e\000d m\032\000age\375 \034\020taken \237for gj\000-\007c\177opied a4\005\335,N\001ch k\000lo\377st<ivshm\377em.chann\277el.>?N\252\000P\177ickling\325\001\277structy\000m\177bers su;\000\336\234\001elf.\212\004,s\374\t\001}\003must b\377e explic\357itly\355\000que\373st\204\000with \177@auto_p_\001\177e(True)\225\006\376\305!disable{en\002\001gcis\004\003\375d\242\005errors\312\261\004/\261\004/_\000a\000.p\353yx\005\002 \215\002hel\251d\226\003\354$c\342\000o\232\002c\337onver\220\001to\376\233 Python Oobje\351\000\303!p\374\004\177timeout\255!\275n8\000a nu\205!C\357laim\237 End\376\000\010.__reduoce_cL\002__\017\013\177setstat\025\007\375M\314CTooLon\177gQueueR\231b\340\000\010C\017\017\013D\0160\tget\277_async\005\ri\007nto\000\021\034\017\327a\203\t\347a~N\003Redeli\305 \207edT\374a\000\002\201 \253\205\002_}_\007\005enter\004\010\007xit\023\007\241,;\005\231.V\003\340\306\205\001`\003\326\000\002\004~\000_ba\177ck__Pyx\001\000\377Dict_Nex?tRef__\355B\357!7___\221\004__\213\004\006\000~\207\002__func\036\000\363_g\231E+\000main~\020\001module\032\001\347nam\003\002\343`_ca\243pi.\001\010\001\316C_\023\001vyt\271\204\001G\001qual)\0052\216d_\216n\247fex{\001\235`\345_]\005s\200\010\247n__t\373es\303 _is_c\377oroutine\256\343Bio.\010\006s\236\210\003c\365l\032\000_\312\000trac\375e\247!codeda\357tade\005\002one\003en\020\001\327\205\002\333\205\003\266`\263f\301a\350\254a\000\005\314cg\361%ite\363ms\271\207\r\213\206\003kind\367pop\234\207\001setd\377efaultsi\357zesp\376`ake\330\303g\275\210\002\347\205\004to\356\211\002va\377luesview\267PyO\225\206\003*(\211\210\004_\276\352\"obj_7\275\210\004_\3757\276\210\004_4ends\373_C\315\210\003End *\343, 8\007\000\t\014\t)\000u\377ntil_som\377ethingin\247t (\026\037X\001_\207\213\004*\363)\000#\020\025\006, in\367t"")\000\275\205\002typeyd\005\003\223\211\001out_\371\207\003es\277\200 6\352\210\003\335\205\003 *\243\000\031TL\000\234%, \030(\277\210\010\244!\370\350\212\004\314%\322\213\003const\373 *\264\003n_of\200\377\001\330\004\n\210+\220Q\377\200A\330\010\013\2105\220\377\003\2201\330\014\020\220\005\377\220Q\330\r\021\220\031\230w#\230Q\014\001\n\230!\036\001\367\017\210q\001\003z\230\021\230\357%\230x\240\013\001\033)\250\377\021\360\"\000\t\014\2104\377\210v\220Q\320\026+\250\2779\260F\270!\270G\000\023\376L\000\010\017\210x\220q\230\177\007\230v\240Q\240af\000\377\0475\260Q\360\030\000\t\337\024\2201\220D\025\000t\240\3777\250(\260!\2601\330\377\010\t\330\014\017\210t\220\3776\230\021\320\032.\250i\377\260v\270Q\270a\330\020\367\027\220q\025\001u\220H\230\377H\240B\240j\260\004\260\277A\330\020\024\220E\204\000!\377\2301\330\020\026\220n\240\377A\330\024#\2401\240E\377\250\030\3201T\320TU\177\320UY\320YZ\340\313\000\375\007|\000\001\230\027\240\010\250\377\004\250A\330\014\023\2205\377\230\010\240\001\340\014\034\230\257A\230Q\230\220\000\340\241\000u\363\220A\362\000\250\002t\2307\240\377&\250\003\250:\260T\270\377\027\300\005\300W\310A\310\376\237 \340\r%\240T\250\021\352\235\0034\220\000\020\t\000\020\220\016\273\230a\257!\010\230\001\267\0037\377\230\047\240\021\330\020$\240}A\355\000d\250\047\260\031\211 \3674\270q\255\001G\230;\240\377f\250A\200A\360\022\000\333\016&3\030\006\220K\007\023\320\373\023%\267!\240t\2507\260\277)\2701\270D\300h\000\020\217\220\007\220{\244\000q\002Z\000\026\353\220kt\000\024\320\001T\240\027\357\250\001\330\024\263 \230\004\230\377F\240(\320*?\270q\377\300\004\300F\310(\320R\317S\320\004 \372\000\223@\177\230\375a\221@T\250\026\250y\270\177\001\320\004!\240\021\340\013\010\377\027\260\t\270\021\320\004-\373\250Q\n\t\033\260J\270a";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1582, 2377);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (2222 bytes) */
-static const char bytes[] = " bytes bytes, and the buffer has  of  of writer (tree fragment), done.: another reader has it, too: this process was silent while it had message : this process was taken for gone while it copied a message, which is lost<ivshmem.channel.>?NonePickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)a message of disableenablegcisenabledivshmem.errorsivshmem/channel/queues.pyxqueue self.held,self.reader cannot be converted to a Python object for picklingClaimingEndClaimingEnd.__reduce_cython__ClaimingEnd.__setstate_cython__MessageTooLongQueueReaderQueueReader.__reduce_cython__QueueReader.__setstate_cython__QueueReader.get_asyncQueueReader.get_intoQueueReader.get_into_asyncQueueReader.takeQueueReader.take_asyncRedeliveredTakenTaken.__bytes__Taken.__enter__Taken.__exit__Taken.__reduce_cython__Taken.__setstate_cython__Taken.doneTaken.getTaken.give_back__Pyx_PyDict_NextRef__annotate____bytes____enter____exit____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineasyncio.coroutinesbuffercline_in_tracebackcodedatadecodedoneerrorerrorsgetget_asyncget_intoget_into_asyncgive_backitemsivshmem.channel.queueskindpopselfsetdefaultsizespintaketake_asynctakentimeouttobytesvaluesviewPyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *)\000until_somethingstruct __pyx_obj_7ivshmem_7channel_6queues_Taken *(PyTypeObject *, struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, struct ivshmem_taken const *)\000taken_of\200\001\330\004\n\210+\220Q\200A\330\010\013\2105\220\003\2201\330\014\020\220\005\220Q\330\r\021\220\031\230#\230Q\330\014\020\220\n\230!\200A\330\010\017\210q\200A\330\010\017\210z\230\021\230%\230x\240q\200A\330\033)\250\021\360\"\000\t\014\2104\210v\220Q\320\026+\2509\260F\270!\2701\330\014\023\2201\330\010\017\210x\220q\230""\007\230v\240Q\240a\200A\330\0475\260Q\360\026\000\t\033\230!\2308\2401\240F\250!\330\010\t\330\014\017\210t\2206\230\021\320\032.\250i\260v\270Q\270a\330\020\027\220q\330\014\017\210u\220H\230H\240B\240j\260\004\260A\330\020\024\220E\230\021\230!\2301\330\020\026\220n\240A\330\024#\2401\240E\250\030\3201T\320TU\320UY\320YZ\340\014\020\220\007\220q\230\001\230\027\240\010\250\004\250A\330\014\023\2205\230\010\240\001\340\014\034\230A\230Q\230a\200A\340\010\017\210u\220A\220Q\330\010\017\210x\220t\2307\240&\250\003\250:\260T\270\027\300\005\300W\310A\310Q\200A\340\r%\240T\250\021\330\014\017\210t\2204\220q\330\020\021\330\014\020\220\016\230a\330\014\020\220\010\230\001\330\014\017\210t\2207\230\047\240\021\330\020$\240A\240Q\240d\250\047\260\031\270!\2704\270q\330\020\024\220G\230;\240f\250A\200A\360\022\000\016&\240T\250\021\330\014\017\210t\2204\220q\330\020\021\330\014\020\220\016\230a\330\014\020\220\006\220a\330\014\020\220\010\230\001\330\014\023\320\023%\240Q\240a\240t\2507\260)\2701\270D\300\001\330\014\020\220\007\220{\240&\250\001\330\014\017\210q\330\020\026\220k\240\021\330\024\034\230A\230T\240\027\250\001\330\024\027\220q\230\004\230F\240(\320*?\270q\300\004\300F\310(\320RS\320\004 \240\001\340\010\017\210\177\230a\230v\240T\250\026\250y\270\001\320\004!\240\021\340\010\017\210\177\230a\230v\240T\250\027\260\t\270\021\320\004-\250Q\340\010\017\210\177\230a\230v\240T\250\033\260J\270a";
+    #else /* compression: none (2377 bytes) */
+static const char bytes[] = " bytes bytes, and the buffer has  of  of writer (tree fragment), done.: another reader has it, too: this process was silent while it had message : this process was taken for gone while it copied a message, which is lost<ivshmem.channel.>?NonePickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)a message of disableenablegcisenabledivshmem.errorsivshmem/channel/queues.pyxqueue self.held,self.reader cannot be converted to a Python object for picklingtimeout is not a numberClaimingEndClaimingEnd.__reduce_cython__ClaimingEnd.__setstate_cython__MessageTooLongQueueReaderQueueReader.__reduce_cython__QueueReader.__setstate_cython__QueueReader.get_asyncQueueReader.get_intoQueueReader.get_into_asyncQueueReader.takeQueueReader.take_asyncRedeliveredTakenTaken.__bytes__Taken.__enter__Taken.__exit__Taken.__reduce_cython__Taken.__setstate_cython__Taken.doneTaken.getTaken.give_back__Pyx_PyDict_NextRef__annotate____bytes____enter____exit____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineasyncio.coroutinesbuffercline_in_tracebackcodedatadecodedoneencodeerrorerrorsgetget_asyncget_intoget_into_asyncgive_backitemsivshmem.channel.queueskindpopselfsetdefaultsizespintaketake_asynctakentimeouttobytesvaluesviewPyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *)\000until_somethingint (PyObject *, PyObject *, PyObject *, Py_buffer *)\000int (PyObject *, Py_buffer *, int)\000take_typed\000take_without_objectsstruct __pyx_obj_7ivshmem_7channel_6queues_Taken *(PyTypeObject *, struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, struct ivshmem_taken const *)\000taken_of\200\001\330\004\n\210+\220Q\200A\330\010\013\2105\220\003\2201\330\014\020\220\005\220Q\330\r\021\220\031\230#\230Q\330\014\020\220\n\230!\200A\330\010\017\210q\200A\330""\010\017\210z\230\021\230%\230x\240q\200A\330\033)\250\021\360\"\000\t\014\2104\210v\220Q\320\026+\2509\260F\270!\2701\330\014\023\2201\330\010\017\210x\220q\230\007\230v\240Q\240a\200A\330\0475\260Q\360\030\000\t\024\2201\220D\230\007\230t\2407\250(\260!\2601\330\010\t\330\014\017\210t\2206\230\021\320\032.\250i\260v\270Q\270a\330\020\027\220q\330\014\017\210u\220H\230H\240B\240j\260\004\260A\330\020\024\220E\230\021\230!\2301\330\020\026\220n\240A\330\024#\2401\240E\250\030\3201T\320TU\320UY\320YZ\340\014\020\220\007\220q\230\001\230\027\240\010\250\004\250A\330\014\023\2205\230\010\240\001\340\014\034\230A\230Q\230a\200A\340\010\017\210u\220A\220Q\330\010\017\210x\220t\2307\240&\250\003\250:\260T\270\027\300\005\300W\310A\310Q\200A\340\r%\240T\250\021\330\014\017\210t\2204\220q\330\020\021\330\014\020\220\016\230a\330\014\020\220\010\230\001\330\014\017\210t\2207\230\047\240\021\330\020$\240A\240Q\240d\250\047\260\031\270!\2704\270q\330\020\024\220G\230;\240f\250A\200A\360\022\000\016&\240T\250\021\330\014\017\210t\2204\220q\330\020\021\330\014\020\220\016\230a\330\014\020\220\006\220a\330\014\020\220\010\230\001\330\014\023\320\023%\240Q\240a\240t\2507\260)\2701\270D\300\001\330\014\020\220\007\220{\240&\250\001\330\014\017\210q\330\020\026\220k\240\021\330\024\034\230A\230T\240\027\250\001\330\024\027\220q\230\004\230F\240(\320*?\270q\300\004\300F\310(\320RS\320\004 \240\001\340\010\017\210\177\230a\230v\240T\250\026\250y\270\001\320\004!\240\021\340\010\017\210\177\230a\230v\240T\250\027\260\t\270\021\320\004-\250Q\340\010\017\210\177\230a\230v\240T\250\033\260J\270a";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 98; i++) {
+    for (int i = 0; i < 100; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 25) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 26) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)
@@ -12526,8 +13055,8 @@ static const char bytes[] = " bytes bytes, and the buffer has  of  of writer (tr
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 98; i < 112; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-98].length;
+    for (int i = 100; i < 115; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-100].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -12537,15 +13066,15 @@ static const char bytes[] = " bytes bytes, and the buffer has  of  of writer (tr
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 112; i++) {
+    for (Py_ssize_t i = 0; i < 115; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 98;
-      for (Py_ssize_t i=0; i<14; ++i) {
+      PyObject **table = stringtab + 100;
+      for (Py_ssize_t i=0; i<15; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
         #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -12610,27 +13139,27 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 147};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 149};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_buffer, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_taken};
-    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get_into, __pyx_mstate->__pyx_kp_b_iso88591_A_5Q_81F_t6_ivQa_q_uHHBj_A_E_1_n, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get_into, __pyx_mstate->__pyx_kp_b_iso88591_A_5Q_1D_t7_1_t6_ivQa_q_uHHBj_A_E, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 193};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 196};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_taken};
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_take, __pyx_mstate->__pyx_kp_b_iso88591_A_4vQ_9F_1_1_xq_vQa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 215};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 218};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get_async, __pyx_mstate->__pyx_kp_b_iso88591_avT_y, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 219};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 222};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_buffer, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get_into_async, __pyx_mstate->__pyx_kp_b_iso88591_Q_avT_Ja, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 223};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 226};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_take_async, __pyx_mstate->__pyx_kp_b_iso88591_avT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
@@ -12645,32 +13174,32 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 258};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 262};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_bytes_2, __pyx_mstate->__pyx_kp_b_iso88591_A_z_xq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 261};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 265};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data};
     __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get, __pyx_mstate->__pyx_kp_b_iso88591_A_uAQ_xt7_T_WAQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 266};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 270};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_code};
     __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t4q_a_a_Qat7_1D_q_k_AT_q_F_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 290};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 294};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_give_back, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t4q_a_t7_AQd_4q_G_fA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 301};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 305};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_enter, __pyx_mstate->__pyx_kp_b_iso88591_A_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 304};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 308};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_kind, __pyx_mstate->__pyx_n_u_error};
     __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_5_1_Q_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
   }
@@ -12774,28 +13303,167 @@ end:
 }
 #endif
 
-/* DivInt[int64_t] */
-static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t a, int64_t b, int b_is_constant) {
-    int64_t q = a / b;
-    int64_t r = a - q*b;
-    int64_t adapt_python = (b_is_constant ?
-        ((r != 0) & ((r < 0) ^ (b < 0))) :
-        ((r != 0) & ((r ^ b) < 0))
-    );
-    return q - adapt_python;
+/* FastTypeChecks (used by PyValueError_Check) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static int __Pyx_InBases(PyTypeObject *a, PyTypeObject *b) {
+    while (a) {
+        a = __Pyx_PyType_GetSlot(a, tp_base, PyTypeObject*);
+        if (a == b)
+            return 1;
+    }
+    return b == &PyBaseObject_Type;
+}
+static CYTHON_INLINE int __Pyx_IsSubtype(PyTypeObject *a, PyTypeObject *b) {
+    PyObject *mro;
+    if (a == b) return 1;
+    mro = a->tp_mro;
+    if (likely(mro)) {
+        Py_ssize_t i, n;
+        n = PyTuple_GET_SIZE(mro);
+        for (i = 0; i < n; i++) {
+            if (PyTuple_GET_ITEM(mro, i) == (PyObject *)b)
+                return 1;
+        }
+        return 0;
+    }
+    return __Pyx_InBases(a, b);
+}
+static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a, PyTypeObject *b) {
+    PyObject *mro;
+    if (cls == a || cls == b) return 1;
+    mro = cls->tp_mro;
+    if (likely(mro)) {
+        Py_ssize_t i, n;
+        n = PyTuple_GET_SIZE(mro);
+        for (i = 0; i < n; i++) {
+            PyObject *base = PyTuple_GET_ITEM(mro, i);
+            if (base == (PyObject *)a || base == (PyObject *)b)
+                return 1;
+        }
+        return 0;
+    }
+    return __Pyx_InBases(cls, a) || __Pyx_InBases(cls, b);
+}
+#endif
+
+/* PyObjectCall (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw) {
+    PyObject *result;
+    ternaryfunc call = Py_TYPE(func)->tp_call;
+    if (unlikely(!call))
+        return PyObject_Call(func, arg, kw);
+    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
+        return NULL;
+    result = (*call)(func, arg, kw);
+    Py_LeaveRecursiveCall();
+    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
+        PyErr_SetString(
+            PyExc_SystemError,
+            "NULL result without error in PyObject_Call");
+    }
+    return result;
+}
+#endif
+
+/* PyObjectCallMethO (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg) {
+    PyObject *self, *result;
+    PyCFunction cfunc;
+    cfunc = __Pyx_CyOrPyCFunction_GET_FUNCTION(func);
+    self = __Pyx_CyOrPyCFunction_GET_SELF(func);
+    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
+        return NULL;
+    result = cfunc(self, arg);
+    Py_LeaveRecursiveCall();
+    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
+        PyErr_SetString(
+            PyExc_SystemError,
+            "NULL result without error in PyObject_Call");
+    }
+    return result;
+}
+#endif
+
+/* PyObjectFastCall */
+#if CYTHON_COMPILING_IN_LIMITED_API
+static PyObject* __Pyx_PyObject_FastCall_fallback(PyObject *func, PyObject * const*args, size_t nargs, PyObject *kwargs) {
+    PyObject *argstuple;
+    PyObject *result = 0;
+    size_t i;
+    argstuple = PyTuple_New((Py_ssize_t)nargs);
+    if (unlikely(!argstuple)) return NULL;
+    for (i = 0; i < nargs; i++) {
+        Py_INCREF(args[i]);
+        if (__Pyx_PyTuple_SET_ITEM(argstuple, (Py_ssize_t)i, args[i]) != (0)) goto bad;
+    }
+    result = __Pyx_PyObject_Call(func, argstuple, kwargs);
+  bad:
+    Py_DECREF(argstuple);
+    return result;
+}
+#endif
+#if CYTHON_VECTORCALL && !(CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY)
+  #if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE vectorcallfunc __Pyx_PyVectorcall_Function(PyObject *callable) {
+    PyTypeObject *tp = Py_TYPE(callable);
+    #if defined(__Pyx_CyFunction_USED)
+    if (__Pyx_CyFunction_CheckExact(callable)) {
+        return __Pyx_CyFunction_func_vectorcall(callable);
+    }
+    #endif
+    if (!PyType_HasFeature(tp, Py_TPFLAGS_HAVE_VECTORCALL)) {
+        return NULL;
+    }
+    assert(PyCallable_Check(callable));
+    Py_ssize_t offset = tp->tp_vectorcall_offset;
+    assert(offset > 0);
+    vectorcallfunc ptr;
+    memcpy(&ptr, (char *) callable + offset, sizeof(ptr));
+    return ptr;
+}
+  #else
+    #define __Pyx_PyVectorcall_Function(callable) PyVectorcall_Function(callable)
+  #endif
+#endif
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwargs) {
+    Py_ssize_t nargs = __Pyx_PyVectorcall_NARGS(nargsf);
+#if CYTHON_COMPILING_IN_CPYTHON
+    if (nargs == 0 && kwargs == NULL) {
+        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_NOARGS))
+            return __Pyx_PyObject_CallMethO(func, NULL);
+    }
+    else if (nargs == 1 && kwargs == NULL) {
+        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_O))
+            return __Pyx_PyObject_CallMethO(func, args[0]);
+    }
+#endif
+    if (kwargs == NULL) {
+        #if CYTHON_VECTORCALL
+          #if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY
+            return PyObject_Vectorcall(func, args, nargsf, NULL);
+          #else
+            vectorcallfunc f = __Pyx_PyVectorcall_Function(func);
+            if (f) {
+                return f(func, args, nargsf, NULL);
+            }
+          #endif
+        #endif
+    }
+    if (nargs == 0) {
+        return __Pyx_PyObject_Call(func, __pyx_mstate_global->__pyx_empty_tuple, kwargs);
+    }
+    #if CYTHON_COMPILING_IN_LIMITED_API
+    return __Pyx_PyObject_FastCall_fallback(func, args, (size_t)nargs, kwargs);
+    #elif CYTHON_COMPILING_IN_PYPY
+    return PyObject_VectorcallDict(func, args, (size_t) nargs, kwargs);
+    #else
+    return PyObject_VectorcallDict(func, args, nargsf, kwargs);
+    #endif
 }
 
-/* ModInt[int64_t] */
-static CYTHON_INLINE int64_t __Pyx_mod_int64_t(int64_t a, int64_t b, int b_is_constant) {
-    int64_t r = a % b;
-    int64_t adapt_python = (b_is_constant ?
-        ((r != 0) & ((r < 0) ^ (b < 0))) :
-        ((r != 0) & ((r ^ b) < 0))
-    );
-    return r + adapt_python * b;
-}
-
-/* PyErrFetchRestore */
+/* PyErrFetchRestore (used by RaiseException) */
 #if CYTHON_FAST_THREAD_STATE
 static CYTHON_INLINE void __Pyx_ErrRestoreInState(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb) {
 #if PY_VERSION_HEX >= 0x030C00A6
@@ -12851,6 +13519,160 @@ static CYTHON_INLINE void __Pyx_ErrFetchInState(PyThreadState *tstate, PyObject 
     tstate->curexc_value = 0;
     tstate->curexc_traceback = 0;
 #endif
+}
+#endif
+
+/* RaiseException */
+static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause) {
+    PyObject* owned_instance = NULL;
+    if (tb == Py_None) {
+        tb = 0;
+    } else if (tb && !PyTraceBack_Check(tb)) {
+        PyErr_SetString(PyExc_TypeError,
+            "raise: arg 3 must be a traceback or None");
+        goto bad;
+    }
+    if (value == Py_None)
+        value = 0;
+    if (PyExceptionInstance_Check(type)) {
+        if (value) {
+            PyErr_SetString(PyExc_TypeError,
+                "instance exception may not have a separate value");
+            goto bad;
+        }
+        value = type;
+        type = (PyObject*) Py_TYPE(value);
+    } else if (PyExceptionClass_Check(type)) {
+        PyObject *instance_class = NULL;
+        if (value && PyExceptionInstance_Check(value)) {
+            instance_class = (PyObject*) Py_TYPE(value);
+            if (instance_class != type) {
+                int is_subclass = PyObject_IsSubclass(instance_class, type);
+                if (!is_subclass) {
+                    instance_class = NULL;
+                } else if (unlikely(is_subclass == -1)) {
+                    goto bad;
+                } else {
+                    type = instance_class;
+                }
+            }
+        }
+        if (!instance_class) {
+            PyObject *args;
+            if (!value)
+                args = PyTuple_New(0);
+            else if (PyTuple_Check(value)) {
+                Py_INCREF(value);
+                args = value;
+            } else
+                args = PyTuple_Pack(1, value);
+            if (!args)
+                goto bad;
+            owned_instance = PyObject_Call(type, args, NULL);
+            Py_DECREF(args);
+            if (!owned_instance)
+                goto bad;
+            value = owned_instance;
+            if (!PyExceptionInstance_Check(value)) {
+                PyErr_Format(PyExc_TypeError,
+                             "calling %R should have returned an instance of "
+                             "BaseException, not %R",
+                             type, Py_TYPE(value));
+                goto bad;
+            }
+        }
+    } else {
+        PyErr_SetString(PyExc_TypeError,
+            "raise: exception class must be a subclass of BaseException");
+        goto bad;
+    }
+    if (cause) {
+        PyObject *fixed_cause;
+        if (cause == Py_None) {
+            fixed_cause = NULL;
+        } else if (PyExceptionClass_Check(cause)) {
+            fixed_cause = PyObject_CallObject(cause, NULL);
+            if (fixed_cause == NULL)
+                goto bad;
+        } else if (PyExceptionInstance_Check(cause)) {
+            fixed_cause = cause;
+            Py_INCREF(fixed_cause);
+        } else {
+            PyErr_SetString(PyExc_TypeError,
+                            "exception causes must derive from "
+                            "BaseException");
+            goto bad;
+        }
+        PyException_SetCause(value, fixed_cause);
+    }
+    PyErr_SetObject(type, value);
+    if (tb) {
+#if PY_VERSION_HEX >= 0x030C00A6
+        PyException_SetTraceback(value, tb);
+#elif CYTHON_FAST_THREAD_STATE
+        PyThreadState *tstate = __Pyx_PyThreadState_Current;
+        PyObject* tmp_tb = tstate->curexc_traceback;
+        if (tb != tmp_tb) {
+            Py_INCREF(tb);
+            tstate->curexc_traceback = tb;
+            Py_XDECREF(tmp_tb);
+        }
+#else
+        PyObject *tmp_type, *tmp_value, *tmp_tb;
+        PyErr_Fetch(&tmp_type, &tmp_value, &tmp_tb);
+        Py_INCREF(tb);
+        PyErr_Restore(tmp_type, tmp_value, tb);
+        Py_XDECREF(tmp_tb);
+#endif
+    }
+bad:
+    Py_XDECREF(owned_instance);
+    return;
+}
+
+/* DivInt[int64_t] */
+static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t a, int64_t b, int b_is_constant) {
+    int64_t q = a / b;
+    int64_t r = a - q*b;
+    int64_t adapt_python = (b_is_constant ?
+        ((r != 0) & ((r < 0) ^ (b < 0))) :
+        ((r != 0) & ((r ^ b) < 0))
+    );
+    return q - adapt_python;
+}
+
+/* ModInt[int64_t] */
+static CYTHON_INLINE int64_t __Pyx_mod_int64_t(int64_t a, int64_t b, int b_is_constant) {
+    int64_t r = a % b;
+    int64_t adapt_python = (b_is_constant ?
+        ((r != 0) & ((r < 0) ^ (b < 0))) :
+        ((r != 0) & ((r ^ b) < 0))
+    );
+    return r + adapt_python * b;
+}
+
+/* PyObjectFastCallMethod */
+#if !CYTHON_VECTORCALL
+static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf) {
+    PyObject *result;
+    switch (__Pyx_PyVectorcall_NARGS(nargsf)) {
+        case 1:
+            return PyObject_CallMethodObjArgs(args[0], name, NULL);
+        case 2:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], NULL);
+        case 3:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], NULL);
+        case 4:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], NULL);
+        case 5:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], args[4], NULL);
+    }
+    PyObject *attr = PyObject_GetAttr(args[0], name);
+    if (unlikely(!attr))
+        return NULL;
+    result = __Pyx_PyObject_FastCall(attr, args+1, nargsf - 1);
+    Py_DECREF(attr);
+    return result;
 }
 #endif
 
@@ -13093,114 +13915,6 @@ static CYTHON_INLINE void __Pyx__ExceptionReset(PyThreadState *tstate, PyObject 
 }
 #endif
 
-/* RaiseException */
-static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause) {
-    PyObject* owned_instance = NULL;
-    if (tb == Py_None) {
-        tb = 0;
-    } else if (tb && !PyTraceBack_Check(tb)) {
-        PyErr_SetString(PyExc_TypeError,
-            "raise: arg 3 must be a traceback or None");
-        goto bad;
-    }
-    if (value == Py_None)
-        value = 0;
-    if (PyExceptionInstance_Check(type)) {
-        if (value) {
-            PyErr_SetString(PyExc_TypeError,
-                "instance exception may not have a separate value");
-            goto bad;
-        }
-        value = type;
-        type = (PyObject*) Py_TYPE(value);
-    } else if (PyExceptionClass_Check(type)) {
-        PyObject *instance_class = NULL;
-        if (value && PyExceptionInstance_Check(value)) {
-            instance_class = (PyObject*) Py_TYPE(value);
-            if (instance_class != type) {
-                int is_subclass = PyObject_IsSubclass(instance_class, type);
-                if (!is_subclass) {
-                    instance_class = NULL;
-                } else if (unlikely(is_subclass == -1)) {
-                    goto bad;
-                } else {
-                    type = instance_class;
-                }
-            }
-        }
-        if (!instance_class) {
-            PyObject *args;
-            if (!value)
-                args = PyTuple_New(0);
-            else if (PyTuple_Check(value)) {
-                Py_INCREF(value);
-                args = value;
-            } else
-                args = PyTuple_Pack(1, value);
-            if (!args)
-                goto bad;
-            owned_instance = PyObject_Call(type, args, NULL);
-            Py_DECREF(args);
-            if (!owned_instance)
-                goto bad;
-            value = owned_instance;
-            if (!PyExceptionInstance_Check(value)) {
-                PyErr_Format(PyExc_TypeError,
-                             "calling %R should have returned an instance of "
-                             "BaseException, not %R",
-                             type, Py_TYPE(value));
-                goto bad;
-            }
-        }
-    } else {
-        PyErr_SetString(PyExc_TypeError,
-            "raise: exception class must be a subclass of BaseException");
-        goto bad;
-    }
-    if (cause) {
-        PyObject *fixed_cause;
-        if (cause == Py_None) {
-            fixed_cause = NULL;
-        } else if (PyExceptionClass_Check(cause)) {
-            fixed_cause = PyObject_CallObject(cause, NULL);
-            if (fixed_cause == NULL)
-                goto bad;
-        } else if (PyExceptionInstance_Check(cause)) {
-            fixed_cause = cause;
-            Py_INCREF(fixed_cause);
-        } else {
-            PyErr_SetString(PyExc_TypeError,
-                            "exception causes must derive from "
-                            "BaseException");
-            goto bad;
-        }
-        PyException_SetCause(value, fixed_cause);
-    }
-    PyErr_SetObject(type, value);
-    if (tb) {
-#if PY_VERSION_HEX >= 0x030C00A6
-        PyException_SetTraceback(value, tb);
-#elif CYTHON_FAST_THREAD_STATE
-        PyThreadState *tstate = __Pyx_PyThreadState_Current;
-        PyObject* tmp_tb = tstate->curexc_traceback;
-        if (tb != tmp_tb) {
-            Py_INCREF(tb);
-            tstate->curexc_traceback = tb;
-            Py_XDECREF(tmp_tb);
-        }
-#else
-        PyObject *tmp_type, *tmp_value, *tmp_tb;
-        PyErr_Fetch(&tmp_type, &tmp_value, &tmp_tb);
-        Py_INCREF(tb);
-        PyErr_Restore(tmp_type, tmp_value, tb);
-        Py_XDECREF(tmp_tb);
-#endif
-    }
-bad:
-    Py_XDECREF(owned_instance);
-    return;
-}
-
 /* CopyObjectArray (used by TupleOrListFromArrayImpl) */
 #if CYTHON_COMPILING_IN_CPYTHON
 static CYTHON_INLINE void __Pyx_copy_object_array(PyObject *const *CYTHON_RESTRICT src, PyObject** CYTHON_RESTRICT dest, Py_ssize_t length) {
@@ -13374,123 +14088,6 @@ static void __Pyx_RaiseArgtupleInvalid(
                  (num_expected == 1) ? "" : "s", num_found);
 }
 
-/* PyObjectCall (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw) {
-    PyObject *result;
-    ternaryfunc call = Py_TYPE(func)->tp_call;
-    if (unlikely(!call))
-        return PyObject_Call(func, arg, kw);
-    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
-        return NULL;
-    result = (*call)(func, arg, kw);
-    Py_LeaveRecursiveCall();
-    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
-        PyErr_SetString(
-            PyExc_SystemError,
-            "NULL result without error in PyObject_Call");
-    }
-    return result;
-}
-#endif
-
-/* PyObjectCallMethO (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg) {
-    PyObject *self, *result;
-    PyCFunction cfunc;
-    cfunc = __Pyx_CyOrPyCFunction_GET_FUNCTION(func);
-    self = __Pyx_CyOrPyCFunction_GET_SELF(func);
-    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
-        return NULL;
-    result = cfunc(self, arg);
-    Py_LeaveRecursiveCall();
-    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
-        PyErr_SetString(
-            PyExc_SystemError,
-            "NULL result without error in PyObject_Call");
-    }
-    return result;
-}
-#endif
-
-/* PyObjectFastCall (used by PyObjectCallOneArg) */
-#if CYTHON_COMPILING_IN_LIMITED_API
-static PyObject* __Pyx_PyObject_FastCall_fallback(PyObject *func, PyObject * const*args, size_t nargs, PyObject *kwargs) {
-    PyObject *argstuple;
-    PyObject *result = 0;
-    size_t i;
-    argstuple = PyTuple_New((Py_ssize_t)nargs);
-    if (unlikely(!argstuple)) return NULL;
-    for (i = 0; i < nargs; i++) {
-        Py_INCREF(args[i]);
-        if (__Pyx_PyTuple_SET_ITEM(argstuple, (Py_ssize_t)i, args[i]) != (0)) goto bad;
-    }
-    result = __Pyx_PyObject_Call(func, argstuple, kwargs);
-  bad:
-    Py_DECREF(argstuple);
-    return result;
-}
-#endif
-#if CYTHON_VECTORCALL && !(CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY)
-  #if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE vectorcallfunc __Pyx_PyVectorcall_Function(PyObject *callable) {
-    PyTypeObject *tp = Py_TYPE(callable);
-    #if defined(__Pyx_CyFunction_USED)
-    if (__Pyx_CyFunction_CheckExact(callable)) {
-        return __Pyx_CyFunction_func_vectorcall(callable);
-    }
-    #endif
-    if (!PyType_HasFeature(tp, Py_TPFLAGS_HAVE_VECTORCALL)) {
-        return NULL;
-    }
-    assert(PyCallable_Check(callable));
-    Py_ssize_t offset = tp->tp_vectorcall_offset;
-    assert(offset > 0);
-    vectorcallfunc ptr;
-    memcpy(&ptr, (char *) callable + offset, sizeof(ptr));
-    return ptr;
-}
-  #else
-    #define __Pyx_PyVectorcall_Function(callable) PyVectorcall_Function(callable)
-  #endif
-#endif
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwargs) {
-    Py_ssize_t nargs = __Pyx_PyVectorcall_NARGS(nargsf);
-#if CYTHON_COMPILING_IN_CPYTHON
-    if (nargs == 0 && kwargs == NULL) {
-        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_NOARGS))
-            return __Pyx_PyObject_CallMethO(func, NULL);
-    }
-    else if (nargs == 1 && kwargs == NULL) {
-        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_O))
-            return __Pyx_PyObject_CallMethO(func, args[0]);
-    }
-#endif
-    if (kwargs == NULL) {
-        #if CYTHON_VECTORCALL
-          #if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY
-            return PyObject_Vectorcall(func, args, nargsf, NULL);
-          #else
-            vectorcallfunc f = __Pyx_PyVectorcall_Function(func);
-            if (f) {
-                return f(func, args, nargsf, NULL);
-            }
-          #endif
-        #endif
-    }
-    if (nargs == 0) {
-        return __Pyx_PyObject_Call(func, __pyx_mstate_global->__pyx_empty_tuple, kwargs);
-    }
-    #if CYTHON_COMPILING_IN_LIMITED_API
-    return __Pyx_PyObject_FastCall_fallback(func, args, (size_t)nargs, kwargs);
-    #elif CYTHON_COMPILING_IN_PYPY
-    return PyObject_VectorcallDict(func, args, (size_t) nargs, kwargs);
-    #else
-    return PyObject_VectorcallDict(func, args, nargsf, kwargs);
-    #endif
-}
-
 /* PyObjectCallOneArg (used by CallUnboundCMethod0) */
 static CYTHON_INLINE PyObject* __Pyx_PyObject_CallOneArg(PyObject *func, PyObject *arg) {
     PyObject *args[2] = {NULL, arg};
@@ -13505,49 +14102,6 @@ static CYTHON_INLINE int __Pyx_IgnoreGivenException(PyObject *given_exception, P
     }
     return 0;
 }
-
-/* FastTypeChecks (used by UnpackUnboundCMethod_impl) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static int __Pyx_InBases(PyTypeObject *a, PyTypeObject *b) {
-    while (a) {
-        a = __Pyx_PyType_GetSlot(a, tp_base, PyTypeObject*);
-        if (a == b)
-            return 1;
-    }
-    return b == &PyBaseObject_Type;
-}
-static CYTHON_INLINE int __Pyx_IsSubtype(PyTypeObject *a, PyTypeObject *b) {
-    PyObject *mro;
-    if (a == b) return 1;
-    mro = a->tp_mro;
-    if (likely(mro)) {
-        Py_ssize_t i, n;
-        n = PyTuple_GET_SIZE(mro);
-        for (i = 0; i < n; i++) {
-            if (PyTuple_GET_ITEM(mro, i) == (PyObject *)b)
-                return 1;
-        }
-        return 0;
-    }
-    return __Pyx_InBases(a, b);
-}
-static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a, PyTypeObject *b) {
-    PyObject *mro;
-    if (cls == a || cls == b) return 1;
-    mro = cls->tp_mro;
-    if (likely(mro)) {
-        Py_ssize_t i, n;
-        n = PyTuple_GET_SIZE(mro);
-        for (i = 0; i < n; i++) {
-            PyObject *base = PyTuple_GET_ITEM(mro, i);
-            if (base == (PyObject *)a || base == (PyObject *)b)
-                return 1;
-        }
-        return 0;
-    }
-    return __Pyx_InBases(cls, a) || __Pyx_InBases(cls, b);
-}
-#endif
 
 /* PyObjectGetAttrStr (used by UnpackUnboundCMethod_impl) */
 #if CYTHON_USE_TYPE_SLOTS
@@ -14301,31 +14855,6 @@ static CYTHON_INLINE int __Pyx_PyErr_ExceptionMatchesInState(PyThreadState* tsta
     #if CYTHON_AVOID_BORROWED_REFS
     Py_DECREF(exc_type);
     #endif
-    return result;
-}
-#endif
-
-/* PyObjectFastCallMethod */
-#if !CYTHON_VECTORCALL
-static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf) {
-    PyObject *result;
-    switch (__Pyx_PyVectorcall_NARGS(nargsf)) {
-        case 1:
-            return PyObject_CallMethodObjArgs(args[0], name, NULL);
-        case 2:
-            return PyObject_CallMethodObjArgs(args[0], name, args[1], NULL);
-        case 3:
-            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], NULL);
-        case 4:
-            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], NULL);
-        case 5:
-            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], args[4], NULL);
-    }
-    PyObject *attr = PyObject_GetAttr(args[0], name);
-    if (unlikely(!attr))
-        return NULL;
-    result = __Pyx_PyObject_FastCall(attr, args+1, nargsf - 1);
-    Py_DECREF(attr);
     return result;
 }
 #endif

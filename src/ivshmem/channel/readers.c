@@ -1873,16 +1873,16 @@ static const char * const __pyx_cfilenm = __FILE__;
 
 static const char* const __pyx_f[] = {
   "ivshmem/channel/readers.pyx",
+  "ivshmem/native/descriptors.pxd",
+  "ivshmem/channel/roles.pxd",
   "(tree fragment)",
   "cpython/type.pxd",
-  "ivshmem/native/descriptors.pxd",
   "ivshmem/native/spin.pxd",
   "ivshmem/native/bell.pxd",
   "ivshmem/native/mapping.pxd",
   "ivshmem/_core.pxd",
   "ivshmem/channel/membership.pxd",
   "ivshmem/channel/ends.pxd",
-  "ivshmem/channel/roles.pxd",
   "ivshmem/channel/views.pxd",
 };
 /* #### Code section: utility_code_proto_before_types ### */
@@ -2262,9 +2262,21 @@ struct __pyx_t_7ivshmem_7channel_10membership_Rings {
   int count;
   uint32_t lock;
 };
+
+/* "ends.pxd":10
+ * from .membership cimport Dependent, Membership
+ * 
+ * cdef enum:             # <<<<<<<<<<<<<<
+ *     # A sleep that the memory forbids again and again, although nothing can be taken, is a hostile
+ *     # peer's work: after so many it sleeps all the same.
+*/
+enum  {
+  __pyx_e_7ivshmem_7channel_4ends_FUTILE = 64,
+  __pyx_e_7ivshmem_7channel_4ends_LAST_PAUSE = 0xF4240
+};
 struct __pyx_t_7ivshmem_7channel_5roles_Held;
 
-/* "roles.pxd":9
+/* "roles.pxd":10
  * from .membership cimport Membership
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -2273,7 +2285,7 @@ struct __pyx_t_7ivshmem_7channel_5roles_Held;
 */
 enum  {
 
-  /* "roles.pxd":11
+  /* "roles.pxd":12
  * cdef enum:
  *     # Bytes from which on a copy releases the GIL, as in native/mapping.pyx.
  *     LARGE = 1 << 18             # <<<<<<<<<<<<<<
@@ -2284,7 +2296,7 @@ enum  {
   __pyx_e_7ivshmem_7channel_5roles_TRIES = 64
 };
 
-/* "roles.pxd":21
+/* "roles.pxd":51
  * 
  * 
  * cdef struct Held:             # <<<<<<<<<<<<<<
@@ -2309,7 +2321,7 @@ struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time {
   PyObject *options;
 };
 
-/* "native/descriptors.pxd":86
+/* "native/descriptors.pxd":101
  * 
  * 
  * cdef class Fd:             # <<<<<<<<<<<<<<
@@ -2322,7 +2334,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Fd {
 };
 
 
-/* "native/descriptors.pxd":93
+/* "native/descriptors.pxd":108
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2341,7 +2353,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray {
 };
 
 
-/* "native/descriptors.pxd":117
+/* "native/descriptors.pxd":132
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2358,7 +2370,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller {
 };
 
 
-/* "native/descriptors.pxd":127
+/* "native/descriptors.pxd":142
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2373,7 +2385,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Relay {
 };
 
 
-/* "native/descriptors.pxd":134
+/* "native/descriptors.pxd":149
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2584,7 +2596,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Membership {
 };
 
 
-/* "ends.pxd":11
+/* "ends.pxd":18
  * 
  * 
  * cdef class Wakeup:             # <<<<<<<<<<<<<<
@@ -2601,7 +2613,7 @@ struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup {
 };
 
 
-/* "ends.pxd":24
+/* "ends.pxd":31
  * 
  * 
  * cdef class ChannelEnd(Dependent):             # <<<<<<<<<<<<<<
@@ -2628,7 +2640,7 @@ struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd {
 };
 
 
-/* "roles.pxd":26
+/* "roles.pxd":56
  * 
  * 
  * cdef class WriterEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2647,7 +2659,7 @@ struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd {
 };
 
 
-/* "roles.pxd":47
+/* "roles.pxd":77
  * 
  * 
  * cdef class ReaderEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2682,7 +2694,7 @@ struct __pyx_obj_7ivshmem_7channel_5views_Received {
 };
 
 
-/* "views.pxd":17
+/* "views.pxd":19
  * 
  * 
  * cdef class View(Received):             # <<<<<<<<<<<<<<
@@ -2722,7 +2734,7 @@ struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader {
 };
 
 
-/* "ivshmem/channel/readers.pyx":296
+/* "ivshmem/channel/readers.pyx":304
  *         return until_something(self, self.get_into, timeout, (buffer,))
  * 
  *     async def get_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
@@ -2739,7 +2751,7 @@ struct __pyx_obj_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async {
 
 
 
-/* "native/descriptors.pxd":93
+/* "native/descriptors.pxd":108
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2756,7 +2768,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray;
 
 
-/* "native/descriptors.pxd":117
+/* "native/descriptors.pxd":132
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2771,7 +2783,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller *__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller;
 
 
-/* "native/descriptors.pxd":127
+/* "native/descriptors.pxd":142
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2785,7 +2797,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay *__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay;
 
 
-/* "native/descriptors.pxd":134
+/* "native/descriptors.pxd":149
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -3006,7 +3018,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
 static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *__pyx_vtabptr_7ivshmem_7channel_10membership_Membership;
 
 
-/* "ends.pxd":11
+/* "ends.pxd":18
  * 
  * 
  * cdef class Wakeup:             # <<<<<<<<<<<<<<
@@ -3021,7 +3033,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup {
 static struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *__pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup;
 
 
-/* "ends.pxd":24
+/* "ends.pxd":31
  * 
  * 
  * cdef class ChannelEnd(Dependent):             # <<<<<<<<<<<<<<
@@ -3056,7 +3068,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd;
 
 
-/* "roles.pxd":26
+/* "roles.pxd":56
  * 
  * 
  * cdef class WriterEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -3068,7 +3080,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd {
   struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
   int (*ready)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *);
   PyObject *(*blocked)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, PyObject *);
-  PyObject *(*too_long)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint64_t);
+  PyObject *(*too_long)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, PyObject *);
   int (*wait_again)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, PyObject *);
   int (*loan_cell)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint32_t *);
   int (*find_room)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint32_t *, PyObject *, PyObject *);
@@ -3080,7 +3092,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *__pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd;
 
 
-/* "roles.pxd":47
+/* "roles.pxd":77
  * 
  * 
  * cdef class ReaderEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -3110,11 +3122,13 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *__pyx_vtabptr
 struct __pyx_vtabstruct_7ivshmem_7channel_5views_Received {
   int (*enter)(struct __pyx_obj_7ivshmem_7channel_5views_Received *);
   int (*check_exports)(struct __pyx_obj_7ivshmem_7channel_5views_Received *);
+  PyObject *(*not_made)(struct __pyx_obj_7ivshmem_7channel_5views_Received *);
+  PyObject *(*type_in_place)(struct __pyx_obj_7ivshmem_7channel_5views_Received *);
 };
 static struct __pyx_vtabstruct_7ivshmem_7channel_5views_Received *__pyx_vtabptr_7ivshmem_7channel_5views_Received;
 
 
-/* "views.pxd":17
+/* "views.pxd":19
  * 
  * 
  * cdef class View(Received):             # <<<<<<<<<<<<<<
@@ -3129,7 +3143,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5views_View {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5views_View *__pyx_vtabptr_7ivshmem_7channel_5views_View;
 
 
-/* "ivshmem/channel/readers.pyx":36
+/* "ivshmem/channel/readers.pyx":37
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3148,7 +3162,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader {
 static struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *__pyx_vtabptr_7ivshmem_7channel_7readers_Reader;
 
 
-/* "ivshmem/channel/readers.pyx":328
+/* "ivshmem/channel/readers.pyx":336
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3237,11 +3251,96 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *__pyx_vta
 #define __Pyx_CLEAR(r)    do { PyObject* tmp = ((PyObject*)(r)); r = NULL; __Pyx_DECREF(tmp);} while(0)
 #define __Pyx_XCLEAR(r)   do { if((r) != NULL) {PyObject* tmp = ((PyObject*)(r)); r = NULL; __Pyx_DECREF(tmp);}} while(0)
 
+/* FastTypeChecks.proto (used by PyValueError_Check) */
+#if CYTHON_COMPILING_IN_CPYTHON
+#define __Pyx_TypeCheck(obj, type) __Pyx_IsSubtype(Py_TYPE(obj), (PyTypeObject *)type)
+#define __Pyx_TypeCheck2(obj, type1, type2) __Pyx_IsAnySubtype2(Py_TYPE(obj), (PyTypeObject *)type1, (PyTypeObject *)type2)
+static CYTHON_INLINE int __Pyx_IsSubtype(PyTypeObject *a, PyTypeObject *b);
+static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a, PyTypeObject *b);
+#define __Pyx_PyAnySet_Check(obj)  __Pyx_TypeCheck2(obj, &PySet_Type, &PyFrozenSet_Type)
+#else
+#define __Pyx_TypeCheck(obj, type) PyObject_TypeCheck(obj, (PyTypeObject *)type)
+#define __Pyx_TypeCheck2(obj, type1, type2) (PyObject_TypeCheck(obj, (PyTypeObject *)type1) || PyObject_TypeCheck(obj, (PyTypeObject *)type2))
+#define __Pyx_PyAnySet_Check(obj)  PyAnySet_Check(obj)
+#endif
+
+/* PyValueError_Check.proto */
+#define __Pyx_PyExc_ValueError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_ValueError)
+
+/* PyObjectCall.proto (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw);
+#else
+#define __Pyx_PyObject_Call(func, arg, kw) PyObject_Call(func, arg, kw)
+#endif
+
+/* PyObjectCallMethO.proto (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg);
+#endif
+
+/* PyObjectFastCall.proto */
+#define __Pyx_PyObject_FastCall(func, args, nargs)  __Pyx_PyObject_FastCallDict(func, args, (size_t)(nargs), NULL)
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject * const*args, size_t nargsf, PyObject *kwargs);
+
+/* PyThreadStateGet.proto (used by PyErrFetchRestore) */
+#if CYTHON_FAST_THREAD_STATE
+#define __Pyx_PyThreadState_declare  PyThreadState *__pyx_tstate;
+#define __Pyx_PyThreadState_assign  __pyx_tstate = __Pyx_PyThreadState_Current;
+#if PY_VERSION_HEX >= 0x030C00A6
+#define __Pyx_PyErr_Occurred()  (__pyx_tstate->current_exception != NULL)
+#define __Pyx_PyErr_CurrentExceptionType()  (__pyx_tstate->current_exception ? (PyObject*) Py_TYPE(__pyx_tstate->current_exception) : (PyObject*) NULL)
+#else
+#define __Pyx_PyErr_Occurred()  (__pyx_tstate->curexc_type != NULL)
+#define __Pyx_PyErr_CurrentExceptionType()  (__pyx_tstate->curexc_type)
+#endif
+#else
+#define __Pyx_PyThreadState_declare
+#define __Pyx_PyThreadState_assign
+#define __Pyx_PyErr_Occurred()  (PyErr_Occurred() != NULL)
+#define __Pyx_PyErr_CurrentExceptionType()  PyErr_Occurred()
+#endif
+
+/* PyErrFetchRestore.proto (used by RaiseException) */
+#if CYTHON_FAST_THREAD_STATE
+#define __Pyx_PyErr_Clear() __Pyx_ErrRestore(NULL, NULL, NULL)
+#define __Pyx_ErrRestoreWithState(type, value, tb)  __Pyx_ErrRestoreInState(PyThreadState_GET(), type, value, tb)
+#define __Pyx_ErrFetchWithState(type, value, tb)    __Pyx_ErrFetchInState(PyThreadState_GET(), type, value, tb)
+#define __Pyx_ErrRestore(type, value, tb)  __Pyx_ErrRestoreInState(__pyx_tstate, type, value, tb)
+#define __Pyx_ErrFetch(type, value, tb)    __Pyx_ErrFetchInState(__pyx_tstate, type, value, tb)
+static CYTHON_INLINE void __Pyx_ErrRestoreInState(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb);
+static CYTHON_INLINE void __Pyx_ErrFetchInState(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb);
+#if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX < 0x030C00A6
+#define __Pyx_PyErr_SetNone(exc) (Py_INCREF(exc), __Pyx_ErrRestore((exc), NULL, NULL))
+#else
+#define __Pyx_PyErr_SetNone(exc) PyErr_SetNone(exc)
+#endif
+#else
+#define __Pyx_PyErr_Clear() PyErr_Clear()
+#define __Pyx_PyErr_SetNone(exc) PyErr_SetNone(exc)
+#define __Pyx_ErrRestoreWithState(type, value, tb)  PyErr_Restore(type, value, tb)
+#define __Pyx_ErrFetchWithState(type, value, tb)  PyErr_Fetch(type, value, tb)
+#define __Pyx_ErrRestoreInState(tstate, type, value, tb)  PyErr_Restore(type, value, tb)
+#define __Pyx_ErrFetchInState(tstate, type, value, tb)  PyErr_Fetch(type, value, tb)
+#define __Pyx_ErrRestore(type, value, tb)  PyErr_Restore(type, value, tb)
+#define __Pyx_ErrFetch(type, value, tb)  PyErr_Fetch(type, value, tb)
+#endif
+
+/* RaiseException.export */
+static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
+
 /* DivInt[int64_t].proto */
 static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t, int64_t, int b_is_constant);
 
 /* ModInt[int64_t].proto */
 static CYTHON_INLINE int64_t __Pyx_mod_int64_t(int64_t, int64_t, int b_is_constant);
+
+/* PyObjectFastCallMethod.proto */
+#if CYTHON_VECTORCALL
+#define __Pyx_PyObject_FastCallMethod(name, args, nargsf) PyObject_VectorcallMethod(name, args, nargsf, NULL)
+#else
+static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf);
+#endif
 
 /* CopyObjectArray.proto (used by TupleOrListFromArrayImpl) */
 #if CYTHON_COMPILING_IN_CPYTHON
@@ -3323,68 +3422,9 @@ static CYTHON_INLINE int __Pyx_PyObject_CompareBoolEq_str_str(PyObject *op1, PyO
 /* PyLongCompare.proto */
 static CYTHON_INLINE int __Pyx_PyLong_BoolEqObjC(PyObject *op1, PyObject *op2, long intval, long inplace);
 
-/* PyThreadStateGet.proto (used by PyErrFetchRestore) */
-#if CYTHON_FAST_THREAD_STATE
-#define __Pyx_PyThreadState_declare  PyThreadState *__pyx_tstate;
-#define __Pyx_PyThreadState_assign  __pyx_tstate = __Pyx_PyThreadState_Current;
-#if PY_VERSION_HEX >= 0x030C00A6
-#define __Pyx_PyErr_Occurred()  (__pyx_tstate->current_exception != NULL)
-#define __Pyx_PyErr_CurrentExceptionType()  (__pyx_tstate->current_exception ? (PyObject*) Py_TYPE(__pyx_tstate->current_exception) : (PyObject*) NULL)
-#else
-#define __Pyx_PyErr_Occurred()  (__pyx_tstate->curexc_type != NULL)
-#define __Pyx_PyErr_CurrentExceptionType()  (__pyx_tstate->curexc_type)
-#endif
-#else
-#define __Pyx_PyThreadState_declare
-#define __Pyx_PyThreadState_assign
-#define __Pyx_PyErr_Occurred()  (PyErr_Occurred() != NULL)
-#define __Pyx_PyErr_CurrentExceptionType()  PyErr_Occurred()
-#endif
-
-/* PyErrFetchRestore.proto (used by RaiseException) */
-#if CYTHON_FAST_THREAD_STATE
-#define __Pyx_PyErr_Clear() __Pyx_ErrRestore(NULL, NULL, NULL)
-#define __Pyx_ErrRestoreWithState(type, value, tb)  __Pyx_ErrRestoreInState(PyThreadState_GET(), type, value, tb)
-#define __Pyx_ErrFetchWithState(type, value, tb)    __Pyx_ErrFetchInState(PyThreadState_GET(), type, value, tb)
-#define __Pyx_ErrRestore(type, value, tb)  __Pyx_ErrRestoreInState(__pyx_tstate, type, value, tb)
-#define __Pyx_ErrFetch(type, value, tb)    __Pyx_ErrFetchInState(__pyx_tstate, type, value, tb)
-static CYTHON_INLINE void __Pyx_ErrRestoreInState(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb);
-static CYTHON_INLINE void __Pyx_ErrFetchInState(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb);
-#if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX < 0x030C00A6
-#define __Pyx_PyErr_SetNone(exc) (Py_INCREF(exc), __Pyx_ErrRestore((exc), NULL, NULL))
-#else
-#define __Pyx_PyErr_SetNone(exc) PyErr_SetNone(exc)
-#endif
-#else
-#define __Pyx_PyErr_Clear() PyErr_Clear()
-#define __Pyx_PyErr_SetNone(exc) PyErr_SetNone(exc)
-#define __Pyx_ErrRestoreWithState(type, value, tb)  PyErr_Restore(type, value, tb)
-#define __Pyx_ErrFetchWithState(type, value, tb)  PyErr_Fetch(type, value, tb)
-#define __Pyx_ErrRestoreInState(tstate, type, value, tb)  PyErr_Restore(type, value, tb)
-#define __Pyx_ErrFetchInState(tstate, type, value, tb)  PyErr_Fetch(type, value, tb)
-#define __Pyx_ErrRestore(type, value, tb)  PyErr_Restore(type, value, tb)
-#define __Pyx_ErrFetch(type, value, tb)  PyErr_Fetch(type, value, tb)
-#endif
-
-/* RaiseException.export */
-static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
-
 /* IgnoreException.proto (used by GetModuleGlobalName) */
 static CYTHON_INLINE int __Pyx_IgnoreGivenException(PyObject *given_exception, PyObject *ignorable_exception);
 #define __Pyx_IgnoreException(ignorable_exception) __Pyx_IgnoreGivenException(NULL, ignorable_exception)
-
-/* FastTypeChecks.proto (used by GivenExceptionMatches) */
-#if CYTHON_COMPILING_IN_CPYTHON
-#define __Pyx_TypeCheck(obj, type) __Pyx_IsSubtype(Py_TYPE(obj), (PyTypeObject *)type)
-#define __Pyx_TypeCheck2(obj, type1, type2) __Pyx_IsAnySubtype2(Py_TYPE(obj), (PyTypeObject *)type1, (PyTypeObject *)type2)
-static CYTHON_INLINE int __Pyx_IsSubtype(PyTypeObject *a, PyTypeObject *b);
-static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a, PyTypeObject *b);
-#define __Pyx_PyAnySet_Check(obj)  __Pyx_TypeCheck2(obj, &PySet_Type, &PyFrozenSet_Type)
-#else
-#define __Pyx_TypeCheck(obj, type) PyObject_TypeCheck(obj, (PyTypeObject *)type)
-#define __Pyx_TypeCheck2(obj, type1, type2) (PyObject_TypeCheck(obj, (PyTypeObject *)type1) || PyObject_TypeCheck(obj, (PyTypeObject *)type2))
-#define __Pyx_PyAnySet_Check(obj)  PyAnySet_Check(obj)
-#endif
 
 /* GivenExceptionMatches.proto (used by PyErrExceptionMatches) */
 #if CYTHON_COMPILING_IN_CPYTHON
@@ -3470,13 +3510,6 @@ static CYTHON_INLINE PyObject *__Pyx__GetModuleGlobalName(PyObject *name);
 static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatSimpleAndDecref(PyObject* s, PyObject* f);
 static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatAndDecref(PyObject* s, PyObject* f);
 
-/* PyObjectCall.proto */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw);
-#else
-#define __Pyx_PyObject_Call(func, arg, kw) PyObject_Call(func, arg, kw)
-#endif
-
 /* PyObjectFormatSimple.proto */
 #if CYTHON_COMPILING_IN_PYPY
     #define __Pyx_PyObject_FormatSimple(s, f) (\
@@ -3500,15 +3533,6 @@ static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg
 
 /* JoinPyUnicode.export */
 static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count, Py_ssize_t result_ulength, int kind);
-
-/* PyObjectCallMethO.proto (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg);
-#endif
-
-/* PyObjectFastCall.proto */
-#define __Pyx_PyObject_FastCall(func, args, nargs)  __Pyx_PyObject_FastCallDict(func, args, (size_t)(nargs), NULL)
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject * const*args, size_t nargsf, PyObject *kwargs);
 
 /* WriteUnraisableException.proto */
 static void __Pyx_WriteUnraisable(const char *name, int clineno,
@@ -3650,13 +3674,6 @@ static CYTHON_INLINE int __Pyx_ParseKeywords(
 static void __Pyx_RaiseArgtupleInvalid(const char* func_name, int exact,
     Py_ssize_t num_min, Py_ssize_t num_max, Py_ssize_t num_found);
 
-/* PyObjectFastCallMethod.proto */
-#if CYTHON_VECTORCALL
-#define __Pyx_PyObject_FastCallMethod(name, args, nargsf) PyObject_VectorcallMethod(name, args, nargsf, NULL)
-#else
-static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf);
-#endif
-
 /* BuildPyUnicode.proto (used by COrdinalToPyUnicode) */
 static PyObject* __Pyx_PyUnicode_BuildFromAscii(Py_ssize_t ulength, const char* chars, int clength,
                                                 int prepend_sign, char padding_char);
@@ -3725,9 +3742,6 @@ static CYTHON_INLINE void __Pyx__ExceptionReset(PyThreadState *tstate, PyObject 
 
 /* PyObjectCompare.proto */
 static CYTHON_INLINE int __Pyx_PyObject_CompareBoolLt_object_int(PyObject *op1, PyObject *op2, int pyop);
-
-/* PyValueError_Check.proto */
-#define __Pyx_PyExc_ValueError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_ValueError)
 
 /* PyFrozenDict.proto (used by GetItemInt) */
 #if CYTHON_COMPILING_IN_LIMITED_API
@@ -4460,6 +4474,8 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
 
 /* Module declarations from "ivshmem.channel.header" */
 
+/* Module declarations from "cpython.buffer" */
+
 /* Module declarations from "libc.string" */
 
 /* Module declarations from "libc.stdio" */
@@ -4477,6 +4493,8 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
 /* Module declarations from "ivshmem.native.syscalls" */
 
 /* Module declarations from "ivshmem.native.descriptors" */
+static CYTHON_INLINE double __pyx_f_7ivshmem_6native_11descriptors_seconds_of(PyObject *); /*proto*/
+static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_check_timeout(PyObject *); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(int64_t); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uint64_t); /*proto*/
@@ -4494,10 +4512,13 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
 /* Module declarations from "ivshmem.channel.ends" */
 
 /* Module declarations from "ivshmem.channel.roles" */
+static int (*__pyx_f_7ivshmem_7channel_5roles_check_in_place)(PyObject *, PyObject *); /*proto*/
+static int (*__pyx_f_7ivshmem_7channel_5roles_take_typed)(PyObject *, PyObject *, PyObject *, Py_buffer *); /*proto*/
+static int (*__pyx_f_7ivshmem_7channel_5roles_take_without_objects)(PyObject *, Py_buffer *, int); /*proto*/
+static CYTHON_INLINE int __pyx_f_7ivshmem_7channel_5roles_take_buffer(PyObject *, Py_buffer *, int); /*proto*/
+static CYTHON_INLINE int __pyx_f_7ivshmem_7channel_5roles_take_target(PyObject *, PyObject *, PyObject *, Py_buffer *); /*proto*/
 
 /* Module declarations from "cython" */
-
-/* Module declarations from "cpython.buffer" */
 
 /* Module declarations from "cpython.bytes" */
 
@@ -4630,7 +4651,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[1];
     PyObject *__pyx_codeobj_tab[16];
-    PyObject *__pyx_string_tab[118];
+    PyObject *__pyx_string_tab[121];
     PyObject *__pyx_number_tab[2];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
@@ -4719,104 +4740,107 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u_ivshmem_channel_readers_pyx __pyx_string_tab[17]
 #define __pyx_kp_u_rows_a_buffer_of_two_dimensions __pyx_string_tab[18]
 #define __pyx_kp_u_self_held_self_reader_cannot_be __pyx_string_tab[19]
-#define __pyx_n_u_ChannelError __pyx_string_tab[20]
-#define __pyx_n_u_MessageTooLong __pyx_string_tab[21]
-#define __pyx_n_u_MessagesLost __pyx_string_tab[22]
-#define __pyx_n_u_Reader __pyx_string_tab[23]
-#define __pyx_n_u_Reader___reduce_cython __pyx_string_tab[24]
-#define __pyx_n_u_Reader___setstate_cython __pyx_string_tab[25]
-#define __pyx_n_u_Reader__rows_or_none __pyx_string_tab[26]
-#define __pyx_n_u_Reader_get_async __pyx_string_tab[27]
-#define __pyx_n_u_Reader_get_into __pyx_string_tab[28]
-#define __pyx_n_u_Reader_get_into_async __pyx_string_tab[29]
-#define __pyx_n_u_Reader_get_rows __pyx_string_tab[30]
-#define __pyx_n_u_Reader_get_rows_async __pyx_string_tab[31]
-#define __pyx_n_u_Reader_view __pyx_string_tab[32]
-#define __pyx_n_u_Reader_view_async __pyx_string_tab[33]
-#define __pyx_n_u_ValueReader __pyx_string_tab[34]
-#define __pyx_n_u_ValueReader___reduce_cython __pyx_string_tab[35]
-#define __pyx_n_u_ValueReader___setstate_cython __pyx_string_tab[36]
-#define __pyx_n_u_ValueReader_get __pyx_string_tab[37]
-#define __pyx_n_u_ValueReader_view __pyx_string_tab[38]
-#define __pyx_n_u_ValueReader_wait_changed __pyx_string_tab[39]
-#define __pyx_n_u_ValueReader_wait_changed_async __pyx_string_tab[40]
-#define __pyx_n_u__4 __pyx_string_tab[41]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[42]
-#define __pyx_n_u_annotate __pyx_string_tab[43]
-#define __pyx_n_u_await __pyx_string_tab[44]
-#define __pyx_n_u_func __pyx_string_tab[45]
-#define __pyx_n_u_getstate __pyx_string_tab[46]
-#define __pyx_n_u_main __pyx_string_tab[47]
-#define __pyx_n_u_module __pyx_string_tab[48]
-#define __pyx_n_u_name __pyx_string_tab[49]
-#define __pyx_n_u_pyx_state __pyx_string_tab[50]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[51]
-#define __pyx_n_u_qualname __pyx_string_tab[52]
-#define __pyx_n_u_reduce __pyx_string_tab[53]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[54]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[55]
-#define __pyx_n_u_set_name __pyx_string_tab[56]
-#define __pyx_n_u_setstate __pyx_string_tab[57]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[58]
-#define __pyx_n_u_test __pyx_string_tab[59]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[60]
-#define __pyx_n_u_rows_or_none __pyx_string_tab[61]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[62]
-#define __pyx_n_u_buffer __pyx_string_tab[63]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[64]
-#define __pyx_n_u_close __pyx_string_tab[65]
-#define __pyx_n_u_code __pyx_string_tab[66]
-#define __pyx_n_u_count __pyx_string_tab[67]
-#define __pyx_n_u_counted __pyx_string_tab[68]
-#define __pyx_n_u_decode __pyx_string_tab[69]
-#define __pyx_n_u_errors __pyx_string_tab[70]
-#define __pyx_n_u_found __pyx_string_tab[71]
-#define __pyx_n_u_get __pyx_string_tab[72]
-#define __pyx_n_u_get_async __pyx_string_tab[73]
-#define __pyx_n_u_get_into __pyx_string_tab[74]
-#define __pyx_n_u_get_into_async __pyx_string_tab[75]
-#define __pyx_n_u_get_rows __pyx_string_tab[76]
-#define __pyx_n_u_get_rows_async __pyx_string_tab[77]
-#define __pyx_n_u_i __pyx_string_tab[78]
-#define __pyx_n_u_items __pyx_string_tab[79]
-#define __pyx_n_u_ivshmem_channel_readers __pyx_string_tab[80]
-#define __pyx_n_u_message __pyx_string_tab[81]
-#define __pyx_n_u_ndim __pyx_string_tab[82]
-#define __pyx_n_u_next __pyx_string_tab[83]
-#define __pyx_n_u_pop __pyx_string_tab[84]
-#define __pyx_n_u_rows __pyx_string_tab[85]
-#define __pyx_n_u_self __pyx_string_tab[86]
-#define __pyx_n_u_send __pyx_string_tab[87]
-#define __pyx_n_u_setdefault __pyx_string_tab[88]
-#define __pyx_n_u_shape __pyx_string_tab[89]
-#define __pyx_n_u_size __pyx_string_tab[90]
-#define __pyx_n_u_spin __pyx_string_tab[91]
-#define __pyx_n_u_text __pyx_string_tab[92]
-#define __pyx_n_u_throw __pyx_string_tab[93]
-#define __pyx_n_u_timeout __pyx_string_tab[94]
-#define __pyx_n_u_tries __pyx_string_tab[95]
-#define __pyx_n_u_value __pyx_string_tab[96]
-#define __pyx_n_u_values __pyx_string_tab[97]
-#define __pyx_n_u_view __pyx_string_tab[98]
-#define __pyx_n_u_view_async __pyx_string_tab[99]
-#define __pyx_n_u_wait_changed __pyx_string_tab[100]
-#define __pyx_n_u_wait_changed_async __pyx_string_tab[101]
-#define __pyx_n_u_whole __pyx_string_tab[102]
-#define __pyx_kp_b_PyObject_struct___pyx_obj_7ivshm __pyx_string_tab[103]
-#define __pyx_kp_b_struct___pyx_obj_7ivshmem_7chann __pyx_string_tab[104]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[105]
-#define __pyx_kp_b_iso88591_A_t9AV9Cq __pyx_string_tab[106]
-#define __pyx_kp_b_iso88591_A_4wc_XWIQ_a_4z_ha_4uAYa_1_wavT __pyx_string_tab[107]
-#define __pyx_kp_b_iso88591_A_1_F_t7_4uAYa __pyx_string_tab[108]
-#define __pyx_kp_b_iso88591_A_31_Jaq_5_b_AQ_V1A_6_4uCy_1_Ba __pyx_string_tab[109]
-#define __pyx_kp_b_iso88591_A_5Q_81F_U_1_4uAYa_1_a_7_Jd_Q_q __pyx_string_tab[110]
-#define __pyx_kp_b_iso88591_A_F_4y_Q_5_1_1_1_e1A_wavT __pyx_string_tab[111]
-#define __pyx_kp_b_iso88591_A_F_t7_Qat9AT __pyx_string_tab[112]
-#define __pyx_kp_b_iso88591_avT_y __pyx_string_tab[113]
-#define __pyx_kp_b_iso88591_avT __pyx_string_tab[114]
-#define __pyx_kp_b_iso88591_avT_2 __pyx_string_tab[115]
-#define __pyx_kp_b_iso88591_Q_avT_Ja __pyx_string_tab[116]
-#define __pyx_kp_b_iso88591_1 __pyx_string_tab[117]
+#define __pyx_kp_u_timeout_is_not_a_number __pyx_string_tab[20]
+#define __pyx_n_u_ChannelError __pyx_string_tab[21]
+#define __pyx_n_u_MessageTooLong __pyx_string_tab[22]
+#define __pyx_n_u_MessagesLost __pyx_string_tab[23]
+#define __pyx_n_u_Reader __pyx_string_tab[24]
+#define __pyx_n_u_Reader___reduce_cython __pyx_string_tab[25]
+#define __pyx_n_u_Reader___setstate_cython __pyx_string_tab[26]
+#define __pyx_n_u_Reader__rows_or_none __pyx_string_tab[27]
+#define __pyx_n_u_Reader_get_async __pyx_string_tab[28]
+#define __pyx_n_u_Reader_get_into __pyx_string_tab[29]
+#define __pyx_n_u_Reader_get_into_async __pyx_string_tab[30]
+#define __pyx_n_u_Reader_get_rows __pyx_string_tab[31]
+#define __pyx_n_u_Reader_get_rows_async __pyx_string_tab[32]
+#define __pyx_n_u_Reader_view __pyx_string_tab[33]
+#define __pyx_n_u_Reader_view_async __pyx_string_tab[34]
+#define __pyx_n_u_ValueReader __pyx_string_tab[35]
+#define __pyx_n_u_ValueReader___reduce_cython __pyx_string_tab[36]
+#define __pyx_n_u_ValueReader___setstate_cython __pyx_string_tab[37]
+#define __pyx_n_u_ValueReader_get __pyx_string_tab[38]
+#define __pyx_n_u_ValueReader_view __pyx_string_tab[39]
+#define __pyx_n_u_ValueReader_wait_changed __pyx_string_tab[40]
+#define __pyx_n_u_ValueReader_wait_changed_async __pyx_string_tab[41]
+#define __pyx_n_u__4 __pyx_string_tab[42]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[43]
+#define __pyx_n_u_annotate __pyx_string_tab[44]
+#define __pyx_n_u_await __pyx_string_tab[45]
+#define __pyx_n_u_func __pyx_string_tab[46]
+#define __pyx_n_u_getstate __pyx_string_tab[47]
+#define __pyx_n_u_main __pyx_string_tab[48]
+#define __pyx_n_u_module __pyx_string_tab[49]
+#define __pyx_n_u_name __pyx_string_tab[50]
+#define __pyx_n_u_pyx_state __pyx_string_tab[51]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[52]
+#define __pyx_n_u_qualname __pyx_string_tab[53]
+#define __pyx_n_u_reduce __pyx_string_tab[54]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[55]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[56]
+#define __pyx_n_u_set_name __pyx_string_tab[57]
+#define __pyx_n_u_setstate __pyx_string_tab[58]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[59]
+#define __pyx_n_u_test __pyx_string_tab[60]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[61]
+#define __pyx_n_u_rows_or_none __pyx_string_tab[62]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[63]
+#define __pyx_n_u_buffer __pyx_string_tab[64]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[65]
+#define __pyx_n_u_close __pyx_string_tab[66]
+#define __pyx_n_u_code __pyx_string_tab[67]
+#define __pyx_n_u_count __pyx_string_tab[68]
+#define __pyx_n_u_counted __pyx_string_tab[69]
+#define __pyx_n_u_decode __pyx_string_tab[70]
+#define __pyx_n_u_encode __pyx_string_tab[71]
+#define __pyx_n_u_errors __pyx_string_tab[72]
+#define __pyx_n_u_found __pyx_string_tab[73]
+#define __pyx_n_u_get __pyx_string_tab[74]
+#define __pyx_n_u_get_async __pyx_string_tab[75]
+#define __pyx_n_u_get_into __pyx_string_tab[76]
+#define __pyx_n_u_get_into_async __pyx_string_tab[77]
+#define __pyx_n_u_get_rows __pyx_string_tab[78]
+#define __pyx_n_u_get_rows_async __pyx_string_tab[79]
+#define __pyx_n_u_i __pyx_string_tab[80]
+#define __pyx_n_u_items __pyx_string_tab[81]
+#define __pyx_n_u_ivshmem_channel_readers __pyx_string_tab[82]
+#define __pyx_n_u_message __pyx_string_tab[83]
+#define __pyx_n_u_ndim __pyx_string_tab[84]
+#define __pyx_n_u_next __pyx_string_tab[85]
+#define __pyx_n_u_pop __pyx_string_tab[86]
+#define __pyx_n_u_rows __pyx_string_tab[87]
+#define __pyx_n_u_self __pyx_string_tab[88]
+#define __pyx_n_u_send __pyx_string_tab[89]
+#define __pyx_n_u_setdefault __pyx_string_tab[90]
+#define __pyx_n_u_shape __pyx_string_tab[91]
+#define __pyx_n_u_size __pyx_string_tab[92]
+#define __pyx_n_u_spin __pyx_string_tab[93]
+#define __pyx_n_u_text __pyx_string_tab[94]
+#define __pyx_n_u_throw __pyx_string_tab[95]
+#define __pyx_n_u_timeout __pyx_string_tab[96]
+#define __pyx_n_u_tries __pyx_string_tab[97]
+#define __pyx_n_u_value __pyx_string_tab[98]
+#define __pyx_n_u_values __pyx_string_tab[99]
+#define __pyx_n_u_view __pyx_string_tab[100]
+#define __pyx_n_u_view_async __pyx_string_tab[101]
+#define __pyx_n_u_wait_changed __pyx_string_tab[102]
+#define __pyx_n_u_wait_changed_async __pyx_string_tab[103]
+#define __pyx_n_u_whole __pyx_string_tab[104]
+#define __pyx_kp_b_PyObject_struct___pyx_obj_7ivshm __pyx_string_tab[105]
+#define __pyx_kp_b_int_PyObject_PyObject_int_PyObje __pyx_string_tab[106]
+#define __pyx_kp_b_struct___pyx_obj_7ivshmem_7chann __pyx_string_tab[107]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[108]
+#define __pyx_kp_b_iso88591_A_t9AV9Cq __pyx_string_tab[109]
+#define __pyx_kp_b_iso88591_A_at7_a_4wc_XWIQ_a_4z_ha_4uAYa_1 __pyx_string_tab[110]
+#define __pyx_kp_b_iso88591_A_1_F_t7_4uAYa __pyx_string_tab[111]
+#define __pyx_kp_b_iso88591_A_31_Jaq_5_b_AQ_V1A_1D_t7_4uCy_1 __pyx_string_tab[112]
+#define __pyx_kp_b_iso88591_A_5Q_1D_t7_1_U_1_4uAYa_1_a_7_Jd __pyx_string_tab[113]
+#define __pyx_kp_b_iso88591_A_F_t7_Qat9AT __pyx_string_tab[114]
+#define __pyx_kp_b_iso88591_A_at7_a_F_4y_Q_5_1_1_1_e1A_wavT __pyx_string_tab[115]
+#define __pyx_kp_b_iso88591_avT_y __pyx_string_tab[116]
+#define __pyx_kp_b_iso88591_avT __pyx_string_tab[117]
+#define __pyx_kp_b_iso88591_avT_2 __pyx_string_tab[118]
+#define __pyx_kp_b_iso88591_Q_avT_Ja __pyx_string_tab[119]
+#define __pyx_kp_b_iso88591_1 __pyx_string_tab[120]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_2 __pyx_number_tab[1]
 /* #### Code section: module_state_clear ### */
@@ -4866,7 +4890,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<1; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
   for (int i=0; i<16; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<118; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<121; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<2; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -4927,7 +4951,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<1; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
   for (int i=0; i<16; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<118; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<121; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<2; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -4949,6 +4973,203 @@ return 0;
 /* "native/descriptors.pxd":28
  * 
  * 
+ * cdef inline double seconds_of(object timeout) except? -1:             # <<<<<<<<<<<<<<
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+*/
+
+static CYTHON_INLINE double __pyx_f_7ivshmem_6native_11descriptors_seconds_of(PyObject *__pyx_v_timeout) {
+  double __pyx_v_seconds;
+  double __pyx_r;
+  __Pyx_RefNannyDeclarations
+  double __pyx_t_1;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  size_t __pyx_t_5;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("seconds_of", 0);
+
+  /* "native/descriptors.pxd":30
+ * cdef inline double seconds_of(object timeout) except? -1:
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout             # <<<<<<<<<<<<<<
+ *     if seconds != seconds:
+ *         raise ValueError("timeout is not a number")
+*/
+  __pyx_t_1 = __Pyx_PyFloat_AsDouble(__pyx_v_timeout); if (unlikely((__pyx_t_1 == (double)-1) && PyErr_Occurred())) __PYX_ERR(1, 30, __pyx_L1_error)
+  __pyx_v_seconds = __pyx_t_1;
+
+  /* "native/descriptors.pxd":31
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+ *     if seconds != seconds:             # <<<<<<<<<<<<<<
+ *         raise ValueError("timeout is not a number")
+ *     return seconds
+*/
+  __pyx_t_2 = (__pyx_v_seconds != __pyx_v_seconds);
+
+  if (unlikely(__pyx_t_2)) {
+
+
+    /* "native/descriptors.pxd":32
+ *     cdef double seconds = timeout
+ *     if seconds != seconds:
+ *         raise ValueError("timeout is not a number")             # <<<<<<<<<<<<<<
+ *     return seconds
+ * 
+*/
+    __pyx_t_4 = NULL;
+    __pyx_t_5 = 1;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_timeout_is_not_a_number};
+      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 32, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_3);
+    }
+    __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __PYX_ERR(1, 32, __pyx_L1_error)
+
+    /* "native/descriptors.pxd":31
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+ *     if seconds != seconds:             # <<<<<<<<<<<<<<
+ *         raise ValueError("timeout is not a number")
+ *     return seconds
+*/
+  }
+
+  /* "native/descriptors.pxd":33
+ *     if seconds != seconds:
+ *         raise ValueError("timeout is not a number")
+ *     return seconds             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = __pyx_v_seconds;
+  }
+  goto __pyx_L0;
+
+  /* "native/descriptors.pxd":28
+ * 
+ * 
+ * cdef inline double seconds_of(object timeout) except? -1:             # <<<<<<<<<<<<<<
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.seconds_of", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1.0;
+  __pyx_L0:;
+
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "native/descriptors.pxd":36
+ * 
+ * 
+ * cdef inline int check_timeout(object timeout) except -1:             # <<<<<<<<<<<<<<
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+*/
+
+static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_check_timeout(PyObject *__pyx_v_timeout) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  double __pyx_t_3;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "native/descriptors.pxd":38
+ * cdef inline int check_timeout(object timeout) except -1:
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns             # <<<<<<<<<<<<<<
+ *         seconds_of(timeout)
+ *     return 0
+*/
+  __pyx_t_2 = (__pyx_v_timeout != Py_None);
+  if (__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = (((PyObject *)Py_TYPE(__pyx_v_timeout)) != ((PyObject *)(&PyLong_Type)));
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L4_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "native/descriptors.pxd":39
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+ *         seconds_of(timeout)             # <<<<<<<<<<<<<<
+ *     return 0
+ * 
+*/
+    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_seconds_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((double)-1.0) && PyErr_Occurred())) __PYX_ERR(1, 39, __pyx_L1_error)
+
+
+    /* "native/descriptors.pxd":38
+ * cdef inline int check_timeout(object timeout) except -1:
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns             # <<<<<<<<<<<<<<
+ *         seconds_of(timeout)
+ *     return 0
+*/
+  }
+
+  /* "native/descriptors.pxd":40
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+ *         seconds_of(timeout)
+ *     return 0             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "native/descriptors.pxd":36
+ * 
+ * 
+ * cdef inline int check_timeout(object timeout) except -1:             # <<<<<<<<<<<<<<
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.native.descriptors.check_timeout", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "native/descriptors.pxd":43
+ * 
+ * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
@@ -4958,7 +5179,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   struct timespec __pyx_v_t;
   int64_t __pyx_r;
 
-  /* "native/descriptors.pxd":30
+  /* "native/descriptors.pxd":45
  * cdef inline int64_t now() noexcept nogil:
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)             # <<<<<<<<<<<<<<
@@ -4967,7 +5188,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
 */
   (void)(clock_gettime(CLOCK_MONOTONIC, (&__pyx_v_t)));
 
-  /* "native/descriptors.pxd":31
+  /* "native/descriptors.pxd":46
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
  *     return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec             # <<<<<<<<<<<<<<
@@ -4980,7 +5201,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":28
+  /* "native/descriptors.pxd":43
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4994,7 +5215,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":34
+/* "native/descriptors.pxd":49
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5011,7 +5232,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   int64_t __pyx_t_5;
   int __pyx_t_6;
 
-  /* "native/descriptors.pxd":36
+  /* "native/descriptors.pxd":51
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:
  *     """When they will be over; less than 0: never."""
  *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX             # <<<<<<<<<<<<<<
@@ -5048,7 +5269,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":34
+  /* "native/descriptors.pxd":49
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5061,7 +5282,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":39
+/* "native/descriptors.pxd":54
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5077,7 +5298,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   int64_t __pyx_t_3;
   int64_t __pyx_t_4;
 
-  /* "native/descriptors.pxd":42
+  /* "native/descriptors.pxd":57
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -5089,7 +5310,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   if (__pyx_t_1) {
 
 
-    /* "native/descriptors.pxd":43
+    /* "native/descriptors.pxd":58
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:
  *         return NULL             # <<<<<<<<<<<<<<
@@ -5102,7 +5323,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
     }
     goto __pyx_L0;
 
-    /* "native/descriptors.pxd":42
+    /* "native/descriptors.pxd":57
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -5111,7 +5332,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   }
 
-  /* "native/descriptors.pxd":44
+  /* "native/descriptors.pxd":59
  *     if deadline == INT64_MAX:
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)             # <<<<<<<<<<<<<<
@@ -5135,7 +5356,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   __pyx_v_nanoseconds = __pyx_t_4;
 
 
-  /* "native/descriptors.pxd":45
+  /* "native/descriptors.pxd":60
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000             # <<<<<<<<<<<<<<
@@ -5144,7 +5365,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   __pyx_v_left->tv_sec = __Pyx_div_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "native/descriptors.pxd":46
+  /* "native/descriptors.pxd":61
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000             # <<<<<<<<<<<<<<
@@ -5153,7 +5374,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   __pyx_v_left->tv_nsec = __Pyx_mod_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "native/descriptors.pxd":47
+  /* "native/descriptors.pxd":62
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000
  *     return left             # <<<<<<<<<<<<<<
@@ -5166,7 +5387,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":39
+  /* "native/descriptors.pxd":54
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5180,7 +5401,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":50
+/* "native/descriptors.pxd":65
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5195,7 +5416,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
   uint64_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "native/descriptors.pxd":52
+  /* "native/descriptors.pxd":67
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:
  *     """What was read from an eventfd; more than 2**63 - 1 rings are somebody's ill will."""
  *     return <int64_t>min(count, <uint64_t>INT64_MAX)             # <<<<<<<<<<<<<<
@@ -5223,7 +5444,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
 
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":50
+  /* "native/descriptors.pxd":65
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5236,7 +5457,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":55
+/* "native/descriptors.pxd":70
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5251,7 +5472,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
   int64_t __pyx_r;
   int __pyx_t_1;
 
-  /* "native/descriptors.pxd":61
+  /* "native/descriptors.pxd":76
  *     it since Linux 5.8, which is why that is the oldest kernel supported.
  *     """
  *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
@@ -5260,7 +5481,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_count = 0;
 
-  /* "native/descriptors.pxd":64
+  /* "native/descriptors.pxd":79
  *     cdef iovec iov
  *     cdef ssize_t n
  *     iov.iov_base = &count             # <<<<<<<<<<<<<<
@@ -5269,7 +5490,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_iov.iov_base = (&__pyx_v_count);
 
-  /* "native/descriptors.pxd":65
+  /* "native/descriptors.pxd":80
  *     cdef ssize_t n
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)             # <<<<<<<<<<<<<<
@@ -5278,7 +5499,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_count));
 
-  /* "native/descriptors.pxd":66
+  /* "native/descriptors.pxd":81
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)
  *     while True:             # <<<<<<<<<<<<<<
@@ -5287,7 +5508,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   while (1) {
 
-    /* "native/descriptors.pxd":67
+    /* "native/descriptors.pxd":82
  *     iov.iov_len = sizeof(count)
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)             # <<<<<<<<<<<<<<
@@ -5296,7 +5517,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     __pyx_v_n = preadv2(__pyx_v_fd, (&__pyx_v_iov), 1, -1L, RWF_NOWAIT);
 
-    /* "native/descriptors.pxd":68
+    /* "native/descriptors.pxd":83
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -5308,7 +5529,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "native/descriptors.pxd":69
+      /* "native/descriptors.pxd":84
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):
  *             return count_of(count)             # <<<<<<<<<<<<<<
@@ -5321,7 +5542,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "native/descriptors.pxd":68
+      /* "native/descriptors.pxd":83
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -5330,7 +5551,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "native/descriptors.pxd":70
+    /* "native/descriptors.pxd":85
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -5342,7 +5563,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "native/descriptors.pxd":71
+      /* "native/descriptors.pxd":86
  *             return count_of(count)
  *         if n >= 0:
  *             return -EINVAL  # no eventfd             # <<<<<<<<<<<<<<
@@ -5355,7 +5576,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "native/descriptors.pxd":70
+      /* "native/descriptors.pxd":85
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -5364,7 +5585,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "native/descriptors.pxd":72
+    /* "native/descriptors.pxd":87
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5376,7 +5597,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "native/descriptors.pxd":73
+      /* "native/descriptors.pxd":88
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:
  *             return 0             # <<<<<<<<<<<<<<
@@ -5389,7 +5610,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "native/descriptors.pxd":72
+      /* "native/descriptors.pxd":87
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5398,7 +5619,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "native/descriptors.pxd":74
+    /* "native/descriptors.pxd":89
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -5410,7 +5631,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "native/descriptors.pxd":75
+      /* "native/descriptors.pxd":90
  *             return 0
  *         if errno != EINTR:
  *             return -errno             # <<<<<<<<<<<<<<
@@ -5423,7 +5644,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "native/descriptors.pxd":74
+      /* "native/descriptors.pxd":89
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -5433,7 +5654,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     }
   }
 
-  /* "native/descriptors.pxd":55
+  /* "native/descriptors.pxd":70
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5450,7 +5671,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":78
+/* "native/descriptors.pxd":93
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5464,7 +5685,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "native/descriptors.pxd":80
+  /* "native/descriptors.pxd":95
  * cdef inline int add_one(int fd) noexcept nogil:
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1             # <<<<<<<<<<<<<<
@@ -5473,7 +5694,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 */
   __pyx_v_one = 1;
 
-  /* "native/descriptors.pxd":81
+  /* "native/descriptors.pxd":96
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5499,7 +5720,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   if (__pyx_t_1) {
 
 
-    /* "native/descriptors.pxd":82
+    /* "native/descriptors.pxd":97
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0             # <<<<<<<<<<<<<<
@@ -5512,7 +5733,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
     }
     goto __pyx_L0;
 
-    /* "native/descriptors.pxd":81
+    /* "native/descriptors.pxd":96
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5521,7 +5742,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 */
   }
 
-  /* "native/descriptors.pxd":83
+  /* "native/descriptors.pxd":98
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0
  *     return errno             # <<<<<<<<<<<<<<
@@ -5534,7 +5755,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":78
+  /* "native/descriptors.pxd":93
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5548,7 +5769,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":107
+/* "native/descriptors.pxd":122
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5559,7 +5780,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array) {
   Py_ssize_t __pyx_r;
 
-  /* "native/descriptors.pxd":109
+  /* "native/descriptors.pxd":124
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:
  *     """How many descriptors there are, also while another thread adds one."""
  *     return ivshmem_length(&array.count)             # <<<<<<<<<<<<<<
@@ -5572,7 +5793,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":107
+  /* "native/descriptors.pxd":122
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5585,7 +5806,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":112
+/* "native/descriptors.pxd":127
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5596,7 +5817,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
 static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array, Py_ssize_t __pyx_v_index) {
   int *__pyx_r;
 
-  /* "native/descriptors.pxd":114
+  /* "native/descriptors.pxd":129
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:
  *     """Where a descriptor stands, of as many as `length_of` told; it stays there."""
  *     return &ivshmem_elements(&array.fds)[index]             # <<<<<<<<<<<<<<
@@ -5609,7 +5830,7 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":112
+  /* "native/descriptors.pxd":127
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5679,7 +5900,277 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_core_begin_wait(struct __pyx_t_7ivs
   /* function exit code */
 }
 
-/* "ivshmem/channel/readers.pyx":25
+/* "roles.pxd":23
+ * 
+ * 
+ * cdef inline int take_buffer(object data, Py_buffer *view, int flags) except -1:             # <<<<<<<<<<<<<<
+ *     """Get a buffer whose bytes are sent, or received into; none of Python objects."""
+ *     if type(data) is bytes or type(data) is bytearray:
+*/
+
+static CYTHON_INLINE int __pyx_f_7ivshmem_7channel_5roles_take_buffer(PyObject *__pyx_v_data, Py_buffer *__pyx_v_view, int __pyx_v_flags) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_t_3;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "roles.pxd":25
+ * cdef inline int take_buffer(object data, Py_buffer *view, int flags) except -1:
+ *     """Get a buffer whose bytes are sent, or received into; none of Python objects."""
+ *     if type(data) is bytes or type(data) is bytearray:             # <<<<<<<<<<<<<<
+ *         return PyObject_GetBuffer(data, view, flags)
+ *     return take_without_objects(data, view, flags)
+*/
+  __pyx_t_2 = (((PyObject *)Py_TYPE(__pyx_v_data)) == ((PyObject *)(&PyBytes_Type)));
+  if (!__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = (((PyObject *)Py_TYPE(__pyx_v_data)) == ((PyObject *)(&PyByteArray_Type)));
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L4_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "roles.pxd":26
+ *     """Get a buffer whose bytes are sent, or received into; none of Python objects."""
+ *     if type(data) is bytes or type(data) is bytearray:
+ *         return PyObject_GetBuffer(data, view, flags)             # <<<<<<<<<<<<<<
+ *     return take_without_objects(data, view, flags)
+ * 
+*/
+    __pyx_t_3 = PyObject_GetBuffer(__pyx_v_data, __pyx_v_view, __pyx_v_flags); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(2, 26, __pyx_L1_error)
+    {
+      __pyx_r = __pyx_t_3;
+    }
+    goto __pyx_L0;
+
+    /* "roles.pxd":25
+ * cdef inline int take_buffer(object data, Py_buffer *view, int flags) except -1:
+ *     """Get a buffer whose bytes are sent, or received into; none of Python objects."""
+ *     if type(data) is bytes or type(data) is bytearray:             # <<<<<<<<<<<<<<
+ *         return PyObject_GetBuffer(data, view, flags)
+ *     return take_without_objects(data, view, flags)
+*/
+  }
+
+  /* "roles.pxd":27
+ *     if type(data) is bytes or type(data) is bytearray:
+ *         return PyObject_GetBuffer(data, view, flags)
+ *     return take_without_objects(data, view, flags)             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_5roles_take_without_objects(__pyx_v_data, __pyx_v_view, __pyx_v_flags); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(2, 27, __pyx_L1_error)
+  {
+    __pyx_r = __pyx_t_3;
+  }
+  goto __pyx_L0;
+
+  /* "roles.pxd":23
+ * 
+ * 
+ * cdef inline int take_buffer(object data, Py_buffer *view, int flags) except -1:             # <<<<<<<<<<<<<<
+ *     """Get a buffer whose bytes are sent, or received into; none of Python objects."""
+ *     if type(data) is bytes or type(data) is bytearray:
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.roles.take_buffer", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "roles.pxd":30
+ * 
+ * 
+ * cdef inline int take_payload(object message_type, object data, Py_buffer *view) except -1:             # <<<<<<<<<<<<<<
+ *     """Get the bytes of what is to be sent, as the channel's type makes them."""
+ *     if message_type is None:
+*/
+
+static CYTHON_INLINE int __pyx_f_7ivshmem_7channel_5roles_take_payload(PyObject *__pyx_v_message_type, PyObject *__pyx_v_data, Py_buffer *__pyx_v_view) {
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  size_t __pyx_t_5;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("take_payload", 0);
+
+  /* "roles.pxd":32
+ * cdef inline int take_payload(object message_type, object data, Py_buffer *view) except -1:
+ *     """Get the bytes of what is to be sent, as the channel's type makes them."""
+ *     if message_type is None:             # <<<<<<<<<<<<<<
+ *         return take_buffer(data, view, PyBUF_SIMPLE)
+ *     return PyObject_GetBuffer(message_type.encode(data), view, PyBUF_SIMPLE)
+*/
+  __pyx_t_1 = (__pyx_v_message_type == Py_None);
+  if (__pyx_t_1) {
+
+
+    /* "roles.pxd":33
+ *     """Get the bytes of what is to be sent, as the channel's type makes them."""
+ *     if message_type is None:
+ *         return take_buffer(data, view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
+ *     return PyObject_GetBuffer(message_type.encode(data), view, PyBUF_SIMPLE)
+ * 
+*/
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_take_buffer(__pyx_v_data, __pyx_v_view, PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(2, 33, __pyx_L1_error)
+    {
+      __pyx_r = __pyx_t_2;
+    }
+    goto __pyx_L0;
+
+    /* "roles.pxd":32
+ * cdef inline int take_payload(object message_type, object data, Py_buffer *view) except -1:
+ *     """Get the bytes of what is to be sent, as the channel's type makes them."""
+ *     if message_type is None:             # <<<<<<<<<<<<<<
+ *         return take_buffer(data, view, PyBUF_SIMPLE)
+ *     return PyObject_GetBuffer(message_type.encode(data), view, PyBUF_SIMPLE)
+*/
+  }
+
+  /* "roles.pxd":34
+ *     if message_type is None:
+ *         return take_buffer(data, view, PyBUF_SIMPLE)
+ *     return PyObject_GetBuffer(message_type.encode(data), view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  __pyx_t_4 = __pyx_v_message_type;
+  __Pyx_INCREF(__pyx_t_4);
+  __pyx_t_5 = 0;
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_v_data};
+    __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_encode, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(2, 34, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
+  }
+  __pyx_t_2 = PyObject_GetBuffer(__pyx_t_3, __pyx_v_view, PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(2, 34, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+  {
+    __pyx_r = __pyx_t_2;
+  }
+  goto __pyx_L0;
+
+  /* "roles.pxd":30
+ * 
+ * 
+ * cdef inline int take_payload(object message_type, object data, Py_buffer *view) except -1:             # <<<<<<<<<<<<<<
+ *     """Get the bytes of what is to be sent, as the channel's type makes them."""
+ *     if message_type is None:
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_AddTraceback("ivshmem.channel.roles.take_payload", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "roles.pxd":37
+ * 
+ * 
+ * cdef inline int take_target(             # <<<<<<<<<<<<<<
+ *     object message_type, str name, object buffer, Py_buffer *view
+ * ) except -1:
+*/
+
+static CYTHON_INLINE int __pyx_f_7ivshmem_7channel_5roles_take_target(PyObject *__pyx_v_message_type, PyObject *__pyx_v_name, PyObject *__pyx_v_buffer, Py_buffer *__pyx_v_view) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "roles.pxd":41
+ * ) except -1:
+ *     """Get a buffer that messages are received into: of bytes, or of the type's dtype."""
+ *     if message_type is None:             # <<<<<<<<<<<<<<
+ *         return take_buffer(buffer, view, PyBUF_WRITABLE)
+ *     return take_typed(message_type, name, buffer, view)
+*/
+  __pyx_t_1 = (__pyx_v_message_type == Py_None);
+  if (__pyx_t_1) {
+
+
+    /* "roles.pxd":42
+ *     """Get a buffer that messages are received into: of bytes, or of the type's dtype."""
+ *     if message_type is None:
+ *         return take_buffer(buffer, view, PyBUF_WRITABLE)             # <<<<<<<<<<<<<<
+ *     return take_typed(message_type, name, buffer, view)
+ * 
+*/
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_take_buffer(__pyx_v_buffer, __pyx_v_view, PyBUF_WRITABLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(2, 42, __pyx_L1_error)
+    {
+      __pyx_r = __pyx_t_2;
+    }
+    goto __pyx_L0;
+
+    /* "roles.pxd":41
+ * ) except -1:
+ *     """Get a buffer that messages are received into: of bytes, or of the type's dtype."""
+ *     if message_type is None:             # <<<<<<<<<<<<<<
+ *         return take_buffer(buffer, view, PyBUF_WRITABLE)
+ *     return take_typed(message_type, name, buffer, view)
+*/
+  }
+
+  /* "roles.pxd":43
+ *     if message_type is None:
+ *         return take_buffer(buffer, view, PyBUF_WRITABLE)
+ *     return take_typed(message_type, name, buffer, view)             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_take_typed(__pyx_v_message_type, __pyx_v_name, __pyx_v_buffer, __pyx_v_view); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(2, 43, __pyx_L1_error)
+  {
+    __pyx_r = __pyx_t_2;
+  }
+  goto __pyx_L0;
+
+  /* "roles.pxd":37
+ * 
+ * 
+ * cdef inline int take_target(             # <<<<<<<<<<<<<<
+ *     object message_type, str name, object buffer, Py_buffer *view
+ * ) except -1:
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.roles.take_target", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/readers.pyx":26
  * # -- messages -------------------------------------------------------------------------------------
  * 
  * cdef int64_t probe_reader(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5696,7 +6187,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_reader(void *__pyx_v_wha
   unsigned int __pyx_t_3;
   int __pyx_t_4;
 
-  /* "ivshmem/channel/readers.pyx":26
+  /* "ivshmem/channel/readers.pyx":27
  * 
  * cdef int64_t probe_reader(void *what) noexcept nogil:
  *     cdef ivshmem_reader *reader = <ivshmem_reader *>what             # <<<<<<<<<<<<<<
@@ -5705,7 +6196,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_reader(void *__pyx_v_wha
 */
   __pyx_v_reader = ((struct ivshmem_reader *)__pyx_v_what);
 
-  /* "ivshmem/channel/readers.pyx":28
+  /* "ivshmem/channel/readers.pyx":29
  *     cdef ivshmem_reader *reader = <ivshmem_reader *>what
  *     cdef unsigned i
  *     for i in range(reader.channel.record.geometry.writers):             # <<<<<<<<<<<<<<
@@ -5719,7 +6210,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_reader(void *__pyx_v_wha
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_i = __pyx_t_3;
 
-    /* "ivshmem/channel/readers.pyx":31
+    /* "ivshmem/channel/readers.pyx":32
  *         if ivshmem_value(
  *             ivshmem_get(reader.channel, ivshmem_source_head_at(reader, i))
  *         ) != reader.sources[i].next:             # <<<<<<<<<<<<<<
@@ -5729,7 +6220,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_reader(void *__pyx_v_wha
     __pyx_t_4 = (ivshmem_value(ivshmem_get(__pyx_v_reader->channel, ivshmem_source_head_at(__pyx_v_reader, __pyx_v_i))) != (__pyx_v_reader->sources[__pyx_v_i]).next);
 
 
-    /* "ivshmem/channel/readers.pyx":29
+    /* "ivshmem/channel/readers.pyx":30
  *     cdef unsigned i
  *     for i in range(reader.channel.record.geometry.writers):
  *         if ivshmem_value(             # <<<<<<<<<<<<<<
@@ -5739,7 +6230,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_reader(void *__pyx_v_wha
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/channel/readers.pyx":32
+      /* "ivshmem/channel/readers.pyx":33
  *             ivshmem_get(reader.channel, ivshmem_source_head_at(reader, i))
  *         ) != reader.sources[i].next:
  *             return 1             # <<<<<<<<<<<<<<
@@ -5752,7 +6243,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_reader(void *__pyx_v_wha
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/readers.pyx":29
+      /* "ivshmem/channel/readers.pyx":30
  *     cdef unsigned i
  *     for i in range(reader.channel.record.geometry.writers):
  *         if ivshmem_value(             # <<<<<<<<<<<<<<
@@ -5763,7 +6254,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_reader(void *__pyx_v_wha
   }
 
 
-  /* "ivshmem/channel/readers.pyx":33
+  /* "ivshmem/channel/readers.pyx":34
  *         ) != reader.sources[i].next:
  *             return 1
  *     return 0             # <<<<<<<<<<<<<<
@@ -5776,7 +6267,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_reader(void *__pyx_v_wha
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":25
+  /* "ivshmem/channel/readers.pyx":26
  * # -- messages -------------------------------------------------------------------------------------
  * 
  * cdef int64_t probe_reader(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5791,7 +6282,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_reader(void *__pyx_v_wha
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":44
+/* "ivshmem/channel/readers.pyx":45
  *     """
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -5823,14 +6314,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4lost___get__(struc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/readers.pyx":47
+  /* "ivshmem/channel/readers.pyx":48
  *     def lost(self):
  *         """How many messages were overwritten before this reader took them."""
  *         return ivshmem_reader_lost(&self.reader)             # <<<<<<<<<<<<<<
  * 
  *     # As a ChannelEnd.
 */
-  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(ivshmem_reader_lost((&__pyx_v_self->__pyx_base.reader))); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 47, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(ivshmem_reader_lost((&__pyx_v_self->__pyx_base.reader))); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 48, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -5843,7 +6334,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4lost___get__(struc
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":44
+  /* "ivshmem/channel/readers.pyx":45
  *     """
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -5862,7 +6353,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4lost___get__(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":51
+/* "ivshmem/channel/readers.pyx":52
  *     # As a ChannelEnd.
  * 
  *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
@@ -5874,7 +6365,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_attempt(struct __pyx_obj_7
   int __pyx_r;
   int __pyx_t_1;
 
-  /* "ivshmem/channel/readers.pyx":52
+  /* "ivshmem/channel/readers.pyx":53
  * 
  *     cdef int attempt(self) except? -2:
  *         return 0 if self.pending else ivshmem_take(&self.reader, &self.message)             # <<<<<<<<<<<<<<
@@ -5893,7 +6384,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_attempt(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":51
+  /* "ivshmem/channel/readers.pyx":52
  *     # As a ChannelEnd.
  * 
  *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
@@ -5907,7 +6398,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_attempt(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":54
+/* "ivshmem/channel/readers.pyx":55
  *         return 0 if self.pending else ivshmem_take(&self.reader, &self.message)
  * 
  *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
@@ -5921,7 +6412,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_begin_sleep(struct __pyx_o
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/readers.pyx":55
+  /* "ivshmem/channel/readers.pyx":56
  * 
  *     cdef int begin_sleep(self) except? -2:
  *         cdef int code = ivshmem_reader_sleep(&self.reader)             # <<<<<<<<<<<<<<
@@ -5930,7 +6421,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_begin_sleep(struct __pyx_o
 */
   __pyx_v_code = ivshmem_reader_sleep((&__pyx_v_self->__pyx_base.reader));
 
-  /* "ivshmem/channel/readers.pyx":56
+  /* "ivshmem/channel/readers.pyx":57
  *     cdef int begin_sleep(self) except? -2:
  *         cdef int code = ivshmem_reader_sleep(&self.reader)
  *         if self.pending or self.reader.slot == IVSHMEM_NO_SLOT and probe_reader(&self.reader):             # <<<<<<<<<<<<<<
@@ -5962,7 +6453,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_begin_sleep(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/readers.pyx":57
+    /* "ivshmem/channel/readers.pyx":58
  *         cdef int code = ivshmem_reader_sleep(&self.reader)
  *         if self.pending or self.reader.slot == IVSHMEM_NO_SLOT and probe_reader(&self.reader):
  *             return 0             # <<<<<<<<<<<<<<
@@ -5975,7 +6466,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_begin_sleep(struct __pyx_o
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/readers.pyx":56
+    /* "ivshmem/channel/readers.pyx":57
  *     cdef int begin_sleep(self) except? -2:
  *         cdef int code = ivshmem_reader_sleep(&self.reader)
  *         if self.pending or self.reader.slot == IVSHMEM_NO_SLOT and probe_reader(&self.reader):             # <<<<<<<<<<<<<<
@@ -5984,7 +6475,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_begin_sleep(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":58
+  /* "ivshmem/channel/readers.pyx":59
  *         if self.pending or self.reader.slot == IVSHMEM_NO_SLOT and probe_reader(&self.reader):
  *             return 0
  *         return code             # <<<<<<<<<<<<<<
@@ -5997,7 +6488,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_begin_sleep(struct __pyx_o
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":54
+  /* "ivshmem/channel/readers.pyx":55
  *         return 0 if self.pending else ivshmem_take(&self.reader, &self.message)
  * 
  *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
@@ -6012,7 +6503,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_begin_sleep(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":60
+/* "ivshmem/channel/readers.pyx":61
  *         return code
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6023,7 +6514,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_begin_sleep(struct __pyx_o
 static void __pyx_f_7ivshmem_7channel_7readers_6Reader_end_sleep(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/channel/readers.pyx":61
+  /* "ivshmem/channel/readers.pyx":62
  * 
  *     cdef void end_sleep(self) noexcept:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
@@ -6035,7 +6526,7 @@ static void __pyx_f_7ivshmem_7channel_7readers_6Reader_end_sleep(struct __pyx_ob
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/readers.pyx":62
+    /* "ivshmem/channel/readers.pyx":63
  *     cdef void end_sleep(self) noexcept:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:
  *             ivshmem_sleep_end(&self.channel, &self.reader.sleep)             # <<<<<<<<<<<<<<
@@ -6044,7 +6535,7 @@ static void __pyx_f_7ivshmem_7channel_7readers_6Reader_end_sleep(struct __pyx_ob
 */
     ivshmem_sleep_end((&__pyx_v_self->__pyx_base.__pyx_base.channel), (&__pyx_v_self->__pyx_base.reader.sleep));
 
-    /* "ivshmem/channel/readers.pyx":61
+    /* "ivshmem/channel/readers.pyx":62
  * 
  *     cdef void end_sleep(self) noexcept:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
@@ -6053,7 +6544,7 @@ static void __pyx_f_7ivshmem_7channel_7readers_6Reader_end_sleep(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":60
+  /* "ivshmem/channel/readers.pyx":61
  *         return code
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6065,7 +6556,7 @@ static void __pyx_f_7ivshmem_7channel_7readers_6Reader_end_sleep(struct __pyx_ob
 
 }
 
-/* "ivshmem/channel/readers.pyx":64
+/* "ivshmem/channel/readers.pyx":65
  *             ivshmem_sleep_end(&self.channel, &self.reader.sleep)
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -6076,7 +6567,7 @@ static void __pyx_f_7ivshmem_7channel_7readers_6Reader_end_sleep(struct __pyx_ob
 static int64_t __pyx_f_7ivshmem_7channel_7readers_6Reader_probe(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self, void **__pyx_v_what, __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe) {
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/readers.pyx":65
+  /* "ivshmem/channel/readers.pyx":66
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         what[0] = &self.reader             # <<<<<<<<<<<<<<
@@ -6085,7 +6576,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_6Reader_probe(struct __pyx_obj
 */
   (__pyx_v_what[0]) = (&__pyx_v_self->__pyx_base.reader);
 
-  /* "ivshmem/channel/readers.pyx":66
+  /* "ivshmem/channel/readers.pyx":67
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         what[0] = &self.reader
  *         probe[0] = probe_reader             # <<<<<<<<<<<<<<
@@ -6094,7 +6585,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_6Reader_probe(struct __pyx_obj
 */
   (__pyx_v_probe[0]) = __pyx_f_7ivshmem_7channel_7readers_probe_reader;
 
-  /* "ivshmem/channel/readers.pyx":67
+  /* "ivshmem/channel/readers.pyx":68
  *         what[0] = &self.reader
  *         probe[0] = probe_reader
  *         return 1             # <<<<<<<<<<<<<<
@@ -6107,7 +6598,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_6Reader_probe(struct __pyx_obj
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":64
+  /* "ivshmem/channel/readers.pyx":65
  *             ivshmem_sleep_end(&self.channel, &self.reader.sleep)
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -6121,7 +6612,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_6Reader_probe(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":69
+/* "ivshmem/channel/readers.pyx":70
  *         return 1
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -6138,7 +6629,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_restore(struct __pyx_obj_7
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/readers.pyx":70
+  /* "ivshmem/channel/readers.pyx":71
  * 
  *     cdef int restore(self) except -1:
  *         ivshmem_reader_beat(&self.reader)             # <<<<<<<<<<<<<<
@@ -6147,7 +6638,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_restore(struct __pyx_obj_7
 */
   ivshmem_reader_beat((&__pyx_v_self->__pyx_base.reader));
 
-  /* "ivshmem/channel/readers.pyx":71
+  /* "ivshmem/channel/readers.pyx":72
  *     cdef int restore(self) except -1:
  *         ivshmem_reader_beat(&self.reader)
  *         if self.awaited and (self.pending or probe_reader(&self.reader)):             # <<<<<<<<<<<<<<
@@ -6179,17 +6670,17 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_restore(struct __pyx_obj_7
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/readers.pyx":72
+    /* "ivshmem/channel/readers.pyx":73
  *         ivshmem_reader_beat(&self.reader)
  *         if self.awaited and (self.pending or probe_reader(&self.reader)):
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 72, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 73, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/readers.pyx":71
+    /* "ivshmem/channel/readers.pyx":72
  *     cdef int restore(self) except -1:
  *         ivshmem_reader_beat(&self.reader)
  *         if self.awaited and (self.pending or probe_reader(&self.reader)):             # <<<<<<<<<<<<<<
@@ -6198,7 +6689,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_restore(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":73
+  /* "ivshmem/channel/readers.pyx":74
  *         if self.awaited and (self.pending or probe_reader(&self.reader)):
  *             self.membership.kick_all()
  *         return 0             # <<<<<<<<<<<<<<
@@ -6211,7 +6702,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_restore(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":69
+  /* "ivshmem/channel/readers.pyx":70
  *         return 1
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -6228,7 +6719,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_restore(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":77
+/* "ivshmem/channel/readers.pyx":78
  *     # Reading.
  * 
  *     cdef int take(self, object timeout, object spin) except? -2:             # <<<<<<<<<<<<<<
@@ -6251,18 +6742,28 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("take", 0);
 
-  /* "ivshmem/channel/readers.pyx":81
+  /* "ivshmem/channel/readers.pyx":82
  *         cdef int code
  *         cdef ivshmem_message message
+ *         check_timeout(timeout)             # <<<<<<<<<<<<<<
+ *         self.enter()
+ *         if self.take_pending():
+*/
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_check_timeout(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 82, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/readers.pyx":83
+ *         cdef ivshmem_message message
+ *         check_timeout(timeout)
  *         self.enter()             # <<<<<<<<<<<<<<
  *         if self.take_pending():
  *             return self.tell_lost()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 81, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 83, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/readers.pyx":82
- *         cdef ivshmem_message message
+  /* "ivshmem/channel/readers.pyx":84
+ *         check_timeout(timeout)
  *         self.enter()
  *         if self.take_pending():             # <<<<<<<<<<<<<<
  *             return self.tell_lost()
@@ -6273,21 +6774,21 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/readers.pyx":83
+    /* "ivshmem/channel/readers.pyx":85
  *         self.enter()
  *         if self.take_pending():
  *             return self.tell_lost()             # <<<<<<<<<<<<<<
  *         code = ivshmem_take(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->tell_lost(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 83, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->tell_lost(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 85, __pyx_L1_error)
     {
       __pyx_r = __pyx_t_1;
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/readers.pyx":82
- *         cdef ivshmem_message message
+    /* "ivshmem/channel/readers.pyx":84
+ *         check_timeout(timeout)
  *         self.enter()
  *         if self.take_pending():             # <<<<<<<<<<<<<<
  *             return self.tell_lost()
@@ -6295,7 +6796,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":84
+  /* "ivshmem/channel/readers.pyx":86
  *         if self.take_pending():
  *             return self.tell_lost()
  *         code = ivshmem_take(&self.reader, &self.message)             # <<<<<<<<<<<<<<
@@ -6304,7 +6805,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
 */
   __pyx_v_code = ivshmem_take((&__pyx_v_self->__pyx_base.reader), (&__pyx_v_self->message));
 
-  /* "ivshmem/channel/readers.pyx":85
+  /* "ivshmem/channel/readers.pyx":87
  *             return self.tell_lost()
  *         code = ivshmem_take(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6316,7 +6817,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/readers.pyx":86
+    /* "ivshmem/channel/readers.pyx":88
  *         code = ivshmem_take(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:
  *             if timeout is not None and timeout == 0 and not self.watched:             # <<<<<<<<<<<<<<
@@ -6332,7 +6833,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
 
       goto __pyx_L6_bool_binop_done;
     }
-    __pyx_t_3 = (__Pyx_PyLong_BoolEqObjC(__pyx_v_timeout, __pyx_mstate_global->__pyx_int_0, 0, 0)); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 86, __pyx_L1_error)
+    __pyx_t_3 = (__Pyx_PyLong_BoolEqObjC(__pyx_v_timeout, __pyx_mstate_global->__pyx_int_0, 0, 0)); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 88, __pyx_L1_error)
     if (__pyx_t_3) {
 
     } else {
@@ -6350,7 +6851,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/readers.pyx":87
+      /* "ivshmem/channel/readers.pyx":89
  *         if code == IVSHMEM_AGAIN:
  *             if timeout is not None and timeout == 0 and not self.watched:
  *                 ivshmem_reader_settle(&self.reader)             # <<<<<<<<<<<<<<
@@ -6359,17 +6860,17 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
 */
       ivshmem_reader_settle((&__pyx_v_self->__pyx_base.reader));
 
-      /* "ivshmem/channel/readers.pyx":88
+      /* "ivshmem/channel/readers.pyx":90
  *             if timeout is not None and timeout == 0 and not self.watched:
  *                 ivshmem_reader_settle(&self.reader)
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *                 return code
  *             code = self.wait(timeout, spin)
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 88, __pyx_L1_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 90, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/readers.pyx":89
+      /* "ivshmem/channel/readers.pyx":91
  *                 ivshmem_reader_settle(&self.reader)
  *                 self.membership.flush()
  *                 return code             # <<<<<<<<<<<<<<
@@ -6382,7 +6883,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/readers.pyx":86
+      /* "ivshmem/channel/readers.pyx":88
  *         code = ivshmem_take(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:
  *             if timeout is not None and timeout == 0 and not self.watched:             # <<<<<<<<<<<<<<
@@ -6391,17 +6892,17 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
 */
     }
 
-    /* "ivshmem/channel/readers.pyx":90
+    /* "ivshmem/channel/readers.pyx":92
  *                 self.membership.flush()
  *                 return code
  *             code = self.wait(timeout, spin)             # <<<<<<<<<<<<<<
  *             if code == IVSHMEM_AGAIN:
  *                 return code
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 90, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 92, __pyx_L1_error)
     __pyx_v_code = __pyx_t_1;
 
-    /* "ivshmem/channel/readers.pyx":91
+    /* "ivshmem/channel/readers.pyx":93
  *                 return code
  *             code = self.wait(timeout, spin)
  *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6413,7 +6914,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/readers.pyx":92
+      /* "ivshmem/channel/readers.pyx":94
  *             code = self.wait(timeout, spin)
  *             if code == IVSHMEM_AGAIN:
  *                 return code             # <<<<<<<<<<<<<<
@@ -6426,7 +6927,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/readers.pyx":91
+      /* "ivshmem/channel/readers.pyx":93
  *                 return code
  *             code = self.wait(timeout, spin)
  *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6435,7 +6936,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
 */
     }
 
-    /* "ivshmem/channel/readers.pyx":93
+    /* "ivshmem/channel/readers.pyx":95
  *             if code == IVSHMEM_AGAIN:
  *                 return code
  *             if self.take_pending():  # another thread left it             # <<<<<<<<<<<<<<
@@ -6447,20 +6948,20 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/readers.pyx":94
+      /* "ivshmem/channel/readers.pyx":96
  *                 return code
  *             if self.take_pending():  # another thread left it
  *                 return self.tell_lost()             # <<<<<<<<<<<<<<
  *         if self.membership.rings.count:
  *             message = self.message  # another thread may take one during the flush
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->tell_lost(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 94, __pyx_L1_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->tell_lost(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 96, __pyx_L1_error)
       {
         __pyx_r = __pyx_t_1;
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/readers.pyx":93
+      /* "ivshmem/channel/readers.pyx":95
  *             if code == IVSHMEM_AGAIN:
  *                 return code
  *             if self.take_pending():  # another thread left it             # <<<<<<<<<<<<<<
@@ -6469,7 +6970,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
 */
     }
 
-    /* "ivshmem/channel/readers.pyx":85
+    /* "ivshmem/channel/readers.pyx":87
  *             return self.tell_lost()
  *         code = ivshmem_take(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6478,7 +6979,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":95
+  /* "ivshmem/channel/readers.pyx":97
  *             if self.take_pending():  # another thread left it
  *                 return self.tell_lost()
  *         if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -6490,7 +6991,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/readers.pyx":96
+    /* "ivshmem/channel/readers.pyx":98
  *                 return self.tell_lost()
  *         if self.membership.rings.count:
  *             message = self.message  # another thread may take one during the flush             # <<<<<<<<<<<<<<
@@ -6501,27 +7002,27 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
 
     __pyx_v_message = __pyx_t_4;
 
-    /* "ivshmem/channel/readers.pyx":97
+    /* "ivshmem/channel/readers.pyx":99
  *         if self.membership.rings.count:
  *             message = self.message  # another thread may take one during the flush
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *             self.enter()
  *             self.message = message
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 97, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 99, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/readers.pyx":98
+    /* "ivshmem/channel/readers.pyx":100
  *             message = self.message  # another thread may take one during the flush
  *             self.membership.flush()
  *             self.enter()             # <<<<<<<<<<<<<<
  *             self.message = message
  *         if code:
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 98, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 100, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/readers.pyx":99
+    /* "ivshmem/channel/readers.pyx":101
  *             self.membership.flush()
  *             self.enter()
  *             self.message = message             # <<<<<<<<<<<<<<
@@ -6530,7 +7031,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
 */
     __pyx_v_self->message = __pyx_v_message;
 
-    /* "ivshmem/channel/readers.pyx":95
+    /* "ivshmem/channel/readers.pyx":97
  *             if self.take_pending():  # another thread left it
  *                 return self.tell_lost()
  *         if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -6539,7 +7040,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":100
+  /* "ivshmem/channel/readers.pyx":102
  *             self.enter()
  *             self.message = message
  *         if code:             # <<<<<<<<<<<<<<
@@ -6551,20 +7052,20 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/readers.pyx":101
+    /* "ivshmem/channel/readers.pyx":103
  *             self.message = message
  *         if code:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
  *         return self.tell_lost()
  * 
 */
-    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 101, __pyx_L1_error)
+    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 103, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_Raise(__pyx_t_5, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __PYX_ERR(0, 101, __pyx_L1_error)
+    __PYX_ERR(0, 103, __pyx_L1_error)
 
-    /* "ivshmem/channel/readers.pyx":100
+    /* "ivshmem/channel/readers.pyx":102
  *             self.enter()
  *             self.message = message
  *         if code:             # <<<<<<<<<<<<<<
@@ -6573,20 +7074,20 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":102
+  /* "ivshmem/channel/readers.pyx":104
  *         if code:
  *             raise self.fail(code)
  *         return self.tell_lost()             # <<<<<<<<<<<<<<
  * 
  *     cdef int tell_lost(self) except -1:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->tell_lost(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 102, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->tell_lost(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 104, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":77
+  /* "ivshmem/channel/readers.pyx":78
  *     # Reading.
  * 
  *     cdef int take(self, object timeout, object spin) except? -2:             # <<<<<<<<<<<<<<
@@ -6607,7 +7108,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":104
+/* "ivshmem/channel/readers.pyx":106
  *         return self.tell_lost()
  * 
  *     cdef int tell_lost(self) except -1:             # <<<<<<<<<<<<<<
@@ -6638,7 +7139,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("tell_lost", 0);
 
-  /* "ivshmem/channel/readers.pyx":106
+  /* "ivshmem/channel/readers.pyx":108
  *     cdef int tell_lost(self) except -1:
  *         """Raise MessagesLost if a reader that blocks lost messages before this one."""
  *         cdef uint64_t lost = self.message.lost             # <<<<<<<<<<<<<<
@@ -6649,7 +7150,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost(struct __pyx_obj
 
   __pyx_v_lost = __pyx_t_1;
 
-  /* "ivshmem/channel/readers.pyx":107
+  /* "ivshmem/channel/readers.pyx":109
  *         """Raise MessagesLost if a reader that blocks lost messages before this one."""
  *         cdef uint64_t lost = self.message.lost
  *         if lost == 0 or self.reader.overflow != IVSHMEM_BLOCK:             # <<<<<<<<<<<<<<
@@ -6675,7 +7176,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost(struct __pyx_obj
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/readers.pyx":108
+    /* "ivshmem/channel/readers.pyx":110
  *         cdef uint64_t lost = self.message.lost
  *         if lost == 0 or self.reader.overflow != IVSHMEM_BLOCK:
  *             return 0             # <<<<<<<<<<<<<<
@@ -6688,7 +7189,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost(struct __pyx_obj
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/readers.pyx":107
+    /* "ivshmem/channel/readers.pyx":109
  *         """Raise MessagesLost if a reader that blocks lost messages before this one."""
  *         cdef uint64_t lost = self.message.lost
  *         if lost == 0 or self.reader.overflow != IVSHMEM_BLOCK:             # <<<<<<<<<<<<<<
@@ -6697,7 +7198,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":109
+  /* "ivshmem/channel/readers.pyx":111
  *         if lost == 0 or self.reader.overflow != IVSHMEM_BLOCK:
  *             return 0
  *         self.message.lost = 0             # <<<<<<<<<<<<<<
@@ -6706,17 +7207,17 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost(struct __pyx_obj
 */
   __pyx_v_self->message.lost = 0;
 
-  /* "ivshmem/channel/readers.pyx":110
+  /* "ivshmem/channel/readers.pyx":112
  *             return 0
  *         self.message.lost = 0
  *         self.keep()             # <<<<<<<<<<<<<<
  *         raise MessagesLost(
  *             f"channel {self.name!r}: this process was stopped, and writers continued without it:"
 */
-  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 110, __pyx_L1_error)
+  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 112, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/readers.pyx":111
+  /* "ivshmem/channel/readers.pyx":113
  *         self.message.lost = 0
  *         self.keep()
  *         raise MessagesLost(             # <<<<<<<<<<<<<<
@@ -6724,43 +7225,43 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost(struct __pyx_obj
  *             f" {counted(lost, 'message')} of a writer were lost",
 */
   __pyx_t_6 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_MessagesLost); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 111, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_MessagesLost); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 113, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
 
-  /* "ivshmem/channel/readers.pyx":112
+  /* "ivshmem/channel/readers.pyx":114
  *         self.keep()
  *         raise MessagesLost(
  *             f"channel {self.name!r}: this process was stopped, and writers continued without it:"             # <<<<<<<<<<<<<<
  *             f" {counted(lost, 'message')} of a writer were lost",
  *             lost,
 */
-  __pyx_t_8 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 112, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 114, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
 
-  /* "ivshmem/channel/readers.pyx":113
+  /* "ivshmem/channel/readers.pyx":115
  *         raise MessagesLost(
  *             f"channel {self.name!r}: this process was stopped, and writers continued without it:"
  *             f" {counted(lost, 'message')} of a writer were lost",             # <<<<<<<<<<<<<<
  *             lost,
  *         )
 */
-  __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 113, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 115, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_9);
-  __pyx_t_10 = __Pyx_PyLong_From_uint64_t(__pyx_v_lost); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 113, __pyx_L1_error)
+  __pyx_t_10 = __Pyx_PyLong_From_uint64_t(__pyx_v_lost); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 115, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_10);
-  __pyx_t_11 = PyTuple_New(2); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 113, __pyx_L1_error)
+  __pyx_t_11 = PyTuple_New(2); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 115, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_11);
   __Pyx_GIVEREF(__pyx_t_10);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 0, __pyx_t_10) != (0)) __PYX_ERR(0, 113, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 0, __pyx_t_10) != (0)) __PYX_ERR(0, 115, __pyx_L1_error);
   __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_message);
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_message);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 1, __pyx_mstate_global->__pyx_n_u_message) != (0)) __PYX_ERR(0, 113, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 1, __pyx_mstate_global->__pyx_n_u_message) != (0)) __PYX_ERR(0, 115, __pyx_L1_error);
   __pyx_t_10 = 0;
-  __pyx_t_10 = __Pyx_PyObject_Call(__pyx_t_9, __pyx_t_11, NULL); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 113, __pyx_L1_error)
+  __pyx_t_10 = __Pyx_PyObject_Call(__pyx_t_9, __pyx_t_11, NULL); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 115, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_10);
   __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
   __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-  __pyx_t_11 = __Pyx_PyObject_FormatSimple(__pyx_t_10, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 113, __pyx_L1_error)
+  __pyx_t_11 = __Pyx_PyObject_FormatSimple(__pyx_t_10, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 115, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_11);
   __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
   __pyx_t_12[0] = __pyx_mstate_global->__pyx_kp_u_channel;
@@ -6769,7 +7270,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost(struct __pyx_obj
   __pyx_t_12[3] = __pyx_t_11;
   __pyx_t_12[4] = __pyx_mstate_global->__pyx_kp_u_of_a_writer_were_lost;
 
-  /* "ivshmem/channel/readers.pyx":112
+  /* "ivshmem/channel/readers.pyx":114
  *         self.keep()
  *         raise MessagesLost(
  *             f"channel {self.name!r}: this process was stopped, and writers continued without it:"             # <<<<<<<<<<<<<<
@@ -6785,19 +7286,19 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost(struct __pyx_obj
   __pyx_t_4 |= __Pyx_PyUnicode_KIND_04(__pyx_t_12[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_12[3]);
   #endif
   __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_12, 5, __pyx_t_13, __pyx_t_4);
-  if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 112, __pyx_L1_error)
+  if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 114, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_10);
   __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
   __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
 
-  /* "ivshmem/channel/readers.pyx":114
+  /* "ivshmem/channel/readers.pyx":116
  *             f"channel {self.name!r}: this process was stopped, and writers continued without it:"
  *             f" {counted(lost, 'message')} of a writer were lost",
  *             lost,             # <<<<<<<<<<<<<<
  *         )
  * 
 */
-  __pyx_t_11 = __Pyx_PyLong_From_uint64_t(__pyx_v_lost); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 114, __pyx_L1_error)
+  __pyx_t_11 = __Pyx_PyLong_From_uint64_t(__pyx_v_lost); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 116, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_11);
   __pyx_t_14 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -6818,14 +7319,14 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost(struct __pyx_obj
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 111, __pyx_L1_error)
+    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 113, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
   }
   __Pyx_Raise(__pyx_t_5, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-  __PYX_ERR(0, 111, __pyx_L1_error)
+  __PYX_ERR(0, 113, __pyx_L1_error)
 
-  /* "ivshmem/channel/readers.pyx":104
+  /* "ivshmem/channel/readers.pyx":106
  *         return self.tell_lost()
  * 
  *     cdef int tell_lost(self) except -1:             # <<<<<<<<<<<<<<
@@ -6851,7 +7352,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":117
+/* "ivshmem/channel/readers.pyx":119
  *         )
  * 
  *     cdef bint take_pending(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6867,7 +7368,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_pending(struct __pyx_
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/readers.pyx":118
+  /* "ivshmem/channel/readers.pyx":120
  * 
  *     cdef bint take_pending(self) noexcept:
  *         if not self.pending:             # <<<<<<<<<<<<<<
@@ -6879,7 +7380,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_pending(struct __pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/readers.pyx":119
+    /* "ivshmem/channel/readers.pyx":121
  *     cdef bint take_pending(self) noexcept:
  *         if not self.pending:
  *             return False             # <<<<<<<<<<<<<<
@@ -6892,7 +7393,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_pending(struct __pyx_
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/readers.pyx":118
+    /* "ivshmem/channel/readers.pyx":120
  * 
  *     cdef bint take_pending(self) noexcept:
  *         if not self.pending:             # <<<<<<<<<<<<<<
@@ -6901,7 +7402,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_pending(struct __pyx_
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":120
+  /* "ivshmem/channel/readers.pyx":122
  *         if not self.pending:
  *             return False
  *         self.pending = False             # <<<<<<<<<<<<<<
@@ -6910,17 +7411,17 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_pending(struct __pyx_
 */
   __pyx_v_self->pending = 0;
 
-  /* "ivshmem/channel/readers.pyx":121
+  /* "ivshmem/channel/readers.pyx":123
  *             return False
  *         self.pending = False
  *         self.forget(self.message.writer, self.message.position)             # <<<<<<<<<<<<<<
  *         return True
  * 
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.forget(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_self->message.writer, __pyx_v_self->message.position); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 121, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.forget(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_self->message.writer, __pyx_v_self->message.position); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 123, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/readers.pyx":122
+  /* "ivshmem/channel/readers.pyx":124
  *         self.pending = False
  *         self.forget(self.message.writer, self.message.position)
  *         return True             # <<<<<<<<<<<<<<
@@ -6933,7 +7434,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_pending(struct __pyx_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":117
+  /* "ivshmem/channel/readers.pyx":119
  *         )
  * 
  *     cdef bint take_pending(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6950,7 +7451,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_pending(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":124
+/* "ivshmem/channel/readers.pyx":126
  *         return True
  * 
  *     cdef int keep(self) except -1:             # <<<<<<<<<<<<<<
@@ -6965,7 +7466,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_keep(struct __pyx_obj_7ivs
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/readers.pyx":126
+  /* "ivshmem/channel/readers.pyx":128
  *     cdef int keep(self) except -1:
  *         """Leave the message that was taken for the next call."""
  *         self.pending = True             # <<<<<<<<<<<<<<
@@ -6974,20 +7475,20 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_keep(struct __pyx_obj_7ivs
 */
   __pyx_v_self->pending = 1;
 
-  /* "ivshmem/channel/readers.pyx":127
+  /* "ivshmem/channel/readers.pyx":129
  *         """Leave the message that was taken for the next call."""
  *         self.pending = True
  *         return self.hold(&self.message)             # <<<<<<<<<<<<<<
  * 
  *     cdef object copy_out(self):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.hold(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_self->message)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 127, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.hold(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_self->message)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 129, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":124
+  /* "ivshmem/channel/readers.pyx":126
  *         return True
  * 
  *     cdef int keep(self) except -1:             # <<<<<<<<<<<<<<
@@ -7004,7 +7505,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_keep(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":129
+/* "ivshmem/channel/readers.pyx":131
  *         return self.hold(&self.message)
  * 
  *     cdef object copy_out(self):             # <<<<<<<<<<<<<<
@@ -7027,7 +7528,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_copy_out(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("copy_out", 0);
 
-  /* "ivshmem/channel/readers.pyx":131
+  /* "ivshmem/channel/readers.pyx":133
  *     cdef object copy_out(self):
  *         """Copy the message that was taken; None: it was overwritten."""
  *         cdef ivshmem_message message = self.message             # <<<<<<<<<<<<<<
@@ -7038,29 +7539,29 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_copy_out(struct __py
 
   __pyx_v_message = __pyx_t_1;
 
-  /* "ivshmem/channel/readers.pyx":132
+  /* "ivshmem/channel/readers.pyx":134
  *         """Copy the message that was taken; None: it was overwritten."""
  *         cdef ivshmem_message message = self.message
  *         cdef bytes data = PyBytes_FromStringAndSize(NULL, message.length)             # <<<<<<<<<<<<<<
  *         cdef int code = self.copy_to(&message, PyBytes_AS_STRING(data))
  *         return data if code == 0 else None
 */
-  __pyx_t_2 = PyBytes_FromStringAndSize(NULL, __pyx_v_message.length); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 132, __pyx_L1_error)
+  __pyx_t_2 = PyBytes_FromStringAndSize(NULL, __pyx_v_message.length); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 134, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_v_data = ((PyObject*)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/readers.pyx":133
+  /* "ivshmem/channel/readers.pyx":135
  *         cdef ivshmem_message message = self.message
  *         cdef bytes data = PyBytes_FromStringAndSize(NULL, message.length)
  *         cdef int code = self.copy_to(&message, PyBytes_AS_STRING(data))             # <<<<<<<<<<<<<<
  *         return data if code == 0 else None
  * 
 */
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), PyBytes_AS_STRING(__pyx_v_data)); if (unlikely(__pyx_t_3 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 133, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), PyBytes_AS_STRING(__pyx_v_data)); if (unlikely(__pyx_t_3 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 135, __pyx_L1_error)
   __pyx_v_code = __pyx_t_3;
 
-  /* "ivshmem/channel/readers.pyx":134
+  /* "ivshmem/channel/readers.pyx":136
  *         cdef bytes data = PyBytes_FromStringAndSize(NULL, message.length)
  *         cdef int code = self.copy_to(&message, PyBytes_AS_STRING(data))
  *         return data if code == 0 else None             # <<<<<<<<<<<<<<
@@ -7088,7 +7589,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_copy_out(struct __py
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":129
+  /* "ivshmem/channel/readers.pyx":131
  *         return self.hold(&self.message)
  * 
  *     cdef object copy_out(self):             # <<<<<<<<<<<<<<
@@ -7110,7 +7611,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_copy_out(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":136
+/* "ivshmem/channel/readers.pyx":138
  *         return data if code == 0 else None
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -7158,20 +7659,20 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 136, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 138, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 136, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 138, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get", 0) < (0)) __PYX_ERR(0, 136, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get", 0) < (0)) __PYX_ERR(0, 138, __pyx_L3_error)
 
-      /* "ivshmem/channel/readers.pyx":138
+      /* "ivshmem/channel/readers.pyx":140
  *     @cython.binding(False)
  *     @cython.critical_section
  *     def get(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -7184,7 +7685,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 136, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 138, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -7197,7 +7698,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 136, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 138, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7210,7 +7711,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_6Reader_get(((struct __pyx_obj_7ivshmem_7channel_7readers_Reader *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/readers.pyx":136
+  /* "ivshmem/channel/readers.pyx":138
  *         return data if code == 0 else None
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -7253,7 +7754,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_get(struct __pyx_ob
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/readers.pyx":159
+        /* "ivshmem/channel/readers.pyx":161
  *         """
  *         cdef object data
  *         for _ in range(TRIES):             # <<<<<<<<<<<<<<
@@ -7267,21 +7768,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_get(struct __pyx_ob
         for (__pyx_t_4 = 0; __pyx_t_4 < __pyx_t_3; __pyx_t_4+=1) {
           __pyx_v__ = __pyx_t_4;
 
-          /* "ivshmem/channel/readers.pyx":160
+          /* "ivshmem/channel/readers.pyx":162
  *         cdef object data
  *         for _ in range(TRIES):
  *             if self.take(timeout, spin):             # <<<<<<<<<<<<<<
  *                 return None
  *             data = self.copy_out()
 */
-          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_5 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 160, __pyx_L4_error)
+          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_5 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 162, __pyx_L4_error)
           __pyx_t_6 = (__pyx_t_5 != 0);
 
 
           if (__pyx_t_6) {
 
 
-            /* "ivshmem/channel/readers.pyx":161
+            /* "ivshmem/channel/readers.pyx":163
  *         for _ in range(TRIES):
  *             if self.take(timeout, spin):
  *                 return None             # <<<<<<<<<<<<<<
@@ -7299,7 +7800,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_get(struct __pyx_ob
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
             goto __pyx_L3_return;
 
-            /* "ivshmem/channel/readers.pyx":160
+            /* "ivshmem/channel/readers.pyx":162
  *         cdef object data
  *         for _ in range(TRIES):
  *             if self.take(timeout, spin):             # <<<<<<<<<<<<<<
@@ -7308,19 +7809,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_get(struct __pyx_ob
 */
           }
 
-          /* "ivshmem/channel/readers.pyx":162
+          /* "ivshmem/channel/readers.pyx":164
  *             if self.take(timeout, spin):
  *                 return None
  *             data = self.copy_out()             # <<<<<<<<<<<<<<
  *             if data is not None:
  *                 return data if self.type is None else self.type.decode(data)
 */
-          __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->copy_out(__pyx_v_self); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 162, __pyx_L4_error)
+          __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->copy_out(__pyx_v_self); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 164, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
           __Pyx_XDECREF_SET(__pyx_v_data, __pyx_t_7);
           __pyx_t_7 = 0;
 
-          /* "ivshmem/channel/readers.pyx":163
+          /* "ivshmem/channel/readers.pyx":165
  *                 return None
  *             data = self.copy_out()
  *             if data is not None:             # <<<<<<<<<<<<<<
@@ -7331,7 +7832,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_get(struct __pyx_ob
           if (__pyx_t_6) {
 
 
-            /* "ivshmem/channel/readers.pyx":164
+            /* "ivshmem/channel/readers.pyx":166
  *             data = self.copy_out()
  *             if data is not None:
  *                 return data if self.type is None else self.type.decode(data)             # <<<<<<<<<<<<<<
@@ -7350,7 +7851,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_get(struct __pyx_ob
                 PyObject *__pyx_callargs[2] = {__pyx_t_9, __pyx_v_data};
                 __pyx_t_8 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
                 __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
-                if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 164, __pyx_L4_error)
+                if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 166, __pyx_L4_error)
                 __Pyx_GOTREF(__pyx_t_8);
               }
               __pyx_t_7 = __pyx_t_8;
@@ -7369,7 +7870,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_get(struct __pyx_ob
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
             goto __pyx_L3_return;
 
-            /* "ivshmem/channel/readers.pyx":163
+            /* "ivshmem/channel/readers.pyx":165
  *                 return None
  *             data = self.copy_out()
  *             if data is not None:             # <<<<<<<<<<<<<<
@@ -7380,21 +7881,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_get(struct __pyx_ob
         }
 
 
-        /* "ivshmem/channel/readers.pyx":165
+        /* "ivshmem/channel/readers.pyx":167
  *             if data is not None:
  *                 return data if self.type is None else self.type.decode(data)
  *         raise self.starved()             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-        __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 165, __pyx_L4_error)
+        __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 167, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_7);
         __Pyx_Raise(__pyx_t_7, 0, 0, 0);
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        __PYX_ERR(0, 165, __pyx_L4_error)
+        __PYX_ERR(0, 167, __pyx_L4_error)
       }
 
-      /* "ivshmem/channel/readers.pyx":136
+      /* "ivshmem/channel/readers.pyx":138
  *         return data if code == 0 else None
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -7436,7 +7937,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_get(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":167
+/* "ivshmem/channel/readers.pyx":169
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7452,7 +7953,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7readers_6Reader_2get_into, "Copy the next message into `buffer`; otherwise as `get`.\n\n        Returns:\n            How many bytes the message has; None: no message came in time.\n\n        Raises:\n            MessageTooLong: the message has more bytes than the buffer. The next call returns the\n                same message.\n        ");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7readers_6Reader_2get_into, "Copy the next message into `buffer`; otherwise as `get`.\n\n        Returns:\n            How many bytes the message has; None: no message came in time.\n\n        Raises:\n            MessageTooLong: the message has more bytes than the buffer. The next call returns the\n                same message.\n            ChannelTypeError: elements of the buffer are neither bytes nor those of the channel\047s\n                type, or pickle=True.\n        ");
 static PyMethodDef __pyx_mdef_7ivshmem_7channel_7readers_6Reader_3get_into = {"get_into", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_6Reader_3get_into, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_6Reader_2get_into};
 static PyObject *__pyx_pw_7ivshmem_7channel_7readers_6Reader_3get_into(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -7486,24 +7987,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_buffer,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 167, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 169, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 167, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 169, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 167, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 169, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into", 0) < (0)) __PYX_ERR(0, 167, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into", 0) < (0)) __PYX_ERR(0, 169, __pyx_L3_error)
 
-      /* "ivshmem/channel/readers.pyx":168
+      /* "ivshmem/channel/readers.pyx":170
  * 
  *     @cython.critical_section
  *     def get_into(self, buffer, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -7513,17 +8014,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, i); __PYX_ERR(0, 167, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, i); __PYX_ERR(0, 169, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 167, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 169, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 167, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 169, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -7536,7 +8037,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 167, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 169, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7549,7 +8050,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(((struct __pyx_obj_7ivshmem_7channel_7readers_Reader *)__pyx_v_self), __pyx_v_buffer, __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/readers.pyx":167
+  /* "ivshmem/channel/readers.pyx":169
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7572,14 +8073,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
-  int __pyx_t_2;
-  int __pyx_t_3;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
   int __pyx_t_4;
-  long __pyx_t_5;
+  int __pyx_t_5;
   int __pyx_t_6;
-  struct ivshmem_message __pyx_t_7;
-  PyObject *__pyx_t_8 = NULL;
-  PyObject *__pyx_t_9 = NULL;
+  long __pyx_t_7;
+  int __pyx_t_8;
+  struct ivshmem_message __pyx_t_9;
   PyObject *__pyx_t_10 = NULL;
   PyObject *__pyx_t_11 = NULL;
   PyObject *__pyx_t_12 = NULL;
@@ -7606,54 +8107,60 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/readers.pyx":180
+        /* "ivshmem/channel/readers.pyx":184
  *         cdef Py_buffer view
  *         cdef ivshmem_message message
- *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)             # <<<<<<<<<<<<<<
+ *         take_target(self.type, self.name, buffer, &view)             # <<<<<<<<<<<<<<
  *         try:
  *             for _ in range(TRIES):
 */
-        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_buffer, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 180, __pyx_L4_error)
+        __pyx_t_2 = __pyx_v_self->__pyx_base.type;
+        __Pyx_INCREF(__pyx_t_2);
+        __pyx_t_3 = __pyx_v_self->__pyx_base.__pyx_base.name;
+        __Pyx_INCREF(__pyx_t_3);
+        __pyx_t_4 = __pyx_f_7ivshmem_7channel_5roles_take_target(__pyx_t_2, ((PyObject*)__pyx_t_3), __pyx_v_buffer, (&__pyx_v_view)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 184, __pyx_L4_error)
+        __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+        __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
 
-        /* "ivshmem/channel/readers.pyx":181
+        /* "ivshmem/channel/readers.pyx":185
  *         cdef ivshmem_message message
- *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+ *         take_target(self.type, self.name, buffer, &view)
  *         try:             # <<<<<<<<<<<<<<
  *             for _ in range(TRIES):
  *                 if self.take(timeout, spin):
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/readers.pyx":182
- *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+          /* "ivshmem/channel/readers.pyx":186
+ *         take_target(self.type, self.name, buffer, &view)
  *         try:
  *             for _ in range(TRIES):             # <<<<<<<<<<<<<<
  *                 if self.take(timeout, spin):
  *                     return None
 */
 
-          __pyx_t_3 = __pyx_e_7ivshmem_7channel_5roles_TRIES;
-          __pyx_t_4 = __pyx_t_3;
+          __pyx_t_5 = __pyx_e_7ivshmem_7channel_5roles_TRIES;
+          __pyx_t_6 = __pyx_t_5;
 
-          for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
-            __pyx_v__ = __pyx_t_5;
+          for (__pyx_t_7 = 0; __pyx_t_7 < __pyx_t_6; __pyx_t_7+=1) {
+            __pyx_v__ = __pyx_t_7;
 
-            /* "ivshmem/channel/readers.pyx":183
+            /* "ivshmem/channel/readers.pyx":187
  *         try:
  *             for _ in range(TRIES):
  *                 if self.take(timeout, spin):             # <<<<<<<<<<<<<<
  *                     return None
  *                 message = self.message
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 183, __pyx_L7_error)
-            __pyx_t_6 = (__pyx_t_2 != 0);
+            __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_4 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 187, __pyx_L7_error)
+            __pyx_t_8 = (__pyx_t_4 != 0);
 
 
-            if (__pyx_t_6) {
+            if (__pyx_t_8) {
 
 
-              /* "ivshmem/channel/readers.pyx":184
+              /* "ivshmem/channel/readers.pyx":188
  *             for _ in range(TRIES):
  *                 if self.take(timeout, spin):
  *                     return None             # <<<<<<<<<<<<<<
@@ -7671,7 +8178,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
               __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
               goto __pyx_L6_return;
 
-              /* "ivshmem/channel/readers.pyx":183
+              /* "ivshmem/channel/readers.pyx":187
  *         try:
  *             for _ in range(TRIES):
  *                 if self.take(timeout, spin):             # <<<<<<<<<<<<<<
@@ -7680,30 +8187,30 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
 */
             }
 
-            /* "ivshmem/channel/readers.pyx":185
+            /* "ivshmem/channel/readers.pyx":189
  *                 if self.take(timeout, spin):
  *                     return None
  *                 message = self.message             # <<<<<<<<<<<<<<
  *                 if message.length > <uint64_t>view.len:
  *                     self.message.lost = 0
 */
-            __pyx_t_7 = __pyx_v_self->message;
+            __pyx_t_9 = __pyx_v_self->message;
 
-            __pyx_v_message = __pyx_t_7;
+            __pyx_v_message = __pyx_t_9;
 
-            /* "ivshmem/channel/readers.pyx":186
+            /* "ivshmem/channel/readers.pyx":190
  *                     return None
  *                 message = self.message
  *                 if message.length > <uint64_t>view.len:             # <<<<<<<<<<<<<<
  *                     self.message.lost = 0
  *                     self.keep()
 */
-            __pyx_t_6 = (__pyx_v_message.length > ((uint64_t)__pyx_v_view.len));
+            __pyx_t_8 = (__pyx_v_message.length > ((uint64_t)__pyx_v_view.len));
 
-            if (unlikely(__pyx_t_6)) {
+            if (unlikely(__pyx_t_8)) {
 
 
-              /* "ivshmem/channel/readers.pyx":187
+              /* "ivshmem/channel/readers.pyx":191
  *                 message = self.message
  *                 if message.length > <uint64_t>view.len:
  *                     self.message.lost = 0             # <<<<<<<<<<<<<<
@@ -7712,37 +8219,37 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
 */
               __pyx_v_self->message.lost = 0;
 
-              /* "ivshmem/channel/readers.pyx":188
+              /* "ivshmem/channel/readers.pyx":192
  *                 if message.length > <uint64_t>view.len:
  *                     self.message.lost = 0
  *                     self.keep()             # <<<<<<<<<<<<<<
  *                     raise MessageTooLong(
  *                         f"a message of {message.length} bytes, and the buffer has {view.len}"
 */
-              __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 188, __pyx_L7_error)
+              __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 192, __pyx_L7_error)
 
 
-              /* "ivshmem/channel/readers.pyx":189
+              /* "ivshmem/channel/readers.pyx":193
  *                     self.message.lost = 0
  *                     self.keep()
  *                     raise MessageTooLong(             # <<<<<<<<<<<<<<
  *                         f"a message of {message.length} bytes, and the buffer has {view.len}"
  *                     )
 */
-              __pyx_t_9 = NULL;
-              __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 189, __pyx_L7_error)
+              __pyx_t_2 = NULL;
+              __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 193, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_10);
 
-              /* "ivshmem/channel/readers.pyx":190
+              /* "ivshmem/channel/readers.pyx":194
  *                     self.keep()
  *                     raise MessageTooLong(
  *                         f"a message of {message.length} bytes, and the buffer has {view.len}"             # <<<<<<<<<<<<<<
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf) == 0:
 */
-              __pyx_t_11 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 190, __pyx_L7_error)
+              __pyx_t_11 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 194, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_11);
-              __pyx_t_12 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 190, __pyx_L7_error)
+              __pyx_t_12 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 194, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_12);
               __pyx_t_13[0] = __pyx_mstate_global->__pyx_kp_u_a_message_of;
               __pyx_t_13[1] = __pyx_t_11;
@@ -7752,38 +8259,38 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
               #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
               __pyx_t_14 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_13[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_13[3]);
               #endif
-              __pyx_t_2 = 0;
-              __pyx_t_15 = __Pyx_PyUnicode_Join(__pyx_t_13, 4, __pyx_t_14, __pyx_t_2);
-              if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 190, __pyx_L7_error)
+              __pyx_t_4 = 0;
+              __pyx_t_15 = __Pyx_PyUnicode_Join(__pyx_t_13, 4, __pyx_t_14, __pyx_t_4);
+              if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 194, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_15);
               __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
               __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
               __pyx_t_16 = 1;
               #if CYTHON_UNPACK_METHODS
               if (unlikely(PyMethod_Check(__pyx_t_10))) {
-                __pyx_t_9 = PyMethod_GET_SELF(__pyx_t_10);
-                assert(__pyx_t_9);
+                __pyx_t_2 = PyMethod_GET_SELF(__pyx_t_10);
+                assert(__pyx_t_2);
                 PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_10);
-                __Pyx_INCREF(__pyx_t_9);
+                __Pyx_INCREF(__pyx_t_2);
                 __Pyx_INCREF(__pyx__function);
                 __Pyx_DECREF_SET(__pyx_t_10, __pyx__function);
                 __pyx_t_16 = 0;
               }
               #endif
               {
-                PyObject *__pyx_callargs[2] = {__pyx_t_9, __pyx_t_15};
-                __pyx_t_8 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_10, __pyx_callargs+__pyx_t_16, (2-__pyx_t_16) | (__pyx_t_16*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-                __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
+                PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_t_15};
+                __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_10, __pyx_callargs+__pyx_t_16, (2-__pyx_t_16) | (__pyx_t_16*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+                __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
                 __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
                 __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-                if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 189, __pyx_L7_error)
-                __Pyx_GOTREF(__pyx_t_8);
+                if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 193, __pyx_L7_error)
+                __Pyx_GOTREF(__pyx_t_3);
               }
-              __Pyx_Raise(__pyx_t_8, 0, 0, 0);
-              __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-              __PYX_ERR(0, 189, __pyx_L7_error)
+              __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+              __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+              __PYX_ERR(0, 193, __pyx_L7_error)
 
-              /* "ivshmem/channel/readers.pyx":186
+              /* "ivshmem/channel/readers.pyx":190
  *                     return None
  *                 message = self.message
  *                 if message.length > <uint64_t>view.len:             # <<<<<<<<<<<<<<
@@ -7792,42 +8299,42 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
 */
             }
 
-            /* "ivshmem/channel/readers.pyx":192
+            /* "ivshmem/channel/readers.pyx":196
  *                         f"a message of {message.length} bytes, and the buffer has {view.len}"
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf) == 0:             # <<<<<<<<<<<<<<
  *                     return message.length
  *             raise self.starved()
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), ((char *)__pyx_v_view.buf)); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 192, __pyx_L7_error)
-            __pyx_t_6 = (__pyx_t_2 == 0);
+            __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), ((char *)__pyx_v_view.buf)); if (unlikely(__pyx_t_4 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 196, __pyx_L7_error)
+            __pyx_t_8 = (__pyx_t_4 == 0);
 
 
-            if (__pyx_t_6) {
+            if (__pyx_t_8) {
 
 
-              /* "ivshmem/channel/readers.pyx":193
+              /* "ivshmem/channel/readers.pyx":197
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf) == 0:
  *                     return message.length             # <<<<<<<<<<<<<<
  *             raise self.starved()
  *         finally:
 */
-              __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_v_message.length); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 193, __pyx_L7_error)
-              __Pyx_GOTREF(__pyx_t_8);
+              __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_v_message.length); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 197, __pyx_L7_error)
+              __Pyx_GOTREF(__pyx_t_3);
               {
                 PyObject *__pyx_temp;
                 {
                   __pyx_temp = __pyx_r;
-                  __pyx_r = __pyx_t_8;
+                  __pyx_r = __pyx_t_3;
                 }
                 __Pyx_XDECREF(__pyx_temp);
               }
-              __pyx_t_8 = 0;
+              __pyx_t_3 = 0;
               __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
               goto __pyx_L6_return;
 
-              /* "ivshmem/channel/readers.pyx":192
+              /* "ivshmem/channel/readers.pyx":196
  *                         f"a message of {message.length} bytes, and the buffer has {view.len}"
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf) == 0:             # <<<<<<<<<<<<<<
@@ -7838,21 +8345,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
           }
 
 
-          /* "ivshmem/channel/readers.pyx":194
+          /* "ivshmem/channel/readers.pyx":198
  *                 if self.copy_to(&message, <char *>view.buf) == 0:
  *                     return message.length
  *             raise self.starved()             # <<<<<<<<<<<<<<
  *         finally:
  *             PyBuffer_Release(&view)
 */
-          __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 194, __pyx_L7_error)
-          __Pyx_GOTREF(__pyx_t_8);
-          __Pyx_Raise(__pyx_t_8, 0, 0, 0);
-          __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-          __PYX_ERR(0, 194, __pyx_L7_error)
+          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 198, __pyx_L7_error)
+          __Pyx_GOTREF(__pyx_t_3);
+          __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+          __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+          __PYX_ERR(0, 198, __pyx_L7_error)
         }
 
-        /* "ivshmem/channel/readers.pyx":196
+        /* "ivshmem/channel/readers.pyx":200
  *             raise self.starved()
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -7869,8 +8376,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
             __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
             __Pyx_XDECREF(__pyx_t_12); __pyx_t_12 = 0;
             __Pyx_XDECREF(__pyx_t_15); __pyx_t_15 = 0;
-            __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
-            __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
+            __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+            __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
              __Pyx_ExceptionSwap(&__pyx_t_22, &__pyx_t_23, &__pyx_t_24);
             if ( unlikely(__Pyx_GetException(&__pyx_t_19, &__pyx_t_20, &__pyx_t_21) < 0)) __Pyx_ErrFetch(&__pyx_t_19, &__pyx_t_20, &__pyx_t_21);
             __Pyx_XGOTREF(__pyx_t_19);
@@ -7879,7 +8386,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
             __Pyx_XGOTREF(__pyx_t_22);
             __Pyx_XGOTREF(__pyx_t_23);
             __Pyx_XGOTREF(__pyx_t_24);
-            __pyx_t_2 = __pyx_lineno; __pyx_t_17 = __pyx_clineno; __pyx_t_18 = __pyx_filename;
+            __pyx_t_4 = __pyx_lineno; __pyx_t_17 = __pyx_clineno; __pyx_t_18 = __pyx_filename;
             {
               PyBuffer_Release((&__pyx_v_view));
             }
@@ -7892,7 +8399,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
             __Pyx_XGIVEREF(__pyx_t_21);
             __Pyx_ErrRestore(__pyx_t_19, __pyx_t_20, __pyx_t_21);
             __pyx_t_19 = 0; __pyx_t_20 = 0; __pyx_t_21 = 0; __pyx_t_22 = 0; __pyx_t_23 = 0; __pyx_t_24 = 0;
-            __pyx_lineno = __pyx_t_2; __pyx_clineno = __pyx_t_17; __pyx_filename = __pyx_t_18;
+            __pyx_lineno = __pyx_t_4; __pyx_clineno = __pyx_t_17; __pyx_filename = __pyx_t_18;
             goto __pyx_L4_error;
           }
           __pyx_L6_return: {
@@ -7906,7 +8413,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
         }
       }
 
-      /* "ivshmem/channel/readers.pyx":167
+      /* "ivshmem/channel/readers.pyx":169
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7935,8 +8442,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
   goto __pyx_L0;
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_8);
-  __Pyx_XDECREF(__pyx_t_9);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_10);
   __Pyx_XDECREF(__pyx_t_11);
   __Pyx_XDECREF(__pyx_t_12);
@@ -7952,7 +8459,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":198
+/* "ivshmem/channel/readers.pyx":202
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7968,7 +8475,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7readers_6Reader_4get_rows, "Copy the messages that are there into the rows of an array, at most one into each.\n\n        It waits, as `get`, for the first message only.\n\n        Args:\n            rows: a contiguous buffer of two dimensions or more, which can be written.\n\n        Returns:\n            How many rows were filled; 0: no message came in time.\n\n        Raises:\n            MessageTooLong: the first message has more bytes than a row; it is there for the next\n                call. (A later one ends the call.)\n        ");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7readers_6Reader_4get_rows, "Copy the messages that are there into the rows of an array, at most one into each.\n\n        It waits, as `get`, for the first message only.\n\n        Args:\n            rows: a contiguous buffer of two dimensions or more, which can be written: of bytes,\n                or of the dtype of the channel\047s type.\n\n        Returns:\n            How many rows were filled; 0: no message came in time.\n\n        Raises:\n            MessageTooLong: the first message has more bytes than a row; it is there for the next\n                call. (A later one ends the call.)\n            ChannelTypeError: as of `get_into`.\n        ");
 static PyMethodDef __pyx_mdef_7ivshmem_7channel_7readers_6Reader_5get_rows = {"get_rows", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_6Reader_5get_rows, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_6Reader_4get_rows};
 static PyObject *__pyx_pw_7ivshmem_7channel_7readers_6Reader_5get_rows(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -8002,24 +8509,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_rows,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 198, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 202, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 198, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 202, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 198, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 202, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_rows", 0) < (0)) __PYX_ERR(0, 198, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_rows", 0) < (0)) __PYX_ERR(0, 202, __pyx_L3_error)
 
-      /* "ivshmem/channel/readers.pyx":199
+      /* "ivshmem/channel/readers.pyx":203
  * 
  *     @cython.critical_section
  *     def get_rows(self, rows, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -8029,17 +8536,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_rows", 0, 1, 2, i); __PYX_ERR(0, 198, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_rows", 0, 1, 2, i); __PYX_ERR(0, 202, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 198, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 202, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 198, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 202, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -8052,7 +8559,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_rows", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 198, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_rows", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 202, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8065,7 +8572,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(((struct __pyx_obj_7ivshmem_7channel_7readers_Reader *)__pyx_v_self), __pyx_v_rows, __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/readers.pyx":198
+  /* "ivshmem/channel/readers.pyx":202
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8126,7 +8633,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/readers.pyx":217
+        /* "ivshmem/channel/readers.pyx":223
  *         cdef uint64_t size, i, count
  *         cdef int code
  *         cdef int tries = 0             # <<<<<<<<<<<<<<
@@ -8135,38 +8642,38 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
         __pyx_v_tries = 0;
 
-        /* "ivshmem/channel/readers.pyx":219
+        /* "ivshmem/channel/readers.pyx":225
  *         cdef int tries = 0
  *         cdef ivshmem_message message
  *         cdef object whole = memoryview(rows)             # <<<<<<<<<<<<<<
  *         if whole.ndim < 2:
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
 */
-        __pyx_t_2 = PyMemoryView_FromObject(__pyx_v_rows); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 219, __pyx_L4_error)
+        __pyx_t_2 = PyMemoryView_FromObject(__pyx_v_rows); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 225, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         __pyx_v_whole = __pyx_t_2;
         __pyx_t_2 = 0;
 
-        /* "ivshmem/channel/readers.pyx":220
+        /* "ivshmem/channel/readers.pyx":226
  *         cdef ivshmem_message message
  *         cdef object whole = memoryview(rows)
  *         if whole.ndim < 2:             # <<<<<<<<<<<<<<
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
  *         count = whole.shape[0]
 */
-        __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_v_whole, __pyx_mstate_global->__pyx_n_u_ndim); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 220, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_v_whole, __pyx_mstate_global->__pyx_n_u_ndim); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 226, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
-        __pyx_t_3 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_t_2, __pyx_mstate_global->__pyx_int_2, Py_LT); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 220, __pyx_L4_error)
+        __pyx_t_3 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_t_2, __pyx_mstate_global->__pyx_int_2, Py_LT); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 226, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
         if (unlikely(__pyx_t_3)) {
 
 
-          /* "ivshmem/channel/readers.pyx":221
+          /* "ivshmem/channel/readers.pyx":227
  *         cdef object whole = memoryview(rows)
  *         if whole.ndim < 2:
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")             # <<<<<<<<<<<<<<
  *         count = whole.shape[0]
- *         PyObject_GetBuffer(rows, &view, PyBUF_WRITABLE)
+ *         take_target(self.type, self.name, rows, &view)
 */
           __pyx_t_4 = NULL;
           __pyx_t_5 = 1;
@@ -8174,14 +8681,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
             PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_rows_a_buffer_of_two_dimensions};
             __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 221, __pyx_L4_error)
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 227, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_2);
           }
           __Pyx_Raise(__pyx_t_2, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-          __PYX_ERR(0, 221, __pyx_L4_error)
+          __PYX_ERR(0, 227, __pyx_L4_error)
 
-          /* "ivshmem/channel/readers.pyx":220
+          /* "ivshmem/channel/readers.pyx":226
  *         cdef ivshmem_message message
  *         cdef object whole = memoryview(rows)
  *         if whole.ndim < 2:             # <<<<<<<<<<<<<<
@@ -8190,43 +8697,49 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
         }
 
-        /* "ivshmem/channel/readers.pyx":222
+        /* "ivshmem/channel/readers.pyx":228
  *         if whole.ndim < 2:
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
  *         count = whole.shape[0]             # <<<<<<<<<<<<<<
- *         PyObject_GetBuffer(rows, &view, PyBUF_WRITABLE)
+ *         take_target(self.type, self.name, rows, &view)
  *         try:
 */
-        __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_v_whole, __pyx_mstate_global->__pyx_n_u_shape); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 222, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_v_whole, __pyx_mstate_global->__pyx_n_u_shape); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 228, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
-        __pyx_t_4 = __Pyx_GetItemInt(__pyx_t_2, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 222, __pyx_L4_error)
+        __pyx_t_4 = __Pyx_GetItemInt(__pyx_t_2, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 228, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-        __pyx_t_6 = __Pyx_PyLong_As_uint64_t(__pyx_t_4); if (unlikely((__pyx_t_6 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 222, __pyx_L4_error)
+        __pyx_t_6 = __Pyx_PyLong_As_uint64_t(__pyx_t_4); if (unlikely((__pyx_t_6 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 228, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
         __pyx_v_count = __pyx_t_6;
 
-        /* "ivshmem/channel/readers.pyx":223
+        /* "ivshmem/channel/readers.pyx":229
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
  *         count = whole.shape[0]
- *         PyObject_GetBuffer(rows, &view, PyBUF_WRITABLE)             # <<<<<<<<<<<<<<
+ *         take_target(self.type, self.name, rows, &view)             # <<<<<<<<<<<<<<
  *         try:
  *             size = view.len // count if count else 0
 */
-        __pyx_t_7 = PyObject_GetBuffer(__pyx_v_rows, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 223, __pyx_L4_error)
+        __pyx_t_4 = __pyx_v_self->__pyx_base.type;
+        __Pyx_INCREF(__pyx_t_4);
+        __pyx_t_2 = __pyx_v_self->__pyx_base.__pyx_base.name;
+        __Pyx_INCREF(__pyx_t_2);
+        __pyx_t_7 = __pyx_f_7ivshmem_7channel_5roles_take_target(__pyx_t_4, ((PyObject*)__pyx_t_2), __pyx_v_rows, (&__pyx_v_view)); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 229, __pyx_L4_error)
+        __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+        __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
 
-        /* "ivshmem/channel/readers.pyx":224
+        /* "ivshmem/channel/readers.pyx":230
  *         count = whole.shape[0]
- *         PyObject_GetBuffer(rows, &view, PyBUF_WRITABLE)
+ *         take_target(self.type, self.name, rows, &view)
  *         try:             # <<<<<<<<<<<<<<
  *             size = view.len // count if count else 0
  *             i = 0
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/readers.pyx":225
- *         PyObject_GetBuffer(rows, &view, PyBUF_WRITABLE)
+          /* "ivshmem/channel/readers.pyx":231
+ *         take_target(self.type, self.name, rows, &view)
  *         try:
  *             size = view.len // count if count else 0             # <<<<<<<<<<<<<<
  *             i = 0
@@ -8237,7 +8750,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
           if (__pyx_t_3) {
             if (unlikely(__pyx_v_count == 0)) {
               PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
-              __PYX_ERR(0, 225, __pyx_L8_error)
+              __PYX_ERR(0, 231, __pyx_L8_error)
             }
 
             __pyx_t_6 = (__pyx_v_view.len / __pyx_v_count);
@@ -8248,7 +8761,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 
           __pyx_v_size = __pyx_t_6;
 
-          /* "ivshmem/channel/readers.pyx":226
+          /* "ivshmem/channel/readers.pyx":232
  *         try:
  *             size = view.len // count if count else 0
  *             i = 0             # <<<<<<<<<<<<<<
@@ -8257,7 +8770,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
           __pyx_v_i = 0;
 
-          /* "ivshmem/channel/readers.pyx":227
+          /* "ivshmem/channel/readers.pyx":233
  *             size = view.len // count if count else 0
  *             i = 0
  *             while i < count:             # <<<<<<<<<<<<<<
@@ -8270,7 +8783,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 
             if (!__pyx_t_3) break;
 
-            /* "ivshmem/channel/readers.pyx":228
+            /* "ivshmem/channel/readers.pyx":234
  *             i = 0
  *             while i < count:
  *                 if i == 0:             # <<<<<<<<<<<<<<
@@ -8282,21 +8795,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/readers.pyx":229
+              /* "ivshmem/channel/readers.pyx":235
  *             while i < count:
  *                 if i == 0:
  *                     if self.take(timeout, spin):             # <<<<<<<<<<<<<<
  *                         return 0
  *                 else:
 */
-              __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_7 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 229, __pyx_L8_error)
+              __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_7 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 235, __pyx_L8_error)
               __pyx_t_3 = (__pyx_t_7 != 0);
 
 
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/readers.pyx":230
+                /* "ivshmem/channel/readers.pyx":236
  *                 if i == 0:
  *                     if self.take(timeout, spin):
  *                         return 0             # <<<<<<<<<<<<<<
@@ -8315,7 +8828,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
                 __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
                 goto __pyx_L7_return;
 
-                /* "ivshmem/channel/readers.pyx":229
+                /* "ivshmem/channel/readers.pyx":235
  *             while i < count:
  *                 if i == 0:
  *                     if self.take(timeout, spin):             # <<<<<<<<<<<<<<
@@ -8324,7 +8837,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
               }
 
-              /* "ivshmem/channel/readers.pyx":228
+              /* "ivshmem/channel/readers.pyx":234
  *             i = 0
  *             while i < count:
  *                 if i == 0:             # <<<<<<<<<<<<<<
@@ -8334,7 +8847,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
               goto __pyx_L12;
             }
 
-            /* "ivshmem/channel/readers.pyx":232
+            /* "ivshmem/channel/readers.pyx":238
  *                         return 0
  *                 else:
  *                     code = ivshmem_take(&self.reader, &self.message)             # <<<<<<<<<<<<<<
@@ -8344,7 +8857,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
             /*else*/ {
               __pyx_v_code = ivshmem_take((&__pyx_v_self->__pyx_base.reader), (&__pyx_v_self->message));
 
-              /* "ivshmem/channel/readers.pyx":233
+              /* "ivshmem/channel/readers.pyx":239
  *                 else:
  *                     code = ivshmem_take(&self.reader, &self.message)
  *                     if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -8356,7 +8869,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/readers.pyx":234
+                /* "ivshmem/channel/readers.pyx":240
  *                     code = ivshmem_take(&self.reader, &self.message)
  *                     if code == IVSHMEM_AGAIN:
  *                         break             # <<<<<<<<<<<<<<
@@ -8365,7 +8878,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
                 goto __pyx_L11_break;
 
-                /* "ivshmem/channel/readers.pyx":233
+                /* "ivshmem/channel/readers.pyx":239
  *                 else:
  *                     code = ivshmem_take(&self.reader, &self.message)
  *                     if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -8374,7 +8887,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
               }
 
-              /* "ivshmem/channel/readers.pyx":235
+              /* "ivshmem/channel/readers.pyx":241
  *                     if code == IVSHMEM_AGAIN:
  *                         break
  *                     if code:             # <<<<<<<<<<<<<<
@@ -8386,20 +8899,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
               if (unlikely(__pyx_t_3)) {
 
 
-                /* "ivshmem/channel/readers.pyx":236
+                /* "ivshmem/channel/readers.pyx":242
  *                         break
  *                     if code:
  *                         raise self.fail(code)             # <<<<<<<<<<<<<<
  *                     if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
  *                         self.keep()
 */
-                __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 236, __pyx_L8_error)
-                __Pyx_GOTREF(__pyx_t_4);
-                __Pyx_Raise(__pyx_t_4, 0, 0, 0);
-                __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-                __PYX_ERR(0, 236, __pyx_L8_error)
+                __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 242, __pyx_L8_error)
+                __Pyx_GOTREF(__pyx_t_2);
+                __Pyx_Raise(__pyx_t_2, 0, 0, 0);
+                __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+                __PYX_ERR(0, 242, __pyx_L8_error)
 
-                /* "ivshmem/channel/readers.pyx":235
+                /* "ivshmem/channel/readers.pyx":241
  *                     if code == IVSHMEM_AGAIN:
  *                         break
  *                     if code:             # <<<<<<<<<<<<<<
@@ -8408,7 +8921,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
               }
 
-              /* "ivshmem/channel/readers.pyx":237
+              /* "ivshmem/channel/readers.pyx":243
  *                     if code:
  *                         raise self.fail(code)
  *                     if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:             # <<<<<<<<<<<<<<
@@ -8434,17 +8947,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/readers.pyx":238
+                /* "ivshmem/channel/readers.pyx":244
  *                         raise self.fail(code)
  *                     if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
  *                         self.keep()             # <<<<<<<<<<<<<<
  *                         break
  *                 message = self.message
 */
-                __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 238, __pyx_L8_error)
+                __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 244, __pyx_L8_error)
 
 
-                /* "ivshmem/channel/readers.pyx":239
+                /* "ivshmem/channel/readers.pyx":245
  *                     if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
  *                         self.keep()
  *                         break             # <<<<<<<<<<<<<<
@@ -8453,7 +8966,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
                 goto __pyx_L11_break;
 
-                /* "ivshmem/channel/readers.pyx":237
+                /* "ivshmem/channel/readers.pyx":243
  *                     if code:
  *                         raise self.fail(code)
  *                     if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:             # <<<<<<<<<<<<<<
@@ -8464,7 +8977,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
             }
             __pyx_L12:;
 
-            /* "ivshmem/channel/readers.pyx":240
+            /* "ivshmem/channel/readers.pyx":246
  *                         self.keep()
  *                         break
  *                 message = self.message             # <<<<<<<<<<<<<<
@@ -8475,7 +8988,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 
             __pyx_v_message = __pyx_t_9;
 
-            /* "ivshmem/channel/readers.pyx":241
+            /* "ivshmem/channel/readers.pyx":247
  *                         break
  *                 message = self.message
  *                 if message.length > size:             # <<<<<<<<<<<<<<
@@ -8487,7 +9000,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/readers.pyx":242
+              /* "ivshmem/channel/readers.pyx":248
  *                 message = self.message
  *                 if message.length > size:
  *                     self.message.lost = 0             # <<<<<<<<<<<<<<
@@ -8496,17 +9009,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
               __pyx_v_self->message.lost = 0;
 
-              /* "ivshmem/channel/readers.pyx":243
+              /* "ivshmem/channel/readers.pyx":249
  *                 if message.length > size:
  *                     self.message.lost = 0
  *                     self.keep()             # <<<<<<<<<<<<<<
  *                     if i:
  *                         break
 */
-              __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 243, __pyx_L8_error)
+              __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 249, __pyx_L8_error)
 
 
-              /* "ivshmem/channel/readers.pyx":244
+              /* "ivshmem/channel/readers.pyx":250
  *                     self.message.lost = 0
  *                     self.keep()
  *                     if i:             # <<<<<<<<<<<<<<
@@ -8518,7 +9031,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/readers.pyx":245
+                /* "ivshmem/channel/readers.pyx":251
  *                     self.keep()
  *                     if i:
  *                         break             # <<<<<<<<<<<<<<
@@ -8527,7 +9040,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
                 goto __pyx_L11_break;
 
-                /* "ivshmem/channel/readers.pyx":244
+                /* "ivshmem/channel/readers.pyx":250
  *                     self.message.lost = 0
  *                     self.keep()
  *                     if i:             # <<<<<<<<<<<<<<
@@ -8536,27 +9049,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
               }
 
-              /* "ivshmem/channel/readers.pyx":246
+              /* "ivshmem/channel/readers.pyx":252
  *                     if i:
  *                         break
  *                     raise MessageTooLong(             # <<<<<<<<<<<<<<
  *                         f"a message of {message.length} bytes, and a row has {size}"
  *                     )
 */
-              __pyx_t_2 = NULL;
-              __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 246, __pyx_L8_error)
+              __pyx_t_4 = NULL;
+              __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 252, __pyx_L8_error)
               __Pyx_GOTREF(__pyx_t_10);
 
-              /* "ivshmem/channel/readers.pyx":247
+              /* "ivshmem/channel/readers.pyx":253
  *                         break
  *                     raise MessageTooLong(
  *                         f"a message of {message.length} bytes, and a row has {size}"             # <<<<<<<<<<<<<<
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf + i * size) == 0:
 */
-              __pyx_t_11 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 247, __pyx_L8_error)
+              __pyx_t_11 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 253, __pyx_L8_error)
               __Pyx_GOTREF(__pyx_t_11);
-              __pyx_t_12 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 247, __pyx_L8_error)
+              __pyx_t_12 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 253, __pyx_L8_error)
               __Pyx_GOTREF(__pyx_t_12);
               __pyx_t_13[0] = __pyx_mstate_global->__pyx_kp_u_a_message_of;
               __pyx_t_13[1] = __pyx_t_11;
@@ -8568,36 +9081,36 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
               #endif
               __pyx_t_7 = 0;
               __pyx_t_15 = __Pyx_PyUnicode_Join(__pyx_t_13, 4, __pyx_t_14, __pyx_t_7);
-              if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 247, __pyx_L8_error)
+              if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 253, __pyx_L8_error)
               __Pyx_GOTREF(__pyx_t_15);
               __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
               __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
               __pyx_t_5 = 1;
               #if CYTHON_UNPACK_METHODS
               if (unlikely(PyMethod_Check(__pyx_t_10))) {
-                __pyx_t_2 = PyMethod_GET_SELF(__pyx_t_10);
-                assert(__pyx_t_2);
+                __pyx_t_4 = PyMethod_GET_SELF(__pyx_t_10);
+                assert(__pyx_t_4);
                 PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_10);
-                __Pyx_INCREF(__pyx_t_2);
+                __Pyx_INCREF(__pyx_t_4);
                 __Pyx_INCREF(__pyx__function);
                 __Pyx_DECREF_SET(__pyx_t_10, __pyx__function);
                 __pyx_t_5 = 0;
               }
               #endif
               {
-                PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_t_15};
-                __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_10, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-                __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+                PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_15};
+                __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_10, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+                __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
                 __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
                 __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-                if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 246, __pyx_L8_error)
-                __Pyx_GOTREF(__pyx_t_4);
+                if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 252, __pyx_L8_error)
+                __Pyx_GOTREF(__pyx_t_2);
               }
-              __Pyx_Raise(__pyx_t_4, 0, 0, 0);
-              __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-              __PYX_ERR(0, 246, __pyx_L8_error)
+              __Pyx_Raise(__pyx_t_2, 0, 0, 0);
+              __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+              __PYX_ERR(0, 252, __pyx_L8_error)
 
-              /* "ivshmem/channel/readers.pyx":241
+              /* "ivshmem/channel/readers.pyx":247
  *                         break
  *                 message = self.message
  *                 if message.length > size:             # <<<<<<<<<<<<<<
@@ -8606,21 +9119,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
             }
 
-            /* "ivshmem/channel/readers.pyx":249
+            /* "ivshmem/channel/readers.pyx":255
  *                         f"a message of {message.length} bytes, and a row has {size}"
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf + i * size) == 0:             # <<<<<<<<<<<<<<
  *                     i += 1
  *                     tries = 0
 */
-            __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), (((char *)__pyx_v_view.buf) + (__pyx_v_i * __pyx_v_size))); if (unlikely(__pyx_t_7 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 249, __pyx_L8_error)
+            __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), (((char *)__pyx_v_view.buf) + (__pyx_v_i * __pyx_v_size))); if (unlikely(__pyx_t_7 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 255, __pyx_L8_error)
             __pyx_t_3 = (__pyx_t_7 == 0);
 
 
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/readers.pyx":250
+              /* "ivshmem/channel/readers.pyx":256
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf + i * size) == 0:
  *                     i += 1             # <<<<<<<<<<<<<<
@@ -8629,7 +9142,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
               __pyx_v_i = (__pyx_v_i + 1);
 
-              /* "ivshmem/channel/readers.pyx":251
+              /* "ivshmem/channel/readers.pyx":257
  *                 if self.copy_to(&message, <char *>view.buf + i * size) == 0:
  *                     i += 1
  *                     tries = 0             # <<<<<<<<<<<<<<
@@ -8638,7 +9151,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
               __pyx_v_tries = 0;
 
-              /* "ivshmem/channel/readers.pyx":249
+              /* "ivshmem/channel/readers.pyx":255
  *                         f"a message of {message.length} bytes, and a row has {size}"
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf + i * size) == 0:             # <<<<<<<<<<<<<<
@@ -8648,7 +9161,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
               goto __pyx_L21;
             }
 
-            /* "ivshmem/channel/readers.pyx":253
+            /* "ivshmem/channel/readers.pyx":259
  *                     tries = 0
  *                 else:
  *                     tries += 1             # <<<<<<<<<<<<<<
@@ -8658,7 +9171,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
             /*else*/ {
               __pyx_v_tries = (__pyx_v_tries + 1);
 
-              /* "ivshmem/channel/readers.pyx":254
+              /* "ivshmem/channel/readers.pyx":260
  *                 else:
  *                     tries += 1
  *                     if tries == TRIES:             # <<<<<<<<<<<<<<
@@ -8670,7 +9183,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/readers.pyx":255
+                /* "ivshmem/channel/readers.pyx":261
  *                     tries += 1
  *                     if tries == TRIES:
  *                         if i:             # <<<<<<<<<<<<<<
@@ -8682,7 +9195,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
                 if (__pyx_t_3) {
 
 
-                  /* "ivshmem/channel/readers.pyx":256
+                  /* "ivshmem/channel/readers.pyx":262
  *                     if tries == TRIES:
  *                         if i:
  *                             break             # <<<<<<<<<<<<<<
@@ -8691,7 +9204,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
                   goto __pyx_L11_break;
 
-                  /* "ivshmem/channel/readers.pyx":255
+                  /* "ivshmem/channel/readers.pyx":261
  *                     tries += 1
  *                     if tries == TRIES:
  *                         if i:             # <<<<<<<<<<<<<<
@@ -8700,20 +9213,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
                 }
 
-                /* "ivshmem/channel/readers.pyx":257
+                /* "ivshmem/channel/readers.pyx":263
  *                         if i:
  *                             break
  *                         raise self.starved()             # <<<<<<<<<<<<<<
  *             return i
  *         finally:
 */
-                __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 257, __pyx_L8_error)
-                __Pyx_GOTREF(__pyx_t_4);
-                __Pyx_Raise(__pyx_t_4, 0, 0, 0);
-                __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-                __PYX_ERR(0, 257, __pyx_L8_error)
+                __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 263, __pyx_L8_error)
+                __Pyx_GOTREF(__pyx_t_2);
+                __Pyx_Raise(__pyx_t_2, 0, 0, 0);
+                __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+                __PYX_ERR(0, 263, __pyx_L8_error)
 
-                /* "ivshmem/channel/readers.pyx":254
+                /* "ivshmem/channel/readers.pyx":260
  *                 else:
  *                     tries += 1
  *                     if tries == TRIES:             # <<<<<<<<<<<<<<
@@ -8726,29 +9239,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
           }
           __pyx_L11_break:;
 
-          /* "ivshmem/channel/readers.pyx":258
+          /* "ivshmem/channel/readers.pyx":264
  *                             break
  *                         raise self.starved()
  *             return i             # <<<<<<<<<<<<<<
  *         finally:
  *             PyBuffer_Release(&view)
 */
-          __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_i); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 258, __pyx_L8_error)
-          __Pyx_GOTREF(__pyx_t_4);
+          __pyx_t_2 = __Pyx_PyLong_From_uint64_t(__pyx_v_i); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 264, __pyx_L8_error)
+          __Pyx_GOTREF(__pyx_t_2);
           {
             PyObject *__pyx_temp;
             {
               __pyx_temp = __pyx_r;
-              __pyx_r = __pyx_t_4;
+              __pyx_r = __pyx_t_2;
             }
             __Pyx_XDECREF(__pyx_temp);
           }
-          __pyx_t_4 = 0;
+          __pyx_t_2 = 0;
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L7_return;
         }
 
-        /* "ivshmem/channel/readers.pyx":260
+        /* "ivshmem/channel/readers.pyx":266
  *             return i
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -8802,7 +9315,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
         }
       }
 
-      /* "ivshmem/channel/readers.pyx":198
+      /* "ivshmem/channel/readers.pyx":202
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8853,7 +9366,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":262
+/* "ivshmem/channel/readers.pyx":268
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8869,7 +9382,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7readers_6Reader_6view, "Return the next message as a View: its memory itself, without a copy.\n\n        The writer keeps the memory as long as the View lives, if this reader blocks or discards; a\n        reader that overwrites can be overtaken.\n\n        Args:\n            timeout, spin: as of `get`.\n\n        Returns:\n            A View; None: no message came in time.\n\n        Raises:\n            ChannelError: as many views as the channel allows are alive.\n            MessagesLost, ChannelCorrupt, ClosedError: as of `get`.\n        ");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7readers_6Reader_6view, "Return the next message as a View: its memory itself, without a copy.\n\n        The writer keeps the memory as long as the View lives, if this reader blocks or discards; a\n        reader that overwrites can be overtaken.\n\n        Args:\n            timeout, spin: as of `get`.\n\n        Returns:\n            A View; None: no message came in time.\n\n        Raises:\n            ChannelError: as many views as the channel allows are alive.\n            ChannelTypeError: pickle=True.\n            MessagesLost, ChannelCorrupt, ClosedError: as of `get`.\n        ");
 static PyMethodDef __pyx_mdef_7ivshmem_7channel_7readers_6Reader_7view = {"view", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_6Reader_7view, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_6Reader_6view};
 static PyObject *__pyx_pw_7ivshmem_7channel_7readers_6Reader_7view(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -8902,20 +9415,20 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 262, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 268, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 262, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 268, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "view", 0) < (0)) __PYX_ERR(0, 262, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "view", 0) < (0)) __PYX_ERR(0, 268, __pyx_L3_error)
 
-      /* "ivshmem/channel/readers.pyx":263
+      /* "ivshmem/channel/readers.pyx":269
  * 
  *     @cython.critical_section
  *     def view(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -8928,7 +9441,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 262, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 268, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -8941,7 +9454,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("view", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 262, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("view", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 268, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8954,7 +9467,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(((struct __pyx_obj_7ivshmem_7channel_7readers_Reader *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/readers.pyx":262
+  /* "ivshmem/channel/readers.pyx":268
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8974,17 +9487,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
-  int __pyx_t_2;
+  PyObject *__pyx_t_2 = NULL;
   PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  PyObject *__pyx_t_5 = NULL;
+  int __pyx_t_4;
+  int __pyx_t_5;
   PyObject *__pyx_t_6 = NULL;
   PyObject *__pyx_t_7 = NULL;
   PyObject *__pyx_t_8 = NULL;
   PyObject *__pyx_t_9 = NULL;
-  PyObject *__pyx_t_10[5];
-  Py_ssize_t __pyx_t_11;
-  int __pyx_t_12;
+  PyObject *__pyx_t_10 = NULL;
+  PyObject *__pyx_t_11[5];
+  Py_ssize_t __pyx_t_12;
   size_t __pyx_t_13;
   PyObject *__pyx_t_14 = NULL;
   int __pyx_lineno = 0;
@@ -8998,124 +9511,140 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/readers.pyx":279
+        /* "ivshmem/channel/readers.pyx":286
  *             MessagesLost, ChannelCorrupt, ClosedError: as of `get`.
  *         """
+ *         check_in_place(self.type, self.name)             # <<<<<<<<<<<<<<
+ *         if self.views >= self.channel.record.geometry.views:
+ *             raise ChannelError(
+*/
+        __pyx_t_2 = __pyx_v_self->__pyx_base.type;
+        __Pyx_INCREF(__pyx_t_2);
+        __pyx_t_3 = __pyx_v_self->__pyx_base.__pyx_base.name;
+        __Pyx_INCREF(__pyx_t_3);
+        __pyx_t_4 = __pyx_f_7ivshmem_7channel_5roles_check_in_place(__pyx_t_2, ((PyObject*)__pyx_t_3)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 286, __pyx_L4_error)
+        __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+        __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+
+
+        /* "ivshmem/channel/readers.pyx":287
+ *         """
+ *         check_in_place(self.type, self.name)
  *         if self.views >= self.channel.record.geometry.views:             # <<<<<<<<<<<<<<
  *             raise ChannelError(
  *                 f"channel {self.name!r}: {counted(self.views, 'view')} at once, which are all"
 */
-        __pyx_t_2 = (__pyx_v_self->__pyx_base.views >= __pyx_v_self->__pyx_base.__pyx_base.channel.record.geometry.views);
+        __pyx_t_5 = (__pyx_v_self->__pyx_base.views >= __pyx_v_self->__pyx_base.__pyx_base.channel.record.geometry.views);
 
-        if (unlikely(__pyx_t_2)) {
+        if (unlikely(__pyx_t_5)) {
 
 
-          /* "ivshmem/channel/readers.pyx":280
- *         """
+          /* "ivshmem/channel/readers.pyx":288
+ *         check_in_place(self.type, self.name)
  *         if self.views >= self.channel.record.geometry.views:
  *             raise ChannelError(             # <<<<<<<<<<<<<<
  *                 f"channel {self.name!r}: {counted(self.views, 'view')} at once, which are all"
  *                 " that it was made for: release one"
 */
-          __pyx_t_4 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 280, __pyx_L4_error)
-          __Pyx_GOTREF(__pyx_t_5);
+          __pyx_t_2 = NULL;
+          __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 288, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_6);
 
-          /* "ivshmem/channel/readers.pyx":281
+          /* "ivshmem/channel/readers.pyx":289
  *         if self.views >= self.channel.record.geometry.views:
  *             raise ChannelError(
  *                 f"channel {self.name!r}: {counted(self.views, 'view')} at once, which are all"             # <<<<<<<<<<<<<<
  *                 " that it was made for: release one"
  *             )
 */
-          __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 281, __pyx_L4_error)
-          __Pyx_GOTREF(__pyx_t_6);
-          __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 281, __pyx_L4_error)
+          __pyx_t_7 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 289, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
-          __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->__pyx_base.views); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 281, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 289, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
-          __pyx_t_9 = PyTuple_New(2); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 281, __pyx_L4_error)
+          __pyx_t_9 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->__pyx_base.views); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 289, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_9);
-          __Pyx_GIVEREF(__pyx_t_8);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 0, __pyx_t_8) != (0)) __PYX_ERR(0, 281, __pyx_L4_error);
+          __pyx_t_10 = PyTuple_New(2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 289, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_10);
+          __Pyx_GIVEREF(__pyx_t_9);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 0, __pyx_t_9) != (0)) __PYX_ERR(0, 289, __pyx_L4_error);
           __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_view);
           __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_view);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 1, __pyx_mstate_global->__pyx_n_u_view) != (0)) __PYX_ERR(0, 281, __pyx_L4_error);
-          __pyx_t_8 = 0;
-          __pyx_t_8 = __Pyx_PyObject_Call(__pyx_t_7, __pyx_t_9, NULL); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 281, __pyx_L4_error)
-          __Pyx_GOTREF(__pyx_t_8);
-          __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-          __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-          __pyx_t_9 = __Pyx_PyObject_FormatSimple(__pyx_t_8, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 281, __pyx_L4_error)
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 1, __pyx_mstate_global->__pyx_n_u_view) != (0)) __PYX_ERR(0, 289, __pyx_L4_error);
+          __pyx_t_9 = 0;
+          __pyx_t_9 = __Pyx_PyObject_Call(__pyx_t_8, __pyx_t_10, NULL); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 289, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_9);
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-          __pyx_t_10[0] = __pyx_mstate_global->__pyx_kp_u_channel;
-          __pyx_t_10[1] = __pyx_t_6;
-          __pyx_t_10[2] = __pyx_mstate_global->__pyx_kp_u_;
-          __pyx_t_10[3] = __pyx_t_9;
-          __pyx_t_10[4] = __pyx_mstate_global->__pyx_kp_u_at_once_which_are_all_that_it_w;
-          __pyx_t_11 = 67;
-          #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-          __pyx_t_11 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_10[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_10[3]);
-          #endif
-          __pyx_t_12 = 0;
-          #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-          __pyx_t_12 |= __Pyx_PyUnicode_KIND_04(__pyx_t_10[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_10[3]);
-          #endif
-          __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_10, 5, __pyx_t_11, __pyx_t_12);
-          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 281, __pyx_L4_error)
-          __Pyx_GOTREF(__pyx_t_8);
-          __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+          __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
+          __pyx_t_10 = __Pyx_PyObject_FormatSimple(__pyx_t_9, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 289, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_10);
           __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+          __pyx_t_11[0] = __pyx_mstate_global->__pyx_kp_u_channel;
+          __pyx_t_11[1] = __pyx_t_7;
+          __pyx_t_11[2] = __pyx_mstate_global->__pyx_kp_u_;
+          __pyx_t_11[3] = __pyx_t_10;
+          __pyx_t_11[4] = __pyx_mstate_global->__pyx_kp_u_at_once_which_are_all_that_it_w;
+          __pyx_t_12 = 67;
+          #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+          __pyx_t_12 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_11[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_11[3]);
+          #endif
+          __pyx_t_4 = 0;
+          #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+          __pyx_t_4 |= __Pyx_PyUnicode_KIND_04(__pyx_t_11[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_11[3]);
+          #endif
+          __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_11, 5, __pyx_t_12, __pyx_t_4);
+          if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 289, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_9);
+          __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+          __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
           __pyx_t_13 = 1;
           #if CYTHON_UNPACK_METHODS
-          if (unlikely(PyMethod_Check(__pyx_t_5))) {
-            __pyx_t_4 = PyMethod_GET_SELF(__pyx_t_5);
-            assert(__pyx_t_4);
-            PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_5);
-            __Pyx_INCREF(__pyx_t_4);
+          if (unlikely(PyMethod_Check(__pyx_t_6))) {
+            __pyx_t_2 = PyMethod_GET_SELF(__pyx_t_6);
+            assert(__pyx_t_2);
+            PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_6);
+            __Pyx_INCREF(__pyx_t_2);
             __Pyx_INCREF(__pyx__function);
-            __Pyx_DECREF_SET(__pyx_t_5, __pyx__function);
+            __Pyx_DECREF_SET(__pyx_t_6, __pyx__function);
             __pyx_t_13 = 0;
           }
           #endif
           {
-            PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_8};
-            __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_13, (2-__pyx_t_13) | (__pyx_t_13*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-            __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-            __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-            __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 280, __pyx_L4_error)
+            PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_t_9};
+            __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_13, (2-__pyx_t_13) | (__pyx_t_13*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+            __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+            __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+            __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 288, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
           __Pyx_Raise(__pyx_t_3, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-          __PYX_ERR(0, 280, __pyx_L4_error)
+          __PYX_ERR(0, 288, __pyx_L4_error)
 
-          /* "ivshmem/channel/readers.pyx":279
- *             MessagesLost, ChannelCorrupt, ClosedError: as of `get`.
+          /* "ivshmem/channel/readers.pyx":287
  *         """
+ *         check_in_place(self.type, self.name)
  *         if self.views >= self.channel.record.geometry.views:             # <<<<<<<<<<<<<<
  *             raise ChannelError(
  *                 f"channel {self.name!r}: {counted(self.views, 'view')} at once, which are all"
 */
         }
 
-        /* "ivshmem/channel/readers.pyx":284
+        /* "ivshmem/channel/readers.pyx":292
  *                 " that it was made for: release one"
  *             )
  *         if self.take(timeout, spin):             # <<<<<<<<<<<<<<
  *             return None
  *         return view_of(self, self.message)
 */
-        __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_12 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 284, __pyx_L4_error)
-        __pyx_t_2 = (__pyx_t_12 != 0);
+        __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_4 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 292, __pyx_L4_error)
+        __pyx_t_5 = (__pyx_t_4 != 0);
 
 
-        if (__pyx_t_2) {
+        if (__pyx_t_5) {
 
 
-          /* "ivshmem/channel/readers.pyx":285
+          /* "ivshmem/channel/readers.pyx":293
  *             )
  *         if self.take(timeout, spin):
  *             return None             # <<<<<<<<<<<<<<
@@ -9133,7 +9662,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/readers.pyx":284
+          /* "ivshmem/channel/readers.pyx":292
  *                 " that it was made for: release one"
  *             )
  *         if self.take(timeout, spin):             # <<<<<<<<<<<<<<
@@ -9142,14 +9671,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
 */
         }
 
-        /* "ivshmem/channel/readers.pyx":286
+        /* "ivshmem/channel/readers.pyx":294
  *         if self.take(timeout, spin):
  *             return None
  *         return view_of(self, self.message)             # <<<<<<<<<<<<<<
  * 
  *     def get_async(self, timeout=None):
 */
-        __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_5views_view_of(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_self->message)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 286, __pyx_L4_error)
+        __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_5views_view_of(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_self->message)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 294, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
         {
           PyObject *__pyx_temp;
@@ -9164,7 +9693,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/readers.pyx":262
+      /* "ivshmem/channel/readers.pyx":268
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9193,13 +9722,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
   goto __pyx_L0;
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_XDECREF(__pyx_t_5);
   __Pyx_XDECREF(__pyx_t_6);
   __Pyx_XDECREF(__pyx_t_7);
   __Pyx_XDECREF(__pyx_t_8);
   __Pyx_XDECREF(__pyx_t_9);
+  __Pyx_XDECREF(__pyx_t_10);
   __Pyx_AddTraceback("ivshmem.channel.readers.Reader.view", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -9208,7 +9737,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":288
+/* "ivshmem/channel/readers.pyx":296
  *         return view_of(self, self.message)
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -9256,24 +9785,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 288, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 296, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 288, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 296, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_async", 0) < (0)) __PYX_ERR(0, 288, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_async", 0) < (0)) __PYX_ERR(0, 296, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 288, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 296, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -9284,7 +9813,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 288, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 296, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9315,16 +9844,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_8get_async(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("get_async", 0);
 
-  /* "ivshmem/channel/readers.pyx":290
+  /* "ivshmem/channel/readers.pyx":298
  *     def get_async(self, timeout=None):
  *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.get, timeout, ())             # <<<<<<<<<<<<<<
  * 
  *     def get_into_async(self, buffer, timeout=None):
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 290, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 298, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 290, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 298, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
@@ -9338,7 +9867,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_8get_async(struct _
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":288
+  /* "ivshmem/channel/readers.pyx":296
  *         return view_of(self, self.message)
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -9358,7 +9887,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_8get_async(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":292
+/* "ivshmem/channel/readers.pyx":300
  *         return until_something(self, self.get, timeout, ())
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
@@ -9407,35 +9936,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_buffer,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 292, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 300, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 292, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 300, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 292, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 300, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into_async", 0) < (0)) __PYX_ERR(0, 292, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into_async", 0) < (0)) __PYX_ERR(0, 300, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, i); __PYX_ERR(0, 292, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, i); __PYX_ERR(0, 300, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 292, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 300, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 292, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 300, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -9446,7 +9975,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 292, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 300, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9478,21 +10007,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_10get_into_async(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("get_into_async", 0);
 
-  /* "ivshmem/channel/readers.pyx":294
+  /* "ivshmem/channel/readers.pyx":302
  *     def get_into_async(self, buffer, timeout=None):
  *         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.get_into, timeout, (buffer,))             # <<<<<<<<<<<<<<
  * 
  *     async def get_rows_async(self, rows, timeout=None):
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get_into); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 294, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get_into); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 302, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 294, __pyx_L1_error)
+  __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 302, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_INCREF(__pyx_v_buffer);
   __Pyx_GIVEREF(__pyx_v_buffer);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_v_buffer) != (0)) __PYX_ERR(0, 294, __pyx_L1_error);
-  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, ((PyObject*)__pyx_t_2)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 294, __pyx_L1_error)
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_v_buffer) != (0)) __PYX_ERR(0, 302, __pyx_L1_error);
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, ((PyObject*)__pyx_t_2)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 302, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -9507,7 +10036,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_10get_into_async(st
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":292
+  /* "ivshmem/channel/readers.pyx":300
  *         return until_something(self, self.get, timeout, ())
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
@@ -9529,7 +10058,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_10get_into_async(st
 }
 static PyObject *__pyx_gb_7ivshmem_7channel_7readers_6Reader_14generator(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
 
-/* "ivshmem/channel/readers.pyx":296
+/* "ivshmem/channel/readers.pyx":304
  *         return until_something(self, self.get_into, timeout, (buffer,))
  * 
  *     async def get_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
@@ -9578,35 +10107,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_rows,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 296, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 304, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 296, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 304, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 296, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 304, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_rows_async", 0) < (0)) __PYX_ERR(0, 296, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_rows_async", 0) < (0)) __PYX_ERR(0, 304, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_rows_async", 0, 1, 2, i); __PYX_ERR(0, 296, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_rows_async", 0, 1, 2, i); __PYX_ERR(0, 304, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 296, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 304, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 296, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 304, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -9617,7 +10146,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_rows_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 296, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_rows_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 304, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9650,7 +10179,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_12get_rows_async(st
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 296, __pyx_L1_error)
+    __PYX_ERR(0, 304, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
@@ -9664,7 +10193,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_12get_rows_async(st
   __Pyx_INCREF(__pyx_cur_scope->__pyx_v_timeout);
   __Pyx_GIVEREF(__pyx_cur_scope->__pyx_v_timeout);
   {
-    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7readers_6Reader_14generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_get_rows_async, __pyx_mstate_global->__pyx_n_u_Reader_get_rows_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers); if (unlikely(!gen)) __PYX_ERR(0, 296, __pyx_L1_error)
+    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7readers_6Reader_14generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_get_rows_async, __pyx_mstate_global->__pyx_n_u_Reader_get_rows_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers); if (unlikely(!gen)) __PYX_ERR(0, 304, __pyx_L1_error)
     __Pyx_DECREF(__pyx_cur_scope);
     __Pyx_RefNannyFinishContext();
     return (PyObject *) gen;
@@ -9704,24 +10233,24 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7readers_6Reader_14generator(__pyx_C
   __pyx_L3_first_run:;
   if (unlikely(__pyx_sent_value != Py_None)) {
     if (unlikely(__pyx_sent_value)) PyErr_SetString(PyExc_TypeError, "can't send non-None value to a just-started coroutine");
-    __PYX_ERR(0, 296, __pyx_L1_error)
+    __PYX_ERR(0, 304, __pyx_L1_error)
   }
 
-  /* "ivshmem/channel/readers.pyx":298
+  /* "ivshmem/channel/readers.pyx":306
  *     async def get_rows_async(self, rows, timeout=None):
  *         """The twin of `get_rows` for asyncio. To cancel it takes nothing."""
  *         found = await until_something(self, self._rows_or_none, timeout, (rows,))             # <<<<<<<<<<<<<<
  *         return found or 0
  * 
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_cur_scope->__pyx_v_self), __pyx_mstate_global->__pyx_n_u_rows_or_none); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 298, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_cur_scope->__pyx_v_self), __pyx_mstate_global->__pyx_n_u_rows_or_none); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 306, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 298, __pyx_L1_error)
+  __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 306, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_INCREF(__pyx_cur_scope->__pyx_v_rows);
   __Pyx_GIVEREF(__pyx_cur_scope->__pyx_v_rows);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_cur_scope->__pyx_v_rows) != (0)) __PYX_ERR(0, 298, __pyx_L1_error);
-  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_cur_scope->__pyx_v_self), __pyx_t_1, __pyx_cur_scope->__pyx_v_timeout, ((PyObject*)__pyx_t_2)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 298, __pyx_L1_error)
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_cur_scope->__pyx_v_rows) != (0)) __PYX_ERR(0, 306, __pyx_L1_error);
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_cur_scope->__pyx_v_self), __pyx_t_1, __pyx_cur_scope->__pyx_v_timeout, ((PyObject*)__pyx_t_2)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 306, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -9736,34 +10265,34 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7readers_6Reader_14generator(__pyx_C
     __pyx_generator->resume_label = 1;
     return __pyx_r;
     __pyx_L4_resume_from_await:;
-    if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 298, __pyx_L1_error)
+    if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 306, __pyx_L1_error)
     __pyx_t_3 = __pyx_sent_value; __Pyx_INCREF(__pyx_t_3);
   } else if (likely(__pyx_t_4 == PYGEN_RETURN)) {
     __Pyx_GOTREF(__pyx_r);
     __pyx_t_3 = __pyx_r; __pyx_r = NULL;
   } else {
     __Pyx_XGOTREF(__pyx_r);
-    __PYX_ERR(0, 298, __pyx_L1_error)
+    __PYX_ERR(0, 306, __pyx_L1_error)
   }
   __Pyx_GIVEREF(__pyx_t_3);
   __pyx_cur_scope->__pyx_v_found = __pyx_t_3;
   __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/readers.pyx":299
+  /* "ivshmem/channel/readers.pyx":307
  *         """The twin of `get_rows` for asyncio. To cancel it takes nothing."""
  *         found = await until_something(self, self._rows_or_none, timeout, (rows,))
  *         return found or 0             # <<<<<<<<<<<<<<
  * 
  *     def _rows_or_none(self, rows, timeout):
 */
-  __pyx_t_5 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_found); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 299, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_found); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 307, __pyx_L1_error)
   if (!__pyx_t_5) {
   } else {
     __Pyx_INCREF(__pyx_cur_scope->__pyx_v_found);
     __pyx_t_3 = __pyx_cur_scope->__pyx_v_found;
     goto __pyx_L5_bool_binop_done;
   }
-  __pyx_t_2 = __Pyx_PyLong_From_long(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 299, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_long(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 307, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_t_3 = __pyx_t_2;
   __pyx_t_2 = 0;
@@ -9780,7 +10309,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7readers_6Reader_14generator(__pyx_C
   goto __pyx_L0;
   CYTHON_MAYBE_UNUSED_VAR(__pyx_cur_scope);
 
-  /* "ivshmem/channel/readers.pyx":296
+  /* "ivshmem/channel/readers.pyx":304
  *         return until_something(self, self.get_into, timeout, (buffer,))
  * 
  *     async def get_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
@@ -9808,7 +10337,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7readers_6Reader_14generator(__pyx_C
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":301
+/* "ivshmem/channel/readers.pyx":309
  *         return found or 0
  * 
  *     def _rows_or_none(self, rows, timeout):             # <<<<<<<<<<<<<<
@@ -9857,39 +10386,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_rows,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 301, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 309, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 301, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 309, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 301, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 309, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_rows_or_none", 0) < (0)) __PYX_ERR(0, 301, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_rows_or_none", 0) < (0)) __PYX_ERR(0, 309, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_rows_or_none", 1, 2, 2, i); __PYX_ERR(0, 301, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_rows_or_none", 1, 2, 2, i); __PYX_ERR(0, 309, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 301, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 309, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 301, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 309, __pyx_L3_error)
     }
     __pyx_v_rows = values[0];
     __pyx_v_timeout = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_rows_or_none", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 301, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_rows_or_none", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 309, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9923,7 +10452,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_15_rows_or_none(str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_rows_or_none", 0);
 
-  /* "ivshmem/channel/readers.pyx":302
+  /* "ivshmem/channel/readers.pyx":310
  * 
  *     def _rows_or_none(self, rows, timeout):
  *         return self.get_rows(rows, timeout) or None             # <<<<<<<<<<<<<<
@@ -9937,10 +10466,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_15_rows_or_none(str
     PyObject *__pyx_callargs[3] = {__pyx_t_3, __pyx_v_rows, __pyx_v_timeout};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get_rows, __pyx_callargs+__pyx_t_4, (3-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 302, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 310, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  __pyx_t_5 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 302, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 310, __pyx_L1_error)
   if (!__pyx_t_5) {
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   } else {
@@ -9963,7 +10492,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_15_rows_or_none(str
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":301
+  /* "ivshmem/channel/readers.pyx":309
  *         return found or 0
  * 
  *     def _rows_or_none(self, rows, timeout):             # <<<<<<<<<<<<<<
@@ -9984,7 +10513,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_15_rows_or_none(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":304
+/* "ivshmem/channel/readers.pyx":312
  *         return self.get_rows(rows, timeout) or None
  * 
  *     def view_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -10032,24 +10561,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 304, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 312, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 304, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 312, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "view_async", 0) < (0)) __PYX_ERR(0, 304, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "view_async", 0) < (0)) __PYX_ERR(0, 312, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 304, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 312, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -10060,7 +10589,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("view_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 304, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("view_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 312, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10091,16 +10620,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_17view_async(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("view_async", 0);
 
-  /* "ivshmem/channel/readers.pyx":306
+  /* "ivshmem/channel/readers.pyx":314
  *     def view_async(self, timeout=None):
  *         """The twin of `view` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.view, timeout, ())             # <<<<<<<<<<<<<<
  * 
  *     def __iter__(self):
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_view); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 306, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_view); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 314, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 306, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 314, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
@@ -10114,7 +10643,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_17view_async(struct
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":304
+  /* "ivshmem/channel/readers.pyx":312
  *         return self.get_rows(rows, timeout) or None
  * 
  *     def view_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -10134,7 +10663,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_17view_async(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":308
+/* "ivshmem/channel/readers.pyx":316
  *         return until_something(self, self.view, timeout, ())
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -10162,7 +10691,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_19__iter__(struct _
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__iter__", 0);
 
-  /* "ivshmem/channel/readers.pyx":309
+  /* "ivshmem/channel/readers.pyx":317
  * 
  *     def __iter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -10180,7 +10709,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_19__iter__(struct _
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":308
+  /* "ivshmem/channel/readers.pyx":316
  *         return until_something(self, self.view, timeout, ())
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -10195,7 +10724,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_19__iter__(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":311
+/* "ivshmem/channel/readers.pyx":319
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -10229,7 +10758,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_21__next__(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__next__", 0);
 
-  /* "ivshmem/channel/readers.pyx":312
+  /* "ivshmem/channel/readers.pyx":320
  * 
  *     def __next__(self):
  *         return self.get()             # <<<<<<<<<<<<<<
@@ -10243,7 +10772,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_21__next__(struct _
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 312, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 320, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -10257,7 +10786,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_21__next__(struct _
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":311
+  /* "ivshmem/channel/readers.pyx":319
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -10277,7 +10806,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_21__next__(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":314
+/* "ivshmem/channel/readers.pyx":322
  *         return self.get()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -10305,7 +10834,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_23__aiter__(struct 
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__aiter__", 0);
 
-  /* "ivshmem/channel/readers.pyx":315
+  /* "ivshmem/channel/readers.pyx":323
  * 
  *     def __aiter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -10323,7 +10852,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_23__aiter__(struct 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":314
+  /* "ivshmem/channel/readers.pyx":322
  *         return self.get()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -10338,7 +10867,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_23__aiter__(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":317
+/* "ivshmem/channel/readers.pyx":325
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -10372,7 +10901,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_25__anext__(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__anext__", 0);
 
-  /* "ivshmem/channel/readers.pyx":318
+  /* "ivshmem/channel/readers.pyx":326
  * 
  *     def __anext__(self):
  *         return self.get_async()             # <<<<<<<<<<<<<<
@@ -10386,7 +10915,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_25__anext__(struct 
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get_async, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 318, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 326, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -10400,7 +10929,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_25__anext__(struct 
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":317
+  /* "ivshmem/channel/readers.pyx":325
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -10484,7 +11013,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_27__reduce_cython__
  *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_self_held_self_reader_cannot_be, 0, 0);
-  __PYX_ERR(1, 2, __pyx_L1_error)
+  __PYX_ERR(3, 2, __pyx_L1_error)
 
   /* "(tree fragment)":1
  * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
@@ -10548,32 +11077,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(1, 3, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(3, 3, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(3, 3, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(1, 3, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(3, 3, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(1, 3, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(3, 3, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(3, 3, __pyx_L3_error)
     }
     __pyx_v___pyx_state = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(1, 3, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(3, 3, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10608,7 +11137,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_29__setstate_cython
  *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"             # <<<<<<<<<<<<<<
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_self_held_self_reader_cannot_be, 0, 0);
-  __PYX_ERR(1, 4, __pyx_L1_error)
+  __PYX_ERR(3, 4, __pyx_L1_error)
 
   /* "(tree fragment)":3
  * def __reduce_cython__(self):
@@ -10626,7 +11155,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_29__setstate_cython
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":323
+/* "ivshmem/channel/readers.pyx":331
  * # -- values ---------------------------------------------------------------------------------------
  * 
  * cdef int64_t probe_value(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -10638,7 +11167,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_value(void *__pyx_v_what
   struct ivshmem_reader *__pyx_v_reader;
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/readers.pyx":324
+  /* "ivshmem/channel/readers.pyx":332
  * 
  * cdef int64_t probe_value(void *what) noexcept nogil:
  *     cdef ivshmem_reader *reader = <ivshmem_reader *>what             # <<<<<<<<<<<<<<
@@ -10647,7 +11176,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_value(void *__pyx_v_what
 */
   __pyx_v_reader = ((struct ivshmem_reader *)__pyx_v_what);
 
-  /* "ivshmem/channel/readers.pyx":325
+  /* "ivshmem/channel/readers.pyx":333
  * cdef int64_t probe_value(void *what) noexcept nogil:
  *     cdef ivshmem_reader *reader = <ivshmem_reader *>what
  *     return ivshmem_value(ivshmem_head(reader.channel, 0)) != reader.sources[0].next             # <<<<<<<<<<<<<<
@@ -10660,7 +11189,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_value(void *__pyx_v_what
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":323
+  /* "ivshmem/channel/readers.pyx":331
  * # -- values ---------------------------------------------------------------------------------------
  * 
  * cdef int64_t probe_value(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -10674,7 +11203,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_value(void *__pyx_v_what
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":336
+/* "ivshmem/channel/readers.pyx":344
  *     """
  * 
  *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
@@ -10686,7 +11215,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_attempt(struct __pyx
   int __pyx_r;
   int __pyx_t_1;
 
-  /* "ivshmem/channel/readers.pyx":338
+  /* "ivshmem/channel/readers.pyx":346
  *     cdef int attempt(self) except? -2:
  *         """Look for a content that this reader has not seen."""
  *         if not probe_value(&self.reader):             # <<<<<<<<<<<<<<
@@ -10698,7 +11227,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_attempt(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/readers.pyx":339
+    /* "ivshmem/channel/readers.pyx":347
  *         """Look for a content that this reader has not seen."""
  *         if not probe_value(&self.reader):
  *             return IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -10711,7 +11240,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_attempt(struct __pyx
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/readers.pyx":338
+    /* "ivshmem/channel/readers.pyx":346
  *     cdef int attempt(self) except? -2:
  *         """Look for a content that this reader has not seen."""
  *         if not probe_value(&self.reader):             # <<<<<<<<<<<<<<
@@ -10720,7 +11249,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_attempt(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":340
+  /* "ivshmem/channel/readers.pyx":348
  *         if not probe_value(&self.reader):
  *             return IVSHMEM_AGAIN
  *         return ivshmem_value_look(&self.reader, &self.message)             # <<<<<<<<<<<<<<
@@ -10733,7 +11262,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_attempt(struct __pyx
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":336
+  /* "ivshmem/channel/readers.pyx":344
  *     """
  * 
  *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
@@ -10747,7 +11276,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_attempt(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":342
+/* "ivshmem/channel/readers.pyx":350
  *         return ivshmem_value_look(&self.reader, &self.message)
  * 
  *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
@@ -10760,7 +11289,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_begin_sleep(struct _
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/readers.pyx":343
+  /* "ivshmem/channel/readers.pyx":351
  * 
  *     cdef int begin_sleep(self) except? -2:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
@@ -10772,7 +11301,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_begin_sleep(struct _
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/readers.pyx":344
+    /* "ivshmem/channel/readers.pyx":352
  *     cdef int begin_sleep(self) except? -2:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:
  *             ivshmem_sleep_begin(&self.channel, &self.reader.sleep)             # <<<<<<<<<<<<<<
@@ -10781,7 +11310,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_begin_sleep(struct _
 */
     ivshmem_sleep_begin((&__pyx_v_self->__pyx_base.__pyx_base.channel), (&__pyx_v_self->__pyx_base.reader.sleep));
 
-    /* "ivshmem/channel/readers.pyx":343
+    /* "ivshmem/channel/readers.pyx":351
  * 
  *     cdef int begin_sleep(self) except? -2:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
@@ -10790,7 +11319,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_begin_sleep(struct _
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":345
+  /* "ivshmem/channel/readers.pyx":353
  *         if self.reader.slot != IVSHMEM_NO_SLOT:
  *             ivshmem_sleep_begin(&self.channel, &self.reader.sleep)
  *         return 0 if probe_value(&self.reader) else IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -10812,7 +11341,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_begin_sleep(struct _
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":342
+  /* "ivshmem/channel/readers.pyx":350
  *         return ivshmem_value_look(&self.reader, &self.message)
  * 
  *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
@@ -10826,7 +11355,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_begin_sleep(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":347
+/* "ivshmem/channel/readers.pyx":355
  *         return 0 if probe_value(&self.reader) else IVSHMEM_AGAIN
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -10837,7 +11366,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_begin_sleep(struct _
 static void __pyx_f_7ivshmem_7channel_7readers_11ValueReader_end_sleep(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/channel/readers.pyx":348
+  /* "ivshmem/channel/readers.pyx":356
  * 
  *     cdef void end_sleep(self) noexcept:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
@@ -10849,7 +11378,7 @@ static void __pyx_f_7ivshmem_7channel_7readers_11ValueReader_end_sleep(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/readers.pyx":349
+    /* "ivshmem/channel/readers.pyx":357
  *     cdef void end_sleep(self) noexcept:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:
  *             ivshmem_sleep_end(&self.channel, &self.reader.sleep)             # <<<<<<<<<<<<<<
@@ -10858,7 +11387,7 @@ static void __pyx_f_7ivshmem_7channel_7readers_11ValueReader_end_sleep(struct __
 */
     ivshmem_sleep_end((&__pyx_v_self->__pyx_base.__pyx_base.channel), (&__pyx_v_self->__pyx_base.reader.sleep));
 
-    /* "ivshmem/channel/readers.pyx":348
+    /* "ivshmem/channel/readers.pyx":356
  * 
  *     cdef void end_sleep(self) noexcept:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
@@ -10867,7 +11396,7 @@ static void __pyx_f_7ivshmem_7channel_7readers_11ValueReader_end_sleep(struct __
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":347
+  /* "ivshmem/channel/readers.pyx":355
  *         return 0 if probe_value(&self.reader) else IVSHMEM_AGAIN
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -10879,7 +11408,7 @@ static void __pyx_f_7ivshmem_7channel_7readers_11ValueReader_end_sleep(struct __
 
 }
 
-/* "ivshmem/channel/readers.pyx":351
+/* "ivshmem/channel/readers.pyx":359
  *             ivshmem_sleep_end(&self.channel, &self.reader.sleep)
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -10890,7 +11419,7 @@ static void __pyx_f_7ivshmem_7channel_7readers_11ValueReader_end_sleep(struct __
 static int64_t __pyx_f_7ivshmem_7channel_7readers_11ValueReader_probe(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self, void **__pyx_v_what, __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe) {
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/readers.pyx":352
+  /* "ivshmem/channel/readers.pyx":360
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         what[0] = &self.reader             # <<<<<<<<<<<<<<
@@ -10899,7 +11428,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_11ValueReader_probe(struct __p
 */
   (__pyx_v_what[0]) = (&__pyx_v_self->__pyx_base.reader);
 
-  /* "ivshmem/channel/readers.pyx":353
+  /* "ivshmem/channel/readers.pyx":361
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         what[0] = &self.reader
  *         probe[0] = probe_value             # <<<<<<<<<<<<<<
@@ -10908,7 +11437,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_11ValueReader_probe(struct __p
 */
   (__pyx_v_probe[0]) = __pyx_f_7ivshmem_7channel_7readers_probe_value;
 
-  /* "ivshmem/channel/readers.pyx":354
+  /* "ivshmem/channel/readers.pyx":362
  *         what[0] = &self.reader
  *         probe[0] = probe_value
  *         return 1             # <<<<<<<<<<<<<<
@@ -10921,7 +11450,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_11ValueReader_probe(struct __p
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":351
+  /* "ivshmem/channel/readers.pyx":359
  *             ivshmem_sleep_end(&self.channel, &self.reader.sleep)
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -10935,7 +11464,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_11ValueReader_probe(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":356
+/* "ivshmem/channel/readers.pyx":364
  *         return 1
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -10952,7 +11481,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_restore(struct __pyx
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/readers.pyx":357
+  /* "ivshmem/channel/readers.pyx":365
  * 
  *     cdef int restore(self) except -1:
  *         if self.awaited and probe_value(&self.reader):             # <<<<<<<<<<<<<<
@@ -10978,17 +11507,17 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_restore(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/readers.pyx":358
+    /* "ivshmem/channel/readers.pyx":366
  *     cdef int restore(self) except -1:
  *         if self.awaited and probe_value(&self.reader):
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 358, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 366, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/readers.pyx":357
+    /* "ivshmem/channel/readers.pyx":365
  * 
  *     cdef int restore(self) except -1:
  *         if self.awaited and probe_value(&self.reader):             # <<<<<<<<<<<<<<
@@ -10997,7 +11526,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_restore(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":359
+  /* "ivshmem/channel/readers.pyx":367
  *         if self.awaited and probe_value(&self.reader):
  *             self.membership.kick_all()
  *         return 0             # <<<<<<<<<<<<<<
@@ -11010,7 +11539,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_restore(struct __pyx
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":356
+  /* "ivshmem/channel/readers.pyx":364
  *         return 1
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -11027,7 +11556,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_restore(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":361
+/* "ivshmem/channel/readers.pyx":369
  *         return 0
  * 
  *     cdef object latest(self, int code):             # <<<<<<<<<<<<<<
@@ -11054,7 +11583,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
   __Pyx_RefNannySetupContext("latest", 0);
 
 
-  /* "ivshmem/channel/readers.pyx":364
+  /* "ivshmem/channel/readers.pyx":372
  *         """Copy the content that was looked at, or a later one."""
  *         cdef bytes data
  *         for _ in range(TRIES):             # <<<<<<<<<<<<<<
@@ -11068,7 +11597,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v__ = __pyx_t_3;
 
-    /* "ivshmem/channel/readers.pyx":365
+    /* "ivshmem/channel/readers.pyx":373
  *         cdef bytes data
  *         for _ in range(TRIES):
  *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -11080,7 +11609,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/channel/readers.pyx":366
+      /* "ivshmem/channel/readers.pyx":374
  *         for _ in range(TRIES):
  *             if code == IVSHMEM_AGAIN:
  *                 return None             # <<<<<<<<<<<<<<
@@ -11097,7 +11626,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/readers.pyx":365
+      /* "ivshmem/channel/readers.pyx":373
  *         cdef bytes data
  *         for _ in range(TRIES):
  *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -11106,7 +11635,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
 */
     }
 
-    /* "ivshmem/channel/readers.pyx":367
+    /* "ivshmem/channel/readers.pyx":375
  *             if code == IVSHMEM_AGAIN:
  *                 return None
  *             if code:             # <<<<<<<<<<<<<<
@@ -11118,20 +11647,20 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
     if (unlikely(__pyx_t_4)) {
 
 
-      /* "ivshmem/channel/readers.pyx":368
+      /* "ivshmem/channel/readers.pyx":376
  *                 return None
  *             if code:
  *                 raise self.fail(code)             # <<<<<<<<<<<<<<
  *             data = PyBytes_FromStringAndSize(NULL, self.message.length)
  *             ivshmem_copy_payload(
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 368, __pyx_L1_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 376, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
       __Pyx_Raise(__pyx_t_5, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      __PYX_ERR(0, 368, __pyx_L1_error)
+      __PYX_ERR(0, 376, __pyx_L1_error)
 
-      /* "ivshmem/channel/readers.pyx":367
+      /* "ivshmem/channel/readers.pyx":375
  *             if code == IVSHMEM_AGAIN:
  *                 return None
  *             if code:             # <<<<<<<<<<<<<<
@@ -11140,19 +11669,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
 */
     }
 
-    /* "ivshmem/channel/readers.pyx":369
+    /* "ivshmem/channel/readers.pyx":377
  *             if code:
  *                 raise self.fail(code)
  *             data = PyBytes_FromStringAndSize(NULL, self.message.length)             # <<<<<<<<<<<<<<
  *             ivshmem_copy_payload(
  *                 PyBytes_AS_STRING(data),
 */
-    __pyx_t_5 = PyBytes_FromStringAndSize(NULL, __pyx_v_self->message.length); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 369, __pyx_L1_error)
+    __pyx_t_5 = PyBytes_FromStringAndSize(NULL, __pyx_v_self->message.length); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 377, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_XDECREF_SET(__pyx_v_data, ((PyObject*)__pyx_t_5));
     __pyx_t_5 = 0;
 
-    /* "ivshmem/channel/readers.pyx":370
+    /* "ivshmem/channel/readers.pyx":378
  *                 raise self.fail(code)
  *             data = PyBytes_FromStringAndSize(NULL, self.message.length)
  *             ivshmem_copy_payload(             # <<<<<<<<<<<<<<
@@ -11161,7 +11690,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
 */
     ivshmem_copy_payload(PyBytes_AS_STRING(__pyx_v_data), (__pyx_v_self->__pyx_base.__pyx_base.channel.area.memory.start + __pyx_v_self->message.offset), __pyx_v_self->message.length);
 
-    /* "ivshmem/channel/readers.pyx":375
+    /* "ivshmem/channel/readers.pyx":383
  *                 self.message.length,
  *             )
  *             if ivshmem_check(&self.channel, &self.message) == 0:             # <<<<<<<<<<<<<<
@@ -11173,7 +11702,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/channel/readers.pyx":376
+      /* "ivshmem/channel/readers.pyx":384
  *             )
  *             if ivshmem_check(&self.channel, &self.message) == 0:
  *                 return data if self.type is None else self.type.decode(data)             # <<<<<<<<<<<<<<
@@ -11192,7 +11721,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
           PyObject *__pyx_callargs[2] = {__pyx_t_7, __pyx_v_data};
           __pyx_t_6 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 376, __pyx_L1_error)
+          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 384, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_6);
         }
         __pyx_t_5 = __pyx_t_6;
@@ -11210,7 +11739,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
       __pyx_t_5 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/channel/readers.pyx":375
+      /* "ivshmem/channel/readers.pyx":383
  *                 self.message.length,
  *             )
  *             if ivshmem_check(&self.channel, &self.message) == 0:             # <<<<<<<<<<<<<<
@@ -11219,7 +11748,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
 */
     }
 
-    /* "ivshmem/channel/readers.pyx":377
+    /* "ivshmem/channel/readers.pyx":385
  *             if ivshmem_check(&self.channel, &self.message) == 0:
  *                 return data if self.type is None else self.type.decode(data)
  *             code = ivshmem_value_look(&self.reader, &self.message)             # <<<<<<<<<<<<<<
@@ -11230,20 +11759,20 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
   }
 
 
-  /* "ivshmem/channel/readers.pyx":378
+  /* "ivshmem/channel/readers.pyx":386
  *                 return data if self.type is None else self.type.decode(data)
  *             code = ivshmem_value_look(&self.reader, &self.message)
  *         raise self.starved()             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 378, __pyx_L1_error)
+  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 386, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_Raise(__pyx_t_5, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-  __PYX_ERR(0, 378, __pyx_L1_error)
+  __PYX_ERR(0, 386, __pyx_L1_error)
 
-  /* "ivshmem/channel/readers.pyx":361
+  /* "ivshmem/channel/readers.pyx":369
  *         return 0
  * 
  *     cdef object latest(self, int code):             # <<<<<<<<<<<<<<
@@ -11267,7 +11796,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":380
+/* "ivshmem/channel/readers.pyx":388
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11336,24 +11865,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_get(struct __
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/readers.pyx":391
+        /* "ivshmem/channel/readers.pyx":399
  *             ChannelCorrupt, ClosedError: as of Reader.get.
  *         """
  *         self.enter()             # <<<<<<<<<<<<<<
  *         return self.latest(ivshmem_value_look(&self.reader, &self.message))
  * 
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 391, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 399, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/readers.pyx":392
+        /* "ivshmem/channel/readers.pyx":400
  *         """
  *         self.enter()
  *         return self.latest(ivshmem_value_look(&self.reader, &self.message))             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->latest(__pyx_v_self, ivshmem_value_look((&__pyx_v_self->__pyx_base.reader), (&__pyx_v_self->message))); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 392, __pyx_L4_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->latest(__pyx_v_self, ivshmem_value_look((&__pyx_v_self->__pyx_base.reader), (&__pyx_v_self->message))); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 400, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
         {
           PyObject *__pyx_temp;
@@ -11368,7 +11897,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_get(struct __
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/readers.pyx":380
+      /* "ivshmem/channel/readers.pyx":388
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11406,7 +11935,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_get(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":394
+/* "ivshmem/channel/readers.pyx":402
  *         return self.latest(ivshmem_value_look(&self.reader, &self.message))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11455,20 +11984,20 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 394, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 402, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 394, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 402, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait_changed", 0) < (0)) __PYX_ERR(0, 394, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait_changed", 0) < (0)) __PYX_ERR(0, 402, __pyx_L3_error)
 
-      /* "ivshmem/channel/readers.pyx":395
+      /* "ivshmem/channel/readers.pyx":403
  * 
  *     @cython.critical_section
  *     def wait_changed(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -11481,7 +12010,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 394, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 402, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -11494,7 +12023,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait_changed", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 394, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("wait_changed", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 402, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11507,7 +12036,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_11ValueReader_2wait_changed(((struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/readers.pyx":394
+  /* "ivshmem/channel/readers.pyx":402
  *         return self.latest(ivshmem_value_look(&self.reader, &self.message))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11541,25 +12070,25 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_2wait_changed
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/readers.pyx":407
+        /* "ivshmem/channel/readers.pyx":415
  *             As of `get`.
  *         """
  *         self.enter()             # <<<<<<<<<<<<<<
  *         return self.latest(self.wait(timeout, spin))
  * 
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 407, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 415, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/readers.pyx":408
+        /* "ivshmem/channel/readers.pyx":416
  *         """
  *         self.enter()
  *         return self.latest(self.wait(timeout, spin))             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 408, __pyx_L4_error)
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->latest(__pyx_v_self, __pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 408, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 416, __pyx_L4_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->latest(__pyx_v_self, __pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 416, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
 
         {
@@ -11575,7 +12104,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_2wait_changed
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/readers.pyx":394
+      /* "ivshmem/channel/readers.pyx":402
  *         return self.latest(ivshmem_value_look(&self.reader, &self.message))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11613,7 +12142,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_2wait_changed
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":410
+/* "ivshmem/channel/readers.pyx":418
  *         return self.latest(self.wait(timeout, spin))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11629,7 +12158,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7readers_11ValueReader_4view, "Return the latest content as a View; None: it was never set.\n\n        The writer does not wait for it: `check`, and the end of `with`, raise Overtaken if the\n        writer has used its memory again. The last four contents keep theirs.\n        ");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7readers_11ValueReader_4view, "Return the latest content as a View; None: it was never set.\n\n        The writer does not wait for it: `check`, and the end of `with`, raise Overtaken if the\n        writer has used its memory again. The last four contents keep theirs.\n\n        Raises:\n            ChannelTypeError: pickle=True.\n        ");
 static PyMethodDef __pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_5view = {"view", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_5view, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_11ValueReader_4view};
 static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_5view(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -11669,10 +12198,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_4view(struct 
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
-  int __pyx_t_2;
-  int __pyx_t_3;
-  PyObject *__pyx_t_4 = NULL;
-  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  int __pyx_t_4;
+  int __pyx_t_5;
+  PyObject *__pyx_t_6 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -11684,18 +12214,34 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_4view(struct 
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/readers.pyx":418
+        /* "ivshmem/channel/readers.pyx":429
  *         """
  *         cdef int code
+ *         check_in_place(self.type, self.name)             # <<<<<<<<<<<<<<
+ *         self.enter()
+ *         code = ivshmem_value_look(&self.reader, &self.message)
+*/
+        __pyx_t_2 = __pyx_v_self->__pyx_base.type;
+        __Pyx_INCREF(__pyx_t_2);
+        __pyx_t_3 = __pyx_v_self->__pyx_base.__pyx_base.name;
+        __Pyx_INCREF(__pyx_t_3);
+        __pyx_t_4 = __pyx_f_7ivshmem_7channel_5roles_check_in_place(__pyx_t_2, ((PyObject*)__pyx_t_3)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 429, __pyx_L4_error)
+        __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+        __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+
+
+        /* "ivshmem/channel/readers.pyx":430
+ *         cdef int code
+ *         check_in_place(self.type, self.name)
  *         self.enter()             # <<<<<<<<<<<<<<
  *         code = ivshmem_value_look(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 418, __pyx_L4_error)
+        __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 430, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/readers.pyx":419
- *         cdef int code
+        /* "ivshmem/channel/readers.pyx":431
+ *         check_in_place(self.type, self.name)
  *         self.enter()
  *         code = ivshmem_value_look(&self.reader, &self.message)             # <<<<<<<<<<<<<<
  *         if code == IVSHMEM_AGAIN:
@@ -11703,19 +12249,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_4view(struct 
 */
         __pyx_v_code = ivshmem_value_look((&__pyx_v_self->__pyx_base.reader), (&__pyx_v_self->message));
 
-        /* "ivshmem/channel/readers.pyx":420
+        /* "ivshmem/channel/readers.pyx":432
  *         self.enter()
  *         code = ivshmem_value_look(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *             return None
  *         if code:
 */
-        __pyx_t_3 = (__pyx_v_code == IVSHMEM_AGAIN);
+        __pyx_t_5 = (__pyx_v_code == IVSHMEM_AGAIN);
 
-        if (__pyx_t_3) {
+        if (__pyx_t_5) {
 
 
-          /* "ivshmem/channel/readers.pyx":421
+          /* "ivshmem/channel/readers.pyx":433
  *         code = ivshmem_value_look(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:
  *             return None             # <<<<<<<<<<<<<<
@@ -11733,7 +12279,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_4view(struct 
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/readers.pyx":420
+          /* "ivshmem/channel/readers.pyx":432
  *         self.enter()
  *         code = ivshmem_value_look(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -11742,32 +12288,32 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_4view(struct 
 */
         }
 
-        /* "ivshmem/channel/readers.pyx":422
+        /* "ivshmem/channel/readers.pyx":434
  *         if code == IVSHMEM_AGAIN:
  *             return None
  *         if code:             # <<<<<<<<<<<<<<
  *             raise self.fail(code)
  *         return view_of(self, self.message)
 */
-        __pyx_t_3 = (__pyx_v_code != 0);
+        __pyx_t_5 = (__pyx_v_code != 0);
 
-        if (unlikely(__pyx_t_3)) {
+        if (unlikely(__pyx_t_5)) {
 
 
-          /* "ivshmem/channel/readers.pyx":423
+          /* "ivshmem/channel/readers.pyx":435
  *             return None
  *         if code:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
  *         return view_of(self, self.message)
  * 
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 423, __pyx_L4_error)
-          __Pyx_GOTREF(__pyx_t_4);
-          __Pyx_Raise(__pyx_t_4, 0, 0, 0);
-          __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __PYX_ERR(0, 423, __pyx_L4_error)
+          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 435, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_3);
+          __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+          __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+          __PYX_ERR(0, 435, __pyx_L4_error)
 
-          /* "ivshmem/channel/readers.pyx":422
+          /* "ivshmem/channel/readers.pyx":434
  *         if code == IVSHMEM_AGAIN:
  *             return None
  *         if code:             # <<<<<<<<<<<<<<
@@ -11776,29 +12322,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_4view(struct 
 */
         }
 
-        /* "ivshmem/channel/readers.pyx":424
+        /* "ivshmem/channel/readers.pyx":436
  *         if code:
  *             raise self.fail(code)
  *         return view_of(self, self.message)             # <<<<<<<<<<<<<<
  * 
  *     def wait_changed_async(self, timeout=None):
 */
-        __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_5views_view_of(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_self->message)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 424, __pyx_L4_error)
-        __Pyx_GOTREF(__pyx_t_4);
+        __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_5views_view_of(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_self->message)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 436, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_3);
         {
           PyObject *__pyx_temp;
           {
             __pyx_temp = __pyx_r;
-            __pyx_r = __pyx_t_4;
+            __pyx_r = __pyx_t_3;
           }
           __Pyx_XDECREF(__pyx_temp);
         }
-        __pyx_t_4 = 0;
+        __pyx_t_3 = 0;
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/readers.pyx":410
+      /* "ivshmem/channel/readers.pyx":418
  *         return self.latest(self.wait(timeout, spin))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11807,11 +12353,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_4view(struct 
 */
       /*finally:*/ {
         __pyx_L3_return: {
-          __pyx_t_5 = __pyx_r;
+          __pyx_t_6 = __pyx_r;
           __pyx_r = 0;
           __Pyx_PyCriticalSection_End(&__pyx_cs);
-          __pyx_r = __pyx_t_5;
-          __pyx_t_5 = 0;
+          __pyx_r = __pyx_t_6;
+          __pyx_t_6 = 0;
           goto __pyx_L0;
         }
         __pyx_L4_error: {
@@ -11827,7 +12373,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_4view(struct 
   goto __pyx_L0;
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
   __Pyx_AddTraceback("ivshmem.channel.readers.ValueReader.view", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -11837,7 +12384,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_4view(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":426
+/* "ivshmem/channel/readers.pyx":438
  *         return view_of(self, self.message)
  * 
  *     def wait_changed_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -11885,24 +12432,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 426, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 438, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 426, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 438, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait_changed_async", 0) < (0)) __PYX_ERR(0, 426, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait_changed_async", 0) < (0)) __PYX_ERR(0, 438, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 426, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 438, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -11913,7 +12460,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait_changed_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 426, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("wait_changed_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 438, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11944,16 +12491,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_6wait_changed
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait_changed_async", 0);
 
-  /* "ivshmem/channel/readers.pyx":428
+  /* "ivshmem/channel/readers.pyx":440
  *     def wait_changed_async(self, timeout=None):
  *         """The twin of `wait_changed` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.wait_changed, timeout, ())             # <<<<<<<<<<<<<<
  * 
  *     def __iter__(self):
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_wait_changed); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 428, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_wait_changed); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 440, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 428, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 440, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
@@ -11967,7 +12514,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_6wait_changed
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":426
+  /* "ivshmem/channel/readers.pyx":438
  *         return view_of(self, self.message)
  * 
  *     def wait_changed_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -11987,7 +12534,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_6wait_changed
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":430
+/* "ivshmem/channel/readers.pyx":442
  *         return until_something(self, self.wait_changed, timeout, ())
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -12015,7 +12562,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_8__iter__(str
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__iter__", 0);
 
-  /* "ivshmem/channel/readers.pyx":431
+  /* "ivshmem/channel/readers.pyx":443
  * 
  *     def __iter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -12033,7 +12580,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_8__iter__(str
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":430
+  /* "ivshmem/channel/readers.pyx":442
  *         return until_something(self, self.wait_changed, timeout, ())
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -12048,7 +12595,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_8__iter__(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":433
+/* "ivshmem/channel/readers.pyx":445
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -12082,7 +12629,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_10__next__(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__next__", 0);
 
-  /* "ivshmem/channel/readers.pyx":434
+  /* "ivshmem/channel/readers.pyx":446
  * 
  *     def __next__(self):
  *         return self.wait_changed()             # <<<<<<<<<<<<<<
@@ -12096,7 +12643,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_10__next__(st
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_wait_changed, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 434, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 446, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -12110,7 +12657,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_10__next__(st
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":433
+  /* "ivshmem/channel/readers.pyx":445
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -12130,7 +12677,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_10__next__(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":436
+/* "ivshmem/channel/readers.pyx":448
  *         return self.wait_changed()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -12158,7 +12705,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_12__aiter__(s
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__aiter__", 0);
 
-  /* "ivshmem/channel/readers.pyx":437
+  /* "ivshmem/channel/readers.pyx":449
  * 
  *     def __aiter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -12176,7 +12723,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_12__aiter__(s
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":436
+  /* "ivshmem/channel/readers.pyx":448
  *         return self.wait_changed()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -12191,7 +12738,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_12__aiter__(s
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":439
+/* "ivshmem/channel/readers.pyx":451
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -12224,7 +12771,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_14__anext__(s
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__anext__", 0);
 
-  /* "ivshmem/channel/readers.pyx":440
+  /* "ivshmem/channel/readers.pyx":452
  * 
  *     def __anext__(self):
  *         return self.wait_changed_async()             # <<<<<<<<<<<<<<
@@ -12236,7 +12783,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_14__anext__(s
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_wait_changed_async, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 440, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 452, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -12250,7 +12797,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_14__anext__(s
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":439
+  /* "ivshmem/channel/readers.pyx":451
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -12333,7 +12880,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_16__reduce_cy
  *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_self_held_self_reader_cannot_be, 0, 0);
-  __PYX_ERR(1, 2, __pyx_L1_error)
+  __PYX_ERR(3, 2, __pyx_L1_error)
 
   /* "(tree fragment)":1
  * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
@@ -12397,32 +12944,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(1, 3, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(3, 3, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(3, 3, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(1, 3, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(3, 3, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(1, 3, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(3, 3, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(3, 3, __pyx_L3_error)
     }
     __pyx_v___pyx_state = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(1, 3, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(3, 3, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12457,7 +13004,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_18__setstate_
  *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"             # <<<<<<<<<<<<<<
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_self_held_self_reader_cannot_be, 0, 0);
-  __PYX_ERR(1, 4, __pyx_L1_error)
+  __PYX_ERR(3, 4, __pyx_L1_error)
 
   /* "(tree fragment)":3
  * def __reduce_cython__(self):
@@ -13174,11 +13721,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7readers_Reader(__p
   __pyx_vtable_7ivshmem_7channel_7readers_Reader.keep = (int (*)(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *))__pyx_f_7ivshmem_7channel_7readers_6Reader_keep;
   __pyx_vtable_7ivshmem_7channel_7readers_Reader.copy_out = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *))__pyx_f_7ivshmem_7channel_7readers_6Reader_copy_out;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 36, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 37, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7readers_Reader_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader)) __PYX_ERR(0, 36, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader)) __PYX_ERR(0, 37, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader = &__pyx_type_7ivshmem_7channel_7readers_Reader;
   #endif
@@ -13186,7 +13733,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7readers_Reader(__p
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader) < (0)) __PYX_ERR(0, 36, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader) < (0)) __PYX_ERR(0, 37, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader);
@@ -13196,12 +13743,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7readers_Reader(__p
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_vtabptr_7ivshmem_7channel_7readers_Reader) < (0)) __PYX_ERR(0, 36, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Reader, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader) < (0)) __PYX_ERR(0, 36, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_vtabptr_7ivshmem_7channel_7readers_Reader) < (0)) __PYX_ERR(0, 37, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Reader, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader) < (0)) __PYX_ERR(0, 37, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_7readers_Reader, __pyx_base.__pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader) < (0)) __PYX_ERR(0, 36, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader) < (0)) __PYX_ERR(0, 37, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -13228,11 +13775,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7readers_ValueReade
   __pyx_vtable_7ivshmem_7channel_7readers_ValueReader.__pyx_base.__pyx_base.restore = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7readers_11ValueReader_restore;
   __pyx_vtable_7ivshmem_7channel_7readers_ValueReader.latest = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *, int))__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 328, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 336, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7readers_ValueReader_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader)) __PYX_ERR(0, 328, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader)) __PYX_ERR(0, 336, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader = &__pyx_type_7ivshmem_7channel_7readers_ValueReader;
   #endif
@@ -13240,7 +13787,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7readers_ValueReade
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader) < (0)) __PYX_ERR(0, 328, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader) < (0)) __PYX_ERR(0, 336, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader);
@@ -13250,12 +13797,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7readers_ValueReade
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_vtabptr_7ivshmem_7channel_7readers_ValueReader) < (0)) __PYX_ERR(0, 328, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_ValueReader, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader) < (0)) __PYX_ERR(0, 328, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_vtabptr_7ivshmem_7channel_7readers_ValueReader) < (0)) __PYX_ERR(0, 336, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_ValueReader, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader) < (0)) __PYX_ERR(0, 336, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader, __pyx_base.__pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader) < (0)) __PYX_ERR(0, 328, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader) < (0)) __PYX_ERR(0, 336, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -13273,14 +13820,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7readers___pyx_scop
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async)) __PYX_ERR(0, 296, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async)) __PYX_ERR(0, 304, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async = &__pyx_type_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async) < (0)) __PYX_ERR(0, 296, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async) < (0)) __PYX_ERR(0, 304, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async);
@@ -13306,7 +13853,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_modinit_Type_import_code", 0);
   /*--- Type import code ---*/
-  __pyx_t_1 = PyImport_ImportModule(__Pyx_BUILTIN_MODULE_NAME); if (unlikely(!__pyx_t_1)) __PYX_ERR(2, 9, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule(__Pyx_BUILTIN_MODULE_NAME); if (unlikely(!__pyx_t_1)) __PYX_ERR(4, 9, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7cpython_4type_type = __Pyx_ImportType_3_3_1(__pyx_t_1, __Pyx_BUILTIN_MODULE_NAME, "type",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -13316,9 +13863,9 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(PyHeapTypeObject), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(PyHeapTypeObject),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(2, 9, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(4, 9, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.descriptors"); if (unlikely(!__pyx_t_1)) __PYX_ERR(3, 86, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.descriptors"); if (unlikely(!__pyx_t_1)) __PYX_ERR(1, 101, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Fd",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -13328,7 +13875,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) __PYX_ERR(3, 86, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) __PYX_ERR(1, 101, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "FdArray",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
@@ -13337,8 +13884,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) __PYX_ERR(3, 93, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray) != 1)) __PYX_ERR(3, 93, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) __PYX_ERR(1, 108, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray) != 1)) __PYX_ERR(1, 108, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Signaller",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
@@ -13347,8 +13894,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) __PYX_ERR(3, 117, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) != 1)) __PYX_ERR(3, 117, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) __PYX_ERR(1, 132, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) != 1)) __PYX_ERR(1, 132, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Relay",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
@@ -13357,8 +13904,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) __PYX_ERR(3, 127, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) != 1)) __PYX_ERR(3, 127, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) __PYX_ERR(1, 142, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) != 1)) __PYX_ERR(1, 142, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Epoll",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
@@ -13367,10 +13914,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) __PYX_ERR(3, 134, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) != 1)) __PYX_ERR(3, 134, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) __PYX_ERR(1, 149, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) != 1)) __PYX_ERR(1, 149, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.spin"); if (unlikely(!__pyx_t_1)) __PYX_ERR(4, 30, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.spin"); if (unlikely(!__pyx_t_1)) __PYX_ERR(5, 30, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.spin", "Spinner",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -13380,10 +13927,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_4spin_Spinner), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_4spin_Spinner),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner) __PYX_ERR(4, 30, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner, (void**)&__pyx_vtabptr_7ivshmem_6native_4spin_Spinner) != 1)) __PYX_ERR(4, 30, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner) __PYX_ERR(5, 30, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner, (void**)&__pyx_vtabptr_7ivshmem_6native_4spin_Spinner) != 1)) __PYX_ERR(5, 30, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.bell"); if (unlikely(!__pyx_t_1)) __PYX_ERR(5, 23, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.bell"); if (unlikely(!__pyx_t_1)) __PYX_ERR(6, 23, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.bell", "Doorbell",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -13393,10 +13940,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell) __PYX_ERR(5, 23, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell, (void**)&__pyx_vtabptr_7ivshmem_6native_4bell_Doorbell) != 1)) __PYX_ERR(5, 23, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell) __PYX_ERR(6, 23, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell, (void**)&__pyx_vtabptr_7ivshmem_6native_4bell_Doorbell) != 1)) __PYX_ERR(6, 23, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.mapping"); if (unlikely(!__pyx_t_1)) __PYX_ERR(6, 6, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.mapping"); if (unlikely(!__pyx_t_1)) __PYX_ERR(7, 6, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "Mapping",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -13406,8 +13953,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping) __PYX_ERR(6, 6, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Mapping) != 1)) __PYX_ERR(6, 6, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping) __PYX_ERR(7, 6, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Mapping) != 1)) __PYX_ERR(7, 6, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "Atomic",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic),
@@ -13416,8 +13963,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic) __PYX_ERR(6, 22, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Atomic) != 1)) __PYX_ERR(6, 22, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic) __PYX_ERR(7, 22, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Atomic) != 1)) __PYX_ERR(7, 22, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32 = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "AtomicU32",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32),
@@ -13426,8 +13973,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32) __PYX_ERR(6, 33, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32) != 1)) __PYX_ERR(6, 33, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32) __PYX_ERR(7, 33, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32) != 1)) __PYX_ERR(7, 33, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64 = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "AtomicU64",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64),
@@ -13436,8 +13983,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64) __PYX_ERR(6, 37, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64) != 1)) __PYX_ERR(6, 37, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64) __PYX_ERR(7, 37, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64) != 1)) __PYX_ERR(7, 37, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "Registers",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Registers), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Registers),
@@ -13446,10 +13993,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Registers), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Registers),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers) __PYX_ERR(6, 41, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Registers) != 1)) __PYX_ERR(6, 41, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers) __PYX_ERR(7, 41, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Registers) != 1)) __PYX_ERR(7, 41, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem._core"); if (unlikely(!__pyx_t_1)) __PYX_ERR(7, 56, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem._core"); if (unlikely(!__pyx_t_1)) __PYX_ERR(8, 56, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._core", "Doorbells",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -13459,10 +14006,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_5_core_Doorbells), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_5_core_Doorbells),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) __PYX_ERR(7, 56, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells, (void**)&__pyx_vtabptr_7ivshmem_5_core_Doorbells) != 1)) __PYX_ERR(7, 56, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) __PYX_ERR(8, 56, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells, (void**)&__pyx_vtabptr_7ivshmem_5_core_Doorbells) != 1)) __PYX_ERR(8, 56, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.membership"); if (unlikely(!__pyx_t_1)) __PYX_ERR(8, 22, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.membership"); if (unlikely(!__pyx_t_1)) __PYX_ERR(9, 22, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.membership", "Dependent",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -13472,8 +14019,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent) __PYX_ERR(8, 22, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Dependent) != 1)) __PYX_ERR(8, 22, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent) __PYX_ERR(9, 22, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Dependent) != 1)) __PYX_ERR(9, 22, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.membership", "Membership",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Membership), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Membership),
@@ -13482,10 +14029,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Membership), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Membership),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) __PYX_ERR(8, 29, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Membership) != 1)) __PYX_ERR(8, 29, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) __PYX_ERR(9, 29, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Membership) != 1)) __PYX_ERR(9, 29, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.ends"); if (unlikely(!__pyx_t_1)) __PYX_ERR(9, 11, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.ends"); if (unlikely(!__pyx_t_1)) __PYX_ERR(10, 18, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.ends", "Wakeup",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -13495,8 +14042,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup) __PYX_ERR(9, 11, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup) != 1)) __PYX_ERR(9, 11, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup) __PYX_ERR(10, 18, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup) != 1)) __PYX_ERR(10, 18, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.ends", "ChannelEnd",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd),
@@ -13505,10 +14052,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd) __PYX_ERR(9, 24, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd) != 1)) __PYX_ERR(9, 24, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd) __PYX_ERR(10, 31, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd) != 1)) __PYX_ERR(10, 31, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.roles"); if (unlikely(!__pyx_t_1)) __PYX_ERR(10, 26, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.roles"); if (unlikely(!__pyx_t_1)) __PYX_ERR(2, 56, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.roles", "WriterEnd",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -13518,8 +14065,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd) __PYX_ERR(10, 26, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd) != 1)) __PYX_ERR(10, 26, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd) __PYX_ERR(2, 56, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd) != 1)) __PYX_ERR(2, 56, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.views"); if (unlikely(!__pyx_t_1)) __PYX_ERR(11, 7, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
@@ -13541,8 +14088,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_5views_View), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_5views_View),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View) __PYX_ERR(11, 17, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View, (void**)&__pyx_vtabptr_7ivshmem_7channel_5views_View) != 1)) __PYX_ERR(11, 17, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View) __PYX_ERR(11, 19, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View, (void**)&__pyx_vtabptr_7ivshmem_7channel_5views_View) != 1)) __PYX_ERR(11, 19, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_RefNannyFinishContext();
   return 0;
@@ -13570,6 +14117,26 @@ static int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_modinit_Function_import_code", 0);
   /*--- Function import code ---*/
+  {
+    __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.roles"); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+    const char * __pyx_import_signature = __Pyx_PyBytes_AsString(__pyx_mstate_global->__pyx_kp_b_int_PyObject_PyObject_int_PyObje);
+    #if !CYTHON_ASSUME_SAFE_MACROS
+    if (unlikely(!__pyx_import_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
+    #endif
+    const char * __pyx_import_name = __pyx_import_signature + 118;
+    void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_7channel_5roles_check_in_place, (void (**)(void))&__pyx_f_7ivshmem_7channel_5roles_take_typed, (void (**)(void))&__pyx_f_7ivshmem_7channel_5roles_take_without_objects, (void (**)(void)) NULL};
+    void (**const *__pyx_import_pointer)(void) = __pyx_import_pointers;
+    const char *__pyx_import_current_signature = __pyx_import_signature;
+    while (*__pyx_import_pointer) {
+      if (__Pyx_ImportFunction_3_3_1(__pyx_t_1, __pyx_import_name, *__pyx_import_pointer, __pyx_import_current_signature) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
+      ++__pyx_import_pointer;
+      __pyx_import_name = strchr(__pyx_import_name, '\0') + 1;
+      __pyx_import_signature = strchr(__pyx_import_signature, '\0') + 1;
+      if (*__pyx_import_signature != '\0') __pyx_import_current_signature = __pyx_import_signature;
+    }
+    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
   {
     __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.sleeping_tasks"); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
@@ -13916,7 +14483,7 @@ __Pyx_RefNannySetupContext("PyInit_readers", 0);
   if (__Pyx_InitAfterSharedUtility() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Execution code ---*/
 
-  /* "ivshmem/channel/readers.pyx":20
+  /* "ivshmem/channel/readers.pyx":21
  * from .views cimport view_of
  * 
  * from ..errors import ChannelError, MessagesLost, MessageTooLong             # <<<<<<<<<<<<<<
@@ -13925,37 +14492,13 @@ __Pyx_RefNannySetupContext("PyInit_readers", 0);
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelError,__pyx_mstate_global->__pyx_n_u_MessagesLost,__pyx_mstate_global->__pyx_n_u_MessageTooLong};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 3, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 20, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 3, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 21, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelError,__pyx_mstate_global->__pyx_n_u_MessagesLost,__pyx_mstate_global->__pyx_n_u_MessageTooLong};
     for (__pyx_t_3=0; __pyx_t_3 < 3; __pyx_t_3++) {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 20, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 20, __pyx_L1_error)
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    }
-  }
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/channel/readers.pyx":21
- * 
- * from ..errors import ChannelError, MessagesLost, MessageTooLong
- * from ..text import counted             # <<<<<<<<<<<<<<
- * 
- * # -- messages -------------------------------------------------------------------------------------
-*/
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 21, __pyx_L1_error)
-  }
-  __pyx_t_2 = __pyx_t_1;
-  __Pyx_GOTREF(__pyx_t_2);
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
-    __pyx_t_3 = 0; {
       __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 21, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 21, __pyx_L1_error)
@@ -13964,33 +14507,57 @@ __Pyx_RefNannySetupContext("PyInit_readers", 0);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/readers.pyx":167
+  /* "ivshmem/channel/readers.pyx":22
+ * 
+ * from ..errors import ChannelError, MessagesLost, MessageTooLong
+ * from ..text import counted             # <<<<<<<<<<<<<<
+ * 
+ * # -- messages -------------------------------------------------------------------------------------
+*/
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 22, __pyx_L1_error)
+  }
+  __pyx_t_2 = __pyx_t_1;
+  __Pyx_GOTREF(__pyx_t_2);
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
+    __pyx_t_3 = 0; {
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 22, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 22, __pyx_L1_error)
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    }
+  }
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/readers.pyx":169
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_into(self, buffer, timeout=None, *, spin=None):
  *         """Copy the next message into `buffer`; otherwise as `get`.
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 167, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 169, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
-  /* "ivshmem/channel/readers.pyx":168
+  /* "ivshmem/channel/readers.pyx":170
  * 
  *     @cython.critical_section
  *     def get_into(self, buffer, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Copy the next message into `buffer`; otherwise as `get`.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 167, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 169, __pyx_L1_error)
 
-  /* "ivshmem/channel/readers.pyx":167
+  /* "ivshmem/channel/readers.pyx":169
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_into(self, buffer, timeout=None, *, spin=None):
  *         """Copy the next message into `buffer`; otherwise as `get`.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_3get_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 167, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_3get_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 169, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -13998,36 +14565,36 @@ __Pyx_RefNannySetupContext("PyInit_readers", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_into, __pyx_t_4) < (0)) __PYX_ERR(0, 167, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_into, __pyx_t_4) < (0)) __PYX_ERR(0, 169, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/readers.pyx":198
+  /* "ivshmem/channel/readers.pyx":202
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_rows(self, rows, timeout=None, *, spin=None):
  *         """Copy the messages that are there into the rows of an array, at most one into each.
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 198, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 202, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
 
-  /* "ivshmem/channel/readers.pyx":199
+  /* "ivshmem/channel/readers.pyx":203
  * 
  *     @cython.critical_section
  *     def get_rows(self, rows, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Copy the messages that are there into the rows of an array, at most one into each.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 198, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 202, __pyx_L1_error)
 
-  /* "ivshmem/channel/readers.pyx":198
+  /* "ivshmem/channel/readers.pyx":202
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_rows(self, rows, timeout=None, *, spin=None):
  *         """Copy the messages that are there into the rows of an array, at most one into each.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_5get_rows, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_rows, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 198, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_5get_rows, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_rows, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 202, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -14035,36 +14602,36 @@ __Pyx_RefNannySetupContext("PyInit_readers", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[0]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_rows, __pyx_t_2) < (0)) __PYX_ERR(0, 198, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_rows, __pyx_t_2) < (0)) __PYX_ERR(0, 202, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/readers.pyx":262
+  /* "ivshmem/channel/readers.pyx":268
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def view(self, timeout=None, *, spin=None):
  *         """Return the next message as a View: its memory itself, without a copy.
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 262, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 268, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
-  /* "ivshmem/channel/readers.pyx":263
+  /* "ivshmem/channel/readers.pyx":269
  * 
  *     @cython.critical_section
  *     def view(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Return the next message as a View: its memory itself, without a copy.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 262, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 268, __pyx_L1_error)
 
-  /* "ivshmem/channel/readers.pyx":262
+  /* "ivshmem/channel/readers.pyx":268
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def view(self, timeout=None, *, spin=None):
  *         """Return the next message as a View: its memory itself, without a copy.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_7view, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_view, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 262, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_7view, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_view, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 268, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -14072,86 +14639,86 @@ __Pyx_RefNannySetupContext("PyInit_readers", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_view, __pyx_t_4) < (0)) __PYX_ERR(0, 262, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_view, __pyx_t_4) < (0)) __PYX_ERR(0, 268, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/readers.pyx":288
+  /* "ivshmem/channel/readers.pyx":296
  *         return view_of(self, self.message)
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.get, timeout, ())
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_9get_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 288, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_9get_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 296, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_async, __pyx_t_4) < (0)) __PYX_ERR(0, 288, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_async, __pyx_t_4) < (0)) __PYX_ERR(0, 296, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/readers.pyx":292
+  /* "ivshmem/channel/readers.pyx":300
  *         return until_something(self, self.get, timeout, ())
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.get_into, timeout, (buffer,))
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_11get_into_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_into_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 292, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_11get_into_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_into_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 300, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_into_async, __pyx_t_4) < (0)) __PYX_ERR(0, 292, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_into_async, __pyx_t_4) < (0)) __PYX_ERR(0, 300, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/readers.pyx":296
+  /* "ivshmem/channel/readers.pyx":304
  *         return until_something(self, self.get_into, timeout, (buffer,))
  * 
  *     async def get_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get_rows` for asyncio. To cancel it takes nothing."""
  *         found = await until_something(self, self._rows_or_none, timeout, (rows,))
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_13get_rows_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_Reader_get_rows_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 296, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_13get_rows_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_Reader_get_rows_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 304, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_rows_async, __pyx_t_4) < (0)) __PYX_ERR(0, 296, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_rows_async, __pyx_t_4) < (0)) __PYX_ERR(0, 304, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/readers.pyx":301
+  /* "ivshmem/channel/readers.pyx":309
  *         return found or 0
  * 
  *     def _rows_or_none(self, rows, timeout):             # <<<<<<<<<<<<<<
  *         return self.get_rows(rows, timeout) or None
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_16_rows_or_none, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader__rows_or_none, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 301, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_16_rows_or_none, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader__rows_or_none, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 309, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_rows_or_none, __pyx_t_4) < (0)) __PYX_ERR(0, 301, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_rows_or_none, __pyx_t_4) < (0)) __PYX_ERR(0, 309, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/readers.pyx":304
+  /* "ivshmem/channel/readers.pyx":312
  *         return self.get_rows(rows, timeout) or None
  * 
  *     def view_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `view` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.view, timeout, ())
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_18view_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_view_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 304, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_18view_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_view_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 312, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_view_async, __pyx_t_4) < (0)) __PYX_ERR(0, 304, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_view_async, __pyx_t_4) < (0)) __PYX_ERR(0, 312, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -14159,12 +14726,12 @@ __Pyx_RefNannySetupContext("PyInit_readers", 0);
  *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_28__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_28__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_4)) __PYX_ERR(3, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_4) < (0)) __PYX_ERR(3, 1, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":3
@@ -14173,56 +14740,56 @@ __Pyx_RefNannySetupContext("PyInit_readers", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_30__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_30__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_4)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/readers.pyx":380
+  /* "ivshmem/channel/readers.pyx":388
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get(self):
  *         """Return a copy of the latest content, which is never torn. Never waits.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_1get, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_get, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 380, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_1get, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_get, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 388, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_mstate_global->__pyx_n_u_get, __pyx_t_4) < (0)) __PYX_ERR(0, 380, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_mstate_global->__pyx_n_u_get, __pyx_t_4) < (0)) __PYX_ERR(0, 388, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/readers.pyx":394
+  /* "ivshmem/channel/readers.pyx":402
  *         return self.latest(ivshmem_value_look(&self.reader, &self.message))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def wait_changed(self, timeout=None, *, spin=None):
  *         """Wait until the value was set since this reader last looked; return its content.
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 394, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 402, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
 
-  /* "ivshmem/channel/readers.pyx":395
+  /* "ivshmem/channel/readers.pyx":403
  * 
  *     @cython.critical_section
  *     def wait_changed(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Wait until the value was set since this reader last looked; return its content.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 394, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 402, __pyx_L1_error)
 
-  /* "ivshmem/channel/readers.pyx":394
+  /* "ivshmem/channel/readers.pyx":402
  *         return self.latest(ivshmem_value_look(&self.reader, &self.message))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def wait_changed(self, timeout=None, *, spin=None):
  *         """Wait until the value was set since this reader last looked; return its content.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_3wait_changed, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_wait_changed, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 394, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_3wait_changed, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_wait_changed, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 402, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -14230,38 +14797,38 @@ __Pyx_RefNannySetupContext("PyInit_readers", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[0]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_mstate_global->__pyx_n_u_wait_changed, __pyx_t_2) < (0)) __PYX_ERR(0, 394, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_mstate_global->__pyx_n_u_wait_changed, __pyx_t_2) < (0)) __PYX_ERR(0, 402, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/readers.pyx":410
+  /* "ivshmem/channel/readers.pyx":418
  *         return self.latest(self.wait(timeout, spin))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def view(self):
  *         """Return the latest content as a View; None: it was never set.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_5view, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_view, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 410, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_5view, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_view, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 418, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_mstate_global->__pyx_n_u_view, __pyx_t_2) < (0)) __PYX_ERR(0, 410, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_mstate_global->__pyx_n_u_view, __pyx_t_2) < (0)) __PYX_ERR(0, 418, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/readers.pyx":426
+  /* "ivshmem/channel/readers.pyx":438
  *         return view_of(self, self.message)
  * 
  *     def wait_changed_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `wait_changed` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.wait_changed, timeout, ())
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_7wait_changed_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_wait_changed_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 426, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_7wait_changed_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_wait_changed_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 438, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_mstate_global->__pyx_n_u_wait_changed_async, __pyx_t_2) < (0)) __PYX_ERR(0, 426, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_mstate_global->__pyx_n_u_wait_changed_async, __pyx_t_2) < (0)) __PYX_ERR(0, 438, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -14269,12 +14836,12 @@ __Pyx_RefNannySetupContext("PyInit_readers", 0);
  *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_17__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_17__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_2)) __PYX_ERR(3, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_2) < (0)) __PYX_ERR(3, 1, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":3
@@ -14283,12 +14850,12 @@ __Pyx_RefNannySetupContext("PyInit_readers", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_19__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_19__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_2)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/readers.pyx":1
@@ -14358,7 +14925,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/channel/readers.pyx":167
+  /* "ivshmem/channel/readers.pyx":169
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -14367,7 +14934,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 167, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 169, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
@@ -14408,41 +14975,41 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 7; } str_length_index[] = {{57},{22},{27},{22},{15},{1},{2},{62},{1},{13},{8},{7},{6},{2},{9},{14},{12},{27},{68},{73},{12},{14},{12},{6},{24},{26},{20},{16},{15},{21},{15},{21},{11},{17},{11},{29},{31},{15},{16},{24},{30},{1},{20},{12},{9},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{13},{18},{6},{18},{5},{4},{5},{7},{6},{6},{5},{3},{9},{8},{14},{8},{14},{1},{5},{23},{7},{4},{4},{3},{4},{4},{4},{10},{5},{4},{4},{4},{5},{7},{5},{5},{6},{4},{10},{12},{18},{5}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{117},{135},{9},{19},{89},{35},{353},{166},{74},{37},{22},{22},{22},{22},{5}};
+    const struct { const unsigned int length: 7; } str_length_index[] = {{57},{22},{27},{22},{15},{1},{2},{62},{1},{13},{8},{7},{6},{2},{9},{14},{12},{27},{68},{73},{23},{12},{14},{12},{6},{24},{26},{20},{16},{15},{21},{15},{21},{11},{17},{11},{29},{31},{15},{16},{24},{30},{1},{20},{12},{9},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{13},{18},{6},{18},{5},{4},{5},{7},{6},{6},{6},{5},{3},{9},{8},{14},{8},{14},{1},{5},{23},{7},{4},{4},{3},{4},{4},{4},{10},{5},{4},{4},{4},{5},{7},{5},{5},{6},{4},{10},{12},{18},{5}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{117},{164},{135},{9},{19},{102},{35},{359},{172},{37},{87},{22},{22},{22},{22},{5}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1332 bytes) */
-static const char cstring[] = "x\332\215TAs\323F\024\216\247@\035H\207\270x\300\220P\326\020JBS3\246\t\201Lg:n\n3e\240\305I\232\220\223f#\255-\025YkkWv\314\245\034}\324q\217{\324QG\035s\344\350\243\216\371\t\371\t}+\311\211\035\0173hF\253\335\267o\277\367\276o\337\023\302\034QG\047\253\250gZ\272\211\260K\020\266m\304M\330\2608\352a\206Z\330 \250A\335M\344\022\233`F\340\004A\207}N\330*\302\216\2010ri\017\231\340:n\345&8y\215\006q\323-\332\000\307\236kq0\364\010\304\261)\343\313\334%\000\356\342f\2138|\245\262\2116\341\240\305P\333\245:a,I\200q\332n\023#\205M\021\030\322\251\303-\307#`\261\270I=\225\356&\372\r\243\026\034\303M\242\342\351&v\034b#\303b\370\320&\304QcS\267X:3\254.3[\244U!\256K]6Zqr\304\263\371\223\014\341\211K@\004\227U\332\375#\340\3126\201J\306\r\302\360\036\205\020@\200Y\324a\010\262w\0101T\302J(\245\r\250\207\010\006}\263\344\030\261\033\025\223\330\306j2K\321\221\016\261(G\207D\221\353\022\227\0039N!\324\273>0t\020=\374\227\350<\001k[\372\007\333r\232[i~/\025\201\267)\366.\245o\250\323\314V\354\r\250\274\235\340\247cE\323\\bx:\321\364\004U\323\316\354\214p\3061\237\336Q\2245\352j\016\360\311lM\3025\314\372\216>\266\266\034N/,\247|\024\324\205\345\204O\327\"\275\261i\272\267\207m/\013<6\235f2\2719Eg|\033\202\217/U\254\361u\017[\\S\227\337$\306\227\354in\232\246\275\353\037\301\373\207\245s\355/\250\235m\322\320\264\344*Upxpr\n\236\206\227\370k\315Qf\360\264\260\345$_jxvbqp+\371B\255i\231\233\232v\271\252Y\265\321\361\260=r\312\024\320\246\26483\220#\265\0001\316\200\331X\370)\2214\r:Xek1M\247.4\226\345\220\211\nHh[\264r\266\313\322V\320m\345\tl\270\213ur\210\365\017:\2648\321\251\001\257\347\360d \206\221X\322\226k\200\311\0005\316\252iT7\223\3653\252\224\311\212\261\340G\320:\353\332\254S\263^bY\2439\320\227\016\334I\233\266\325A\325m\320\374\006\2606H\003{6g&n\023f}$\254\r\361\300\223\233\340\310\241\233\201\033w-\302\272\352\372\223\201\251*9\257\312\361Z\230\256\213\236Im\362\256\377w\332\263\217\227\031w=\230\244w\t\235\254md\231k\033Y\352\332\232\312L\033\2654\374\353\036""\257\242s\204/\315Wf@V\313\326\030m\021\370u:\315\257\210\264\256X0m\017\306\257Km\335\0056,\373!d\251e\307F\276\231\342+3\211B\264\361)\027_\272:\370\311\257\177\252\305\371\353\003\356\277\0205\261\047_\004[A\007L\013+A\341\024\315\314\316\r\326\006=_\027E\361^\356\007\177\206\365x\356{\177U\340x\376\216(\2135\3611(\004\217\302B\270\024\232\021>\275\222\036\360\374\232\177\000>s7\374\252\002\357\371\330\357\212]Y\000\340\007\325\260pZ\232\231\375n\360\312/\247\2217\022$O\326\344A\200\301\345\341/a\365tif\366\216(\234\344\027\305k\211e\047\316_\033\254\373W\374C\221S\031<\206d\353q~\336\277\354\357\211\252\000\n*\235g\262 \177\014rq~V\205^\363=\261%\372\301\265\260\032\317\315\373\311\271\373\376\357>\344~\303\177\352\357\000R\361\226\317\305\272\314\311\333A9.\335\023\235\223\342\202\370Uv\202\\P\014\016B\034\362\250\252\234\024P\047.\335Vs\370\376 \014\371Py\245\000\317\3453p\337\roEW\217\037\034\327\343\322\242x)\013\312\035DZ\022I\274\r\261,\357\313Z\\,\211\274\314\253\223%q\031(\244\200\000|GT\300Zz\004\260\337\016\237\274\375\\\377\214O\346\025\211#\321I\022\\\006\215I\3644\332\216\334\343\233\307\354s9.\336\026\205\270\270(j\047\305\273)TW\354H\000Y\020\325x\361n\232\34720S\367p2\267\2504\023J\340G\353a]\335\301\002h\366\\V\345+\360Q\232)9\377\001[5\236O\345\253\211\003\211\343\242\302\273H\345u`\204\345i:\2234\266\207\333;\303\235\375\341\376\373i.\215h+\352(\354\rYVW\263\344\233\002\217ey:\177^$\303\353e\270\332\262\\\223\3750\027\026\241\n\223r\370\006\312+\255\261k\203j\212A\322j\230\250\271\323\233\027\313m\270\360sP\017p\300\303\027Q-\332=.\014/!\231;\201\355\377\004\026]\271\033\334\014\372Qnx\t\302\216[o\205\263\021\370Bo\214[\357E\263\n\001 \307\255\013\341\353\010\017\257B\271\377\017\025T\317\212";
-    PyObject *data = __Pyx_DecompressString(cstring, 1332, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1417 bytes) */
+static const char cstring[] = "x\332\215T\317s\323F\024\266\247\374\210!\035\342\342!\206\204\262\206P\034\232\2321M\352\222\351L\307\r\355L\031hq\222\006r\332YKkK\215,\331\332\225\035s)\307\034u\334\243\216:\352\350c\216\034}\3241\177B\376\204\276\225d#\307\245\203g\274\332}\373\366\275\367}\373\275E\204#\313T\350\006\032h\272\242!bSD\014\003q\r6t\216\006\204\241\016Q)jY\3666\262\251A\t\243p\202\242\346\220S\266\201\210\251\"\202lk\2004pM[\271\006NN\253E\355x\313j\201\343\300\3269\030\006\024\362\030\026\343enS\010n\223v\207\232|\275\262\215\266\341\240\316P\327\266\024\312XT\000\343V\267K\3258l\034\201!\3052\271n:\024,:\327,G\226\273\215~&\250\003\307H\233\312|\212FL\223\032H\325\031i\032\224\232rl+:\213g\252\336gZ\207v*\324\266-\233MV\234\036\363d\376$\211\360\304\246@\202\315*\335\3411`e\333\000%\301\006i\370\300\202\024\000\200\351\226\311\020ToR\252\312\202%Q\222\033`\017Q\002\374&\3051j\264*\0325\324\215h\026GG\n\344\2628jR\t\256Om\016\340\270\005\251^\017\001\241\211\254\346\337T\341Q\260\256\256\034\031\272\331\346\2206\302\0169\341(A\246\323iR{\047.\373W\211\353U\234r\337\262^Zf;Y\261\227@\376n\2246\036+\030\333Tu\024\212\225(\031\306S;\243\234q\302\347w$\023\330\262\261\t0\023[\233rL\330\320TRk\335\344\326\205\345\234\217\014ua9\343\323\327\351 5\215\367\016\210\341$\211S\323y$\263\233sp\322\333\220<\275\224\271\322\353\001\3219\226\232hS\365S\366\2706\214\361\353\3411\374\237\353\n\307\177\200\244vi\013\343\350\206er\370\221\350\024\374ZN\344\217\333\223\312\340\327!\272\031}-\3251\"\213I:\321\027$\210\02379\355s)e\271\321s\2101qJ\030\300s\\L\r\364X.\200\214i`\226J?G\022\306\320\330\262Z\235a\305\262As\272Ig\024\020\301\326\255\312t\227\305\035\242\030\322\023\320p\233(\264I\224#\005:\237*\226\n\177\307\344\321@U5\262P3\032\243~l\301\206\n\234L55Q\317\254\212&z\231\325\215\016\257Dg\332\322I\033\047\215\306\222.4\241iM\270\231\256\325\225\007e+\302\313\240\002v\225\266\210cp\246\221.e\372;\312\272\220\017<\271\006\216I\317q[\247\254/E\020\rLj\345\2436\323\212\230W\307@\263\014\372z""\370g\334\320\217\313\214\333\016L\342\033\2056\307\265\244r\\KJ\307\233\2622<ilx\010\037o\240\217\021>5_\317\000\271\272\201\231\325\241\360\256\232m\300\201\312\237\362\375\237\315\213s\234<\177\377}j\272\273\201`w=\243hT9\222\032\350\032\240\201\014\047G\024\363!\274\351\3614y\301q\374\300\261\317`cK2\315\360\001\214\237G\337\226\r\214\263\344\351J\350K\216M|\023U\254g\242[\264Z\357\263\341\245k\047\337\272\215\367\365p\341\306\tw\237\211\2728\360\236\371;~\017L+\353~\376\374~&\267\354\022\227\213\232\267\346\221p\341\372\311\346\311\300UDA\274\365\336\370\277\007\215p\361+wC\220p\351\216(\211M\361\316\317\373\217\202|\260\026h#r~%\223[\204\003\216[w\017\301g\361\246[\225\231\006\020\261/\366\275<dyP\r\362\347\305L\356\313\223\337\334R\\F-\212\344xu\357\320\047\340\362\360\373\240z^\316\344\356\210\374\331\302\252x\341\021\257\047+\331r\257\270M\221\225\025<\206\312\033\341\302\222{\331=\020U\001x \225\373\\\\\025\334\253\371\337\004\331 \037.\344d\001\233\256#v\304\320\277\036T\303\305%7:}\337\375\305\005\0047\335\247\356\036\304+,\003\336-/\353\335\366Ka\361\236\350\235\025V\304O^\317\317\372\005\3770 \001\037U\245\223\014\324\013\213\267\345\034\276_\013\325{(\275\342\000?z?\200\373~\260<\272v\372\340\264\021\026W\305\257^^\272\003Uk\"\312W\023e\357\276W\017\013E\261\340-\310\223Eq\031\200\304\001!\360\035Q\001k\361\021\204\275:~\362\352C\343\0039[\222 \216E/*\260\014L\323\321\323\321\356\310>\275u\312>\224\302\302m\221\017\013\253\242~V\270\033\207\352\213=\017\202\254\210j\270z7\256\263\014\310\344m\234-\256J\346\204\244\371\321V\3208_\315\344\n)\346\312A\tx\222\314Ij\377\202\213\251\206K1\211uq\010\202(\310\250\027\001\275\360\325\2404\017j\026\314\356xwo\274\367f\374\346\355<\242\326hg\324\223\261k^I^\320\232\253\t\222\252\365\374\326E\301\214W\276\363\033>\361y\360lT\037\355\237\346c\247\031\355.&\047\3067J^\336+y\233\336\020\204Q\000\rGb\372\002\304\031+\364\372I5\316Jc-\245\024;\276\204\274\354\031X\376\021D\364\275}\377\226?\034e\307\227 b\332\272\034""\344F\340\013\035\224\266\336\033\345N\301\n\225\246\255+\301\213\021\031_\203>\370\027q\257!\243";
+    PyObject *data = __Pyx_DecompressString(cstring, 1417, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1709 bytes) */
-static const char cstring[] = "\377 at once\377, which \377are all \373th\026\000it wa\377s made f\377or: rele\367ase/\000e by\377tes, and\377 a row h\354(\000\n\tth\"\000uff\333er\025\003of&\000wr\333it\016\000wee\000lo\277st(treZ\000r\377agment).\367: :y\000is p\277rocess|\002s?toppedg\003<\003\377s contin\377ued with\377out it: o?a m4\000ag\242\000\377f channe\377l disabl\367een\002\001gcis\376\004\003divshme\377m.errors^\006\005text\023\004/;\004\367/re\202 rs.p[yx\351\000s:\361\000b\326\003\316\324\000two`\000\276\000si\357ons \273\000nee\235d\255\001one\227\"\273  \363ea\335 \226\004self?.held,\005\002X\003\373 c\253\000ot be\336\331\001vert\332\000to\366\334 Py\337\000n ob\357ject\207A pi\177cklingC\334\003\365E\275\001M\363\003TooL\267ong\007\004sL\343 R\374\271\002\000\003.__red\337uce_cQ\002__\376\017\006setstat|\010\017\357\001_or_n\315\000\376?\004get_asy{nc\005\010into\000\014\340\023\016\272!8\010U\002<\tvie\361w\242\004\007\001^\003Valu\001e\277\003\000\010\270\017\017\013\276\0160\t\275\000\370?\ts\001O\twait_\316\273aged\000\025\372\003__\357_Pyx\001\000Dic\367t_N\271`Ref_\221_\306B\310!\035\000aI\002&\000f7unc-\000_g\341%:\000\357main\020\001modwule\032\001nam\003\002j\351`_\212C_\007\001vt\300\204\001\236;\001qual\035\005\305D_L\305N\336Fexo\001\331@_Q\005\371st\010\343N__tes\375t\323\000is_cor\177outine_\366I\256\362Bio.\025\006s\205\205\003c\371l&\001\313\000trace\377backclos\357ecod\001\000unt\333co\002\000ed\n\001de\n\355\205\003f\020\000d\310`\305f\323a\303a\300\000\005\336c\351a\363\205\001\000\005\364cii\047tem\255\206\006\345\206\004.\243\206\004\377\206\004\377ndimnext\347pop\264\206\001\364\205\001sen\377dsetdefa\377ultshape\377sizespin\376\366\206\001throwti\377meouttri\047esv\371a\000\002s\231\204\001\214\204\007\370\230i\244i\222\205\003whole\367PyO\256\206\003*(st\277ruct _\307Boobj_7\367\207\004_7\240\210\004\353_4\226\001_\313\206\005nd \307*, 8\007\000\t\014\t)\000\376\331 il_some_thingG 5\343\205\001\177s_View v\"+5r\313\000s\244\207\004E\225\003\313\004\354""\277\005\361\211\004)\000\263\206\002of\200\377\001\330\004\n\210+\220Q\377\200A\330\010\017\210t\220\3779\230A\230V\2409\250\367C\250q\020\000\033)\250\021\377\360 \000\t\014\2104\210\377w\220c\230\024\230X\240\377W\250I\260Q\330\014\022\377\220,\230a\330\020\032\230\377!\2304\230z\250\021\250\377\047\260\021\260$\260h\270\367a\360\006+\003u\220A\220\275Y!\000\014\023\2201Y\001w\377\220a\220v\230T\240\021\376i\000#1\260\021\360\030\000\277\t\r\210F\220!t\0037\376E\002u\240A\240Y\250a\376\214\000%3\2601\360$\000\377\t\032\230\021\340\010\034\230\377J\240a\240q\330\010\013\377\2105\220\006\220b\230\001\372~\001*\252\000Q\330\010\020\220?\005\220V\2301\230\300\000\213\001\3776\240\021\240&\250\001\330\367\010\t\330x\0004\220u\230\377C\230y\250\013\2601\330\367\014\020\2203\002\"\220B\220\276\271\000\023\2202\220SG\000\024\377\027\220t\2305\240\001\240\377\031\250!\330\030\037\230q\377\340\024\033\230<\240q\250\377\001\250\024\250Y\260a\260\317t\2701\330\"\000E\001q\330\363\030\031\010\001\005\000\036\230d\240\371%\"\001\030\001t\2308\2406\376,\000T\260\027\270\n\300#\377\300Q\330\030\034\230E\240\351\021+\001\242 $\250!\023\2207\377\230(\240\"\240A\330\024\237\030\230\010\240\010\241\000\006\000\005s\230QJ\004V\000\032\230.\267\000\373\030\047z\000\007\320/M\310\377Q\310a\340\020\023\2204\257\220x\230q\234\002(\341 e\377\2702\270R\270r\300\026\377\300s\310!\330\024\031\230\377\021\330\024\034\230A\340\024\375\035E\003v\230S\240\001\330\377\030\033\2301\330\034\035\330e\030\244\001(\327\000\204A\340\014&\000\367\230Q\230\335!\0475\260Q\372\200A\033\300@8\2401\240Fh\373\000\260!\313!U\324@1\330u\002=u\217`Y\240a\330\221 \017\000\373\032\230\276\nJ\250d\260!\374\275\017\271\013R\320RS\320S\357W\320WX\272\017f\270C\273\270qX\0017\240!\321a$o\220h\230a\233\010\360\020\233g\367\320\017!\330@!\2404\240\177y\260\001\260\024\260Q\211c\271\003\334`\336c\013\2101>\003e\266\210c\017\210\351h\360\026\337m\320\377\033-\250Q\250a\250t\377\2609\270A\270T\300\021\377\320\004 \240\001""\340\010\017\377\210\177\230a\230v\240T\377\250\026\250y\270\001\320\004\274t\000\n\t\027\260\t\270)\000);\250\021 \t\037\270\t>\001P\000\3766\t\033\260J\270a\320\n\0071\260\021";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1709, 2502);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1835 bytes) */
+static const char cstring[] = "\377 at once\377, which \377are all \373th\026\000it wa\377s made f\377or: rele\367ase/\000e by\377tes, and\377 a row h\354(\000\n\tth\"\000uff\333er\025\003of&\000wr\333it\016\000wee\000lo\277st(treZ\000r\377agment).\367: :y\000is p\277rocess|\002s?toppedg\003<\003\377s contin\377ued with\377out it: o?a m4\000ag\242\000\377f channe\377l disabl\367een\002\001gcis\376\004\003divshme\377m.errors^\006\005text\023\004/;\004\367/re\202 rs.p[yx\351\000s:\361\000b\326\003\316\324\000two`\000\276\000si\357ons \273\000nee\235d\255\001one\227\"\273  \363ea\335 \226\004self?.held,\005\002X\003\373 c\253\000ot be\336\331\001vert\332\000to\366\334 Py\337\000n ob\357ject\207A pi\377cklingti\273me\367\002s n8\000a\377 numberC\352\363\003E\324\001M\212#ToooLong\007\004sL\372 \371R\320\002\000\003.__re\277duce_ch\002_\375_\017\006setsta\371t\010\017\206!_or_n\374\344\000?\004get_as\367ync\005\010into\300\000\014\023\016\321!8\010U\002<\tvi\343ew\242\004\007\001^\003Val\003ue\277\003\000\010\270\017\017\013\276\0160\t\360\275\000?\ts\001O\twait\235_\322aged\000\025\372\003_\337__Pyx\001\000Di\357ct_N\320`Ref#__\335B\310!\035\000aI\002&\000ofunc-\000_g\341%\336:\000main\020\001mo\357dule\032\001nam\322\003\002pT\000\212C_\007\001vt<\327\204\001;\001qual\035\005\305D\231_\305N\336Fexo\001\331@_\362Q\005st\010\343N__te\373st\323\000is_co\377routine_\\\366I\362Bio.\025\006s\234\205\003\363cl&\001\313\000trac\377ebackclo\337secod\001\000un\267tco\002\000ed\n\001d\247een\024\001\212\206\003f\026\000d\000\316`\313f\331a\311a\000\005\344c\357a\220\206\001|\000\005\372ciitem\312\206\006\362\202\207\004.\300\206\004\234\207\004ndim\177nextpop\321\206\001\376\221\206\001sendset\377defaults\377hapesize\357spin\223\207\001thr\373ow\355\205\004tries\tv\377a\000\002s\237\204\001\222\204\007\236i\252i\376\230\205\003wholePy\375O\313\206\003*(stru\357ct _\315Bobj\333_7\224\210\004_7\275\210\004_4\372\226\001_\321\206\005nd *,\261 8\007\000\t\014\t)\000\337 i\377l_someth\377ingint (\246\"\023)\000""\002\030]\r_\370\210\004*\374!\022\025\006, int)\377\000check_i\357n_pl\201`\000ta\377ke_typedT\005\003\273\212\004_\333\210\003s\353\200 5\215\207\001\177s_View \232\201\"+5r\357 s\316\210\004E\271#\357$\354\343%\262\213\004)\000\335\207\002of\200\377\001\330\004\n\210+\220Q\377\200A\330\010\017\210t\220\3779\230A\230V\2409\250\367C\250q\020\000\033)\250\021\377\360\"\000\t\027\220a\220\377t\2307\240$\240a\330\377\010\013\2104\210w\220c\377\230\024\230X\240W\250I\377\260Q\330\014\022\220,\230\377a\330\020\032\230!\2304\377\230z\250\021\250\047\260\021\377\260$\260h\270a\360\006\367\000\t\014.\000u\220A\220\275Y!\000\014\023\2201f\001w\276O\000v\230T\240\021v\000#\3771\260\021\360\030\000\t\r\257\210F\220!\201\0037E\002u\277\240A\240Y\250a\231\000%\3773\2601\360(\000\t\032\377\230\021\340\010\034\230J\240\367a\240q\206\0015\220\006\220\327b\230\001~\001*\267\000Q\330\377\010\020\220\005\220V\2301\371\230\315\000h\000\220D\230\007\230\377t\2407\250&\260\001\260\337\021\330\010\t\330~\0004\220\377u\230C\230y\250\013\260\3371\330\014\020\2209\002\"\220\373B\220\277\000\023\2202\220S\366M\000\024\027\355\0005\240\001\240\377\031\250!\330\030\037\230q\377\340\024\033\230<\240q\250\377\001\250\024\250Y\260a\260\317t\2701\330\"\000E\001q\330\363\030\031\010\001\005\000\036\230d\240\371%\"\001\030\001t\2308\2406\376,\000T\260\027\270\n\300#\377\300Q\330\030\034\230E\240\351\021+\001\250 $\256!\023\2207\377\230(\240\"\240A\330\024\177\030\230\010\240\010\250\001\005\001\347\005\230QJ\004V\000\032\230.\366\023\000\030\047z\000\007\320/M\377\310Q\310a\340\020\023\220_4\220x\230q\234\002(\347 \377e\2702\270R\270r\300\377\026\300s\310!\330\024\031\377\230\021\330\024\034\230A\340\373\024\035E\003v\230S\240\001\377\330\030\033\2301\330\034\035\313\330\030\244\001(\327\000\212A\340\014\356&\000\230Q\230\343!\0475\260\377Q\360\034\000\t\024\2201\216\261&(\260!\245 \266!\327!UV\340@1\330{\002u\250`Y\216`\354\227 \017\000\032\230\304\nJ\250d\363\260!\303\017\277\013R\320RS\277\320SW""\320WX\300\017f\337\270C\270q\330\363 7\240}!\335a$\220h\230a\241\010\373\360\026\241m\320\033-\250Q\377\250a\250t\2609\270AG\270T\300\330`!\001\257\204\n\014\334d\377\320\017!\240\021\240!\240w4\240y\226`\024\260Q\307cs\003\220\217`\235\204\002\013\2101p\003\355e\306c\017\210\251\204\006\320\004 \377\240\001\340\010\017\210\177\230\377a\230v\240T\250\026\250\237y\270\001\320\004O\000\n\t\027\377\260\t\270\021\320\004)\250=\021 \t\037\270\t\300\023\000\247\000\3766\t\033\260J\270a\320\n\0071\260\021";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1835, 2733);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (2502 bytes) */
-static const char bytes[] = " at once, which are all that it was made for: release one bytes, and a row has  bytes, and the buffer has  of a writer were lost(tree fragment).: : this process was stopped, and writers continued without it: ?a message of channel disableenablegcisenabledivshmem.errorsivshmem.textivshmem/channel/readers.pyxrows: a buffer of two dimensions is needed, one row for each messageself.held,self.reader cannot be converted to a Python object for picklingChannelErrorMessageTooLongMessagesLostReaderReader.__reduce_cython__Reader.__setstate_cython__Reader._rows_or_noneReader.get_asyncReader.get_intoReader.get_into_asyncReader.get_rowsReader.get_rows_asyncReader.viewReader.view_asyncValueReaderValueReader.__reduce_cython__ValueReader.__setstate_cython__ValueReader.getValueReader.viewValueReader.wait_changedValueReader.wait_changed_async___Pyx_PyDict_NextRef__annotate____await____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutine_rows_or_noneasyncio.coroutinesbuffercline_in_tracebackclosecodecountcounteddecodeerrorsfoundgetget_asyncget_intoget_into_asyncget_rowsget_rows_asynciitemsivshmem.channel.readersmessagendimnextpoprowsselfsendsetdefaultshapesizespintextthrowtimeouttriesvaluevaluesviewview_asyncwait_changedwait_changed_asyncwholePyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *)\000until_somethingstruct __pyx_obj_7ivshmem_7channel_5views_View *(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message)\000view_of\200\001\330\004\n\210+\220Q\200A\330\010\017\210t\2209\230A\230V\2409\250C\250q\200A\330\033)\250\021\360 \000\t\014\2104\210w\220c\230\024\230X\240W\250I\260Q\330\014\022\220,\230a\330\020\032\230!\2304\230z\250\021\250\047\260\021\260$\260h\270a\360\006\000\t\014\2104\210u\220A\220Y\230a\330\014\023\2201\330\010\017\210w\220a\220v\230T\240\021\200A\330#1\260""\021\360\030\000\t\r\210F\220!\330\010\017\210t\2207\230!\2304\230u\240A\240Y\250a\200A\330%3\2601\360$\000\t\032\230\021\340\010\034\230J\240a\240q\330\010\013\2105\220\006\220b\230\001\330\014\022\220*\230A\230Q\330\010\020\220\005\220V\2301\230A\330\010\032\230!\2306\240\021\240&\250\001\330\010\t\330\014\023\2204\220u\230C\230y\250\013\2601\330\014\020\220\001\330\014\022\220\"\220B\220a\330\020\023\2202\220S\230\001\330\024\027\220t\2305\240\001\240\031\250!\330\030\037\230q\340\024\033\230<\240q\250\001\250\024\250Y\260a\260t\2701\330\024\027\220u\230C\230q\330\030\031\330\024\027\220q\330\030\036\230d\240%\240q\250\001\330\024\027\220t\2308\2406\250\024\250T\260\027\270\n\300#\300Q\330\030\034\230E\240\021\330\030\031\330\020\032\230$\230a\330\020\023\2207\230(\240\"\240A\330\024\030\230\010\240\010\250\001\330\024\030\230\005\230Q\330\024\027\220q\330\030\031\330\024\032\230.\250\001\330\030\047\240q\250\007\320/M\310Q\310a\340\020\023\2204\220x\230q\240\001\240\031\250(\260$\260e\2702\270R\270r\300\026\300s\310!\330\024\031\230\021\330\024\034\230A\340\024\035\230Q\330\024\027\220v\230S\240\001\330\030\033\2301\330\034\035\330\030\036\230d\240(\250!\330\014\023\2201\340\014\034\230A\230Q\230a\200A\330\0475\260Q\360\030\000\t\033\230!\2308\2401\240F\250!\330\010\t\330\014\020\220\005\220U\230!\2301\330\020\023\2204\220u\230A\230Y\240a\330\024\033\2301\330\020\032\230$\230a\330\020\023\2207\230(\240\"\240J\250d\260!\330\024\030\230\010\240\010\250\001\330\024\030\230\005\230Q\330\024\032\230.\250\001\330\030\047\240q\250\007\320/R\320RS\320SW\320WX\340\020\023\2204\220x\230q\240\001\240\031\250(\260$\260f\270C\270q\330\024\033\2307\240!\330\014\022\220$\220h\230a\340\014\034\230A\230Q\230a\200A\360\020\000\t\r\210F\220!\330\010\017\320\017!\240\021\240!\2404\240y\260\001\260\024\260Q\330\010\013\2105\220\003\2201\330\014\023\2201\330\010\013\2101\330\014\022\220$\220e\2301\230A\330\010\017\210w\220a\220v\230T\240\021\200A\360\026\000\t\r\210F\220!\330\010""\017\210t\2207\230!\320\033-\250Q\250a\250t\2609\270A\270T\300\021\320\004 \240\001\340\010\017\210\177\230a\230v\240T\250\026\250y\270\001\320\004!\240\021\340\010\017\210\177\230a\230v\240T\250\027\260\t\270\021\320\004)\250\021\340\010\017\210\177\230a\230v\240T\250\037\270\t\300\021\320\004-\250Q\340\010\017\210\177\230a\230v\240T\250\033\260J\270a\320\n1\260\021";
+    #else /* compression: none (2733 bytes) */
+static const char bytes[] = " at once, which are all that it was made for: release one bytes, and a row has  bytes, and the buffer has  of a writer were lost(tree fragment).: : this process was stopped, and writers continued without it: ?a message of channel disableenablegcisenabledivshmem.errorsivshmem.textivshmem/channel/readers.pyxrows: a buffer of two dimensions is needed, one row for each messageself.held,self.reader cannot be converted to a Python object for picklingtimeout is not a numberChannelErrorMessageTooLongMessagesLostReaderReader.__reduce_cython__Reader.__setstate_cython__Reader._rows_or_noneReader.get_asyncReader.get_intoReader.get_into_asyncReader.get_rowsReader.get_rows_asyncReader.viewReader.view_asyncValueReaderValueReader.__reduce_cython__ValueReader.__setstate_cython__ValueReader.getValueReader.viewValueReader.wait_changedValueReader.wait_changed_async___Pyx_PyDict_NextRef__annotate____await____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutine_rows_or_noneasyncio.coroutinesbuffercline_in_tracebackclosecodecountcounteddecodeencodeerrorsfoundgetget_asyncget_intoget_into_asyncget_rowsget_rows_asynciitemsivshmem.channel.readersmessagendimnextpoprowsselfsendsetdefaultshapesizespintextthrowtimeouttriesvaluevaluesviewview_asyncwait_changedwait_changed_asyncwholePyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *)\000until_somethingint (PyObject *, PyObject *)\000int (PyObject *, PyObject *, PyObject *, Py_buffer *)\000int (PyObject *, Py_buffer *, int)\000check_in_place\000take_typed\000take_without_objectsstruct __pyx_obj_7ivshmem_7channel_5views_View *(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message)\000view_of\200\001\330\004\n\210+\220Q\200A\330\010\017\210t\2209\230A\230V\2409\250C\250q\200A\330\033)\250\021\360\"\000\t\027\220a\220t\2307\240$\240a\330\010\013""\2104\210w\220c\230\024\230X\240W\250I\260Q\330\014\022\220,\230a\330\020\032\230!\2304\230z\250\021\250\047\260\021\260$\260h\270a\360\006\000\t\014\2104\210u\220A\220Y\230a\330\014\023\2201\330\010\017\210w\220a\220v\230T\240\021\200A\330#1\260\021\360\030\000\t\r\210F\220!\330\010\017\210t\2207\230!\2304\230u\240A\240Y\250a\200A\330%3\2601\360(\000\t\032\230\021\340\010\034\230J\240a\240q\330\010\013\2105\220\006\220b\230\001\330\014\022\220*\230A\230Q\330\010\020\220\005\220V\2301\230A\330\010\023\2201\220D\230\007\230t\2407\250&\260\001\260\021\330\010\t\330\014\023\2204\220u\230C\230y\250\013\2601\330\014\020\220\001\330\014\022\220\"\220B\220a\330\020\023\2202\220S\230\001\330\024\027\220t\2305\240\001\240\031\250!\330\030\037\230q\340\024\033\230<\240q\250\001\250\024\250Y\260a\260t\2701\330\024\027\220u\230C\230q\330\030\031\330\024\027\220q\330\030\036\230d\240%\240q\250\001\330\024\027\220t\2308\2406\250\024\250T\260\027\270\n\300#\300Q\330\030\034\230E\240\021\330\030\031\330\020\032\230$\230a\330\020\023\2207\230(\240\"\240A\330\024\030\230\010\240\010\250\001\330\024\030\230\005\230Q\330\024\027\220q\330\030\031\330\024\032\230.\250\001\330\030\047\240q\250\007\320/M\310Q\310a\340\020\023\2204\220x\230q\240\001\240\031\250(\260$\260e\2702\270R\270r\300\026\300s\310!\330\024\031\230\021\330\024\034\230A\340\024\035\230Q\330\024\027\220v\230S\240\001\330\030\033\2301\330\034\035\330\030\036\230d\240(\250!\330\014\023\2201\340\014\034\230A\230Q\230a\200A\330\0475\260Q\360\034\000\t\024\2201\220D\230\007\230t\2407\250(\260!\2601\330\010\t\330\014\020\220\005\220U\230!\2301\330\020\023\2204\220u\230A\230Y\240a\330\024\033\2301\330\020\032\230$\230a\330\020\023\2207\230(\240\"\240J\250d\260!\330\024\030\230\010\240\010\250\001\330\024\030\230\005\230Q\330\024\032\230.\250\001\330\030\047\240q\250\007\320/R\320RS\320SW\320WX\340\020\023\2204\220x\230q\240\001\240\031\250(\260$\260f\270C\270q\330\024\033\2307\240!\330\014\022\220$\220h\230a\340\014\034\230A""\230Q\230a\200A\360\026\000\t\r\210F\220!\330\010\017\210t\2207\230!\320\033-\250Q\250a\250t\2609\270A\270T\300\021\200A\360\026\000\t\027\220a\220t\2307\240$\240a\330\010\014\210F\220!\330\010\017\320\017!\240\021\240!\2404\240y\260\001\260\024\260Q\330\010\013\2105\220\003\2201\330\014\023\2201\330\010\013\2101\330\014\022\220$\220e\2301\230A\330\010\017\210w\220a\220v\230T\240\021\320\004 \240\001\340\010\017\210\177\230a\230v\240T\250\026\250y\270\001\320\004!\240\021\340\010\017\210\177\230a\230v\240T\250\027\260\t\270\021\320\004)\250\021\340\010\017\210\177\230a\230v\240T\250\037\270\t\300\021\320\004-\250Q\340\010\017\210\177\230a\230v\240T\250\033\260J\270a\320\n1\260\021";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 103; i++) {
+    for (int i = 0; i < 105; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 20) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 21) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)
@@ -14450,8 +15017,8 @@ static const char bytes[] = " at once, which are all that it was made for: relea
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 103; i < 118; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-103].length;
+    for (int i = 105; i < 121; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-105].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -14461,15 +15028,15 @@ static const char bytes[] = " at once, which are all that it was made for: relea
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 118; i++) {
+    for (Py_ssize_t i = 0; i < 121; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 103;
-      for (Py_ssize_t i=0; i<15; ++i) {
+      PyObject **table = stringtab + 105;
+      for (Py_ssize_t i=0; i<16; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
         #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -14555,42 +15122,42 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 296};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 304};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_rows, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_found};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_get_rows_async, __pyx_mstate->__pyx_kp_b_iso88591_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 167};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 169};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_buffer, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_message, __pyx_mstate->__pyx_n_u__4};
-    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_get_into, __pyx_mstate->__pyx_kp_b_iso88591_A_5Q_81F_U_1_4uAYa_1_a_7_Jd_Q_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_get_into, __pyx_mstate->__pyx_kp_b_iso88591_A_5Q_1D_t7_1_U_1_4uAYa_1_a_7_Jd, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 12, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 198};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 12, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 202};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_rows, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_size, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_tries, __pyx_mstate->__pyx_n_u_message, __pyx_mstate->__pyx_n_u_whole};
-    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_get_rows, __pyx_mstate->__pyx_kp_b_iso88591_A_31_Jaq_5_b_AQ_V1A_6_4uCy_1_Ba, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_get_rows, __pyx_mstate->__pyx_kp_b_iso88591_A_31_Jaq_5_b_AQ_V1A_1D_t7_4uCy_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 262};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 268};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin};
-    __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_kp_b_iso88591_A_4wc_XWIQ_a_4z_ha_4uAYa_1_wavT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_kp_b_iso88591_A_at7_a_4wc_XWIQ_a_4z_ha_4uAYa_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 288};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 296};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_get_async, __pyx_mstate->__pyx_kp_b_iso88591_avT_y, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 292};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 300};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_buffer, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_get_into_async, __pyx_mstate->__pyx_kp_b_iso88591_Q_avT_Ja, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 301};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 309};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_rows, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_rows_or_none, __pyx_mstate->__pyx_kp_b_iso88591_A_t9AV9Cq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 304};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 312};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_view_async, __pyx_mstate->__pyx_kp_b_iso88591_avT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
@@ -14605,22 +15172,22 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 380};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 388};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_get, __pyx_mstate->__pyx_kp_b_iso88591_A_F_t7_Qat9AT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 394};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 402};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin};
     __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_wait_changed, __pyx_mstate->__pyx_kp_b_iso88591_A_1_F_t7_4uAYa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 410};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 418};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_code};
-    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_kp_b_iso88591_A_F_4y_Q_5_1_1_1_e1A_wavT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_kp_b_iso88591_A_at7_a_F_4y_Q_5_1_1_1_e1A_wavT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 426};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 438};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_wait_changed_async, __pyx_mstate->__pyx_kp_b_iso88591_avT_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
@@ -14765,6 +15332,333 @@ end:
 }
 #endif
 
+/* FastTypeChecks (used by PyValueError_Check) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static int __Pyx_InBases(PyTypeObject *a, PyTypeObject *b) {
+    while (a) {
+        a = __Pyx_PyType_GetSlot(a, tp_base, PyTypeObject*);
+        if (a == b)
+            return 1;
+    }
+    return b == &PyBaseObject_Type;
+}
+static CYTHON_INLINE int __Pyx_IsSubtype(PyTypeObject *a, PyTypeObject *b) {
+    PyObject *mro;
+    if (a == b) return 1;
+    mro = a->tp_mro;
+    if (likely(mro)) {
+        Py_ssize_t i, n;
+        n = PyTuple_GET_SIZE(mro);
+        for (i = 0; i < n; i++) {
+            if (PyTuple_GET_ITEM(mro, i) == (PyObject *)b)
+                return 1;
+        }
+        return 0;
+    }
+    return __Pyx_InBases(a, b);
+}
+static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a, PyTypeObject *b) {
+    PyObject *mro;
+    if (cls == a || cls == b) return 1;
+    mro = cls->tp_mro;
+    if (likely(mro)) {
+        Py_ssize_t i, n;
+        n = PyTuple_GET_SIZE(mro);
+        for (i = 0; i < n; i++) {
+            PyObject *base = PyTuple_GET_ITEM(mro, i);
+            if (base == (PyObject *)a || base == (PyObject *)b)
+                return 1;
+        }
+        return 0;
+    }
+    return __Pyx_InBases(cls, a) || __Pyx_InBases(cls, b);
+}
+#endif
+
+/* PyObjectCall (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw) {
+    PyObject *result;
+    ternaryfunc call = Py_TYPE(func)->tp_call;
+    if (unlikely(!call))
+        return PyObject_Call(func, arg, kw);
+    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
+        return NULL;
+    result = (*call)(func, arg, kw);
+    Py_LeaveRecursiveCall();
+    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
+        PyErr_SetString(
+            PyExc_SystemError,
+            "NULL result without error in PyObject_Call");
+    }
+    return result;
+}
+#endif
+
+/* PyObjectCallMethO (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg) {
+    PyObject *self, *result;
+    PyCFunction cfunc;
+    cfunc = __Pyx_CyOrPyCFunction_GET_FUNCTION(func);
+    self = __Pyx_CyOrPyCFunction_GET_SELF(func);
+    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
+        return NULL;
+    result = cfunc(self, arg);
+    Py_LeaveRecursiveCall();
+    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
+        PyErr_SetString(
+            PyExc_SystemError,
+            "NULL result without error in PyObject_Call");
+    }
+    return result;
+}
+#endif
+
+/* PyObjectFastCall */
+#if CYTHON_COMPILING_IN_LIMITED_API
+static PyObject* __Pyx_PyObject_FastCall_fallback(PyObject *func, PyObject * const*args, size_t nargs, PyObject *kwargs) {
+    PyObject *argstuple;
+    PyObject *result = 0;
+    size_t i;
+    argstuple = PyTuple_New((Py_ssize_t)nargs);
+    if (unlikely(!argstuple)) return NULL;
+    for (i = 0; i < nargs; i++) {
+        Py_INCREF(args[i]);
+        if (__Pyx_PyTuple_SET_ITEM(argstuple, (Py_ssize_t)i, args[i]) != (0)) goto bad;
+    }
+    result = __Pyx_PyObject_Call(func, argstuple, kwargs);
+  bad:
+    Py_DECREF(argstuple);
+    return result;
+}
+#endif
+#if CYTHON_VECTORCALL && !(CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY)
+  #if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE vectorcallfunc __Pyx_PyVectorcall_Function(PyObject *callable) {
+    PyTypeObject *tp = Py_TYPE(callable);
+    #if defined(__Pyx_CyFunction_USED)
+    if (__Pyx_CyFunction_CheckExact(callable)) {
+        return __Pyx_CyFunction_func_vectorcall(callable);
+    }
+    #endif
+    if (!PyType_HasFeature(tp, Py_TPFLAGS_HAVE_VECTORCALL)) {
+        return NULL;
+    }
+    assert(PyCallable_Check(callable));
+    Py_ssize_t offset = tp->tp_vectorcall_offset;
+    assert(offset > 0);
+    vectorcallfunc ptr;
+    memcpy(&ptr, (char *) callable + offset, sizeof(ptr));
+    return ptr;
+}
+  #else
+    #define __Pyx_PyVectorcall_Function(callable) PyVectorcall_Function(callable)
+  #endif
+#endif
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwargs) {
+    Py_ssize_t nargs = __Pyx_PyVectorcall_NARGS(nargsf);
+#if CYTHON_COMPILING_IN_CPYTHON
+    if (nargs == 0 && kwargs == NULL) {
+        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_NOARGS))
+            return __Pyx_PyObject_CallMethO(func, NULL);
+    }
+    else if (nargs == 1 && kwargs == NULL) {
+        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_O))
+            return __Pyx_PyObject_CallMethO(func, args[0]);
+    }
+#endif
+    if (kwargs == NULL) {
+        #if CYTHON_VECTORCALL
+          #if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY
+            return PyObject_Vectorcall(func, args, nargsf, NULL);
+          #else
+            vectorcallfunc f = __Pyx_PyVectorcall_Function(func);
+            if (f) {
+                return f(func, args, nargsf, NULL);
+            }
+          #endif
+        #endif
+    }
+    if (nargs == 0) {
+        return __Pyx_PyObject_Call(func, __pyx_mstate_global->__pyx_empty_tuple, kwargs);
+    }
+    #if CYTHON_COMPILING_IN_LIMITED_API
+    return __Pyx_PyObject_FastCall_fallback(func, args, (size_t)nargs, kwargs);
+    #elif CYTHON_COMPILING_IN_PYPY
+    return PyObject_VectorcallDict(func, args, (size_t) nargs, kwargs);
+    #else
+    return PyObject_VectorcallDict(func, args, nargsf, kwargs);
+    #endif
+}
+
+/* PyErrFetchRestore (used by RaiseException) */
+#if CYTHON_FAST_THREAD_STATE
+static CYTHON_INLINE void __Pyx_ErrRestoreInState(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb) {
+#if PY_VERSION_HEX >= 0x030C00A6
+    PyObject *tmp_value;
+    assert(type == NULL || (value != NULL && type == (PyObject*) Py_TYPE(value)));
+    if (value) {
+        #if CYTHON_COMPILING_IN_CPYTHON
+        if (unlikely(((PyBaseExceptionObject*) value)->traceback != tb))
+        #endif
+            PyException_SetTraceback(value, tb);
+    }
+    tmp_value = tstate->current_exception;
+    tstate->current_exception = value;
+    Py_XDECREF(tmp_value);
+    Py_XDECREF(type);
+    Py_XDECREF(tb);
+#else
+    PyObject *tmp_type, *tmp_value, *tmp_tb;
+    tmp_type = tstate->curexc_type;
+    tmp_value = tstate->curexc_value;
+    tmp_tb = tstate->curexc_traceback;
+    tstate->curexc_type = type;
+    tstate->curexc_value = value;
+    tstate->curexc_traceback = tb;
+    Py_XDECREF(tmp_type);
+    Py_XDECREF(tmp_value);
+    Py_XDECREF(tmp_tb);
+#endif
+}
+static CYTHON_INLINE void __Pyx_ErrFetchInState(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb) {
+#if PY_VERSION_HEX >= 0x030C00A6
+    PyObject* exc_value;
+    exc_value = tstate->current_exception;
+    tstate->current_exception = 0;
+    *value = exc_value;
+    *type = NULL;
+    *tb = NULL;
+    if (exc_value) {
+        *type = (PyObject*) Py_TYPE(exc_value);
+        Py_INCREF(*type);
+        #if CYTHON_COMPILING_IN_CPYTHON
+        *tb = ((PyBaseExceptionObject*) exc_value)->traceback;
+        Py_XINCREF(*tb);
+        #else
+        *tb = PyException_GetTraceback(exc_value);
+        #endif
+    }
+#else
+    *type = tstate->curexc_type;
+    *value = tstate->curexc_value;
+    *tb = tstate->curexc_traceback;
+    tstate->curexc_type = 0;
+    tstate->curexc_value = 0;
+    tstate->curexc_traceback = 0;
+#endif
+}
+#endif
+
+/* RaiseException */
+static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause) {
+    PyObject* owned_instance = NULL;
+    if (tb == Py_None) {
+        tb = 0;
+    } else if (tb && !PyTraceBack_Check(tb)) {
+        PyErr_SetString(PyExc_TypeError,
+            "raise: arg 3 must be a traceback or None");
+        goto bad;
+    }
+    if (value == Py_None)
+        value = 0;
+    if (PyExceptionInstance_Check(type)) {
+        if (value) {
+            PyErr_SetString(PyExc_TypeError,
+                "instance exception may not have a separate value");
+            goto bad;
+        }
+        value = type;
+        type = (PyObject*) Py_TYPE(value);
+    } else if (PyExceptionClass_Check(type)) {
+        PyObject *instance_class = NULL;
+        if (value && PyExceptionInstance_Check(value)) {
+            instance_class = (PyObject*) Py_TYPE(value);
+            if (instance_class != type) {
+                int is_subclass = PyObject_IsSubclass(instance_class, type);
+                if (!is_subclass) {
+                    instance_class = NULL;
+                } else if (unlikely(is_subclass == -1)) {
+                    goto bad;
+                } else {
+                    type = instance_class;
+                }
+            }
+        }
+        if (!instance_class) {
+            PyObject *args;
+            if (!value)
+                args = PyTuple_New(0);
+            else if (PyTuple_Check(value)) {
+                Py_INCREF(value);
+                args = value;
+            } else
+                args = PyTuple_Pack(1, value);
+            if (!args)
+                goto bad;
+            owned_instance = PyObject_Call(type, args, NULL);
+            Py_DECREF(args);
+            if (!owned_instance)
+                goto bad;
+            value = owned_instance;
+            if (!PyExceptionInstance_Check(value)) {
+                PyErr_Format(PyExc_TypeError,
+                             "calling %R should have returned an instance of "
+                             "BaseException, not %R",
+                             type, Py_TYPE(value));
+                goto bad;
+            }
+        }
+    } else {
+        PyErr_SetString(PyExc_TypeError,
+            "raise: exception class must be a subclass of BaseException");
+        goto bad;
+    }
+    if (cause) {
+        PyObject *fixed_cause;
+        if (cause == Py_None) {
+            fixed_cause = NULL;
+        } else if (PyExceptionClass_Check(cause)) {
+            fixed_cause = PyObject_CallObject(cause, NULL);
+            if (fixed_cause == NULL)
+                goto bad;
+        } else if (PyExceptionInstance_Check(cause)) {
+            fixed_cause = cause;
+            Py_INCREF(fixed_cause);
+        } else {
+            PyErr_SetString(PyExc_TypeError,
+                            "exception causes must derive from "
+                            "BaseException");
+            goto bad;
+        }
+        PyException_SetCause(value, fixed_cause);
+    }
+    PyErr_SetObject(type, value);
+    if (tb) {
+#if PY_VERSION_HEX >= 0x030C00A6
+        PyException_SetTraceback(value, tb);
+#elif CYTHON_FAST_THREAD_STATE
+        PyThreadState *tstate = __Pyx_PyThreadState_Current;
+        PyObject* tmp_tb = tstate->curexc_traceback;
+        if (tb != tmp_tb) {
+            Py_INCREF(tb);
+            tstate->curexc_traceback = tb;
+            Py_XDECREF(tmp_tb);
+        }
+#else
+        PyObject *tmp_type, *tmp_value, *tmp_tb;
+        PyErr_Fetch(&tmp_type, &tmp_value, &tmp_tb);
+        Py_INCREF(tb);
+        PyErr_Restore(tmp_type, tmp_value, tb);
+        Py_XDECREF(tmp_tb);
+#endif
+    }
+bad:
+    Py_XDECREF(owned_instance);
+    return;
+}
+
 /* DivInt[int64_t] */
 static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t a, int64_t b, int b_is_constant) {
     int64_t q = a / b;
@@ -14785,6 +15679,31 @@ static CYTHON_INLINE int64_t __Pyx_mod_int64_t(int64_t a, int64_t b, int b_is_co
     );
     return r + adapt_python * b;
 }
+
+/* PyObjectFastCallMethod */
+#if !CYTHON_VECTORCALL
+static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf) {
+    PyObject *result;
+    switch (__Pyx_PyVectorcall_NARGS(nargsf)) {
+        case 1:
+            return PyObject_CallMethodObjArgs(args[0], name, NULL);
+        case 2:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], NULL);
+        case 3:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], NULL);
+        case 4:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], NULL);
+        case 5:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], args[4], NULL);
+    }
+    PyObject *attr = PyObject_GetAttr(args[0], name);
+    if (unlikely(!attr))
+        return NULL;
+    result = __Pyx_PyObject_FastCall(attr, args+1, nargsf - 1);
+    Py_DECREF(attr);
+    return result;
+}
+#endif
 
 /* CopyObjectArray (used by TupleOrListFromArrayImpl) */
 #if CYTHON_COMPILING_IN_CPYTHON
@@ -14993,173 +15912,6 @@ static CYTHON_INLINE int __Pyx_PyLong_BoolEqObjC(PyObject *op1, PyObject *op2, l
     return __Pyx_PyObject_RichCompareBool(op1, op2, Py_EQ);
 }
 
-/* PyErrFetchRestore (used by RaiseException) */
-#if CYTHON_FAST_THREAD_STATE
-static CYTHON_INLINE void __Pyx_ErrRestoreInState(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb) {
-#if PY_VERSION_HEX >= 0x030C00A6
-    PyObject *tmp_value;
-    assert(type == NULL || (value != NULL && type == (PyObject*) Py_TYPE(value)));
-    if (value) {
-        #if CYTHON_COMPILING_IN_CPYTHON
-        if (unlikely(((PyBaseExceptionObject*) value)->traceback != tb))
-        #endif
-            PyException_SetTraceback(value, tb);
-    }
-    tmp_value = tstate->current_exception;
-    tstate->current_exception = value;
-    Py_XDECREF(tmp_value);
-    Py_XDECREF(type);
-    Py_XDECREF(tb);
-#else
-    PyObject *tmp_type, *tmp_value, *tmp_tb;
-    tmp_type = tstate->curexc_type;
-    tmp_value = tstate->curexc_value;
-    tmp_tb = tstate->curexc_traceback;
-    tstate->curexc_type = type;
-    tstate->curexc_value = value;
-    tstate->curexc_traceback = tb;
-    Py_XDECREF(tmp_type);
-    Py_XDECREF(tmp_value);
-    Py_XDECREF(tmp_tb);
-#endif
-}
-static CYTHON_INLINE void __Pyx_ErrFetchInState(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb) {
-#if PY_VERSION_HEX >= 0x030C00A6
-    PyObject* exc_value;
-    exc_value = tstate->current_exception;
-    tstate->current_exception = 0;
-    *value = exc_value;
-    *type = NULL;
-    *tb = NULL;
-    if (exc_value) {
-        *type = (PyObject*) Py_TYPE(exc_value);
-        Py_INCREF(*type);
-        #if CYTHON_COMPILING_IN_CPYTHON
-        *tb = ((PyBaseExceptionObject*) exc_value)->traceback;
-        Py_XINCREF(*tb);
-        #else
-        *tb = PyException_GetTraceback(exc_value);
-        #endif
-    }
-#else
-    *type = tstate->curexc_type;
-    *value = tstate->curexc_value;
-    *tb = tstate->curexc_traceback;
-    tstate->curexc_type = 0;
-    tstate->curexc_value = 0;
-    tstate->curexc_traceback = 0;
-#endif
-}
-#endif
-
-/* RaiseException */
-static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause) {
-    PyObject* owned_instance = NULL;
-    if (tb == Py_None) {
-        tb = 0;
-    } else if (tb && !PyTraceBack_Check(tb)) {
-        PyErr_SetString(PyExc_TypeError,
-            "raise: arg 3 must be a traceback or None");
-        goto bad;
-    }
-    if (value == Py_None)
-        value = 0;
-    if (PyExceptionInstance_Check(type)) {
-        if (value) {
-            PyErr_SetString(PyExc_TypeError,
-                "instance exception may not have a separate value");
-            goto bad;
-        }
-        value = type;
-        type = (PyObject*) Py_TYPE(value);
-    } else if (PyExceptionClass_Check(type)) {
-        PyObject *instance_class = NULL;
-        if (value && PyExceptionInstance_Check(value)) {
-            instance_class = (PyObject*) Py_TYPE(value);
-            if (instance_class != type) {
-                int is_subclass = PyObject_IsSubclass(instance_class, type);
-                if (!is_subclass) {
-                    instance_class = NULL;
-                } else if (unlikely(is_subclass == -1)) {
-                    goto bad;
-                } else {
-                    type = instance_class;
-                }
-            }
-        }
-        if (!instance_class) {
-            PyObject *args;
-            if (!value)
-                args = PyTuple_New(0);
-            else if (PyTuple_Check(value)) {
-                Py_INCREF(value);
-                args = value;
-            } else
-                args = PyTuple_Pack(1, value);
-            if (!args)
-                goto bad;
-            owned_instance = PyObject_Call(type, args, NULL);
-            Py_DECREF(args);
-            if (!owned_instance)
-                goto bad;
-            value = owned_instance;
-            if (!PyExceptionInstance_Check(value)) {
-                PyErr_Format(PyExc_TypeError,
-                             "calling %R should have returned an instance of "
-                             "BaseException, not %R",
-                             type, Py_TYPE(value));
-                goto bad;
-            }
-        }
-    } else {
-        PyErr_SetString(PyExc_TypeError,
-            "raise: exception class must be a subclass of BaseException");
-        goto bad;
-    }
-    if (cause) {
-        PyObject *fixed_cause;
-        if (cause == Py_None) {
-            fixed_cause = NULL;
-        } else if (PyExceptionClass_Check(cause)) {
-            fixed_cause = PyObject_CallObject(cause, NULL);
-            if (fixed_cause == NULL)
-                goto bad;
-        } else if (PyExceptionInstance_Check(cause)) {
-            fixed_cause = cause;
-            Py_INCREF(fixed_cause);
-        } else {
-            PyErr_SetString(PyExc_TypeError,
-                            "exception causes must derive from "
-                            "BaseException");
-            goto bad;
-        }
-        PyException_SetCause(value, fixed_cause);
-    }
-    PyErr_SetObject(type, value);
-    if (tb) {
-#if PY_VERSION_HEX >= 0x030C00A6
-        PyException_SetTraceback(value, tb);
-#elif CYTHON_FAST_THREAD_STATE
-        PyThreadState *tstate = __Pyx_PyThreadState_Current;
-        PyObject* tmp_tb = tstate->curexc_traceback;
-        if (tb != tmp_tb) {
-            Py_INCREF(tb);
-            tstate->curexc_traceback = tb;
-            Py_XDECREF(tmp_tb);
-        }
-#else
-        PyObject *tmp_type, *tmp_value, *tmp_tb;
-        PyErr_Fetch(&tmp_type, &tmp_value, &tmp_tb);
-        Py_INCREF(tb);
-        PyErr_Restore(tmp_type, tmp_value, tb);
-        Py_XDECREF(tmp_tb);
-#endif
-    }
-bad:
-    Py_XDECREF(owned_instance);
-    return;
-}
-
 /* IgnoreException (used by GetModuleGlobalName) */
 static CYTHON_INLINE int __Pyx_IgnoreGivenException(PyObject *given_exception, PyObject *ignorable_exception) {
     if (PyErr_GivenExceptionMatches(given_exception ? given_exception : PyErr_Occurred(), ignorable_exception)) {
@@ -15168,49 +15920,6 @@ static CYTHON_INLINE int __Pyx_IgnoreGivenException(PyObject *given_exception, P
     }
     return 0;
 }
-
-/* FastTypeChecks (used by GivenExceptionMatches) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static int __Pyx_InBases(PyTypeObject *a, PyTypeObject *b) {
-    while (a) {
-        a = __Pyx_PyType_GetSlot(a, tp_base, PyTypeObject*);
-        if (a == b)
-            return 1;
-    }
-    return b == &PyBaseObject_Type;
-}
-static CYTHON_INLINE int __Pyx_IsSubtype(PyTypeObject *a, PyTypeObject *b) {
-    PyObject *mro;
-    if (a == b) return 1;
-    mro = a->tp_mro;
-    if (likely(mro)) {
-        Py_ssize_t i, n;
-        n = PyTuple_GET_SIZE(mro);
-        for (i = 0; i < n; i++) {
-            if (PyTuple_GET_ITEM(mro, i) == (PyObject *)b)
-                return 1;
-        }
-        return 0;
-    }
-    return __Pyx_InBases(a, b);
-}
-static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a, PyTypeObject *b) {
-    PyObject *mro;
-    if (cls == a || cls == b) return 1;
-    mro = cls->tp_mro;
-    if (likely(mro)) {
-        Py_ssize_t i, n;
-        n = PyTuple_GET_SIZE(mro);
-        for (i = 0; i < n; i++) {
-            PyObject *base = PyTuple_GET_ITEM(mro, i);
-            if (base == (PyObject *)a || base == (PyObject *)b)
-                return 1;
-        }
-        return 0;
-    }
-    return __Pyx_InBases(cls, a) || __Pyx_InBases(cls, b);
-}
-#endif
 
 /* GivenExceptionMatches (used by PyErrExceptionMatches) */
 #if CYTHON_COMPILING_IN_CPYTHON
@@ -15435,26 +16144,6 @@ static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatAndDecref(PyObject* s, PyObj
     return result;
 }
 
-/* PyObjectCall */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw) {
-    PyObject *result;
-    ternaryfunc call = Py_TYPE(func)->tp_call;
-    if (unlikely(!call))
-        return PyObject_Call(func, arg, kw);
-    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
-        return NULL;
-    result = (*call)(func, arg, kw);
-    Py_LeaveRecursiveCall();
-    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
-        PyErr_SetString(
-            PyExc_SystemError,
-            "NULL result without error in PyObject_Call");
-    }
-    return result;
-}
-#endif
-
 /* JoinPyUnicode */
 static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count, Py_ssize_t result_ulength, int kind) {
 #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH && CYTHON_USE_UNICODE_INTERNALS
@@ -15530,103 +16219,6 @@ bad:
     Py_DECREF(value_tuple);
     return result;
 #endif
-}
-
-/* PyObjectCallMethO (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg) {
-    PyObject *self, *result;
-    PyCFunction cfunc;
-    cfunc = __Pyx_CyOrPyCFunction_GET_FUNCTION(func);
-    self = __Pyx_CyOrPyCFunction_GET_SELF(func);
-    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
-        return NULL;
-    result = cfunc(self, arg);
-    Py_LeaveRecursiveCall();
-    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
-        PyErr_SetString(
-            PyExc_SystemError,
-            "NULL result without error in PyObject_Call");
-    }
-    return result;
-}
-#endif
-
-/* PyObjectFastCall */
-#if CYTHON_COMPILING_IN_LIMITED_API
-static PyObject* __Pyx_PyObject_FastCall_fallback(PyObject *func, PyObject * const*args, size_t nargs, PyObject *kwargs) {
-    PyObject *argstuple;
-    PyObject *result = 0;
-    size_t i;
-    argstuple = PyTuple_New((Py_ssize_t)nargs);
-    if (unlikely(!argstuple)) return NULL;
-    for (i = 0; i < nargs; i++) {
-        Py_INCREF(args[i]);
-        if (__Pyx_PyTuple_SET_ITEM(argstuple, (Py_ssize_t)i, args[i]) != (0)) goto bad;
-    }
-    result = __Pyx_PyObject_Call(func, argstuple, kwargs);
-  bad:
-    Py_DECREF(argstuple);
-    return result;
-}
-#endif
-#if CYTHON_VECTORCALL && !(CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY)
-  #if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE vectorcallfunc __Pyx_PyVectorcall_Function(PyObject *callable) {
-    PyTypeObject *tp = Py_TYPE(callable);
-    #if defined(__Pyx_CyFunction_USED)
-    if (__Pyx_CyFunction_CheckExact(callable)) {
-        return __Pyx_CyFunction_func_vectorcall(callable);
-    }
-    #endif
-    if (!PyType_HasFeature(tp, Py_TPFLAGS_HAVE_VECTORCALL)) {
-        return NULL;
-    }
-    assert(PyCallable_Check(callable));
-    Py_ssize_t offset = tp->tp_vectorcall_offset;
-    assert(offset > 0);
-    vectorcallfunc ptr;
-    memcpy(&ptr, (char *) callable + offset, sizeof(ptr));
-    return ptr;
-}
-  #else
-    #define __Pyx_PyVectorcall_Function(callable) PyVectorcall_Function(callable)
-  #endif
-#endif
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwargs) {
-    Py_ssize_t nargs = __Pyx_PyVectorcall_NARGS(nargsf);
-#if CYTHON_COMPILING_IN_CPYTHON
-    if (nargs == 0 && kwargs == NULL) {
-        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_NOARGS))
-            return __Pyx_PyObject_CallMethO(func, NULL);
-    }
-    else if (nargs == 1 && kwargs == NULL) {
-        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_O))
-            return __Pyx_PyObject_CallMethO(func, args[0]);
-    }
-#endif
-    if (kwargs == NULL) {
-        #if CYTHON_VECTORCALL
-          #if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY
-            return PyObject_Vectorcall(func, args, nargsf, NULL);
-          #else
-            vectorcallfunc f = __Pyx_PyVectorcall_Function(func);
-            if (f) {
-                return f(func, args, nargsf, NULL);
-            }
-          #endif
-        #endif
-    }
-    if (nargs == 0) {
-        return __Pyx_PyObject_Call(func, __pyx_mstate_global->__pyx_empty_tuple, kwargs);
-    }
-    #if CYTHON_COMPILING_IN_LIMITED_API
-    return __Pyx_PyObject_FastCall_fallback(func, args, (size_t)nargs, kwargs);
-    #elif CYTHON_COMPILING_IN_PYPY
-    return PyObject_VectorcallDict(func, args, (size_t) nargs, kwargs);
-    #else
-    return PyObject_VectorcallDict(func, args, nargsf, kwargs);
-    #endif
 }
 
 /* WriteUnraisableException */
@@ -16326,31 +16918,6 @@ static void __Pyx_RaiseArgtupleInvalid(
                  func_name, more_or_less, num_expected,
                  (num_expected == 1) ? "" : "s", num_found);
 }
-
-/* PyObjectFastCallMethod */
-#if !CYTHON_VECTORCALL
-static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf) {
-    PyObject *result;
-    switch (__Pyx_PyVectorcall_NARGS(nargsf)) {
-        case 1:
-            return PyObject_CallMethodObjArgs(args[0], name, NULL);
-        case 2:
-            return PyObject_CallMethodObjArgs(args[0], name, args[1], NULL);
-        case 3:
-            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], NULL);
-        case 4:
-            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], NULL);
-        case 5:
-            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], args[4], NULL);
-    }
-    PyObject *attr = PyObject_GetAttr(args[0], name);
-    if (unlikely(!attr))
-        return NULL;
-    result = __Pyx_PyObject_FastCall(attr, args+1, nargsf - 1);
-    Py_DECREF(attr);
-    return result;
-}
-#endif
 
 /* CIntToDigits (used by CIntToPyUnicode) */
 static const char DIGIT_PAIRS_10[2*10*10+1] = {

@@ -1873,8 +1873,8 @@ static const char * const __pyx_cfilenm = __FILE__;
 
 static const char* const __pyx_f[] = {
   "ivshmem/channel/records.pyx",
-  "cpython/type.pxd",
   "ivshmem/native/descriptors.pxd",
+  "cpython/type.pxd",
   "ivshmem/native/bell.pxd",
   "ivshmem/native/mapping.pxd",
   "ivshmem/native/spin.pxd",
@@ -2265,7 +2265,7 @@ enum  {
   __pyx_e_7ivshmem_7channel_7records_TRIES = 0xC8
 };
 
-/* "descriptors.pxd":86
+/* "descriptors.pxd":101
  * 
  * 
  * cdef class Fd:             # <<<<<<<<<<<<<<
@@ -2278,7 +2278,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Fd {
 };
 
 
-/* "descriptors.pxd":93
+/* "descriptors.pxd":108
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2297,7 +2297,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray {
 };
 
 
-/* "descriptors.pxd":117
+/* "descriptors.pxd":132
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2314,7 +2314,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller {
 };
 
 
-/* "descriptors.pxd":127
+/* "descriptors.pxd":142
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2329,7 +2329,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Relay {
 };
 
 
-/* "descriptors.pxd":134
+/* "descriptors.pxd":149
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2607,7 +2607,7 @@ struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr {
 
 
 
-/* "descriptors.pxd":93
+/* "descriptors.pxd":108
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2624,7 +2624,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray;
 
 
-/* "descriptors.pxd":117
+/* "descriptors.pxd":132
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2639,7 +2639,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller *__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller;
 
 
-/* "descriptors.pxd":127
+/* "descriptors.pxd":142
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2653,7 +2653,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay *__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay;
 
 
-/* "descriptors.pxd":134
+/* "descriptors.pxd":149
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2948,6 +2948,84 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *__pyx_
 #define __Pyx_CLEAR(r)    do { PyObject* tmp = ((PyObject*)(r)); r = NULL; __Pyx_DECREF(tmp);} while(0)
 #define __Pyx_XCLEAR(r)   do { if((r) != NULL) {PyObject* tmp = ((PyObject*)(r)); r = NULL; __Pyx_DECREF(tmp);}} while(0)
 
+/* FastTypeChecks.proto (used by PyValueError_Check) */
+#if CYTHON_COMPILING_IN_CPYTHON
+#define __Pyx_TypeCheck(obj, type) __Pyx_IsSubtype(Py_TYPE(obj), (PyTypeObject *)type)
+#define __Pyx_TypeCheck2(obj, type1, type2) __Pyx_IsAnySubtype2(Py_TYPE(obj), (PyTypeObject *)type1, (PyTypeObject *)type2)
+static CYTHON_INLINE int __Pyx_IsSubtype(PyTypeObject *a, PyTypeObject *b);
+static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a, PyTypeObject *b);
+#define __Pyx_PyAnySet_Check(obj)  __Pyx_TypeCheck2(obj, &PySet_Type, &PyFrozenSet_Type)
+#else
+#define __Pyx_TypeCheck(obj, type) PyObject_TypeCheck(obj, (PyTypeObject *)type)
+#define __Pyx_TypeCheck2(obj, type1, type2) (PyObject_TypeCheck(obj, (PyTypeObject *)type1) || PyObject_TypeCheck(obj, (PyTypeObject *)type2))
+#define __Pyx_PyAnySet_Check(obj)  PyAnySet_Check(obj)
+#endif
+
+/* PyValueError_Check.proto */
+#define __Pyx_PyExc_ValueError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_ValueError)
+
+/* PyObjectCall.proto (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw);
+#else
+#define __Pyx_PyObject_Call(func, arg, kw) PyObject_Call(func, arg, kw)
+#endif
+
+/* PyObjectCallMethO.proto (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg);
+#endif
+
+/* PyObjectFastCall.proto */
+#define __Pyx_PyObject_FastCall(func, args, nargs)  __Pyx_PyObject_FastCallDict(func, args, (size_t)(nargs), NULL)
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject * const*args, size_t nargsf, PyObject *kwargs);
+
+/* PyThreadStateGet.proto (used by PyErrFetchRestore) */
+#if CYTHON_FAST_THREAD_STATE
+#define __Pyx_PyThreadState_declare  PyThreadState *__pyx_tstate;
+#define __Pyx_PyThreadState_assign  __pyx_tstate = __Pyx_PyThreadState_Current;
+#if PY_VERSION_HEX >= 0x030C00A6
+#define __Pyx_PyErr_Occurred()  (__pyx_tstate->current_exception != NULL)
+#define __Pyx_PyErr_CurrentExceptionType()  (__pyx_tstate->current_exception ? (PyObject*) Py_TYPE(__pyx_tstate->current_exception) : (PyObject*) NULL)
+#else
+#define __Pyx_PyErr_Occurred()  (__pyx_tstate->curexc_type != NULL)
+#define __Pyx_PyErr_CurrentExceptionType()  (__pyx_tstate->curexc_type)
+#endif
+#else
+#define __Pyx_PyThreadState_declare
+#define __Pyx_PyThreadState_assign
+#define __Pyx_PyErr_Occurred()  (PyErr_Occurred() != NULL)
+#define __Pyx_PyErr_CurrentExceptionType()  PyErr_Occurred()
+#endif
+
+/* PyErrFetchRestore.proto (used by RaiseException) */
+#if CYTHON_FAST_THREAD_STATE
+#define __Pyx_PyErr_Clear() __Pyx_ErrRestore(NULL, NULL, NULL)
+#define __Pyx_ErrRestoreWithState(type, value, tb)  __Pyx_ErrRestoreInState(PyThreadState_GET(), type, value, tb)
+#define __Pyx_ErrFetchWithState(type, value, tb)    __Pyx_ErrFetchInState(PyThreadState_GET(), type, value, tb)
+#define __Pyx_ErrRestore(type, value, tb)  __Pyx_ErrRestoreInState(__pyx_tstate, type, value, tb)
+#define __Pyx_ErrFetch(type, value, tb)    __Pyx_ErrFetchInState(__pyx_tstate, type, value, tb)
+static CYTHON_INLINE void __Pyx_ErrRestoreInState(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb);
+static CYTHON_INLINE void __Pyx_ErrFetchInState(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb);
+#if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX < 0x030C00A6
+#define __Pyx_PyErr_SetNone(exc) (Py_INCREF(exc), __Pyx_ErrRestore((exc), NULL, NULL))
+#else
+#define __Pyx_PyErr_SetNone(exc) PyErr_SetNone(exc)
+#endif
+#else
+#define __Pyx_PyErr_Clear() PyErr_Clear()
+#define __Pyx_PyErr_SetNone(exc) PyErr_SetNone(exc)
+#define __Pyx_ErrRestoreWithState(type, value, tb)  PyErr_Restore(type, value, tb)
+#define __Pyx_ErrFetchWithState(type, value, tb)  PyErr_Fetch(type, value, tb)
+#define __Pyx_ErrRestoreInState(tstate, type, value, tb)  PyErr_Restore(type, value, tb)
+#define __Pyx_ErrFetchInState(tstate, type, value, tb)  PyErr_Fetch(type, value, tb)
+#define __Pyx_ErrRestore(type, value, tb)  PyErr_Restore(type, value, tb)
+#define __Pyx_ErrFetch(type, value, tb)  PyErr_Fetch(type, value, tb)
+#endif
+
+/* RaiseException.export */
+static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
+
 /* DivInt[int64_t].proto */
 static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t, int64_t, int b_is_constant);
 
@@ -3122,22 +3200,6 @@ static CYTHON_INLINE PyObject* __Pyx_PyDict_Items(PyObject* d);
 #define __Pyx_CallCFunctionFastWithKeywords(cfunc, self, args, nargs, kwnames)\
     ((__Pyx_PyCFunctionFastWithKeywords)(void(*)(void))(PyCFunction)(cfunc)->func)(self, args, nargs, kwnames)
 
-/* PyObjectCall.proto (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw);
-#else
-#define __Pyx_PyObject_Call(func, arg, kw) PyObject_Call(func, arg, kw)
-#endif
-
-/* PyObjectCallMethO.proto (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg);
-#endif
-
-/* PyObjectFastCall.proto (used by PyObjectCallOneArg) */
-#define __Pyx_PyObject_FastCall(func, args, nargs)  __Pyx_PyObject_FastCallDict(func, args, (size_t)(nargs), NULL)
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject * const*args, size_t nargsf, PyObject *kwargs);
-
 /* PyObjectCallOneArg.proto (used by CallUnboundCMethod0) */
 static CYTHON_INLINE PyObject* __Pyx_PyObject_CallOneArg(PyObject *func, PyObject *arg);
 
@@ -3156,19 +3218,6 @@ typedef struct {
 /* IgnoreException.proto (used by UnpackUnboundCMethod_impl) */
 static CYTHON_INLINE int __Pyx_IgnoreGivenException(PyObject *given_exception, PyObject *ignorable_exception);
 #define __Pyx_IgnoreException(ignorable_exception) __Pyx_IgnoreGivenException(NULL, ignorable_exception)
-
-/* FastTypeChecks.proto (used by UnpackUnboundCMethod_impl) */
-#if CYTHON_COMPILING_IN_CPYTHON
-#define __Pyx_TypeCheck(obj, type) __Pyx_IsSubtype(Py_TYPE(obj), (PyTypeObject *)type)
-#define __Pyx_TypeCheck2(obj, type1, type2) __Pyx_IsAnySubtype2(Py_TYPE(obj), (PyTypeObject *)type1, (PyTypeObject *)type2)
-static CYTHON_INLINE int __Pyx_IsSubtype(PyTypeObject *a, PyTypeObject *b);
-static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a, PyTypeObject *b);
-#define __Pyx_PyAnySet_Check(obj)  __Pyx_TypeCheck2(obj, &PySet_Type, &PyFrozenSet_Type)
-#else
-#define __Pyx_TypeCheck(obj, type) PyObject_TypeCheck(obj, (PyTypeObject *)type)
-#define __Pyx_TypeCheck2(obj, type1, type2) (PyObject_TypeCheck(obj, (PyTypeObject *)type1) || PyObject_TypeCheck(obj, (PyTypeObject *)type2))
-#define __Pyx_PyAnySet_Check(obj)  PyAnySet_Check(obj)
-#endif
 
 /* PyObjectGetAttrStr.proto (used by UnpackUnboundCMethod_impl) */
 #if CYTHON_USE_TYPE_SLOTS
@@ -3286,49 +3335,6 @@ static void __Pyx_ArgTypeError(PyObject *obj, PyTypeObject *type, const char *na
 
 /* ArgTypeTest.proto */
 static CYTHON_INLINE int __Pyx_ArgTypeTest(PyObject *obj, PyTypeObject *type, int none_allowed, const char *name, int exact);
-
-/* PyThreadStateGet.proto (used by PyErrFetchRestore) */
-#if CYTHON_FAST_THREAD_STATE
-#define __Pyx_PyThreadState_declare  PyThreadState *__pyx_tstate;
-#define __Pyx_PyThreadState_assign  __pyx_tstate = __Pyx_PyThreadState_Current;
-#if PY_VERSION_HEX >= 0x030C00A6
-#define __Pyx_PyErr_Occurred()  (__pyx_tstate->current_exception != NULL)
-#define __Pyx_PyErr_CurrentExceptionType()  (__pyx_tstate->current_exception ? (PyObject*) Py_TYPE(__pyx_tstate->current_exception) : (PyObject*) NULL)
-#else
-#define __Pyx_PyErr_Occurred()  (__pyx_tstate->curexc_type != NULL)
-#define __Pyx_PyErr_CurrentExceptionType()  (__pyx_tstate->curexc_type)
-#endif
-#else
-#define __Pyx_PyThreadState_declare
-#define __Pyx_PyThreadState_assign
-#define __Pyx_PyErr_Occurred()  (PyErr_Occurred() != NULL)
-#define __Pyx_PyErr_CurrentExceptionType()  PyErr_Occurred()
-#endif
-
-/* PyErrFetchRestore.proto (used by GivenExceptionMatches) */
-#if CYTHON_FAST_THREAD_STATE
-#define __Pyx_PyErr_Clear() __Pyx_ErrRestore(NULL, NULL, NULL)
-#define __Pyx_ErrRestoreWithState(type, value, tb)  __Pyx_ErrRestoreInState(PyThreadState_GET(), type, value, tb)
-#define __Pyx_ErrFetchWithState(type, value, tb)    __Pyx_ErrFetchInState(PyThreadState_GET(), type, value, tb)
-#define __Pyx_ErrRestore(type, value, tb)  __Pyx_ErrRestoreInState(__pyx_tstate, type, value, tb)
-#define __Pyx_ErrFetch(type, value, tb)    __Pyx_ErrFetchInState(__pyx_tstate, type, value, tb)
-static CYTHON_INLINE void __Pyx_ErrRestoreInState(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb);
-static CYTHON_INLINE void __Pyx_ErrFetchInState(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb);
-#if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX < 0x030C00A6
-#define __Pyx_PyErr_SetNone(exc) (Py_INCREF(exc), __Pyx_ErrRestore((exc), NULL, NULL))
-#else
-#define __Pyx_PyErr_SetNone(exc) PyErr_SetNone(exc)
-#endif
-#else
-#define __Pyx_PyErr_Clear() PyErr_Clear()
-#define __Pyx_PyErr_SetNone(exc) PyErr_SetNone(exc)
-#define __Pyx_ErrRestoreWithState(type, value, tb)  PyErr_Restore(type, value, tb)
-#define __Pyx_ErrFetchWithState(type, value, tb)  PyErr_Fetch(type, value, tb)
-#define __Pyx_ErrRestoreInState(tstate, type, value, tb)  PyErr_Restore(type, value, tb)
-#define __Pyx_ErrFetchInState(tstate, type, value, tb)  PyErr_Fetch(type, value, tb)
-#define __Pyx_ErrRestore(type, value, tb)  PyErr_Restore(type, value, tb)
-#define __Pyx_ErrFetch(type, value, tb)  PyErr_Fetch(type, value, tb)
-#endif
 
 /* GivenExceptionMatches.proto (used by PyErrExceptionMatches) */
 #if CYTHON_COMPILING_IN_CPYTHON
@@ -3475,9 +3481,6 @@ static CYTHON_INLINE PyObject* __Pyx__PyNumber_Add_int_int(PyObject *op1, PyObje
 static CYTHON_INLINE PyObject* __Pyx__PyNumber_Multiply_float_int(PyObject *op1, PyObject *op2, int inplace);
 #endif
 
-/* RaiseException.export */
-static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
-
 /* RaiseTooManyValuesToUnpack.proto */
 static CYTHON_INLINE void __Pyx_RaiseTooManyValuesError(Py_ssize_t expected);
 
@@ -3570,9 +3573,6 @@ static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_uint32_t(uint32_t val
 
 /* JoinPyUnicode.export */
 static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count, Py_ssize_t result_ulength, int kind);
-
-/* PyValueError_Check.proto */
-#define __Pyx_PyExc_ValueError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_ValueError)
 
 /* CIntToPyUnicode.proto */
 #define __Pyx_PyUnicode_From___pyx_anon_enum(value, width, padding_char, format_char) (\
@@ -4137,6 +4137,9 @@ static CYTHON_INLINE PyObject* __Pyx_PyLong_From_unsigned_int(unsigned int value
 /* CIntFromPy.proto */
 static CYTHON_INLINE unsigned int __Pyx_PyLong_As_unsigned_int(PyObject *);
 
+/* CIntToPy.proto */
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int(int value);
+
 /* CIntFromPy.proto */
 static CYTHON_INLINE long __Pyx_PyLong_As_long(PyObject *);
 
@@ -4378,6 +4381,7 @@ static int __Pyx_State_RemoveModule(void*);
 /* Module declarations from "ivshmem.native.syscalls" */
 
 /* Module declarations from "ivshmem.native.descriptors" */
+static CYTHON_INLINE double __pyx_f_7ivshmem_6native_11descriptors_seconds_of(PyObject *); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(int64_t); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uint64_t); /*proto*/
@@ -4571,7 +4575,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type__update;
     PyObject *__pyx_tuple[1];
     PyObject *__pyx_codeobj_tab[9];
-    PyObject *__pyx_string_tab[174];
+    PyObject *__pyx_string_tab[175];
     PyObject *__pyx_number_tab[5];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
@@ -4693,136 +4697,137 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u_place __pyx_string_tab[41]
 #define __pyx_kp_u_the_region_is_mapped_for_reading __pyx_string_tab[42]
 #define __pyx_kp_u_there_is_a_channel __pyx_string_tab[43]
-#define __pyx_n_u_ChannelCorrupt __pyx_string_tab[44]
-#define __pyx_n_u_ChannelError __pyx_string_tab[45]
-#define __pyx_n_u_ChannelExists __pyx_string_tab[46]
-#define __pyx_n_u_KINDS __pyx_string_tab[47]
-#define __pyx_n_u_NAME_BYTES __pyx_string_tab[48]
-#define __pyx_n_u_NUMBERS __pyx_string_tab[49]
-#define __pyx_n_u_NUMBERS_OF_BYTES __pyx_string_tab[50]
-#define __pyx_n_u_NoSuchChannel __pyx_string_tab[51]
-#define __pyx_n_u_OPTIONS __pyx_string_tab[52]
-#define __pyx_n_u_OVERFLOW __pyx_string_tab[53]
-#define __pyx_n_u_RegionError __pyx_string_tab[54]
-#define __pyx_n_u_TYPE_BYTES __pyx_string_tab[55]
-#define __pyx_n_u__8 __pyx_string_tab[56]
-#define __pyx_n_u_NAMES __pyx_string_tab[57]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[58]
-#define __pyx_n_u_annotate __pyx_string_tab[59]
-#define __pyx_n_u_class_getitem __pyx_string_tab[60]
-#define __pyx_n_u_func __pyx_string_tab[61]
-#define __pyx_n_u_main __pyx_string_tab[62]
-#define __pyx_n_u_module __pyx_string_tab[63]
-#define __pyx_n_u_name_2 __pyx_string_tab[64]
-#define __pyx_n_u_pyx_capi __pyx_string_tab[65]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[66]
-#define __pyx_n_u_qualname __pyx_string_tab[67]
-#define __pyx_n_u_test __pyx_string_tab[68]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[69]
-#define __pyx_n_u_append __pyx_string_tab[70]
-#define __pyx_n_u_area __pyx_string_tab[71]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[72]
-#define __pyx_n_u_backslashreplace __pyx_string_tab[73]
-#define __pyx_n_u_bit __pyx_string_tab[74]
-#define __pyx_n_u_block __pyx_string_tab[75]
-#define __pyx_n_u_bytes __pyx_string_tab[76]
-#define __pyx_n_u_calls __pyx_string_tab[77]
-#define __pyx_n_u_channel_2 __pyx_string_tab[78]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[79]
-#define __pyx_n_u_close __pyx_string_tab[80]
-#define __pyx_n_u_closing __pyx_string_tab[81]
-#define __pyx_n_u_code __pyx_string_tab[82]
-#define __pyx_n_u_connections __pyx_string_tab[83]
-#define __pyx_n_u_create __pyx_string_tab[84]
-#define __pyx_n_u_created __pyx_string_tab[85]
-#define __pyx_n_u_decode __pyx_string_tab[86]
-#define __pyx_n_u_discard __pyx_string_tab[87]
-#define __pyx_n_u_encode __pyx_string_tab[88]
-#define __pyx_n_u_encoded __pyx_string_tab[89]
-#define __pyx_n_u_errors __pyx_string_tab[90]
-#define __pyx_n_u_facts_of_locals_genexpr __pyx_string_tab[91]
-#define __pyx_n_u_find __pyx_string_tab[92]
-#define __pyx_n_u_force __pyx_string_tab[93]
-#define __pyx_n_u_format_size __pyx_string_tab[94]
-#define __pyx_n_u_found __pyx_string_tab[95]
-#define __pyx_n_u_free __pyx_string_tab[96]
-#define __pyx_n_u_g __pyx_string_tab[97]
-#define __pyx_n_u_genexpr __pyx_string_tab[98]
-#define __pyx_n_u_geometry __pyx_string_tab[99]
-#define __pyx_n_u_get __pyx_string_tab[100]
-#define __pyx_n_u_gone __pyx_string_tab[101]
-#define __pyx_n_u_i __pyx_string_tab[102]
-#define __pyx_n_u_index __pyx_string_tab[103]
-#define __pyx_n_u_items __pyx_string_tab[104]
-#define __pyx_n_u_ivshmem_channel_records __pyx_string_tab[105]
-#define __pyx_n_u_kind __pyx_string_tab[106]
-#define __pyx_n_u_layout __pyx_string_tab[107]
-#define __pyx_n_u_limit __pyx_string_tab[108]
-#define __pyx_n_u_listing __pyx_string_tab[109]
-#define __pyx_n_u_loans __pyx_string_tab[110]
-#define __pyx_n_u_maker __pyx_string_tab[111]
-#define __pyx_n_u_membership __pyx_string_tab[112]
-#define __pyx_n_u_memory_sizes __pyx_string_tab[113]
-#define __pyx_n_u_messages __pyx_string_tab[114]
-#define __pyx_n_u_most __pyx_string_tab[115]
-#define __pyx_n_u_n __pyx_string_tab[116]
-#define __pyx_n_u_name __pyx_string_tab[117]
-#define __pyx_n_u_next __pyx_string_tab[118]
-#define __pyx_n_u_open __pyx_string_tab[119]
-#define __pyx_n_u_options __pyx_string_tab[120]
-#define __pyx_n_u_overflow __pyx_string_tab[121]
-#define __pyx_n_u_overwrite __pyx_string_tab[122]
-#define __pyx_n_u_places __pyx_string_tab[123]
-#define __pyx_n_u_plain __pyx_string_tab[124]
-#define __pyx_n_u_pop __pyx_string_tab[125]
-#define __pyx_n_u_published __pyx_string_tab[126]
-#define __pyx_n_u_queue __pyx_string_tab[127]
-#define __pyx_n_u_quoted __pyx_string_tab[128]
-#define __pyx_n_u_readers __pyx_string_tab[129]
-#define __pyx_n_u_reading __pyx_string_tab[130]
-#define __pyx_n_u_record __pyx_string_tab[131]
-#define __pyx_n_u_remove __pyx_string_tab[132]
-#define __pyx_n_u_replace __pyx_string_tab[133]
-#define __pyx_n_u_ring_always __pyx_string_tab[134]
-#define __pyx_n_u_room __pyx_string_tab[135]
-#define __pyx_n_u_send __pyx_string_tab[136]
-#define __pyx_n_u_setdefault __pyx_string_tab[137]
-#define __pyx_n_u_silent __pyx_string_tab[138]
-#define __pyx_n_u_size __pyx_string_tab[139]
-#define __pyx_n_u_size_of __pyx_string_tab[140]
-#define __pyx_n_u_sleep __pyx_string_tab[141]
-#define __pyx_n_u_slots __pyx_string_tab[142]
-#define __pyx_n_u_spoiled __pyx_string_tab[143]
-#define __pyx_n_u_state __pyx_string_tab[144]
-#define __pyx_n_u_taken __pyx_string_tab[145]
-#define __pyx_n_u_text __pyx_string_tab[146]
-#define __pyx_n_u_throw __pyx_string_tab[147]
-#define __pyx_n_u_time __pyx_string_tab[148]
-#define __pyx_n_u_time_ns __pyx_string_tab[149]
-#define __pyx_n_u_times __pyx_string_tab[150]
-#define __pyx_n_u_total __pyx_string_tab[151]
-#define __pyx_n_u_tries __pyx_string_tab[152]
-#define __pyx_n_u_type __pyx_string_tab[153]
-#define __pyx_n_u_unfinished __pyx_string_tab[154]
-#define __pyx_n_u_unit __pyx_string_tab[155]
-#define __pyx_n_u_units __pyx_string_tab[156]
-#define __pyx_n_u_update __pyx_string_tab[157]
-#define __pyx_n_u_usage_locals_genexpr __pyx_string_tab[158]
-#define __pyx_n_u_value __pyx_string_tab[159]
-#define __pyx_n_u_values __pyx_string_tab[160]
-#define __pyx_n_u_views __pyx_string_tab[161]
-#define __pyx_n_u_writers __pyx_string_tab[162]
-#define __pyx_n_u_writing __pyx_string_tab[163]
-#define __pyx_kp_b_PyObject_struct_ivshmem_record_f __pyx_string_tab[164]
-#define __pyx_kp_b_iso88591_az_z_A_fA_Qd_q_l_1D_ZrQSSUUV_A __pyx_string_tab[165]
-#define __pyx_kp_b_iso88591_k_8_1Cq_V1 __pyx_string_tab[166]
-#define __pyx_kp_b_iso88591_fA_1_V1_V1_WF_q_q_XQl_q_E_az_Q __pyx_string_tab[167]
-#define __pyx_kp_b_iso88591_fA_A_U_WE_aq_1HCq_haq_7_5_Qa_1 __pyx_string_tab[168]
-#define __pyx_kp_b_iso88591_fA_a_6_uCq_xq_uCq_j_q __pyx_string_tab[169]
-#define __pyx_kp_b_iso88591_A_WA_fA_1HCwa_6_is_1_6_fCq_k_T __pyx_string_tab[170]
-#define __pyx_kp_b_iso88591_E_fA_z_k_aq_Qj_uHC_6_5_m1A_uCq __pyx_string_tab[171]
-#define __pyx_kp_b_iso88591__7 __pyx_string_tab[172]
-#define __pyx_kp_b_iso88591__6 __pyx_string_tab[173]
+#define __pyx_kp_u_timeout_is_not_a_number __pyx_string_tab[44]
+#define __pyx_n_u_ChannelCorrupt __pyx_string_tab[45]
+#define __pyx_n_u_ChannelError __pyx_string_tab[46]
+#define __pyx_n_u_ChannelExists __pyx_string_tab[47]
+#define __pyx_n_u_KINDS __pyx_string_tab[48]
+#define __pyx_n_u_NAME_BYTES __pyx_string_tab[49]
+#define __pyx_n_u_NUMBERS __pyx_string_tab[50]
+#define __pyx_n_u_NUMBERS_OF_BYTES __pyx_string_tab[51]
+#define __pyx_n_u_NoSuchChannel __pyx_string_tab[52]
+#define __pyx_n_u_OPTIONS __pyx_string_tab[53]
+#define __pyx_n_u_OVERFLOW __pyx_string_tab[54]
+#define __pyx_n_u_RegionError __pyx_string_tab[55]
+#define __pyx_n_u_TYPE_BYTES __pyx_string_tab[56]
+#define __pyx_n_u__8 __pyx_string_tab[57]
+#define __pyx_n_u_NAMES __pyx_string_tab[58]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[59]
+#define __pyx_n_u_annotate __pyx_string_tab[60]
+#define __pyx_n_u_class_getitem __pyx_string_tab[61]
+#define __pyx_n_u_func __pyx_string_tab[62]
+#define __pyx_n_u_main __pyx_string_tab[63]
+#define __pyx_n_u_module __pyx_string_tab[64]
+#define __pyx_n_u_name_2 __pyx_string_tab[65]
+#define __pyx_n_u_pyx_capi __pyx_string_tab[66]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[67]
+#define __pyx_n_u_qualname __pyx_string_tab[68]
+#define __pyx_n_u_test __pyx_string_tab[69]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[70]
+#define __pyx_n_u_append __pyx_string_tab[71]
+#define __pyx_n_u_area __pyx_string_tab[72]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[73]
+#define __pyx_n_u_backslashreplace __pyx_string_tab[74]
+#define __pyx_n_u_bit __pyx_string_tab[75]
+#define __pyx_n_u_block __pyx_string_tab[76]
+#define __pyx_n_u_bytes __pyx_string_tab[77]
+#define __pyx_n_u_calls __pyx_string_tab[78]
+#define __pyx_n_u_channel_2 __pyx_string_tab[79]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[80]
+#define __pyx_n_u_close __pyx_string_tab[81]
+#define __pyx_n_u_closing __pyx_string_tab[82]
+#define __pyx_n_u_code __pyx_string_tab[83]
+#define __pyx_n_u_connections __pyx_string_tab[84]
+#define __pyx_n_u_create __pyx_string_tab[85]
+#define __pyx_n_u_created __pyx_string_tab[86]
+#define __pyx_n_u_decode __pyx_string_tab[87]
+#define __pyx_n_u_discard __pyx_string_tab[88]
+#define __pyx_n_u_encode __pyx_string_tab[89]
+#define __pyx_n_u_encoded __pyx_string_tab[90]
+#define __pyx_n_u_errors __pyx_string_tab[91]
+#define __pyx_n_u_facts_of_locals_genexpr __pyx_string_tab[92]
+#define __pyx_n_u_find __pyx_string_tab[93]
+#define __pyx_n_u_force __pyx_string_tab[94]
+#define __pyx_n_u_format_size __pyx_string_tab[95]
+#define __pyx_n_u_found __pyx_string_tab[96]
+#define __pyx_n_u_free __pyx_string_tab[97]
+#define __pyx_n_u_g __pyx_string_tab[98]
+#define __pyx_n_u_genexpr __pyx_string_tab[99]
+#define __pyx_n_u_geometry __pyx_string_tab[100]
+#define __pyx_n_u_get __pyx_string_tab[101]
+#define __pyx_n_u_gone __pyx_string_tab[102]
+#define __pyx_n_u_i __pyx_string_tab[103]
+#define __pyx_n_u_index __pyx_string_tab[104]
+#define __pyx_n_u_items __pyx_string_tab[105]
+#define __pyx_n_u_ivshmem_channel_records __pyx_string_tab[106]
+#define __pyx_n_u_kind __pyx_string_tab[107]
+#define __pyx_n_u_layout __pyx_string_tab[108]
+#define __pyx_n_u_limit __pyx_string_tab[109]
+#define __pyx_n_u_listing __pyx_string_tab[110]
+#define __pyx_n_u_loans __pyx_string_tab[111]
+#define __pyx_n_u_maker __pyx_string_tab[112]
+#define __pyx_n_u_membership __pyx_string_tab[113]
+#define __pyx_n_u_memory_sizes __pyx_string_tab[114]
+#define __pyx_n_u_messages __pyx_string_tab[115]
+#define __pyx_n_u_most __pyx_string_tab[116]
+#define __pyx_n_u_n __pyx_string_tab[117]
+#define __pyx_n_u_name __pyx_string_tab[118]
+#define __pyx_n_u_next __pyx_string_tab[119]
+#define __pyx_n_u_open __pyx_string_tab[120]
+#define __pyx_n_u_options __pyx_string_tab[121]
+#define __pyx_n_u_overflow __pyx_string_tab[122]
+#define __pyx_n_u_overwrite __pyx_string_tab[123]
+#define __pyx_n_u_places __pyx_string_tab[124]
+#define __pyx_n_u_plain __pyx_string_tab[125]
+#define __pyx_n_u_pop __pyx_string_tab[126]
+#define __pyx_n_u_published __pyx_string_tab[127]
+#define __pyx_n_u_queue __pyx_string_tab[128]
+#define __pyx_n_u_quoted __pyx_string_tab[129]
+#define __pyx_n_u_readers __pyx_string_tab[130]
+#define __pyx_n_u_reading __pyx_string_tab[131]
+#define __pyx_n_u_record __pyx_string_tab[132]
+#define __pyx_n_u_remove __pyx_string_tab[133]
+#define __pyx_n_u_replace __pyx_string_tab[134]
+#define __pyx_n_u_ring_always __pyx_string_tab[135]
+#define __pyx_n_u_room __pyx_string_tab[136]
+#define __pyx_n_u_send __pyx_string_tab[137]
+#define __pyx_n_u_setdefault __pyx_string_tab[138]
+#define __pyx_n_u_silent __pyx_string_tab[139]
+#define __pyx_n_u_size __pyx_string_tab[140]
+#define __pyx_n_u_size_of __pyx_string_tab[141]
+#define __pyx_n_u_sleep __pyx_string_tab[142]
+#define __pyx_n_u_slots __pyx_string_tab[143]
+#define __pyx_n_u_spoiled __pyx_string_tab[144]
+#define __pyx_n_u_state __pyx_string_tab[145]
+#define __pyx_n_u_taken __pyx_string_tab[146]
+#define __pyx_n_u_text __pyx_string_tab[147]
+#define __pyx_n_u_throw __pyx_string_tab[148]
+#define __pyx_n_u_time __pyx_string_tab[149]
+#define __pyx_n_u_time_ns __pyx_string_tab[150]
+#define __pyx_n_u_times __pyx_string_tab[151]
+#define __pyx_n_u_total __pyx_string_tab[152]
+#define __pyx_n_u_tries __pyx_string_tab[153]
+#define __pyx_n_u_type __pyx_string_tab[154]
+#define __pyx_n_u_unfinished __pyx_string_tab[155]
+#define __pyx_n_u_unit __pyx_string_tab[156]
+#define __pyx_n_u_units __pyx_string_tab[157]
+#define __pyx_n_u_update __pyx_string_tab[158]
+#define __pyx_n_u_usage_locals_genexpr __pyx_string_tab[159]
+#define __pyx_n_u_value __pyx_string_tab[160]
+#define __pyx_n_u_values __pyx_string_tab[161]
+#define __pyx_n_u_views __pyx_string_tab[162]
+#define __pyx_n_u_writers __pyx_string_tab[163]
+#define __pyx_n_u_writing __pyx_string_tab[164]
+#define __pyx_kp_b_PyObject_struct_ivshmem_record_f __pyx_string_tab[165]
+#define __pyx_kp_b_iso88591_az_z_A_fA_Qd_q_l_1D_ZrQSSUUV_A __pyx_string_tab[166]
+#define __pyx_kp_b_iso88591_k_8_1Cq_V1 __pyx_string_tab[167]
+#define __pyx_kp_b_iso88591_fA_1_V1_V1_WF_q_q_XQl_q_E_az_Q __pyx_string_tab[168]
+#define __pyx_kp_b_iso88591_fA_A_U_WE_aq_1HCq_haq_7_5_Qa_1 __pyx_string_tab[169]
+#define __pyx_kp_b_iso88591_fA_a_6_uCq_xq_uCq_j_q __pyx_string_tab[170]
+#define __pyx_kp_b_iso88591_A_WA_fA_1HCwa_6_is_1_6_fCq_k_T __pyx_string_tab[171]
+#define __pyx_kp_b_iso88591_E_fA_z_k_aq_Qj_uHC_6_5_m1A_uCq __pyx_string_tab[172]
+#define __pyx_kp_b_iso88591__7 __pyx_string_tab[173]
+#define __pyx_kp_b_iso88591__6 __pyx_string_tab[174]
 #define __pyx_float_0_0005 __pyx_number_tab[0]
 #define __pyx_int_0 __pyx_number_tab[1]
 #define __pyx_int_1 __pyx_number_tab[2]
@@ -4872,7 +4877,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type__update.method);
   for (int i=0; i<1; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
   for (int i=0; i<9; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<174; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<175; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<5; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -4929,7 +4934,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type__update.method);
   for (int i=0; i<1; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
   for (int i=0; i<9; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<174; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<175; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<5; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -4950,6 +4955,203 @@ return 0;
 /* "descriptors.pxd":28
  * 
  * 
+ * cdef inline double seconds_of(object timeout) except? -1:             # <<<<<<<<<<<<<<
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+*/
+
+static CYTHON_INLINE double __pyx_f_7ivshmem_6native_11descriptors_seconds_of(PyObject *__pyx_v_timeout) {
+  double __pyx_v_seconds;
+  double __pyx_r;
+  __Pyx_RefNannyDeclarations
+  double __pyx_t_1;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  size_t __pyx_t_5;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("seconds_of", 0);
+
+  /* "descriptors.pxd":30
+ * cdef inline double seconds_of(object timeout) except? -1:
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout             # <<<<<<<<<<<<<<
+ *     if seconds != seconds:
+ *         raise ValueError("timeout is not a number")
+*/
+  __pyx_t_1 = __Pyx_PyFloat_AsDouble(__pyx_v_timeout); if (unlikely((__pyx_t_1 == (double)-1) && PyErr_Occurred())) __PYX_ERR(1, 30, __pyx_L1_error)
+  __pyx_v_seconds = __pyx_t_1;
+
+  /* "descriptors.pxd":31
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+ *     if seconds != seconds:             # <<<<<<<<<<<<<<
+ *         raise ValueError("timeout is not a number")
+ *     return seconds
+*/
+  __pyx_t_2 = (__pyx_v_seconds != __pyx_v_seconds);
+
+  if (unlikely(__pyx_t_2)) {
+
+
+    /* "descriptors.pxd":32
+ *     cdef double seconds = timeout
+ *     if seconds != seconds:
+ *         raise ValueError("timeout is not a number")             # <<<<<<<<<<<<<<
+ *     return seconds
+ * 
+*/
+    __pyx_t_4 = NULL;
+    __pyx_t_5 = 1;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_timeout_is_not_a_number};
+      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 32, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_3);
+    }
+    __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __PYX_ERR(1, 32, __pyx_L1_error)
+
+    /* "descriptors.pxd":31
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+ *     if seconds != seconds:             # <<<<<<<<<<<<<<
+ *         raise ValueError("timeout is not a number")
+ *     return seconds
+*/
+  }
+
+  /* "descriptors.pxd":33
+ *     if seconds != seconds:
+ *         raise ValueError("timeout is not a number")
+ *     return seconds             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = __pyx_v_seconds;
+  }
+  goto __pyx_L0;
+
+  /* "descriptors.pxd":28
+ * 
+ * 
+ * cdef inline double seconds_of(object timeout) except? -1:             # <<<<<<<<<<<<<<
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.seconds_of", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1.0;
+  __pyx_L0:;
+
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "descriptors.pxd":36
+ * 
+ * 
+ * cdef inline int check_timeout(object timeout) except -1:             # <<<<<<<<<<<<<<
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+*/
+
+static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_check_timeout(PyObject *__pyx_v_timeout) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  double __pyx_t_3;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "descriptors.pxd":38
+ * cdef inline int check_timeout(object timeout) except -1:
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns             # <<<<<<<<<<<<<<
+ *         seconds_of(timeout)
+ *     return 0
+*/
+  __pyx_t_2 = (__pyx_v_timeout != Py_None);
+  if (__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = (((PyObject *)Py_TYPE(__pyx_v_timeout)) != ((PyObject *)(&PyLong_Type)));
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L4_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "descriptors.pxd":39
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+ *         seconds_of(timeout)             # <<<<<<<<<<<<<<
+ *     return 0
+ * 
+*/
+    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_seconds_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((double)-1.0) && PyErr_Occurred())) __PYX_ERR(1, 39, __pyx_L1_error)
+
+
+    /* "descriptors.pxd":38
+ * cdef inline int check_timeout(object timeout) except -1:
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns             # <<<<<<<<<<<<<<
+ *         seconds_of(timeout)
+ *     return 0
+*/
+  }
+
+  /* "descriptors.pxd":40
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+ *         seconds_of(timeout)
+ *     return 0             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "descriptors.pxd":36
+ * 
+ * 
+ * cdef inline int check_timeout(object timeout) except -1:             # <<<<<<<<<<<<<<
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.native.descriptors.check_timeout", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "descriptors.pxd":43
+ * 
+ * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
@@ -4959,7 +5161,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   struct timespec __pyx_v_t;
   int64_t __pyx_r;
 
-  /* "descriptors.pxd":30
+  /* "descriptors.pxd":45
  * cdef inline int64_t now() noexcept nogil:
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)             # <<<<<<<<<<<<<<
@@ -4968,7 +5170,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
 */
   (void)(clock_gettime(CLOCK_MONOTONIC, (&__pyx_v_t)));
 
-  /* "descriptors.pxd":31
+  /* "descriptors.pxd":46
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
  *     return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec             # <<<<<<<<<<<<<<
@@ -4981,7 +5183,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   }
   goto __pyx_L0;
 
-  /* "descriptors.pxd":28
+  /* "descriptors.pxd":43
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4995,7 +5197,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   return __pyx_r;
 }
 
-/* "descriptors.pxd":34
+/* "descriptors.pxd":49
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5012,7 +5214,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   int64_t __pyx_t_5;
   int __pyx_t_6;
 
-  /* "descriptors.pxd":36
+  /* "descriptors.pxd":51
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:
  *     """When they will be over; less than 0: never."""
  *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX             # <<<<<<<<<<<<<<
@@ -5049,7 +5251,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   }
   goto __pyx_L0;
 
-  /* "descriptors.pxd":34
+  /* "descriptors.pxd":49
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5062,7 +5264,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   return __pyx_r;
 }
 
-/* "descriptors.pxd":39
+/* "descriptors.pxd":54
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5078,7 +5280,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   int64_t __pyx_t_3;
   int64_t __pyx_t_4;
 
-  /* "descriptors.pxd":42
+  /* "descriptors.pxd":57
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -5090,7 +5292,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   if (__pyx_t_1) {
 
 
-    /* "descriptors.pxd":43
+    /* "descriptors.pxd":58
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:
  *         return NULL             # <<<<<<<<<<<<<<
@@ -5103,7 +5305,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
     }
     goto __pyx_L0;
 
-    /* "descriptors.pxd":42
+    /* "descriptors.pxd":57
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -5112,7 +5314,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   }
 
-  /* "descriptors.pxd":44
+  /* "descriptors.pxd":59
  *     if deadline == INT64_MAX:
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)             # <<<<<<<<<<<<<<
@@ -5136,7 +5338,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   __pyx_v_nanoseconds = __pyx_t_4;
 
 
-  /* "descriptors.pxd":45
+  /* "descriptors.pxd":60
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000             # <<<<<<<<<<<<<<
@@ -5145,7 +5347,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   __pyx_v_left->tv_sec = __Pyx_div_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "descriptors.pxd":46
+  /* "descriptors.pxd":61
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000             # <<<<<<<<<<<<<<
@@ -5154,7 +5356,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   __pyx_v_left->tv_nsec = __Pyx_mod_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "descriptors.pxd":47
+  /* "descriptors.pxd":62
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000
  *     return left             # <<<<<<<<<<<<<<
@@ -5167,7 +5369,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   }
   goto __pyx_L0;
 
-  /* "descriptors.pxd":39
+  /* "descriptors.pxd":54
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5181,7 +5383,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   return __pyx_r;
 }
 
-/* "descriptors.pxd":50
+/* "descriptors.pxd":65
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5196,7 +5398,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
   uint64_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "descriptors.pxd":52
+  /* "descriptors.pxd":67
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:
  *     """What was read from an eventfd; more than 2**63 - 1 rings are somebody's ill will."""
  *     return <int64_t>min(count, <uint64_t>INT64_MAX)             # <<<<<<<<<<<<<<
@@ -5224,7 +5426,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
 
   goto __pyx_L0;
 
-  /* "descriptors.pxd":50
+  /* "descriptors.pxd":65
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5237,7 +5439,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
   return __pyx_r;
 }
 
-/* "descriptors.pxd":55
+/* "descriptors.pxd":70
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5252,7 +5454,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
   int64_t __pyx_r;
   int __pyx_t_1;
 
-  /* "descriptors.pxd":61
+  /* "descriptors.pxd":76
  *     it since Linux 5.8, which is why that is the oldest kernel supported.
  *     """
  *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
@@ -5261,7 +5463,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_count = 0;
 
-  /* "descriptors.pxd":64
+  /* "descriptors.pxd":79
  *     cdef iovec iov
  *     cdef ssize_t n
  *     iov.iov_base = &count             # <<<<<<<<<<<<<<
@@ -5270,7 +5472,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_iov.iov_base = (&__pyx_v_count);
 
-  /* "descriptors.pxd":65
+  /* "descriptors.pxd":80
  *     cdef ssize_t n
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)             # <<<<<<<<<<<<<<
@@ -5279,7 +5481,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_count));
 
-  /* "descriptors.pxd":66
+  /* "descriptors.pxd":81
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)
  *     while True:             # <<<<<<<<<<<<<<
@@ -5288,7 +5490,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   while (1) {
 
-    /* "descriptors.pxd":67
+    /* "descriptors.pxd":82
  *     iov.iov_len = sizeof(count)
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)             # <<<<<<<<<<<<<<
@@ -5297,7 +5499,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     __pyx_v_n = preadv2(__pyx_v_fd, (&__pyx_v_iov), 1, -1L, RWF_NOWAIT);
 
-    /* "descriptors.pxd":68
+    /* "descriptors.pxd":83
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -5309,7 +5511,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "descriptors.pxd":69
+      /* "descriptors.pxd":84
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):
  *             return count_of(count)             # <<<<<<<<<<<<<<
@@ -5322,7 +5524,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "descriptors.pxd":68
+      /* "descriptors.pxd":83
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -5331,7 +5533,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "descriptors.pxd":70
+    /* "descriptors.pxd":85
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -5343,7 +5545,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "descriptors.pxd":71
+      /* "descriptors.pxd":86
  *             return count_of(count)
  *         if n >= 0:
  *             return -EINVAL  # no eventfd             # <<<<<<<<<<<<<<
@@ -5356,7 +5558,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "descriptors.pxd":70
+      /* "descriptors.pxd":85
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -5365,7 +5567,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "descriptors.pxd":72
+    /* "descriptors.pxd":87
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5377,7 +5579,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "descriptors.pxd":73
+      /* "descriptors.pxd":88
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:
  *             return 0             # <<<<<<<<<<<<<<
@@ -5390,7 +5592,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "descriptors.pxd":72
+      /* "descriptors.pxd":87
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5399,7 +5601,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "descriptors.pxd":74
+    /* "descriptors.pxd":89
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -5411,7 +5613,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "descriptors.pxd":75
+      /* "descriptors.pxd":90
  *             return 0
  *         if errno != EINTR:
  *             return -errno             # <<<<<<<<<<<<<<
@@ -5424,7 +5626,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "descriptors.pxd":74
+      /* "descriptors.pxd":89
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -5434,7 +5636,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     }
   }
 
-  /* "descriptors.pxd":55
+  /* "descriptors.pxd":70
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5451,7 +5653,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
   return __pyx_r;
 }
 
-/* "descriptors.pxd":78
+/* "descriptors.pxd":93
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5465,7 +5667,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "descriptors.pxd":80
+  /* "descriptors.pxd":95
  * cdef inline int add_one(int fd) noexcept nogil:
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1             # <<<<<<<<<<<<<<
@@ -5474,7 +5676,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 */
   __pyx_v_one = 1;
 
-  /* "descriptors.pxd":81
+  /* "descriptors.pxd":96
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5500,7 +5702,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   if (__pyx_t_1) {
 
 
-    /* "descriptors.pxd":82
+    /* "descriptors.pxd":97
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0             # <<<<<<<<<<<<<<
@@ -5513,7 +5715,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
     }
     goto __pyx_L0;
 
-    /* "descriptors.pxd":81
+    /* "descriptors.pxd":96
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5522,7 +5724,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 */
   }
 
-  /* "descriptors.pxd":83
+  /* "descriptors.pxd":98
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0
  *     return errno             # <<<<<<<<<<<<<<
@@ -5535,7 +5737,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   }
   goto __pyx_L0;
 
-  /* "descriptors.pxd":78
+  /* "descriptors.pxd":93
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5549,7 +5751,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   return __pyx_r;
 }
 
-/* "descriptors.pxd":107
+/* "descriptors.pxd":122
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5560,7 +5762,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array) {
   Py_ssize_t __pyx_r;
 
-  /* "descriptors.pxd":109
+  /* "descriptors.pxd":124
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:
  *     """How many descriptors there are, also while another thread adds one."""
  *     return ivshmem_length(&array.count)             # <<<<<<<<<<<<<<
@@ -5573,7 +5775,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
   }
   goto __pyx_L0;
 
-  /* "descriptors.pxd":107
+  /* "descriptors.pxd":122
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5586,7 +5788,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
   return __pyx_r;
 }
 
-/* "descriptors.pxd":112
+/* "descriptors.pxd":127
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5597,7 +5799,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
 static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array, Py_ssize_t __pyx_v_index) {
   int *__pyx_r;
 
-  /* "descriptors.pxd":114
+  /* "descriptors.pxd":129
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:
  *     """Where a descriptor stands, of as many as `length_of` told; it stays there."""
  *     return &ivshmem_elements(&array.fds)[index]             # <<<<<<<<<<<<<<
@@ -5610,7 +5812,7 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct
   }
   goto __pyx_L0;
 
-  /* "descriptors.pxd":112
+  /* "descriptors.pxd":127
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -11176,7 +11378,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
  *                 for j in range(g.slots):
  *                     claim = ivshmem_get(&channel, ivshmem_claim_at(&channel, i, j))             # <<<<<<<<<<<<<<
  *                     if IVSHMEM_CLAIM_OPEN <= ivshmem_flags(claim) <= IVSHMEM_CLAIM_ONCE:
- *                         ends["unfinished"] += ivshmem_claim_age(head, claim) != 0
+ *                         ends["unfinished"] += ivshmem_claim_is_published(head, claim)
 */
           __pyx_v_claim = ivshmem_get((&__pyx_v_channel), ivshmem_claim_at((&__pyx_v_channel), __pyx_v_i, __pyx_v_j));
 
@@ -11184,7 +11386,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
  *                 for j in range(g.slots):
  *                     claim = ivshmem_get(&channel, ivshmem_claim_at(&channel, i, j))
  *                     if IVSHMEM_CLAIM_OPEN <= ivshmem_flags(claim) <= IVSHMEM_CLAIM_ONCE:             # <<<<<<<<<<<<<<
- *                         ends["unfinished"] += ivshmem_claim_age(head, claim) != 0
+ *                         ends["unfinished"] += ivshmem_claim_is_published(head, claim)
  *     for i in range(g.readers):
 */
           __pyx_t_17 = ivshmem_flags(__pyx_v_claim);
@@ -11200,7 +11402,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
             /* "ivshmem/channel/records.pyx":331
  *                     claim = ivshmem_get(&channel, ivshmem_claim_at(&channel, i, j))
  *                     if IVSHMEM_CLAIM_OPEN <= ivshmem_flags(claim) <= IVSHMEM_CLAIM_ONCE:
- *                         ends["unfinished"] += ivshmem_claim_age(head, claim) != 0             # <<<<<<<<<<<<<<
+ *                         ends["unfinished"] += ivshmem_claim_is_published(head, claim)             # <<<<<<<<<<<<<<
  *     for i in range(g.readers):
  *         owner = ivshmem_get(&channel, channel.layout.reader_owners + 8 * i)
 */
@@ -11208,9 +11410,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
             __pyx_t_9 = __pyx_mstate_global->__pyx_n_u_unfinished;
             __pyx_t_13 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_t_9); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 331, __pyx_L1_error)
             __Pyx_GOTREF(__pyx_t_13);
-            __pyx_t_10 = __Pyx_PyBool_FromLong((ivshmem_claim_age(__pyx_v_head, __pyx_v_claim) != 0)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 331, __pyx_L1_error)
+            __pyx_t_10 = __Pyx_PyLong_From_int(ivshmem_claim_is_published(__pyx_v_head, __pyx_v_claim)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 331, __pyx_L1_error)
             __Pyx_GOTREF(__pyx_t_10);
-            __pyx_t_12 = PyNumber_InPlaceAdd(__pyx_t_13, __pyx_t_10); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 331, __pyx_L1_error)
+            __pyx_t_12 = __Pyx_PyNumber_InPlaceAdd_object_int(__pyx_t_13, __pyx_t_10); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 331, __pyx_L1_error)
             __Pyx_GOTREF(__pyx_t_12);
             __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
             __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
@@ -11222,7 +11424,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
  *                 for j in range(g.slots):
  *                     claim = ivshmem_get(&channel, ivshmem_claim_at(&channel, i, j))
  *                     if IVSHMEM_CLAIM_OPEN <= ivshmem_flags(claim) <= IVSHMEM_CLAIM_ONCE:             # <<<<<<<<<<<<<<
- *                         ends["unfinished"] += ivshmem_claim_age(head, claim) != 0
+ *                         ends["unfinished"] += ivshmem_claim_is_published(head, claim)
  *     for i in range(g.readers):
 */
           }
@@ -11245,7 +11447,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 
   /* "ivshmem/channel/records.pyx":332
  *                     if IVSHMEM_CLAIM_OPEN <= ivshmem_flags(claim) <= IVSHMEM_CLAIM_ONCE:
- *                         ends["unfinished"] += ivshmem_claim_age(head, claim) != 0
+ *                         ends["unfinished"] += ivshmem_claim_is_published(head, claim)
  *     for i in range(g.readers):             # <<<<<<<<<<<<<<
  *         owner = ivshmem_get(&channel, channel.layout.reader_owners + 8 * i)
  *         if ivshmem_flags(owner) != IVSHMEM_SLOT_OPEN:
@@ -11258,7 +11460,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     __pyx_v_i = __pyx_t_6;
 
     /* "ivshmem/channel/records.pyx":333
- *                         ends["unfinished"] += ivshmem_claim_age(head, claim) != 0
+ *                         ends["unfinished"] += ivshmem_claim_is_published(head, claim)
  *     for i in range(g.readers):
  *         owner = ivshmem_get(&channel, channel.layout.reader_owners + 8 * i)             # <<<<<<<<<<<<<<
  *         if ivshmem_flags(owner) != IVSHMEM_SLOT_OPEN:
@@ -13480,7 +13682,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_modinit_Type_import_code", 0);
   /*--- Type import code ---*/
-  __pyx_t_1 = PyImport_ImportModule(__Pyx_BUILTIN_MODULE_NAME); if (unlikely(!__pyx_t_1)) __PYX_ERR(1, 9, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule(__Pyx_BUILTIN_MODULE_NAME); if (unlikely(!__pyx_t_1)) __PYX_ERR(2, 9, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7cpython_4type_type = __Pyx_ImportType_3_3_1(__pyx_t_1, __Pyx_BUILTIN_MODULE_NAME, "type",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -13490,9 +13692,9 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(PyHeapTypeObject), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(PyHeapTypeObject),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(1, 9, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(2, 9, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.descriptors"); if (unlikely(!__pyx_t_1)) __PYX_ERR(2, 86, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.descriptors"); if (unlikely(!__pyx_t_1)) __PYX_ERR(1, 101, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Fd",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -13502,7 +13704,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) __PYX_ERR(2, 86, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) __PYX_ERR(1, 101, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "FdArray",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
@@ -13511,8 +13713,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) __PYX_ERR(2, 93, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray) != 1)) __PYX_ERR(2, 93, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) __PYX_ERR(1, 108, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray) != 1)) __PYX_ERR(1, 108, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Signaller",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
@@ -13521,8 +13723,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) __PYX_ERR(2, 117, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) != 1)) __PYX_ERR(2, 117, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) __PYX_ERR(1, 132, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) != 1)) __PYX_ERR(1, 132, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Relay",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
@@ -13531,8 +13733,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) __PYX_ERR(2, 127, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) != 1)) __PYX_ERR(2, 127, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) __PYX_ERR(1, 142, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) != 1)) __PYX_ERR(1, 142, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Epoll",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
@@ -13541,8 +13743,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) __PYX_ERR(2, 134, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) != 1)) __PYX_ERR(2, 134, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) __PYX_ERR(1, 149, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) != 1)) __PYX_ERR(1, 149, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_1 = PyImport_ImportModule("ivshmem.native.bell"); if (unlikely(!__pyx_t_1)) __PYX_ERR(3, 23, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
@@ -14625,41 +14827,41 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{10},{20},{8},{31},{9},{113},{75},{134},{15},{1},{2},{20},{121},{10},{10},{38},{8},{39},{1},{46},{11},{21},{84},{1},{4},{179},{11},{12},{23},{8},{8},{7},{6},{2},{9},{14},{20},{12},{27},{20},{6},{64},{19},{14},{12},{13},{5},{10},{7},{16},{13},{7},{8},{11},{10},{1},{6},{20},{12},{17},{8},{8},{10},{8},{12},{14},{12},{8},{13},{6},{4},{18},{16},{3},{5},{5},{5},{7},{18},{5},{7},{4},{11},{6},{7},{6},{7},{6},{7},{6},{25},{4},{5},{11},{5},{4},{1},{7},{8},{3},{4},{1},{5},{5},{23},{4},{6},{5},{7},{5},{5},{10},{12},{8},{4},{1},{4},{4},{4},{7},{8},{9},{6},{5},{3},{9},{5},{6},{7},{7},{6},{6},{7},{11},{4},{4},{10},{6},{4},{7},{5},{5},{7},{5},{5},{4},{5},{4},{7},{5},{5},{5},{4},{10},{4},{5},{6},{22},{5},{6},{5},{7},{7}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{10},{20},{8},{31},{9},{113},{75},{134},{15},{1},{2},{20},{121},{10},{10},{38},{8},{39},{1},{46},{11},{21},{84},{1},{4},{179},{11},{12},{23},{8},{8},{7},{6},{2},{9},{14},{20},{12},{27},{20},{6},{64},{19},{23},{14},{12},{13},{5},{10},{7},{16},{13},{7},{8},{11},{10},{1},{6},{20},{12},{17},{8},{8},{10},{8},{12},{14},{12},{8},{13},{6},{4},{18},{16},{3},{5},{5},{5},{7},{18},{5},{7},{4},{11},{6},{7},{6},{7},{6},{7},{6},{25},{4},{5},{11},{5},{4},{1},{7},{8},{3},{4},{1},{5},{5},{23},{4},{6},{5},{7},{5},{5},{10},{12},{8},{4},{1},{4},{4},{4},{7},{8},{9},{6},{5},{3},{9},{5},{6},{7},{7},{6},{6},{7},{11},{4},{4},{10},{6},{4},{7},{5},{5},{7},{5},{5},{4},{5},{4},{7},{5},{5},{5},{4},{10},{4},{5},{6},{22},{5},{6},{5},{7},{7}};
     const struct { const unsigned int length: 9; } bytes_length_index[] = {{44},{116},{32},{107},{101},{75},{385},{262},{2},{2}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1918 bytes) */
-static const char cstring[] = "x\332}U\317o\333F\026\216\020\253qm\307\201\262I\335b\213v\334\000\261\343:.\214M\322\256\263h\3418\3626h\353\237q\262Y, \217\310\22141\305\2218C\3132\026E\216:\362\310#\217<\352\250\243\217>\372\250\243\377\204\376\t\373\275!\345\330M\273\002\304!g\346\275\367\275\357}o\206\315\267\002\345\010\255\031{\370\260\246\002G\354\263@4\325\241\320L\032\306\275@p\267\313x X-\020\202I\237)_\260\226\024\216`\363*\300\016\2171nXSi\303\230#<O3\323\300\004\231\264\224\326\262\352\211\025\246=e4\373\232y\212\3734./\262\2164\r\206@A\315S\0356\347J\355\360\300\235\313\267.0\212,\002\r\317\201x\312T\2159\334:\357H\204\346\230\347~\2279\r\356\373\002\323\342H\002\200\215\014\334\016\367Y\203\037\212\007O\331\276<\324\215\246h\216\2662O\3573\017\2335\353\330\335\204W\000,^\220]\250\201\366\003\033\351\327\324>\323\274\253Y\265\013;\3514XN\034\210\232\267\304\255\200\031\257\313d\215uU\310\016|$e\341\370D\030\340#J\223i\203l(\220Q\300\211$\300u\000~\221\n\345\371\200P\274\r\221I\223\037H\277\376`\221-b\321\315\355\211T>\2471\207m\272\245\244\047\\\002\244US\214\360dA\211\200N \215`\010D\226Y\240%\366\342}Pm(\037-P+-]\301B\337H\357\303\334\203&\244\021\010G\005.\0027Q\024\n\271HL\271W\337|UUnw\345\017],\346\254\215F\356+\242\375\002u\207_I|i\205\201T&8\266\332<\002*kG\205\236\313|\201p\304\026\245\352\333\354Vh\325\360\003P\273by\315\360.2?lVa\373\224\326uCu4@2-\353>1\352\311\032\252\206\202\221k\t!\373\002rdA\3503^\347\322_\374\0232Z\036\207\004\177\330@a7\224\021\031\343k]\323P>\025\306\025\236DPn\204G$\007\322!\370\026\353Vy\353\341\243\357\036\331\222\006\342\255p\000U\207U\307\343VH\300T\r\245g\240C\323m\t\215rej\262)\243\222-\354\273l\200\334}[A\"a\016\020\225\341F*\277\002s\2608\307\\\t&\214<\264:X\347\236\026K\373L\370n&\223\313\275\316\257\n\250\201zx\242f\270\353V\340U\214\010@\233rt\264\360\351Yw\244\316\336\334\234\250%\021\004*\320\243\257\\uZ\036\213\2139#\216L\376\376M\356\365\233\254\\z\251\325=B}\002\245\232\266\374\243\240\031\341\224c \3522c\271\311[-\220B\333\350""\244@\266\266\377V\250\300#;\352\202\252\310\223t/\332\234_lX\313\3065\025\004a\313\344_eJa\364N\307\212\376\351\305\306\363\335\215\325_\312\225go^\226w7\366~yV\336\031\r\225\315\365|Z\355\206N#7\334\334z\371bscw\363Uyg\375\347\315\327;\026\267\365\374\362\315V\356\247R!\237\030\266\272G\370?\207P*\033`gG\324*\225\274\230\242\202\237-w\245.\014\032\241I\023\265\320whlB\245vTn\350\331\255>o\332\021LV\034\336\222\243\367CCe\242\257v\310\275\321.#\264\301 u\005\374\253\020\302\023D\253\357\322A\303u\327w\244Z\272X\322U\356\034h`i\004\302\226\244*M\325S\316A\265\013G\366x\316\211u<l\257\000\233\th\033\314\034OiA\017\024\312Q.\352\215}\016iU;\210\005\201\331\247K+\256\310/\003\341\323G\366t3e\3258z\246\242jK\377@`\350\371\373\245\272\360\305Q+\250I\337\265\3470\036Mn*\244\271\232\n1\211{\253\236o\252\013\234\224&\350\202\312:\272W\302\006\027\007H\275Pg\236\300R\256H\234E\256\307\321\202\306\223Mi\350\336@\002\366\026\303A%\002\230\240\325uC\266.K\275\2116\342u\214\270\024}\342\032\301\215\002\257\252e3\036\335z4\332\323\315\262\251\361\224~K\265Za\025\201\032\302m\207\"\024\355\020\355\347\346\267a.\365\014]\246\353\274\026\001\246+\334\353\340L\247\376\321\324\344\302\270\242\306C\317h\334\024\276\311\332\360X\200>\215\026n\331\2336\277F4i\215NP\237\372\3234\002\3251\022\\\341_\3615\r\270\272\014\367p\234\341\r\207S\350\203q\2132\364\245\241\277\016[.\234\204\224\372\007\3459\344^(\354C\037J\321\321\331\241n\007\000\337\352nV\3514d\013\36380C\274\344\365\250\344\027\317\302\203k\243\312\277+\234\217}\021\363\3708\235\351\027\206c_\342\345\257\375\325\341\330t\257\026a\030\357\215G\305h;r\343\331\341\370\344\331\344\227q;\371(\361\372\263\375\345\376\363\301\307\047wN\376}\032\234m\357\236\355\356\235\355\275\032N\335\201\321\324\335h{8\365I\304\243\303x\373|\352/\321\362pl\262\367\250\327\201\227\371d.-e1\017\322R:{\216\225\357\242\037\222\331d9YK\332\351\315\376\253\301\362\273\302o\343\327\212\2672\004\223\275\345sx|\025/\017\337\017\257\343\365\344~z#m\367o\364""\3334\361\257x;\366\322\373\3649(\234\217O\365\312\321]\0008Nf\322b\272m\241S\226\355d\"\235\353\317\014\256\017\226\007?\236\254\235\264\257\204\232\352\331\214\213\275\275h6Z\211_\047\345\264\364\347\246\224b\303.\024\206H\362\333x6~\234\024\222\317\323\355\224\017\247J\321L\\\210K\026?\202\334\276\224\317S\000\373o\362\204\322\037\216\335x\027\366\326z\355\341\370\255\336Q\324\316L.\346\246{oi\006\334\217M\364\036\3222\\}r\255x\227\034}\026\337\001\304\367\245\232\350\315\366\226{?FkQ\047\346\331\347\023\200\230Nd\252\251^\227\247j\351\032\270+\320\324bt\220\224\022\033\341\353\350e\374iR\"\016>\266\364YX\277\202Z\322\307g\326\311\370d\357qt\035%\235\2729\004\315\353`\352\333\370^\274\023\353d!\375g\377\357\203g\203\372\311\016\330\371?\231\375\032\357&\305d7-P\206\300\036\375\047\271\232u=\332\215o\304\006\232X%\363N\006\245\004L\325\270hc\335K\366\322\257\322U\332\354\201\236\251\257\222\331\263{\217\373\333\375\203\223\322\t\276o\365\332\321d\274\034\227\223\333g\367\376\006\261\3764h\237\024-\260\251\031\240\231\200\016\357\246\374\267\217\256\025\307\257\260m\205{6\363\363\351\352)D|\2236L\366\026\2422\252p\037\312\347\243\002\224\263\262\344\334\337xw\034}\212\004\341\343 [\370\235j\212\203\355\301\333\323\302i\236\047\252t63\237^O\237XE=>)\234X\343& \257^\242\202\332\006\210oG\013\361*\225!#\223T]\240\327\343\270t>\376\271]\222h\236\211\376\334`\306\272\202\312\276\047\034\361J\362&\345iwP\270\302\357\357\303\344$R\313\2663Jr:\212\360\\K\326I\250\323g\323_\220\256\246{2jG\360\375?\211\220\355M";
-    PyObject *data = __Pyx_DecompressString(cstring, 1918, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1930 bytes) */
+static const char cstring[] = "x\332}U\317o\333F\026\216\020\253qm\307\201\262I\335b\213v\334\000\261\343:.\214M\322\256\263h\3418\3626h\353\237q\262Y, \217\310\22141\305\2218C\3132\026E\216:\362\310#\217<\352\250\243\217>\372\250\243\377\204\376\t\373\275!\345\330M\273\002\304!g\346\275\367\275\357}o\206\315\267\002\345\010\255\031{\370\260\246\002G\354\263@4\325\241\320L\032\306\275@p\267\313x X-\020\202I\237)_\260\226\024\216`\363*\300\016\2171nXSi\303\230#<O3\323\300\004\231\264\224\326\262\352\211\025\246=e4\373\232y\212\3734./\262\2164\r\206@A\315S\0356\347J\355\360\300\235\313\267.0\212,\002\r\317\201x\312T\2159\334:\357H\204\346\230\347~\2279\r\356\373\002\323\342H\002\200\215\014\334\016\367Y\203\037\212\007O\331\276<\324\215\246h\216\2662O\3573\017\2335\353\330\335\204W\000,^\220]\250\201\366\003\033\351\327\324>\323\274\253Y\265\013;\3514XN\034\210\232\267\304\255\200\031\257\313d\215uU\310\016|$e\341\370D\030\340#J\223i\203l(\220Q\300\211$\300u\000~\221\n\345\371\200P\274\r\221I\223\037H\277\376`\221-b\321\315\355\211T>\2471\207m\272\245\244\047\\\002\244US\214\360dA\211\200N \215`\010D\226Y\240%\366\342}Pm(\037-P+-]\301B\337H\357\303\334\203&\244\021\010G\005.\0027Q\024\n\271HL\271W\337|UUnw\345\017],\346\254\215F\356+\242\375\002u\207_I|i\205\201T&8\266\332<\002*kG\205\236\313|\201p\304\026\245\352\333\354Vh\325\360\003P\273by\315\360.2?lVa\373\224\326uCu4@2-\353>1\352\311\032\252\206\202\221k\t!\373\002rdA\3503^\347\322_\374\0232Z\036\207\004\177\330@a7\224\021\031\343k]\323P>\025\306\025\236DPn\204G$\007\322!\370\026\353Vy\353\341\243\357\036\331\222\006\342\255p\000U\207U\307\343VH\300T\r\245g\240C\323m\t\215rej\262)\243\222-\354\273l\200\334}[A\"a\016\020\225\341F*\277\002s\2608\307\\\t&\214<\264:X\347\236\026K\373L\370n&\223\313\275\316\257\n\250\201zx\242f\270\353V\340U\214\010@\233rt\264\360\351Yw\244\316\336\334\234\250%\021\004*\320\243\257\\uZ\036\213\2139#\216L\376\376M\356\365\233\254\\z\251\325=B}\002\245\232\266\374\243\240\031\341\224c \3522c\271\311[-\220B\333\350""\244@\266\266\377V\250\300#;\352\202\252\310\223t/\332\234_l0\262)Th\017\001$\211\205L/k\331\362\232\n\202\260e\362\2572e6z\247\323F\377\364b\343\371\356\306\352/\345\312\2637/\313\273\033{\277<+\357\214\206\312\346z>\255vC\247\221\033nn\275|\261\271\261\273\371\252\274\263\376\363\346\353\035\233\216\365\374\362\315V\356\247R!\237\030\266\272G\370?\207~*\033 mG\324*\225\274\306\242\202\237UA\245.\014\372\243I\023\265\320whlB\274vTn\350\331\255>o\332\021\004W\034\336\222\243\367CC\325\243\257v\310\275\321.#\264\301 u\005e\001?\322\027\304\266\357\322\371\303u\327w\244Z\272X\322U\356\034h`i\004\302V\252*M\325S\316A\265\013G\366\324\316\371v<l\257\000\233\th\033\314\034OiA\017\324\317Q.d\200}\016IX;\210\005\335\331\247K+\256\310\357\010\341\323G\366t3\301\3258Z\251\242jK\377@`\310\374\373\245\272\360\305Q+\250I\337\265\3073\036Mn*$\305\232\n1\211\353\254\236o\252\013\034\240&\350\202\312:\232Z\302\006\367\tH\275\020m\236\300R.T\034Q\256\307\321\231\306\223Mi\350:A\002\366r\303\371%\002\230@F\272![\227;\240\211\356\342u\214\270+}\342\032\301\215\002\257\252e3\036]\2064\332C\317\262\251\361\224~K\265Za\025\201\032\302m\207\"\024\355\020]\351\346\227d\336\001\031\272L\356y-\002LW\270\327\301QOm\245\251\367\205qE\215\207\236\321\270@|\223u\347\261\000}\032\235\335\262\027p~\273h\322\032\035\254>\265\255i\004\252C=C\377\212\257i\300\215f\270\207S\016o8\263B\037\214[\224\241/\r\375u\330r\341$\244\324?(\317!\367Ba\037\372P\212\216\316\316z;\000\370Vw\263J\207$[\230\3079\032\342%\257G%\277\217\026\036\\\033U\376]\341|\354\213\230\307\307\351L\2770\034\373\022/\177\355\257\016\307\246{\265\010\303xo<*F\333\221\033\317\016\307\047\317&\277\214\333\311G\211\327\237\355/\367\237\017>>\271s\362\357\323\340l{\367lw\357l\357\325p\352\016\214\246\356F\333\303\251O\"\036\035\306\333\347S\177\211\226\207c\223\275G\275\016\274\314\047si)\213y\220\226\322\331s\254|\027\375\220\314&\313\311Z\322No\366_\r\226\337\025~\033\277V\274\225!\230\354-\237\303\343\253xy\370~x\035\257\047\367\323""\033i\273\177\243\337\246\211\177\305\333\261\227\336\247\317A\341||\252W\216\356\002\300q2\223\026\323m\013\235\262l\047\023\351\\\177fp}\260<\370\361d\355\244}%\324T\317f\\\354\355E\263\321J\374:)\247\245?7\245\024\033v\2410D\222\337\306\263\361\343\244\220|\236n\247|8U\212f\342B\\\262\370\021\344\366\245|\236\002\330\177\223\047\224\376p\354\306\273\260\267\326k\017\307o\365\216\242vfr17\335{K3\340~l\242\367\220\226\341\352\223k\305\273\344\350\263\370\016 \276/\325Do\266\267\334\3731Z\213:1\317>\237\000\304t\"SM\365\272<UK\327\300]\201\246\026\243\203\244\224\330\010_G/\343O\223\022q\360\261\245\317\302\372\025\324\222>>\263N\306\047{\217\243\353(\351\324\315!h^\007S\337\306\367\342\235X\047\013\351?\373\177\037<\033\324Ov\300\316\377\311\354\327x7)&\273i\2012\004\366\350?\311\325\254\353\321n|#6\320\304*\231w2(%`\252\306E\033\353^\262\227~\225\256\322f\017\364L}\225\314\236\335{\334\337\356\037\234\224N\360}\253\327\216&\343\345\270\234\334>\273\3677\210\365\247A\373\244h\201M\315\000\315\004tx7\345\277}t\2558~\205m+\334\263\231\237OWO!\342\233\264a\262\267\020\225Q\205\373P>\037\025\240\234\225%\347\376\306\273\343\350S$\010\037\007\331\302\357TS\034l\017\336\236\026N\363<Q\245\263\231\371\364z\372\304*\352\361I\341\304\0327\001y\365\022\025\3246@|;Z\210W\251\014\031\231\244\352\002\275\036\307\245\363\361\317\355\222D\363L\364\347\0063\326\025T\366=\341\210W\2227)O\273\203\302\025~\177\037&\047\221Z\266\235Q\222\323Q\204\347Z\262NB\235>\233\376\202t5\335\223Q;\202\357\377\001\204\353\365\353";
+    PyObject *data = __Pyx_DecompressString(cstring, 1930, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2539 bytes) */
-static const char cstring[] = "\377 (proces\377s  --for\377ce` remo\377ves it a\377lready a\377re free \377in one p\377iece (or\376\037\000l  at m\377ost  cel\237ls th\016\000/\001p\377ossible:\377 slots +\337 loan\004\0011,\277 with f\000r\377flow \047di\277scard\047$\004*\276\204\000adersW\000r\377e; of ca\326X\002wix\000a\025\000an\377y channe\216q\000exi~\000u\002\265\000c\377an have)\377; `ivshm\373em#\005 ls` ]l*\000s w\244\001i\254\0011e\335\000\006\000\333\000us\253\000#\016\377info` sa\337ys by5\000icSh \262$\246 (\264\":\227 \377ly if yoOu kn\322\000\204\"n\255!\366\274\000th\202\000stor\216\327!nto\335 \332\000\351 r\264\335 \310\000m\027\000) \214\000j\375u\310 making\377), , and9 :\003\204Aa\047s\021\000\263\000\177spoiled\215\001\217some\210\005\370#\375\001w\237rite f\000w\000 \275md\002. Itl\006s\355t\314\001se\344@sid\177e until\236/\373rm\230`recored\212\000m\222@\200!, \247 \371d\000\007\224!nobod\313y:.\022,\257$\000\005an\225o\216 r\255\006w\317@\356\010.7: f\333`ea\346 \303\002\375r\213\204\001would \243ne\363\000\252!\345an\353`e\373 :\251\204\001takes\366\006\002s \252\003, nu\277mber ;\311\204\001s\377hows no \357sign\315alifue7\000fV\002illW\000\375v*\000run ag\357ain,\366\024pla\377ce ?None\363No\337!\354\204\001Cyth{on\274Adelir\000\367ate\214`stri\373ct\200\000than \177PEP-484\316B\377rejects \377subclass\373es\341\204\001built=i\323\000ypes\254@\310c\304\356\002\260`p%\000%\t\321`n \334\276A\337A\047an\322 at\177ion_typ\274`\357\047 di\267@tiv\376\203bFalse.`O end\237\206\003\340\206\ta\263k\377has left/add_\250@e\342\205\004N\000\177sableen\002\001\257gcis\004\003d\337\205\004.?errors\006\005\357d\357size\013\006tex\325t\215\206\004/\270\206\004/\331cs.\367pyx\235@room\360\372Bm\005\353#\303\204\001regi~\340#mapped\241b.\240\210\001ing\373\205\002:\335A\245\005V\203\207\001be\312\210\004d\354ae\335\205\001\365a\203\207\006C\271\207\003Corr\027upt\007\004E\277\001\004\005\323\207\001\377sKINDSNA\377ME_BYTES\277NUMBER\000\004S\367_OF\020\004oSuc\375hL\004OPTION\377SOV""ERFLOsWR\263\002U\002TYPA\004\373__P\001S__Py\265x\001\000D\246`_N\233 R\357ef__\306De__\373__\233b_geti\367tem\r\001func\336\025\001main\003\002od;ul&\002nam.\002\307 \237_capi;\001\010\001vyt\263AI\001qual\036\005\357test^\000is__corou\366`e\323!\377ndareaas\277yncio.\022\006s\377backslas\367hre\377\204\002bitb?lockbyF\000\232\212\002~\211\212\004cline_\231\000\337trace3\001cl\367ose\001\001ingc\377odeconne\375c\250\204\001screat\265e\000\003d\026\001de\206\213\004e\351n\047\001\000\003d\324cfac\177ts_of.<v\000\377als>.gen\377exprfind\376\274\214\002format_\356\360afou\022\000ree\375g\036\004geomet\373ry\310 goneiF1\000ex\321!\251\204\006\312\213\004.\213\204\004\335kS\000lay\230 liwmit\264\213\001ing\301\214\002\177makerme\334\207\001\357ship\337\204\tmes_sages\221\215\001n\216A\376\237\000topenop\340\355\002\356\214\005\372\214\001\241\212\002\315\207\002spl\377ainpoppu\377blishedq\377ueuequot;ed\204\216\001ers\344\204\004\211\212\003\374\243\216\003\205Dring_a_lways\274\205\001s\341\206\001\377etdefaul\177tsilent\201\206\003\373ze\274 sleep|\220\216\002\300\213\004state\276\211\001\375n\234\206\001throwt\271i\251 \001\000_ns\007\001s\377totaltri>\261`ypeun\357 \241\002\357unit\000\001sup\237dateu\367\001\216Nv\357alue\000\002svi\347ews\317\212\003\002\002ing\357PyOb\212\211\001 *(\177struct \257\216\004\335_\362\213\004*)\000\362E\200\001\377\340\004\036\230a\230z\250\277\027\260\001\330\004\037\006\000\033\377\260A\330\004\016\210f\220\376\004\000\010\210\010\220\005\220Q\377\220d\230!\330\010\013\320\377\013\037\230q\240\006\240l\377\260!\2601\260D\270\t\377\300\024\300Z\310r\320Q\377S\320SU\320UV\330\373\014\0242\000\014\025\220Q\330\377\014\026\220a\220v\230Q\377\340\014\023\2201\330\004\013\357\2104\210wC\000(\240\047\373\250\021n\003k\250\021\250!\375\340\027\0008\220?\240!\240\3771\240C\240q\250\r\260\377V\2701\200\001\360\010\000{\005\017|\003\013\2101\340O\000\317V\2301\330\000\004]\000W\230\377F\240&\250\007\250q\260\367\007\260q\024\001X\230Q\230""\367l\250&\013\001\270\001\340\010\337\014\210E\220\025~\000z\240\237\027\250\005\250Q\266\002\342\001q\377\240\n\250\047\260\027\270\003\377\2701\270H\300C\300q\366^\n\014\210\355\002\005\210U\220\377!\220:\230W\240E\250\351\021!\027\337\001h\267 q\240\001\375\330\342\0007\230!\2305\240\377\001\240\034\250Q\250a\330\377\014\021\220\027\230\001\230\021\324\366\001\314\001\022\305\010;\227 |\240\3756\373\001\330\004\007\200u\210\377C\210q\330\010\017\210xs\220q-\003\013\006\016\210jA\001\236\371 \004\n\210-\033\001\230 \026w\000\005\025\227A\031\230\024\240\000\376\241G\n\210!\2101\210H\177\220C\220w\230a\330.\000\367!\2106\202\000\016\240i\2509s\254A\007\tf\250C\271 \355@\377\n\210,\220k\240\021\240\375!-\001+\220T\230\030\240N\261\000\010\210\t\272\"\222\002~\330 \372\234a\031@\002\010\013\2105\220]\003\320@\014\r\330\344 F\247 \3777\230#\230R\230s\240\377*\250G\2609\270B\270\337g\300R\300q\276\031~\230\377S\240\005\240S\250\001\330\315\010\342b\220\\q\001\353\010g\220_S\230\007\230t\221`A\225!\351w\310`\237 \021\320@b\230\005~g\002#\240U\250\"\250\033\000\377\016\210l\230!\330\014\"\377\240!\320#5\260Q\260\357k\300\021\300\r\000\017\210q\377\220\013\2301\230E\240\022\377\320#3\2601\260K\270\267q\300\005\224\002\014\027\345 \n\377\240\047\250\025\250a\360\006\307\000\005\010\372%\351\"\264\204\002\320\027\377L\310A\310Q\330\014\r\376\035\001\013\210*\220E\230\021?\230&\240\006\240a\371%\r\001}!\236\205\006\007\200z\220\030\353@r\315\000k\047\000\313 \013\320\013\345i\377\005\270Q\270j\310\001\310\371\021\354C\243@\320\027(\250\003{\2506\210\204\0025\300\001\300\347`\227\016\210m\260\000A\212h\263\205\001q\177\330\014\022\220*\230A\203A\370\241c\322\204\001\271 \017\210z\230\021\367\340\010\034\026\002i\240q\250\337\n\260\047\270\027F\002\004\013\373\210>\204\001\230:\240Y\250\037a\250y\270\001\337hU\017\276$\252\257\206\001q\215#q\227Aj\352 Q\337\230f\240F\250\346\001\320\016\375\036\324a\016\210i\220q\220\007\021\230!";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2539, 3309);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2558 bytes) */
+static const char cstring[] = "\377 (proces\377s  --for\377ce` remo\377ves it a\377lready a\377re free \377in one p\377iece (or\376\037\000l  at m\377ost  cel\237ls th\016\000/\001p\377ossible:\377 slots +\337 loan\004\0011,\277 with f\000r\377flow \047di\277scard\047$\004*\276\204\000adersW\000r\377e; of ca\326X\002wix\000a\025\000an\377y channe\216q\000exi~\000u\002\265\000c\377an have)\377; `ivshm\373em#\005 ls` ]l*\000s w\244\001i\254\0011e\335\000\006\000\333\000us\253\000#\016\377info` sa\337ys by5\000icSh \262$\246 (\264\":\227 \377ly if yoOu kn\322\000\204\"n\255!\366\274\000th\202\000stor\216\327!nto\335 \332\000\351 r\264\335 \310\000m\027\000) \214\000j\375u\310 making\377), , and9 :\003\204Aa\047s\021\000\263\000\177spoiled\215\001\217some\210\005\370#\375\001w\237rite f\000w\000 \275md\002. Itl\006s\355t\314\001se\344@sid\177e until\236/\373rm\230`recored\212\000m\222@\200!, \247 \371d\000\007\224!nobod\313y:.\022,\257$\000\005an\225o\216 r\255\006w\317@\356\010.7: f\333`ea\346 \303\002\375r\213\204\001would \243ne\363\000\252!\345an\353`e\373 :\251\204\001takes\366\006\002s \252\003, nu\277mber ;\311\204\001s\377hows no \357sign\315alifue7\000fV\002illW\000\375v*\000run ag\357ain,\366\024pla\377ce ?None\363No\337!\354\204\001Cyth{on\274Adelir\000\367ate\214`stri\373ct\200\000than \177PEP-484\316B\377rejects \377subclass\373es\341\204\001built=i\323\000ypes\254@\310c\304\356\002\260`p%\000%\t\321`n \334\276A\337A\047an\322 at\177ion_typ\274`\357\047 di\267@tiv\376\203bFalse.`O end\237\206\003\340\206\ta\263k\377has left/add_\250@e\342\205\004N\000\177sableen\002\001\257gcis\004\003d\337\205\004.?errors\006\005\357d\357size\013\006tex\325t\215\206\004/\270\206\004/\331cs.\367pyx\235@room\360\372Bm\005\353#\303\204\001regi~\340#mapped\241b.\240\210\001ing\373\205\002:\335A\245\005V\203\207\001be\312\210\004d\354ae\335\205\001\375a\203\207\006timeou}t\362\205\001not a\251d\375C\320\207\003Corrup\305t\007\004E\326\001\004\005\352\207\001sK\377INDSNAME\377_BYTESNU\357MBER\000\004S_O}F""\020\004oSuchL\004\377OPTIONSO\377VERFLOWR\334\312\002U\002TYPA\004__~P\001S__Pyx\001\000\355D\275`_N\262 Ref\373__\335De____\376\262b_getite\275m\r\001func\025\001m\367ain\003\002odul\316&\002nam.\002\336 _cgapi;\001\010\001vt\312A\336I\001qual\036\005te\373st^\000is_co\335r\235 ine\352!nd\377areaasyn\357cio.\022\006sba\377ckslashr\375e\226\205\002bitblo\217ckbyF\000\261\212\002\240\212\004c\365lG\000_\231\000trac}e3\001close\001\001\377ingcodec\337onnec\277\204\001sc_reate\000\003d\026\001\233de\235\213\004en\047\001\000\003d\376\353cfacts_o\367f.<v\000als>\377.genexpr\357find\323\214\002for\357mat_\207\204\001fou\336\022\000reeg\036\004ge\277ometry\310 goonei1\000ex\321!\324\300\204\006\341\213\004.\242\204\004kS\000la}y\270`limit\313\213\001\367ing\330\214\002make\367rme\363\207\001ship\376\366\204\tmessage\345s\250\215\001n\216A\237\000top\017enop\355\002\205\215\005\221\215\001\270\212\002\376\344\207\002splainp\377oppublis\377hedqueue\277quoted\233\216\001e\303rs\373\204\004\240\212\003\272\216\003\205Dri\377ng_alway\365s\323\205\001s\370\206\001etde\377faultsil\267ent\230\206\003ze\274 s\317leep\247\216\002\327\213\004st\327ate\325\211\001n\263\206\001th\347row\260\205\001\264\205\001_ns\376\273\205\001stotalt\373ri\261`ypeun\274\357 \241\002unit\000\001s\177updateu\367\001\276\216Nvalue\000\002s\237views\346\212\003\002\002i\277ngPyOb\241\211\001 \377*(structu \306\216\004_\211\214\004*)\000\362E\377\200\001\340\004\036\230a\230\377z\250\027\260\001\330\004\037\376\006\000\033\260A\330\004\016\210\373f\220\004\000\010\210\010\220\005\377\220Q\220d\230!\330\010\377\013\320\013\037\230q\240\006\377\240l\260!\2601\260D\377\270\t\300\024\300Z\310r\377\320QS\320SU\320U\357V\330\014\0242\000\014\025\220\377Q\330\014\026\220a\220v\377\230Q\340\014\023\2201\330\277\004\013\2104\210wC\000(\357\240\047\250\021n\003k\250\021\367\250!\340\027\0008\220?\240\377!\2401\240C\240q\250\377\r\260V\2701\200\001\360\357\010\000\005\017|\003\013\2101=\340O\000V\2301\330\000\004]""\000\377W\230F\240&\250\007\250\337q\260\007\260q\024\001X\230\337Q\230l\250&\013\001\270\001\177\340\010\014\210E\220\025~\000\177z\240\027\250\005\250Q\266\002\376\342\001q\240\n\250\047\260\027\377\270\003\2701\270H\300C\333\300q^\n\014\210\355\002\005\210\377U\220!\220:\230W\240\247E\250\021!\027\337\001h\267 q\367\240\001\330\342\0007\230!\230\3775\240\001\240\034\250Q\250\377a\330\014\021\220\027\230\001S\230\021\366\001\314\001\022\305\010;\227 \367|\2406\373\001\330\004\007\200\377u\210C\210q\330\010\017\317\210x\220q-\003\013\006\016\210yjA\001\371 \004\n\210-\033\001\336\230 \026\000\005\025\227A\031\230\371\024\240\000\241G\n\210!\2101\377\210H\220C\220w\230a\335\330.\000!\2106\202\000\016\240\347i\250s\254A\007\tf\250C\374\271 \355@\n\210,\220k\240\367\021\240!-\001+\220T\230;\030\240\261\000\010\210\t\272\"\222\002\351~\330 \234a\031@\002\010\013\210w5\220\003\320@\014\r\330\344 \375F\247 7\230#\230R\230\377s\240*\250G\2609\270\177B\270g\300R\300q\276\031\377~\230S\240\005\240S\2507\001\330\010\342b\220\\q\001\353\010\177g\220S\230\007\230t\221`\245A\225!w\310`\237 \021\320@b\373\230\005g\002#\240U\250\"\375\250\033\000\016\210l\230!\330\377\014\"\240!\320#5\260\277Q\260k\300\021\300\r\000\017\377\210q\220\013\2301\230E\377\240\022\320#3\2601\260\337K\270q\300\005\224\002\014\027\376\345 \n\240\047\250\025\250a\037\360\006\000\005\010\372%\351\"\264\204\002\377\320\027L\310A\310Q\330\373\014\r\035\001\013\210*\220E\377\230\021\230&\240\006\240a\364\371%\r\001!\236\205\006\007\200z\220\311\030\353@\315\000k\047\000\313 \013\320\375\013\345i\005\270Q\270j\310\347\001\310\021\354C\243@\320\027(\357\250\003\2506\210\204\0025\300\001]\300\347`\016\210m\260\000A\212h\376\263\205\001q\330\014\022\220*\230\341A\203A\241c\322\204\001\271 \017\210z\337\230\021\340\010\034\026\002i\240\177q\250\n\260\047\270\027F\002\357\004\013\210>\204\001\230:\240\177Y\250a\250y\270\001\337h\250U\017\276$\257\206\001q\215#q\227Aj~\352 Q\230f\240F\250\346\001\367\320\016\036""\324a\016\210i\220\037q\220\021\230!";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2558, 3332);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (3309 bytes) */
-static const char bytes[] = " (process  --force` removes it already are free in one piece (or all  at most  cells that are possible: slots + loans + 1, with overflow \047discard\047 slots * readers more; of calls twice as many channels exist that it can have); `ivshmem channel ls` lists what is there is in use: `ivshmem channel info` says by which processes (force: only if you know that none of them stores into its memory any more) is just making), , and of the area\047s , is spoiled by some process that can write to the memory. Its memory stays set aside until `ivshmem channel rm --record , made by , used by , used by nobody: `ivshmem channel rm , which , which another process was just making.: for each writer it would need more than the : it takes : its record, number ; it shows no sign of life: if it will never run again, `ivshmem channel rm --place ?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.` ends that` removes ita process that has leftadd_notechannel disableenablegcisenabledivshmem.errorsivshmem.memory.sizesivshmem.textivshmem/channel/records.pyxno room for channel place the region is mapped for reading only: no channel can be removedthere is a channel ChannelCorruptChannelErrorChannelExistsKINDSNAME_BYTESNUMBERSNUMBERS_OF_BYTESNoSuchChannelOPTIONSOVERFLOWRegionErrorTYPE_BYTES__NAMES__Pyx_PyDict_NextRef__annotate____class_getitem____func____main____module____name____pyx_capi____pyx_vtable____qualname____test___is_coroutineappendareaasyncio.coroutinesbackslashreplacebitblockbytescallschannelcline_in_tracebackcloseclosingcodeconnectionscreatecreateddecodediscardencodeencodederrorsfacts_of.<locals>.genexprfindforceformat_sizefoundfreeggenexprgeometrygetgoneiindexitemsivshmem.channel.recordskindlayoutlimitlistingloansmakermembershipmemory.sizesmessagesmostnnamenextopenoptionsoverflowoverwriteplacesplainpoppublishedqueuequotedreadersreadingrecordremo""vereplacering_alwaysroomsendsetdefaultsilentsizesize_ofsleepslotsspoiledstatetakentextthrowtimetime_nstimestotaltriestypeunfinishedunitunitsupdateusage.<locals>.genexprvaluevaluesviewswriterswritingPyObject *(struct ivshmem_record *)\000facts_of\200\001\340\004\036\230a\230z\250\027\260\001\330\004\037\230z\250\033\260A\330\004\016\210f\220A\330\004\010\210\010\220\005\220Q\220d\230!\330\010\013\320\013\037\230q\240\006\240l\260!\2601\260D\270\t\300\024\300Z\310r\320QS\320SU\320UV\330\014\024\220A\330\014\025\220Q\330\014\026\220a\220v\230Q\340\014\023\2201\330\004\013\2104\210w\220d\230(\240\047\250\021\200\001\340\004\036\230k\250\021\250!\340\004\013\2108\220?\240!\2401\240C\240q\250\r\260V\2701\200\001\360\010\000\005\017\210f\220A\330\004\013\2101\340\014\025\220V\2301\330\014\025\220V\2301\330\014\025\220W\230F\240&\250\007\250q\260\007\260q\330\014\025\220X\230Q\230l\250&\260\007\260q\270\001\340\010\014\210E\220\025\220a\220z\240\027\250\005\250Q\330\010\013\320\013\036\230a\230q\240\n\250\047\260\027\270\003\2701\270H\300C\300q\200\001\360\010\000\005\017\210f\220A\330\004\014\210A\330\004\010\210\005\210U\220!\220:\230W\240E\250\021\330\010\013\320\013\036\230a\230q\240\n\250\047\260\027\270\003\2701\270H\300C\300q\330\014\026\220h\230a\230q\240\001\330\014\023\2207\230!\2305\240\001\240\034\250Q\250a\330\014\021\220\027\230\001\230\021\330\004\013\2101\200\001\360\022\000\005\017\210f\220A\330\004\013\210;\220a\220|\2406\250\021\250!\330\004\007\200u\210C\210q\330\010\017\210x\220q\230\001\230\021\330\004\007\200u\210C\210q\330\010\016\210j\230\001\230\021\230!\330\004\n\210-\220q\230\001\200\001\360\026\000\005\025\220A\330\004\031\230\024\230W\240A\330\004\016\210f\220A\330\004\n\210!\2101\210H\220C\220w\230a\330\004\n\210!\2106\220\027\230\016\240i\250s\260!\2601\330\004\n\210!\2106\220\027\230\016\240f\250C\250q\260\001\330\004\n\210,\220k\240\021\240!\330\004\n\210+\220T\230\030\240\021\330\004\010\210\t\220\025\220a\220q\330\010\017\210~\230Q\230a""\230z\250\031\260!\2601\330\010\013\2105\220\003\2201\330\014\r\330\010\014\210F\220!\2207\230#\230R\230s\240*\250G\2609\270B\270g\300R\300q\330\004\007\200u\210C\210q\330\010\017\210x\220q\230\001\230\021\330\004\007\200u\210C\210~\230S\240\005\240S\250\001\330\010\016\210f\220A\220\\\240\021\330\004\007\200u\210C\210q\330\010\016\210g\220S\230\007\230t\2401\240A\330\010\017\210w\220a\220q\330\010\021\220\025\220b\230\005\230R\230s\240#\240U\250\"\250A\330\010\016\210l\230!\330\014\"\240!\320#5\260Q\260k\300\021\300!\330\014\017\210q\220\013\2301\230E\240\022\320#3\2601\260K\270q\300\005\300R\300q\330\014\027\220q\230\n\240\047\250\025\250a\360\006\000\005\010\200u\210C\210q\330\010\016\210j\230\001\330\014\026\220a\320\027L\310A\310Q\330\014\r\360\006\000\005\013\210*\220E\230\021\230&\240\006\240a\200\001\360\026\000\005\025\220E\230\021\230!\330\004\016\210f\220A\330\004\007\200z\220\030\230\021\330\010\016\210k\230\021\230!\330\004\013\320\013\036\230a\230q\240\n\250\047\260\027\270\005\270Q\270j\310\001\310\021\330\004\007\200u\210H\220C\320\027(\250\003\2506\260\027\270\003\2705\300\001\300\021\330\010\016\210m\2301\230A\330\004\007\200u\210C\210q\330\010\013\2104\210q\330\014\022\220*\230A\230Q\230a\330\010\017\210x\220z\240\027\250\001\330\010\017\210z\230\021\340\010\034\230A\230Q\230i\240q\250\n\260\047\270\027\300\001\300\021\330\004\013\210>\230\021\230!\230:\240Y\250a\250y\270\001\330\004\007\200u\210C\210q\330\010\016\210m\2301\230A\330\004\007\200u\210C\210q\330\010\016\210l\230!\330\014\026\220a\220q\360\006\000\005\010\200q\330\010\016\210j\230\005\230Q\230f\240F\250!\330\004\016\320\016\036\230a\330\004\016\210i\220q\220\021\230!";
+    #else /* compression: none (3332 bytes) */
+static const char bytes[] = " (process  --force` removes it already are free in one piece (or all  at most  cells that are possible: slots + loans + 1, with overflow \047discard\047 slots * readers more; of calls twice as many channels exist that it can have); `ivshmem channel ls` lists what is there is in use: `ivshmem channel info` says by which processes (force: only if you know that none of them stores into its memory any more) is just making), , and of the area\047s , is spoiled by some process that can write to the memory. Its memory stays set aside until `ivshmem channel rm --record , made by , used by , used by nobody: `ivshmem channel rm , which , which another process was just making.: for each writer it would need more than the : it takes : its record, number ; it shows no sign of life: if it will never run again, `ivshmem channel rm --place ?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.` ends that` removes ita process that has leftadd_notechannel disableenablegcisenabledivshmem.errorsivshmem.memory.sizesivshmem.textivshmem/channel/records.pyxno room for channel place the region is mapped for reading only: no channel can be removedthere is a channel timeout is not a numberChannelCorruptChannelErrorChannelExistsKINDSNAME_BYTESNUMBERSNUMBERS_OF_BYTESNoSuchChannelOPTIONSOVERFLOWRegionErrorTYPE_BYTES__NAMES__Pyx_PyDict_NextRef__annotate____class_getitem____func____main____module____name____pyx_capi____pyx_vtable____qualname____test___is_coroutineappendareaasyncio.coroutinesbackslashreplacebitblockbytescallschannelcline_in_tracebackcloseclosingcodeconnectionscreatecreateddecodediscardencodeencodederrorsfacts_of.<locals>.genexprfindforceformat_sizefoundfreeggenexprgeometrygetgoneiindexitemsivshmem.channel.recordskindlayoutlimitlistingloansmakermembershipmemory.sizesmessagesmostnnamenextopenoptionsoverflowoverwriteplacesplainpoppublishedqueuequotedr""eadersreadingrecordremovereplacering_alwaysroomsendsetdefaultsilentsizesize_ofsleepslotsspoiledstatetakentextthrowtimetime_nstimestotaltriestypeunfinishedunitunitsupdateusage.<locals>.genexprvaluevaluesviewswriterswritingPyObject *(struct ivshmem_record *)\000facts_of\200\001\340\004\036\230a\230z\250\027\260\001\330\004\037\230z\250\033\260A\330\004\016\210f\220A\330\004\010\210\010\220\005\220Q\220d\230!\330\010\013\320\013\037\230q\240\006\240l\260!\2601\260D\270\t\300\024\300Z\310r\320QS\320SU\320UV\330\014\024\220A\330\014\025\220Q\330\014\026\220a\220v\230Q\340\014\023\2201\330\004\013\2104\210w\220d\230(\240\047\250\021\200\001\340\004\036\230k\250\021\250!\340\004\013\2108\220?\240!\2401\240C\240q\250\r\260V\2701\200\001\360\010\000\005\017\210f\220A\330\004\013\2101\340\014\025\220V\2301\330\014\025\220V\2301\330\014\025\220W\230F\240&\250\007\250q\260\007\260q\330\014\025\220X\230Q\230l\250&\260\007\260q\270\001\340\010\014\210E\220\025\220a\220z\240\027\250\005\250Q\330\010\013\320\013\036\230a\230q\240\n\250\047\260\027\270\003\2701\270H\300C\300q\200\001\360\010\000\005\017\210f\220A\330\004\014\210A\330\004\010\210\005\210U\220!\220:\230W\240E\250\021\330\010\013\320\013\036\230a\230q\240\n\250\047\260\027\270\003\2701\270H\300C\300q\330\014\026\220h\230a\230q\240\001\330\014\023\2207\230!\2305\240\001\240\034\250Q\250a\330\014\021\220\027\230\001\230\021\330\004\013\2101\200\001\360\022\000\005\017\210f\220A\330\004\013\210;\220a\220|\2406\250\021\250!\330\004\007\200u\210C\210q\330\010\017\210x\220q\230\001\230\021\330\004\007\200u\210C\210q\330\010\016\210j\230\001\230\021\230!\330\004\n\210-\220q\230\001\200\001\360\026\000\005\025\220A\330\004\031\230\024\230W\240A\330\004\016\210f\220A\330\004\n\210!\2101\210H\220C\220w\230a\330\004\n\210!\2106\220\027\230\016\240i\250s\260!\2601\330\004\n\210!\2106\220\027\230\016\240f\250C\250q\260\001\330\004\n\210,\220k\240\021\240!\330\004\n\210+\220T\230\030\240\021\330\004\010\210\t\220\025\220a\220q\330""\010\017\210~\230Q\230a\230z\250\031\260!\2601\330\010\013\2105\220\003\2201\330\014\r\330\010\014\210F\220!\2207\230#\230R\230s\240*\250G\2609\270B\270g\300R\300q\330\004\007\200u\210C\210q\330\010\017\210x\220q\230\001\230\021\330\004\007\200u\210C\210~\230S\240\005\240S\250\001\330\010\016\210f\220A\220\\\240\021\330\004\007\200u\210C\210q\330\010\016\210g\220S\230\007\230t\2401\240A\330\010\017\210w\220a\220q\330\010\021\220\025\220b\230\005\230R\230s\240#\240U\250\"\250A\330\010\016\210l\230!\330\014\"\240!\320#5\260Q\260k\300\021\300!\330\014\017\210q\220\013\2301\230E\240\022\320#3\2601\260K\270q\300\005\300R\300q\330\014\027\220q\230\n\240\047\250\025\250a\360\006\000\005\010\200u\210C\210q\330\010\016\210j\230\001\330\014\026\220a\320\027L\310A\310Q\330\014\r\360\006\000\005\013\210*\220E\230\021\230&\240\006\240a\200\001\360\026\000\005\025\220E\230\021\230!\330\004\016\210f\220A\330\004\007\200z\220\030\230\021\330\010\016\210k\230\021\230!\330\004\013\320\013\036\230a\230q\240\n\250\047\260\027\270\005\270Q\270j\310\001\310\021\330\004\007\200u\210H\220C\320\027(\250\003\2506\260\027\270\003\2705\300\001\300\021\330\010\016\210m\2301\230A\330\004\007\200u\210C\210q\330\010\013\2104\210q\330\014\022\220*\230A\230Q\230a\330\010\017\210x\220z\240\027\250\001\330\010\017\210z\230\021\340\010\034\230A\230Q\230i\240q\250\n\260\047\270\027\300\001\300\021\330\004\013\210>\230\021\230!\230:\240Y\250a\250y\270\001\330\004\007\200u\210C\210q\330\010\016\210m\2301\230A\330\004\007\200u\210C\210q\330\010\016\210l\230!\330\014\026\220a\220q\360\006\000\005\010\200q\330\010\016\210j\230\005\230Q\230f\240F\250!\330\004\016\320\016\036\230a\330\004\016\210i\220q\220\021\230!";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 164; i++) {
+    for (int i = 0; i < 165; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 44) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 45) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)
@@ -14667,8 +14869,8 @@ static const char bytes[] = " (process  --force` removes it already are free in 
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 164; i < 174; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-164].length;
+    for (int i = 165; i < 175; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-165].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -14678,14 +14880,14 @@ static const char bytes[] = " (process  --force` removes it already are free in 
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 174; i++) {
+    for (Py_ssize_t i = 0; i < 175; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 164;
+      PyObject **table = stringtab + 165;
       for (Py_ssize_t i=0; i<10; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
@@ -14941,6 +15143,333 @@ end:
 }
 #endif
 
+/* FastTypeChecks (used by PyValueError_Check) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static int __Pyx_InBases(PyTypeObject *a, PyTypeObject *b) {
+    while (a) {
+        a = __Pyx_PyType_GetSlot(a, tp_base, PyTypeObject*);
+        if (a == b)
+            return 1;
+    }
+    return b == &PyBaseObject_Type;
+}
+static CYTHON_INLINE int __Pyx_IsSubtype(PyTypeObject *a, PyTypeObject *b) {
+    PyObject *mro;
+    if (a == b) return 1;
+    mro = a->tp_mro;
+    if (likely(mro)) {
+        Py_ssize_t i, n;
+        n = PyTuple_GET_SIZE(mro);
+        for (i = 0; i < n; i++) {
+            if (PyTuple_GET_ITEM(mro, i) == (PyObject *)b)
+                return 1;
+        }
+        return 0;
+    }
+    return __Pyx_InBases(a, b);
+}
+static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a, PyTypeObject *b) {
+    PyObject *mro;
+    if (cls == a || cls == b) return 1;
+    mro = cls->tp_mro;
+    if (likely(mro)) {
+        Py_ssize_t i, n;
+        n = PyTuple_GET_SIZE(mro);
+        for (i = 0; i < n; i++) {
+            PyObject *base = PyTuple_GET_ITEM(mro, i);
+            if (base == (PyObject *)a || base == (PyObject *)b)
+                return 1;
+        }
+        return 0;
+    }
+    return __Pyx_InBases(cls, a) || __Pyx_InBases(cls, b);
+}
+#endif
+
+/* PyObjectCall (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw) {
+    PyObject *result;
+    ternaryfunc call = Py_TYPE(func)->tp_call;
+    if (unlikely(!call))
+        return PyObject_Call(func, arg, kw);
+    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
+        return NULL;
+    result = (*call)(func, arg, kw);
+    Py_LeaveRecursiveCall();
+    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
+        PyErr_SetString(
+            PyExc_SystemError,
+            "NULL result without error in PyObject_Call");
+    }
+    return result;
+}
+#endif
+
+/* PyObjectCallMethO (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg) {
+    PyObject *self, *result;
+    PyCFunction cfunc;
+    cfunc = __Pyx_CyOrPyCFunction_GET_FUNCTION(func);
+    self = __Pyx_CyOrPyCFunction_GET_SELF(func);
+    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
+        return NULL;
+    result = cfunc(self, arg);
+    Py_LeaveRecursiveCall();
+    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
+        PyErr_SetString(
+            PyExc_SystemError,
+            "NULL result without error in PyObject_Call");
+    }
+    return result;
+}
+#endif
+
+/* PyObjectFastCall */
+#if CYTHON_COMPILING_IN_LIMITED_API
+static PyObject* __Pyx_PyObject_FastCall_fallback(PyObject *func, PyObject * const*args, size_t nargs, PyObject *kwargs) {
+    PyObject *argstuple;
+    PyObject *result = 0;
+    size_t i;
+    argstuple = PyTuple_New((Py_ssize_t)nargs);
+    if (unlikely(!argstuple)) return NULL;
+    for (i = 0; i < nargs; i++) {
+        Py_INCREF(args[i]);
+        if (__Pyx_PyTuple_SET_ITEM(argstuple, (Py_ssize_t)i, args[i]) != (0)) goto bad;
+    }
+    result = __Pyx_PyObject_Call(func, argstuple, kwargs);
+  bad:
+    Py_DECREF(argstuple);
+    return result;
+}
+#endif
+#if CYTHON_VECTORCALL && !(CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY)
+  #if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE vectorcallfunc __Pyx_PyVectorcall_Function(PyObject *callable) {
+    PyTypeObject *tp = Py_TYPE(callable);
+    #if defined(__Pyx_CyFunction_USED)
+    if (__Pyx_CyFunction_CheckExact(callable)) {
+        return __Pyx_CyFunction_func_vectorcall(callable);
+    }
+    #endif
+    if (!PyType_HasFeature(tp, Py_TPFLAGS_HAVE_VECTORCALL)) {
+        return NULL;
+    }
+    assert(PyCallable_Check(callable));
+    Py_ssize_t offset = tp->tp_vectorcall_offset;
+    assert(offset > 0);
+    vectorcallfunc ptr;
+    memcpy(&ptr, (char *) callable + offset, sizeof(ptr));
+    return ptr;
+}
+  #else
+    #define __Pyx_PyVectorcall_Function(callable) PyVectorcall_Function(callable)
+  #endif
+#endif
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwargs) {
+    Py_ssize_t nargs = __Pyx_PyVectorcall_NARGS(nargsf);
+#if CYTHON_COMPILING_IN_CPYTHON
+    if (nargs == 0 && kwargs == NULL) {
+        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_NOARGS))
+            return __Pyx_PyObject_CallMethO(func, NULL);
+    }
+    else if (nargs == 1 && kwargs == NULL) {
+        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_O))
+            return __Pyx_PyObject_CallMethO(func, args[0]);
+    }
+#endif
+    if (kwargs == NULL) {
+        #if CYTHON_VECTORCALL
+          #if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY
+            return PyObject_Vectorcall(func, args, nargsf, NULL);
+          #else
+            vectorcallfunc f = __Pyx_PyVectorcall_Function(func);
+            if (f) {
+                return f(func, args, nargsf, NULL);
+            }
+          #endif
+        #endif
+    }
+    if (nargs == 0) {
+        return __Pyx_PyObject_Call(func, __pyx_mstate_global->__pyx_empty_tuple, kwargs);
+    }
+    #if CYTHON_COMPILING_IN_LIMITED_API
+    return __Pyx_PyObject_FastCall_fallback(func, args, (size_t)nargs, kwargs);
+    #elif CYTHON_COMPILING_IN_PYPY
+    return PyObject_VectorcallDict(func, args, (size_t) nargs, kwargs);
+    #else
+    return PyObject_VectorcallDict(func, args, nargsf, kwargs);
+    #endif
+}
+
+/* PyErrFetchRestore (used by RaiseException) */
+#if CYTHON_FAST_THREAD_STATE
+static CYTHON_INLINE void __Pyx_ErrRestoreInState(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb) {
+#if PY_VERSION_HEX >= 0x030C00A6
+    PyObject *tmp_value;
+    assert(type == NULL || (value != NULL && type == (PyObject*) Py_TYPE(value)));
+    if (value) {
+        #if CYTHON_COMPILING_IN_CPYTHON
+        if (unlikely(((PyBaseExceptionObject*) value)->traceback != tb))
+        #endif
+            PyException_SetTraceback(value, tb);
+    }
+    tmp_value = tstate->current_exception;
+    tstate->current_exception = value;
+    Py_XDECREF(tmp_value);
+    Py_XDECREF(type);
+    Py_XDECREF(tb);
+#else
+    PyObject *tmp_type, *tmp_value, *tmp_tb;
+    tmp_type = tstate->curexc_type;
+    tmp_value = tstate->curexc_value;
+    tmp_tb = tstate->curexc_traceback;
+    tstate->curexc_type = type;
+    tstate->curexc_value = value;
+    tstate->curexc_traceback = tb;
+    Py_XDECREF(tmp_type);
+    Py_XDECREF(tmp_value);
+    Py_XDECREF(tmp_tb);
+#endif
+}
+static CYTHON_INLINE void __Pyx_ErrFetchInState(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb) {
+#if PY_VERSION_HEX >= 0x030C00A6
+    PyObject* exc_value;
+    exc_value = tstate->current_exception;
+    tstate->current_exception = 0;
+    *value = exc_value;
+    *type = NULL;
+    *tb = NULL;
+    if (exc_value) {
+        *type = (PyObject*) Py_TYPE(exc_value);
+        Py_INCREF(*type);
+        #if CYTHON_COMPILING_IN_CPYTHON
+        *tb = ((PyBaseExceptionObject*) exc_value)->traceback;
+        Py_XINCREF(*tb);
+        #else
+        *tb = PyException_GetTraceback(exc_value);
+        #endif
+    }
+#else
+    *type = tstate->curexc_type;
+    *value = tstate->curexc_value;
+    *tb = tstate->curexc_traceback;
+    tstate->curexc_type = 0;
+    tstate->curexc_value = 0;
+    tstate->curexc_traceback = 0;
+#endif
+}
+#endif
+
+/* RaiseException */
+static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause) {
+    PyObject* owned_instance = NULL;
+    if (tb == Py_None) {
+        tb = 0;
+    } else if (tb && !PyTraceBack_Check(tb)) {
+        PyErr_SetString(PyExc_TypeError,
+            "raise: arg 3 must be a traceback or None");
+        goto bad;
+    }
+    if (value == Py_None)
+        value = 0;
+    if (PyExceptionInstance_Check(type)) {
+        if (value) {
+            PyErr_SetString(PyExc_TypeError,
+                "instance exception may not have a separate value");
+            goto bad;
+        }
+        value = type;
+        type = (PyObject*) Py_TYPE(value);
+    } else if (PyExceptionClass_Check(type)) {
+        PyObject *instance_class = NULL;
+        if (value && PyExceptionInstance_Check(value)) {
+            instance_class = (PyObject*) Py_TYPE(value);
+            if (instance_class != type) {
+                int is_subclass = PyObject_IsSubclass(instance_class, type);
+                if (!is_subclass) {
+                    instance_class = NULL;
+                } else if (unlikely(is_subclass == -1)) {
+                    goto bad;
+                } else {
+                    type = instance_class;
+                }
+            }
+        }
+        if (!instance_class) {
+            PyObject *args;
+            if (!value)
+                args = PyTuple_New(0);
+            else if (PyTuple_Check(value)) {
+                Py_INCREF(value);
+                args = value;
+            } else
+                args = PyTuple_Pack(1, value);
+            if (!args)
+                goto bad;
+            owned_instance = PyObject_Call(type, args, NULL);
+            Py_DECREF(args);
+            if (!owned_instance)
+                goto bad;
+            value = owned_instance;
+            if (!PyExceptionInstance_Check(value)) {
+                PyErr_Format(PyExc_TypeError,
+                             "calling %R should have returned an instance of "
+                             "BaseException, not %R",
+                             type, Py_TYPE(value));
+                goto bad;
+            }
+        }
+    } else {
+        PyErr_SetString(PyExc_TypeError,
+            "raise: exception class must be a subclass of BaseException");
+        goto bad;
+    }
+    if (cause) {
+        PyObject *fixed_cause;
+        if (cause == Py_None) {
+            fixed_cause = NULL;
+        } else if (PyExceptionClass_Check(cause)) {
+            fixed_cause = PyObject_CallObject(cause, NULL);
+            if (fixed_cause == NULL)
+                goto bad;
+        } else if (PyExceptionInstance_Check(cause)) {
+            fixed_cause = cause;
+            Py_INCREF(fixed_cause);
+        } else {
+            PyErr_SetString(PyExc_TypeError,
+                            "exception causes must derive from "
+                            "BaseException");
+            goto bad;
+        }
+        PyException_SetCause(value, fixed_cause);
+    }
+    PyErr_SetObject(type, value);
+    if (tb) {
+#if PY_VERSION_HEX >= 0x030C00A6
+        PyException_SetTraceback(value, tb);
+#elif CYTHON_FAST_THREAD_STATE
+        PyThreadState *tstate = __Pyx_PyThreadState_Current;
+        PyObject* tmp_tb = tstate->curexc_traceback;
+        if (tb != tmp_tb) {
+            Py_INCREF(tb);
+            tstate->curexc_traceback = tb;
+            Py_XDECREF(tmp_tb);
+        }
+#else
+        PyObject *tmp_type, *tmp_value, *tmp_tb;
+        PyErr_Fetch(&tmp_type, &tmp_value, &tmp_tb);
+        Py_INCREF(tb);
+        PyErr_Restore(tmp_type, tmp_value, tb);
+        Py_XDECREF(tmp_tb);
+#endif
+    }
+bad:
+    Py_XDECREF(owned_instance);
+    return;
+}
+
 /* DivInt[int64_t] */
 static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t a, int64_t b, int b_is_constant) {
     int64_t q = a / b;
@@ -15135,123 +15664,6 @@ bad:
 #endif
 #endif
 
-/* PyObjectCall (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw) {
-    PyObject *result;
-    ternaryfunc call = Py_TYPE(func)->tp_call;
-    if (unlikely(!call))
-        return PyObject_Call(func, arg, kw);
-    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
-        return NULL;
-    result = (*call)(func, arg, kw);
-    Py_LeaveRecursiveCall();
-    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
-        PyErr_SetString(
-            PyExc_SystemError,
-            "NULL result without error in PyObject_Call");
-    }
-    return result;
-}
-#endif
-
-/* PyObjectCallMethO (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg) {
-    PyObject *self, *result;
-    PyCFunction cfunc;
-    cfunc = __Pyx_CyOrPyCFunction_GET_FUNCTION(func);
-    self = __Pyx_CyOrPyCFunction_GET_SELF(func);
-    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
-        return NULL;
-    result = cfunc(self, arg);
-    Py_LeaveRecursiveCall();
-    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
-        PyErr_SetString(
-            PyExc_SystemError,
-            "NULL result without error in PyObject_Call");
-    }
-    return result;
-}
-#endif
-
-/* PyObjectFastCall (used by PyObjectCallOneArg) */
-#if CYTHON_COMPILING_IN_LIMITED_API
-static PyObject* __Pyx_PyObject_FastCall_fallback(PyObject *func, PyObject * const*args, size_t nargs, PyObject *kwargs) {
-    PyObject *argstuple;
-    PyObject *result = 0;
-    size_t i;
-    argstuple = PyTuple_New((Py_ssize_t)nargs);
-    if (unlikely(!argstuple)) return NULL;
-    for (i = 0; i < nargs; i++) {
-        Py_INCREF(args[i]);
-        if (__Pyx_PyTuple_SET_ITEM(argstuple, (Py_ssize_t)i, args[i]) != (0)) goto bad;
-    }
-    result = __Pyx_PyObject_Call(func, argstuple, kwargs);
-  bad:
-    Py_DECREF(argstuple);
-    return result;
-}
-#endif
-#if CYTHON_VECTORCALL && !(CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY)
-  #if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE vectorcallfunc __Pyx_PyVectorcall_Function(PyObject *callable) {
-    PyTypeObject *tp = Py_TYPE(callable);
-    #if defined(__Pyx_CyFunction_USED)
-    if (__Pyx_CyFunction_CheckExact(callable)) {
-        return __Pyx_CyFunction_func_vectorcall(callable);
-    }
-    #endif
-    if (!PyType_HasFeature(tp, Py_TPFLAGS_HAVE_VECTORCALL)) {
-        return NULL;
-    }
-    assert(PyCallable_Check(callable));
-    Py_ssize_t offset = tp->tp_vectorcall_offset;
-    assert(offset > 0);
-    vectorcallfunc ptr;
-    memcpy(&ptr, (char *) callable + offset, sizeof(ptr));
-    return ptr;
-}
-  #else
-    #define __Pyx_PyVectorcall_Function(callable) PyVectorcall_Function(callable)
-  #endif
-#endif
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwargs) {
-    Py_ssize_t nargs = __Pyx_PyVectorcall_NARGS(nargsf);
-#if CYTHON_COMPILING_IN_CPYTHON
-    if (nargs == 0 && kwargs == NULL) {
-        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_NOARGS))
-            return __Pyx_PyObject_CallMethO(func, NULL);
-    }
-    else if (nargs == 1 && kwargs == NULL) {
-        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_O))
-            return __Pyx_PyObject_CallMethO(func, args[0]);
-    }
-#endif
-    if (kwargs == NULL) {
-        #if CYTHON_VECTORCALL
-          #if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY
-            return PyObject_Vectorcall(func, args, nargsf, NULL);
-          #else
-            vectorcallfunc f = __Pyx_PyVectorcall_Function(func);
-            if (f) {
-                return f(func, args, nargsf, NULL);
-            }
-          #endif
-        #endif
-    }
-    if (nargs == 0) {
-        return __Pyx_PyObject_Call(func, __pyx_mstate_global->__pyx_empty_tuple, kwargs);
-    }
-    #if CYTHON_COMPILING_IN_LIMITED_API
-    return __Pyx_PyObject_FastCall_fallback(func, args, (size_t)nargs, kwargs);
-    #elif CYTHON_COMPILING_IN_PYPY
-    return PyObject_VectorcallDict(func, args, (size_t) nargs, kwargs);
-    #else
-    return PyObject_VectorcallDict(func, args, nargsf, kwargs);
-    #endif
-}
-
 /* PyObjectCallOneArg (used by CallUnboundCMethod0) */
 static CYTHON_INLINE PyObject* __Pyx_PyObject_CallOneArg(PyObject *func, PyObject *arg) {
     PyObject *args[2] = {NULL, arg};
@@ -15266,49 +15678,6 @@ static CYTHON_INLINE int __Pyx_IgnoreGivenException(PyObject *given_exception, P
     }
     return 0;
 }
-
-/* FastTypeChecks (used by UnpackUnboundCMethod_impl) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static int __Pyx_InBases(PyTypeObject *a, PyTypeObject *b) {
-    while (a) {
-        a = __Pyx_PyType_GetSlot(a, tp_base, PyTypeObject*);
-        if (a == b)
-            return 1;
-    }
-    return b == &PyBaseObject_Type;
-}
-static CYTHON_INLINE int __Pyx_IsSubtype(PyTypeObject *a, PyTypeObject *b) {
-    PyObject *mro;
-    if (a == b) return 1;
-    mro = a->tp_mro;
-    if (likely(mro)) {
-        Py_ssize_t i, n;
-        n = PyTuple_GET_SIZE(mro);
-        for (i = 0; i < n; i++) {
-            if (PyTuple_GET_ITEM(mro, i) == (PyObject *)b)
-                return 1;
-        }
-        return 0;
-    }
-    return __Pyx_InBases(a, b);
-}
-static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a, PyTypeObject *b) {
-    PyObject *mro;
-    if (cls == a || cls == b) return 1;
-    mro = cls->tp_mro;
-    if (likely(mro)) {
-        Py_ssize_t i, n;
-        n = PyTuple_GET_SIZE(mro);
-        for (i = 0; i < n; i++) {
-            PyObject *base = PyTuple_GET_ITEM(mro, i);
-            if (base == (PyObject *)a || base == (PyObject *)b)
-                return 1;
-        }
-        return 0;
-    }
-    return __Pyx_InBases(cls, a) || __Pyx_InBases(cls, b);
-}
-#endif
 
 /* PyObjectGetAttrStr (used by UnpackUnboundCMethod_impl) */
 #if CYTHON_USE_TYPE_SLOTS
@@ -16039,65 +16408,6 @@ static CYTHON_INLINE int __Pyx_ArgTypeTest(PyObject *obj, PyTypeObject *type, in
     return 0;
 }
 
-/* PyErrFetchRestore (used by GivenExceptionMatches) */
-#if CYTHON_FAST_THREAD_STATE
-static CYTHON_INLINE void __Pyx_ErrRestoreInState(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb) {
-#if PY_VERSION_HEX >= 0x030C00A6
-    PyObject *tmp_value;
-    assert(type == NULL || (value != NULL && type == (PyObject*) Py_TYPE(value)));
-    if (value) {
-        #if CYTHON_COMPILING_IN_CPYTHON
-        if (unlikely(((PyBaseExceptionObject*) value)->traceback != tb))
-        #endif
-            PyException_SetTraceback(value, tb);
-    }
-    tmp_value = tstate->current_exception;
-    tstate->current_exception = value;
-    Py_XDECREF(tmp_value);
-    Py_XDECREF(type);
-    Py_XDECREF(tb);
-#else
-    PyObject *tmp_type, *tmp_value, *tmp_tb;
-    tmp_type = tstate->curexc_type;
-    tmp_value = tstate->curexc_value;
-    tmp_tb = tstate->curexc_traceback;
-    tstate->curexc_type = type;
-    tstate->curexc_value = value;
-    tstate->curexc_traceback = tb;
-    Py_XDECREF(tmp_type);
-    Py_XDECREF(tmp_value);
-    Py_XDECREF(tmp_tb);
-#endif
-}
-static CYTHON_INLINE void __Pyx_ErrFetchInState(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb) {
-#if PY_VERSION_HEX >= 0x030C00A6
-    PyObject* exc_value;
-    exc_value = tstate->current_exception;
-    tstate->current_exception = 0;
-    *value = exc_value;
-    *type = NULL;
-    *tb = NULL;
-    if (exc_value) {
-        *type = (PyObject*) Py_TYPE(exc_value);
-        Py_INCREF(*type);
-        #if CYTHON_COMPILING_IN_CPYTHON
-        *tb = ((PyBaseExceptionObject*) exc_value)->traceback;
-        Py_XINCREF(*tb);
-        #else
-        *tb = PyException_GetTraceback(exc_value);
-        #endif
-    }
-#else
-    *type = tstate->curexc_type;
-    *value = tstate->curexc_value;
-    *tb = tstate->curexc_traceback;
-    tstate->curexc_type = 0;
-    tstate->curexc_value = 0;
-    tstate->curexc_traceback = 0;
-#endif
-}
-#endif
-
 /* GivenExceptionMatches (used by PyErrExceptionMatches) */
 #if CYTHON_COMPILING_IN_CPYTHON
 static CYTHON_INLINE int __Pyx_inner_PyErr_GivenExceptionMatches2(PyObject *err, PyObject* exc_type1, PyObject *exc_type2) {
@@ -16704,114 +17014,6 @@ static CYTHON_INLINE PyObject* __Pyx__PyNumber_Multiply_float_int(PyObject *op1,
     return (inplace) ? PyNumber_InPlaceMultiply(op1, op2) : PyNumber_Multiply(op1, op2);
 }
 #endif
-
-/* RaiseException */
-static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause) {
-    PyObject* owned_instance = NULL;
-    if (tb == Py_None) {
-        tb = 0;
-    } else if (tb && !PyTraceBack_Check(tb)) {
-        PyErr_SetString(PyExc_TypeError,
-            "raise: arg 3 must be a traceback or None");
-        goto bad;
-    }
-    if (value == Py_None)
-        value = 0;
-    if (PyExceptionInstance_Check(type)) {
-        if (value) {
-            PyErr_SetString(PyExc_TypeError,
-                "instance exception may not have a separate value");
-            goto bad;
-        }
-        value = type;
-        type = (PyObject*) Py_TYPE(value);
-    } else if (PyExceptionClass_Check(type)) {
-        PyObject *instance_class = NULL;
-        if (value && PyExceptionInstance_Check(value)) {
-            instance_class = (PyObject*) Py_TYPE(value);
-            if (instance_class != type) {
-                int is_subclass = PyObject_IsSubclass(instance_class, type);
-                if (!is_subclass) {
-                    instance_class = NULL;
-                } else if (unlikely(is_subclass == -1)) {
-                    goto bad;
-                } else {
-                    type = instance_class;
-                }
-            }
-        }
-        if (!instance_class) {
-            PyObject *args;
-            if (!value)
-                args = PyTuple_New(0);
-            else if (PyTuple_Check(value)) {
-                Py_INCREF(value);
-                args = value;
-            } else
-                args = PyTuple_Pack(1, value);
-            if (!args)
-                goto bad;
-            owned_instance = PyObject_Call(type, args, NULL);
-            Py_DECREF(args);
-            if (!owned_instance)
-                goto bad;
-            value = owned_instance;
-            if (!PyExceptionInstance_Check(value)) {
-                PyErr_Format(PyExc_TypeError,
-                             "calling %R should have returned an instance of "
-                             "BaseException, not %R",
-                             type, Py_TYPE(value));
-                goto bad;
-            }
-        }
-    } else {
-        PyErr_SetString(PyExc_TypeError,
-            "raise: exception class must be a subclass of BaseException");
-        goto bad;
-    }
-    if (cause) {
-        PyObject *fixed_cause;
-        if (cause == Py_None) {
-            fixed_cause = NULL;
-        } else if (PyExceptionClass_Check(cause)) {
-            fixed_cause = PyObject_CallObject(cause, NULL);
-            if (fixed_cause == NULL)
-                goto bad;
-        } else if (PyExceptionInstance_Check(cause)) {
-            fixed_cause = cause;
-            Py_INCREF(fixed_cause);
-        } else {
-            PyErr_SetString(PyExc_TypeError,
-                            "exception causes must derive from "
-                            "BaseException");
-            goto bad;
-        }
-        PyException_SetCause(value, fixed_cause);
-    }
-    PyErr_SetObject(type, value);
-    if (tb) {
-#if PY_VERSION_HEX >= 0x030C00A6
-        PyException_SetTraceback(value, tb);
-#elif CYTHON_FAST_THREAD_STATE
-        PyThreadState *tstate = __Pyx_PyThreadState_Current;
-        PyObject* tmp_tb = tstate->curexc_traceback;
-        if (tb != tmp_tb) {
-            Py_INCREF(tb);
-            tstate->curexc_traceback = tb;
-            Py_XDECREF(tmp_tb);
-        }
-#else
-        PyObject *tmp_type, *tmp_value, *tmp_tb;
-        PyErr_Fetch(&tmp_type, &tmp_value, &tmp_tb);
-        Py_INCREF(tb);
-        PyErr_Restore(tmp_type, tmp_value, tb);
-        Py_XDECREF(tmp_tb);
-#endif
-    }
-bad:
-    Py_XDECREF(owned_instance);
-    return;
-}
 
 /* RaiseTooManyValuesToUnpack */
 static CYTHON_INLINE void __Pyx_RaiseTooManyValuesError(Py_ssize_t expected) {
@@ -23243,6 +23445,85 @@ static CYTHON_INLINE unsigned int __Pyx_PyLong_As_unsigned_int(PyObject *x) {
         return __Pyx_PyLong___Pyx_PyLong_As_unsigned_int(x);
     } else {
         return __Pyx_NonPyLong___Pyx_PyLong_As_unsigned_int(x);
+    }
+}
+
+/* CIntToPy */
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int(int value) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const int neg_one = (int) -1, const_zero = (int) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (is_unsigned) {
+        if (sizeof(int) < sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(int) <= sizeof(unsigned long)) {
+            return PyLong_FromUnsignedLong((unsigned long) value);
+#if !CYTHON_COMPILING_IN_PYPY
+        } else if (sizeof(int) <= sizeof(unsigned PY_LONG_LONG)) {
+            return PyLong_FromUnsignedLongLong((unsigned PY_LONG_LONG) value);
+#endif
+        }
+    } else {
+        if (sizeof(int) <= sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(int) <= sizeof(PY_LONG_LONG)) {
+            return PyLong_FromLongLong((PY_LONG_LONG) value);
+        }
+    }
+    {
+        unsigned char *bytes = (unsigned char *)&value;
+#if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d00A4
+        if (is_unsigned) {
+            return PyLong_FromUnsignedNativeBytes(bytes, sizeof(value), -1);
+        } else {
+            return PyLong_FromNativeBytes(bytes, sizeof(value), -1);
+        }
+#elif !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX < 0x030d0000
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        return _PyLong_FromByteArray(bytes, sizeof(int),
+                                     little, !is_unsigned);
+#else
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        PyObject *result = NULL, *kwds = NULL;
+        PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
+        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(int));
+        if (!py_bytes) goto limited_bad;
+        from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
+        if (!from_bytes_str) goto limited_bad;
+        order_str = PyUnicode_FromString(little ? "little" : "big");
+        if (!order_str) goto limited_bad;
+        {
+            PyObject *args[] = { (PyObject*)&PyLong_Type, py_bytes, order_str, Py_True };
+            if (!is_unsigned) {
+                PyObject *signed_str = PyUnicode_FromStringAndSize("signed", 6);
+                if (!signed_str) goto limited_bad;
+#if CYTHON_VECTORCALL
+                kwds = PyTuple_Pack(1, signed_str);
+#else
+                {
+                    PyObject *keys[] = {signed_str};
+                    PyObject *values[] = {Py_True};
+                    kwds = __Pyx_MakeKwargDict(keys, values, 1);
+                }
+#endif
+                Py_DECREF(signed_str);
+                if (unlikely(!kwds)) goto limited_bad;
+            }
+            result = __Pyx_Object_VectorcallMethodKwds(from_bytes_str, args, 3 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET, kwds);
+        }
+        limited_bad:
+        Py_XDECREF(kwds);
+        Py_XDECREF(order_str);
+        Py_XDECREF(py_bytes);
+        Py_XDECREF(from_bytes_str);
+        return result;
+#endif
     }
 }
 

@@ -1874,10 +1874,10 @@ static const char * const __pyx_cfilenm = __FILE__;
 
 static const char* const __pyx_f[] = {
   "ivshmem/channel/roles.pyx",
+  "ivshmem/native/descriptors.pxd",
   "ivshmem/channel/roles.pxd",
   "(tree fragment)",
   "cpython/type.pxd",
-  "ivshmem/native/descriptors.pxd",
   "ivshmem/native/spin.pxd",
   "ivshmem/native/bell.pxd",
   "ivshmem/native/mapping.pxd",
@@ -2269,9 +2269,21 @@ struct __pyx_t_7ivshmem_7channel_10membership_Rings {
   int count;
   uint32_t lock;
 };
+
+/* "ends.pxd":10
+ * from .membership cimport Dependent, Membership
+ * 
+ * cdef enum:             # <<<<<<<<<<<<<<
+ *     # A sleep that the memory forbids again and again, although nothing can be taken, is a hostile
+ *     # peer's work: after so many it sleeps all the same.
+*/
+enum  {
+  __pyx_e_7ivshmem_7channel_4ends_FUTILE = 64,
+  __pyx_e_7ivshmem_7channel_4ends_LAST_PAUSE = 0xF4240
+};
 struct __pyx_t_7ivshmem_7channel_5roles_Held;
 
-/* "ivshmem/channel/roles.pxd":9
+/* "ivshmem/channel/roles.pxd":10
  * from .membership cimport Membership
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -2280,7 +2292,7 @@ struct __pyx_t_7ivshmem_7channel_5roles_Held;
 */
 enum  {
 
-  /* "ivshmem/channel/roles.pxd":11
+  /* "ivshmem/channel/roles.pxd":12
  * cdef enum:
  *     # Bytes from which on a copy releases the GIL, as in native/mapping.pyx.
  *     LARGE = 1 << 18             # <<<<<<<<<<<<<<
@@ -2291,7 +2303,7 @@ enum  {
   __pyx_e_7ivshmem_7channel_5roles_TRIES = 64
 };
 
-/* "ivshmem/channel/roles.pxd":21
+/* "ivshmem/channel/roles.pxd":51
  * 
  * 
  * cdef struct Held:             # <<<<<<<<<<<<<<
@@ -2303,7 +2315,7 @@ struct __pyx_t_7ivshmem_7channel_5roles_Held {
   uint64_t position;
 };
 
-/* "native/descriptors.pxd":86
+/* "native/descriptors.pxd":101
  * 
  * 
  * cdef class Fd:             # <<<<<<<<<<<<<<
@@ -2316,7 +2328,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Fd {
 };
 
 
-/* "native/descriptors.pxd":93
+/* "native/descriptors.pxd":108
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2335,7 +2347,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray {
 };
 
 
-/* "native/descriptors.pxd":117
+/* "native/descriptors.pxd":132
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2352,7 +2364,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller {
 };
 
 
-/* "native/descriptors.pxd":127
+/* "native/descriptors.pxd":142
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2367,7 +2379,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Relay {
 };
 
 
-/* "native/descriptors.pxd":134
+/* "native/descriptors.pxd":149
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2578,7 +2590,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Membership {
 };
 
 
-/* "ends.pxd":11
+/* "ends.pxd":18
  * 
  * 
  * cdef class Wakeup:             # <<<<<<<<<<<<<<
@@ -2595,7 +2607,7 @@ struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup {
 };
 
 
-/* "ends.pxd":24
+/* "ends.pxd":31
  * 
  * 
  * cdef class ChannelEnd(Dependent):             # <<<<<<<<<<<<<<
@@ -2622,7 +2634,7 @@ struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd {
 };
 
 
-/* "ivshmem/channel/roles.pxd":26
+/* "ivshmem/channel/roles.pxd":56
  * 
  * 
  * cdef class WriterEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2641,7 +2653,7 @@ struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd {
 };
 
 
-/* "ivshmem/channel/roles.pxd":47
+/* "ivshmem/channel/roles.pxd":77
  * 
  * 
  * cdef class ReaderEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2660,7 +2672,7 @@ struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd {
 
 
 
-/* "native/descriptors.pxd":93
+/* "native/descriptors.pxd":108
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2677,7 +2689,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray;
 
 
-/* "native/descriptors.pxd":117
+/* "native/descriptors.pxd":132
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2692,7 +2704,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller *__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller;
 
 
-/* "native/descriptors.pxd":127
+/* "native/descriptors.pxd":142
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2706,7 +2718,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay *__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay;
 
 
-/* "native/descriptors.pxd":134
+/* "native/descriptors.pxd":149
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2927,7 +2939,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
 static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *__pyx_vtabptr_7ivshmem_7channel_10membership_Membership;
 
 
-/* "ends.pxd":11
+/* "ends.pxd":18
  * 
  * 
  * cdef class Wakeup:             # <<<<<<<<<<<<<<
@@ -2942,7 +2954,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup {
 static struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *__pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup;
 
 
-/* "ends.pxd":24
+/* "ends.pxd":31
  * 
  * 
  * cdef class ChannelEnd(Dependent):             # <<<<<<<<<<<<<<
@@ -2977,7 +2989,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd;
 
 
-/* "ivshmem/channel/roles.pyx":61
+/* "ivshmem/channel/roles.pyx":139
  * # -- writers --------------------------------------------------------------------------------------
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -2989,7 +3001,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd {
   struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
   int (*ready)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *);
   PyObject *(*blocked)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, PyObject *);
-  PyObject *(*too_long)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint64_t);
+  PyObject *(*too_long)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, PyObject *);
   int (*wait_again)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, PyObject *);
   int (*loan_cell)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint32_t *);
   int (*find_room)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint32_t *, PyObject *, PyObject *);
@@ -3001,7 +3013,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *__pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd;
 
 
-/* "ivshmem/channel/roles.pyx":249
+/* "ivshmem/channel/roles.pyx":328
  * # -- readers --------------------------------------------------------------------------------------
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3094,11 +3106,96 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *__pyx_vtabptr
 #define __Pyx_CLEAR(r)    do { PyObject* tmp = ((PyObject*)(r)); r = NULL; __Pyx_DECREF(tmp);} while(0)
 #define __Pyx_XCLEAR(r)   do { if((r) != NULL) {PyObject* tmp = ((PyObject*)(r)); r = NULL; __Pyx_DECREF(tmp);}} while(0)
 
+/* FastTypeChecks.proto (used by PyValueError_Check) */
+#if CYTHON_COMPILING_IN_CPYTHON
+#define __Pyx_TypeCheck(obj, type) __Pyx_IsSubtype(Py_TYPE(obj), (PyTypeObject *)type)
+#define __Pyx_TypeCheck2(obj, type1, type2) __Pyx_IsAnySubtype2(Py_TYPE(obj), (PyTypeObject *)type1, (PyTypeObject *)type2)
+static CYTHON_INLINE int __Pyx_IsSubtype(PyTypeObject *a, PyTypeObject *b);
+static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a, PyTypeObject *b);
+#define __Pyx_PyAnySet_Check(obj)  __Pyx_TypeCheck2(obj, &PySet_Type, &PyFrozenSet_Type)
+#else
+#define __Pyx_TypeCheck(obj, type) PyObject_TypeCheck(obj, (PyTypeObject *)type)
+#define __Pyx_TypeCheck2(obj, type1, type2) (PyObject_TypeCheck(obj, (PyTypeObject *)type1) || PyObject_TypeCheck(obj, (PyTypeObject *)type2))
+#define __Pyx_PyAnySet_Check(obj)  PyAnySet_Check(obj)
+#endif
+
+/* PyValueError_Check.proto */
+#define __Pyx_PyExc_ValueError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_ValueError)
+
+/* PyObjectCall.proto (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw);
+#else
+#define __Pyx_PyObject_Call(func, arg, kw) PyObject_Call(func, arg, kw)
+#endif
+
+/* PyObjectCallMethO.proto (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg);
+#endif
+
+/* PyObjectFastCall.proto */
+#define __Pyx_PyObject_FastCall(func, args, nargs)  __Pyx_PyObject_FastCallDict(func, args, (size_t)(nargs), NULL)
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject * const*args, size_t nargsf, PyObject *kwargs);
+
+/* PyThreadStateGet.proto (used by PyErrFetchRestore) */
+#if CYTHON_FAST_THREAD_STATE
+#define __Pyx_PyThreadState_declare  PyThreadState *__pyx_tstate;
+#define __Pyx_PyThreadState_assign  __pyx_tstate = __Pyx_PyThreadState_Current;
+#if PY_VERSION_HEX >= 0x030C00A6
+#define __Pyx_PyErr_Occurred()  (__pyx_tstate->current_exception != NULL)
+#define __Pyx_PyErr_CurrentExceptionType()  (__pyx_tstate->current_exception ? (PyObject*) Py_TYPE(__pyx_tstate->current_exception) : (PyObject*) NULL)
+#else
+#define __Pyx_PyErr_Occurred()  (__pyx_tstate->curexc_type != NULL)
+#define __Pyx_PyErr_CurrentExceptionType()  (__pyx_tstate->curexc_type)
+#endif
+#else
+#define __Pyx_PyThreadState_declare
+#define __Pyx_PyThreadState_assign
+#define __Pyx_PyErr_Occurred()  (PyErr_Occurred() != NULL)
+#define __Pyx_PyErr_CurrentExceptionType()  PyErr_Occurred()
+#endif
+
+/* PyErrFetchRestore.proto (used by RaiseException) */
+#if CYTHON_FAST_THREAD_STATE
+#define __Pyx_PyErr_Clear() __Pyx_ErrRestore(NULL, NULL, NULL)
+#define __Pyx_ErrRestoreWithState(type, value, tb)  __Pyx_ErrRestoreInState(PyThreadState_GET(), type, value, tb)
+#define __Pyx_ErrFetchWithState(type, value, tb)    __Pyx_ErrFetchInState(PyThreadState_GET(), type, value, tb)
+#define __Pyx_ErrRestore(type, value, tb)  __Pyx_ErrRestoreInState(__pyx_tstate, type, value, tb)
+#define __Pyx_ErrFetch(type, value, tb)    __Pyx_ErrFetchInState(__pyx_tstate, type, value, tb)
+static CYTHON_INLINE void __Pyx_ErrRestoreInState(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb);
+static CYTHON_INLINE void __Pyx_ErrFetchInState(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb);
+#if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX < 0x030C00A6
+#define __Pyx_PyErr_SetNone(exc) (Py_INCREF(exc), __Pyx_ErrRestore((exc), NULL, NULL))
+#else
+#define __Pyx_PyErr_SetNone(exc) PyErr_SetNone(exc)
+#endif
+#else
+#define __Pyx_PyErr_Clear() PyErr_Clear()
+#define __Pyx_PyErr_SetNone(exc) PyErr_SetNone(exc)
+#define __Pyx_ErrRestoreWithState(type, value, tb)  PyErr_Restore(type, value, tb)
+#define __Pyx_ErrFetchWithState(type, value, tb)  PyErr_Fetch(type, value, tb)
+#define __Pyx_ErrRestoreInState(tstate, type, value, tb)  PyErr_Restore(type, value, tb)
+#define __Pyx_ErrFetchInState(tstate, type, value, tb)  PyErr_Fetch(type, value, tb)
+#define __Pyx_ErrRestore(type, value, tb)  PyErr_Restore(type, value, tb)
+#define __Pyx_ErrFetch(type, value, tb)  PyErr_Fetch(type, value, tb)
+#endif
+
+/* RaiseException.export */
+static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
+
 /* DivInt[int64_t].proto */
 static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t, int64_t, int b_is_constant);
 
 /* ModInt[int64_t].proto */
 static CYTHON_INLINE int64_t __Pyx_mod_int64_t(int64_t, int64_t, int b_is_constant);
+
+/* PyObjectFastCallMethod.proto */
+#if CYTHON_VECTORCALL
+#define __Pyx_PyObject_FastCallMethod(name, args, nargsf) PyObject_VectorcallMethod(name, args, nargsf, NULL)
+#else
+static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf);
+#endif
 
 /* DivInt[long].proto */
 static CYTHON_INLINE long __Pyx_div_long(long, long, int b_is_constant);
@@ -3189,51 +3286,153 @@ static void __Pyx_RaiseErrorWithType1(PyObject* exc_type, const char* message, c
 CYTHON_UNUSED
 static int __Pyx_RaiseUnexpectedTypeError(const char *expected, PyObject *obj);
 
-/* PyThreadStateGet.proto (used by PyErrFetchRestore) */
-#if CYTHON_FAST_THREAD_STATE
-#define __Pyx_PyThreadState_declare  PyThreadState *__pyx_tstate;
-#define __Pyx_PyThreadState_assign  __pyx_tstate = __Pyx_PyThreadState_Current;
-#if PY_VERSION_HEX >= 0x030C00A6
-#define __Pyx_PyErr_Occurred()  (__pyx_tstate->current_exception != NULL)
-#define __Pyx_PyErr_CurrentExceptionType()  (__pyx_tstate->current_exception ? (PyObject*) Py_TYPE(__pyx_tstate->current_exception) : (PyObject*) NULL)
-#else
-#define __Pyx_PyErr_Occurred()  (__pyx_tstate->curexc_type != NULL)
-#define __Pyx_PyErr_CurrentExceptionType()  (__pyx_tstate->curexc_type)
-#endif
-#else
-#define __Pyx_PyThreadState_declare
-#define __Pyx_PyThreadState_assign
-#define __Pyx_PyErr_Occurred()  (PyErr_Occurred() != NULL)
-#define __Pyx_PyErr_CurrentExceptionType()  PyErr_Occurred()
+/* GetTopmostException.proto (used by SaveResetException) */
+#if CYTHON_USE_EXC_INFO_STACK && CYTHON_FAST_THREAD_STATE
+static _PyErr_StackItem * __Pyx_PyErr_GetTopmostException(PyThreadState *tstate);
 #endif
 
-/* PyErrFetchRestore.proto (used by RaiseException) */
+/* SaveResetException.proto */
 #if CYTHON_FAST_THREAD_STATE
-#define __Pyx_PyErr_Clear() __Pyx_ErrRestore(NULL, NULL, NULL)
-#define __Pyx_ErrRestoreWithState(type, value, tb)  __Pyx_ErrRestoreInState(PyThreadState_GET(), type, value, tb)
-#define __Pyx_ErrFetchWithState(type, value, tb)    __Pyx_ErrFetchInState(PyThreadState_GET(), type, value, tb)
-#define __Pyx_ErrRestore(type, value, tb)  __Pyx_ErrRestoreInState(__pyx_tstate, type, value, tb)
-#define __Pyx_ErrFetch(type, value, tb)    __Pyx_ErrFetchInState(__pyx_tstate, type, value, tb)
-static CYTHON_INLINE void __Pyx_ErrRestoreInState(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb);
-static CYTHON_INLINE void __Pyx_ErrFetchInState(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb);
-#if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX < 0x030C00A6
-#define __Pyx_PyErr_SetNone(exc) (Py_INCREF(exc), __Pyx_ErrRestore((exc), NULL, NULL))
+#define __Pyx_ExceptionSave(type, value, tb)  __Pyx__ExceptionSave(__pyx_tstate, type, value, tb)
+static CYTHON_INLINE void __Pyx__ExceptionSave(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb);
+#define __Pyx_ExceptionReset(type, value, tb)  __Pyx__ExceptionReset(__pyx_tstate, type, value, tb)
+static CYTHON_INLINE void __Pyx__ExceptionReset(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb);
 #else
-#define __Pyx_PyErr_SetNone(exc) PyErr_SetNone(exc)
-#endif
-#else
-#define __Pyx_PyErr_Clear() PyErr_Clear()
-#define __Pyx_PyErr_SetNone(exc) PyErr_SetNone(exc)
-#define __Pyx_ErrRestoreWithState(type, value, tb)  PyErr_Restore(type, value, tb)
-#define __Pyx_ErrFetchWithState(type, value, tb)  PyErr_Fetch(type, value, tb)
-#define __Pyx_ErrRestoreInState(tstate, type, value, tb)  PyErr_Restore(type, value, tb)
-#define __Pyx_ErrFetchInState(tstate, type, value, tb)  PyErr_Fetch(type, value, tb)
-#define __Pyx_ErrRestore(type, value, tb)  PyErr_Restore(type, value, tb)
-#define __Pyx_ErrFetch(type, value, tb)  PyErr_Fetch(type, value, tb)
+#define __Pyx_ExceptionSave(type, value, tb)   PyErr_GetExcInfo(type, value, tb)
+#define __Pyx_ExceptionReset(type, value, tb)  PyErr_SetExcInfo(type, value, tb)
 #endif
 
-/* RaiseException.export */
-static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
+/* PyBufferError_Check.proto */
+#define __Pyx_PyExc_BufferError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_BufferError)
+
+/* GivenExceptionMatches.proto */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches(PyObject *err, PyObject *type);
+static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches2(PyObject *err, PyObject *type1, PyObject *type2);
+#else
+#define __Pyx_PyErr_GivenExceptionMatches(err, type) PyErr_GivenExceptionMatches(err, type)
+static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches2(PyObject *err, PyObject *type1, PyObject *type2) {
+    return PyErr_GivenExceptionMatches(err, type1) || PyErr_GivenExceptionMatches(err, type2);
+}
+#endif
+#define __Pyx_PyErr_ExceptionMatches2(err1, err2)  __Pyx_PyErr_GivenExceptionMatches2(__Pyx_PyErr_CurrentExceptionType(), err1, err2)
+
+/* GetException.proto */
+#if CYTHON_FAST_THREAD_STATE
+#define __Pyx_GetException(type, value, tb)  __Pyx__GetException(__pyx_tstate, type, value, tb)
+static int __Pyx__GetException(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb);
+#else
+static int __Pyx_GetException(PyObject **type, PyObject **value, PyObject **tb);
+#endif
+
+/* PyErrExceptionMatches.proto (used by GetAttr3) */
+#if CYTHON_FAST_THREAD_STATE
+#define __Pyx_PyErr_ExceptionMatches(err) __Pyx_PyErr_ExceptionMatchesInState(__pyx_tstate, err)
+static CYTHON_INLINE int __Pyx_PyErr_ExceptionMatchesInState(PyThreadState* tstate, PyObject* err);
+#else
+#define __Pyx_PyErr_ExceptionMatches(err)  PyErr_ExceptionMatches(err)
+#endif
+
+/* PyObjectGetAttrStr.proto (used by GetAttr3) */
+#if CYTHON_USE_TYPE_SLOTS
+static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStr(PyObject* obj, PyObject* attr_name);
+#else
+#define __Pyx_PyObject_GetAttrStr(o,n) PyObject_GetAttr(o,n)
+#endif
+
+/* GetAttr3.proto */
+static CYTHON_INLINE PyObject *__Pyx_GetAttr3(PyObject *, PyObject *, PyObject *);
+
+/* IgnoreException.proto (used by GetModuleGlobalName) */
+static CYTHON_INLINE int __Pyx_IgnoreGivenException(PyObject *given_exception, PyObject *ignorable_exception);
+#define __Pyx_IgnoreException(ignorable_exception) __Pyx_IgnoreGivenException(NULL, ignorable_exception)
+
+/* PyObjectGetAttrStrNoError.proto (used by GetBuiltinName) */
+static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStrNoError(PyObject* obj, PyObject* attr_name);
+
+/* GetBuiltinName.proto (used by GetModuleGlobalName) */
+static PyObject *__Pyx_GetBuiltinName(PyObject *name);
+
+/* PyDictVersioning.proto (used by GetModuleGlobalName) */
+#if CYTHON_USE_DICT_VERSIONS && CYTHON_USE_TYPE_SLOTS
+#define __PYX_DICT_VERSION_INIT  ((PY_UINT64_T) -1)
+#define __PYX_GET_DICT_VERSION(dict)  (((PyDictObject*)(dict))->ma_version_tag)
+#define __PYX_UPDATE_DICT_CACHE(dict, value, cache_var, version_var)\
+    (version_var) = __PYX_GET_DICT_VERSION(dict);\
+    (cache_var) = (value);
+#define __PYX_PY_DICT_LOOKUP_IF_MODIFIED(VAR, DICT, LOOKUP) {\
+    static PY_UINT64_T __pyx_dict_version = 0;\
+    static PyObject *__pyx_dict_cached_value = NULL;\
+    if (likely(__PYX_GET_DICT_VERSION(DICT) == __pyx_dict_version)) {\
+        (VAR) = __Pyx_XNewRef(__pyx_dict_cached_value);\
+    } else {\
+        (VAR) = __pyx_dict_cached_value = (LOOKUP);\
+        __pyx_dict_version = __PYX_GET_DICT_VERSION(DICT);\
+    }\
+}
+static CYTHON_INLINE PY_UINT64_T __Pyx_get_tp_dict_version(PyObject *obj);
+static CYTHON_INLINE PY_UINT64_T __Pyx_get_object_dict_version(PyObject *obj);
+static CYTHON_INLINE int __Pyx_object_dict_version_matches(PyObject* obj, PY_UINT64_T tp_dict_version, PY_UINT64_T obj_dict_version);
+#else
+#define __PYX_GET_DICT_VERSION(dict)  (0)
+#define __PYX_UPDATE_DICT_CACHE(dict, value, cache_var, version_var)
+#define __PYX_PY_DICT_LOOKUP_IF_MODIFIED(VAR, DICT, LOOKUP)  (VAR) = (LOOKUP);
+#endif
+
+/* GetModuleGlobalName.proto */
+#if CYTHON_USE_DICT_VERSIONS
+#define __Pyx_GetModuleGlobalName(var, name)  do {\
+    static PY_UINT64_T __pyx_dict_version = 0;\
+    static PyObject *__pyx_dict_cached_value = NULL;\
+    (var) = (likely(__pyx_dict_version == __PYX_GET_DICT_VERSION(__pyx_mstate_global->__pyx_d))) ?\
+        (likely(__pyx_dict_cached_value) ? __Pyx_NewRef(__pyx_dict_cached_value) : __Pyx_GetBuiltinName(name)) :\
+        __Pyx__GetModuleGlobalName(name, &__pyx_dict_version, &__pyx_dict_cached_value);\
+} while(0)
+#define __Pyx_GetModuleGlobalNameUncached(var, name)  do {\
+    PY_UINT64_T __pyx_dict_version;\
+    PyObject *__pyx_dict_cached_value;\
+    (var) = __Pyx__GetModuleGlobalName(name, &__pyx_dict_version, &__pyx_dict_cached_value);\
+} while(0)
+static PyObject *__Pyx__GetModuleGlobalName(PyObject *name, PY_UINT64_T *dict_version, PyObject **dict_cached_value);
+#else
+#define __Pyx_GetModuleGlobalName(var, name)  (var) = __Pyx__GetModuleGlobalName(name)
+#define __Pyx_GetModuleGlobalNameUncached(var, name)  (var) = __Pyx__GetModuleGlobalName(name)
+static CYTHON_INLINE PyObject *__Pyx__GetModuleGlobalName(PyObject *name);
+#endif
+
+/* PyObjectFormatSimple.proto */
+#if CYTHON_COMPILING_IN_PYPY
+    #define __Pyx_PyObject_FormatSimple(s, f) (\
+        likely(PyUnicode_CheckExact(s)) ? (Py_INCREF(s), s) :\
+        PyObject_Format(s, f))
+#elif CYTHON_USE_TYPE_SLOTS
+    #define __Pyx_PyObject_FormatSimple(s, f) (\
+        likely(PyUnicode_CheckExact(s)) ? (Py_INCREF(s), s) :\
+        likely(PyLong_CheckExact(s)) ? PyLong_Type.tp_repr(s) :\
+        likely(PyFloat_CheckExact(s)) ? PyFloat_Type.tp_repr(s) :\
+        PyObject_Format(s, f))
+#else
+    #define __Pyx_PyObject_FormatSimple(s, f) (\
+        likely(PyUnicode_CheckExact(s)) ? (Py_INCREF(s), s) :\
+        PyObject_Format(s, f))
+#endif
+
+/* IncludeStringH.proto (used by JoinPyUnicode) */
+#include <string.h>
+
+/* JoinPyUnicode.proto */
+#define __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH\
+    (!CYTHON_COMPILING_IN_GRAAL && !CYTHON_COMPILING_IN_PYPY && !CYTHON_COMPILING_IN_LIMITED_API)
+
+/* JoinPyUnicode.export */
+static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count, Py_ssize_t result_ulength, int kind);
+
+/* PyObjectFormatAndDecref.proto */
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatSimpleAndDecref(PyObject* s, PyObject* f);
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatAndDecref(PyObject* s, PyObject* f);
+
+/* PyBaseException_Check.proto */
+#define __Pyx_PyExc_BaseException_Check(obj)  PyExceptionInstance_Check(obj)
 
 /* CopyObjectArray.proto (used by TupleOrListFromArrayImpl) */
 #if CYTHON_COMPILING_IN_CPYTHON
@@ -3250,9 +3449,6 @@ __Pyx_PyTuple_FromArray(PyObject *const *src, Py_ssize_t n);
 
 /* TupleFromArray.proto (used by fastcall) */
 
-
-/* IncludeStringH.proto (used by PyObjectCompare) */
-#include <string.h>
 
 /* PyObjectCompare.proto (used by UnicodeEquals) */
 static CYTHON_INLINE int __Pyx_PyObject_CompareBoolEq_str_str(PyObject *op1, PyObject *op2, int pyop);
@@ -3328,22 +3524,6 @@ static CYTHON_INLINE PyObject* __Pyx_PyDict_Items(PyObject* d);
 #define __Pyx_CallCFunctionFastWithKeywords(cfunc, self, args, nargs, kwnames)\
     ((__Pyx_PyCFunctionFastWithKeywords)(void(*)(void))(PyCFunction)(cfunc)->func)(self, args, nargs, kwnames)
 
-/* PyObjectCall.proto (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw);
-#else
-#define __Pyx_PyObject_Call(func, arg, kw) PyObject_Call(func, arg, kw)
-#endif
-
-/* PyObjectCallMethO.proto (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg);
-#endif
-
-/* PyObjectFastCall.proto (used by PyObjectCallOneArg) */
-#define __Pyx_PyObject_FastCall(func, args, nargs)  __Pyx_PyObject_FastCallDict(func, args, (size_t)(nargs), NULL)
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject * const*args, size_t nargsf, PyObject *kwargs);
-
 /* PyObjectCallOneArg.proto (used by CallUnboundCMethod0) */
 static CYTHON_INLINE PyObject* __Pyx_PyObject_CallOneArg(PyObject *func, PyObject *arg);
 
@@ -3358,30 +3538,6 @@ typedef struct {
     __pyx_atomic_int_type initialized;
 #endif
 } __Pyx_CachedCFunction;
-
-/* IgnoreException.proto (used by UnpackUnboundCMethod_impl) */
-static CYTHON_INLINE int __Pyx_IgnoreGivenException(PyObject *given_exception, PyObject *ignorable_exception);
-#define __Pyx_IgnoreException(ignorable_exception) __Pyx_IgnoreGivenException(NULL, ignorable_exception)
-
-/* FastTypeChecks.proto (used by UnpackUnboundCMethod_impl) */
-#if CYTHON_COMPILING_IN_CPYTHON
-#define __Pyx_TypeCheck(obj, type) __Pyx_IsSubtype(Py_TYPE(obj), (PyTypeObject *)type)
-#define __Pyx_TypeCheck2(obj, type1, type2) __Pyx_IsAnySubtype2(Py_TYPE(obj), (PyTypeObject *)type1, (PyTypeObject *)type2)
-static CYTHON_INLINE int __Pyx_IsSubtype(PyTypeObject *a, PyTypeObject *b);
-static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a, PyTypeObject *b);
-#define __Pyx_PyAnySet_Check(obj)  __Pyx_TypeCheck2(obj, &PySet_Type, &PyFrozenSet_Type)
-#else
-#define __Pyx_TypeCheck(obj, type) PyObject_TypeCheck(obj, (PyTypeObject *)type)
-#define __Pyx_TypeCheck2(obj, type1, type2) (PyObject_TypeCheck(obj, (PyTypeObject *)type1) || PyObject_TypeCheck(obj, (PyTypeObject *)type2))
-#define __Pyx_PyAnySet_Check(obj)  PyAnySet_Check(obj)
-#endif
-
-/* PyObjectGetAttrStr.proto (used by UnpackUnboundCMethod_impl) */
-#if CYTHON_USE_TYPE_SLOTS
-static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStr(PyObject* obj, PyObject* attr_name);
-#else
-#define __Pyx_PyObject_GetAttrStr(o,n) PyObject_GetAttr(o,n)
-#endif
 
 /* UnpackUnboundCMethod_impl.export */
 static int __Pyx_TryUnpackUnboundCMethod(__Pyx_CachedCFunction* target);
@@ -3493,119 +3649,8 @@ static void __Pyx_ArgTypeError(PyObject *obj, PyTypeObject *type, const char *na
 /* ArgTypeTest.proto */
 static CYTHON_INLINE int __Pyx_ArgTypeTest(PyObject *obj, PyTypeObject *type, int none_allowed, const char *name, int exact);
 
-/* GivenExceptionMatches.proto (used by PyErrExceptionMatches) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches(PyObject *err, PyObject *type);
-static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches2(PyObject *err, PyObject *type1, PyObject *type2);
-#else
-#define __Pyx_PyErr_GivenExceptionMatches(err, type) PyErr_GivenExceptionMatches(err, type)
-static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches2(PyObject *err, PyObject *type1, PyObject *type2) {
-    return PyErr_GivenExceptionMatches(err, type1) || PyErr_GivenExceptionMatches(err, type2);
-}
-#endif
-#define __Pyx_PyErr_ExceptionMatches2(err1, err2)  __Pyx_PyErr_GivenExceptionMatches2(__Pyx_PyErr_CurrentExceptionType(), err1, err2)
-
-/* PyErrExceptionMatches.proto (used by PyObjectGetAttrStrNoError) */
-#if CYTHON_FAST_THREAD_STATE
-#define __Pyx_PyErr_ExceptionMatches(err) __Pyx_PyErr_ExceptionMatchesInState(__pyx_tstate, err)
-static CYTHON_INLINE int __Pyx_PyErr_ExceptionMatchesInState(PyThreadState* tstate, PyObject* err);
-#else
-#define __Pyx_PyErr_ExceptionMatches(err)  PyErr_ExceptionMatches(err)
-#endif
-
-/* PyObjectGetAttrStrNoError.proto (used by GetBuiltinName) */
-static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStrNoError(PyObject* obj, PyObject* attr_name);
-
-/* GetBuiltinName.proto (used by GetModuleGlobalName) */
-static PyObject *__Pyx_GetBuiltinName(PyObject *name);
-
-/* PyDictVersioning.proto (used by GetModuleGlobalName) */
-#if CYTHON_USE_DICT_VERSIONS && CYTHON_USE_TYPE_SLOTS
-#define __PYX_DICT_VERSION_INIT  ((PY_UINT64_T) -1)
-#define __PYX_GET_DICT_VERSION(dict)  (((PyDictObject*)(dict))->ma_version_tag)
-#define __PYX_UPDATE_DICT_CACHE(dict, value, cache_var, version_var)\
-    (version_var) = __PYX_GET_DICT_VERSION(dict);\
-    (cache_var) = (value);
-#define __PYX_PY_DICT_LOOKUP_IF_MODIFIED(VAR, DICT, LOOKUP) {\
-    static PY_UINT64_T __pyx_dict_version = 0;\
-    static PyObject *__pyx_dict_cached_value = NULL;\
-    if (likely(__PYX_GET_DICT_VERSION(DICT) == __pyx_dict_version)) {\
-        (VAR) = __Pyx_XNewRef(__pyx_dict_cached_value);\
-    } else {\
-        (VAR) = __pyx_dict_cached_value = (LOOKUP);\
-        __pyx_dict_version = __PYX_GET_DICT_VERSION(DICT);\
-    }\
-}
-static CYTHON_INLINE PY_UINT64_T __Pyx_get_tp_dict_version(PyObject *obj);
-static CYTHON_INLINE PY_UINT64_T __Pyx_get_object_dict_version(PyObject *obj);
-static CYTHON_INLINE int __Pyx_object_dict_version_matches(PyObject* obj, PY_UINT64_T tp_dict_version, PY_UINT64_T obj_dict_version);
-#else
-#define __PYX_GET_DICT_VERSION(dict)  (0)
-#define __PYX_UPDATE_DICT_CACHE(dict, value, cache_var, version_var)
-#define __PYX_PY_DICT_LOOKUP_IF_MODIFIED(VAR, DICT, LOOKUP)  (VAR) = (LOOKUP);
-#endif
-
-/* GetModuleGlobalName.proto */
-#if CYTHON_USE_DICT_VERSIONS
-#define __Pyx_GetModuleGlobalName(var, name)  do {\
-    static PY_UINT64_T __pyx_dict_version = 0;\
-    static PyObject *__pyx_dict_cached_value = NULL;\
-    (var) = (likely(__pyx_dict_version == __PYX_GET_DICT_VERSION(__pyx_mstate_global->__pyx_d))) ?\
-        (likely(__pyx_dict_cached_value) ? __Pyx_NewRef(__pyx_dict_cached_value) : __Pyx_GetBuiltinName(name)) :\
-        __Pyx__GetModuleGlobalName(name, &__pyx_dict_version, &__pyx_dict_cached_value);\
-} while(0)
-#define __Pyx_GetModuleGlobalNameUncached(var, name)  do {\
-    PY_UINT64_T __pyx_dict_version;\
-    PyObject *__pyx_dict_cached_value;\
-    (var) = __Pyx__GetModuleGlobalName(name, &__pyx_dict_version, &__pyx_dict_cached_value);\
-} while(0)
-static PyObject *__Pyx__GetModuleGlobalName(PyObject *name, PY_UINT64_T *dict_version, PyObject **dict_cached_value);
-#else
-#define __Pyx_GetModuleGlobalName(var, name)  (var) = __Pyx__GetModuleGlobalName(name)
-#define __Pyx_GetModuleGlobalNameUncached(var, name)  (var) = __Pyx__GetModuleGlobalName(name)
-static CYTHON_INLINE PyObject *__Pyx__GetModuleGlobalName(PyObject *name);
-#endif
-
-/* PyObjectFormatAndDecref.proto */
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatSimpleAndDecref(PyObject* s, PyObject* f);
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatAndDecref(PyObject* s, PyObject* f);
-
-/* PyObjectFormatSimple.proto */
-#if CYTHON_COMPILING_IN_PYPY
-    #define __Pyx_PyObject_FormatSimple(s, f) (\
-        likely(PyUnicode_CheckExact(s)) ? (Py_INCREF(s), s) :\
-        PyObject_Format(s, f))
-#elif CYTHON_USE_TYPE_SLOTS
-    #define __Pyx_PyObject_FormatSimple(s, f) (\
-        likely(PyUnicode_CheckExact(s)) ? (Py_INCREF(s), s) :\
-        likely(PyLong_CheckExact(s)) ? PyLong_Type.tp_repr(s) :\
-        likely(PyFloat_CheckExact(s)) ? PyFloat_Type.tp_repr(s) :\
-        PyObject_Format(s, f))
-#else
-    #define __Pyx_PyObject_FormatSimple(s, f) (\
-        likely(PyUnicode_CheckExact(s)) ? (Py_INCREF(s), s) :\
-        PyObject_Format(s, f))
-#endif
-
-/* JoinPyUnicode.proto */
-#define __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH\
-    (!CYTHON_COMPILING_IN_GRAAL && !CYTHON_COMPILING_IN_PYPY && !CYTHON_COMPILING_IN_LIMITED_API)
-
-/* JoinPyUnicode.export */
-static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count, Py_ssize_t result_ulength, int kind);
-
 /* RejectKeywords.export */
 static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds);
-
-/* PyBufferError_Check.proto */
-#define __Pyx_PyExc_BufferError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_BufferError)
-
-/* PyObjectFastCallMethod.proto */
-#if CYTHON_VECTORCALL
-#define __Pyx_PyObject_FastCallMethod(name, args, nargsf) PyObject_VectorcallMethod(name, args, nargsf, NULL)
-#else
-static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf);
-#endif
 
 /* PyTimeoutError_Check.proto */
 #define __Pyx_PyExc_TimeoutError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_TimeoutError)
@@ -3689,36 +3734,12 @@ static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_uint64_t(uint64_t val
 static CYTHON_INLINE PyObject* __Pyx_uchar___Pyx_PyUnicode_From___pyx_anon_enum(int value, Py_ssize_t width, char padding_char);
 static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From___pyx_anon_enum(int value, Py_ssize_t width, char padding_char, char format_char);
 
-/* GetException.proto */
-#if CYTHON_FAST_THREAD_STATE
-#define __Pyx_GetException(type, value, tb)  __Pyx__GetException(__pyx_tstate, type, value, tb)
-static int __Pyx__GetException(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb);
-#else
-static int __Pyx_GetException(PyObject **type, PyObject **value, PyObject **tb);
-#endif
-
 /* SwapException.proto */
 #if CYTHON_FAST_THREAD_STATE
 #define __Pyx_ExceptionSwap(type, value, tb)  __Pyx__ExceptionSwap(__pyx_tstate, type, value, tb)
 static CYTHON_INLINE void __Pyx__ExceptionSwap(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb);
 #else
 static CYTHON_INLINE void __Pyx_ExceptionSwap(PyObject **type, PyObject **value, PyObject **tb);
-#endif
-
-/* GetTopmostException.proto (used by SaveResetException) */
-#if CYTHON_USE_EXC_INFO_STACK && CYTHON_FAST_THREAD_STATE
-static _PyErr_StackItem * __Pyx_PyErr_GetTopmostException(PyThreadState *tstate);
-#endif
-
-/* SaveResetException.proto */
-#if CYTHON_FAST_THREAD_STATE
-#define __Pyx_ExceptionSave(type, value, tb)  __Pyx__ExceptionSave(__pyx_tstate, type, value, tb)
-static CYTHON_INLINE void __Pyx__ExceptionSave(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb);
-#define __Pyx_ExceptionReset(type, value, tb)  __Pyx__ExceptionReset(__pyx_tstate, type, value, tb)
-static CYTHON_INLINE void __Pyx__ExceptionReset(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb);
-#else
-#define __Pyx_ExceptionSave(type, value, tb)   PyErr_GetExcInfo(type, value, tb)
-#define __Pyx_ExceptionReset(type, value, tb)  PyErr_SetExcInfo(type, value, tb)
 #endif
 
 /* RaiseErrorWithObjectTypes.proto */
@@ -4067,6 +4088,9 @@ static PyObject *__Pyx_Object_VectorcallMethodKwds(PyObject *name, PyObject *con
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int(int value);
 
 /* CIntToPy.proto */
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_char(char value);
+
+/* CIntToPy.proto */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint32_t(uint32_t value);
 
 /* CIntToPy.proto */
@@ -4185,7 +4209,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
 static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_copy_in(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self, uint32_t __pyx_v_cell, char const *__pyx_v_data, uint64_t __pyx_v_size); /* proto*/
 static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self, uint32_t __pyx_v_cell, uint32_t __pyx_v_length, uint64_t __pyx_v_user); /* proto*/
 static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_wait_again(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self, PyObject *__pyx_v_timeout); /* proto*/
-static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_too_long(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self, uint64_t __pyx_v_size); /* proto*/
+static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_too_long(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self, PyObject *__pyx_v_size); /* proto*/
 static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_give_up(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_is_rung(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self, struct ivshmem_message const *__pyx_v_message); /* proto*/
@@ -4193,6 +4217,8 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
 static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self, unsigned int __pyx_v_writer, uint64_t __pyx_v_position); /* proto*/
 static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self, struct ivshmem_message const *__pyx_v_message, char *__pyx_v_into); /* proto*/
+
+/* Module declarations from "cpython.buffer" */
 
 /* Module declarations from "libc.stdint" */
 
@@ -4215,6 +4241,8 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 /* Module declarations from "ivshmem.native.syscalls" */
 
 /* Module declarations from "ivshmem.native.descriptors" */
+static CYTHON_INLINE double __pyx_f_7ivshmem_6native_11descriptors_seconds_of(PyObject *); /*proto*/
+static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_check_timeout(PyObject *); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(int64_t); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uint64_t); /*proto*/
@@ -4243,7 +4271,13 @@ static PyObject *(*__pyx_f_7ivshmem_7channel_7records_facts_of)(struct ivshmem_r
 
 /* Module declarations from "ivshmem.channel.roles" */
 static uint64_t __pyx_f_7ivshmem_7channel_5roles_microseconds(void); /*proto*/
+static PyObject *__pyx_f_7ivshmem_7channel_5roles_flat(PyObject *, int __pyx_skip_dispatch); /*proto*/
+static int __pyx_f_7ivshmem_7channel_5roles_check_in_place(PyObject *, PyObject *); /*proto*/
+static int __pyx_f_7ivshmem_7channel_5roles_take_typed(PyObject *, PyObject *, PyObject *, Py_buffer *); /*proto*/
+static int __pyx_f_7ivshmem_7channel_5roles_take_without_objects(PyObject *, Py_buffer *, int); /*proto*/
+static CYTHON_INLINE int __pyx_f_7ivshmem_7channel_5roles_take_buffer(PyObject *, Py_buffer *, int); /*proto*/
 static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, PyObject *); /*proto*/
+static int __pyx_f_7ivshmem_7channel_5roles_has_objects(Py_buffer const *); /*proto*/
 /* #### Code section: typeinfo ### */
 /* #### Code section: before_global_var ### */
 #define __Pyx_MODULE_NAME "ivshmem.channel.roles"
@@ -4255,6 +4289,7 @@ int __pyx_module_is_main_ivshmem__channel__roles = 0;
 /* #### Code section: string_decls ### */
 static const char __pyx_k_Internal_the_two_roles_in_a_chan[] = "Internal: the two roles in a channel, writing and reading, as far as all kinds share them.\n\nKnows: taking a slot, cells that are loaned or looked at, copies. Does not know: how a kind\npublishes and takes messages.\n\nInvariants:\n1. A cell that is loaned, or looked at, is not used for anything else until it is given back.\n2. What is copied out counts only after the header has checked it.\n";
 /* #### Code section: decls ### */
+static PyObject *__pyx_pf_7ivshmem_7channel_5roles_flat(CYTHON_UNUSED PyObject *__pyx_self, PyObject *__pyx_v_data); /* proto */
 static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self, PyObject *__pyx_v_channels, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, PyObject *__pyx_v_found, PyObject *__pyx_v_message_type); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2close(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self); /* proto */
 static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4__dealloc__(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self); /* proto */
@@ -4322,8 +4357,8 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_items;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
-    PyObject *__pyx_codeobj_tab[6];
-    PyObject *__pyx_string_tab[90];
+    PyObject *__pyx_codeobj_tab[7];
+    PyObject *__pyx_string_tab[105];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
 #if CYTHON_COMPILING_IN_LIMITED_API
@@ -4377,91 +4412,106 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u_is_full __pyx_string_tab[2]
 #define __pyx_kp_u_is_full_a_reader_took_nothing_f __pyx_string_tab[3]
 #define __pyx_kp_u_messages_in_a_row_were_overwrit __pyx_string_tab[4]
-#define __pyx_kp_u_of_messages_release_them_first __pyx_string_tab[5]
-#define __pyx_kp_u_open_or_wrote_messages_that_a_r __pyx_string_tab[6]
-#define __pyx_kp_u_open_create_it_with_more_reader __pyx_string_tab[7]
-#define __pyx_kp_u_or_arrays_of_loans_are_in_use_r __pyx_string_tab[8]
-#define __pyx_kp_u_s __pyx_string_tab[9]
-#define __pyx_kp_u_tree_fragment __pyx_string_tab[10]
-#define __pyx_kp_u__3 __pyx_string_tab[11]
-#define __pyx_kp_u__2 __pyx_string_tab[12]
-#define __pyx_kp_u_a_message_of __pyx_string_tab[13]
-#define __pyx_kp_u_its_writer_is_faster_than_this __pyx_string_tab[14]
-#define __pyx_kp_u_ __pyx_string_tab[15]
-#define __pyx_kp_u_Note_that_Cython_is_deliberately __pyx_string_tab[16]
-#define __pyx_kp_u_add_note __pyx_string_tab[17]
-#define __pyx_kp_u_channel __pyx_string_tab[18]
-#define __pyx_kp_u_disable __pyx_string_tab[19]
-#define __pyx_kp_u_enable __pyx_string_tab[20]
-#define __pyx_kp_u_gc __pyx_string_tab[21]
-#define __pyx_kp_u_isenabled __pyx_string_tab[22]
-#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[23]
-#define __pyx_kp_u_ivshmem_text __pyx_string_tab[24]
-#define __pyx_kp_u_ivshmem_channel_roles_pyx __pyx_string_tab[25]
-#define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[26]
-#define __pyx_n_u_ChannelError __pyx_string_tab[27]
-#define __pyx_n_u_MessageTooLong __pyx_string_tab[28]
-#define __pyx_n_u_Overtaken __pyx_string_tab[29]
-#define __pyx_n_u_ReaderEnd __pyx_string_tab[30]
-#define __pyx_n_u_ReaderEnd___reduce_cython __pyx_string_tab[31]
-#define __pyx_n_u_ReaderEnd___setstate_cython __pyx_string_tab[32]
-#define __pyx_n_u_ReaderEnd_close __pyx_string_tab[33]
-#define __pyx_n_u_WriterEnd __pyx_string_tab[34]
-#define __pyx_n_u_WriterEnd___reduce_cython __pyx_string_tab[35]
-#define __pyx_n_u_WriterEnd___setstate_cython __pyx_string_tab[36]
-#define __pyx_n_u_WriterEnd_close __pyx_string_tab[37]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[38]
-#define __pyx_n_u_annotate __pyx_string_tab[39]
-#define __pyx_n_u_func __pyx_string_tab[40]
-#define __pyx_n_u_getstate __pyx_string_tab[41]
-#define __pyx_n_u_main __pyx_string_tab[42]
-#define __pyx_n_u_module __pyx_string_tab[43]
-#define __pyx_n_u_name_2 __pyx_string_tab[44]
-#define __pyx_n_u_pyx_capi __pyx_string_tab[45]
-#define __pyx_n_u_pyx_state __pyx_string_tab[46]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[47]
-#define __pyx_n_u_qualname __pyx_string_tab[48]
-#define __pyx_n_u_reduce __pyx_string_tab[49]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[50]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[51]
-#define __pyx_n_u_set_name __pyx_string_tab[52]
-#define __pyx_n_u_setstate __pyx_string_tab[53]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[54]
-#define __pyx_n_u_test __pyx_string_tab[55]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[56]
-#define __pyx_n_u_all_of __pyx_string_tab[57]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[58]
-#define __pyx_n_u_channels __pyx_string_tab[59]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[60]
-#define __pyx_n_u_close __pyx_string_tab[61]
-#define __pyx_n_u_counted __pyx_string_tab[62]
-#define __pyx_n_u_errors __pyx_string_tab[63]
-#define __pyx_n_u_found __pyx_string_tab[64]
-#define __pyx_n_u_g __pyx_string_tab[65]
-#define __pyx_n_u_history __pyx_string_tab[66]
-#define __pyx_n_u_index __pyx_string_tab[67]
-#define __pyx_n_u_items __pyx_string_tab[68]
-#define __pyx_n_u_ivshmem_channel_roles __pyx_string_tab[69]
-#define __pyx_n_u_loan __pyx_string_tab[70]
-#define __pyx_n_u_membership __pyx_string_tab[71]
-#define __pyx_n_u_memoryview __pyx_string_tab[72]
-#define __pyx_n_u_message_type __pyx_string_tab[73]
-#define __pyx_n_u_name __pyx_string_tab[74]
-#define __pyx_n_u_overflow __pyx_string_tab[75]
-#define __pyx_n_u_pop __pyx_string_tab[76]
-#define __pyx_n_u_reader __pyx_string_tab[77]
-#define __pyx_n_u_self __pyx_string_tab[78]
-#define __pyx_n_u_setdefault __pyx_string_tab[79]
-#define __pyx_n_u_text __pyx_string_tab[80]
-#define __pyx_n_u_values __pyx_string_tab[81]
-#define __pyx_n_u_view __pyx_string_tab[82]
-#define __pyx_n_u_writer __pyx_string_tab[83]
-#define __pyx_kp_b_PyObject_PyObject_was_removed __pyx_string_tab[84]
-#define __pyx_kp_b_PyObject_struct_ivshmem_record_f __pyx_string_tab[85]
-#define __pyx_kp_b_int_struct___pyx_obj_7ivshmem_7c __pyx_string_tab[86]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[87]
-#define __pyx_kp_b_iso88591_A_4vT_WD_Kwa_Qb_XQ __pyx_string_tab[88]
-#define __pyx_kp_b_iso88591_A_4vT_Yd_k_Q_4z_j __pyx_string_tab[89]
+#define __pyx_kp_u_of_Python_objects_its_bytes_are __pyx_string_tab[5]
+#define __pyx_kp_u_of_messages_release_them_first __pyx_string_tab[6]
+#define __pyx_kp_u_open_or_wrote_messages_that_a_r __pyx_string_tab[7]
+#define __pyx_kp_u_open_create_it_with_more_reader __pyx_string_tab[8]
+#define __pyx_kp_u_or_arrays_of_loans_are_in_use_r __pyx_string_tab[9]
+#define __pyx_kp_u_s __pyx_string_tab[10]
+#define __pyx_kp_u_tree_fragment __pyx_string_tab[11]
+#define __pyx_kp_u__3 __pyx_string_tab[12]
+#define __pyx_kp_u__2 __pyx_string_tab[13]
+#define __pyx_kp_u_a_message_of __pyx_string_tab[14]
+#define __pyx_kp_u_its_writer_is_faster_than_this __pyx_string_tab[15]
+#define __pyx_kp_u_with_pickle_True_messages_are_o __pyx_string_tab[16]
+#define __pyx_kp_u_ __pyx_string_tab[17]
+#define __pyx_kp_u_Note_that_Cython_is_deliberately __pyx_string_tab[18]
+#define __pyx_kp_u_a __pyx_string_tab[19]
+#define __pyx_kp_u_add_note __pyx_string_tab[20]
+#define __pyx_kp_u_channel __pyx_string_tab[21]
+#define __pyx_kp_u_disable __pyx_string_tab[22]
+#define __pyx_kp_u_enable __pyx_string_tab[23]
+#define __pyx_kp_u_gc __pyx_string_tab[24]
+#define __pyx_kp_u_isenabled __pyx_string_tab[25]
+#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[26]
+#define __pyx_kp_u_ivshmem_text __pyx_string_tab[27]
+#define __pyx_kp_u_ivshmem_channel_roles_pyx __pyx_string_tab[28]
+#define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[29]
+#define __pyx_kp_u_timeout_is_not_a_number __pyx_string_tab[30]
+#define __pyx_n_u_B __pyx_string_tab[31]
+#define __pyx_n_u_ChannelError __pyx_string_tab[32]
+#define __pyx_n_u_ChannelTypeError __pyx_string_tab[33]
+#define __pyx_n_u_MessageTooLong __pyx_string_tab[34]
+#define __pyx_n_u_Overtaken __pyx_string_tab[35]
+#define __pyx_n_u_ReaderEnd __pyx_string_tab[36]
+#define __pyx_n_u_ReaderEnd___reduce_cython __pyx_string_tab[37]
+#define __pyx_n_u_ReaderEnd___setstate_cython __pyx_string_tab[38]
+#define __pyx_n_u_ReaderEnd_close __pyx_string_tab[39]
+#define __pyx_n_u_WriterEnd __pyx_string_tab[40]
+#define __pyx_n_u_WriterEnd___reduce_cython __pyx_string_tab[41]
+#define __pyx_n_u_WriterEnd___setstate_cython __pyx_string_tab[42]
+#define __pyx_n_u_WriterEnd_close __pyx_string_tab[43]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[44]
+#define __pyx_n_u_annotate __pyx_string_tab[45]
+#define __pyx_n_u_func __pyx_string_tab[46]
+#define __pyx_n_u_getstate __pyx_string_tab[47]
+#define __pyx_n_u_main __pyx_string_tab[48]
+#define __pyx_n_u_module __pyx_string_tab[49]
+#define __pyx_n_u_name_2 __pyx_string_tab[50]
+#define __pyx_n_u_pyx_capi __pyx_string_tab[51]
+#define __pyx_n_u_pyx_state __pyx_string_tab[52]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[53]
+#define __pyx_n_u_qualname __pyx_string_tab[54]
+#define __pyx_n_u_reduce __pyx_string_tab[55]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[56]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[57]
+#define __pyx_n_u_set_name __pyx_string_tab[58]
+#define __pyx_n_u_setstate __pyx_string_tab[59]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[60]
+#define __pyx_n_u_test __pyx_string_tab[61]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[62]
+#define __pyx_n_u_all_of __pyx_string_tab[63]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[64]
+#define __pyx_n_u_cast __pyx_string_tab[65]
+#define __pyx_n_u_channels __pyx_string_tab[66]
+#define __pyx_n_u_check_dtype __pyx_string_tab[67]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[68]
+#define __pyx_n_u_close __pyx_string_tab[69]
+#define __pyx_n_u_counted __pyx_string_tab[70]
+#define __pyx_n_u_data __pyx_string_tab[71]
+#define __pyx_n_u_dtype __pyx_string_tab[72]
+#define __pyx_n_u_encode __pyx_string_tab[73]
+#define __pyx_n_u_errors __pyx_string_tab[74]
+#define __pyx_n_u_flat __pyx_string_tab[75]
+#define __pyx_n_u_found __pyx_string_tab[76]
+#define __pyx_n_u_g __pyx_string_tab[77]
+#define __pyx_n_u_hasobject __pyx_string_tab[78]
+#define __pyx_n_u_history __pyx_string_tab[79]
+#define __pyx_n_u_in_place __pyx_string_tab[80]
+#define __pyx_n_u_index __pyx_string_tab[81]
+#define __pyx_n_u_items __pyx_string_tab[82]
+#define __pyx_n_u_ivshmem_channel_roles __pyx_string_tab[83]
+#define __pyx_n_u_loan __pyx_string_tab[84]
+#define __pyx_n_u_membership __pyx_string_tab[85]
+#define __pyx_n_u_memoryview __pyx_string_tab[86]
+#define __pyx_n_u_message_type __pyx_string_tab[87]
+#define __pyx_n_u_name __pyx_string_tab[88]
+#define __pyx_n_u_overflow __pyx_string_tab[89]
+#define __pyx_n_u_pop __pyx_string_tab[90]
+#define __pyx_n_u_reader __pyx_string_tab[91]
+#define __pyx_n_u_self __pyx_string_tab[92]
+#define __pyx_n_u_setdefault __pyx_string_tab[93]
+#define __pyx_n_u_text __pyx_string_tab[94]
+#define __pyx_n_u_values __pyx_string_tab[95]
+#define __pyx_n_u_view __pyx_string_tab[96]
+#define __pyx_n_u_writer __pyx_string_tab[97]
+#define __pyx_kp_b_PyObject_PyObject_was_removed __pyx_string_tab[98]
+#define __pyx_kp_b_PyObject_PyObject_int___pyx_skip __pyx_string_tab[99]
+#define __pyx_kp_b_PyObject_struct_ivshmem_record_f __pyx_string_tab[100]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[101]
+#define __pyx_kp_b_iso88591_q_avQ_AQa_Qe5 __pyx_string_tab[102]
+#define __pyx_kp_b_iso88591_A_4vT_WD_Kwa_Qb_XQ __pyx_string_tab[103]
+#define __pyx_kp_b_iso88591_A_4vT_Yd_k_Q_4z_j __pyx_string_tab[104]
 /* #### Code section: module_state_clear ### */
 #if CYTHON_USE_MODULE_STATE
 static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
@@ -4501,8 +4551,8 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_items.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
-  for (int i=0; i<6; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<90; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<7; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<105; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
 Py_CLEAR(clear_module_state->__pyx_CommonTypesMetaclassType);
@@ -4550,8 +4600,8 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_items.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
-  for (int i=0; i<6; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<90; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<7; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<105; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
 Py_VISIT(traverse_module_state->__pyx_CommonTypesMetaclassType);
@@ -4568,6 +4618,203 @@ return 0;
 /* "native/descriptors.pxd":28
  * 
  * 
+ * cdef inline double seconds_of(object timeout) except? -1:             # <<<<<<<<<<<<<<
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+*/
+
+static CYTHON_INLINE double __pyx_f_7ivshmem_6native_11descriptors_seconds_of(PyObject *__pyx_v_timeout) {
+  double __pyx_v_seconds;
+  double __pyx_r;
+  __Pyx_RefNannyDeclarations
+  double __pyx_t_1;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  size_t __pyx_t_5;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("seconds_of", 0);
+
+  /* "native/descriptors.pxd":30
+ * cdef inline double seconds_of(object timeout) except? -1:
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout             # <<<<<<<<<<<<<<
+ *     if seconds != seconds:
+ *         raise ValueError("timeout is not a number")
+*/
+  __pyx_t_1 = __Pyx_PyFloat_AsDouble(__pyx_v_timeout); if (unlikely((__pyx_t_1 == (double)-1) && PyErr_Occurred())) __PYX_ERR(1, 30, __pyx_L1_error)
+  __pyx_v_seconds = __pyx_t_1;
+
+  /* "native/descriptors.pxd":31
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+ *     if seconds != seconds:             # <<<<<<<<<<<<<<
+ *         raise ValueError("timeout is not a number")
+ *     return seconds
+*/
+  __pyx_t_2 = (__pyx_v_seconds != __pyx_v_seconds);
+
+  if (unlikely(__pyx_t_2)) {
+
+
+    /* "native/descriptors.pxd":32
+ *     cdef double seconds = timeout
+ *     if seconds != seconds:
+ *         raise ValueError("timeout is not a number")             # <<<<<<<<<<<<<<
+ *     return seconds
+ * 
+*/
+    __pyx_t_4 = NULL;
+    __pyx_t_5 = 1;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_timeout_is_not_a_number};
+      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 32, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_3);
+    }
+    __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __PYX_ERR(1, 32, __pyx_L1_error)
+
+    /* "native/descriptors.pxd":31
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+ *     if seconds != seconds:             # <<<<<<<<<<<<<<
+ *         raise ValueError("timeout is not a number")
+ *     return seconds
+*/
+  }
+
+  /* "native/descriptors.pxd":33
+ *     if seconds != seconds:
+ *         raise ValueError("timeout is not a number")
+ *     return seconds             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = __pyx_v_seconds;
+  }
+  goto __pyx_L0;
+
+  /* "native/descriptors.pxd":28
+ * 
+ * 
+ * cdef inline double seconds_of(object timeout) except? -1:             # <<<<<<<<<<<<<<
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.seconds_of", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1.0;
+  __pyx_L0:;
+
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "native/descriptors.pxd":36
+ * 
+ * 
+ * cdef inline int check_timeout(object timeout) except -1:             # <<<<<<<<<<<<<<
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+*/
+
+static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_check_timeout(PyObject *__pyx_v_timeout) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  double __pyx_t_3;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "native/descriptors.pxd":38
+ * cdef inline int check_timeout(object timeout) except -1:
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns             # <<<<<<<<<<<<<<
+ *         seconds_of(timeout)
+ *     return 0
+*/
+  __pyx_t_2 = (__pyx_v_timeout != Py_None);
+  if (__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = (((PyObject *)Py_TYPE(__pyx_v_timeout)) != ((PyObject *)(&PyLong_Type)));
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L4_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "native/descriptors.pxd":39
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+ *         seconds_of(timeout)             # <<<<<<<<<<<<<<
+ *     return 0
+ * 
+*/
+    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_seconds_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((double)-1.0) && PyErr_Occurred())) __PYX_ERR(1, 39, __pyx_L1_error)
+
+
+    /* "native/descriptors.pxd":38
+ * cdef inline int check_timeout(object timeout) except -1:
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns             # <<<<<<<<<<<<<<
+ *         seconds_of(timeout)
+ *     return 0
+*/
+  }
+
+  /* "native/descriptors.pxd":40
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+ *         seconds_of(timeout)
+ *     return 0             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "native/descriptors.pxd":36
+ * 
+ * 
+ * cdef inline int check_timeout(object timeout) except -1:             # <<<<<<<<<<<<<<
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.native.descriptors.check_timeout", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "native/descriptors.pxd":43
+ * 
+ * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
@@ -4577,7 +4824,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   struct timespec __pyx_v_t;
   int64_t __pyx_r;
 
-  /* "native/descriptors.pxd":30
+  /* "native/descriptors.pxd":45
  * cdef inline int64_t now() noexcept nogil:
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)             # <<<<<<<<<<<<<<
@@ -4586,7 +4833,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
 */
   (void)(clock_gettime(CLOCK_MONOTONIC, (&__pyx_v_t)));
 
-  /* "native/descriptors.pxd":31
+  /* "native/descriptors.pxd":46
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
  *     return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec             # <<<<<<<<<<<<<<
@@ -4599,7 +4846,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":28
+  /* "native/descriptors.pxd":43
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4613,7 +4860,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":34
+/* "native/descriptors.pxd":49
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4630,7 +4877,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   int64_t __pyx_t_5;
   int __pyx_t_6;
 
-  /* "native/descriptors.pxd":36
+  /* "native/descriptors.pxd":51
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:
  *     """When they will be over; less than 0: never."""
  *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX             # <<<<<<<<<<<<<<
@@ -4667,7 +4914,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":34
+  /* "native/descriptors.pxd":49
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4680,7 +4927,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":39
+/* "native/descriptors.pxd":54
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4696,7 +4943,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   int64_t __pyx_t_3;
   int64_t __pyx_t_4;
 
-  /* "native/descriptors.pxd":42
+  /* "native/descriptors.pxd":57
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -4708,7 +4955,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   if (__pyx_t_1) {
 
 
-    /* "native/descriptors.pxd":43
+    /* "native/descriptors.pxd":58
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:
  *         return NULL             # <<<<<<<<<<<<<<
@@ -4721,7 +4968,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
     }
     goto __pyx_L0;
 
-    /* "native/descriptors.pxd":42
+    /* "native/descriptors.pxd":57
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -4730,7 +4977,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   }
 
-  /* "native/descriptors.pxd":44
+  /* "native/descriptors.pxd":59
  *     if deadline == INT64_MAX:
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)             # <<<<<<<<<<<<<<
@@ -4754,7 +5001,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   __pyx_v_nanoseconds = __pyx_t_4;
 
 
-  /* "native/descriptors.pxd":45
+  /* "native/descriptors.pxd":60
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000             # <<<<<<<<<<<<<<
@@ -4763,7 +5010,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   __pyx_v_left->tv_sec = __Pyx_div_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "native/descriptors.pxd":46
+  /* "native/descriptors.pxd":61
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000             # <<<<<<<<<<<<<<
@@ -4772,7 +5019,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   __pyx_v_left->tv_nsec = __Pyx_mod_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "native/descriptors.pxd":47
+  /* "native/descriptors.pxd":62
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000
  *     return left             # <<<<<<<<<<<<<<
@@ -4785,7 +5032,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":39
+  /* "native/descriptors.pxd":54
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4799,7 +5046,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":50
+/* "native/descriptors.pxd":65
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4814,7 +5061,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
   uint64_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "native/descriptors.pxd":52
+  /* "native/descriptors.pxd":67
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:
  *     """What was read from an eventfd; more than 2**63 - 1 rings are somebody's ill will."""
  *     return <int64_t>min(count, <uint64_t>INT64_MAX)             # <<<<<<<<<<<<<<
@@ -4842,7 +5089,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
 
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":50
+  /* "native/descriptors.pxd":65
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4855,7 +5102,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":55
+/* "native/descriptors.pxd":70
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4870,7 +5117,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
   int64_t __pyx_r;
   int __pyx_t_1;
 
-  /* "native/descriptors.pxd":61
+  /* "native/descriptors.pxd":76
  *     it since Linux 5.8, which is why that is the oldest kernel supported.
  *     """
  *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
@@ -4879,7 +5126,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_count = 0;
 
-  /* "native/descriptors.pxd":64
+  /* "native/descriptors.pxd":79
  *     cdef iovec iov
  *     cdef ssize_t n
  *     iov.iov_base = &count             # <<<<<<<<<<<<<<
@@ -4888,7 +5135,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_iov.iov_base = (&__pyx_v_count);
 
-  /* "native/descriptors.pxd":65
+  /* "native/descriptors.pxd":80
  *     cdef ssize_t n
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)             # <<<<<<<<<<<<<<
@@ -4897,7 +5144,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_count));
 
-  /* "native/descriptors.pxd":66
+  /* "native/descriptors.pxd":81
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)
  *     while True:             # <<<<<<<<<<<<<<
@@ -4906,7 +5153,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   while (1) {
 
-    /* "native/descriptors.pxd":67
+    /* "native/descriptors.pxd":82
  *     iov.iov_len = sizeof(count)
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)             # <<<<<<<<<<<<<<
@@ -4915,7 +5162,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     __pyx_v_n = preadv2(__pyx_v_fd, (&__pyx_v_iov), 1, -1L, RWF_NOWAIT);
 
-    /* "native/descriptors.pxd":68
+    /* "native/descriptors.pxd":83
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -4927,7 +5174,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "native/descriptors.pxd":69
+      /* "native/descriptors.pxd":84
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):
  *             return count_of(count)             # <<<<<<<<<<<<<<
@@ -4940,7 +5187,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "native/descriptors.pxd":68
+      /* "native/descriptors.pxd":83
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -4949,7 +5196,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "native/descriptors.pxd":70
+    /* "native/descriptors.pxd":85
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -4961,7 +5208,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "native/descriptors.pxd":71
+      /* "native/descriptors.pxd":86
  *             return count_of(count)
  *         if n >= 0:
  *             return -EINVAL  # no eventfd             # <<<<<<<<<<<<<<
@@ -4974,7 +5221,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "native/descriptors.pxd":70
+      /* "native/descriptors.pxd":85
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -4983,7 +5230,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "native/descriptors.pxd":72
+    /* "native/descriptors.pxd":87
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4995,7 +5242,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "native/descriptors.pxd":73
+      /* "native/descriptors.pxd":88
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:
  *             return 0             # <<<<<<<<<<<<<<
@@ -5008,7 +5255,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "native/descriptors.pxd":72
+      /* "native/descriptors.pxd":87
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5017,7 +5264,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "native/descriptors.pxd":74
+    /* "native/descriptors.pxd":89
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -5029,7 +5276,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "native/descriptors.pxd":75
+      /* "native/descriptors.pxd":90
  *             return 0
  *         if errno != EINTR:
  *             return -errno             # <<<<<<<<<<<<<<
@@ -5042,7 +5289,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "native/descriptors.pxd":74
+      /* "native/descriptors.pxd":89
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -5052,7 +5299,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     }
   }
 
-  /* "native/descriptors.pxd":55
+  /* "native/descriptors.pxd":70
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5069,7 +5316,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":78
+/* "native/descriptors.pxd":93
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5083,7 +5330,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "native/descriptors.pxd":80
+  /* "native/descriptors.pxd":95
  * cdef inline int add_one(int fd) noexcept nogil:
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1             # <<<<<<<<<<<<<<
@@ -5092,7 +5339,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 */
   __pyx_v_one = 1;
 
-  /* "native/descriptors.pxd":81
+  /* "native/descriptors.pxd":96
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5118,7 +5365,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   if (__pyx_t_1) {
 
 
-    /* "native/descriptors.pxd":82
+    /* "native/descriptors.pxd":97
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0             # <<<<<<<<<<<<<<
@@ -5131,7 +5378,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
     }
     goto __pyx_L0;
 
-    /* "native/descriptors.pxd":81
+    /* "native/descriptors.pxd":96
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5140,7 +5387,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 */
   }
 
-  /* "native/descriptors.pxd":83
+  /* "native/descriptors.pxd":98
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0
  *     return errno             # <<<<<<<<<<<<<<
@@ -5153,7 +5400,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":78
+  /* "native/descriptors.pxd":93
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5167,7 +5414,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":107
+/* "native/descriptors.pxd":122
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5178,7 +5425,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array) {
   Py_ssize_t __pyx_r;
 
-  /* "native/descriptors.pxd":109
+  /* "native/descriptors.pxd":124
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:
  *     """How many descriptors there are, also while another thread adds one."""
  *     return ivshmem_length(&array.count)             # <<<<<<<<<<<<<<
@@ -5191,7 +5438,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":107
+  /* "native/descriptors.pxd":122
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5204,7 +5451,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":112
+/* "native/descriptors.pxd":127
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5215,7 +5462,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
 static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array, Py_ssize_t __pyx_v_index) {
   int *__pyx_r;
 
-  /* "native/descriptors.pxd":114
+  /* "native/descriptors.pxd":129
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:
  *     """Where a descriptor stands, of as many as `length_of` told; it stays there."""
  *     return &ivshmem_elements(&array.fds)[index]             # <<<<<<<<<<<<<<
@@ -5228,7 +5475,7 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":112
+  /* "native/descriptors.pxd":127
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5298,7 +5545,277 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_core_begin_wait(struct __pyx_t_7ivs
   /* function exit code */
 }
 
-/* "ivshmem/channel/roles.pyx":33
+/* "ivshmem/channel/roles.pxd":23
+ * 
+ * 
+ * cdef inline int take_buffer(object data, Py_buffer *view, int flags) except -1:             # <<<<<<<<<<<<<<
+ *     """Get a buffer whose bytes are sent, or received into; none of Python objects."""
+ *     if type(data) is bytes or type(data) is bytearray:
+*/
+
+static CYTHON_INLINE int __pyx_f_7ivshmem_7channel_5roles_take_buffer(PyObject *__pyx_v_data, Py_buffer *__pyx_v_view, int __pyx_v_flags) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_t_3;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "ivshmem/channel/roles.pxd":25
+ * cdef inline int take_buffer(object data, Py_buffer *view, int flags) except -1:
+ *     """Get a buffer whose bytes are sent, or received into; none of Python objects."""
+ *     if type(data) is bytes or type(data) is bytearray:             # <<<<<<<<<<<<<<
+ *         return PyObject_GetBuffer(data, view, flags)
+ *     return take_without_objects(data, view, flags)
+*/
+  __pyx_t_2 = (((PyObject *)Py_TYPE(__pyx_v_data)) == ((PyObject *)(&PyBytes_Type)));
+  if (!__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = (((PyObject *)Py_TYPE(__pyx_v_data)) == ((PyObject *)(&PyByteArray_Type)));
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L4_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/channel/roles.pxd":26
+ *     """Get a buffer whose bytes are sent, or received into; none of Python objects."""
+ *     if type(data) is bytes or type(data) is bytearray:
+ *         return PyObject_GetBuffer(data, view, flags)             # <<<<<<<<<<<<<<
+ *     return take_without_objects(data, view, flags)
+ * 
+*/
+    __pyx_t_3 = PyObject_GetBuffer(__pyx_v_data, __pyx_v_view, __pyx_v_flags); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(2, 26, __pyx_L1_error)
+    {
+      __pyx_r = __pyx_t_3;
+    }
+    goto __pyx_L0;
+
+    /* "ivshmem/channel/roles.pxd":25
+ * cdef inline int take_buffer(object data, Py_buffer *view, int flags) except -1:
+ *     """Get a buffer whose bytes are sent, or received into; none of Python objects."""
+ *     if type(data) is bytes or type(data) is bytearray:             # <<<<<<<<<<<<<<
+ *         return PyObject_GetBuffer(data, view, flags)
+ *     return take_without_objects(data, view, flags)
+*/
+  }
+
+  /* "ivshmem/channel/roles.pxd":27
+ *     if type(data) is bytes or type(data) is bytearray:
+ *         return PyObject_GetBuffer(data, view, flags)
+ *     return take_without_objects(data, view, flags)             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_5roles_take_without_objects(__pyx_v_data, __pyx_v_view, __pyx_v_flags); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(2, 27, __pyx_L1_error)
+  {
+    __pyx_r = __pyx_t_3;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/roles.pxd":23
+ * 
+ * 
+ * cdef inline int take_buffer(object data, Py_buffer *view, int flags) except -1:             # <<<<<<<<<<<<<<
+ *     """Get a buffer whose bytes are sent, or received into; none of Python objects."""
+ *     if type(data) is bytes or type(data) is bytearray:
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.roles.take_buffer", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/roles.pxd":30
+ * 
+ * 
+ * cdef inline int take_payload(object message_type, object data, Py_buffer *view) except -1:             # <<<<<<<<<<<<<<
+ *     """Get the bytes of what is to be sent, as the channel's type makes them."""
+ *     if message_type is None:
+*/
+
+static CYTHON_INLINE int __pyx_f_7ivshmem_7channel_5roles_take_payload(PyObject *__pyx_v_message_type, PyObject *__pyx_v_data, Py_buffer *__pyx_v_view) {
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  size_t __pyx_t_5;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("take_payload", 0);
+
+  /* "ivshmem/channel/roles.pxd":32
+ * cdef inline int take_payload(object message_type, object data, Py_buffer *view) except -1:
+ *     """Get the bytes of what is to be sent, as the channel's type makes them."""
+ *     if message_type is None:             # <<<<<<<<<<<<<<
+ *         return take_buffer(data, view, PyBUF_SIMPLE)
+ *     return PyObject_GetBuffer(message_type.encode(data), view, PyBUF_SIMPLE)
+*/
+  __pyx_t_1 = (__pyx_v_message_type == Py_None);
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/channel/roles.pxd":33
+ *     """Get the bytes of what is to be sent, as the channel's type makes them."""
+ *     if message_type is None:
+ *         return take_buffer(data, view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
+ *     return PyObject_GetBuffer(message_type.encode(data), view, PyBUF_SIMPLE)
+ * 
+*/
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_take_buffer(__pyx_v_data, __pyx_v_view, PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(2, 33, __pyx_L1_error)
+    {
+      __pyx_r = __pyx_t_2;
+    }
+    goto __pyx_L0;
+
+    /* "ivshmem/channel/roles.pxd":32
+ * cdef inline int take_payload(object message_type, object data, Py_buffer *view) except -1:
+ *     """Get the bytes of what is to be sent, as the channel's type makes them."""
+ *     if message_type is None:             # <<<<<<<<<<<<<<
+ *         return take_buffer(data, view, PyBUF_SIMPLE)
+ *     return PyObject_GetBuffer(message_type.encode(data), view, PyBUF_SIMPLE)
+*/
+  }
+
+  /* "ivshmem/channel/roles.pxd":34
+ *     if message_type is None:
+ *         return take_buffer(data, view, PyBUF_SIMPLE)
+ *     return PyObject_GetBuffer(message_type.encode(data), view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  __pyx_t_4 = __pyx_v_message_type;
+  __Pyx_INCREF(__pyx_t_4);
+  __pyx_t_5 = 0;
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_v_data};
+    __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_encode, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(2, 34, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
+  }
+  __pyx_t_2 = PyObject_GetBuffer(__pyx_t_3, __pyx_v_view, PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(2, 34, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+  {
+    __pyx_r = __pyx_t_2;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/roles.pxd":30
+ * 
+ * 
+ * cdef inline int take_payload(object message_type, object data, Py_buffer *view) except -1:             # <<<<<<<<<<<<<<
+ *     """Get the bytes of what is to be sent, as the channel's type makes them."""
+ *     if message_type is None:
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_AddTraceback("ivshmem.channel.roles.take_payload", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/roles.pxd":37
+ * 
+ * 
+ * cdef inline int take_target(             # <<<<<<<<<<<<<<
+ *     object message_type, str name, object buffer, Py_buffer *view
+ * ) except -1:
+*/
+
+static CYTHON_INLINE int __pyx_f_7ivshmem_7channel_5roles_take_target(PyObject *__pyx_v_message_type, PyObject *__pyx_v_name, PyObject *__pyx_v_buffer, Py_buffer *__pyx_v_view) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "ivshmem/channel/roles.pxd":41
+ * ) except -1:
+ *     """Get a buffer that messages are received into: of bytes, or of the type's dtype."""
+ *     if message_type is None:             # <<<<<<<<<<<<<<
+ *         return take_buffer(buffer, view, PyBUF_WRITABLE)
+ *     return take_typed(message_type, name, buffer, view)
+*/
+  __pyx_t_1 = (__pyx_v_message_type == Py_None);
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/channel/roles.pxd":42
+ *     """Get a buffer that messages are received into: of bytes, or of the type's dtype."""
+ *     if message_type is None:
+ *         return take_buffer(buffer, view, PyBUF_WRITABLE)             # <<<<<<<<<<<<<<
+ *     return take_typed(message_type, name, buffer, view)
+ * 
+*/
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_take_buffer(__pyx_v_buffer, __pyx_v_view, PyBUF_WRITABLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(2, 42, __pyx_L1_error)
+    {
+      __pyx_r = __pyx_t_2;
+    }
+    goto __pyx_L0;
+
+    /* "ivshmem/channel/roles.pxd":41
+ * ) except -1:
+ *     """Get a buffer that messages are received into: of bytes, or of the type's dtype."""
+ *     if message_type is None:             # <<<<<<<<<<<<<<
+ *         return take_buffer(buffer, view, PyBUF_WRITABLE)
+ *     return take_typed(message_type, name, buffer, view)
+*/
+  }
+
+  /* "ivshmem/channel/roles.pxd":43
+ *     if message_type is None:
+ *         return take_buffer(buffer, view, PyBUF_WRITABLE)
+ *     return take_typed(message_type, name, buffer, view)             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_take_typed(__pyx_v_message_type, __pyx_v_name, __pyx_v_buffer, __pyx_v_view); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(2, 43, __pyx_L1_error)
+  {
+    __pyx_r = __pyx_t_2;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/roles.pxd":37
+ * 
+ * 
+ * cdef inline int take_target(             # <<<<<<<<<<<<<<
+ *     object message_type, str name, object buffer, Py_buffer *view
+ * ) except -1:
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.roles.take_target", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/roles.pyx":38
  * 
  * 
  * cdef uint64_t microseconds() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5310,7 +5827,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_microseconds(void) {
   struct timespec __pyx_v_t;
   uint64_t __pyx_r;
 
-  /* "ivshmem/channel/roles.pyx":35
+  /* "ivshmem/channel/roles.pyx":40
  * cdef uint64_t microseconds() noexcept nogil:
  *     cdef timespec t
  *     clock_gettime(CLOCK_REALTIME, &t)             # <<<<<<<<<<<<<<
@@ -5319,7 +5836,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_microseconds(void) {
 */
   (void)(clock_gettime(CLOCK_REALTIME, (&__pyx_v_t)));
 
-  /* "ivshmem/channel/roles.pyx":36
+  /* "ivshmem/channel/roles.pyx":41
  *     cdef timespec t
  *     clock_gettime(CLOCK_REALTIME, &t)
  *     return <uint64_t>t.tv_sec * 1_000_000 + t.tv_nsec // 1000             # <<<<<<<<<<<<<<
@@ -5332,7 +5849,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_microseconds(void) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":33
+  /* "ivshmem/channel/roles.pyx":38
  * 
  * 
  * cdef uint64_t microseconds() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5346,7 +5863,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_microseconds(void) {
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":39
+/* "ivshmem/channel/roles.pyx":44
  * 
  * 
  * cdef int open_channel(             # <<<<<<<<<<<<<<
@@ -5370,7 +5887,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("open_channel", 0);
 
-  /* "ivshmem/channel/roles.pyx":48
+  /* "ivshmem/channel/roles.pyx":53
  *     """
  *     cdef ivshmem_record record
  *     cdef int code = ivshmem_record_read(&membership.member.area, found["index"], &record)             # <<<<<<<<<<<<<<
@@ -5379,16 +5896,16 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
 */
   if (unlikely(__pyx_v_found == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 48, __pyx_L1_error)
+    __PYX_ERR(0, 53, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_found, __pyx_mstate_global->__pyx_n_u_index); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 48, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_found, __pyx_mstate_global->__pyx_n_u_index); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 53, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyLong_As_unsigned_int(__pyx_t_1); if (unlikely((__pyx_t_2 == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 48, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_As_unsigned_int(__pyx_t_1); if (unlikely((__pyx_t_2 == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 53, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_code = ivshmem_record_read((&__pyx_v_membership->member.area), __pyx_t_2, (&__pyx_v_record));
 
 
-  /* "ivshmem/channel/roles.pyx":49
+  /* "ivshmem/channel/roles.pyx":54
  *     cdef ivshmem_record record
  *     cdef int code = ivshmem_record_read(&membership.member.area, found["index"], &record)
  *     end.channels = channels             # <<<<<<<<<<<<<<
@@ -5400,7 +5917,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
   __Pyx_GOTREF(__pyx_v_end->channels);
   __Pyx_DECREF_SET(__pyx_v_end->channels, __pyx_v_channels);
 
-  /* "ivshmem/channel/roles.pyx":50
+  /* "ivshmem/channel/roles.pyx":55
  *     cdef int code = ivshmem_record_read(&membership.member.area, found["index"], &record)
  *     end.channels = channels
  *     end.membership = membership             # <<<<<<<<<<<<<<
@@ -5412,7 +5929,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
   __Pyx_GOTREF((PyObject *)__pyx_v_end->membership);
   __Pyx_DECREF_SET(__pyx_v_end->membership, __pyx_v_membership);
 
-  /* "ivshmem/channel/roles.pyx":51
+  /* "ivshmem/channel/roles.pyx":56
  *     end.channels = channels
  *     end.membership = membership
  *     end.name = found["name"]             # <<<<<<<<<<<<<<
@@ -5421,27 +5938,27 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
 */
   if (unlikely(__pyx_v_found == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 51, __pyx_L1_error)
+    __PYX_ERR(0, 56, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_found, __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 51, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_found, __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 56, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  if (!(likely(PyUnicode_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_1))) __PYX_ERR(0, 51, __pyx_L1_error)
+  if (!(likely(PyUnicode_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_1))) __PYX_ERR(0, 56, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF(__pyx_v_end->name);
   __Pyx_DECREF_SET(__pyx_v_end->name, ((PyObject*)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/roles.pyx":52
+  /* "ivshmem/channel/roles.pyx":57
  *     end.membership = membership
  *     end.name = found["name"]
  *     membership.check()             # <<<<<<<<<<<<<<
  *     if code or facts_of(&record) != found:
  *         raise was_removed(end.name)
 */
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 52, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 57, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/roles.pyx":53
+  /* "ivshmem/channel/roles.pyx":58
  *     end.name = found["name"]
  *     membership.check()
  *     if code or facts_of(&record) != found:             # <<<<<<<<<<<<<<
@@ -5458,9 +5975,9 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7records_facts_of((&__pyx_v_record)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 53, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7records_facts_of((&__pyx_v_record)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 58, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_5 = __Pyx_PyObject_RichCompareBool(__pyx_t_1, __pyx_v_found, Py_NE); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 53, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyObject_RichCompareBool(__pyx_t_1, __pyx_v_found, Py_NE); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 58, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
   __pyx_t_4 = __pyx_t_5;
@@ -5469,7 +5986,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
   if (unlikely(__pyx_t_4)) {
 
 
-    /* "ivshmem/channel/roles.pyx":54
+    /* "ivshmem/channel/roles.pyx":59
  *     membership.check()
  *     if code or facts_of(&record) != found:
  *         raise was_removed(end.name)             # <<<<<<<<<<<<<<
@@ -5478,14 +5995,14 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
 */
     __pyx_t_1 = __pyx_v_end->name;
     __Pyx_INCREF(__pyx_t_1);
-    __pyx_t_6 = __pyx_f_7ivshmem_7channel_4ends_was_removed(((PyObject*)__pyx_t_1)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 54, __pyx_L1_error)
+    __pyx_t_6 = __pyx_f_7ivshmem_7channel_4ends_was_removed(((PyObject*)__pyx_t_1)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 59, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     __Pyx_Raise(__pyx_t_6, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    __PYX_ERR(0, 54, __pyx_L1_error)
+    __PYX_ERR(0, 59, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":53
+    /* "ivshmem/channel/roles.pyx":58
  *     end.name = found["name"]
  *     membership.check()
  *     if code or facts_of(&record) != found:             # <<<<<<<<<<<<<<
@@ -5494,7 +6011,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":55
+  /* "ivshmem/channel/roles.pyx":60
  *     if code or facts_of(&record) != found:
  *         raise was_removed(end.name)
  *     ivshmem_channel_open(&end.channel, &membership.member.area, &record)             # <<<<<<<<<<<<<<
@@ -5503,7 +6020,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
 */
   ivshmem_channel_open((&__pyx_v_end->channel), (&__pyx_v_membership->member.area), (&__pyx_v_record));
 
-  /* "ivshmem/channel/roles.pyx":56
+  /* "ivshmem/channel/roles.pyx":61
  *         raise was_removed(end.name)
  *     ivshmem_channel_open(&end.channel, &membership.member.area, &record)
  *     return 0             # <<<<<<<<<<<<<<
@@ -5516,7 +6033,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":39
+  /* "ivshmem/channel/roles.pyx":44
  * 
  * 
  * cdef int open_channel(             # <<<<<<<<<<<<<<
@@ -5538,7 +6055,1059 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":65
+/* "ivshmem/channel/roles.pyx":66
+ * # -- payloads -------------------------------------------------------------------------------------
+ * 
+ * cdef bint has_objects(const Py_buffer *view) noexcept:             # <<<<<<<<<<<<<<
+ *     """Whether a buffer's format names Python objects; names of fields stand between colons."""
+ *     cdef const char *at = view.format
+*/
+
+static int __pyx_f_7ivshmem_7channel_5roles_has_objects(Py_buffer const *__pyx_v_view) {
+  char const *__pyx_v_at;
+  int __pyx_v_in_name;
+  int __pyx_r;
+  char *__pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_t_3;
+
+  /* "ivshmem/channel/roles.pyx":68
+ * cdef bint has_objects(const Py_buffer *view) noexcept:
+ *     """Whether a buffer's format names Python objects; names of fields stand between colons."""
+ *     cdef const char *at = view.format             # <<<<<<<<<<<<<<
+ *     cdef bint in_name = False
+ *     while at != NULL and at[0]:
+*/
+  __pyx_t_1 = __pyx_v_view->format;
+
+  __pyx_v_at = __pyx_t_1;
+
+  /* "ivshmem/channel/roles.pyx":69
+ *     """Whether a buffer's format names Python objects; names of fields stand between colons."""
+ *     cdef const char *at = view.format
+ *     cdef bint in_name = False             # <<<<<<<<<<<<<<
+ *     while at != NULL and at[0]:
+ *         if at[0] == b":":
+*/
+  __pyx_v_in_name = 0;
+
+  /* "ivshmem/channel/roles.pyx":70
+ *     cdef const char *at = view.format
+ *     cdef bint in_name = False
+ *     while at != NULL and at[0]:             # <<<<<<<<<<<<<<
+ *         if at[0] == b":":
+ *             in_name = not in_name
+*/
+  while (1) {
+    __pyx_t_3 = (__pyx_v_at != NULL);
+
+    if (__pyx_t_3) {
+
+    } else {
+
+      __pyx_t_2 = __pyx_t_3;
+
+      goto __pyx_L5_bool_binop_done;
+    }
+    __pyx_t_3 = ((__pyx_v_at[0]) != 0);
+
+
+    __pyx_t_2 = __pyx_t_3;
+
+    __pyx_L5_bool_binop_done:;
+
+    if (!__pyx_t_2) break;
+
+    /* "ivshmem/channel/roles.pyx":71
+ *     cdef bint in_name = False
+ *     while at != NULL and at[0]:
+ *         if at[0] == b":":             # <<<<<<<<<<<<<<
+ *             in_name = not in_name
+ *         elif at[0] == b"O" and not in_name:
+*/
+    __pyx_t_2 = ((__pyx_v_at[0]) == ':');
+
+    if (__pyx_t_2) {
+
+
+      /* "ivshmem/channel/roles.pyx":72
+ *     while at != NULL and at[0]:
+ *         if at[0] == b":":
+ *             in_name = not in_name             # <<<<<<<<<<<<<<
+ *         elif at[0] == b"O" and not in_name:
+ *             return True
+*/
+      __pyx_v_in_name = (!__pyx_v_in_name);
+
+      /* "ivshmem/channel/roles.pyx":71
+ *     cdef bint in_name = False
+ *     while at != NULL and at[0]:
+ *         if at[0] == b":":             # <<<<<<<<<<<<<<
+ *             in_name = not in_name
+ *         elif at[0] == b"O" and not in_name:
+*/
+      goto __pyx_L7;
+    }
+
+    /* "ivshmem/channel/roles.pyx":73
+ *         if at[0] == b":":
+ *             in_name = not in_name
+ *         elif at[0] == b"O" and not in_name:             # <<<<<<<<<<<<<<
+ *             return True
+ *         at += 1
+*/
+    __pyx_t_3 = ((__pyx_v_at[0]) == 'O');
+
+    if (__pyx_t_3) {
+
+    } else {
+
+      __pyx_t_2 = __pyx_t_3;
+
+      goto __pyx_L8_bool_binop_done;
+    }
+    __pyx_t_3 = (!__pyx_v_in_name);
+
+
+    __pyx_t_2 = __pyx_t_3;
+
+    __pyx_L8_bool_binop_done:;
+    if (__pyx_t_2) {
+
+
+      /* "ivshmem/channel/roles.pyx":74
+ *             in_name = not in_name
+ *         elif at[0] == b"O" and not in_name:
+ *             return True             # <<<<<<<<<<<<<<
+ *         at += 1
+ *     return False
+*/
+      {
+
+        __pyx_r = 1;
+      }
+      goto __pyx_L0;
+
+      /* "ivshmem/channel/roles.pyx":73
+ *         if at[0] == b":":
+ *             in_name = not in_name
+ *         elif at[0] == b"O" and not in_name:             # <<<<<<<<<<<<<<
+ *             return True
+ *         at += 1
+*/
+    }
+    __pyx_L7:;
+
+    /* "ivshmem/channel/roles.pyx":75
+ *         elif at[0] == b"O" and not in_name:
+ *             return True
+ *         at += 1             # <<<<<<<<<<<<<<
+ *     return False
+ * 
+*/
+    __pyx_v_at = (__pyx_v_at + 1);
+  }
+
+  /* "ivshmem/channel/roles.pyx":76
+ *             return True
+ *         at += 1
+ *     return False             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/roles.pyx":66
+ * # -- payloads -------------------------------------------------------------------------------------
+ * 
+ * cdef bint has_objects(const Py_buffer *view) noexcept:             # <<<<<<<<<<<<<<
+ *     """Whether a buffer's format names Python objects; names of fields stand between colons."""
+ *     cdef const char *at = view.format
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+
+
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/roles.pyx":79
+ * 
+ * 
+ * cdef int take_without_objects(object data, Py_buffer *view, int flags) except -1:             # <<<<<<<<<<<<<<
+ *     """Get a buffer whose bytes are sent, or received into; refuse one of Python objects.
+ * 
+*/
+
+static int __pyx_f_7ivshmem_7channel_5roles_take_without_objects(PyObject *__pyx_v_data, Py_buffer *__pyx_v_view, int __pyx_v_flags) {
+  PyObject *__pyx_v_refused = NULL;
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  int __pyx_t_4;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
+  PyObject *__pyx_t_8 = NULL;
+  PyObject *__pyx_t_9 = NULL;
+  int __pyx_t_10;
+  PyObject *__pyx_t_11[3];
+  Py_ssize_t __pyx_t_12;
+  size_t __pyx_t_13;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("take_without_objects", 0);
+
+  /* "ivshmem/channel/roles.pyx":85
+ *     its memory, and one that sets them lets this process use what they point to.
+ *     """
+ *     try:             # <<<<<<<<<<<<<<
+ *         PyObject_GetBuffer(data, view, flags | PyBUF_ND | PyBUF_FORMAT)
+ *     except (BufferError, ValueError):  # numpy has no format for dates, nor what is beside them
+*/
+  {
+    __Pyx_PyThreadState_declare
+    __Pyx_PyThreadState_assign
+    __Pyx_ExceptionSave(&__pyx_t_1, &__pyx_t_2, &__pyx_t_3);
+    __Pyx_XGOTREF(__pyx_t_1);
+    __Pyx_XGOTREF(__pyx_t_2);
+    __Pyx_XGOTREF(__pyx_t_3);
+    /*try:*/ {
+
+      /* "ivshmem/channel/roles.pyx":86
+ *     """
+ *     try:
+ *         PyObject_GetBuffer(data, view, flags | PyBUF_ND | PyBUF_FORMAT)             # <<<<<<<<<<<<<<
+ *     except (BufferError, ValueError):  # numpy has no format for dates, nor what is beside them
+ *         PyObject_GetBuffer(data, view, flags)
+*/
+      __pyx_t_4 = PyObject_GetBuffer(__pyx_v_data, __pyx_v_view, ((__pyx_v_flags | PyBUF_ND) | PyBUF_FORMAT)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 86, __pyx_L3_error)
+
+
+      /* "ivshmem/channel/roles.pyx":85
+ *     its memory, and one that sets them lets this process use what they point to.
+ *     """
+ *     try:             # <<<<<<<<<<<<<<
+ *         PyObject_GetBuffer(data, view, flags | PyBUF_ND | PyBUF_FORMAT)
+ *     except (BufferError, ValueError):  # numpy has no format for dates, nor what is beside them
+*/
+    }
+
+    /* "ivshmem/channel/roles.pyx":91
+ *         refused = getattr(getattr(data, "dtype", None), "hasobject", False)
+ *     else:
+ *         refused = has_objects(view)             # <<<<<<<<<<<<<<
+ *     if refused:
+ *         PyBuffer_Release(view)
+*/
+    /*else:*/ {
+      __pyx_t_5 = __Pyx_PyBool_FromLong(__pyx_f_7ivshmem_7channel_5roles_has_objects(__pyx_v_view)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 91, __pyx_L5_except_error)
+      __Pyx_GOTREF(__pyx_t_5);
+      __pyx_v_refused = __pyx_t_5;
+      __pyx_t_5 = 0;
+    }
+    __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+    goto __pyx_L8_try_end;
+    __pyx_L3_error:;
+
+    /* "ivshmem/channel/roles.pyx":87
+ *     try:
+ *         PyObject_GetBuffer(data, view, flags | PyBUF_ND | PyBUF_FORMAT)
+ *     except (BufferError, ValueError):  # numpy has no format for dates, nor what is beside them             # <<<<<<<<<<<<<<
+ *         PyObject_GetBuffer(data, view, flags)
+ *         refused = getattr(getattr(data, "dtype", None), "hasobject", False)
+*/
+    __pyx_t_4 = __Pyx_PyErr_ExceptionMatches2(((PyObject *)(((PyTypeObject*)PyExc_BufferError))), ((PyObject *)(((PyTypeObject*)PyExc_ValueError))));
+    if (__pyx_t_4) {
+      __Pyx_AddTraceback("ivshmem.channel.roles.take_without_objects", __pyx_clineno, __pyx_lineno, __pyx_filename);
+      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 87, __pyx_L5_except_error)
+      __Pyx_XGOTREF(__pyx_t_5);
+      __Pyx_XGOTREF(__pyx_t_6);
+      __Pyx_XGOTREF(__pyx_t_7);
+
+      /* "ivshmem/channel/roles.pyx":88
+ *         PyObject_GetBuffer(data, view, flags | PyBUF_ND | PyBUF_FORMAT)
+ *     except (BufferError, ValueError):  # numpy has no format for dates, nor what is beside them
+ *         PyObject_GetBuffer(data, view, flags)             # <<<<<<<<<<<<<<
+ *         refused = getattr(getattr(data, "dtype", None), "hasobject", False)
+ *     else:
+*/
+      __pyx_t_4 = PyObject_GetBuffer(__pyx_v_data, __pyx_v_view, __pyx_v_flags); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 88, __pyx_L5_except_error)
+
+
+      /* "ivshmem/channel/roles.pyx":89
+ *     except (BufferError, ValueError):  # numpy has no format for dates, nor what is beside them
+ *         PyObject_GetBuffer(data, view, flags)
+ *         refused = getattr(getattr(data, "dtype", None), "hasobject", False)             # <<<<<<<<<<<<<<
+ *     else:
+ *         refused = has_objects(view)
+*/
+      __pyx_t_8 = __Pyx_GetAttr3(__pyx_v_data, __pyx_mstate_global->__pyx_n_u_dtype, Py_None); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 89, __pyx_L5_except_error)
+      __Pyx_GOTREF(__pyx_t_8);
+      __pyx_t_9 = __Pyx_GetAttr3(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_hasobject, Py_False); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 89, __pyx_L5_except_error)
+      __Pyx_GOTREF(__pyx_t_9);
+      __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+      __pyx_v_refused = __pyx_t_9;
+      __pyx_t_9 = 0;
+      __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+      __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+      __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+      goto __pyx_L4_exception_handled;
+    }
+    goto __pyx_L5_except_error;
+
+    /* "ivshmem/channel/roles.pyx":85
+ *     its memory, and one that sets them lets this process use what they point to.
+ *     """
+ *     try:             # <<<<<<<<<<<<<<
+ *         PyObject_GetBuffer(data, view, flags | PyBUF_ND | PyBUF_FORMAT)
+ *     except (BufferError, ValueError):  # numpy has no format for dates, nor what is beside them
+*/
+    __pyx_L5_except_error:;
+    __Pyx_XGIVEREF(__pyx_t_1);
+    __Pyx_XGIVEREF(__pyx_t_2);
+    __Pyx_XGIVEREF(__pyx_t_3);
+    __Pyx_ExceptionReset(__pyx_t_1, __pyx_t_2, __pyx_t_3);
+    goto __pyx_L1_error;
+    __pyx_L4_exception_handled:;
+    __Pyx_XGIVEREF(__pyx_t_1);
+    __Pyx_XGIVEREF(__pyx_t_2);
+    __Pyx_XGIVEREF(__pyx_t_3);
+    __Pyx_ExceptionReset(__pyx_t_1, __pyx_t_2, __pyx_t_3);
+    __pyx_L8_try_end:;
+  }
+
+  /* "ivshmem/channel/roles.pyx":92
+ *     else:
+ *         refused = has_objects(view)
+ *     if refused:             # <<<<<<<<<<<<<<
+ *         PyBuffer_Release(view)
+ *         raise ChannelTypeError(
+*/
+  __pyx_t_10 = __Pyx_PyObject_IsTrue(__pyx_v_refused); if (unlikely((__pyx_t_10 < 0))) __PYX_ERR(0, 92, __pyx_L1_error)
+  if (unlikely(__pyx_t_10)) {
+
+
+    /* "ivshmem/channel/roles.pyx":93
+ *         refused = has_objects(view)
+ *     if refused:
+ *         PyBuffer_Release(view)             # <<<<<<<<<<<<<<
+ *         raise ChannelTypeError(
+ *             f"a {type(data).__name__} of Python objects: its bytes are addresses of this process,"
+*/
+    PyBuffer_Release(__pyx_v_view);
+
+    /* "ivshmem/channel/roles.pyx":94
+ *     if refused:
+ *         PyBuffer_Release(view)
+ *         raise ChannelTypeError(             # <<<<<<<<<<<<<<
+ *             f"a {type(data).__name__} of Python objects: its bytes are addresses of this process,"
+ *             " which no peer may see or set; use a dtype without objects, or pickle=True"
+*/
+    __pyx_t_6 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ChannelTypeError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 94, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_5);
+
+    /* "ivshmem/channel/roles.pyx":95
+ *         PyBuffer_Release(view)
+ *         raise ChannelTypeError(
+ *             f"a {type(data).__name__} of Python objects: its bytes are addresses of this process,"             # <<<<<<<<<<<<<<
+ *             " which no peer may see or set; use a dtype without objects, or pickle=True"
+ *         )
+*/
+    __pyx_t_9 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(__pyx_v_data)), __pyx_mstate_global->__pyx_n_u_name_2); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 95, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_9);
+    __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_t_9, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 95, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_8);
+    __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+    __pyx_t_11[0] = __pyx_mstate_global->__pyx_kp_u_a;
+    __pyx_t_11[1] = __pyx_t_8;
+    __pyx_t_11[2] = __pyx_mstate_global->__pyx_kp_u_of_Python_objects_its_bytes_are;
+    __pyx_t_12 = 136;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_12 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_11[1]);
+    #endif
+    __pyx_t_4 = 0;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_4 |= __Pyx_PyUnicode_KIND_04(__pyx_t_11[1]);
+    #endif
+    __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_11, 3, __pyx_t_12, __pyx_t_4);
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 95, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_9);
+    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+    __pyx_t_13 = 1;
+    #if CYTHON_UNPACK_METHODS
+    if (unlikely(PyMethod_Check(__pyx_t_5))) {
+      __pyx_t_6 = PyMethod_GET_SELF(__pyx_t_5);
+      assert(__pyx_t_6);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_5);
+      __Pyx_INCREF(__pyx_t_6);
+      __Pyx_INCREF(__pyx__function);
+      __Pyx_DECREF_SET(__pyx_t_5, __pyx__function);
+      __pyx_t_13 = 0;
+    }
+    #endif
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_6, __pyx_t_9};
+      __pyx_t_7 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_13, (2-__pyx_t_13) | (__pyx_t_13*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+      __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+      __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 94, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_7);
+    }
+    __Pyx_Raise(__pyx_t_7, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+    __PYX_ERR(0, 94, __pyx_L1_error)
+
+    /* "ivshmem/channel/roles.pyx":92
+ *     else:
+ *         refused = has_objects(view)
+ *     if refused:             # <<<<<<<<<<<<<<
+ *         PyBuffer_Release(view)
+ *         raise ChannelTypeError(
+*/
+  }
+
+  /* "ivshmem/channel/roles.pyx":98
+ *             " which no peer may see or set; use a dtype without objects, or pickle=True"
+ *         )
+ *     return 0             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/roles.pyx":79
+ * 
+ * 
+ * cdef int take_without_objects(object data, Py_buffer *view, int flags) except -1:             # <<<<<<<<<<<<<<
+ *     """Get a buffer whose bytes are sent, or received into; refuse one of Python objects.
+ * 
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_XDECREF(__pyx_t_9);
+  __Pyx_AddTraceback("ivshmem.channel.roles.take_without_objects", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+  __Pyx_XDECREF(__pyx_v_refused);
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/roles.pyx":101
+ * 
+ * 
+ * cdef int check_in_place(object message_type, str name) except -1:             # <<<<<<<<<<<<<<
+ *     """Refuse what sends, or shows, the bytes of a message where messages are pickled objects."""
+ *     if message_type is not None and not message_type.in_place:
+*/
+
+static int __pyx_f_7ivshmem_7channel_5roles_check_in_place(PyObject *__pyx_v_message_type, PyObject *__pyx_v_name) {
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  int __pyx_t_4;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
+  PyObject *__pyx_t_8[3];
+  Py_ssize_t __pyx_t_9;
+  int __pyx_t_10;
+  PyObject *__pyx_t_11 = NULL;
+  size_t __pyx_t_12;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("check_in_place", 0);
+
+  /* "ivshmem/channel/roles.pyx":103
+ * cdef int check_in_place(object message_type, str name) except -1:
+ *     """Refuse what sends, or shows, the bytes of a message where messages are pickled objects."""
+ *     if message_type is not None and not message_type.in_place:             # <<<<<<<<<<<<<<
+ *         raise ChannelTypeError(
+ *             f"channel {name!r}: with pickle=True messages are objects, which have no bytes to lend,"
+*/
+  __pyx_t_2 = (__pyx_v_message_type != Py_None);
+  if (__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_v_message_type, __pyx_mstate_global->__pyx_n_u_in_place); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 103, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 103, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+  __pyx_t_4 = (!__pyx_t_2);
+
+
+
+  __pyx_t_1 = __pyx_t_4;
+
+  __pyx_L4_bool_binop_done:;
+  if (unlikely(__pyx_t_1)) {
+
+
+    /* "ivshmem/channel/roles.pyx":104
+ *     """Refuse what sends, or shows, the bytes of a message where messages are pickled objects."""
+ *     if message_type is not None and not message_type.in_place:
+ *         raise ChannelTypeError(             # <<<<<<<<<<<<<<
+ *             f"channel {name!r}: with pickle=True messages are objects, which have no bytes to lend,"
+ *             " view or copy in parts: use `put` and `get`"
+*/
+    __pyx_t_5 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ChannelTypeError); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 104, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_6);
+
+    /* "ivshmem/channel/roles.pyx":105
+ *     if message_type is not None and not message_type.in_place:
+ *         raise ChannelTypeError(
+ *             f"channel {name!r}: with pickle=True messages are objects, which have no bytes to lend,"             # <<<<<<<<<<<<<<
+ *             " view or copy in parts: use `put` and `get`"
+ *         )
+*/
+    __pyx_t_7 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 105, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_7);
+    __pyx_t_8[0] = __pyx_mstate_global->__pyx_kp_u_channel;
+    __pyx_t_8[1] = __pyx_t_7;
+    __pyx_t_8[2] = __pyx_mstate_global->__pyx_kp_u_with_pickle_True_messages_are_o;
+    __pyx_t_9 = 120;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_9 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_8[1]);
+    #endif
+    __pyx_t_10 = 0;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_10 |= __Pyx_PyUnicode_KIND_04(__pyx_t_8[1]);
+    #endif
+    __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_8, 3, __pyx_t_9, __pyx_t_10);
+    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 105, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_11);
+    __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+    __pyx_t_12 = 1;
+    #if CYTHON_UNPACK_METHODS
+    if (unlikely(PyMethod_Check(__pyx_t_6))) {
+      __pyx_t_5 = PyMethod_GET_SELF(__pyx_t_6);
+      assert(__pyx_t_5);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_6);
+      __Pyx_INCREF(__pyx_t_5);
+      __Pyx_INCREF(__pyx__function);
+      __Pyx_DECREF_SET(__pyx_t_6, __pyx__function);
+      __pyx_t_12 = 0;
+    }
+    #endif
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_t_11};
+      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+      __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+      __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 104, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_3);
+    }
+    __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __PYX_ERR(0, 104, __pyx_L1_error)
+
+    /* "ivshmem/channel/roles.pyx":103
+ * cdef int check_in_place(object message_type, str name) except -1:
+ *     """Refuse what sends, or shows, the bytes of a message where messages are pickled objects."""
+ *     if message_type is not None and not message_type.in_place:             # <<<<<<<<<<<<<<
+ *         raise ChannelTypeError(
+ *             f"channel {name!r}: with pickle=True messages are objects, which have no bytes to lend,"
+*/
+  }
+
+  /* "ivshmem/channel/roles.pyx":108
+ *             " view or copy in parts: use `put` and `get`"
+ *         )
+ *     return 0             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/roles.pyx":101
+ * 
+ * 
+ * cdef int check_in_place(object message_type, str name) except -1:             # <<<<<<<<<<<<<<
+ *     """Refuse what sends, or shows, the bytes of a message where messages are pickled objects."""
+ *     if message_type is not None and not message_type.in_place:
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_11);
+  __Pyx_AddTraceback("ivshmem.channel.roles.check_in_place", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/roles.pyx":111
+ * 
+ * 
+ * cdef int take_typed(object message_type, str name, object buffer, Py_buffer *view) except -1:             # <<<<<<<<<<<<<<
+ *     """Do what take_target does, where messages have a type."""
+ *     check_in_place(message_type, name)
+*/
+
+static int __pyx_f_7ivshmem_7channel_5roles_take_typed(PyObject *__pyx_v_message_type, PyObject *__pyx_v_name, PyObject *__pyx_v_buffer, Py_buffer *__pyx_v_view) {
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
+  size_t __pyx_t_8;
+  PyObject *__pyx_t_9 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("take_typed", 0);
+
+  /* "ivshmem/channel/roles.pyx":113
+ * cdef int take_typed(object message_type, str name, object buffer, Py_buffer *view) except -1:
+ *     """Do what take_target does, where messages have a type."""
+ *     check_in_place(message_type, name)             # <<<<<<<<<<<<<<
+ *     take_buffer(buffer, view, PyBUF_WRITABLE)
+ *     if view.itemsize != 1:
+*/
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5roles_check_in_place(__pyx_v_message_type, __pyx_v_name); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 113, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/roles.pyx":114
+ *     """Do what take_target does, where messages have a type."""
+ *     check_in_place(message_type, name)
+ *     take_buffer(buffer, view, PyBUF_WRITABLE)             # <<<<<<<<<<<<<<
+ *     if view.itemsize != 1:
+ *         try:
+*/
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5roles_take_buffer(__pyx_v_buffer, __pyx_v_view, PyBUF_WRITABLE); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 114, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/roles.pyx":115
+ *     check_in_place(message_type, name)
+ *     take_buffer(buffer, view, PyBUF_WRITABLE)
+ *     if view.itemsize != 1:             # <<<<<<<<<<<<<<
+ *         try:
+ *             message_type.check_dtype(buffer)
+*/
+  __pyx_t_2 = (__pyx_v_view->itemsize != 1);
+
+  if (__pyx_t_2) {
+
+
+    /* "ivshmem/channel/roles.pyx":116
+ *     take_buffer(buffer, view, PyBUF_WRITABLE)
+ *     if view.itemsize != 1:
+ *         try:             # <<<<<<<<<<<<<<
+ *             message_type.check_dtype(buffer)
+ *         except BaseException:
+*/
+    {
+      __Pyx_PyThreadState_declare
+      __Pyx_PyThreadState_assign
+      __Pyx_ExceptionSave(&__pyx_t_3, &__pyx_t_4, &__pyx_t_5);
+      __Pyx_XGOTREF(__pyx_t_3);
+      __Pyx_XGOTREF(__pyx_t_4);
+      __Pyx_XGOTREF(__pyx_t_5);
+      /*try:*/ {
+
+        /* "ivshmem/channel/roles.pyx":117
+ *     if view.itemsize != 1:
+ *         try:
+ *             message_type.check_dtype(buffer)             # <<<<<<<<<<<<<<
+ *         except BaseException:
+ *             PyBuffer_Release(view)
+*/
+        __pyx_t_7 = __pyx_v_message_type;
+        __Pyx_INCREF(__pyx_t_7);
+        __pyx_t_8 = 0;
+        {
+          PyObject *__pyx_callargs[2] = {__pyx_t_7, __pyx_v_buffer};
+          __pyx_t_6 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_check_dtype, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+          __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 117, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_6);
+        }
+        __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+
+        /* "ivshmem/channel/roles.pyx":116
+ *     take_buffer(buffer, view, PyBUF_WRITABLE)
+ *     if view.itemsize != 1:
+ *         try:             # <<<<<<<<<<<<<<
+ *             message_type.check_dtype(buffer)
+ *         except BaseException:
+*/
+      }
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+      goto __pyx_L9_try_end;
+      __pyx_L4_error:;
+      __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+      __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+
+      /* "ivshmem/channel/roles.pyx":118
+ *         try:
+ *             message_type.check_dtype(buffer)
+ *         except BaseException:             # <<<<<<<<<<<<<<
+ *             PyBuffer_Release(view)
+ *             raise
+*/
+      __pyx_t_1 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
+      if (__pyx_t_1) {
+        __Pyx_AddTraceback("ivshmem.channel.roles.take_typed", __pyx_clineno, __pyx_lineno, __pyx_filename);
+        if (__Pyx_GetException(&__pyx_t_6, &__pyx_t_7, &__pyx_t_9) < 0) __PYX_ERR(0, 118, __pyx_L6_except_error)
+        __Pyx_XGOTREF(__pyx_t_6);
+        __Pyx_XGOTREF(__pyx_t_7);
+        __Pyx_XGOTREF(__pyx_t_9);
+
+        /* "ivshmem/channel/roles.pyx":119
+ *             message_type.check_dtype(buffer)
+ *         except BaseException:
+ *             PyBuffer_Release(view)             # <<<<<<<<<<<<<<
+ *             raise
+ *     return 0
+*/
+        PyBuffer_Release(__pyx_v_view);
+
+        /* "ivshmem/channel/roles.pyx":120
+ *         except BaseException:
+ *             PyBuffer_Release(view)
+ *             raise             # <<<<<<<<<<<<<<
+ *     return 0
+ * 
+*/
+        __Pyx_GIVEREF(__pyx_t_6);
+        __Pyx_GIVEREF(__pyx_t_7);
+        __Pyx_XGIVEREF(__pyx_t_9);
+        __Pyx_ErrRestoreWithState(__pyx_t_6, __pyx_t_7, __pyx_t_9);
+        __pyx_t_6 = 0;  __pyx_t_7 = 0;  __pyx_t_9 = 0; 
+        __PYX_ERR(0, 120, __pyx_L6_except_error)
+      }
+      goto __pyx_L6_except_error;
+
+      /* "ivshmem/channel/roles.pyx":116
+ *     take_buffer(buffer, view, PyBUF_WRITABLE)
+ *     if view.itemsize != 1:
+ *         try:             # <<<<<<<<<<<<<<
+ *             message_type.check_dtype(buffer)
+ *         except BaseException:
+*/
+      __pyx_L6_except_error:;
+      __Pyx_XGIVEREF(__pyx_t_3);
+      __Pyx_XGIVEREF(__pyx_t_4);
+      __Pyx_XGIVEREF(__pyx_t_5);
+      __Pyx_ExceptionReset(__pyx_t_3, __pyx_t_4, __pyx_t_5);
+      goto __pyx_L1_error;
+      __pyx_L9_try_end:;
+    }
+
+    /* "ivshmem/channel/roles.pyx":115
+ *     check_in_place(message_type, name)
+ *     take_buffer(buffer, view, PyBUF_WRITABLE)
+ *     if view.itemsize != 1:             # <<<<<<<<<<<<<<
+ *         try:
+ *             message_type.check_dtype(buffer)
+*/
+  }
+
+  /* "ivshmem/channel/roles.pyx":121
+ *             PyBuffer_Release(view)
+ *             raise
+ *     return 0             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/roles.pyx":111
+ * 
+ * 
+ * cdef int take_typed(object message_type, str name, object buffer, Py_buffer *view) except -1:             # <<<<<<<<<<<<<<
+ *     """Do what take_target does, where messages have a type."""
+ *     check_in_place(message_type, name)
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_9);
+  __Pyx_AddTraceback("ivshmem.channel.roles.take_typed", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/roles.pyx":124
+ * 
+ * 
+ * cpdef object flat(object data):             # <<<<<<<<<<<<<<
+ *     """Return a memoryview of the bytes of what is to be sent.
+ * 
+*/
+
+static PyObject *__pyx_pw_7ivshmem_7channel_5roles_1flat(PyObject *__pyx_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+static PyObject *__pyx_f_7ivshmem_7channel_5roles_flat(PyObject *__pyx_v_data, CYTHON_UNUSED int __pyx_skip_dispatch) {
+  Py_buffer __pyx_v_view;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  size_t __pyx_t_5;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("flat", 0);
+
+  /* "ivshmem/channel/roles.pyx":132
+ *     """
+ *     cdef Py_buffer view
+ *     take_buffer(data, &view, PyBUF_SIMPLE)  # which refuses objects             # <<<<<<<<<<<<<<
+ *     PyBuffer_Release(&view)
+ *     return memoryview(data).cast("B")
+*/
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5roles_take_buffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 132, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/roles.pyx":133
+ *     cdef Py_buffer view
+ *     take_buffer(data, &view, PyBUF_SIMPLE)  # which refuses objects
+ *     PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
+ *     return memoryview(data).cast("B")
+ * 
+*/
+  PyBuffer_Release((&__pyx_v_view));
+
+  /* "ivshmem/channel/roles.pyx":134
+ *     take_buffer(data, &view, PyBUF_SIMPLE)  # which refuses objects
+ *     PyBuffer_Release(&view)
+ *     return memoryview(data).cast("B")             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  __pyx_t_4 = PyMemoryView_FromObject(__pyx_v_data); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 134, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  __pyx_t_3 = __pyx_t_4;
+  __Pyx_INCREF(__pyx_t_3);
+  __pyx_t_5 = 0;
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_n_u_B};
+    __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_cast, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 134, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_2);
+  }
+  if (!(likely(PyMemoryView_Check(__pyx_t_2))||((__pyx_t_2) == Py_None) || __Pyx_RaiseUnexpectedTypeError("memoryview", __pyx_t_2))) __PYX_ERR(0, 134, __pyx_L1_error)
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_2;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_2 = 0;
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/roles.pyx":124
+ * 
+ * 
+ * cpdef object flat(object data):             # <<<<<<<<<<<<<<
+ *     """Return a memoryview of the bytes of what is to be sent.
+ * 
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_AddTraceback("ivshmem.channel.roles.flat", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = 0;
+  __pyx_L0:;
+
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_5roles_1flat(PyObject *__pyx_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5roles_flat, "Return a memoryview of the bytes of what is to be sent.\n\n    Raises:\n        ChannelTypeError: a buffer of Python objects.\n        TypeError, BufferError, ValueError: no buffer, or one whose parts do not lie side by side.\n    ");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_5roles_1flat = {"flat", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5roles_1flat, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5roles_flat};
+static PyObject *__pyx_pw_7ivshmem_7channel_5roles_1flat(PyObject *__pyx_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  PyObject *__pyx_v_data = 0;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[1] = {0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("flat (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 124, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 124, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "flat", 0) < (0)) __PYX_ERR(0, 124, __pyx_L3_error)
+      for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("flat", 1, 1, 1, i); __PYX_ERR(0, 124, __pyx_L3_error) }
+      }
+    } else if (unlikely(__pyx_nargs != 1)) {
+      goto __pyx_L5_argtuple_error;
+    } else {
+      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 124, __pyx_L3_error)
+    }
+    __pyx_v_data = values[0];
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("flat", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 124, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem.channel.roles.flat", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_7channel_5roles_flat(__pyx_self, __pyx_v_data);
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_5roles_flat(CYTHON_UNUSED PyObject *__pyx_self, PyObject *__pyx_v_data) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("flat", 0);
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5roles_flat(__pyx_v_data, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 124, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_1;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_1 = 0;
+  goto __pyx_L0;
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_AddTraceback("ivshmem.channel.roles.flat", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/roles.pyx":143
  *     """The slot of a writer, or of a caller."""
  * 
  *     def __cinit__(             # <<<<<<<<<<<<<<
@@ -5571,32 +7140,32 @@ static int __pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_1__cinit__(PyObject *__p
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_channels,&__pyx_mstate_global->__pyx_n_u_membership,&__pyx_mstate_global->__pyx_n_u_found,&__pyx_mstate_global->__pyx_n_u_message_type,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_VARARGS(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 65, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 143, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  4:
         values[3] = __Pyx_ArgRef_VARARGS(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 65, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 143, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_VARARGS(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 65, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 143, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_VARARGS(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 65, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 143, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 65, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 143, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 65, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 143, __pyx_L3_error)
 
-      /* "ivshmem/channel/roles.pyx":66
+      /* "ivshmem/channel/roles.pyx":144
  * 
  *     def __cinit__(
  *         self, channels, Membership membership not None, dict found not None, message_type=None             # <<<<<<<<<<<<<<
@@ -5605,21 +7174,21 @@ static int __pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_1__cinit__(PyObject *__p
 */
       if (!values[3]) values[3] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 3, 4, i); __PYX_ERR(0, 65, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 3, 4, i); __PYX_ERR(0, 143, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  4:
         values[3] = __Pyx_ArgRef_VARARGS(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 65, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 143, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_VARARGS(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 65, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 143, __pyx_L3_error)
         values[1] = __Pyx_ArgRef_VARARGS(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 65, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 143, __pyx_L3_error)
         values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 65, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 143, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -5632,7 +7201,7 @@ static int __pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_1__cinit__(PyObject *__p
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 3, 4, __pyx_nargs); __PYX_ERR(0, 65, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 3, 4, __pyx_nargs); __PYX_ERR(0, 143, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5643,11 +7212,11 @@ static int __pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_1__cinit__(PyObject *__p
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 66, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_found), (&PyDict_Type), 0, "found", 1))) __PYX_ERR(0, 66, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 144, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_found), (&PyDict_Type), 0, "found", 1))) __PYX_ERR(0, 144, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_found, __pyx_v_message_type);
 
-  /* "ivshmem/channel/roles.pyx":65
+  /* "ivshmem/channel/roles.pyx":143
  *     """The slot of a writer, or of a caller."""
  * 
  *     def __cinit__(             # <<<<<<<<<<<<<<
@@ -5698,7 +7267,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/channel/roles.pyx":69
+  /* "ivshmem/channel/roles.pyx":147
  *     ):
  *         cdef ivshmem_geometry *g
  *         cdef ivshmem_writer_tables *tables = &self.writer.tables             # <<<<<<<<<<<<<<
@@ -5707,17 +7276,17 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   __pyx_v_tables = (&__pyx_v_self->writer.tables);
 
-  /* "ivshmem/channel/roles.pyx":72
+  /* "ivshmem/channel/roles.pyx":150
  *         cdef uint64_t cells
  *         cdef int code
  *         open_channel(self, channels, membership, found)             # <<<<<<<<<<<<<<
  *         self.type = message_type
  *         g = &self.channel.record.geometry
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5roles_open_channel(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_found); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 72, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5roles_open_channel(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_found); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 150, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/roles.pyx":73
+  /* "ivshmem/channel/roles.pyx":151
  *         cdef int code
  *         open_channel(self, channels, membership, found)
  *         self.type = message_type             # <<<<<<<<<<<<<<
@@ -5729,7 +7298,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
   __Pyx_GOTREF(__pyx_v_self->type);
   __Pyx_DECREF_SET(__pyx_v_self->type, __pyx_v_message_type);
 
-  /* "ivshmem/channel/roles.pyx":74
+  /* "ivshmem/channel/roles.pyx":152
  *         open_channel(self, channels, membership, found)
  *         self.type = message_type
  *         g = &self.channel.record.geometry             # <<<<<<<<<<<<<<
@@ -5738,7 +7307,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   __pyx_v_g = (&__pyx_v_self->__pyx_base.channel.record.geometry);
 
-  /* "ivshmem/channel/roles.pyx":75
+  /* "ivshmem/channel/roles.pyx":153
  *         self.type = message_type
  *         g = &self.channel.record.geometry
  *         cells = self.channel.layout.cells_each             # <<<<<<<<<<<<<<
@@ -5749,7 +7318,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 
   __pyx_v_cells = __pyx_t_2;
 
-  /* "ivshmem/channel/roles.pyx":76
+  /* "ivshmem/channel/roles.pyx":154
  *         g = &self.channel.record.geometry
  *         cells = self.channel.layout.cells_each
  *         self.times = g.options & IVSHMEM_TIMES != 0             # <<<<<<<<<<<<<<
@@ -5758,7 +7327,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   __pyx_v_self->times = ((__pyx_v_g->options & IVSHMEM_TIMES) != 0);
 
-  /* "ivshmem/channel/roles.pyx":77
+  /* "ivshmem/channel/roles.pyx":155
  *         cells = self.channel.layout.cells_each
  *         self.times = g.options & IVSHMEM_TIMES != 0
  *         self.claims = g.kind == IVSHMEM_QUEUE or g.kind == IVSHMEM_CALLS             # <<<<<<<<<<<<<<
@@ -5776,7 +7345,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
   }
   __pyx_v_self->claims = __pyx_t_3;
 
-  /* "ivshmem/channel/roles.pyx":78
+  /* "ivshmem/channel/roles.pyx":156
  *         self.times = g.options & IVSHMEM_TIMES != 0
  *         self.claims = g.kind == IVSHMEM_QUEUE or g.kind == IVSHMEM_CALLS
  *         self.writer.channel = &self.channel             # <<<<<<<<<<<<<<
@@ -5785,7 +7354,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   __pyx_v_self->writer.channel = (&__pyx_v_self->__pyx_base.channel);
 
-  /* "ivshmem/channel/roles.pyx":79
+  /* "ivshmem/channel/roles.pyx":157
  *         self.claims = g.kind == IVSHMEM_QUEUE or g.kind == IVSHMEM_CALLS
  *         self.writer.channel = &self.channel
  *         self.writer.member = &membership.member             # <<<<<<<<<<<<<<
@@ -5794,7 +7363,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   __pyx_v_self->writer.member = (&__pyx_v_membership->member);
 
-  /* "ivshmem/channel/roles.pyx":80
+  /* "ivshmem/channel/roles.pyx":158
  *         self.writer.channel = &self.channel
  *         self.writer.member = &membership.member
  *         tables.cell_of = <uint32_t *>calloc(g.slots, sizeof(uint32_t))             # <<<<<<<<<<<<<<
@@ -5803,7 +7372,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   __pyx_v_tables->cell_of = ((uint32_t *)calloc(__pyx_v_g->slots, (sizeof(uint32_t))));
 
-  /* "ivshmem/channel/roles.pyx":81
+  /* "ivshmem/channel/roles.pyx":159
  *         self.writer.member = &membership.member
  *         tables.cell_of = <uint32_t *>calloc(g.slots, sizeof(uint32_t))
  *         tables.free = <uint32_t *>calloc(cells, sizeof(uint32_t))             # <<<<<<<<<<<<<<
@@ -5812,7 +7381,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   __pyx_v_tables->free = ((uint32_t *)calloc(__pyx_v_cells, (sizeof(uint32_t))));
 
-  /* "ivshmem/channel/roles.pyx":82
+  /* "ivshmem/channel/roles.pyx":160
  *         tables.cell_of = <uint32_t *>calloc(g.slots, sizeof(uint32_t))
  *         tables.free = <uint32_t *>calloc(cells, sizeof(uint32_t))
  *         if g.overflow & IVSHMEM_DISCARD:             # <<<<<<<<<<<<<<
@@ -5824,7 +7393,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/roles.pyx":83
+    /* "ivshmem/channel/roles.pyx":161
  *         tables.free = <uint32_t *>calloc(cells, sizeof(uint32_t))
  *         if g.overflow & IVSHMEM_DISCARD:
  *             tables.references = <uint16_t *>calloc(cells, sizeof(uint16_t))             # <<<<<<<<<<<<<<
@@ -5833,7 +7402,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
     __pyx_v_tables->references = ((uint16_t *)calloc(__pyx_v_cells, (sizeof(uint16_t))));
 
-    /* "ivshmem/channel/roles.pyx":84
+    /* "ivshmem/channel/roles.pyx":162
  *         if g.overflow & IVSHMEM_DISCARD:
  *             tables.references = <uint16_t *>calloc(cells, sizeof(uint16_t))
  *             tables.pinned = <uint32_t *>calloc(<size_t>g.readers * g.slots + 1, sizeof(uint32_t))             # <<<<<<<<<<<<<<
@@ -5842,7 +7411,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
     __pyx_v_tables->pinned = ((uint32_t *)calloc(((((size_t)__pyx_v_g->readers) * __pyx_v_g->slots) + 1), (sizeof(uint32_t))));
 
-    /* "ivshmem/channel/roles.pyx":85
+    /* "ivshmem/channel/roles.pyx":163
  *             tables.references = <uint16_t *>calloc(cells, sizeof(uint16_t))
  *             tables.pinned = <uint32_t *>calloc(<size_t>g.readers * g.slots + 1, sizeof(uint32_t))
  *             tables.backlogs = <ivshmem_backlog *>calloc(g.readers + 1, sizeof(ivshmem_backlog))             # <<<<<<<<<<<<<<
@@ -5851,7 +7420,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
     __pyx_v_tables->backlogs = ((struct ivshmem_backlog *)calloc((__pyx_v_g->readers + 1), (sizeof(struct ivshmem_backlog))));
 
-    /* "ivshmem/channel/roles.pyx":82
+    /* "ivshmem/channel/roles.pyx":160
  *         tables.cell_of = <uint32_t *>calloc(g.slots, sizeof(uint32_t))
  *         tables.free = <uint32_t *>calloc(cells, sizeof(uint32_t))
  *         if g.overflow & IVSHMEM_DISCARD:             # <<<<<<<<<<<<<<
@@ -5860,7 +7429,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":86
+  /* "ivshmem/channel/roles.pyx":164
  *             tables.pinned = <uint32_t *>calloc(<size_t>g.readers * g.slots + 1, sizeof(uint32_t))
  *             tables.backlogs = <ivshmem_backlog *>calloc(g.readers + 1, sizeof(ivshmem_backlog))
  *         if tables.cell_of == NULL or tables.free == NULL or (             # <<<<<<<<<<<<<<
@@ -5888,7 +7457,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
     goto __pyx_L5_bool_binop_done;
   }
 
-  /* "ivshmem/channel/roles.pyx":87
+  /* "ivshmem/channel/roles.pyx":165
  *             tables.backlogs = <ivshmem_backlog *>calloc(g.readers + 1, sizeof(ivshmem_backlog))
  *         if tables.cell_of == NULL or tables.free == NULL or (
  *             g.overflow & IVSHMEM_DISCARD             # <<<<<<<<<<<<<<
@@ -5906,7 +7475,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
     goto __pyx_L5_bool_binop_done;
   }
 
-  /* "ivshmem/channel/roles.pyx":88
+  /* "ivshmem/channel/roles.pyx":166
  *         if tables.cell_of == NULL or tables.free == NULL or (
  *             g.overflow & IVSHMEM_DISCARD
  *             and (tables.references == NULL or tables.pinned == NULL or tables.backlogs == NULL)             # <<<<<<<<<<<<<<
@@ -5940,7 +7509,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 
   __pyx_L5_bool_binop_done:;
 
-  /* "ivshmem/channel/roles.pyx":86
+  /* "ivshmem/channel/roles.pyx":164
  *             tables.pinned = <uint32_t *>calloc(<size_t>g.readers * g.slots + 1, sizeof(uint32_t))
  *             tables.backlogs = <ivshmem_backlog *>calloc(g.readers + 1, sizeof(ivshmem_backlog))
  *         if tables.cell_of == NULL or tables.free == NULL or (             # <<<<<<<<<<<<<<
@@ -5950,16 +7519,16 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
   if (unlikely(__pyx_t_3)) {
 
 
-    /* "ivshmem/channel/roles.pyx":90
+    /* "ivshmem/channel/roles.pyx":168
  *             and (tables.references == NULL or tables.pinned == NULL or tables.backlogs == NULL)
  *         ):
  *             raise MemoryError             # <<<<<<<<<<<<<<
  *         code = ivshmem_writer_open(&self.writer)
  *         if code == IVSHMEM_TAKEN:
 */
-    PyErr_NoMemory(); __PYX_ERR(0, 90, __pyx_L1_error)
+    PyErr_NoMemory(); __PYX_ERR(0, 168, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":86
+    /* "ivshmem/channel/roles.pyx":164
  *             tables.pinned = <uint32_t *>calloc(<size_t>g.readers * g.slots + 1, sizeof(uint32_t))
  *             tables.backlogs = <ivshmem_backlog *>calloc(g.readers + 1, sizeof(ivshmem_backlog))
  *         if tables.cell_of == NULL or tables.free == NULL or (             # <<<<<<<<<<<<<<
@@ -5968,7 +7537,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":91
+  /* "ivshmem/channel/roles.pyx":169
  *         ):
  *             raise MemoryError
  *         code = ivshmem_writer_open(&self.writer)             # <<<<<<<<<<<<<<
@@ -5977,7 +7546,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   __pyx_v_code = ivshmem_writer_open((&__pyx_v_self->writer));
 
-  /* "ivshmem/channel/roles.pyx":92
+  /* "ivshmem/channel/roles.pyx":170
  *             raise MemoryError
  *         code = ivshmem_writer_open(&self.writer)
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -5989,7 +7558,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
   if (unlikely(__pyx_t_3)) {
 
 
-    /* "ivshmem/channel/roles.pyx":93
+    /* "ivshmem/channel/roles.pyx":171
  *         code = ivshmem_writer_open(&self.writer)
  *         if code == IVSHMEM_TAKEN:
  *             raise ChannelError(             # <<<<<<<<<<<<<<
@@ -5997,35 +7566,35 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
  *                 " a reader has yet to read; create it with more writers"
 */
     __pyx_t_6 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 93, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 171, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
 
-    /* "ivshmem/channel/roles.pyx":94
+    /* "ivshmem/channel/roles.pyx":172
  *         if code == IVSHMEM_TAKEN:
  *             raise ChannelError(
  *                 f"channel {self.name!r}: {all_of(g.writers, 'writer')} open, or wrote messages that"             # <<<<<<<<<<<<<<
  *                 " a reader has yet to read; create it with more writers"
  *             )
 */
-    __pyx_t_8 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 94, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 172, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
-    __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_all_of); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 94, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_all_of); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 172, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
-    __pyx_t_10 = __Pyx_PyLong_From_uint32_t(__pyx_v_g->writers); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 94, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyLong_From_uint32_t(__pyx_v_g->writers); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 172, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
-    __pyx_t_11 = PyTuple_New(2); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 94, __pyx_L1_error)
+    __pyx_t_11 = PyTuple_New(2); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 172, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __Pyx_GIVEREF(__pyx_t_10);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 0, __pyx_t_10) != (0)) __PYX_ERR(0, 94, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 0, __pyx_t_10) != (0)) __PYX_ERR(0, 172, __pyx_L1_error);
     __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_writer);
     __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_writer);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 1, __pyx_mstate_global->__pyx_n_u_writer) != (0)) __PYX_ERR(0, 94, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 1, __pyx_mstate_global->__pyx_n_u_writer) != (0)) __PYX_ERR(0, 172, __pyx_L1_error);
     __pyx_t_10 = 0;
-    __pyx_t_10 = __Pyx_PyObject_Call(__pyx_t_9, __pyx_t_11, NULL); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 94, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyObject_Call(__pyx_t_9, __pyx_t_11, NULL); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 172, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-    __pyx_t_11 = __Pyx_PyObject_FormatSimple(__pyx_t_10, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 94, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyObject_FormatSimple(__pyx_t_10, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 172, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __pyx_t_12[0] = __pyx_mstate_global->__pyx_kp_u_channel;
@@ -6042,7 +7611,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
     __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_12[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_12[3]);
     #endif
     __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_12, 5, __pyx_t_13, __pyx_t_1);
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 94, __pyx_L1_error)
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 172, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
@@ -6064,14 +7633,14 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
       __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 93, __pyx_L1_error)
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 171, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
     }
     __Pyx_Raise(__pyx_t_5, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __PYX_ERR(0, 93, __pyx_L1_error)
+    __PYX_ERR(0, 171, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":92
+    /* "ivshmem/channel/roles.pyx":170
  *             raise MemoryError
  *         code = ivshmem_writer_open(&self.writer)
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -6080,7 +7649,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":97
+  /* "ivshmem/channel/roles.pyx":175
  *                 " a reader has yet to read; create it with more writers"
  *             )
  *         if code:             # <<<<<<<<<<<<<<
@@ -6092,20 +7661,20 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
   if (unlikely(__pyx_t_3)) {
 
 
-    /* "ivshmem/channel/roles.pyx":98
+    /* "ivshmem/channel/roles.pyx":176
  *             )
  *         if code:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
  *         self.enlist()
  * 
 */
-    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 98, __pyx_L1_error)
+    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 176, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_Raise(__pyx_t_5, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __PYX_ERR(0, 98, __pyx_L1_error)
+    __PYX_ERR(0, 176, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":97
+    /* "ivshmem/channel/roles.pyx":175
  *                 " a reader has yet to read; create it with more writers"
  *             )
  *         if code:             # <<<<<<<<<<<<<<
@@ -6114,17 +7683,17 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":99
+  /* "ivshmem/channel/roles.pyx":177
  *         if code:
  *             raise self.fail(code)
  *         self.enlist()             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enlist(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 99, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enlist(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 177, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/roles.pyx":65
+  /* "ivshmem/channel/roles.pyx":143
  *     """The slot of a writer, or of a caller."""
  * 
  *     def __cinit__(             # <<<<<<<<<<<<<<
@@ -6155,7 +7724,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":101
+/* "ivshmem/channel/roles.pyx":179
  *         self.enlist()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6233,7 +7802,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2close(struct __py
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/roles.pyx":108
+        /* "ivshmem/channel/roles.pyx":186
  *             BufferError: a memoryview or an array of a Loan is alive. Nothing has changed then.
  *         """
  *         if self.open and self.exports and self.membership.usable():             # <<<<<<<<<<<<<<
@@ -6265,7 +7834,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2close(struct __py
         if (unlikely(__pyx_t_2)) {
 
 
-          /* "ivshmem/channel/roles.pyx":109
+          /* "ivshmem/channel/roles.pyx":187
  *         """
  *         if self.open and self.exports and self.membership.usable():
  *             raise BufferError(             # <<<<<<<<<<<<<<
@@ -6274,32 +7843,32 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2close(struct __py
 */
           __pyx_t_5 = NULL;
 
-          /* "ivshmem/channel/roles.pyx":110
+          /* "ivshmem/channel/roles.pyx":188
  *         if self.open and self.exports and self.membership.usable():
  *             raise BufferError(
  *                 f"channel {self.name!r}: {counted(self.exports, 'memoryview')} or arrays of loans"             # <<<<<<<<<<<<<<
  *                 " are in use: release them first (del)"
  *             )
 */
-          __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 110, __pyx_L4_error)
+          __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 188, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
-          __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 110, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 188, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
-          __pyx_t_8 = __Pyx_PyLong_From_int(__pyx_v_self->exports); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 110, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyLong_From_int(__pyx_v_self->exports); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 188, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
-          __pyx_t_9 = PyTuple_New(2); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 110, __pyx_L4_error)
+          __pyx_t_9 = PyTuple_New(2); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 188, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_9);
           __Pyx_GIVEREF(__pyx_t_8);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 0, __pyx_t_8) != (0)) __PYX_ERR(0, 110, __pyx_L4_error);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 0, __pyx_t_8) != (0)) __PYX_ERR(0, 188, __pyx_L4_error);
           __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_memoryview);
           __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_memoryview);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 1, __pyx_mstate_global->__pyx_n_u_memoryview) != (0)) __PYX_ERR(0, 110, __pyx_L4_error);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 1, __pyx_mstate_global->__pyx_n_u_memoryview) != (0)) __PYX_ERR(0, 188, __pyx_L4_error);
           __pyx_t_8 = 0;
-          __pyx_t_8 = __Pyx_PyObject_Call(__pyx_t_7, __pyx_t_9, NULL); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 110, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyObject_Call(__pyx_t_7, __pyx_t_9, NULL); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 188, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
           __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-          __pyx_t_9 = __Pyx_PyObject_FormatSimple(__pyx_t_8, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 110, __pyx_L4_error)
+          __pyx_t_9 = __Pyx_PyObject_FormatSimple(__pyx_t_8, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 188, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_9);
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
           __pyx_t_10[0] = __pyx_mstate_global->__pyx_kp_u_channel;
@@ -6316,7 +7885,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2close(struct __py
           __pyx_t_12 |= __Pyx_PyUnicode_KIND_04(__pyx_t_10[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_10[3]);
           #endif
           __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_10, 5, __pyx_t_11, __pyx_t_12);
-          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 110, __pyx_L4_error)
+          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 188, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
           __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
@@ -6326,14 +7895,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2close(struct __py
             __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BufferError)), __pyx_callargs+__pyx_t_13, (2-__pyx_t_13) | (__pyx_t_13*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 109, __pyx_L4_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 187, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
           __Pyx_Raise(__pyx_t_4, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __PYX_ERR(0, 109, __pyx_L4_error)
+          __PYX_ERR(0, 187, __pyx_L4_error)
 
-          /* "ivshmem/channel/roles.pyx":108
+          /* "ivshmem/channel/roles.pyx":186
  *             BufferError: a memoryview or an array of a Loan is alive. Nothing has changed then.
  *         """
  *         if self.open and self.exports and self.membership.usable():             # <<<<<<<<<<<<<<
@@ -6342,7 +7911,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2close(struct __py
 */
         }
 
-        /* "ivshmem/channel/roles.pyx":113
+        /* "ivshmem/channel/roles.pyx":191
  *                 " are in use: release them first (del)"
  *             )
  *         ChannelEnd.close(self)             # <<<<<<<<<<<<<<
@@ -6356,13 +7925,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2close(struct __py
           PyObject *__pyx_callargs[2] = {__pyx_t_8, ((PyObject *)__pyx_v_self)};
           __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_13, (2-__pyx_t_13) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
-          if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 113, __pyx_L4_error)
+          if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 191, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_4);
         }
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
       }
 
-      /* "ivshmem/channel/roles.pyx":101
+      /* "ivshmem/channel/roles.pyx":179
  *         self.enlist()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6402,7 +7971,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2close(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":115
+/* "ivshmem/channel/roles.pyx":193
  *         ChannelEnd.close(self)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -6425,7 +7994,7 @@ static void __pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_5__dealloc__(PyObject *
 
 static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4__dealloc__(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
 
-  /* "ivshmem/channel/roles.pyx":116
+  /* "ivshmem/channel/roles.pyx":194
  * 
  *     def __dealloc__(self):
  *         free(self.writer.tables.cell_of)             # <<<<<<<<<<<<<<
@@ -6434,7 +8003,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4__dealloc__(struct __p
 */
   free(__pyx_v_self->writer.tables.cell_of);
 
-  /* "ivshmem/channel/roles.pyx":117
+  /* "ivshmem/channel/roles.pyx":195
  *     def __dealloc__(self):
  *         free(self.writer.tables.cell_of)
  *         free(self.writer.tables.free)             # <<<<<<<<<<<<<<
@@ -6443,7 +8012,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4__dealloc__(struct __p
 */
   free(__pyx_v_self->writer.tables.free);
 
-  /* "ivshmem/channel/roles.pyx":118
+  /* "ivshmem/channel/roles.pyx":196
  *         free(self.writer.tables.cell_of)
  *         free(self.writer.tables.free)
  *         free(self.writer.tables.references)             # <<<<<<<<<<<<<<
@@ -6452,7 +8021,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4__dealloc__(struct __p
 */
   free(__pyx_v_self->writer.tables.references);
 
-  /* "ivshmem/channel/roles.pyx":119
+  /* "ivshmem/channel/roles.pyx":197
  *         free(self.writer.tables.free)
  *         free(self.writer.tables.references)
  *         free(self.writer.tables.pinned)             # <<<<<<<<<<<<<<
@@ -6461,7 +8030,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4__dealloc__(struct __p
 */
   free(__pyx_v_self->writer.tables.pinned);
 
-  /* "ivshmem/channel/roles.pyx":120
+  /* "ivshmem/channel/roles.pyx":198
  *         free(self.writer.tables.references)
  *         free(self.writer.tables.pinned)
  *         free(self.writer.tables.backlogs)             # <<<<<<<<<<<<<<
@@ -6470,7 +8039,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4__dealloc__(struct __p
 */
   free(__pyx_v_self->writer.tables.backlogs);
 
-  /* "ivshmem/channel/roles.pyx":115
+  /* "ivshmem/channel/roles.pyx":193
  *         ChannelEnd.close(self)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -6482,7 +8051,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4__dealloc__(struct __p
 
 }
 
-/* "ivshmem/channel/roles.pyx":124
+/* "ivshmem/channel/roles.pyx":202
  *     # As a ChannelEnd.
  * 
  *     cdef int ready(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6493,7 +8062,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4__dealloc__(struct __p
 static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_ready(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/roles.pyx":125
+  /* "ivshmem/channel/roles.pyx":203
  * 
  *     cdef int ready(self) noexcept:
  *         if self.claims:             # <<<<<<<<<<<<<<
@@ -6502,7 +8071,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_ready(struct __pyx_obj_7i
 */
   if (__pyx_v_self->claims) {
 
-    /* "ivshmem/channel/roles.pyx":126
+    /* "ivshmem/channel/roles.pyx":204
  *     cdef int ready(self) noexcept:
  *         if self.claims:
  *             return ivshmem_queue_ready(&self.writer)             # <<<<<<<<<<<<<<
@@ -6515,7 +8084,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_ready(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/roles.pyx":125
+    /* "ivshmem/channel/roles.pyx":203
  * 
  *     cdef int ready(self) noexcept:
  *         if self.claims:             # <<<<<<<<<<<<<<
@@ -6524,7 +8093,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_ready(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":127
+  /* "ivshmem/channel/roles.pyx":205
  *         if self.claims:
  *             return ivshmem_queue_ready(&self.writer)
  *         return ivshmem_writer_ready(&self.writer)             # <<<<<<<<<<<<<<
@@ -6537,7 +8106,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_ready(struct __pyx_obj_7i
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":124
+  /* "ivshmem/channel/roles.pyx":202
  *     # As a ChannelEnd.
  * 
  *     cdef int ready(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6551,7 +8120,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_ready(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":129
+/* "ivshmem/channel/roles.pyx":207
  *         return ivshmem_writer_ready(&self.writer)
  * 
  *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
@@ -6562,7 +8131,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_ready(struct __pyx_obj_7i
 static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_attempt(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/roles.pyx":130
+  /* "ivshmem/channel/roles.pyx":208
  * 
  *     cdef int attempt(self) except? -2:
  *         return self.ready()             # <<<<<<<<<<<<<<
@@ -6575,7 +8144,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_attempt(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":129
+  /* "ivshmem/channel/roles.pyx":207
  *         return ivshmem_writer_ready(&self.writer)
  * 
  *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
@@ -6589,7 +8158,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_attempt(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":132
+/* "ivshmem/channel/roles.pyx":210
  *         return self.ready()
  * 
  *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
@@ -6600,7 +8169,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_attempt(struct __pyx_obj_
 static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/roles.pyx":133
+  /* "ivshmem/channel/roles.pyx":211
  * 
  *     cdef int begin_sleep(self) except? -2:
  *         if self.claims:             # <<<<<<<<<<<<<<
@@ -6609,7 +8178,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_
 */
   if (__pyx_v_self->claims) {
 
-    /* "ivshmem/channel/roles.pyx":134
+    /* "ivshmem/channel/roles.pyx":212
  *     cdef int begin_sleep(self) except? -2:
  *         if self.claims:
  *             ivshmem_queue_writer_sleep(&self.writer)             # <<<<<<<<<<<<<<
@@ -6618,7 +8187,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_
 */
     ivshmem_queue_writer_sleep((&__pyx_v_self->writer));
 
-    /* "ivshmem/channel/roles.pyx":135
+    /* "ivshmem/channel/roles.pyx":213
  *         if self.claims:
  *             ivshmem_queue_writer_sleep(&self.writer)
  *             return ivshmem_queue_ready(&self.writer)             # <<<<<<<<<<<<<<
@@ -6631,7 +8200,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/roles.pyx":133
+    /* "ivshmem/channel/roles.pyx":211
  * 
  *     cdef int begin_sleep(self) except? -2:
  *         if self.claims:             # <<<<<<<<<<<<<<
@@ -6640,7 +8209,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":136
+  /* "ivshmem/channel/roles.pyx":214
  *             ivshmem_queue_writer_sleep(&self.writer)
  *             return ivshmem_queue_ready(&self.writer)
  *         return ivshmem_writer_sleep(&self.writer)             # <<<<<<<<<<<<<<
@@ -6653,7 +8222,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":132
+  /* "ivshmem/channel/roles.pyx":210
  *         return self.ready()
  * 
  *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
@@ -6667,7 +8236,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":138
+/* "ivshmem/channel/roles.pyx":216
  *         return ivshmem_writer_sleep(&self.writer)
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6677,7 +8246,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_
 
 static void __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_end_sleep(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
 
-  /* "ivshmem/channel/roles.pyx":139
+  /* "ivshmem/channel/roles.pyx":217
  * 
  *     cdef void end_sleep(self) noexcept:
  *         ivshmem_sleep_end(&self.channel, &self.writer.sleep)             # <<<<<<<<<<<<<<
@@ -6686,7 +8255,7 @@ static void __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_end_sleep(struct __pyx_o
 */
   ivshmem_sleep_end((&__pyx_v_self->__pyx_base.channel), (&__pyx_v_self->writer.sleep));
 
-  /* "ivshmem/channel/roles.pyx":138
+  /* "ivshmem/channel/roles.pyx":216
  *         return ivshmem_writer_sleep(&self.writer)
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6698,7 +8267,7 @@ static void __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_end_sleep(struct __pyx_o
 
 }
 
-/* "ivshmem/channel/roles.pyx":141
+/* "ivshmem/channel/roles.pyx":219
  *         ivshmem_sleep_end(&self.channel, &self.writer.sleep)
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -6715,7 +8284,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_restore(struct __pyx_obj_
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/roles.pyx":142
+  /* "ivshmem/channel/roles.pyx":220
  * 
  *     cdef int restore(self) except -1:
  *         ivshmem_writer_beat(&self.writer)             # <<<<<<<<<<<<<<
@@ -6724,7 +8293,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_restore(struct __pyx_obj_
 */
   ivshmem_writer_beat((&__pyx_v_self->writer));
 
-  /* "ivshmem/channel/roles.pyx":143
+  /* "ivshmem/channel/roles.pyx":221
  *     cdef int restore(self) except -1:
  *         ivshmem_writer_beat(&self.writer)
  *         if self.awaited and self.ready() == 0:             # <<<<<<<<<<<<<<
@@ -6750,17 +8319,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_restore(struct __pyx_obj_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/roles.pyx":144
+    /* "ivshmem/channel/roles.pyx":222
  *         ivshmem_writer_beat(&self.writer)
  *         if self.awaited and self.ready() == 0:
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 144, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 222, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/roles.pyx":143
+    /* "ivshmem/channel/roles.pyx":221
  *     cdef int restore(self) except -1:
  *         ivshmem_writer_beat(&self.writer)
  *         if self.awaited and self.ready() == 0:             # <<<<<<<<<<<<<<
@@ -6769,7 +8338,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_restore(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":145
+  /* "ivshmem/channel/roles.pyx":223
  *         if self.awaited and self.ready() == 0:
  *             self.membership.kick_all()
  *         return 0             # <<<<<<<<<<<<<<
@@ -6782,7 +8351,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_restore(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":141
+  /* "ivshmem/channel/roles.pyx":219
  *         ivshmem_sleep_end(&self.channel, &self.writer.sleep)
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -6799,7 +8368,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_restore(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":147
+/* "ivshmem/channel/roles.pyx":225
  *         return 0
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -6810,7 +8379,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_restore(struct __pyx_obj_
 static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_give_up(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/roles.pyx":148
+  /* "ivshmem/channel/roles.pyx":226
  * 
  *     cdef int give_up(self) except -1:
  *         ivshmem_writer_close(&self.writer)             # <<<<<<<<<<<<<<
@@ -6819,7 +8388,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_give_up(struct __pyx_obj_
 */
   ivshmem_writer_close((&__pyx_v_self->writer));
 
-  /* "ivshmem/channel/roles.pyx":149
+  /* "ivshmem/channel/roles.pyx":227
  *     cdef int give_up(self) except -1:
  *         ivshmem_writer_close(&self.writer)
  *         return 0             # <<<<<<<<<<<<<<
@@ -6832,7 +8401,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_give_up(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":147
+  /* "ivshmem/channel/roles.pyx":225
  *         return 0
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -6846,7 +8415,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_give_up(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":153
+/* "ivshmem/channel/roles.pyx":231
  *     # What all kinds of writers have in common.
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6878,14 +8447,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_5limit___get__(str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/roles.pyx":156
+  /* "ivshmem/channel/roles.pyx":234
  *     def limit(self):
  *         """Bytes that a message can have."""
  *         return self.channel.record.geometry.limit             # <<<<<<<<<<<<<<
  * 
  *     cdef char *at(self, uint32_t cell) noexcept nogil:
 */
-  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->__pyx_base.channel.record.geometry.limit); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 156, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->__pyx_base.channel.record.geometry.limit); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 234, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -6898,7 +8467,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_5limit___get__(str
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":153
+  /* "ivshmem/channel/roles.pyx":231
  *     # What all kinds of writers have in common.
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6917,7 +8486,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_5limit___get__(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":158
+/* "ivshmem/channel/roles.pyx":236
  *         return self.channel.record.geometry.limit
  * 
  *     cdef char *at(self, uint32_t cell) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -6928,7 +8497,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_5limit___get__(str
 static char *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_at(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self, uint32_t __pyx_v_cell) {
   char *__pyx_r;
 
-  /* "ivshmem/channel/roles.pyx":162
+  /* "ivshmem/channel/roles.pyx":240
  *             <char *>self.channel.area.memory.start
  *             + self.writer.cells_at
  *             + cell * self.channel.layout.cell_bytes             # <<<<<<<<<<<<<<
@@ -6941,7 +8510,7 @@ static char *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_at(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":158
+  /* "ivshmem/channel/roles.pyx":236
  *         return self.channel.record.geometry.limit
  * 
  *     cdef char *at(self, uint32_t cell) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -6954,7 +8523,7 @@ static char *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_at(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":165
+/* "ivshmem/channel/roles.pyx":243
  *         )
  * 
  *     cdef object blocked(self, object timeout):             # <<<<<<<<<<<<<<
@@ -6982,7 +8551,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("blocked", 0);
 
-  /* "ivshmem/channel/roles.pyx":166
+  /* "ivshmem/channel/roles.pyx":244
  * 
  *     cdef object blocked(self, object timeout):
  *         return TimeoutError(             # <<<<<<<<<<<<<<
@@ -6991,26 +8560,26 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked(struct __py
 */
   __pyx_t_2 = NULL;
 
-  /* "ivshmem/channel/roles.pyx":168
+  /* "ivshmem/channel/roles.pyx":246
  *         return TimeoutError(
  *             f"channel {self.name!r} is full: a reader took nothing for {timeout:g} s"
  *             if timeout             # <<<<<<<<<<<<<<
  *             else f"channel {self.name!r} is full"
  *         )
 */
-  __pyx_t_4 = __Pyx_PyObject_IsTrue(__pyx_v_timeout); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 168, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_IsTrue(__pyx_v_timeout); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 246, __pyx_L1_error)
   if (__pyx_t_4) {
 
-    /* "ivshmem/channel/roles.pyx":167
+    /* "ivshmem/channel/roles.pyx":245
  *     cdef object blocked(self, object timeout):
  *         return TimeoutError(
  *             f"channel {self.name!r} is full: a reader took nothing for {timeout:g} s"             # <<<<<<<<<<<<<<
  *             if timeout
  *             else f"channel {self.name!r} is full"
 */
-    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 167, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 245, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyObject_Format(__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 167, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_Format(__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 245, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_channel;
     __pyx_t_7[1] = __pyx_t_5;
@@ -7026,7 +8595,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked(struct __py
     __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_7[3]);
     #endif
     __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 5, __pyx_t_8, __pyx_t_9);
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 167, __pyx_L1_error)
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 245, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -7034,14 +8603,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked(struct __py
     __pyx_t_10 = 0;
   } else {
 
-    /* "ivshmem/channel/roles.pyx":169
+    /* "ivshmem/channel/roles.pyx":247
  *             f"channel {self.name!r} is full: a reader took nothing for {timeout:g} s"
  *             if timeout
  *             else f"channel {self.name!r} is full"             # <<<<<<<<<<<<<<
  *         )
  * 
 */
-    __pyx_t_10 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 169, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 247, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __pyx_t_11[0] = __pyx_mstate_global->__pyx_kp_u_channel;
     __pyx_t_11[1] = __pyx_t_10;
@@ -7055,7 +8624,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked(struct __py
     __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_11[1]);
     #endif
     __pyx_t_6 = __Pyx_PyUnicode_Join(__pyx_t_11, 3, __pyx_t_8, __pyx_t_9);
-    if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 169, __pyx_L1_error)
+    if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 247, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __pyx_t_3 = __pyx_t_6;
@@ -7068,7 +8637,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked(struct __py
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TimeoutError)), __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 166, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 244, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -7082,7 +8651,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked(struct __py
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":165
+  /* "ivshmem/channel/roles.pyx":243
  *         )
  * 
  *     cdef object blocked(self, object timeout):             # <<<<<<<<<<<<<<
@@ -7106,7 +8675,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":172
+/* "ivshmem/channel/roles.pyx":250
  *         )
  * 
  *     cdef int loan_cell(self, uint32_t *cell) except -1:             # <<<<<<<<<<<<<<
@@ -7122,7 +8691,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_loan_cell(struct __pyx_ob
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/roles.pyx":173
+  /* "ivshmem/channel/roles.pyx":251
  * 
  *     cdef int loan_cell(self, uint32_t *cell) except -1:
  *         while ivshmem_loan(&self.writer, cell):             # <<<<<<<<<<<<<<
@@ -7135,18 +8704,18 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_loan_cell(struct __pyx_ob
 
     if (!__pyx_t_1) break;
 
-    /* "ivshmem/channel/roles.pyx":174
+    /* "ivshmem/channel/roles.pyx":252
  *     cdef int loan_cell(self, uint32_t *cell) except -1:
  *         while ivshmem_loan(&self.writer, cell):
  *             self.pause_for_cell()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->pause_for_cell(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 174, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->pause_for_cell(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 252, __pyx_L1_error)
 
   }
 
-  /* "ivshmem/channel/roles.pyx":175
+  /* "ivshmem/channel/roles.pyx":253
  *         while ivshmem_loan(&self.writer, cell):
  *             self.pause_for_cell()
  *         return 0             # <<<<<<<<<<<<<<
@@ -7159,7 +8728,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_loan_cell(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":172
+  /* "ivshmem/channel/roles.pyx":250
  *         )
  * 
  *     cdef int loan_cell(self, uint32_t *cell) except -1:             # <<<<<<<<<<<<<<
@@ -7176,7 +8745,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_loan_cell(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":177
+/* "ivshmem/channel/roles.pyx":255
  *         return 0
  * 
  *     cdef int find_room(self, uint32_t *cell, object timeout, object spin) except -1:             # <<<<<<<<<<<<<<
@@ -7196,17 +8765,27 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("find_room", 0);
 
-  /* "ivshmem/channel/roles.pyx":180
+  /* "ivshmem/channel/roles.pyx":258
  *         """Wait until a message can be published, and borrow a cell for it."""
  *         cdef int code
+ *         check_timeout(timeout)             # <<<<<<<<<<<<<<
+ *         while True:
+ *             code = self.ready()
+*/
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_check_timeout(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 258, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/roles.pyx":259
+ *         cdef int code
+ *         check_timeout(timeout)
  *         while True:             # <<<<<<<<<<<<<<
  *             code = self.ready()
  *             if code == IVSHMEM_AGAIN:
 */
   while (1) {
 
-    /* "ivshmem/channel/roles.pyx":181
- *         cdef int code
+    /* "ivshmem/channel/roles.pyx":260
+ *         check_timeout(timeout)
  *         while True:
  *             code = self.ready()             # <<<<<<<<<<<<<<
  *             if code == IVSHMEM_AGAIN:
@@ -7214,54 +8793,54 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
 */
     __pyx_v_code = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->ready(__pyx_v_self);
 
-    /* "ivshmem/channel/roles.pyx":182
+    /* "ivshmem/channel/roles.pyx":261
  *         while True:
  *             code = self.ready()
  *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *                 code = self.wait(timeout, spin)
  *                 if code == IVSHMEM_AGAIN:
 */
-    __pyx_t_1 = (__pyx_v_code == IVSHMEM_AGAIN);
+    __pyx_t_2 = (__pyx_v_code == IVSHMEM_AGAIN);
 
-    if (__pyx_t_1) {
+    if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/roles.pyx":183
+      /* "ivshmem/channel/roles.pyx":262
  *             code = self.ready()
  *             if code == IVSHMEM_AGAIN:
  *                 code = self.wait(timeout, spin)             # <<<<<<<<<<<<<<
  *                 if code == IVSHMEM_AGAIN:
  *                     raise self.blocked(timeout)
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 183, __pyx_L1_error)
-      __pyx_v_code = __pyx_t_2;
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 262, __pyx_L1_error)
+      __pyx_v_code = __pyx_t_1;
 
-      /* "ivshmem/channel/roles.pyx":184
+      /* "ivshmem/channel/roles.pyx":263
  *             if code == IVSHMEM_AGAIN:
  *                 code = self.wait(timeout, spin)
  *                 if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *                     raise self.blocked(timeout)
  *             if code:
 */
-      __pyx_t_1 = (__pyx_v_code == IVSHMEM_AGAIN);
+      __pyx_t_2 = (__pyx_v_code == IVSHMEM_AGAIN);
 
-      if (unlikely(__pyx_t_1)) {
+      if (unlikely(__pyx_t_2)) {
 
 
-        /* "ivshmem/channel/roles.pyx":185
+        /* "ivshmem/channel/roles.pyx":264
  *                 code = self.wait(timeout, spin)
  *                 if code == IVSHMEM_AGAIN:
  *                     raise self.blocked(timeout)             # <<<<<<<<<<<<<<
  *             if code:
  *                 raise self.fail(code)
 */
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->blocked(__pyx_v_self, __pyx_v_timeout); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 185, __pyx_L1_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->blocked(__pyx_v_self, __pyx_v_timeout); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 264, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_3);
         __Pyx_Raise(__pyx_t_3, 0, 0, 0);
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-        __PYX_ERR(0, 185, __pyx_L1_error)
+        __PYX_ERR(0, 264, __pyx_L1_error)
 
-        /* "ivshmem/channel/roles.pyx":184
+        /* "ivshmem/channel/roles.pyx":263
  *             if code == IVSHMEM_AGAIN:
  *                 code = self.wait(timeout, spin)
  *                 if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -7270,7 +8849,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
 */
       }
 
-      /* "ivshmem/channel/roles.pyx":182
+      /* "ivshmem/channel/roles.pyx":261
  *         while True:
  *             code = self.ready()
  *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -7279,32 +8858,32 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
 */
     }
 
-    /* "ivshmem/channel/roles.pyx":186
+    /* "ivshmem/channel/roles.pyx":265
  *                 if code == IVSHMEM_AGAIN:
  *                     raise self.blocked(timeout)
  *             if code:             # <<<<<<<<<<<<<<
  *                 raise self.fail(code)
  *             if ivshmem_loan(&self.writer, cell) == 0:
 */
-    __pyx_t_1 = (__pyx_v_code != 0);
+    __pyx_t_2 = (__pyx_v_code != 0);
 
-    if (unlikely(__pyx_t_1)) {
+    if (unlikely(__pyx_t_2)) {
 
 
-      /* "ivshmem/channel/roles.pyx":187
+      /* "ivshmem/channel/roles.pyx":266
  *                     raise self.blocked(timeout)
  *             if code:
  *                 raise self.fail(code)             # <<<<<<<<<<<<<<
  *             if ivshmem_loan(&self.writer, cell) == 0:
  *                 return 0
 */
-      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 187, __pyx_L1_error)
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 266, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
       __Pyx_Raise(__pyx_t_3, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __PYX_ERR(0, 187, __pyx_L1_error)
+      __PYX_ERR(0, 266, __pyx_L1_error)
 
-      /* "ivshmem/channel/roles.pyx":186
+      /* "ivshmem/channel/roles.pyx":265
  *                 if code == IVSHMEM_AGAIN:
  *                     raise self.blocked(timeout)
  *             if code:             # <<<<<<<<<<<<<<
@@ -7313,19 +8892,19 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
 */
     }
 
-    /* "ivshmem/channel/roles.pyx":188
+    /* "ivshmem/channel/roles.pyx":267
  *             if code:
  *                 raise self.fail(code)
  *             if ivshmem_loan(&self.writer, cell) == 0:             # <<<<<<<<<<<<<<
  *                 return 0
  *             self.pause_for_cell()
 */
-    __pyx_t_1 = (ivshmem_loan((&__pyx_v_self->writer), __pyx_v_cell) == 0);
+    __pyx_t_2 = (ivshmem_loan((&__pyx_v_self->writer), __pyx_v_cell) == 0);
 
-    if (__pyx_t_1) {
+    if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/roles.pyx":189
+      /* "ivshmem/channel/roles.pyx":268
  *                 raise self.fail(code)
  *             if ivshmem_loan(&self.writer, cell) == 0:
  *                 return 0             # <<<<<<<<<<<<<<
@@ -7338,7 +8917,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/roles.pyx":188
+      /* "ivshmem/channel/roles.pyx":267
  *             if code:
  *                 raise self.fail(code)
  *             if ivshmem_loan(&self.writer, cell) == 0:             # <<<<<<<<<<<<<<
@@ -7347,18 +8926,18 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
 */
     }
 
-    /* "ivshmem/channel/roles.pyx":190
+    /* "ivshmem/channel/roles.pyx":269
  *             if ivshmem_loan(&self.writer, cell) == 0:
  *                 return 0
  *             self.pause_for_cell()             # <<<<<<<<<<<<<<
  * 
  *     cdef int pause_for_cell(self) except -1:
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->pause_for_cell(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 190, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->pause_for_cell(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 269, __pyx_L1_error)
 
   }
 
-  /* "ivshmem/channel/roles.pyx":177
+  /* "ivshmem/channel/roles.pyx":255
  *         return 0
  * 
  *     cdef int find_room(self, uint32_t *cell, object timeout, object spin) except -1:             # <<<<<<<<<<<<<<
@@ -7380,7 +8959,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":192
+/* "ivshmem/channel/roles.pyx":271
  *             self.pause_for_cell()
  * 
  *     cdef int pause_for_cell(self) except -1:             # <<<<<<<<<<<<<<
@@ -7409,7 +8988,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("pause_for_cell", 0);
 
-  /* "ivshmem/channel/roles.pyx":195
+  /* "ivshmem/channel/roles.pyx":274
  *         """Let another thread, which puts a large message, give its cell back."""
  *         cdef timespec pause
  *         if not self.putting:             # <<<<<<<<<<<<<<
@@ -7421,7 +9000,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/roles.pyx":196
+    /* "ivshmem/channel/roles.pyx":275
  *         cdef timespec pause
  *         if not self.putting:
  *             raise ChannelError(             # <<<<<<<<<<<<<<
@@ -7429,35 +9008,35 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
  *                 " all that it was made for"
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 196, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 275, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
 
-    /* "ivshmem/channel/roles.pyx":197
+    /* "ivshmem/channel/roles.pyx":276
  *         if not self.putting:
  *             raise ChannelError(
  *                 f"channel {self.name!r}: {counted(self.writer.loaned, 'loan')} at once, which are"             # <<<<<<<<<<<<<<
  *                 " all that it was made for"
  *             )
 */
-    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 197, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 276, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 197, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 276, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->writer.loaned); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 197, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->writer.loaned); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 276, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_8 = PyTuple_New(2); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 197, __pyx_L1_error)
+    __pyx_t_8 = PyTuple_New(2); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 276, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_GIVEREF(__pyx_t_7);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_8, 0, __pyx_t_7) != (0)) __PYX_ERR(0, 197, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_8, 0, __pyx_t_7) != (0)) __PYX_ERR(0, 276, __pyx_L1_error);
     __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_loan);
     __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_loan);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_8, 1, __pyx_mstate_global->__pyx_n_u_loan) != (0)) __PYX_ERR(0, 197, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_8, 1, __pyx_mstate_global->__pyx_n_u_loan) != (0)) __PYX_ERR(0, 276, __pyx_L1_error);
     __pyx_t_7 = 0;
-    __pyx_t_7 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_t_8, NULL); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 197, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_t_8, NULL); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 276, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_t_7, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 197, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_t_7, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 276, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_channel;
@@ -7474,7 +9053,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
     __pyx_t_11 |= __Pyx_PyUnicode_KIND_04(__pyx_t_9[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_9[3]);
     #endif
     __pyx_t_7 = __Pyx_PyUnicode_Join(__pyx_t_9, 5, __pyx_t_10, __pyx_t_11);
-    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 197, __pyx_L1_error)
+    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 276, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
@@ -7496,14 +9075,14 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 196, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 275, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 196, __pyx_L1_error)
+    __PYX_ERR(0, 275, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":195
+    /* "ivshmem/channel/roles.pyx":274
  *         """Let another thread, which puts a large message, give its cell back."""
  *         cdef timespec pause
  *         if not self.putting:             # <<<<<<<<<<<<<<
@@ -7512,7 +9091,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":200
+  /* "ivshmem/channel/roles.pyx":279
  *                 " all that it was made for"
  *             )
  *         pause.tv_sec = 0             # <<<<<<<<<<<<<<
@@ -7521,7 +9100,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
 */
   __pyx_v_pause.tv_sec = 0;
 
-  /* "ivshmem/channel/roles.pyx":201
+  /* "ivshmem/channel/roles.pyx":280
  *             )
  *         pause.tv_sec = 0
  *         pause.tv_nsec = 20_000  # of the 0.1 ms that a copy takes as a rule             # <<<<<<<<<<<<<<
@@ -7530,7 +9109,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
 */
   __pyx_v_pause.tv_nsec = 0x4E20;
 
-  /* "ivshmem/channel/roles.pyx":202
+  /* "ivshmem/channel/roles.pyx":281
  *         pause.tv_sec = 0
  *         pause.tv_nsec = 20_000  # of the 0.1 ms that a copy takes as a rule
  *         with nogil:             # <<<<<<<<<<<<<<
@@ -7543,7 +9122,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
       __Pyx_FastGIL_Remember();
       /*try:*/ {
 
-        /* "ivshmem/channel/roles.pyx":203
+        /* "ivshmem/channel/roles.pyx":282
  *         pause.tv_nsec = 20_000  # of the 0.1 ms that a copy takes as a rule
  *         with nogil:
  *             nanosleep(&pause, NULL)             # <<<<<<<<<<<<<<
@@ -7553,7 +9132,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
         (void)(nanosleep((&__pyx_v_pause), NULL));
       }
 
-      /* "ivshmem/channel/roles.pyx":202
+      /* "ivshmem/channel/roles.pyx":281
  *         pause.tv_sec = 0
  *         pause.tv_nsec = 20_000  # of the 0.1 ms that a copy takes as a rule
  *         with nogil:             # <<<<<<<<<<<<<<
@@ -7570,30 +9149,30 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
       }
   }
 
-  /* "ivshmem/channel/roles.pyx":204
+  /* "ivshmem/channel/roles.pyx":283
  *         with nogil:
  *             nanosleep(&pause, NULL)
  *         PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *         return self.enter()
  * 
 */
-  __pyx_t_11 = PyErr_CheckSignals(); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 204, __pyx_L1_error)
+  __pyx_t_11 = PyErr_CheckSignals(); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 283, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/roles.pyx":205
+  /* "ivshmem/channel/roles.pyx":284
  *             nanosleep(&pause, NULL)
  *         PyErr_CheckSignals()
  *         return self.enter()             # <<<<<<<<<<<<<<
  * 
  *     cdef int copy_in(self, uint32_t cell, const char *data, uint64_t size) except -1:
 */
-  __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 205, __pyx_L1_error)
+  __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 284, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_11;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":192
+  /* "ivshmem/channel/roles.pyx":271
  *             self.pause_for_cell()
  * 
  *     cdef int pause_for_cell(self) except -1:             # <<<<<<<<<<<<<<
@@ -7619,7 +9198,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":207
+/* "ivshmem/channel/roles.pyx":286
  *         return self.enter()
  * 
  *     cdef int copy_in(self, uint32_t cell, const char *data, uint64_t size) except -1:             # <<<<<<<<<<<<<<
@@ -7635,7 +9214,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_copy_in(struct __pyx_obj_
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/roles.pyx":208
+  /* "ivshmem/channel/roles.pyx":287
  * 
  *     cdef int copy_in(self, uint32_t cell, const char *data, uint64_t size) except -1:
  *         if size < LARGE:             # <<<<<<<<<<<<<<
@@ -7647,7 +9226,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_copy_in(struct __pyx_obj_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/roles.pyx":209
+    /* "ivshmem/channel/roles.pyx":288
  *     cdef int copy_in(self, uint32_t cell, const char *data, uint64_t size) except -1:
  *         if size < LARGE:
  *             memcpy(self.at(cell), data, size)             # <<<<<<<<<<<<<<
@@ -7656,7 +9235,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_copy_in(struct __pyx_obj_
 */
     (void)(memcpy(((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->at(__pyx_v_self, __pyx_v_cell), __pyx_v_data, __pyx_v_size));
 
-    /* "ivshmem/channel/roles.pyx":210
+    /* "ivshmem/channel/roles.pyx":289
  *         if size < LARGE:
  *             memcpy(self.at(cell), data, size)
  *             return 0             # <<<<<<<<<<<<<<
@@ -7669,7 +9248,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_copy_in(struct __pyx_obj_
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/roles.pyx":208
+    /* "ivshmem/channel/roles.pyx":287
  * 
  *     cdef int copy_in(self, uint32_t cell, const char *data, uint64_t size) except -1:
  *         if size < LARGE:             # <<<<<<<<<<<<<<
@@ -7678,17 +9257,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_copy_in(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":211
+  /* "ivshmem/channel/roles.pyx":290
  *             memcpy(self.at(cell), data, size)
  *             return 0
  *         self.begin_copy()             # <<<<<<<<<<<<<<
  *         with nogil:
  *             memcpy(self.at(cell), data, size)
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.begin_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 211, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.begin_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 290, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/roles.pyx":212
+  /* "ivshmem/channel/roles.pyx":291
  *             return 0
  *         self.begin_copy()
  *         with nogil:             # <<<<<<<<<<<<<<
@@ -7701,7 +9280,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_copy_in(struct __pyx_obj_
       __Pyx_FastGIL_Remember();
       /*try:*/ {
 
-        /* "ivshmem/channel/roles.pyx":213
+        /* "ivshmem/channel/roles.pyx":292
  *         self.begin_copy()
  *         with nogil:
  *             memcpy(self.at(cell), data, size)             # <<<<<<<<<<<<<<
@@ -7711,7 +9290,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_copy_in(struct __pyx_obj_
         (void)(memcpy(((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->at(__pyx_v_self, __pyx_v_cell), __pyx_v_data, __pyx_v_size));
       }
 
-      /* "ivshmem/channel/roles.pyx":212
+      /* "ivshmem/channel/roles.pyx":291
  *             return 0
  *         self.begin_copy()
  *         with nogil:             # <<<<<<<<<<<<<<
@@ -7728,20 +9307,20 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_copy_in(struct __pyx_obj_
       }
   }
 
-  /* "ivshmem/channel/roles.pyx":214
+  /* "ivshmem/channel/roles.pyx":293
  *         with nogil:
  *             memcpy(self.at(cell), data, size)
  *         return self.end_copy()             # <<<<<<<<<<<<<<
  * 
  *     cdef uint64_t send(self, uint32_t cell, uint32_t length, uint64_t user) except? 0:
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.end_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 214, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.end_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 293, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_2;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":207
+  /* "ivshmem/channel/roles.pyx":286
  *         return self.enter()
  * 
  *     cdef int copy_in(self, uint32_t cell, const char *data, uint64_t size) except -1:             # <<<<<<<<<<<<<<
@@ -7758,7 +9337,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_copy_in(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":216
+/* "ivshmem/channel/roles.pyx":295
  *         return self.end_copy()
  * 
  *     cdef uint64_t send(self, uint32_t cell, uint32_t length, uint64_t user) except? 0:             # <<<<<<<<<<<<<<
@@ -7777,7 +9356,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/roles.pyx":218
+  /* "ivshmem/channel/roles.pyx":297
  *     cdef uint64_t send(self, uint32_t cell, uint32_t length, uint64_t user) except? 0:
  *         """Publish a loan; there is room. The position that it got, of calls."""
  *         cdef uint64_t position = self.writer.next             # <<<<<<<<<<<<<<
@@ -7788,7 +9367,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
 
   __pyx_v_position = __pyx_t_1;
 
-  /* "ivshmem/channel/roles.pyx":219
+  /* "ivshmem/channel/roles.pyx":298
  *         """Publish a loan; there is room. The position that it got, of calls."""
  *         cdef uint64_t position = self.writer.next
  *         cdef uint64_t time = microseconds() if self.times else 0             # <<<<<<<<<<<<<<
@@ -7804,7 +9383,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
   }
   __pyx_v_time = __pyx_t_1;
 
-  /* "ivshmem/channel/roles.pyx":220
+  /* "ivshmem/channel/roles.pyx":299
  *         cdef uint64_t position = self.writer.next
  *         cdef uint64_t time = microseconds() if self.times else 0
  *         if self.claims:             # <<<<<<<<<<<<<<
@@ -7813,7 +9392,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
 */
   if (__pyx_v_self->claims) {
 
-    /* "ivshmem/channel/roles.pyx":221
+    /* "ivshmem/channel/roles.pyx":300
  *         cdef uint64_t time = microseconds() if self.times else 0
  *         if self.claims:
  *             position = ivshmem_queue_publish(&self.writer, cell, length, time, user)             # <<<<<<<<<<<<<<
@@ -7822,7 +9401,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
 */
     __pyx_v_position = ivshmem_queue_publish((&__pyx_v_self->writer), __pyx_v_cell, __pyx_v_length, __pyx_v_time, __pyx_v_user);
 
-    /* "ivshmem/channel/roles.pyx":220
+    /* "ivshmem/channel/roles.pyx":299
  *         cdef uint64_t position = self.writer.next
  *         cdef uint64_t time = microseconds() if self.times else 0
  *         if self.claims:             # <<<<<<<<<<<<<<
@@ -7832,7 +9411,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/roles.pyx":223
+  /* "ivshmem/channel/roles.pyx":302
  *             position = ivshmem_queue_publish(&self.writer, cell, length, time, user)
  *         else:
  *             ivshmem_writer_add(&self.writer, cell, length, time, user)             # <<<<<<<<<<<<<<
@@ -7842,7 +9421,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
   /*else*/ {
     ivshmem_writer_add((&__pyx_v_self->writer), __pyx_v_cell, __pyx_v_length, __pyx_v_time, __pyx_v_user);
 
-    /* "ivshmem/channel/roles.pyx":224
+    /* "ivshmem/channel/roles.pyx":303
  *         else:
  *             ivshmem_writer_add(&self.writer, cell, length, time, user)
  *             ivshmem_writer_announce(&self.writer)             # <<<<<<<<<<<<<<
@@ -7851,7 +9430,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
 */
     ivshmem_writer_announce((&__pyx_v_self->writer));
 
-    /* "ivshmem/channel/roles.pyx":225
+    /* "ivshmem/channel/roles.pyx":304
  *             ivshmem_writer_add(&self.writer, cell, length, time, user)
  *             ivshmem_writer_announce(&self.writer)
  *             self.missed += self.writer.missed             # <<<<<<<<<<<<<<
@@ -7862,7 +9441,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/roles.pyx":226
+  /* "ivshmem/channel/roles.pyx":305
  *             ivshmem_writer_announce(&self.writer)
  *             self.missed += self.writer.missed
  *         if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -7874,17 +9453,17 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/roles.pyx":227
+    /* "ivshmem/channel/roles.pyx":306
  *             self.missed += self.writer.missed
  *         if self.membership.rings.count:
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *         return position
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 227, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 306, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/roles.pyx":226
+    /* "ivshmem/channel/roles.pyx":305
  *             ivshmem_writer_announce(&self.writer)
  *             self.missed += self.writer.missed
  *         if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -7893,7 +9472,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":228
+  /* "ivshmem/channel/roles.pyx":307
  *         if self.membership.rings.count:
  *             self.membership.flush()
  *         return position             # <<<<<<<<<<<<<<
@@ -7906,7 +9485,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":216
+  /* "ivshmem/channel/roles.pyx":295
  *         return self.end_copy()
  * 
  *     cdef uint64_t send(self, uint32_t cell, uint32_t length, uint64_t user) except? 0:             # <<<<<<<<<<<<<<
@@ -7925,7 +9504,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":230
+/* "ivshmem/channel/roles.pyx":309
  *         return position
  * 
  *     cdef int wait_again(self, object timeout) except -1:             # <<<<<<<<<<<<<<
@@ -7945,17 +9524,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_wait_again(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait_again", 0);
 
-  /* "ivshmem/channel/roles.pyx":233
+  /* "ivshmem/channel/roles.pyx":312
  *         """After a time without the GIL: whether there is still room, and a channel."""
  *         cdef int code
  *         code = self.wait(timeout, None)             # <<<<<<<<<<<<<<
  *         if code == IVSHMEM_AGAIN:
  *             raise self.blocked(timeout)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, Py_None); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 233, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, Py_None); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 312, __pyx_L1_error)
   __pyx_v_code = __pyx_t_1;
 
-  /* "ivshmem/channel/roles.pyx":234
+  /* "ivshmem/channel/roles.pyx":313
  *         cdef int code
  *         code = self.wait(timeout, None)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -7967,20 +9546,20 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_wait_again(struct __pyx_o
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/roles.pyx":235
+    /* "ivshmem/channel/roles.pyx":314
  *         code = self.wait(timeout, None)
  *         if code == IVSHMEM_AGAIN:
  *             raise self.blocked(timeout)             # <<<<<<<<<<<<<<
  *         if code:
  *             raise self.fail(code)
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->blocked(__pyx_v_self, __pyx_v_timeout); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 235, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->blocked(__pyx_v_self, __pyx_v_timeout); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 314, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 235, __pyx_L1_error)
+    __PYX_ERR(0, 314, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":234
+    /* "ivshmem/channel/roles.pyx":313
  *         cdef int code
  *         code = self.wait(timeout, None)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -7989,7 +9568,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_wait_again(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":236
+  /* "ivshmem/channel/roles.pyx":315
  *         if code == IVSHMEM_AGAIN:
  *             raise self.blocked(timeout)
  *         if code:             # <<<<<<<<<<<<<<
@@ -8001,20 +9580,20 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_wait_again(struct __pyx_o
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/roles.pyx":237
+    /* "ivshmem/channel/roles.pyx":316
  *             raise self.blocked(timeout)
  *         if code:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 237, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 316, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 237, __pyx_L1_error)
+    __PYX_ERR(0, 316, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":236
+    /* "ivshmem/channel/roles.pyx":315
  *         if code == IVSHMEM_AGAIN:
  *             raise self.blocked(timeout)
  *         if code:             # <<<<<<<<<<<<<<
@@ -8023,12 +9602,12 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_wait_again(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":238
+  /* "ivshmem/channel/roles.pyx":317
  *         if code:
  *             raise self.fail(code)
  *         return 0             # <<<<<<<<<<<<<<
  * 
- *     cdef object too_long(self, uint64_t size):
+ *     cdef object too_long(self, object size):
 */
   {
 
@@ -8036,7 +9615,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_wait_again(struct __pyx_o
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":230
+  /* "ivshmem/channel/roles.pyx":309
  *         return position
  * 
  *     cdef int wait_again(self, object timeout) except -1:             # <<<<<<<<<<<<<<
@@ -8056,15 +9635,15 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_wait_again(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":240
+/* "ivshmem/channel/roles.pyx":319
  *         return 0
  * 
- *     cdef object too_long(self, uint64_t size):             # <<<<<<<<<<<<<<
+ *     cdef object too_long(self, object size):             # <<<<<<<<<<<<<<
  *         return MessageTooLong(
  *             f"channel {self.name!r}: a message of {size} bytes, and its limit is"
 */
 
-static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_too_long(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self, uint64_t __pyx_v_size) {
+static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_too_long(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self, PyObject *__pyx_v_size) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -8083,37 +9662,37 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_too_long(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("too_long", 0);
 
-  /* "ivshmem/channel/roles.pyx":241
+  /* "ivshmem/channel/roles.pyx":320
  * 
- *     cdef object too_long(self, uint64_t size):
+ *     cdef object too_long(self, object size):
  *         return MessageTooLong(             # <<<<<<<<<<<<<<
  *             f"channel {self.name!r}: a message of {size} bytes, and its limit is"
  *             f" {self.channel.record.geometry.limit}"
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 241, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 320, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
-  /* "ivshmem/channel/roles.pyx":242
- *     cdef object too_long(self, uint64_t size):
+  /* "ivshmem/channel/roles.pyx":321
+ *     cdef object too_long(self, object size):
  *         return MessageTooLong(
  *             f"channel {self.name!r}: a message of {size} bytes, and its limit is"             # <<<<<<<<<<<<<<
  *             f" {self.channel.record.geometry.limit}"
  *         )
 */
-  __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 242, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 321, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_5 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 242, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyObject_FormatSimple(__pyx_v_size, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 321, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
 
-  /* "ivshmem/channel/roles.pyx":243
+  /* "ivshmem/channel/roles.pyx":322
  *         return MessageTooLong(
  *             f"channel {self.name!r}: a message of {size} bytes, and its limit is"
  *             f" {self.channel.record.geometry.limit}"             # <<<<<<<<<<<<<<
  *         )
  * 
 */
-  __pyx_t_6 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->__pyx_base.channel.record.geometry.limit, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 243, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->__pyx_base.channel.record.geometry.limit, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 322, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_channel;
   __pyx_t_7[1] = __pyx_t_4;
@@ -8122,8 +9701,8 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_too_long(struct __p
   __pyx_t_7[4] = __pyx_mstate_global->__pyx_kp_u_bytes_and_its_limit_is;
   __pyx_t_7[5] = __pyx_t_6;
 
-  /* "ivshmem/channel/roles.pyx":242
- *     cdef object too_long(self, uint64_t size):
+  /* "ivshmem/channel/roles.pyx":321
+ *     cdef object too_long(self, object size):
  *         return MessageTooLong(
  *             f"channel {self.name!r}: a message of {size} bytes, and its limit is"             # <<<<<<<<<<<<<<
  *             f" {self.channel.record.geometry.limit}"
@@ -8135,10 +9714,10 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_too_long(struct __p
   #endif
   __pyx_t_9 = 0;
   #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-  __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]);
+  __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_7[3]);
   #endif
   __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 6, __pyx_t_8, __pyx_t_9);
-  if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 242, __pyx_L1_error)
+  if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 321, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_10);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
@@ -8161,7 +9740,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_too_long(struct __p
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 241, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 320, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -8175,10 +9754,10 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_too_long(struct __p
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":240
+  /* "ivshmem/channel/roles.pyx":319
  *         return 0
  * 
- *     cdef object too_long(self, uint64_t size):             # <<<<<<<<<<<<<<
+ *     cdef object too_long(self, object size):             # <<<<<<<<<<<<<<
  *         return MessageTooLong(
  *             f"channel {self.name!r}: a message of {size} bytes, and its limit is"
 */
@@ -8200,7 +9779,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_too_long(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pxd":28
+/* "ivshmem/channel/roles.pxd":58
  * cdef class WriterEnd(ChannelEnd):
  *     cdef ivshmem_writer writer
  *     cdef readonly object type  # of the messages: what checks and converts them, or None             # <<<<<<<<<<<<<<
@@ -8267,7 +9846,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4type___get__(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pxd":31
+/* "ivshmem/channel/roles.pxd":61
  *     cdef bint times
  *     cdef bint claims  # a queue's, or calls': a slot is chosen by its claim
  *     cdef readonly uint64_t missed             # <<<<<<<<<<<<<<
@@ -8306,7 +9885,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_6missed___get__(st
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
-        __pyx_t_2 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->missed); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 31, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->missed); if (unlikely(!__pyx_t_2)) __PYX_ERR(2, 61, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           PyObject *__pyx_temp;
@@ -8413,7 +9992,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_6__reduce_cython__
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
-  __PYX_ERR(2, 2, __pyx_L1_error)
+  __PYX_ERR(3, 2, __pyx_L1_error)
 
   /* "(tree fragment)":1
  * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
@@ -8477,32 +10056,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(2, 3, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(3, 3, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(2, 3, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(3, 3, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(2, 3, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(3, 3, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(2, 3, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(3, 3, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(2, 3, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(3, 3, __pyx_L3_error)
     }
     __pyx_v___pyx_state = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(2, 3, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(3, 3, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8537,7 +10116,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_8__setstate_cython
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"             # <<<<<<<<<<<<<<
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
-  __PYX_ERR(2, 4, __pyx_L1_error)
+  __PYX_ERR(3, 4, __pyx_L1_error)
 
   /* "(tree fragment)":3
  * def __reduce_cython__(self):
@@ -8555,7 +10134,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_8__setstate_cython
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":253
+/* "ivshmem/channel/roles.pyx":332
  *     """The slot of a reader, or of a server; or, where memory can only be read, none."""
  * 
  *     def __cinit__(             # <<<<<<<<<<<<<<
@@ -8590,40 +10169,40 @@ static int __pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_1__cinit__(PyObject *__p
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_channels,&__pyx_mstate_global->__pyx_n_u_membership,&__pyx_mstate_global->__pyx_n_u_found,&__pyx_mstate_global->__pyx_n_u_message_type,&__pyx_mstate_global->__pyx_n_u_overflow,&__pyx_mstate_global->__pyx_n_u_history,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_VARARGS(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 253, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 332, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  6:
         values[5] = __Pyx_ArgRef_VARARGS(__pyx_args, 5);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 253, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 332, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  5:
         values[4] = __Pyx_ArgRef_VARARGS(__pyx_args, 4);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 253, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 332, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  4:
         values[3] = __Pyx_ArgRef_VARARGS(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 253, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 332, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_VARARGS(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 253, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 332, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_VARARGS(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 253, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 332, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 253, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 332, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 253, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 332, __pyx_L3_error)
 
-      /* "ivshmem/channel/roles.pyx":258
+      /* "ivshmem/channel/roles.pyx":337
  *         Membership membership not None,
  *         dict found not None,
  *         message_type=None,             # <<<<<<<<<<<<<<
@@ -8632,29 +10211,29 @@ static int __pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_1__cinit__(PyObject *__p
 */
       if (!values[3]) values[3] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 3, 6, i); __PYX_ERR(0, 253, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 3, 6, i); __PYX_ERR(0, 332, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  6:
         values[5] = __Pyx_ArgRef_VARARGS(__pyx_args, 5);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 253, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 332, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  5:
         values[4] = __Pyx_ArgRef_VARARGS(__pyx_args, 4);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 253, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 332, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  4:
         values[3] = __Pyx_ArgRef_VARARGS(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 253, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 332, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_VARARGS(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 253, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 332, __pyx_L3_error)
         values[1] = __Pyx_ArgRef_VARARGS(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 253, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 332, __pyx_L3_error)
         values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 253, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 332, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -8665,19 +10244,19 @@ static int __pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_1__cinit__(PyObject *__p
     __pyx_v_found = ((PyObject*)values[2]);
     __pyx_v_message_type = values[3];
     if (values[4]) {
-      __pyx_v_overflow = __Pyx_PyLong_As_uint32_t(values[4]); if (unlikely((__pyx_v_overflow == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 259, __pyx_L3_error)
+      __pyx_v_overflow = __Pyx_PyLong_As_uint32_t(values[4]); if (unlikely((__pyx_v_overflow == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 338, __pyx_L3_error)
     } else {
       __pyx_v_overflow = ((uint32_t)0);
     }
     if (values[5]) {
-      __pyx_v_history = __Pyx_PyLong_As_uint32_t(values[5]); if (unlikely((__pyx_v_history == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 260, __pyx_L3_error)
+      __pyx_v_history = __Pyx_PyLong_As_uint32_t(values[5]); if (unlikely((__pyx_v_history == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 339, __pyx_L3_error)
     } else {
       __pyx_v_history = ((uint32_t)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 3, 6, __pyx_nargs); __PYX_ERR(0, 253, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 3, 6, __pyx_nargs); __PYX_ERR(0, 332, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8688,11 +10267,11 @@ static int __pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_1__cinit__(PyObject *__p
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 256, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_found), (&PyDict_Type), 0, "found", 1))) __PYX_ERR(0, 257, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 335, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_found), (&PyDict_Type), 0, "found", 1))) __PYX_ERR(0, 336, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_found, __pyx_v_message_type, __pyx_v_overflow, __pyx_v_history);
 
-  /* "ivshmem/channel/roles.pyx":253
+  /* "ivshmem/channel/roles.pyx":332
  *     """The slot of a reader, or of a server; or, where memory can only be read, none."""
  * 
  *     def __cinit__(             # <<<<<<<<<<<<<<
@@ -8741,17 +10320,17 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/channel/roles.pyx":264
+  /* "ivshmem/channel/roles.pyx":343
  *         cdef ivshmem_geometry *g
  *         cdef int code
  *         open_channel(self, channels, membership, found)             # <<<<<<<<<<<<<<
  *         self.type = message_type
  *         g = &self.channel.record.geometry
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5roles_open_channel(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_found); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 264, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5roles_open_channel(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_found); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 343, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/roles.pyx":265
+  /* "ivshmem/channel/roles.pyx":344
  *         cdef int code
  *         open_channel(self, channels, membership, found)
  *         self.type = message_type             # <<<<<<<<<<<<<<
@@ -8763,7 +10342,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
   __Pyx_GOTREF(__pyx_v_self->type);
   __Pyx_DECREF_SET(__pyx_v_self->type, __pyx_v_message_type);
 
-  /* "ivshmem/channel/roles.pyx":266
+  /* "ivshmem/channel/roles.pyx":345
  *         open_channel(self, channels, membership, found)
  *         self.type = message_type
  *         g = &self.channel.record.geometry             # <<<<<<<<<<<<<<
@@ -8772,7 +10351,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
 */
   __pyx_v_g = (&__pyx_v_self->__pyx_base.channel.record.geometry);
 
-  /* "ivshmem/channel/roles.pyx":267
+  /* "ivshmem/channel/roles.pyx":346
  *         self.type = message_type
  *         g = &self.channel.record.geometry
  *         self.holds = g.views + 2             # <<<<<<<<<<<<<<
@@ -8781,7 +10360,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
 */
   __pyx_v_self->holds = (__pyx_v_g->views + 2);
 
-  /* "ivshmem/channel/roles.pyx":268
+  /* "ivshmem/channel/roles.pyx":347
  *         g = &self.channel.record.geometry
  *         self.holds = g.views + 2
  *         self.held = <Held *>malloc(self.holds * sizeof(Held))             # <<<<<<<<<<<<<<
@@ -8790,7 +10369,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
 */
   __pyx_v_self->held = ((struct __pyx_t_7ivshmem_7channel_5roles_Held *)malloc((__pyx_v_self->holds * (sizeof(struct __pyx_t_7ivshmem_7channel_5roles_Held)))));
 
-  /* "ivshmem/channel/roles.pyx":269
+  /* "ivshmem/channel/roles.pyx":348
  *         self.holds = g.views + 2
  *         self.held = <Held *>malloc(self.holds * sizeof(Held))
  *         if self.held == NULL:             # <<<<<<<<<<<<<<
@@ -8802,16 +10381,16 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/roles.pyx":270
+    /* "ivshmem/channel/roles.pyx":349
  *         self.held = <Held *>malloc(self.holds * sizeof(Held))
  *         if self.held == NULL:
  *             raise MemoryError             # <<<<<<<<<<<<<<
  *         self.reader.channel = &self.channel
  *         self.reader.member = &membership.member
 */
-    PyErr_NoMemory(); __PYX_ERR(0, 270, __pyx_L1_error)
+    PyErr_NoMemory(); __PYX_ERR(0, 349, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":269
+    /* "ivshmem/channel/roles.pyx":348
  *         self.holds = g.views + 2
  *         self.held = <Held *>malloc(self.holds * sizeof(Held))
  *         if self.held == NULL:             # <<<<<<<<<<<<<<
@@ -8820,7 +10399,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":271
+  /* "ivshmem/channel/roles.pyx":350
  *         if self.held == NULL:
  *             raise MemoryError
  *         self.reader.channel = &self.channel             # <<<<<<<<<<<<<<
@@ -8829,7 +10408,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
 */
   __pyx_v_self->reader.channel = (&__pyx_v_self->__pyx_base.channel);
 
-  /* "ivshmem/channel/roles.pyx":272
+  /* "ivshmem/channel/roles.pyx":351
  *             raise MemoryError
  *         self.reader.channel = &self.channel
  *         self.reader.member = &membership.member             # <<<<<<<<<<<<<<
@@ -8838,7 +10417,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
 */
   __pyx_v_self->reader.member = (&__pyx_v_membership->member);
 
-  /* "ivshmem/channel/roles.pyx":273
+  /* "ivshmem/channel/roles.pyx":352
  *         self.reader.channel = &self.channel
  *         self.reader.member = &membership.member
  *         self.reader.overflow = <ivshmem_overflow>overflow             # <<<<<<<<<<<<<<
@@ -8847,7 +10426,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
 */
   __pyx_v_self->reader.overflow = ((enum ivshmem_overflow)__pyx_v_overflow);
 
-  /* "ivshmem/channel/roles.pyx":274
+  /* "ivshmem/channel/roles.pyx":353
  *         self.reader.member = &membership.member
  *         self.reader.overflow = <ivshmem_overflow>overflow
  *         code = ivshmem_reader_open(&self.reader, history)             # <<<<<<<<<<<<<<
@@ -8856,7 +10435,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
 */
   __pyx_v_code = ivshmem_reader_open((&__pyx_v_self->reader), __pyx_v_history);
 
-  /* "ivshmem/channel/roles.pyx":275
+  /* "ivshmem/channel/roles.pyx":354
  *         self.reader.overflow = <ivshmem_overflow>overflow
  *         code = ivshmem_reader_open(&self.reader, history)
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -8868,7 +10447,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/roles.pyx":276
+    /* "ivshmem/channel/roles.pyx":355
  *         code = ivshmem_reader_open(&self.reader, history)
  *         if code == IVSHMEM_TAKEN:
  *             raise ChannelError(             # <<<<<<<<<<<<<<
@@ -8876,35 +10455,35 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
  *                 " readers"
 */
     __pyx_t_4 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 276, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 355, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
 
-    /* "ivshmem/channel/roles.pyx":277
+    /* "ivshmem/channel/roles.pyx":356
  *         if code == IVSHMEM_TAKEN:
  *             raise ChannelError(
  *                 f"channel {self.name!r}: {all_of(g.readers, 'reader')} open; create it with more"             # <<<<<<<<<<<<<<
  *                 " readers"
  *             )
 */
-    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 277, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 356, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_all_of); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 277, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_all_of); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 356, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_v_g->readers); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 277, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_v_g->readers); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 356, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
-    __pyx_t_9 = PyTuple_New(2); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 277, __pyx_L1_error)
+    __pyx_t_9 = PyTuple_New(2); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 356, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_GIVEREF(__pyx_t_8);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 0, __pyx_t_8) != (0)) __PYX_ERR(0, 277, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 0, __pyx_t_8) != (0)) __PYX_ERR(0, 356, __pyx_L1_error);
     __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_reader);
     __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_reader);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 1, __pyx_mstate_global->__pyx_n_u_reader) != (0)) __PYX_ERR(0, 277, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 1, __pyx_mstate_global->__pyx_n_u_reader) != (0)) __PYX_ERR(0, 356, __pyx_L1_error);
     __pyx_t_8 = 0;
-    __pyx_t_8 = __Pyx_PyObject_Call(__pyx_t_7, __pyx_t_9, NULL); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 277, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyObject_Call(__pyx_t_7, __pyx_t_9, NULL); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 356, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-    __pyx_t_9 = __Pyx_PyObject_FormatSimple(__pyx_t_8, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 277, __pyx_L1_error)
+    __pyx_t_9 = __Pyx_PyObject_FormatSimple(__pyx_t_8, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 356, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __pyx_t_10[0] = __pyx_mstate_global->__pyx_kp_u_channel;
@@ -8921,7 +10500,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
     __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_10[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_10[3]);
     #endif
     __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_10, 5, __pyx_t_11, __pyx_t_1);
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 277, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 356, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
@@ -8943,14 +10522,14 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 276, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 355, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 276, __pyx_L1_error)
+    __PYX_ERR(0, 355, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":275
+    /* "ivshmem/channel/roles.pyx":354
  *         self.reader.overflow = <ivshmem_overflow>overflow
  *         code = ivshmem_reader_open(&self.reader, history)
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -8959,7 +10538,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":280
+  /* "ivshmem/channel/roles.pyx":359
  *                 " readers"
  *             )
  *         if code:             # <<<<<<<<<<<<<<
@@ -8971,20 +10550,20 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/roles.pyx":281
+    /* "ivshmem/channel/roles.pyx":360
  *             )
  *         if code:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
  *         self.enlist()
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 281, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 360, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 281, __pyx_L1_error)
+    __PYX_ERR(0, 360, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":280
+    /* "ivshmem/channel/roles.pyx":359
  *                 " readers"
  *             )
  *         if code:             # <<<<<<<<<<<<<<
@@ -8993,17 +10572,17 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":282
+  /* "ivshmem/channel/roles.pyx":361
  *         if code:
  *             raise self.fail(code)
  *         self.enlist()             # <<<<<<<<<<<<<<
  * 
  *     def __dealloc__(self):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enlist(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 282, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enlist(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 361, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/roles.pyx":253
+  /* "ivshmem/channel/roles.pyx":332
  *     """The slot of a reader, or of a server; or, where memory can only be read, none."""
  * 
  *     def __cinit__(             # <<<<<<<<<<<<<<
@@ -9032,7 +10611,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":284
+/* "ivshmem/channel/roles.pyx":363
  *         self.enlist()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -9055,7 +10634,7 @@ static void __pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_3__dealloc__(PyObject *
 
 static void __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_2__dealloc__(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self) {
 
-  /* "ivshmem/channel/roles.pyx":285
+  /* "ivshmem/channel/roles.pyx":364
  * 
  *     def __dealloc__(self):
  *         free(self.held)             # <<<<<<<<<<<<<<
@@ -9064,7 +10643,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_2__dealloc__(struct __p
 */
   free(__pyx_v_self->held);
 
-  /* "ivshmem/channel/roles.pyx":284
+  /* "ivshmem/channel/roles.pyx":363
  *         self.enlist()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -9076,7 +10655,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_2__dealloc__(struct __p
 
 }
 
-/* "ivshmem/channel/roles.pyx":287
+/* "ivshmem/channel/roles.pyx":366
  *         free(self.held)
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -9087,7 +10666,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_2__dealloc__(struct __p
 static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_give_up(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/roles.pyx":288
+  /* "ivshmem/channel/roles.pyx":367
  * 
  *     cdef int give_up(self) except -1:
  *         ivshmem_reader_close(&self.reader)             # <<<<<<<<<<<<<<
@@ -9096,7 +10675,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_give_up(struct __pyx_obj_
 */
   ivshmem_reader_close((&__pyx_v_self->reader));
 
-  /* "ivshmem/channel/roles.pyx":289
+  /* "ivshmem/channel/roles.pyx":368
  *     cdef int give_up(self) except -1:
  *         ivshmem_reader_close(&self.reader)
  *         return 0             # <<<<<<<<<<<<<<
@@ -9109,7 +10688,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_give_up(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":287
+  /* "ivshmem/channel/roles.pyx":366
  *         free(self.held)
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -9123,7 +10702,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_give_up(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":291
+/* "ivshmem/channel/roles.pyx":370
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9198,7 +10777,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4close(struct __py
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/roles.pyx":298
+        /* "ivshmem/channel/roles.pyx":377
  *             BufferError: a View of a message is alive. Nothing has changed then.
  *         """
  *         if self.open and self.views and self.membership.usable():             # <<<<<<<<<<<<<<
@@ -9230,7 +10809,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4close(struct __py
         if (unlikely(__pyx_t_2)) {
 
 
-          /* "ivshmem/channel/roles.pyx":299
+          /* "ivshmem/channel/roles.pyx":378
  *         """
  *         if self.open and self.views and self.membership.usable():
  *             raise BufferError(f"{counted(self.views, 'view')} of messages: release them first")             # <<<<<<<<<<<<<<
@@ -9239,9 +10818,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4close(struct __py
 */
           __pyx_t_5 = NULL;
           __pyx_t_7 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 299, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 378, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
-          __pyx_t_9 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->views); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 299, __pyx_L4_error)
+          __pyx_t_9 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->views); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 378, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_9);
           __pyx_t_10 = 1;
           #if CYTHON_UNPACK_METHODS
@@ -9261,13 +10840,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4close(struct __py
             __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
             __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-            if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 299, __pyx_L4_error)
+            if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 378, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_6);
           }
-          __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_t_6, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 299, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_t_6, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 378, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-          __pyx_t_6 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_8, __pyx_mstate_global->__pyx_kp_u_of_messages_release_them_first); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 299, __pyx_L4_error)
+          __pyx_t_6 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_8, __pyx_mstate_global->__pyx_kp_u_of_messages_release_them_first); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 378, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
           __pyx_t_10 = 1;
@@ -9276,14 +10855,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4close(struct __py
             __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BufferError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 299, __pyx_L4_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 378, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
           __Pyx_Raise(__pyx_t_4, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __PYX_ERR(0, 299, __pyx_L4_error)
+          __PYX_ERR(0, 378, __pyx_L4_error)
 
-          /* "ivshmem/channel/roles.pyx":298
+          /* "ivshmem/channel/roles.pyx":377
  *             BufferError: a View of a message is alive. Nothing has changed then.
  *         """
  *         if self.open and self.views and self.membership.usable():             # <<<<<<<<<<<<<<
@@ -9292,7 +10871,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4close(struct __py
 */
         }
 
-        /* "ivshmem/channel/roles.pyx":300
+        /* "ivshmem/channel/roles.pyx":379
  *         if self.open and self.views and self.membership.usable():
  *             raise BufferError(f"{counted(self.views, 'view')} of messages: release them first")
  *         ChannelEnd.close(self)             # <<<<<<<<<<<<<<
@@ -9306,13 +10885,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4close(struct __py
           PyObject *__pyx_callargs[2] = {__pyx_t_6, ((PyObject *)__pyx_v_self)};
           __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 300, __pyx_L4_error)
+          if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 379, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_4);
         }
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
       }
 
-      /* "ivshmem/channel/roles.pyx":291
+      /* "ivshmem/channel/roles.pyx":370
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9352,7 +10931,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4close(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":302
+/* "ivshmem/channel/roles.pyx":381
  *         ChannelEnd.close(self)
  * 
  *     cdef bint is_rung(self) noexcept:             # <<<<<<<<<<<<<<
@@ -9365,7 +10944,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_is_rung(struct __pyx_obj_
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/roles.pyx":303
+  /* "ivshmem/channel/roles.pyx":382
  * 
  *     cdef bint is_rung(self) noexcept:
  *         return self.usable() and ivshmem_is_rung_always(&self.membership.member, &self.channel)             # <<<<<<<<<<<<<<
@@ -9393,7 +10972,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_is_rung(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":302
+  /* "ivshmem/channel/roles.pyx":381
  *         ChannelEnd.close(self)
  * 
  *     cdef bint is_rung(self) noexcept:             # <<<<<<<<<<<<<<
@@ -9407,7 +10986,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_is_rung(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":305
+/* "ivshmem/channel/roles.pyx":384
  *         return self.usable() and ivshmem_is_rung_always(&self.membership.member, &self.channel)
  * 
  *     cdef int hold(self, const ivshmem_message *message) except -1:             # <<<<<<<<<<<<<<
@@ -9425,7 +11004,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/roles.pyx":308
+  /* "ivshmem/channel/roles.pyx":387
  *         """Note that a message is being looked at."""
  *         cdef Held *grown
  *         if self.holding == self.holds:  # each thread that copies a large message holds it             # <<<<<<<<<<<<<<
@@ -9437,7 +11016,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/roles.pyx":309
+    /* "ivshmem/channel/roles.pyx":388
  *         cdef Held *grown
  *         if self.holding == self.holds:  # each thread that copies a large message holds it
  *             grown = <Held *>realloc(self.held, 2 * <size_t>self.holds * sizeof(Held))             # <<<<<<<<<<<<<<
@@ -9446,7 +11025,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
 */
     __pyx_v_grown = ((struct __pyx_t_7ivshmem_7channel_5roles_Held *)realloc(__pyx_v_self->held, ((2 * ((size_t)__pyx_v_self->holds)) * (sizeof(struct __pyx_t_7ivshmem_7channel_5roles_Held)))));
 
-    /* "ivshmem/channel/roles.pyx":310
+    /* "ivshmem/channel/roles.pyx":389
  *         if self.holding == self.holds:  # each thread that copies a large message holds it
  *             grown = <Held *>realloc(self.held, 2 * <size_t>self.holds * sizeof(Held))
  *             if grown == NULL:             # <<<<<<<<<<<<<<
@@ -9458,16 +11037,16 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
     if (unlikely(__pyx_t_1)) {
 
 
-      /* "ivshmem/channel/roles.pyx":311
+      /* "ivshmem/channel/roles.pyx":390
  *             grown = <Held *>realloc(self.held, 2 * <size_t>self.holds * sizeof(Held))
  *             if grown == NULL:
  *                 raise MemoryError             # <<<<<<<<<<<<<<
  *             self.held = grown
  *             self.holds *= 2
 */
-      PyErr_NoMemory(); __PYX_ERR(0, 311, __pyx_L1_error)
+      PyErr_NoMemory(); __PYX_ERR(0, 390, __pyx_L1_error)
 
-      /* "ivshmem/channel/roles.pyx":310
+      /* "ivshmem/channel/roles.pyx":389
  *         if self.holding == self.holds:  # each thread that copies a large message holds it
  *             grown = <Held *>realloc(self.held, 2 * <size_t>self.holds * sizeof(Held))
  *             if grown == NULL:             # <<<<<<<<<<<<<<
@@ -9476,7 +11055,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/channel/roles.pyx":312
+    /* "ivshmem/channel/roles.pyx":391
  *             if grown == NULL:
  *                 raise MemoryError
  *             self.held = grown             # <<<<<<<<<<<<<<
@@ -9485,7 +11064,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
 */
     __pyx_v_self->held = __pyx_v_grown;
 
-    /* "ivshmem/channel/roles.pyx":313
+    /* "ivshmem/channel/roles.pyx":392
  *                 raise MemoryError
  *             self.held = grown
  *             self.holds *= 2             # <<<<<<<<<<<<<<
@@ -9494,7 +11073,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
 */
     __pyx_v_self->holds = (__pyx_v_self->holds * 2);
 
-    /* "ivshmem/channel/roles.pyx":308
+    /* "ivshmem/channel/roles.pyx":387
  *         """Note that a message is being looked at."""
  *         cdef Held *grown
  *         if self.holding == self.holds:  # each thread that copies a large message holds it             # <<<<<<<<<<<<<<
@@ -9503,7 +11082,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":314
+  /* "ivshmem/channel/roles.pyx":393
  *             self.held = grown
  *             self.holds *= 2
  *         self.held[self.holding].writer = message.writer             # <<<<<<<<<<<<<<
@@ -9514,7 +11093,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
 
   (__pyx_v_self->held[__pyx_v_self->holding]).writer = __pyx_t_2;
 
-  /* "ivshmem/channel/roles.pyx":315
+  /* "ivshmem/channel/roles.pyx":394
  *             self.holds *= 2
  *         self.held[self.holding].writer = message.writer
  *         self.held[self.holding].position = message.position             # <<<<<<<<<<<<<<
@@ -9525,7 +11104,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
 
   (__pyx_v_self->held[__pyx_v_self->holding]).position = __pyx_t_3;
 
-  /* "ivshmem/channel/roles.pyx":316
+  /* "ivshmem/channel/roles.pyx":395
  *         self.held[self.holding].writer = message.writer
  *         self.held[self.holding].position = message.position
  *         self.holding += 1             # <<<<<<<<<<<<<<
@@ -9534,7 +11113,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
 */
   __pyx_v_self->holding = (__pyx_v_self->holding + 1);
 
-  /* "ivshmem/channel/roles.pyx":317
+  /* "ivshmem/channel/roles.pyx":396
  *         self.held[self.holding].position = message.position
  *         self.holding += 1
  *         return 0             # <<<<<<<<<<<<<<
@@ -9547,7 +11126,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":305
+  /* "ivshmem/channel/roles.pyx":384
  *         return self.usable() and ivshmem_is_rung_always(&self.membership.member, &self.channel)
  * 
  *     cdef int hold(self, const ivshmem_message *message) except -1:             # <<<<<<<<<<<<<<
@@ -9565,7 +11144,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":319
+/* "ivshmem/channel/roles.pyx":398
  *         return 0
  * 
  *     cdef int forget(self, unsigned writer, uint64_t position) except -1:             # <<<<<<<<<<<<<<
@@ -9582,7 +11161,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
   int __pyx_t_4;
   int __pyx_t_5;
 
-  /* "ivshmem/channel/roles.pyx":322
+  /* "ivshmem/channel/roles.pyx":401
  *         """Note that a message is not looked at any more; its writer hears of it later."""
  *         cdef uint32_t i
  *         for i in range(self.holding):             # <<<<<<<<<<<<<<
@@ -9596,7 +11175,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_i = __pyx_t_3;
 
-    /* "ivshmem/channel/roles.pyx":323
+    /* "ivshmem/channel/roles.pyx":402
  *         cdef uint32_t i
  *         for i in range(self.holding):
  *             if self.held[i].writer == writer and self.held[i].position == position:             # <<<<<<<<<<<<<<
@@ -9622,7 +11201,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/channel/roles.pyx":324
+      /* "ivshmem/channel/roles.pyx":403
  *         for i in range(self.holding):
  *             if self.held[i].writer == writer and self.held[i].position == position:
  *                 self.holding -= 1             # <<<<<<<<<<<<<<
@@ -9631,7 +11210,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
 */
       __pyx_v_self->holding = (__pyx_v_self->holding - 1);
 
-      /* "ivshmem/channel/roles.pyx":325
+      /* "ivshmem/channel/roles.pyx":404
  *             if self.held[i].writer == writer and self.held[i].position == position:
  *                 self.holding -= 1
  *                 self.held[i] = self.held[self.holding]             # <<<<<<<<<<<<<<
@@ -9640,7 +11219,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
 */
       (__pyx_v_self->held[__pyx_v_i]) = (__pyx_v_self->held[__pyx_v_self->holding]);
 
-      /* "ivshmem/channel/roles.pyx":326
+      /* "ivshmem/channel/roles.pyx":405
  *                 self.holding -= 1
  *                 self.held[i] = self.held[self.holding]
  *                 break             # <<<<<<<<<<<<<<
@@ -9649,7 +11228,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
 */
       goto __pyx_L4_break;
 
-      /* "ivshmem/channel/roles.pyx":323
+      /* "ivshmem/channel/roles.pyx":402
  *         cdef uint32_t i
  *         for i in range(self.holding):
  *             if self.held[i].writer == writer and self.held[i].position == position:             # <<<<<<<<<<<<<<
@@ -9661,7 +11240,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
   __pyx_L4_break:;
 
 
-  /* "ivshmem/channel/roles.pyx":327
+  /* "ivshmem/channel/roles.pyx":406
  *                 self.held[i] = self.held[self.holding]
  *                 break
  *         return 0             # <<<<<<<<<<<<<<
@@ -9674,7 +11253,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":319
+  /* "ivshmem/channel/roles.pyx":398
  *         return 0
  * 
  *     cdef int forget(self, unsigned writer, uint64_t position) except -1:             # <<<<<<<<<<<<<<
@@ -9689,7 +11268,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":329
+/* "ivshmem/channel/roles.pyx":408
  *         return 0
  * 
  *     cdef int let_go(self, unsigned writer, uint64_t position) except -1:             # <<<<<<<<<<<<<<
@@ -9712,7 +11291,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/roles.pyx":331
+  /* "ivshmem/channel/roles.pyx":410
  *     cdef int let_go(self, unsigned writer, uint64_t position) except -1:
  *         """Do the same, and tell the writer up to which message nothing is looked at."""
  *         cdef uint64_t oldest = self.reader.sources[writer].next             # <<<<<<<<<<<<<<
@@ -9723,17 +11302,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
 
   __pyx_v_oldest = __pyx_t_1;
 
-  /* "ivshmem/channel/roles.pyx":333
+  /* "ivshmem/channel/roles.pyx":412
  *         cdef uint64_t oldest = self.reader.sources[writer].next
  *         cdef uint32_t i
  *         self.forget(writer, position)             # <<<<<<<<<<<<<<
  *         for i in range(self.holding):
  *             if self.held[i].writer == writer and (
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->forget(__pyx_v_self, __pyx_v_writer, __pyx_v_position); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 333, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->forget(__pyx_v_self, __pyx_v_writer, __pyx_v_position); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 412, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/roles.pyx":334
+  /* "ivshmem/channel/roles.pyx":413
  *         cdef uint32_t i
  *         self.forget(writer, position)
  *         for i in range(self.holding):             # <<<<<<<<<<<<<<
@@ -9747,7 +11326,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
   for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
     __pyx_v_i = __pyx_t_5;
 
-    /* "ivshmem/channel/roles.pyx":335
+    /* "ivshmem/channel/roles.pyx":414
  *         self.forget(writer, position)
  *         for i in range(self.holding):
  *             if self.held[i].writer == writer and (             # <<<<<<<<<<<<<<
@@ -9765,7 +11344,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
       goto __pyx_L6_bool_binop_done;
     }
 
-    /* "ivshmem/channel/roles.pyx":336
+    /* "ivshmem/channel/roles.pyx":415
  *         for i in range(self.holding):
  *             if self.held[i].writer == writer and (
  *                 ivshmem_ahead(oldest, self.held[i].position) < <uint64_t>1 << 39             # <<<<<<<<<<<<<<
@@ -9779,7 +11358,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
 
     __pyx_L6_bool_binop_done:;
 
-    /* "ivshmem/channel/roles.pyx":335
+    /* "ivshmem/channel/roles.pyx":414
  *         self.forget(writer, position)
  *         for i in range(self.holding):
  *             if self.held[i].writer == writer and (             # <<<<<<<<<<<<<<
@@ -9789,7 +11368,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/channel/roles.pyx":338
+      /* "ivshmem/channel/roles.pyx":417
  *                 ivshmem_ahead(oldest, self.held[i].position) < <uint64_t>1 << 39
  *             ):
  *                 oldest = self.held[i].position             # <<<<<<<<<<<<<<
@@ -9800,7 +11379,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
 
       __pyx_v_oldest = __pyx_t_1;
 
-      /* "ivshmem/channel/roles.pyx":335
+      /* "ivshmem/channel/roles.pyx":414
  *         self.forget(writer, position)
  *         for i in range(self.holding):
  *             if self.held[i].writer == writer and (             # <<<<<<<<<<<<<<
@@ -9811,7 +11390,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
   }
 
 
-  /* "ivshmem/channel/roles.pyx":339
+  /* "ivshmem/channel/roles.pyx":418
  *             ):
  *                 oldest = self.held[i].position
  *         if self.usable():             # <<<<<<<<<<<<<<
@@ -9823,7 +11402,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
   if (__pyx_t_6) {
 
 
-    /* "ivshmem/channel/roles.pyx":340
+    /* "ivshmem/channel/roles.pyx":419
  *                 oldest = self.held[i].position
  *         if self.usable():
  *             ivshmem_release(&self.reader, writer, oldest)             # <<<<<<<<<<<<<<
@@ -9832,7 +11411,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
 */
     ivshmem_release((&__pyx_v_self->reader), __pyx_v_writer, __pyx_v_oldest);
 
-    /* "ivshmem/channel/roles.pyx":341
+    /* "ivshmem/channel/roles.pyx":420
  *         if self.usable():
  *             ivshmem_release(&self.reader, writer, oldest)
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -9844,17 +11423,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/channel/roles.pyx":342
+      /* "ivshmem/channel/roles.pyx":421
  *             ivshmem_release(&self.reader, writer, oldest)
  *             if self.membership.rings.count:
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 342, __pyx_L1_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 421, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/roles.pyx":341
+      /* "ivshmem/channel/roles.pyx":420
  *         if self.usable():
  *             ivshmem_release(&self.reader, writer, oldest)
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -9863,7 +11442,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
 */
     }
 
-    /* "ivshmem/channel/roles.pyx":339
+    /* "ivshmem/channel/roles.pyx":418
  *             ):
  *                 oldest = self.held[i].position
  *         if self.usable():             # <<<<<<<<<<<<<<
@@ -9872,7 +11451,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":343
+  /* "ivshmem/channel/roles.pyx":422
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *         return 0             # <<<<<<<<<<<<<<
@@ -9885,7 +11464,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":329
+  /* "ivshmem/channel/roles.pyx":408
  *         return 0
  * 
  *     cdef int let_go(self, unsigned writer, uint64_t position) except -1:             # <<<<<<<<<<<<<<
@@ -9904,7 +11483,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":345
+/* "ivshmem/channel/roles.pyx":424
  *         return 0
  * 
  *     cdef object starved(self):             # <<<<<<<<<<<<<<
@@ -9930,7 +11509,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("starved", 0);
 
-  /* "ivshmem/channel/roles.pyx":346
+  /* "ivshmem/channel/roles.pyx":425
  * 
  *     cdef object starved(self):
  *         return Overtaken(             # <<<<<<<<<<<<<<
@@ -9938,19 +11517,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __py
  *             " row were overwritten while they were copied"
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_Overtaken); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 346, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_Overtaken); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 425, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
-  /* "ivshmem/channel/roles.pyx":347
+  /* "ivshmem/channel/roles.pyx":426
  *     cdef object starved(self):
  *         return Overtaken(
  *             f"channel {self.name!r}: its writer is faster than this reader: {TRIES} messages in a"             # <<<<<<<<<<<<<<
  *             " row were overwritten while they were copied"
  *         )
 */
-  __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 347, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 426, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_5 = __Pyx_PyUnicode_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_5roles_TRIES, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 347, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyUnicode_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_5roles_TRIES, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 426, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_channel;
   __pyx_t_6[1] = __pyx_t_4;
@@ -9966,7 +11545,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __py
   __pyx_t_8 |= __Pyx_PyUnicode_KIND_04(__pyx_t_6[1]);
   #endif
   __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_6, 5, __pyx_t_7, __pyx_t_8);
-  if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 347, __pyx_L1_error)
+  if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 426, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_9);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
@@ -9988,7 +11567,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __py
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 346, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 425, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -10002,7 +11581,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __py
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":345
+  /* "ivshmem/channel/roles.pyx":424
  *         return 0
  * 
  *     cdef object starved(self):             # <<<<<<<<<<<<<<
@@ -10026,7 +11605,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":351
+/* "ivshmem/channel/roles.pyx":430
  *         )
  * 
  *     cdef int copy_to(self, const ivshmem_message *message, char *into) except? -2:             # <<<<<<<<<<<<<<
@@ -10056,7 +11635,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("copy_to", 0);
 
-  /* "ivshmem/channel/roles.pyx":353
+  /* "ivshmem/channel/roles.pyx":432
  *     cdef int copy_to(self, const ivshmem_message *message, char *into) except? -2:
  *         """Copy a message out, check it and let it go; 0, or IVSHMEM_OVERTAKEN."""
  *         cdef const char *at = <const char *>self.channel.area.memory.start + message.offset             # <<<<<<<<<<<<<<
@@ -10065,7 +11644,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
   __pyx_v_at = (((char const *)__pyx_v_self->__pyx_base.channel.area.memory.start) + __pyx_v_message->offset);
 
-  /* "ivshmem/channel/roles.pyx":355
+  /* "ivshmem/channel/roles.pyx":434
  *         cdef const char *at = <const char *>self.channel.area.memory.start + message.offset
  *         cdef int code
  *         if message.length < LARGE and not self.holding:             # <<<<<<<<<<<<<<
@@ -10091,7 +11670,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/roles.pyx":356
+    /* "ivshmem/channel/roles.pyx":435
  *         cdef int code
  *         if message.length < LARGE and not self.holding:
  *             memcpy(into, at, message.length)             # <<<<<<<<<<<<<<
@@ -10100,7 +11679,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
     (void)(memcpy(__pyx_v_into, __pyx_v_at, __pyx_v_message->length));
 
-    /* "ivshmem/channel/roles.pyx":357
+    /* "ivshmem/channel/roles.pyx":436
  *         if message.length < LARGE and not self.holding:
  *             memcpy(into, at, message.length)
  *             code = ivshmem_check(&self.channel, message)             # <<<<<<<<<<<<<<
@@ -10109,7 +11688,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
     __pyx_v_code = ivshmem_check((&__pyx_v_self->__pyx_base.channel), __pyx_v_message);
 
-    /* "ivshmem/channel/roles.pyx":358
+    /* "ivshmem/channel/roles.pyx":437
  *             memcpy(into, at, message.length)
  *             code = ivshmem_check(&self.channel, message)
  *             ivshmem_release(             # <<<<<<<<<<<<<<
@@ -10118,7 +11697,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
     ivshmem_release((&__pyx_v_self->reader), __pyx_v_message->writer, (__pyx_v_self->reader.sources[__pyx_v_message->writer]).next);
 
-    /* "ivshmem/channel/roles.pyx":361
+    /* "ivshmem/channel/roles.pyx":440
  *                 &self.reader, message.writer, self.reader.sources[message.writer].next
  *             )
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -10130,17 +11709,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/roles.pyx":362
+      /* "ivshmem/channel/roles.pyx":441
  *             )
  *             if self.membership.rings.count:
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *         else:
  *             self.hold(message)
 */
-      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 362, __pyx_L1_error)
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 441, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/roles.pyx":361
+      /* "ivshmem/channel/roles.pyx":440
  *                 &self.reader, message.writer, self.reader.sources[message.writer].next
  *             )
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -10149,7 +11728,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/roles.pyx":355
+    /* "ivshmem/channel/roles.pyx":434
  *         cdef const char *at = <const char *>self.channel.area.memory.start + message.offset
  *         cdef int code
  *         if message.length < LARGE and not self.holding:             # <<<<<<<<<<<<<<
@@ -10159,7 +11738,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/roles.pyx":364
+  /* "ivshmem/channel/roles.pyx":443
  *                 self.membership.flush()
  *         else:
  *             self.hold(message)             # <<<<<<<<<<<<<<
@@ -10167,20 +11746,20 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
  *             try:
 */
   /*else*/ {
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->hold(__pyx_v_self, __pyx_v_message); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 364, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->hold(__pyx_v_self, __pyx_v_message); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 443, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/roles.pyx":365
+    /* "ivshmem/channel/roles.pyx":444
  *         else:
  *             self.hold(message)
  *             self.membership.mapping.pin()  # which keeps the region from being closed             # <<<<<<<<<<<<<<
  *             try:
  *                 with nogil:
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->__pyx_base.membership->mapping); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 365, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->__pyx_base.membership->mapping); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 444, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/roles.pyx":366
+    /* "ivshmem/channel/roles.pyx":445
  *             self.hold(message)
  *             self.membership.mapping.pin()  # which keeps the region from being closed
  *             try:             # <<<<<<<<<<<<<<
@@ -10189,7 +11768,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
     /*try:*/ {
 
-      /* "ivshmem/channel/roles.pyx":367
+      /* "ivshmem/channel/roles.pyx":446
  *             self.membership.mapping.pin()  # which keeps the region from being closed
  *             try:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -10202,7 +11781,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/channel/roles.pyx":368
+            /* "ivshmem/channel/roles.pyx":447
  *             try:
  *                 with nogil:
  *                     ivshmem_copy_payload(into, at, message.length)             # <<<<<<<<<<<<<<
@@ -10212,7 +11791,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
             ivshmem_copy_payload(__pyx_v_into, __pyx_v_at, __pyx_v_message->length);
           }
 
-          /* "ivshmem/channel/roles.pyx":367
+          /* "ivshmem/channel/roles.pyx":446
  *             self.membership.mapping.pin()  # which keeps the region from being closed
  *             try:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -10229,17 +11808,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
           }
       }
 
-      /* "ivshmem/channel/roles.pyx":369
+      /* "ivshmem/channel/roles.pyx":448
  *                 with nogil:
  *                     ivshmem_copy_payload(into, at, message.length)
  *                 self.enter()             # <<<<<<<<<<<<<<
  *                 code = ivshmem_check(&self.channel, message)
  *             finally:
 */
-      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 369, __pyx_L8_error)
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 448, __pyx_L8_error)
 
 
-      /* "ivshmem/channel/roles.pyx":370
+      /* "ivshmem/channel/roles.pyx":449
  *                     ivshmem_copy_payload(into, at, message.length)
  *                 self.enter()
  *                 code = ivshmem_check(&self.channel, message)             # <<<<<<<<<<<<<<
@@ -10249,7 +11828,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
       __pyx_v_code = ivshmem_check((&__pyx_v_self->__pyx_base.channel), __pyx_v_message);
     }
 
-    /* "ivshmem/channel/roles.pyx":372
+    /* "ivshmem/channel/roles.pyx":451
  *                 code = ivshmem_check(&self.channel, message)
  *             finally:
  *                 self.let_go(message.writer, message.position)             # <<<<<<<<<<<<<<
@@ -10258,10 +11837,10 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
     /*finally:*/ {
       /*normal exit:*/{
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->let_go(__pyx_v_self, __pyx_v_message->writer, __pyx_v_message->position); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 372, __pyx_L1_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->let_go(__pyx_v_self, __pyx_v_message->writer, __pyx_v_message->position); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 451, __pyx_L1_error)
 
 
-        /* "ivshmem/channel/roles.pyx":373
+        /* "ivshmem/channel/roles.pyx":452
  *             finally:
  *                 self.let_go(message.writer, message.position)
  *                 self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -10287,17 +11866,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
         __pyx_t_3 = __pyx_lineno; __pyx_t_4 = __pyx_clineno; __pyx_t_5 = __pyx_filename;
         {
 
-          /* "ivshmem/channel/roles.pyx":372
+          /* "ivshmem/channel/roles.pyx":451
  *                 code = ivshmem_check(&self.channel, message)
  *             finally:
  *                 self.let_go(message.writer, message.position)             # <<<<<<<<<<<<<<
  *                 self.membership.mapping.unpin()
  *         if code:
 */
-          __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->let_go(__pyx_v_self, __pyx_v_message->writer, __pyx_v_message->position); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 372, __pyx_L14_error)
+          __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->let_go(__pyx_v_self, __pyx_v_message->writer, __pyx_v_message->position); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 451, __pyx_L14_error)
 
 
-          /* "ivshmem/channel/roles.pyx":373
+          /* "ivshmem/channel/roles.pyx":452
  *             finally:
  *                 self.let_go(message.writer, message.position)
  *                 self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -10333,7 +11912,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/roles.pyx":374
+  /* "ivshmem/channel/roles.pyx":453
  *                 self.let_go(message.writer, message.position)
  *                 self.membership.mapping.unpin()
  *         if code:             # <<<<<<<<<<<<<<
@@ -10345,7 +11924,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/roles.pyx":375
+    /* "ivshmem/channel/roles.pyx":454
  *                 self.membership.mapping.unpin()
  *         if code:
  *             ivshmem_reader_lose(&self.reader, message.writer)             # <<<<<<<<<<<<<<
@@ -10353,7 +11932,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
     ivshmem_reader_lose((&__pyx_v_self->reader), __pyx_v_message->writer);
 
-    /* "ivshmem/channel/roles.pyx":374
+    /* "ivshmem/channel/roles.pyx":453
  *                 self.let_go(message.writer, message.position)
  *                 self.membership.mapping.unpin()
  *         if code:             # <<<<<<<<<<<<<<
@@ -10362,7 +11941,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":376
+  /* "ivshmem/channel/roles.pyx":455
  *         if code:
  *             ivshmem_reader_lose(&self.reader, message.writer)
  *         return code             # <<<<<<<<<<<<<<
@@ -10373,7 +11952,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":351
+  /* "ivshmem/channel/roles.pyx":430
  *         )
  * 
  *     cdef int copy_to(self, const ivshmem_message *message, char *into) except? -2:             # <<<<<<<<<<<<<<
@@ -10393,7 +11972,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pxd":49
+/* "ivshmem/channel/roles.pxd":79
  * cdef class ReaderEnd(ChannelEnd):
  *     cdef ivshmem_reader reader
  *     cdef readonly object type             # <<<<<<<<<<<<<<
@@ -10460,7 +12039,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4type___get__(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pxd":52
+/* "ivshmem/channel/roles.pxd":82
  *     cdef Held *held
  *     cdef uint32_t holding, holds  # how many are held, and how many `held` has room for
  *     cdef readonly uint32_t views  # Views that are alive             # <<<<<<<<<<<<<<
@@ -10499,7 +12078,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_5views___get__(str
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
-        __pyx_t_2 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->views); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 52, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->views); if (unlikely(!__pyx_t_2)) __PYX_ERR(2, 82, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           PyObject *__pyx_temp;
@@ -10606,7 +12185,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_6__reduce_cython__
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
-  __PYX_ERR(2, 2, __pyx_L1_error)
+  __PYX_ERR(3, 2, __pyx_L1_error)
 
   /* "(tree fragment)":1
  * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
@@ -10670,32 +12249,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(2, 3, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(3, 3, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(2, 3, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(3, 3, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(2, 3, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(3, 3, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(2, 3, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(3, 3, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(2, 3, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(3, 3, __pyx_L3_error)
     }
     __pyx_v___pyx_state = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(2, 3, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(3, 3, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10730,7 +12309,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_8__setstate_cython
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"             # <<<<<<<<<<<<<<
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
-  __PYX_ERR(2, 4, __pyx_L1_error)
+  __PYX_ERR(3, 4, __pyx_L1_error)
 
   /* "(tree fragment)":3
  * def __reduce_cython__(self):
@@ -11206,12 +12785,12 @@ static int __Pyx_modinit_Function_export_code(__pyx_mstatetype *__pyx_mstate) {
   {
     __pyx_t_1 = __Pyx_ApiExport_GetApiDict(); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
-    const char * __pyx_export_signature = __Pyx_PyBytes_AsString(__pyx_mstate_global->__pyx_kp_b_int_struct___pyx_obj_7ivshmem_7c);
+    const char * __pyx_export_signature = __Pyx_PyBytes_AsString(__pyx_mstate_global->__pyx_kp_b_PyObject_PyObject_int___pyx_skip);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (unlikely(!__pyx_export_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
     #endif
-    const char * __pyx_export_name = __pyx_export_signature + 162;
-    void (*const __pyx_export_pointers[])(void) = {(void (*)(void))&__pyx_f_7ivshmem_7channel_5roles_open_channel, (void (*)(void))&__pyx_f_7ivshmem_7channel_5roles_microseconds, (void (*)(void)) NULL};
+    const char * __pyx_export_name = __pyx_export_signature + 328;
+    void (*const __pyx_export_pointers[])(void) = {(void (*)(void))&__pyx_f_7ivshmem_7channel_5roles_flat, (void (*)(void))&__pyx_f_7ivshmem_7channel_5roles_check_in_place, (void (*)(void))&__pyx_f_7ivshmem_7channel_5roles_take_typed, (void (*)(void))&__pyx_f_7ivshmem_7channel_5roles_take_without_objects, (void (*)(void))&__pyx_f_7ivshmem_7channel_5roles_open_channel, (void (*)(void))&__pyx_f_7ivshmem_7channel_5roles_microseconds, (void (*)(void)) NULL};
     void (*const *__pyx_export_pointer)(void) = __pyx_export_pointers;
     const char *__pyx_export_current_signature = __pyx_export_signature;
     while (*__pyx_export_pointer) {
@@ -11249,7 +12828,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5roles_WriterEnd(__
   __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.__pyx_base.give_up = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_give_up;
   __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.ready = (int (*)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_ready;
   __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.blocked = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, PyObject *))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked;
-  __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.too_long = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint64_t))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_too_long;
+  __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.too_long = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, PyObject *))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_too_long;
   __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.wait_again = (int (*)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, PyObject *))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_wait_again;
   __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.loan_cell = (int (*)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint32_t *))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_loan_cell;
   __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.find_room = (int (*)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint32_t *, PyObject *, PyObject *))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room;
@@ -11258,11 +12837,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5roles_WriterEnd(__
   __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.send = (uint64_t (*)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint32_t, uint32_t, uint64_t))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send;
   __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.at = (char *(*)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint32_t))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_at;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 61, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 139, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5roles_WriterEnd_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd)) __PYX_ERR(0, 61, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd)) __PYX_ERR(0, 139, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd = &__pyx_type_7ivshmem_7channel_5roles_WriterEnd;
   #endif
@@ -11270,7 +12849,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5roles_WriterEnd(__
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd) < (0)) __PYX_ERR(0, 61, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd) < (0)) __PYX_ERR(0, 139, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd);
@@ -11280,12 +12859,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5roles_WriterEnd(__
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd, __pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd) < (0)) __PYX_ERR(0, 61, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_WriterEnd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd) < (0)) __PYX_ERR(0, 61, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd, __pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd) < (0)) __PYX_ERR(0, 139, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_WriterEnd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd) < (0)) __PYX_ERR(0, 139, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd, __pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd) < (0)) __PYX_ERR(0, 61, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd) < (0)) __PYX_ERR(0, 139, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -11313,11 +12892,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5roles_ReaderEnd(__
   __pyx_vtable_7ivshmem_7channel_5roles_ReaderEnd.copy_to = (int (*)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message const *, char *))__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to;
   __pyx_vtable_7ivshmem_7channel_5roles_ReaderEnd.starved = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *))__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 249, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 328, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5roles_ReaderEnd_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd)) __PYX_ERR(0, 249, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd)) __PYX_ERR(0, 328, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd = &__pyx_type_7ivshmem_7channel_5roles_ReaderEnd;
   #endif
@@ -11325,7 +12904,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5roles_ReaderEnd(__
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) < (0)) __PYX_ERR(0, 249, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) < (0)) __PYX_ERR(0, 328, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd);
@@ -11335,12 +12914,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5roles_ReaderEnd(__
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, __pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd) < (0)) __PYX_ERR(0, 249, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_ReaderEnd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) < (0)) __PYX_ERR(0, 249, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, __pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd) < (0)) __PYX_ERR(0, 328, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_ReaderEnd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) < (0)) __PYX_ERR(0, 328, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd, __pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) < (0)) __PYX_ERR(0, 249, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) < (0)) __PYX_ERR(0, 328, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -11358,7 +12937,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_modinit_Type_import_code", 0);
   /*--- Type import code ---*/
-  __pyx_t_1 = PyImport_ImportModule(__Pyx_BUILTIN_MODULE_NAME); if (unlikely(!__pyx_t_1)) __PYX_ERR(3, 9, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule(__Pyx_BUILTIN_MODULE_NAME); if (unlikely(!__pyx_t_1)) __PYX_ERR(4, 9, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7cpython_4type_type = __Pyx_ImportType_3_3_1(__pyx_t_1, __Pyx_BUILTIN_MODULE_NAME, "type",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -11368,9 +12947,9 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(PyHeapTypeObject), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(PyHeapTypeObject),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(3, 9, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(4, 9, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.descriptors"); if (unlikely(!__pyx_t_1)) __PYX_ERR(4, 86, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.descriptors"); if (unlikely(!__pyx_t_1)) __PYX_ERR(1, 101, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Fd",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -11380,7 +12959,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) __PYX_ERR(4, 86, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) __PYX_ERR(1, 101, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "FdArray",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
@@ -11389,8 +12968,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) __PYX_ERR(4, 93, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray) != 1)) __PYX_ERR(4, 93, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) __PYX_ERR(1, 108, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray) != 1)) __PYX_ERR(1, 108, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Signaller",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
@@ -11399,8 +12978,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) __PYX_ERR(4, 117, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) != 1)) __PYX_ERR(4, 117, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) __PYX_ERR(1, 132, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) != 1)) __PYX_ERR(1, 132, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Relay",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
@@ -11409,8 +12988,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) __PYX_ERR(4, 127, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) != 1)) __PYX_ERR(4, 127, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) __PYX_ERR(1, 142, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) != 1)) __PYX_ERR(1, 142, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Epoll",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
@@ -11419,8 +12998,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) __PYX_ERR(4, 134, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) != 1)) __PYX_ERR(4, 134, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) __PYX_ERR(1, 149, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) != 1)) __PYX_ERR(1, 149, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_1 = PyImport_ImportModule("ivshmem.native.spin"); if (unlikely(!__pyx_t_1)) __PYX_ERR(5, 30, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
@@ -11537,7 +13116,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) __PYX_ERR(9, 29, __pyx_L1_error)
   if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Membership) != 1)) __PYX_ERR(9, 29, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.ends"); if (unlikely(!__pyx_t_1)) __PYX_ERR(10, 11, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.ends"); if (unlikely(!__pyx_t_1)) __PYX_ERR(10, 18, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.ends", "Wakeup",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -11547,8 +13126,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup) __PYX_ERR(10, 11, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup) != 1)) __PYX_ERR(10, 11, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup) __PYX_ERR(10, 18, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup) != 1)) __PYX_ERR(10, 18, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_RefNannyFinishContext();
   return 0;
@@ -11921,67 +13500,82 @@ __Pyx_RefNannySetupContext("PyInit_roles", 0);
   if (__Pyx_InitAfterSharedUtility() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Execution code ---*/
 
-  /* "ivshmem/channel/roles.pyx":25
+  /* "ivshmem/channel/roles.pyx":30
  * from .records cimport facts_of
  * 
- * from ..errors import ChannelError, MessageTooLong, Overtaken             # <<<<<<<<<<<<<<
+ * from ..errors import ChannelError, ChannelTypeError, MessageTooLong, Overtaken             # <<<<<<<<<<<<<<
  * from ..text import all_of, counted
  * 
 */
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelError,__pyx_mstate_global->__pyx_n_u_MessageTooLong,__pyx_mstate_global->__pyx_n_u_Overtaken};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 3, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 25, __pyx_L1_error)
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelError,__pyx_mstate_global->__pyx_n_u_ChannelTypeError,__pyx_mstate_global->__pyx_n_u_MessageTooLong,__pyx_mstate_global->__pyx_n_u_Overtaken};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 4, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 30, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelError,__pyx_mstate_global->__pyx_n_u_MessageTooLong,__pyx_mstate_global->__pyx_n_u_Overtaken};
-    for (__pyx_t_3=0; __pyx_t_3 < 3; __pyx_t_3++) {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 25, __pyx_L1_error)
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelError,__pyx_mstate_global->__pyx_n_u_ChannelTypeError,__pyx_mstate_global->__pyx_n_u_MessageTooLong,__pyx_mstate_global->__pyx_n_u_Overtaken};
+    for (__pyx_t_3=0; __pyx_t_3 < 4; __pyx_t_3++) {
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 30, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 25, __pyx_L1_error)
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 30, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     }
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/roles.pyx":26
+  /* "ivshmem/channel/roles.pyx":31
  * 
- * from ..errors import ChannelError, MessageTooLong, Overtaken
+ * from ..errors import ChannelError, ChannelTypeError, MessageTooLong, Overtaken
  * from ..text import all_of, counted             # <<<<<<<<<<<<<<
  * 
  * cdef extern from "<time.h>" nogil:
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_all_of,__pyx_mstate_global->__pyx_n_u_counted};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 2, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 26, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 2, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 31, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_all_of,__pyx_mstate_global->__pyx_n_u_counted};
     for (__pyx_t_3=0; __pyx_t_3 < 2; __pyx_t_3++) {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 26, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 31, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 26, __pyx_L1_error)
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 31, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     }
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/roles.pyx":101
+  /* "ivshmem/channel/roles.pyx":124
+ * 
+ * 
+ * cpdef object flat(object data):             # <<<<<<<<<<<<<<
+ *     """Return a memoryview of the bytes of what is to be sent.
+ * 
+*/
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5roles_1flat, 0, __pyx_mstate_global->__pyx_n_u_flat, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_roles, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 124, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_flat, __pyx_t_2) < (0)) __PYX_ERR(0, 124, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/roles.pyx":179
  *         self.enlist()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def close(self):
  *         """Free the slot; may be called twice.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5roles_9WriterEnd_3close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_WriterEnd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_roles, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 101, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5roles_9WriterEnd_3close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_WriterEnd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_roles, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 179, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 101, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 179, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -11989,12 +13583,12 @@ __Pyx_RefNannySetupContext("PyInit_roles", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5roles_9WriterEnd_7__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_WriterEnd___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_roles, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(2, 1, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5roles_9WriterEnd_7__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_WriterEnd___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_roles, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(3, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_2) < (0)) __PYX_ERR(2, 1, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_2) < (0)) __PYX_ERR(3, 1, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":3
@@ -12003,27 +13597,27 @@ __Pyx_RefNannySetupContext("PyInit_roles", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5roles_9WriterEnd_9__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_WriterEnd___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_roles, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(2, 3, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5roles_9WriterEnd_9__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_WriterEnd___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_roles, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(2, 3, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/roles.pyx":291
+  /* "ivshmem/channel/roles.pyx":370
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def close(self):
  *         """Free the slot; may be called twice.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5roles_9ReaderEnd_5close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ReaderEnd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_roles, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 291, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5roles_9ReaderEnd_5close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ReaderEnd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_roles, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 370, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 291, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 370, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -12031,12 +13625,12 @@ __Pyx_RefNannySetupContext("PyInit_roles", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5roles_9ReaderEnd_7__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ReaderEnd___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_roles, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(2, 1, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5roles_9ReaderEnd_7__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ReaderEnd___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_roles, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(3, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_2) < (0)) __PYX_ERR(2, 1, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_2) < (0)) __PYX_ERR(3, 1, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":3
@@ -12045,12 +13639,12 @@ __Pyx_RefNannySetupContext("PyInit_roles", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5roles_9ReaderEnd_9__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ReaderEnd___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_roles, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(2, 3, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5roles_9ReaderEnd_9__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ReaderEnd___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_roles, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(2, 3, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/roles.pyx":1
@@ -12127,41 +13721,41 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{44},{25},{8},{36},{58},{32},{83},{34},{56},{2},{15},{1},{2},{15},{41},{1},{179},{8},{8},{7},{6},{2},{9},{14},{12},{25},{50},{12},{14},{9},{9},{27},{29},{15},{9},{27},{29},{15},{20},{12},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{6},{18},{8},{18},{5},{7},{6},{5},{1},{7},{5},{5},{21},{4},{10},{10},{12},{4},{8},{3},{6},{4},{10},{4},{6},{4},{6}};
-    const struct { const unsigned int length: 8; } bytes_length_index[] = {{34},{44},{187},{9},{57},{66}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{44},{25},{8},{36},{58},{134},{32},{83},{34},{56},{2},{15},{1},{2},{15},{41},{112},{1},{179},{2},{8},{8},{7},{6},{2},{9},{14},{12},{25},{50},{23},{1},{12},{16},{14},{9},{9},{27},{29},{15},{9},{27},{29},{15},{20},{12},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{6},{18},{4},{8},{11},{18},{5},{7},{4},{5},{6},{6},{4},{5},{1},{9},{7},{8},{5},{5},{21},{4},{10},{10},{12},{4},{8},{3},{6},{4},{10},{4},{6},{4},{6}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{34},{405},{44},{9},{41},{57},{66}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (957 bytes) */
-static const char cstring[] = "x\332\215TO\213\0337\024\267!\224\246\204\322M\003\201\236^!d\327\211\343\264`\232\342\036BH\266P\332$\273!\220\366$d\351\215G\273\032\311\2254\266\047\247\034\367\270G\037\367\350\243\2179\346c\354\307\310G\350\223f<v\273{\250a\254\047\275\277\277\337{\022\360\000\326\010\354\303<W\"\007\356\020\270\326\020rR\250\000s\356\241\340\022!\263\016\306U@\337\007n$\251<hU\220\205\362\020\277\254$\257f\035\001\007\207\344\345 X{\n\306\206\\\231I\212\001\005z\317\047\350A\231hf\3470GJjg\350\346N\205\200&\226\242\221J\300\252\326\t;U(\301f\255\363\210\342k\344>Y\025\220)\347\t\307\024M\037(\307\334\331\200\333D\tK[QN\210*\014TY:\371\005\004-d\036\301\252\220Ca)c\254\004\235O!\257\267\250\243\371\230\216;\307+\037\313\323\226\033\2378$p\245\307k\313<\220\250{\340\017\202C\242\325\361I\201&\364\006#\210\2645E\307`\243Dr]Ib\226\373(\021\032C\177tP\2270\202\247\257\"\334\204\362y\025rk\2425%QctT\267\256\300\007\247D\353|tx\364h\370\3630\365\321\341\t\nJ\343\313\261\320\334{L8\306\245\322\201 \204j\212~\000\277eP\331\022\014R\023\210\266)\331\355:\0206\003>R\232#\354sC\355\346AY\303\310\235\332\276\017R9J\242f\030\275\177\345\332\343\200K\311\310\016\005\025dP\223\211\347c\215h\342\377D(_KR\315|^`1@\347\254\363\233]\300Eh\344\307M\204\307\316j\252uZ-\214%\360\031/u\000\306\034\312R c \313\224\335X\363\210\310\230)\256I+\224Q\201\261\347u\210\303\230\343e\335\200\267\326\376a\315\3445Me\340\247h\336$\256\017\215l\205A\033\\$\322\031\333U\021\035\236X\270N)\264\365\370.\265\225\266\255p5\336\256\352J\274\2552\305c\354\250Z\320\367\202\372\314^\021=o0c\254\351\005i\031\313J#\342:\331D\242_\301\225I\253\225\245N\047\206\027i%\036\231\340S\265\221\033\227(\316B\354LT\374]r\275q\330\020}\005E{\200\213\270! m\022\277S\312\025\200\214\321cC\315a\3123a\235-i \221\236&f\351\"TF(;h\217}3\004^h\3321\002\025\034\0278\346\3424\261#li\002\312z\2102\332\310\t]\240`]\245\214\304\0051Y\264\263\325\204\032\244y\212\027\232\016\351\"\371\\MI\"\227\231\302ysM\343\204cD\023_\257L\333\371\324N\233\207""\001uF\220\232A\214\363:\343\272D\037\235\353+}T\275\036\307\273\007\017\016\266b\257C\017.\021VP@\271cA\027\270$\241\251\221\014\010\272\214\346\031\247\333K\224(C\017KcU\267\311\216O\330\223\215\303\223\006\025\033\242\221\276\035xz\000\036\364a\233\247\017\377#\304\217?l\031a/[\361\337\221z\235\222J\372i\310\250\254\231U\262\327\211O)kbt\n%\\\352\013U\363\241{y\343\253\263\207\347\307\037\236}\376\272s\363\326\331\360lv\376vyg\371\356\342\305\352\306\352\367\365\374#\277\274u\373\374\341\362x9\276\350^\334]uWwV\177\256\217/\277\274}~\177\331]\356\375\327\361\257\013\271\272\267:\375x\367S\267q\274\374\346\273\345\367\313\341\362\375jo\265\277\336[\337[\237|\352~\376\242s\363\333:\302?6\035\250\254";
-    PyObject *data = __Pyx_DecompressString(cstring, 957, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1217 bytes) */
+static const char cstring[] = "x\332\215U\317o\0247\024\336\225RTZT\001EB\352\311\225P!%l[)-UPUQ\240R\325\002\t\212D{r\274\2367\273f=\366`{v3=q\314q\217{\314q\2179r\344\317\310\237\301\237\320\317\236\331\311\226DU#m\374f\336\257\357}\357\371\r\023\201Y#i\213\315\306J\216\231p\304\204\326,\214\241P\201\315\204g\205\310\210\345\326\261a\035\310o1a2\250<\323\252\200\205\362,\376\362\n^\355\271\303\004s\004/\307\202\265\023fl\030+3J1XA\336\213\021y\246L4\26336#$\265Sr3\247B \023\241h\002\004\252\033\235\264\245\242\214\331\234\355\326al\r\263\303W$\203\337I0\022\252\006x\2269D\307\023L\221\322\263\322Y\2117\253\352\214e%\001U!j\346\tI\035\216\360\200U\036\316,\013uIl\246\220\242\n\253\034[\321\250Tr\242\351\247}WQ\014\275*a\007Uj\022>a-X\256\234\207_I&9\315\234\rtVnb\264\343e\014^k\n\340\047\275y\300$\016\230G\312\001\200\025\026\365D>\310\371\024\362b\213&\232\217\351\204s\242N\225k+LC\010(Fi\027\302\274\223\221\336d\376Np\340!wbT\220\t\233\203\035\026\233\327\202\216\301\032\216\033$\251\277\302G\t\325\230\206\342\006B\364K\260\326\251\352j\217X:>\233V\214\305\224b?\232\356\201\006M&\333bSE\263X\rZ^G\370\245p\261\317\261A\007e\025\016\322\360\035\214(\034\374\374,\322\233X}\324L\005\300\240(5$\007\2364:\034\234\222\035\330\335\047\273\367\266\177\334N\001\034%,\314WC\251\305jb\206\225\322\0019\343\030\370\001\373-g\265\255\230!\214\036\360\225\260[w\000\227&NO\024\330ma0\344\"(k8\3341\354\267Y\246\034\222(\224\t\357_\205\3664\020qD9,I\002\222!\r#/\206\232\310\304\377#\251|#ej\352\307\005\025\003r\316:\277z\nt\030Z\371\2336\3027\316j\240-\353C\220\231Q.*\035\030\347\216\262J\022\347,\253R~c\315=\3201UBC+\225Q\201\363\240\n\212\243\016\342\200\t}7U\001\366~y\324\204~\022s\267\362>8I\317O\233\236\356[\373\2075\243\347\270\265AL\310\274HS\360\304d\2350\350@\310\324\036\316\327U \316\203\257\213\224R[O/\323\300\341\261\023\316\307[W\235\213w\246L\3618\337\255\017\361{\214\211\340\317@\343\013\3129o\273\006-\347yed<G\253H\370+\2042\351\264Y\245\323\033#\212t\202o.E\251Vr\353\022\305i\210\035\214\212""\327\225\320+\207UC\316U\321\275\240\303\370\200B\272$~\r\312\271\002\321>\362h\"W\236K\353\320Ge\010\253\233[\\\321\332He\007\335k/qk\333\201\361rLr\302\323\262\223\032J\216\032\203\023\222\206BN\022Y\322V&P\226\211 \222\031\031i3jF1\327\"\344\320g#\254\260\346Nc\013\004\353j\204)5\302(\223\321!\310/\272\261m3\017\322\250\306\355\204\227\2303?V%$\270\306[\337.\213x}(\022\020?\010\271\266\263\322\226\355\226#\235\203\205v\306\343U\230\n]\221\217\316\315~\332\255\237\047@\354\353;g\342f\017\3370p\\ `v\241\305\026\026M\2743\251\217\023Ur\\\312R\200\257\315^T\374\313r=\356\177(?\224\371\260\312sl\242\213\275:mB\322\232`{Ur\005\013D\363\373-\235\374~\313\047\337\306\312\364|u[\261\327>\310\373?B|\367\355Y/\370\323N\374\260\324\n\220~\330\346\2005\265*\333\354\305)\3505\203\264j{/\356\201\324\275\254\021\333\017)o\027\177/~\305x\233\267W(\351\322\244\241\202\265\246\264\210W0\261@\255\313\"\200\\ \004F\373M\377t\343\223\243\273\363\2757\375\367W{\037]=z=\2774\027\363\351b\357t\343\306\374\341|o.N7>=\332\201@\213\357\217\373\307\327\336<|\377Y\357\362\225\243\355\243\351|\177qc\361\362\370\361rc\371\373\311\354\2558\275r}~w\261\267\030\302\356\346\262\277\274\261\374\363d\357\364\343\353\363\257\026\375\3059\307\277\216\263\345\255\345\344\355\315w\375\326\361\364\352\027\213/\027\333\213\277\227\327\226\267O\256\235\334:y\365\256\377\376R\357\362\347M\204\177\000\r\227~2";
+    PyObject *data = __Pyx_DecompressString(cstring, 1217, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1272 bytes) */
-static const char cstring[] = "\377 at once\377, which \377are all \373th\026\000it wa\377s made f\377or bytes\377, and it\337s lim\037\000is\233  \001\000fu3\000\001\004:\337 a re3\000r \377took not\357hing?\002 me\377ssages i}n#\001ow wer\000\377overwrit\267ten\207\001le\200\000e\375y\026\003copied\327 of4\006:]\000le\373as!\002m fir}s\305\000pen, \245\000\037wrote_\007\307\002\211\006\235h\317\000yet\227\000\237\002;\343 c\250\000,\000\351\001ith\347 mo\200 \206\001ersC oP\000\014\023\332\003\037\000r\261 \367ray)\000f lo\347ans\277\"\332\000use\376\222\022(del) s\357(tre\324 rag\377ment).: \210\263!\227$\350\001:\340\"\204\003\335\"awste\317 han\234@<\364 \335#: ?N\353\001\255B?Cython\214Ab\000\377iberatel\177y stric4\006\177PEP-484\303B\337rejec\311@su\177bclasse\303\002\337built\235@ty\377pes. If \277you ne\202@t\327o p%\000 &\010th\372\261@s\317!he \047a\375n\354@ation_|<\000\364@\047 dirb\000\373iv\321@o Fal\177se.add_\224`\273ec\313\000nel \000s\277ableen\002\001g\367cis\004\003divs\377hmem.err\367ors\006\005textz\023\004/;\004/rol\251\000\377pyxno de\377fault __\377reduce__\367 duy\002non-\336\212 vial\033\000ci\277nit__C\177\003E\372`\001M\231\204\003TooLo\377ngOverta\357kenR\312\204\002Endj\000\006.T\006c\360\"__\017\t\326\214 st\372 _\013\017cl?oseWri\312@M\000\300\000\006>\017\017\t?\016.\007K\002__\327Pyx\001\000D\345@_N>\234 Ref__\205D\375\000\377__func__\237__get\224\003\n\000m\367ain\020\001modu\235l!\002nam)\002\305 _\017capi.\001\010\001,\004\023\001\363vt\246AG\001qual0)\005\341%\205.\373&ex{\001\245`\345_]\005s\200\010\240.__t\373es\232@_is_c\377oroutine\377all_ofas\277yncio.\016\006s\256\300dscl\"\000_\322\000t\377raceback\376\351\"counted\372\277cf\n\000dghis\377toryinde%x\210@m\323f\213\204\004.\313b\315\206\001\376\374`bership\367mem0\000view\344\276\210\004\336\204\001e\257!\272\210\001flo\357wpop\222\207\004elf\347set\202\204\004\254\204\001val\347ues9\001\327\207\003PyO\335b\370\205\001 *(\001\007)\000\337was_re\000ve\375d\027\010struct\335 \207\205\004_re\217 d \377*"")\000facts\276\220 int (\037\004_}_\272Aobj_7)\005\3757\341\205\004_4ends\332\350\204\006nA\000, \200\007, \366  10\210\047_Memv\226$ *>\t)\000u\220\000\36764_\224\000void\353)\000\307\211\001_\350\206\004\000mi\317cros\303\000\213\000\200\001\377\330\004\n\210+\220Q\200\377A\360\016\000\t\014\2104\377\210v\220T\230\024\230W\377\240D\250\004\250K\260w\377\270a\330\014\022\220+\230\377Q\230b\240\001\240\027\250\377\001\250\024\250X\260Q\330\377\010\022\220&\230\001\230\021\376)\rY\240d\250$\250k\357\270\027\300\0012\004\330\020\032\377\230!\2304\230z\250\021\377\250\047\260\021\260$\260j\177\300\001\360\006\000\t\023<\003";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1272, 1799);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1632 bytes) */
+static const char cstring[] = "\377 at once\377, which \377are all \373th\026\000it wa\377s made f\377or bytes\377, and it\337s lim\037\000is\233  \001\000fu3\000\001\004:\337 a re3\000r \377took not\357hing?\002 me\377ssages i}n#\001ow wer\000\377overwrit\267ten\207\001le\200\000e\375y\026\003copied\377 of Pyth\377on objec\307ts:\202\002\221\002\263\003dd\341r[\000Y\000(\000p\000s p\347rocm\000\326\005no \357peer\317\000y s\367ee \321\000set;\367 us\363\000 dty\337pe wi`\000ut\372\\\005,!\001pickl_e=Tru1\000f\272\006\275:\343\000leas\247\002m\337 firs\313 pe}n0\002wrote\345\007t\315\"\217&h\325 yet\235 \016\245\"; c\256 ,\000\357!~\000\347 mo\206@\214!ersC oP\000\014\023\340#\037\000r\267@\367ray)\000f lo\207ans\305B\340 \330\000\222\022(\377del) s(t\375r\205 fragme?nt).: \271A\235Dp\356!\336#\204\003\343Bast\277 \206\235`n \336\"\343C4\001\266! \340\237)\342F\322a\255D\341ehav\361e\226`\316c\203!lend?, view\223A\360@\235y\236apar\344A\235A`\357put`\370b`geOt`?N\333!\243\204\002C\220c\367is \322\000iber\357atel\337@tri\375c\244\006PEP-48\3554\271\204\002re\273b su\277bclass\254cb\237uilti\324\000\204`s\377. If you\027 ne\370`t\266`%\000%\t\317then\302`\300@he\377 \047annota\337tion_\303`in\377g\047 direc\363ti\344\000;\000Fals\377e.a add_mn\225`ch/\000el\"\000\177sableen\002\001\357gcis\004\003div\377shmem.er\357rors\006\005tex\365t\023\004/;\004/rol\377es.pyxno\376\374\000fault _\377_reduce_\337_ due\341ano{n-\214 vial\033\000\377cinit__t\277imeout\273\206\001n\377ot a num\226\273 BC\227\003Ex\001\005\004T\327ype\013\002M\271\206\003To\377oLongOve\177rtakenR\352\206\002WEnd\000\006.|\006c\260\206\002{__\017\tsets\255 \373e_\013\017close\007Wri\344`M\000\000\006>\017\017\t\370?\016.\007K\002__Pyx\332\001\000D\217`_N\304 Re\347f__\257D\245 __f\377unc____g\274\222\005\n\000main\020\001m\357odul!\002nam|)\002\355 _capi.\0014\010\001\307\003_\023\001vt\316AG\001\017qual)\005\211E\205.\243F{ex{\001set_]\005\261s\200\010\240.\274@es\302@_\277is_cor\305@i\377neall_of\377asyncio.\276\016\006scast\354ds""\277check_\350\210\002c\365l1\000_\341\000trac\337eback\370\"co\377unteddat\375a\217\211\002encode\276\205\204\003flatf\035\000d\357ghas\202\212\003hisotory\250 plD\000_index\273@m\256\204\006\262\346\204\004.\246\204\002\232\210\001me\344as?hipmem8\000\362\206\001\344\221\213\004\273\205\001e\342!\215\213\001flo\357wpop\337\210\004elf\237setde\337\204\002\207\205\001v\237alues\257\207\001\244\211\003P\273yO\224\213\002 *(\001\007)\277\000was_re\000v{ed\r\022, in\260\205\001\376\303Bkip_dis\233pa\255 )\000\025\001A\010,\341 L\t\002\030\035\t1\001_bu?ffer *>\022\025\006|\205\002o\004struc\217\005\337obj_7\215\207\004_7\376\266\207\004_4ends_\236\246\206\005nd *j\013  1\3150\202G_M\216F<\013)\000\375u\237 64_t (\277void)\000\202a\000$\303c\357E\000\204\207\001\271Bd\005\003\302\215\004\325_\246\216\004\000\302\214\001_\361\210\004\000m\377icrosecoP\277\000\254H\356\004\342\005r\036\000r\324\000\376n\000acts_of\377\200\001\330\004\n\210+\220\377Q\200\001\360\020\000\005\020\377\210q\220\006\220a\220v\377\230Q\330\004\024\220A\220\377Q\220a\330\004\013\210:\376\006\000e\2305\240\001\240\021\377\200A\360\016\000\t\014\210\3774\210v\220T\230\024\230\377W\240D\250\004\250K\260\377w\270a\330\014\022\220+\357\230Q\230b%\000\027\250\001\377\250\024\250X\260Q\330\010\277\022\220&\230\001\230(\016Y\377\240d\250$\250k\270\027\373\300\0012\004\330\020\032\230!\377\2304\230z\250\021\250\047\377\260\021\260$\260j\300\001\037\360\006\000\t\023<\003";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1632, 2397);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (1799 bytes) */
-static const char bytes[] = " at once, which are all that it was made for bytes, and its limit is  is full is full: a reader took nothing for  messages in a row were overwritten while they were copied of messages: release them first open, or wrote messages that a reader has yet to read; create it with more writers open; create it with more readers or arrays of loans are in use: release them first (del) s(tree fragment).: : a message of : its writer is faster than this reader: ?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.add_notechannel disableenablegcisenabledivshmem.errorsivshmem.textivshmem/channel/roles.pyxno default __reduce__ due to non-trivial __cinit__ChannelErrorMessageTooLongOvertakenReaderEndReaderEnd.__reduce_cython__ReaderEnd.__setstate_cython__ReaderEnd.closeWriterEndWriterEnd.__reduce_cython__WriterEnd.__setstate_cython__WriterEnd.close__Pyx_PyDict_NextRef__annotate____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineall_ofasyncio.coroutineschannelscline_in_tracebackclosecountederrorsfoundghistoryindexitemsivshmem.channel.rolesloanmembershipmemoryviewmessage_typenameoverflowpopreaderselfsetdefaulttextvaluesviewwriterPyObject *(PyObject *)\000was_removedPyObject *(struct ivshmem_record *)\000facts_ofint (struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, PyObject *)\000uint64_t (void)\000open_channel\000microseconds\200\001\330\004\n\210+\220Q\200A\360\016\000\t\014\2104\210v\220T\230\024\230W\240D\250\004\250K\260w\270a\330\014\022\220+\230Q\230b\240\001\240\027\250\001\250\024\250X\260Q\330\010\022\220&\230\001\230\021\200A\360\016\000\t\014\2104\210v\220T\230\024\230Y\240d\250$\250k\270\027\300\001\330\014\022\220+""\230Q\330\020\032\230!\2304\230z\250\021\250\047\260\021\260$\260j\300\001\360\006\000\t\023\220&\230\001\230\021";
+    #else /* compression: none (2397 bytes) */
+static const char bytes[] = " at once, which are all that it was made for bytes, and its limit is  is full is full: a reader took nothing for  messages in a row were overwritten while they were copied of Python objects: its bytes are addresses of this process, which no peer may see or set; use a dtype without objects, or pickle=True of messages: release them first open, or wrote messages that a reader has yet to read; create it with more writers open; create it with more readers or arrays of loans are in use: release them first (del) s(tree fragment).: : a message of : its writer is faster than this reader: : with pickle=True messages are objects, which have no bytes to lend, view or copy in parts: use `put` and `get`?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a add_notechannel disableenablegcisenabledivshmem.errorsivshmem.textivshmem/channel/roles.pyxno default __reduce__ due to non-trivial __cinit__timeout is not a numberBChannelErrorChannelTypeErrorMessageTooLongOvertakenReaderEndReaderEnd.__reduce_cython__ReaderEnd.__setstate_cython__ReaderEnd.closeWriterEndWriterEnd.__reduce_cython__WriterEnd.__setstate_cython__WriterEnd.close__Pyx_PyDict_NextRef__annotate____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineall_ofasyncio.coroutinescastchannelscheck_dtypecline_in_tracebackclosecounteddatadtypeencodeerrorsflatfoundghasobjecthistoryin_placeindexitemsivshmem.channel.rolesloanmembershipmemoryviewmessage_typenameoverflowpopreaderselfsetdefaulttextvaluesviewwriterPyObject *(PyObject *)\000was_removedPyObject *(PyObject *, int __pyx_skip_dispatch)\000int (PyObject *, PyObject *)\000int (PyObject *, PyObject *, PyObject *, Py_buffer *)\000int (PyObject *, Py_buffer *, int)\000int (struct __pyx_obj_7ivshmem_7channe""l_4ends_ChannelEnd *, PyObject *, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, PyObject *)\000uint64_t (void)\000flat\000check_in_place\000take_typed\000take_without_objects\000open_channel\000microsecondsPyObject *(struct ivshmem_record *)\000facts_of\200\001\330\004\n\210+\220Q\200\001\360\020\000\005\020\210q\220\006\220a\220v\230Q\330\004\024\220A\220Q\220a\330\004\013\210:\220Q\220e\2305\240\001\240\021\200A\360\016\000\t\014\2104\210v\220T\230\024\230W\240D\250\004\250K\260w\270a\330\014\022\220+\230Q\230b\240\001\240\027\250\001\250\024\250X\260Q\330\010\022\220&\230\001\230\021\200A\360\016\000\t\014\2104\210v\220T\230\024\230Y\240d\250$\250k\270\027\300\001\330\014\022\220+\230Q\330\020\032\230!\2304\230z\250\021\250\047\260\021\260$\260j\300\001\360\006\000\t\023\220&\230\001\230\021";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 84; i++) {
+    for (int i = 0; i < 98; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 27) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 31) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)
@@ -12169,8 +13763,8 @@ static const char bytes[] = " at once, which are all that it was made for bytes,
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 84; i < 90; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-84].length;
+    for (int i = 98; i < 105; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-98].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -12180,15 +13774,15 @@ static const char bytes[] = " at once, which are all that it was made for bytes,
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 90; i++) {
+    for (Py_ssize_t i = 0; i < 105; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 84;
-      for (Py_ssize_t i=0; i<6; ++i) {
+      PyObject **table = stringtab + 98;
+      for (Py_ssize_t i=0; i<7; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
         #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -12243,34 +13837,39 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 101};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 124};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_data};
+    __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_roles_pyx, __pyx_mstate->__pyx_n_u_flat, __pyx_mstate->__pyx_kp_b_iso88591_q_avQ_AQa_Qe5, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 179};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_roles_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4vT_Yd_k_Q_4z_j, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_roles_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4vT_Yd_k_Q_4z_j, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 291};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 370};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_roles_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4vT_WD_Kwa_Qb_XQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_roles_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4vT_WD_Kwa_Qb_XQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   Py_DECREF(tuple_dedup_map);
   return 0;
@@ -12384,119 +13983,164 @@ end:
 }
 #endif
 
-/* DivInt[int64_t] */
-static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t a, int64_t b, int b_is_constant) {
-    int64_t q = a / b;
-    int64_t r = a - q*b;
-    int64_t adapt_python = (b_is_constant ?
-        ((r != 0) & ((r < 0) ^ (b < 0))) :
-        ((r != 0) & ((r ^ b) < 0))
-    );
-    return q - adapt_python;
+/* FastTypeChecks (used by PyValueError_Check) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static int __Pyx_InBases(PyTypeObject *a, PyTypeObject *b) {
+    while (a) {
+        a = __Pyx_PyType_GetSlot(a, tp_base, PyTypeObject*);
+        if (a == b)
+            return 1;
+    }
+    return b == &PyBaseObject_Type;
 }
-
-/* ModInt[int64_t] */
-static CYTHON_INLINE int64_t __Pyx_mod_int64_t(int64_t a, int64_t b, int b_is_constant) {
-    int64_t r = a % b;
-    int64_t adapt_python = (b_is_constant ?
-        ((r != 0) & ((r < 0) ^ (b < 0))) :
-        ((r != 0) & ((r ^ b) < 0))
-    );
-    return r + adapt_python * b;
-}
-
-/* DivInt[long] */
-static CYTHON_INLINE long __Pyx_div_long(long a, long b, int b_is_constant) {
-    long q = a / b;
-    long r = a - q*b;
-    long adapt_python = (b_is_constant ?
-        ((r != 0) & ((r < 0) ^ (b < 0))) :
-        ((r != 0) & ((r ^ b) < 0))
-    );
-    return q - adapt_python;
-}
-
-/* PyFrozenDict (used by DictGetItem) */
-#if CYTHON_COMPILING_IN_LIMITED_API
-static CYTHON_INLINE PyObject* __Pyx__PyFrozenDict_New(PyObject* frozendict_type, PyObject* it) {
-    return PyObject_CallFunctionObjArgs(frozendict_type, it, NULL);
-}
-#endif
-
-/* DictGetItem */
-#if !CYTHON_COMPILING_IN_PYPY
-static PyObject *__Pyx_PyDict_GetItem(PyObject *d, PyObject* key) {
-    PyObject *value;
-    if (unlikely(__Pyx_PyDict_GetItemRef(d, key, &value) == 0)) { // no value, no error
-        if (unlikely(PyTuple_Check(key))) {
-            PyObject* args = PyTuple_Pack(1, key);
-            if (likely(args)) {
-                PyErr_SetObject(PyExc_KeyError, args);
-                Py_DECREF(args);
-            }
-        } else {
-            PyErr_SetObject(PyExc_KeyError, key);
+static CYTHON_INLINE int __Pyx_IsSubtype(PyTypeObject *a, PyTypeObject *b) {
+    PyObject *mro;
+    if (a == b) return 1;
+    mro = a->tp_mro;
+    if (likely(mro)) {
+        Py_ssize_t i, n;
+        n = PyTuple_GET_SIZE(mro);
+        for (i = 0; i < n; i++) {
+            if (PyTuple_GET_ITEM(mro, i) == (PyObject *)b)
+                return 1;
         }
+        return 0;
     }
-    return value;
+    return __Pyx_InBases(a, b);
+}
+static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a, PyTypeObject *b) {
+    PyObject *mro;
+    if (cls == a || cls == b) return 1;
+    mro = cls->tp_mro;
+    if (likely(mro)) {
+        Py_ssize_t i, n;
+        n = PyTuple_GET_SIZE(mro);
+        for (i = 0; i < n; i++) {
+            PyObject *base = PyTuple_GET_ITEM(mro, i);
+            if (base == (PyObject *)a || base == (PyObject *)b)
+                return 1;
+        }
+        return 0;
+    }
+    return __Pyx_InBases(cls, a) || __Pyx_InBases(cls, b);
 }
 #endif
 
-/* FormatTypeName (used by RaiseErrorWithObjectType1) */
-#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
-static __Pyx_TypeName
-__Pyx_PyType_GetFullyQualifiedName(PyTypeObject* tp)
-{
-    PyObject *module = NULL, *name = NULL, *result = NULL;
-    #if __PYX_LIMITED_VERSION_HEX < 0x030b0000
-    name = __Pyx_PyObject_GetAttrStr((PyObject *)tp,
-                                               __pyx_mstate_global->__pyx_n_u_qualname);
-    #else
-    name = PyType_GetQualName(tp);
-    #endif
-    if (unlikely(name == NULL) || unlikely(!PyUnicode_Check(name))) goto bad;
-    module = __Pyx_PyObject_GetAttrStr((PyObject *)tp,
-                                               __pyx_mstate_global->__pyx_n_u_module);
-    if (unlikely(module == NULL) || unlikely(!PyUnicode_Check(module))) goto bad;
-    if (PyUnicode_CompareWithASCIIString(module, "builtins") == 0) {
-        result = name;
-        name = NULL;
-        goto done;
+/* PyObjectCall (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw) {
+    PyObject *result;
+    ternaryfunc call = Py_TYPE(func)->tp_call;
+    if (unlikely(!call))
+        return PyObject_Call(func, arg, kw);
+    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
+        return NULL;
+    result = (*call)(func, arg, kw);
+    Py_LeaveRecursiveCall();
+    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
+        PyErr_SetString(
+            PyExc_SystemError,
+            "NULL result without error in PyObject_Call");
     }
-    result = PyUnicode_FromFormat("%U.%U", module, name);
-    if (unlikely(result == NULL)) goto bad;
-  done:
-    Py_XDECREF(name);
-    Py_XDECREF(module);
     return result;
-  bad:
-    PyErr_Clear();
-    if (name) {
-        result = name;
-        name = NULL;
-    } else {
-        result = __Pyx_NewRef(__pyx_mstate_global->__pyx_kp_u_);
-    }
-    goto done;
 }
 #endif
 
-/* RaiseErrorWithObjectType1 (used by RaiseUnexpectedTypeError) */
-static void __Pyx_RaiseErrorWithType1(PyObject* exc_type, const char* message, const char *arg, PyTypeObject *type_obj) {
-    __Pyx_TypeName type_name = __Pyx_PyType_GetFullyQualifiedName(type_obj);
-    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
-    if (unlikely(!type_name)) return;
-    #endif
-    PyErr_Format(exc_type, message, arg, type_name);
-    __Pyx_DECREF_TypeName(type_name);
+/* PyObjectCallMethO (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg) {
+    PyObject *self, *result;
+    PyCFunction cfunc;
+    cfunc = __Pyx_CyOrPyCFunction_GET_FUNCTION(func);
+    self = __Pyx_CyOrPyCFunction_GET_SELF(func);
+    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
+        return NULL;
+    result = cfunc(self, arg);
+    Py_LeaveRecursiveCall();
+    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
+        PyErr_SetString(
+            PyExc_SystemError,
+            "NULL result without error in PyObject_Call");
+    }
+    return result;
 }
+#endif
 
-/* RaiseUnexpectedTypeError */
-static int __Pyx_RaiseUnexpectedTypeError(const char *expected, PyObject *obj) {
-    __Pyx_RaiseTypeErrorWithObjectType1(
-        "Expected %.42s, got " __Pyx_FMT_TYPENAME,
-        expected, obj);
-    return 0;
+/* PyObjectFastCall */
+#if CYTHON_COMPILING_IN_LIMITED_API
+static PyObject* __Pyx_PyObject_FastCall_fallback(PyObject *func, PyObject * const*args, size_t nargs, PyObject *kwargs) {
+    PyObject *argstuple;
+    PyObject *result = 0;
+    size_t i;
+    argstuple = PyTuple_New((Py_ssize_t)nargs);
+    if (unlikely(!argstuple)) return NULL;
+    for (i = 0; i < nargs; i++) {
+        Py_INCREF(args[i]);
+        if (__Pyx_PyTuple_SET_ITEM(argstuple, (Py_ssize_t)i, args[i]) != (0)) goto bad;
+    }
+    result = __Pyx_PyObject_Call(func, argstuple, kwargs);
+  bad:
+    Py_DECREF(argstuple);
+    return result;
+}
+#endif
+#if CYTHON_VECTORCALL && !(CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY)
+  #if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE vectorcallfunc __Pyx_PyVectorcall_Function(PyObject *callable) {
+    PyTypeObject *tp = Py_TYPE(callable);
+    #if defined(__Pyx_CyFunction_USED)
+    if (__Pyx_CyFunction_CheckExact(callable)) {
+        return __Pyx_CyFunction_func_vectorcall(callable);
+    }
+    #endif
+    if (!PyType_HasFeature(tp, Py_TPFLAGS_HAVE_VECTORCALL)) {
+        return NULL;
+    }
+    assert(PyCallable_Check(callable));
+    Py_ssize_t offset = tp->tp_vectorcall_offset;
+    assert(offset > 0);
+    vectorcallfunc ptr;
+    memcpy(&ptr, (char *) callable + offset, sizeof(ptr));
+    return ptr;
+}
+  #else
+    #define __Pyx_PyVectorcall_Function(callable) PyVectorcall_Function(callable)
+  #endif
+#endif
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwargs) {
+    Py_ssize_t nargs = __Pyx_PyVectorcall_NARGS(nargsf);
+#if CYTHON_COMPILING_IN_CPYTHON
+    if (nargs == 0 && kwargs == NULL) {
+        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_NOARGS))
+            return __Pyx_PyObject_CallMethO(func, NULL);
+    }
+    else if (nargs == 1 && kwargs == NULL) {
+        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_O))
+            return __Pyx_PyObject_CallMethO(func, args[0]);
+    }
+#endif
+    if (kwargs == NULL) {
+        #if CYTHON_VECTORCALL
+          #if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY
+            return PyObject_Vectorcall(func, args, nargsf, NULL);
+          #else
+            vectorcallfunc f = __Pyx_PyVectorcall_Function(func);
+            if (f) {
+                return f(func, args, nargsf, NULL);
+            }
+          #endif
+        #endif
+    }
+    if (nargs == 0) {
+        return __Pyx_PyObject_Call(func, __pyx_mstate_global->__pyx_empty_tuple, kwargs);
+    }
+    #if CYTHON_COMPILING_IN_LIMITED_API
+    return __Pyx_PyObject_FastCall_fallback(func, args, (size_t)nargs, kwargs);
+    #elif CYTHON_COMPILING_IN_PYPY
+    return PyObject_VectorcallDict(func, args, (size_t) nargs, kwargs);
+    #else
+    return PyObject_VectorcallDict(func, args, nargsf, kwargs);
+    #endif
 }
 
 /* PyErrFetchRestore (used by RaiseException) */
@@ -12666,6 +14310,672 @@ bad:
     return;
 }
 
+/* DivInt[int64_t] */
+static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t a, int64_t b, int b_is_constant) {
+    int64_t q = a / b;
+    int64_t r = a - q*b;
+    int64_t adapt_python = (b_is_constant ?
+        ((r != 0) & ((r < 0) ^ (b < 0))) :
+        ((r != 0) & ((r ^ b) < 0))
+    );
+    return q - adapt_python;
+}
+
+/* ModInt[int64_t] */
+static CYTHON_INLINE int64_t __Pyx_mod_int64_t(int64_t a, int64_t b, int b_is_constant) {
+    int64_t r = a % b;
+    int64_t adapt_python = (b_is_constant ?
+        ((r != 0) & ((r < 0) ^ (b < 0))) :
+        ((r != 0) & ((r ^ b) < 0))
+    );
+    return r + adapt_python * b;
+}
+
+/* PyObjectFastCallMethod */
+#if !CYTHON_VECTORCALL
+static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf) {
+    PyObject *result;
+    switch (__Pyx_PyVectorcall_NARGS(nargsf)) {
+        case 1:
+            return PyObject_CallMethodObjArgs(args[0], name, NULL);
+        case 2:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], NULL);
+        case 3:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], NULL);
+        case 4:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], NULL);
+        case 5:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], args[4], NULL);
+    }
+    PyObject *attr = PyObject_GetAttr(args[0], name);
+    if (unlikely(!attr))
+        return NULL;
+    result = __Pyx_PyObject_FastCall(attr, args+1, nargsf - 1);
+    Py_DECREF(attr);
+    return result;
+}
+#endif
+
+/* DivInt[long] */
+static CYTHON_INLINE long __Pyx_div_long(long a, long b, int b_is_constant) {
+    long q = a / b;
+    long r = a - q*b;
+    long adapt_python = (b_is_constant ?
+        ((r != 0) & ((r < 0) ^ (b < 0))) :
+        ((r != 0) & ((r ^ b) < 0))
+    );
+    return q - adapt_python;
+}
+
+/* PyFrozenDict (used by DictGetItem) */
+#if CYTHON_COMPILING_IN_LIMITED_API
+static CYTHON_INLINE PyObject* __Pyx__PyFrozenDict_New(PyObject* frozendict_type, PyObject* it) {
+    return PyObject_CallFunctionObjArgs(frozendict_type, it, NULL);
+}
+#endif
+
+/* DictGetItem */
+#if !CYTHON_COMPILING_IN_PYPY
+static PyObject *__Pyx_PyDict_GetItem(PyObject *d, PyObject* key) {
+    PyObject *value;
+    if (unlikely(__Pyx_PyDict_GetItemRef(d, key, &value) == 0)) { // no value, no error
+        if (unlikely(PyTuple_Check(key))) {
+            PyObject* args = PyTuple_Pack(1, key);
+            if (likely(args)) {
+                PyErr_SetObject(PyExc_KeyError, args);
+                Py_DECREF(args);
+            }
+        } else {
+            PyErr_SetObject(PyExc_KeyError, key);
+        }
+    }
+    return value;
+}
+#endif
+
+/* FormatTypeName (used by RaiseErrorWithObjectType1) */
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+static __Pyx_TypeName
+__Pyx_PyType_GetFullyQualifiedName(PyTypeObject* tp)
+{
+    PyObject *module = NULL, *name = NULL, *result = NULL;
+    #if __PYX_LIMITED_VERSION_HEX < 0x030b0000
+    name = __Pyx_PyObject_GetAttrStr((PyObject *)tp,
+                                               __pyx_mstate_global->__pyx_n_u_qualname);
+    #else
+    name = PyType_GetQualName(tp);
+    #endif
+    if (unlikely(name == NULL) || unlikely(!PyUnicode_Check(name))) goto bad;
+    module = __Pyx_PyObject_GetAttrStr((PyObject *)tp,
+                                               __pyx_mstate_global->__pyx_n_u_module);
+    if (unlikely(module == NULL) || unlikely(!PyUnicode_Check(module))) goto bad;
+    if (PyUnicode_CompareWithASCIIString(module, "builtins") == 0) {
+        result = name;
+        name = NULL;
+        goto done;
+    }
+    result = PyUnicode_FromFormat("%U.%U", module, name);
+    if (unlikely(result == NULL)) goto bad;
+  done:
+    Py_XDECREF(name);
+    Py_XDECREF(module);
+    return result;
+  bad:
+    PyErr_Clear();
+    if (name) {
+        result = name;
+        name = NULL;
+    } else {
+        result = __Pyx_NewRef(__pyx_mstate_global->__pyx_kp_u_);
+    }
+    goto done;
+}
+#endif
+
+/* RaiseErrorWithObjectType1 (used by RaiseUnexpectedTypeError) */
+static void __Pyx_RaiseErrorWithType1(PyObject* exc_type, const char* message, const char *arg, PyTypeObject *type_obj) {
+    __Pyx_TypeName type_name = __Pyx_PyType_GetFullyQualifiedName(type_obj);
+    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+    if (unlikely(!type_name)) return;
+    #endif
+    PyErr_Format(exc_type, message, arg, type_name);
+    __Pyx_DECREF_TypeName(type_name);
+}
+
+/* RaiseUnexpectedTypeError */
+static int __Pyx_RaiseUnexpectedTypeError(const char *expected, PyObject *obj) {
+    __Pyx_RaiseTypeErrorWithObjectType1(
+        "Expected %.42s, got " __Pyx_FMT_TYPENAME,
+        expected, obj);
+    return 0;
+}
+
+/* GetTopmostException (used by SaveResetException) */
+#if CYTHON_USE_EXC_INFO_STACK && CYTHON_FAST_THREAD_STATE
+static _PyErr_StackItem *
+__Pyx_PyErr_GetTopmostException(PyThreadState *tstate)
+{
+    _PyErr_StackItem *exc_info = tstate->exc_info;
+    while ((exc_info->exc_value == NULL || exc_info->exc_value == Py_None) &&
+           exc_info->previous_item != NULL)
+    {
+        exc_info = exc_info->previous_item;
+    }
+    return exc_info;
+}
+#endif
+
+/* SaveResetException */
+#if CYTHON_FAST_THREAD_STATE
+static CYTHON_INLINE void __Pyx__ExceptionSave(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb) {
+  #if CYTHON_USE_EXC_INFO_STACK && PY_VERSION_HEX >= 0x030B00a4
+    _PyErr_StackItem *exc_info = __Pyx_PyErr_GetTopmostException(tstate);
+    PyObject *exc_value = exc_info->exc_value;
+    if (exc_value == NULL || exc_value == Py_None) {
+        *value = NULL;
+        *type = NULL;
+        *tb = NULL;
+    } else {
+        *value = exc_value;
+        Py_INCREF(*value);
+        *type = (PyObject*) Py_TYPE(exc_value);
+        Py_INCREF(*type);
+        *tb = PyException_GetTraceback(exc_value);
+    }
+  #elif CYTHON_USE_EXC_INFO_STACK
+    _PyErr_StackItem *exc_info = __Pyx_PyErr_GetTopmostException(tstate);
+    *type = exc_info->exc_type;
+    *value = exc_info->exc_value;
+    *tb = exc_info->exc_traceback;
+    Py_XINCREF(*type);
+    Py_XINCREF(*value);
+    Py_XINCREF(*tb);
+  #else
+    *type = tstate->exc_type;
+    *value = tstate->exc_value;
+    *tb = tstate->exc_traceback;
+    Py_XINCREF(*type);
+    Py_XINCREF(*value);
+    Py_XINCREF(*tb);
+  #endif
+}
+static CYTHON_INLINE void __Pyx__ExceptionReset(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb) {
+  #if CYTHON_USE_EXC_INFO_STACK && PY_VERSION_HEX >= 0x030B00a4
+    _PyErr_StackItem *exc_info = tstate->exc_info;
+    PyObject *tmp_value = exc_info->exc_value;
+    exc_info->exc_value = value;
+    Py_XDECREF(tmp_value);
+    Py_XDECREF(type);
+    Py_XDECREF(tb);
+  #else
+    PyObject *tmp_type, *tmp_value, *tmp_tb;
+    #if CYTHON_USE_EXC_INFO_STACK
+    _PyErr_StackItem *exc_info = tstate->exc_info;
+    tmp_type = exc_info->exc_type;
+    tmp_value = exc_info->exc_value;
+    tmp_tb = exc_info->exc_traceback;
+    exc_info->exc_type = type;
+    exc_info->exc_value = value;
+    exc_info->exc_traceback = tb;
+    #else
+    tmp_type = tstate->exc_type;
+    tmp_value = tstate->exc_value;
+    tmp_tb = tstate->exc_traceback;
+    tstate->exc_type = type;
+    tstate->exc_value = value;
+    tstate->exc_traceback = tb;
+    #endif
+    Py_XDECREF(tmp_type);
+    Py_XDECREF(tmp_value);
+    Py_XDECREF(tmp_tb);
+  #endif
+}
+#endif
+
+/* GivenExceptionMatches */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE int __Pyx_inner_PyErr_GivenExceptionMatches2(PyObject *err, PyObject* exc_type1, PyObject *exc_type2) {
+    if (exc_type1) {
+        return __Pyx_IsAnySubtype2((PyTypeObject*)err, (PyTypeObject*)exc_type1, (PyTypeObject*)exc_type2);
+    } else {
+        return __Pyx_IsSubtype((PyTypeObject*)err, (PyTypeObject*)exc_type2);
+    }
+}
+static int __Pyx_PyErr_GivenExceptionMatchesTuple(PyObject *exc_type, PyObject *tuple) {
+    Py_ssize_t i, n;
+    assert(PyExceptionClass_Check(exc_type));
+    n = PyTuple_GET_SIZE(tuple);
+    for (i=0; i<n; i++) {
+        if (exc_type == PyTuple_GET_ITEM(tuple, i)) return 1;
+    }
+    for (i=0; i<n; i++) {
+        PyObject *t = PyTuple_GET_ITEM(tuple, i);
+        if (likely(PyExceptionClass_Check(t))) {
+            if (__Pyx_inner_PyErr_GivenExceptionMatches2(exc_type, NULL, t)) return 1;
+        } else {
+        }
+    }
+    return 0;
+}
+static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches(PyObject *err, PyObject* exc_type) {
+    if (likely(err == exc_type)) return 1;
+    if (likely(PyExceptionClass_Check(err))) {
+        if (likely(PyExceptionClass_Check(exc_type))) {
+            return __Pyx_inner_PyErr_GivenExceptionMatches2(err, NULL, exc_type);
+        } else if (likely(PyTuple_Check(exc_type))) {
+            return __Pyx_PyErr_GivenExceptionMatchesTuple(err, exc_type);
+        } else {
+        }
+    }
+    return PyErr_GivenExceptionMatches(err, exc_type);
+}
+static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches2(PyObject *err, PyObject *exc_type1, PyObject *exc_type2) {
+    assert(PyExceptionClass_Check(exc_type1));
+    assert(PyExceptionClass_Check(exc_type2));
+    if (likely(err == exc_type1 || err == exc_type2)) return 1;
+    if (likely(PyExceptionClass_Check(err))) {
+        return __Pyx_inner_PyErr_GivenExceptionMatches2(err, exc_type1, exc_type2);
+    }
+    return (PyErr_GivenExceptionMatches(err, exc_type1) || PyErr_GivenExceptionMatches(err, exc_type2));
+}
+#endif
+
+/* GetException */
+#if CYTHON_FAST_THREAD_STATE
+static int __Pyx__GetException(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb)
+#else
+static int __Pyx_GetException(PyObject **type, PyObject **value, PyObject **tb)
+#endif
+{
+    PyObject *local_type = NULL, *local_value, *local_tb = NULL;
+#if CYTHON_FAST_THREAD_STATE
+    PyObject *tmp_type, *tmp_value, *tmp_tb;
+  #if PY_VERSION_HEX >= 0x030C0000
+    local_value = tstate->current_exception;
+    tstate->current_exception = 0;
+  #else
+    local_type = tstate->curexc_type;
+    local_value = tstate->curexc_value;
+    local_tb = tstate->curexc_traceback;
+    tstate->curexc_type = 0;
+    tstate->curexc_value = 0;
+    tstate->curexc_traceback = 0;
+  #endif
+#elif __PYX_LIMITED_VERSION_HEX >= 0x030C0000
+    local_value = PyErr_GetRaisedException();
+#else
+    PyErr_Fetch(&local_type, &local_value, &local_tb);
+#endif
+#if __PYX_LIMITED_VERSION_HEX >= 0x030C0000
+    if (likely(local_value)) {
+        local_type = (PyObject*) Py_TYPE(local_value);
+        Py_INCREF(local_type);
+        local_tb = PyException_GetTraceback(local_value);
+    }
+#else
+    PyErr_NormalizeException(&local_type, &local_value, &local_tb);
+#if CYTHON_FAST_THREAD_STATE
+    if (unlikely(tstate->curexc_type))
+#else
+    if (unlikely(PyErr_Occurred()))
+#endif
+        goto bad;
+    if (local_tb) {
+        if (unlikely(PyException_SetTraceback(local_value, local_tb) < 0))
+            goto bad;
+    }
+#endif // __PYX_LIMITED_VERSION_HEX >= 0x030C0000
+    Py_XINCREF(local_tb);
+    Py_XINCREF(local_type);
+    Py_XINCREF(local_value);
+    *type = local_type;
+    *value = local_value;
+    *tb = local_tb;
+#if CYTHON_FAST_THREAD_STATE
+    #if CYTHON_USE_EXC_INFO_STACK
+    {
+        _PyErr_StackItem *exc_info = tstate->exc_info;
+      #if PY_VERSION_HEX >= 0x030B00a4
+        tmp_value = exc_info->exc_value;
+        exc_info->exc_value = local_value;
+        tmp_type = NULL;
+        tmp_tb = NULL;
+        Py_XDECREF(local_type);
+        Py_XDECREF(local_tb);
+      #else
+        tmp_type = exc_info->exc_type;
+        tmp_value = exc_info->exc_value;
+        tmp_tb = exc_info->exc_traceback;
+        exc_info->exc_type = local_type;
+        exc_info->exc_value = local_value;
+        exc_info->exc_traceback = local_tb;
+      #endif
+    }
+    #else
+    tmp_type = tstate->exc_type;
+    tmp_value = tstate->exc_value;
+    tmp_tb = tstate->exc_traceback;
+    tstate->exc_type = local_type;
+    tstate->exc_value = local_value;
+    tstate->exc_traceback = local_tb;
+    #endif
+    Py_XDECREF(tmp_type);
+    Py_XDECREF(tmp_value);
+    Py_XDECREF(tmp_tb);
+#elif __PYX_LIMITED_VERSION_HEX >= 0x030b0000
+    PyErr_SetHandledException(local_value);
+    Py_XDECREF(local_value);
+    Py_XDECREF(local_type);
+    Py_XDECREF(local_tb);
+#else
+    PyErr_SetExcInfo(local_type, local_value, local_tb);
+#endif
+    return 0;
+#if __PYX_LIMITED_VERSION_HEX < 0x030C0000
+bad:
+    *type = 0;
+    *value = 0;
+    *tb = 0;
+    Py_XDECREF(local_type);
+    Py_XDECREF(local_value);
+    Py_XDECREF(local_tb);
+    return -1;
+#endif
+}
+
+/* PyErrExceptionMatches (used by GetAttr3) */
+#if CYTHON_FAST_THREAD_STATE
+static int __Pyx_PyErr_ExceptionMatchesTuple(PyObject *exc_type, PyObject *tuple) {
+    Py_ssize_t i, n;
+    n = PyTuple_GET_SIZE(tuple);
+    for (i=0; i<n; i++) {
+        if (exc_type == PyTuple_GET_ITEM(tuple, i)) return 1;
+    }
+    for (i=0; i<n; i++) {
+        if (__Pyx_PyErr_GivenExceptionMatches(exc_type, PyTuple_GET_ITEM(tuple, i))) return 1;
+    }
+    return 0;
+}
+static CYTHON_INLINE int __Pyx_PyErr_ExceptionMatchesInState(PyThreadState* tstate, PyObject* err) {
+    int result;
+    PyObject *exc_type;
+#if PY_VERSION_HEX >= 0x030C00A6
+    PyObject *current_exception = tstate->current_exception;
+    if (unlikely(!current_exception)) return 0;
+    exc_type = (PyObject*) Py_TYPE(current_exception);
+    if (exc_type == err) return 1;
+#else
+    exc_type = tstate->curexc_type;
+    if (exc_type == err) return 1;
+    if (unlikely(!exc_type)) return 0;
+#endif
+    #if CYTHON_AVOID_BORROWED_REFS
+    Py_INCREF(exc_type);
+    #endif
+    if (unlikely(PyTuple_Check(err))) {
+        result = __Pyx_PyErr_ExceptionMatchesTuple(exc_type, err);
+    } else {
+        result = __Pyx_PyErr_GivenExceptionMatches(exc_type, err);
+    }
+    #if CYTHON_AVOID_BORROWED_REFS
+    Py_DECREF(exc_type);
+    #endif
+    return result;
+}
+#endif
+
+/* PyObjectGetAttrStr (used by GetAttr3) */
+#if CYTHON_USE_TYPE_SLOTS
+static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStr(PyObject* obj, PyObject* attr_name) {
+    PyTypeObject* tp = Py_TYPE(obj);
+    if (likely(tp->tp_getattro))
+        return tp->tp_getattro(obj, attr_name);
+    return PyObject_GetAttr(obj, attr_name);
+}
+#endif
+
+/* GetAttr3 */
+#if __PYX_LIMITED_VERSION_HEX < 0x030d0000
+static PyObject *__Pyx_GetAttr3Default(PyObject *d) {
+    __Pyx_PyThreadState_declare
+    __Pyx_PyThreadState_assign
+    if (unlikely(!__Pyx_PyErr_ExceptionMatches(PyExc_AttributeError)))
+        return NULL;
+    __Pyx_PyErr_Clear();
+    Py_INCREF(d);
+    return d;
+}
+#endif
+static CYTHON_INLINE PyObject *__Pyx_GetAttr3(PyObject *o, PyObject *n, PyObject *d) {
+    PyObject *r;
+#if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
+    int res = PyObject_GetOptionalAttr(o, n, &r);
+    return (res != 0) ? r : __Pyx_NewRef(d);
+#else
+  #if CYTHON_USE_TYPE_SLOTS
+    if (likely(PyUnicode_Check(n))) {
+        r = __Pyx_PyObject_GetAttrStrNoError(o, n);
+        if (unlikely(!r) && likely(!PyErr_Occurred())) {
+            r = __Pyx_NewRef(d);
+        }
+        return r;
+    }
+  #endif
+    r = PyObject_GetAttr(o, n);
+    return (likely(r)) ? r : __Pyx_GetAttr3Default(d);
+#endif
+}
+
+/* IgnoreException (used by GetModuleGlobalName) */
+static CYTHON_INLINE int __Pyx_IgnoreGivenException(PyObject *given_exception, PyObject *ignorable_exception) {
+    if (PyErr_GivenExceptionMatches(given_exception ? given_exception : PyErr_Occurred(), ignorable_exception)) {
+        PyErr_Clear();
+        return 1;
+    }
+    return 0;
+}
+
+/* PyObjectGetAttrStrNoError (used by GetBuiltinName) */
+#if __PYX_LIMITED_VERSION_HEX < 0x030d0000
+static void __Pyx_PyObject_GetAttrStr_ClearAttributeError(void) {
+    __Pyx_PyThreadState_declare
+    __Pyx_PyThreadState_assign
+    if (likely(__Pyx_PyErr_ExceptionMatches(PyExc_AttributeError)))
+        __Pyx_PyErr_Clear();
+}
+#endif
+static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStrNoError(PyObject* obj, PyObject* attr_name) {
+    PyObject *result;
+#if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
+    (void) PyObject_GetOptionalAttr(obj, attr_name, &result);
+    return result;
+#else
+#if CYTHON_COMPILING_IN_CPYTHON && CYTHON_USE_TYPE_SLOTS
+    PyTypeObject* tp = Py_TYPE(obj);
+    if (likely(tp->tp_getattro == PyObject_GenericGetAttr)) {
+        return _PyObject_GenericGetAttrWithDict(obj, attr_name, NULL, 1);
+    }
+#endif
+    result = __Pyx_PyObject_GetAttrStr(obj, attr_name);
+    if (unlikely(!result)) {
+        __Pyx_PyObject_GetAttrStr_ClearAttributeError();
+    }
+    return result;
+#endif
+}
+
+/* GetBuiltinName (used by GetModuleGlobalName) */
+static PyObject *__Pyx_GetBuiltinName(PyObject *name) {
+    PyObject* result = __Pyx_PyObject_GetAttrStrNoError(__pyx_mstate_global->__pyx_b, name);
+    if (unlikely(!result) && !PyErr_Occurred()) {
+        PyErr_Format(PyExc_NameError,
+            "name '%U' is not defined", name);
+    }
+    return result;
+}
+
+/* PyDictVersioning (used by GetModuleGlobalName) */
+#if CYTHON_USE_DICT_VERSIONS && CYTHON_USE_TYPE_SLOTS
+static CYTHON_INLINE PY_UINT64_T __Pyx_get_tp_dict_version(PyObject *obj) {
+    PyObject *dict = Py_TYPE(obj)->tp_dict;
+    return likely(dict) ? __PYX_GET_DICT_VERSION(dict) : 0;
+}
+static CYTHON_INLINE PY_UINT64_T __Pyx_get_object_dict_version(PyObject *obj) {
+    PyObject **dictptr = NULL;
+    Py_ssize_t offset = Py_TYPE(obj)->tp_dictoffset;
+    if (offset) {
+#if CYTHON_COMPILING_IN_CPYTHON
+        dictptr = (likely(offset > 0)) ? (PyObject **) ((char *)obj + offset) : _PyObject_GetDictPtr(obj);
+#else
+        dictptr = _PyObject_GetDictPtr(obj);
+#endif
+    }
+    return (dictptr && *dictptr) ? __PYX_GET_DICT_VERSION(*dictptr) : 0;
+}
+static CYTHON_INLINE int __Pyx_object_dict_version_matches(PyObject* obj, PY_UINT64_T tp_dict_version, PY_UINT64_T obj_dict_version) {
+    PyObject *dict = Py_TYPE(obj)->tp_dict;
+    if (unlikely(!dict) || unlikely(tp_dict_version != __PYX_GET_DICT_VERSION(dict)))
+        return 0;
+    return obj_dict_version == __Pyx_get_object_dict_version(obj);
+}
+#endif
+
+/* GetModuleGlobalName */
+#if CYTHON_USE_DICT_VERSIONS
+static PyObject *__Pyx__GetModuleGlobalName(PyObject *name, PY_UINT64_T *dict_version, PyObject **dict_cached_value)
+#else
+static CYTHON_INLINE PyObject *__Pyx__GetModuleGlobalName(PyObject *name)
+#endif
+{
+    PyObject *result;
+#if CYTHON_COMPILING_IN_LIMITED_API
+    if (unlikely(!__pyx_m)) {
+        if (!PyErr_Occurred())
+            PyErr_SetNone(PyExc_NameError);
+        return NULL;
+    }
+    result = PyObject_GetAttr(__pyx_m, name);
+    if (likely(result)) {
+        return result;
+    }
+    if (!__Pyx_IgnoreException(PyExc_Exception)) {
+        return NULL; // BaseException
+    }
+#elif CYTHON_AVOID_BORROWED_REFS || CYTHON_AVOID_THREAD_UNSAFE_BORROWED_REFS
+    if (unlikely(__Pyx_PyDict_GetItemRef(__pyx_mstate_global->__pyx_d, name, &result) == -1)) {
+        if (!__Pyx_IgnoreException(PyExc_Exception)) {
+            return NULL; // BaseException
+        }
+    }
+    __PYX_UPDATE_DICT_CACHE(__pyx_mstate_global->__pyx_d, result, *dict_cached_value, *dict_version)
+    if (likely(result)) {
+        return result;
+    }
+#else
+    result = _PyDict_GetItem_KnownHash(__pyx_mstate_global->__pyx_d, name, ((PyASCIIObject *) name)->hash);
+    __PYX_UPDATE_DICT_CACHE(__pyx_mstate_global->__pyx_d, result, *dict_cached_value, *dict_version)
+    if (likely(result)) {
+        return __Pyx_NewRef(result);
+    }
+    PyObject *exc = PyErr_Occurred();
+    if (unlikely(exc) && !__Pyx_IgnoreGivenException(exc, PyExc_Exception)) {
+        return NULL; // BaseException
+    }
+#endif
+    return __Pyx_GetBuiltinName(name);
+}
+
+/* JoinPyUnicode */
+static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count, Py_ssize_t result_ulength, int kind) {
+#if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH && CYTHON_USE_UNICODE_INTERNALS
+    PyObject *result_uval;
+    int result_ukind, kind_shift;
+    Py_ssize_t i, char_pos;
+    void *result_udata;
+    static const Py_UCS4 max_char[5] = {0x7fU, 0xffU, 0xffffU, 0xffffU, 0x10ffffU};
+    assert (kind >= 0);
+    if (kind > PyUnicode_4BYTE_KIND) kind = PyUnicode_4BYTE_KIND;
+    result_uval = PyUnicode_New(result_ulength, max_char[kind]);
+    if (unlikely(!result_uval)) return NULL;
+    kind_shift = kind >> 1;  // 0, 1, 2
+    result_ukind = 1 << kind_shift;  // 1, 2, 4
+    result_udata = PyUnicode_DATA(result_uval);
+    assert(kind_shift == 2 || kind_shift == 1 || kind_shift == 0);
+    if (unlikely((PY_SSIZE_T_MAX >> kind_shift) - result_ulength < 0))
+        goto overflow;
+    char_pos = 0;
+    for (i=0; i < value_count; i++) {
+        int ukind;
+        Py_ssize_t ulength;
+        void *udata;
+        PyObject *uval = values[i];
+        if (__Pyx_PyUnicode_READY(uval) == (-1))
+            goto bad;
+        ulength = __Pyx_PyUnicode_GET_LENGTH(uval);
+        #if !CYTHON_ASSUME_SAFE_SIZE
+        if (unlikely(ulength < 0)) goto bad;
+        #endif
+        if (unlikely(!ulength))
+            continue;
+        if (unlikely((PY_SSIZE_T_MAX >> kind_shift) - ulength < char_pos))
+            goto overflow;
+        ukind = __Pyx_PyUnicode_KIND(uval);
+        udata = __Pyx_PyUnicode_DATA(uval);
+        if (ukind == result_ukind) {
+            memcpy((char *)result_udata + (char_pos << kind_shift), udata, (size_t) (ulength << kind_shift));
+        } else {
+            #if PY_VERSION_HEX >= 0x030d0000
+            if (unlikely(PyUnicode_CopyCharacters(result_uval, char_pos, uval, 0, ulength) < 0)) goto bad;
+            #elif CYTHON_COMPILING_IN_CPYTHON || defined(_PyUnicode_FastCopyCharacters)
+            _PyUnicode_FastCopyCharacters(result_uval, char_pos, uval, 0, ulength);
+            #else
+            Py_ssize_t j;
+            for (j=0; j < ulength; j++) {
+                Py_UCS4 uchar = __Pyx_PyUnicode_READ(ukind, udata, j);
+                __Pyx_PyUnicode_WRITE(result_ukind, result_udata, char_pos+j, uchar);
+            }
+            #endif
+        }
+        char_pos += ulength;
+    }
+    return result_uval;
+overflow:
+    PyErr_SetString(PyExc_OverflowError, "join() result is too long for a Python string");
+bad:
+    Py_DECREF(result_uval);
+    return NULL;
+#else
+    Py_ssize_t i;
+    PyObject *result = NULL;
+    PyObject *value_tuple = PyTuple_New(value_count);
+    if (unlikely(!value_tuple)) return NULL;
+    CYTHON_UNUSED_VAR(kind);
+    CYTHON_UNUSED_VAR(result_ulength);
+    for (i=0; i<value_count; i++) {
+        Py_INCREF(values[i]);
+        if (__Pyx_PyTuple_SET_ITEM(value_tuple, i, values[i]) != (0)) goto bad;
+    }
+    result = PyUnicode_Join(__pyx_mstate_global->__pyx_empty_unicode, value_tuple);
+bad:
+    Py_DECREF(value_tuple);
+    return result;
+#endif
+}
+
+/* PyObjectFormatAndDecref */
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatSimpleAndDecref(PyObject* s, PyObject* f) {
+    if (unlikely(!s)) return NULL;
+    if (likely(PyUnicode_CheckExact(s))) return s;
+    return __Pyx_PyObject_FormatAndDecref(s, f);
+}
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatAndDecref(PyObject* s, PyObject* f) {
+    PyObject *result;
+    if (unlikely(!s)) return NULL;
+    result = PyObject_Format(s, f);
+    Py_DECREF(s);
+    return result;
+}
+
 /* CopyObjectArray (used by TupleOrListFromArrayImpl) */
 #if CYTHON_COMPILING_IN_CPYTHON
 static CYTHON_INLINE void __Pyx_copy_object_array(PyObject *const *CYTHON_RESTRICT src, PyObject** CYTHON_RESTRICT dest, Py_ssize_t length) {
@@ -12813,190 +15123,11 @@ bad:
 #endif
 #endif
 
-/* PyObjectCall (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw) {
-    PyObject *result;
-    ternaryfunc call = Py_TYPE(func)->tp_call;
-    if (unlikely(!call))
-        return PyObject_Call(func, arg, kw);
-    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
-        return NULL;
-    result = (*call)(func, arg, kw);
-    Py_LeaveRecursiveCall();
-    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
-        PyErr_SetString(
-            PyExc_SystemError,
-            "NULL result without error in PyObject_Call");
-    }
-    return result;
-}
-#endif
-
-/* PyObjectCallMethO (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg) {
-    PyObject *self, *result;
-    PyCFunction cfunc;
-    cfunc = __Pyx_CyOrPyCFunction_GET_FUNCTION(func);
-    self = __Pyx_CyOrPyCFunction_GET_SELF(func);
-    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
-        return NULL;
-    result = cfunc(self, arg);
-    Py_LeaveRecursiveCall();
-    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
-        PyErr_SetString(
-            PyExc_SystemError,
-            "NULL result without error in PyObject_Call");
-    }
-    return result;
-}
-#endif
-
-/* PyObjectFastCall (used by PyObjectCallOneArg) */
-#if CYTHON_COMPILING_IN_LIMITED_API
-static PyObject* __Pyx_PyObject_FastCall_fallback(PyObject *func, PyObject * const*args, size_t nargs, PyObject *kwargs) {
-    PyObject *argstuple;
-    PyObject *result = 0;
-    size_t i;
-    argstuple = PyTuple_New((Py_ssize_t)nargs);
-    if (unlikely(!argstuple)) return NULL;
-    for (i = 0; i < nargs; i++) {
-        Py_INCREF(args[i]);
-        if (__Pyx_PyTuple_SET_ITEM(argstuple, (Py_ssize_t)i, args[i]) != (0)) goto bad;
-    }
-    result = __Pyx_PyObject_Call(func, argstuple, kwargs);
-  bad:
-    Py_DECREF(argstuple);
-    return result;
-}
-#endif
-#if CYTHON_VECTORCALL && !(CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY)
-  #if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE vectorcallfunc __Pyx_PyVectorcall_Function(PyObject *callable) {
-    PyTypeObject *tp = Py_TYPE(callable);
-    #if defined(__Pyx_CyFunction_USED)
-    if (__Pyx_CyFunction_CheckExact(callable)) {
-        return __Pyx_CyFunction_func_vectorcall(callable);
-    }
-    #endif
-    if (!PyType_HasFeature(tp, Py_TPFLAGS_HAVE_VECTORCALL)) {
-        return NULL;
-    }
-    assert(PyCallable_Check(callable));
-    Py_ssize_t offset = tp->tp_vectorcall_offset;
-    assert(offset > 0);
-    vectorcallfunc ptr;
-    memcpy(&ptr, (char *) callable + offset, sizeof(ptr));
-    return ptr;
-}
-  #else
-    #define __Pyx_PyVectorcall_Function(callable) PyVectorcall_Function(callable)
-  #endif
-#endif
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwargs) {
-    Py_ssize_t nargs = __Pyx_PyVectorcall_NARGS(nargsf);
-#if CYTHON_COMPILING_IN_CPYTHON
-    if (nargs == 0 && kwargs == NULL) {
-        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_NOARGS))
-            return __Pyx_PyObject_CallMethO(func, NULL);
-    }
-    else if (nargs == 1 && kwargs == NULL) {
-        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_O))
-            return __Pyx_PyObject_CallMethO(func, args[0]);
-    }
-#endif
-    if (kwargs == NULL) {
-        #if CYTHON_VECTORCALL
-          #if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY
-            return PyObject_Vectorcall(func, args, nargsf, NULL);
-          #else
-            vectorcallfunc f = __Pyx_PyVectorcall_Function(func);
-            if (f) {
-                return f(func, args, nargsf, NULL);
-            }
-          #endif
-        #endif
-    }
-    if (nargs == 0) {
-        return __Pyx_PyObject_Call(func, __pyx_mstate_global->__pyx_empty_tuple, kwargs);
-    }
-    #if CYTHON_COMPILING_IN_LIMITED_API
-    return __Pyx_PyObject_FastCall_fallback(func, args, (size_t)nargs, kwargs);
-    #elif CYTHON_COMPILING_IN_PYPY
-    return PyObject_VectorcallDict(func, args, (size_t) nargs, kwargs);
-    #else
-    return PyObject_VectorcallDict(func, args, nargsf, kwargs);
-    #endif
-}
-
 /* PyObjectCallOneArg (used by CallUnboundCMethod0) */
 static CYTHON_INLINE PyObject* __Pyx_PyObject_CallOneArg(PyObject *func, PyObject *arg) {
     PyObject *args[2] = {NULL, arg};
     return __Pyx_PyObject_FastCall(func, args+1, 1 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET);
 }
-
-/* IgnoreException (used by UnpackUnboundCMethod_impl) */
-static CYTHON_INLINE int __Pyx_IgnoreGivenException(PyObject *given_exception, PyObject *ignorable_exception) {
-    if (PyErr_GivenExceptionMatches(given_exception ? given_exception : PyErr_Occurred(), ignorable_exception)) {
-        PyErr_Clear();
-        return 1;
-    }
-    return 0;
-}
-
-/* FastTypeChecks (used by UnpackUnboundCMethod_impl) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static int __Pyx_InBases(PyTypeObject *a, PyTypeObject *b) {
-    while (a) {
-        a = __Pyx_PyType_GetSlot(a, tp_base, PyTypeObject*);
-        if (a == b)
-            return 1;
-    }
-    return b == &PyBaseObject_Type;
-}
-static CYTHON_INLINE int __Pyx_IsSubtype(PyTypeObject *a, PyTypeObject *b) {
-    PyObject *mro;
-    if (a == b) return 1;
-    mro = a->tp_mro;
-    if (likely(mro)) {
-        Py_ssize_t i, n;
-        n = PyTuple_GET_SIZE(mro);
-        for (i = 0; i < n; i++) {
-            if (PyTuple_GET_ITEM(mro, i) == (PyObject *)b)
-                return 1;
-        }
-        return 0;
-    }
-    return __Pyx_InBases(a, b);
-}
-static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a, PyTypeObject *b) {
-    PyObject *mro;
-    if (cls == a || cls == b) return 1;
-    mro = cls->tp_mro;
-    if (likely(mro)) {
-        Py_ssize_t i, n;
-        n = PyTuple_GET_SIZE(mro);
-        for (i = 0; i < n; i++) {
-            PyObject *base = PyTuple_GET_ITEM(mro, i);
-            if (base == (PyObject *)a || base == (PyObject *)b)
-                return 1;
-        }
-        return 0;
-    }
-    return __Pyx_InBases(cls, a) || __Pyx_InBases(cls, b);
-}
-#endif
-
-/* PyObjectGetAttrStr (used by UnpackUnboundCMethod_impl) */
-#if CYTHON_USE_TYPE_SLOTS
-static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStr(PyObject* obj, PyObject* attr_name) {
-    PyTypeObject* tp = Py_TYPE(obj);
-    if (likely(tp->tp_getattro))
-        return tp->tp_getattro(obj, attr_name);
-    return PyObject_GetAttr(obj, attr_name);
-}
-#endif
 
 /* UnpackUnboundCMethod_impl (used by UnpackUnboundCMethod) */
 #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030C0000
@@ -13717,296 +15848,6 @@ static CYTHON_INLINE int __Pyx_ArgTypeTest(PyObject *obj, PyTypeObject *type, in
     return 0;
 }
 
-/* GivenExceptionMatches (used by PyErrExceptionMatches) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE int __Pyx_inner_PyErr_GivenExceptionMatches2(PyObject *err, PyObject* exc_type1, PyObject *exc_type2) {
-    if (exc_type1) {
-        return __Pyx_IsAnySubtype2((PyTypeObject*)err, (PyTypeObject*)exc_type1, (PyTypeObject*)exc_type2);
-    } else {
-        return __Pyx_IsSubtype((PyTypeObject*)err, (PyTypeObject*)exc_type2);
-    }
-}
-static int __Pyx_PyErr_GivenExceptionMatchesTuple(PyObject *exc_type, PyObject *tuple) {
-    Py_ssize_t i, n;
-    assert(PyExceptionClass_Check(exc_type));
-    n = PyTuple_GET_SIZE(tuple);
-    for (i=0; i<n; i++) {
-        if (exc_type == PyTuple_GET_ITEM(tuple, i)) return 1;
-    }
-    for (i=0; i<n; i++) {
-        PyObject *t = PyTuple_GET_ITEM(tuple, i);
-        if (likely(PyExceptionClass_Check(t))) {
-            if (__Pyx_inner_PyErr_GivenExceptionMatches2(exc_type, NULL, t)) return 1;
-        } else {
-        }
-    }
-    return 0;
-}
-static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches(PyObject *err, PyObject* exc_type) {
-    if (likely(err == exc_type)) return 1;
-    if (likely(PyExceptionClass_Check(err))) {
-        if (likely(PyExceptionClass_Check(exc_type))) {
-            return __Pyx_inner_PyErr_GivenExceptionMatches2(err, NULL, exc_type);
-        } else if (likely(PyTuple_Check(exc_type))) {
-            return __Pyx_PyErr_GivenExceptionMatchesTuple(err, exc_type);
-        } else {
-        }
-    }
-    return PyErr_GivenExceptionMatches(err, exc_type);
-}
-static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches2(PyObject *err, PyObject *exc_type1, PyObject *exc_type2) {
-    assert(PyExceptionClass_Check(exc_type1));
-    assert(PyExceptionClass_Check(exc_type2));
-    if (likely(err == exc_type1 || err == exc_type2)) return 1;
-    if (likely(PyExceptionClass_Check(err))) {
-        return __Pyx_inner_PyErr_GivenExceptionMatches2(err, exc_type1, exc_type2);
-    }
-    return (PyErr_GivenExceptionMatches(err, exc_type1) || PyErr_GivenExceptionMatches(err, exc_type2));
-}
-#endif
-
-/* PyErrExceptionMatches (used by PyObjectGetAttrStrNoError) */
-#if CYTHON_FAST_THREAD_STATE
-static int __Pyx_PyErr_ExceptionMatchesTuple(PyObject *exc_type, PyObject *tuple) {
-    Py_ssize_t i, n;
-    n = PyTuple_GET_SIZE(tuple);
-    for (i=0; i<n; i++) {
-        if (exc_type == PyTuple_GET_ITEM(tuple, i)) return 1;
-    }
-    for (i=0; i<n; i++) {
-        if (__Pyx_PyErr_GivenExceptionMatches(exc_type, PyTuple_GET_ITEM(tuple, i))) return 1;
-    }
-    return 0;
-}
-static CYTHON_INLINE int __Pyx_PyErr_ExceptionMatchesInState(PyThreadState* tstate, PyObject* err) {
-    int result;
-    PyObject *exc_type;
-#if PY_VERSION_HEX >= 0x030C00A6
-    PyObject *current_exception = tstate->current_exception;
-    if (unlikely(!current_exception)) return 0;
-    exc_type = (PyObject*) Py_TYPE(current_exception);
-    if (exc_type == err) return 1;
-#else
-    exc_type = tstate->curexc_type;
-    if (exc_type == err) return 1;
-    if (unlikely(!exc_type)) return 0;
-#endif
-    #if CYTHON_AVOID_BORROWED_REFS
-    Py_INCREF(exc_type);
-    #endif
-    if (unlikely(PyTuple_Check(err))) {
-        result = __Pyx_PyErr_ExceptionMatchesTuple(exc_type, err);
-    } else {
-        result = __Pyx_PyErr_GivenExceptionMatches(exc_type, err);
-    }
-    #if CYTHON_AVOID_BORROWED_REFS
-    Py_DECREF(exc_type);
-    #endif
-    return result;
-}
-#endif
-
-/* PyObjectGetAttrStrNoError (used by GetBuiltinName) */
-#if __PYX_LIMITED_VERSION_HEX < 0x030d0000
-static void __Pyx_PyObject_GetAttrStr_ClearAttributeError(void) {
-    __Pyx_PyThreadState_declare
-    __Pyx_PyThreadState_assign
-    if (likely(__Pyx_PyErr_ExceptionMatches(PyExc_AttributeError)))
-        __Pyx_PyErr_Clear();
-}
-#endif
-static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStrNoError(PyObject* obj, PyObject* attr_name) {
-    PyObject *result;
-#if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
-    (void) PyObject_GetOptionalAttr(obj, attr_name, &result);
-    return result;
-#else
-#if CYTHON_COMPILING_IN_CPYTHON && CYTHON_USE_TYPE_SLOTS
-    PyTypeObject* tp = Py_TYPE(obj);
-    if (likely(tp->tp_getattro == PyObject_GenericGetAttr)) {
-        return _PyObject_GenericGetAttrWithDict(obj, attr_name, NULL, 1);
-    }
-#endif
-    result = __Pyx_PyObject_GetAttrStr(obj, attr_name);
-    if (unlikely(!result)) {
-        __Pyx_PyObject_GetAttrStr_ClearAttributeError();
-    }
-    return result;
-#endif
-}
-
-/* GetBuiltinName (used by GetModuleGlobalName) */
-static PyObject *__Pyx_GetBuiltinName(PyObject *name) {
-    PyObject* result = __Pyx_PyObject_GetAttrStrNoError(__pyx_mstate_global->__pyx_b, name);
-    if (unlikely(!result) && !PyErr_Occurred()) {
-        PyErr_Format(PyExc_NameError,
-            "name '%U' is not defined", name);
-    }
-    return result;
-}
-
-/* PyDictVersioning (used by GetModuleGlobalName) */
-#if CYTHON_USE_DICT_VERSIONS && CYTHON_USE_TYPE_SLOTS
-static CYTHON_INLINE PY_UINT64_T __Pyx_get_tp_dict_version(PyObject *obj) {
-    PyObject *dict = Py_TYPE(obj)->tp_dict;
-    return likely(dict) ? __PYX_GET_DICT_VERSION(dict) : 0;
-}
-static CYTHON_INLINE PY_UINT64_T __Pyx_get_object_dict_version(PyObject *obj) {
-    PyObject **dictptr = NULL;
-    Py_ssize_t offset = Py_TYPE(obj)->tp_dictoffset;
-    if (offset) {
-#if CYTHON_COMPILING_IN_CPYTHON
-        dictptr = (likely(offset > 0)) ? (PyObject **) ((char *)obj + offset) : _PyObject_GetDictPtr(obj);
-#else
-        dictptr = _PyObject_GetDictPtr(obj);
-#endif
-    }
-    return (dictptr && *dictptr) ? __PYX_GET_DICT_VERSION(*dictptr) : 0;
-}
-static CYTHON_INLINE int __Pyx_object_dict_version_matches(PyObject* obj, PY_UINT64_T tp_dict_version, PY_UINT64_T obj_dict_version) {
-    PyObject *dict = Py_TYPE(obj)->tp_dict;
-    if (unlikely(!dict) || unlikely(tp_dict_version != __PYX_GET_DICT_VERSION(dict)))
-        return 0;
-    return obj_dict_version == __Pyx_get_object_dict_version(obj);
-}
-#endif
-
-/* GetModuleGlobalName */
-#if CYTHON_USE_DICT_VERSIONS
-static PyObject *__Pyx__GetModuleGlobalName(PyObject *name, PY_UINT64_T *dict_version, PyObject **dict_cached_value)
-#else
-static CYTHON_INLINE PyObject *__Pyx__GetModuleGlobalName(PyObject *name)
-#endif
-{
-    PyObject *result;
-#if CYTHON_COMPILING_IN_LIMITED_API
-    if (unlikely(!__pyx_m)) {
-        if (!PyErr_Occurred())
-            PyErr_SetNone(PyExc_NameError);
-        return NULL;
-    }
-    result = PyObject_GetAttr(__pyx_m, name);
-    if (likely(result)) {
-        return result;
-    }
-    if (!__Pyx_IgnoreException(PyExc_Exception)) {
-        return NULL; // BaseException
-    }
-#elif CYTHON_AVOID_BORROWED_REFS || CYTHON_AVOID_THREAD_UNSAFE_BORROWED_REFS
-    if (unlikely(__Pyx_PyDict_GetItemRef(__pyx_mstate_global->__pyx_d, name, &result) == -1)) {
-        if (!__Pyx_IgnoreException(PyExc_Exception)) {
-            return NULL; // BaseException
-        }
-    }
-    __PYX_UPDATE_DICT_CACHE(__pyx_mstate_global->__pyx_d, result, *dict_cached_value, *dict_version)
-    if (likely(result)) {
-        return result;
-    }
-#else
-    result = _PyDict_GetItem_KnownHash(__pyx_mstate_global->__pyx_d, name, ((PyASCIIObject *) name)->hash);
-    __PYX_UPDATE_DICT_CACHE(__pyx_mstate_global->__pyx_d, result, *dict_cached_value, *dict_version)
-    if (likely(result)) {
-        return __Pyx_NewRef(result);
-    }
-    PyObject *exc = PyErr_Occurred();
-    if (unlikely(exc) && !__Pyx_IgnoreGivenException(exc, PyExc_Exception)) {
-        return NULL; // BaseException
-    }
-#endif
-    return __Pyx_GetBuiltinName(name);
-}
-
-/* PyObjectFormatAndDecref */
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatSimpleAndDecref(PyObject* s, PyObject* f) {
-    if (unlikely(!s)) return NULL;
-    if (likely(PyUnicode_CheckExact(s))) return s;
-    return __Pyx_PyObject_FormatAndDecref(s, f);
-}
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatAndDecref(PyObject* s, PyObject* f) {
-    PyObject *result;
-    if (unlikely(!s)) return NULL;
-    result = PyObject_Format(s, f);
-    Py_DECREF(s);
-    return result;
-}
-
-/* JoinPyUnicode */
-static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count, Py_ssize_t result_ulength, int kind) {
-#if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH && CYTHON_USE_UNICODE_INTERNALS
-    PyObject *result_uval;
-    int result_ukind, kind_shift;
-    Py_ssize_t i, char_pos;
-    void *result_udata;
-    static const Py_UCS4 max_char[5] = {0x7fU, 0xffU, 0xffffU, 0xffffU, 0x10ffffU};
-    assert (kind >= 0);
-    if (kind > PyUnicode_4BYTE_KIND) kind = PyUnicode_4BYTE_KIND;
-    result_uval = PyUnicode_New(result_ulength, max_char[kind]);
-    if (unlikely(!result_uval)) return NULL;
-    kind_shift = kind >> 1;  // 0, 1, 2
-    result_ukind = 1 << kind_shift;  // 1, 2, 4
-    result_udata = PyUnicode_DATA(result_uval);
-    assert(kind_shift == 2 || kind_shift == 1 || kind_shift == 0);
-    if (unlikely((PY_SSIZE_T_MAX >> kind_shift) - result_ulength < 0))
-        goto overflow;
-    char_pos = 0;
-    for (i=0; i < value_count; i++) {
-        int ukind;
-        Py_ssize_t ulength;
-        void *udata;
-        PyObject *uval = values[i];
-        if (__Pyx_PyUnicode_READY(uval) == (-1))
-            goto bad;
-        ulength = __Pyx_PyUnicode_GET_LENGTH(uval);
-        #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely(ulength < 0)) goto bad;
-        #endif
-        if (unlikely(!ulength))
-            continue;
-        if (unlikely((PY_SSIZE_T_MAX >> kind_shift) - ulength < char_pos))
-            goto overflow;
-        ukind = __Pyx_PyUnicode_KIND(uval);
-        udata = __Pyx_PyUnicode_DATA(uval);
-        if (ukind == result_ukind) {
-            memcpy((char *)result_udata + (char_pos << kind_shift), udata, (size_t) (ulength << kind_shift));
-        } else {
-            #if PY_VERSION_HEX >= 0x030d0000
-            if (unlikely(PyUnicode_CopyCharacters(result_uval, char_pos, uval, 0, ulength) < 0)) goto bad;
-            #elif CYTHON_COMPILING_IN_CPYTHON || defined(_PyUnicode_FastCopyCharacters)
-            _PyUnicode_FastCopyCharacters(result_uval, char_pos, uval, 0, ulength);
-            #else
-            Py_ssize_t j;
-            for (j=0; j < ulength; j++) {
-                Py_UCS4 uchar = __Pyx_PyUnicode_READ(ukind, udata, j);
-                __Pyx_PyUnicode_WRITE(result_ukind, result_udata, char_pos+j, uchar);
-            }
-            #endif
-        }
-        char_pos += ulength;
-    }
-    return result_uval;
-overflow:
-    PyErr_SetString(PyExc_OverflowError, "join() result is too long for a Python string");
-bad:
-    Py_DECREF(result_uval);
-    return NULL;
-#else
-    Py_ssize_t i;
-    PyObject *result = NULL;
-    PyObject *value_tuple = PyTuple_New(value_count);
-    if (unlikely(!value_tuple)) return NULL;
-    CYTHON_UNUSED_VAR(kind);
-    CYTHON_UNUSED_VAR(result_ulength);
-    for (i=0; i<value_count; i++) {
-        Py_INCREF(values[i]);
-        if (__Pyx_PyTuple_SET_ITEM(value_tuple, i, values[i]) != (0)) goto bad;
-    }
-    result = PyUnicode_Join(__pyx_mstate_global->__pyx_empty_unicode, value_tuple);
-bad:
-    Py_DECREF(value_tuple);
-    return result;
-#endif
-}
-
 /* RejectKeywords */
 static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds) {
     PyObject *key = NULL;
@@ -14033,31 +15874,6 @@ static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds) {
         Py_DECREF(key);
     }
 }
-
-/* PyObjectFastCallMethod */
-#if !CYTHON_VECTORCALL
-static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf) {
-    PyObject *result;
-    switch (__Pyx_PyVectorcall_NARGS(nargsf)) {
-        case 1:
-            return PyObject_CallMethodObjArgs(args[0], name, NULL);
-        case 2:
-            return PyObject_CallMethodObjArgs(args[0], name, args[1], NULL);
-        case 3:
-            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], NULL);
-        case 4:
-            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], NULL);
-        case 5:
-            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], args[4], NULL);
-    }
-    PyObject *attr = PyObject_GetAttr(args[0], name);
-    if (unlikely(!attr))
-        return NULL;
-    result = __Pyx_PyObject_FastCall(attr, args+1, nargsf - 1);
-    Py_DECREF(attr);
-    return result;
-}
-#endif
 
 /* PyObjectFormat */
 #if CYTHON_USE_UNICODE_WRITER
@@ -14493,109 +16309,6 @@ static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From___pyx_anon_enum(int v
     return __Pyx_PyUnicode_BuildFromAscii(ulength, dpos, (int) length, prepend_sign, padding_char);
 }
 
-/* GetException */
-#if CYTHON_FAST_THREAD_STATE
-static int __Pyx__GetException(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb)
-#else
-static int __Pyx_GetException(PyObject **type, PyObject **value, PyObject **tb)
-#endif
-{
-    PyObject *local_type = NULL, *local_value, *local_tb = NULL;
-#if CYTHON_FAST_THREAD_STATE
-    PyObject *tmp_type, *tmp_value, *tmp_tb;
-  #if PY_VERSION_HEX >= 0x030C0000
-    local_value = tstate->current_exception;
-    tstate->current_exception = 0;
-  #else
-    local_type = tstate->curexc_type;
-    local_value = tstate->curexc_value;
-    local_tb = tstate->curexc_traceback;
-    tstate->curexc_type = 0;
-    tstate->curexc_value = 0;
-    tstate->curexc_traceback = 0;
-  #endif
-#elif __PYX_LIMITED_VERSION_HEX >= 0x030C0000
-    local_value = PyErr_GetRaisedException();
-#else
-    PyErr_Fetch(&local_type, &local_value, &local_tb);
-#endif
-#if __PYX_LIMITED_VERSION_HEX >= 0x030C0000
-    if (likely(local_value)) {
-        local_type = (PyObject*) Py_TYPE(local_value);
-        Py_INCREF(local_type);
-        local_tb = PyException_GetTraceback(local_value);
-    }
-#else
-    PyErr_NormalizeException(&local_type, &local_value, &local_tb);
-#if CYTHON_FAST_THREAD_STATE
-    if (unlikely(tstate->curexc_type))
-#else
-    if (unlikely(PyErr_Occurred()))
-#endif
-        goto bad;
-    if (local_tb) {
-        if (unlikely(PyException_SetTraceback(local_value, local_tb) < 0))
-            goto bad;
-    }
-#endif // __PYX_LIMITED_VERSION_HEX >= 0x030C0000
-    Py_XINCREF(local_tb);
-    Py_XINCREF(local_type);
-    Py_XINCREF(local_value);
-    *type = local_type;
-    *value = local_value;
-    *tb = local_tb;
-#if CYTHON_FAST_THREAD_STATE
-    #if CYTHON_USE_EXC_INFO_STACK
-    {
-        _PyErr_StackItem *exc_info = tstate->exc_info;
-      #if PY_VERSION_HEX >= 0x030B00a4
-        tmp_value = exc_info->exc_value;
-        exc_info->exc_value = local_value;
-        tmp_type = NULL;
-        tmp_tb = NULL;
-        Py_XDECREF(local_type);
-        Py_XDECREF(local_tb);
-      #else
-        tmp_type = exc_info->exc_type;
-        tmp_value = exc_info->exc_value;
-        tmp_tb = exc_info->exc_traceback;
-        exc_info->exc_type = local_type;
-        exc_info->exc_value = local_value;
-        exc_info->exc_traceback = local_tb;
-      #endif
-    }
-    #else
-    tmp_type = tstate->exc_type;
-    tmp_value = tstate->exc_value;
-    tmp_tb = tstate->exc_traceback;
-    tstate->exc_type = local_type;
-    tstate->exc_value = local_value;
-    tstate->exc_traceback = local_tb;
-    #endif
-    Py_XDECREF(tmp_type);
-    Py_XDECREF(tmp_value);
-    Py_XDECREF(tmp_tb);
-#elif __PYX_LIMITED_VERSION_HEX >= 0x030b0000
-    PyErr_SetHandledException(local_value);
-    Py_XDECREF(local_value);
-    Py_XDECREF(local_type);
-    Py_XDECREF(local_tb);
-#else
-    PyErr_SetExcInfo(local_type, local_value, local_tb);
-#endif
-    return 0;
-#if __PYX_LIMITED_VERSION_HEX < 0x030C0000
-bad:
-    *type = 0;
-    *value = 0;
-    *tb = 0;
-    Py_XDECREF(local_type);
-    Py_XDECREF(local_value);
-    Py_XDECREF(local_tb);
-    return -1;
-#endif
-}
-
 /* SwapException */
 #if CYTHON_FAST_THREAD_STATE
 static CYTHON_INLINE void __Pyx__ExceptionSwap(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb) {
@@ -14647,88 +16360,6 @@ static CYTHON_INLINE void __Pyx_ExceptionSwap(PyObject **type, PyObject **value,
     *type = tmp_type;
     *value = tmp_value;
     *tb = tmp_tb;
-}
-#endif
-
-/* GetTopmostException (used by SaveResetException) */
-#if CYTHON_USE_EXC_INFO_STACK && CYTHON_FAST_THREAD_STATE
-static _PyErr_StackItem *
-__Pyx_PyErr_GetTopmostException(PyThreadState *tstate)
-{
-    _PyErr_StackItem *exc_info = tstate->exc_info;
-    while ((exc_info->exc_value == NULL || exc_info->exc_value == Py_None) &&
-           exc_info->previous_item != NULL)
-    {
-        exc_info = exc_info->previous_item;
-    }
-    return exc_info;
-}
-#endif
-
-/* SaveResetException */
-#if CYTHON_FAST_THREAD_STATE
-static CYTHON_INLINE void __Pyx__ExceptionSave(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb) {
-  #if CYTHON_USE_EXC_INFO_STACK && PY_VERSION_HEX >= 0x030B00a4
-    _PyErr_StackItem *exc_info = __Pyx_PyErr_GetTopmostException(tstate);
-    PyObject *exc_value = exc_info->exc_value;
-    if (exc_value == NULL || exc_value == Py_None) {
-        *value = NULL;
-        *type = NULL;
-        *tb = NULL;
-    } else {
-        *value = exc_value;
-        Py_INCREF(*value);
-        *type = (PyObject*) Py_TYPE(exc_value);
-        Py_INCREF(*type);
-        *tb = PyException_GetTraceback(exc_value);
-    }
-  #elif CYTHON_USE_EXC_INFO_STACK
-    _PyErr_StackItem *exc_info = __Pyx_PyErr_GetTopmostException(tstate);
-    *type = exc_info->exc_type;
-    *value = exc_info->exc_value;
-    *tb = exc_info->exc_traceback;
-    Py_XINCREF(*type);
-    Py_XINCREF(*value);
-    Py_XINCREF(*tb);
-  #else
-    *type = tstate->exc_type;
-    *value = tstate->exc_value;
-    *tb = tstate->exc_traceback;
-    Py_XINCREF(*type);
-    Py_XINCREF(*value);
-    Py_XINCREF(*tb);
-  #endif
-}
-static CYTHON_INLINE void __Pyx__ExceptionReset(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb) {
-  #if CYTHON_USE_EXC_INFO_STACK && PY_VERSION_HEX >= 0x030B00a4
-    _PyErr_StackItem *exc_info = tstate->exc_info;
-    PyObject *tmp_value = exc_info->exc_value;
-    exc_info->exc_value = value;
-    Py_XDECREF(tmp_value);
-    Py_XDECREF(type);
-    Py_XDECREF(tb);
-  #else
-    PyObject *tmp_type, *tmp_value, *tmp_tb;
-    #if CYTHON_USE_EXC_INFO_STACK
-    _PyErr_StackItem *exc_info = tstate->exc_info;
-    tmp_type = exc_info->exc_type;
-    tmp_value = exc_info->exc_value;
-    tmp_tb = exc_info->exc_traceback;
-    exc_info->exc_type = type;
-    exc_info->exc_value = value;
-    exc_info->exc_traceback = tb;
-    #else
-    tmp_type = tstate->exc_type;
-    tmp_value = tstate->exc_value;
-    tmp_tb = tstate->exc_traceback;
-    tstate->exc_type = type;
-    tstate->exc_value = value;
-    tstate->exc_traceback = tb;
-    #endif
-    Py_XDECREF(tmp_type);
-    Py_XDECREF(tmp_value);
-    Py_XDECREF(tmp_tb);
-  #endif
 }
 #endif
 
@@ -18217,6 +19848,85 @@ static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int(int value) {
         PyObject *result = NULL, *kwds = NULL;
         PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
         py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(int));
+        if (!py_bytes) goto limited_bad;
+        from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
+        if (!from_bytes_str) goto limited_bad;
+        order_str = PyUnicode_FromString(little ? "little" : "big");
+        if (!order_str) goto limited_bad;
+        {
+            PyObject *args[] = { (PyObject*)&PyLong_Type, py_bytes, order_str, Py_True };
+            if (!is_unsigned) {
+                PyObject *signed_str = PyUnicode_FromStringAndSize("signed", 6);
+                if (!signed_str) goto limited_bad;
+#if CYTHON_VECTORCALL
+                kwds = PyTuple_Pack(1, signed_str);
+#else
+                {
+                    PyObject *keys[] = {signed_str};
+                    PyObject *values[] = {Py_True};
+                    kwds = __Pyx_MakeKwargDict(keys, values, 1);
+                }
+#endif
+                Py_DECREF(signed_str);
+                if (unlikely(!kwds)) goto limited_bad;
+            }
+            result = __Pyx_Object_VectorcallMethodKwds(from_bytes_str, args, 3 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET, kwds);
+        }
+        limited_bad:
+        Py_XDECREF(kwds);
+        Py_XDECREF(order_str);
+        Py_XDECREF(py_bytes);
+        Py_XDECREF(from_bytes_str);
+        return result;
+#endif
+    }
+}
+
+/* CIntToPy */
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_char(char value) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const char neg_one = (char) -1, const_zero = (char) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (is_unsigned) {
+        if (sizeof(char) < sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(char) <= sizeof(unsigned long)) {
+            return PyLong_FromUnsignedLong((unsigned long) value);
+#if !CYTHON_COMPILING_IN_PYPY
+        } else if (sizeof(char) <= sizeof(unsigned PY_LONG_LONG)) {
+            return PyLong_FromUnsignedLongLong((unsigned PY_LONG_LONG) value);
+#endif
+        }
+    } else {
+        if (sizeof(char) <= sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(char) <= sizeof(PY_LONG_LONG)) {
+            return PyLong_FromLongLong((PY_LONG_LONG) value);
+        }
+    }
+    {
+        unsigned char *bytes = (unsigned char *)&value;
+#if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d00A4
+        if (is_unsigned) {
+            return PyLong_FromUnsignedNativeBytes(bytes, sizeof(value), -1);
+        } else {
+            return PyLong_FromNativeBytes(bytes, sizeof(value), -1);
+        }
+#elif !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX < 0x030d0000
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        return _PyLong_FromByteArray(bytes, sizeof(char),
+                                     little, !is_unsigned);
+#else
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        PyObject *result = NULL, *kwds = NULL;
+        PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
+        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(char));
         if (!py_bytes) goto limited_bad;
         from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
         if (!from_bytes_str) goto limited_bad;

@@ -1887,8 +1887,8 @@ static const char * const __pyx_cfilenm = __FILE__;
 
 static const char* const __pyx_f[] = {
   "ivshmem/channel/sleeping_tasks.pyx",
-  "cpython/type.pxd",
   "ivshmem/native/descriptors.pxd",
+  "cpython/type.pxd",
   "ivshmem/native/spin.pxd",
   "ivshmem/native/bell.pxd",
   "ivshmem/native/mapping.pxd",
@@ -2269,6 +2269,18 @@ struct __pyx_t_7ivshmem_7channel_10membership_Rings {
   int count;
   uint32_t lock;
 };
+
+/* "ends.pxd":10
+ * from .membership cimport Dependent, Membership
+ * 
+ * cdef enum:             # <<<<<<<<<<<<<<
+ *     # A sleep that the memory forbids again and again, although nothing can be taken, is a hostile
+ *     # peer's work: after so many it sleeps all the same.
+*/
+enum  {
+  __pyx_e_7ivshmem_7channel_4ends_FUTILE = 64,
+  __pyx_e_7ivshmem_7channel_4ends_LAST_PAUSE = 0xF4240
+};
 struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time;
 
 /* "ivshmem/channel/sleeping_tasks.pxd":6
@@ -2294,7 +2306,7 @@ enum  {
   __pyx_e_7ivshmem_7channel_14sleeping_tasks_LOOKS = 3
 };
 
-/* "ivshmem/channel/sleeping_tasks.pyx":257
+/* "ivshmem/channel/sleeping_tasks.pyx":268
  * 
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -2307,7 +2319,7 @@ enum  {
   __pyx_e_7ivshmem_7channel_14sleeping_tasks_OVER
 };
 
-/* "native/descriptors.pxd":86
+/* "native/descriptors.pxd":101
  * 
  * 
  * cdef class Fd:             # <<<<<<<<<<<<<<
@@ -2320,7 +2332,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Fd {
 };
 
 
-/* "native/descriptors.pxd":93
+/* "native/descriptors.pxd":108
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2339,7 +2351,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray {
 };
 
 
-/* "native/descriptors.pxd":117
+/* "native/descriptors.pxd":132
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2356,7 +2368,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller {
 };
 
 
-/* "native/descriptors.pxd":127
+/* "native/descriptors.pxd":142
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2371,7 +2383,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Relay {
 };
 
 
-/* "native/descriptors.pxd":134
+/* "native/descriptors.pxd":149
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2582,7 +2594,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Membership {
 };
 
 
-/* "ends.pxd":11
+/* "ends.pxd":18
  * 
  * 
  * cdef class Wakeup:             # <<<<<<<<<<<<<<
@@ -2599,7 +2611,7 @@ struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup {
 };
 
 
-/* "ends.pxd":24
+/* "ends.pxd":31
  * 
  * 
  * cdef class ChannelEnd(Dependent):             # <<<<<<<<<<<<<<
@@ -2666,7 +2678,7 @@ struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep {
 };
 
 
-/* "ivshmem/channel/sleeping_tasks.pyx":262
+/* "ivshmem/channel/sleeping_tasks.pyx":273
  * 
  * # No freelist: an object that comes from there is never finalized again.
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2685,12 +2697,13 @@ struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting {
   PyObject *loop;
   PyObject *deadline;
   int state;
+  int futile;
   struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *sleep;
 };
 
 
 
-/* "native/descriptors.pxd":93
+/* "native/descriptors.pxd":108
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2707,7 +2720,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray;
 
 
-/* "native/descriptors.pxd":117
+/* "native/descriptors.pxd":132
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2722,7 +2735,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller *__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller;
 
 
-/* "native/descriptors.pxd":127
+/* "native/descriptors.pxd":142
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2736,7 +2749,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay *__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay;
 
 
-/* "native/descriptors.pxd":134
+/* "native/descriptors.pxd":149
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2957,7 +2970,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
 static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *__pyx_vtabptr_7ivshmem_7channel_10membership_Membership;
 
 
-/* "ends.pxd":11
+/* "ends.pxd":18
  * 
  * 
  * cdef class Wakeup:             # <<<<<<<<<<<<<<
@@ -2972,7 +2985,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup {
 static struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *__pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup;
 
 
-/* "ends.pxd":24
+/* "ends.pxd":31
  * 
  * 
  * cdef class ChannelEnd(Dependent):             # <<<<<<<<<<<<<<
@@ -3039,7 +3052,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(struct __py
 static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_resume(struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *);
 
 
-/* "ivshmem/channel/sleeping_tasks.pyx":262
+/* "ivshmem/channel/sleeping_tasks.pyx":273
  * 
  * # No freelist: an object that comes from there is never finalized again.
  * @cython.final             # <<<<<<<<<<<<<<
@@ -3225,6 +3238,28 @@ static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStrNoError(PyObject* obj, P
 /* GetBuiltinName.proto */
 static PyObject *__Pyx_GetBuiltinName(PyObject *name);
 
+/* PyValueError_Check.proto */
+#define __Pyx_PyExc_ValueError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_ValueError)
+
+/* PyObjectCall.proto (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw);
+#else
+#define __Pyx_PyObject_Call(func, arg, kw) PyObject_Call(func, arg, kw)
+#endif
+
+/* PyObjectCallMethO.proto (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg);
+#endif
+
+/* PyObjectFastCall.proto */
+#define __Pyx_PyObject_FastCall(func, args, nargs)  __Pyx_PyObject_FastCallDict(func, args, (size_t)(nargs), NULL)
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject * const*args, size_t nargsf, PyObject *kwargs);
+
+/* RaiseException.export */
+static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
+
 /* DivInt[int64_t].proto */
 static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t, int64_t, int b_is_constant);
 
@@ -3249,22 +3284,6 @@ __Pyx_PyList_FromArray(PyObject *const *src, Py_ssize_t n);
 
 /* ListFromArray.proto (used by ImportImpl) */
 
-
-/* PyObjectCall.proto (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw);
-#else
-#define __Pyx_PyObject_Call(func, arg, kw) PyObject_Call(func, arg, kw)
-#endif
-
-/* PyObjectCallMethO.proto (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg);
-#endif
-
-/* PyObjectFastCall.proto (used by PyObjectCallOneArg) */
-#define __Pyx_PyObject_FastCall(func, args, nargs)  __Pyx_PyObject_FastCallDict(func, args, (size_t)(nargs), NULL)
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject * const*args, size_t nargsf, PyObject *kwargs);
 
 /* PyObjectCallOneArg.proto (used by ImportImpl) */
 static CYTHON_INLINE PyObject* __Pyx_PyObject_CallOneArg(PyObject *func, PyObject *arg);
@@ -3542,9 +3561,6 @@ static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds);
 /* PyTypeError_Check.proto */
 #define __Pyx_PyExc_TypeError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_TypeError)
 
-/* RaiseException.export */
-static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
-
 /* PyObjectFastCallMethod.proto */
 #if CYTHON_VECTORCALL
 #define __Pyx_PyObject_FastCallMethod(name, args, nargsf) PyObject_VectorcallMethod(name, args, nargsf, NULL)
@@ -3712,6 +3728,19 @@ CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject **kwnames, Py_ssize
 #else
 static PyObject *__Pyx_Object_VectorcallMethodKwds(PyObject *name, PyObject *const *args, size_t nargsf, PyObject *kwnames);
 #endif
+
+/* PyNumberBinop.proto */
+#if CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_GRAAL || CYTHON_COMPILING_IN_LIMITED_API
+#define __Pyx_PyNumber_Add_object_float(op1, op2)  PyNumber_Add(op1, op2)
+#define __Pyx_PyNumber_InPlaceAdd_object_float(op1, op2)  PyNumber_InPlaceAdd(op1, op2)
+#else
+#define __Pyx_PyNumber_Add_object_float(op1, op2)  __Pyx__PyNumber_Add_object_float(op1, op2, 0)
+#define __Pyx_PyNumber_InPlaceAdd_object_float(op1, op2)  __Pyx__PyNumber_Add_object_float(op1, op2, 1)
+static CYTHON_INLINE PyObject* __Pyx__PyNumber_Add_object_float(PyObject *op1, PyObject *op2, int inplace);
+#endif
+
+/* PyObjectCompare.proto */
+static CYTHON_INLINE int __Pyx_PyObject_CompareBoolLt_object_object(PyObject *op1, PyObject *op2, int pyop);
 
 /* PyObjectFormatSimple.proto */
 #if CYTHON_COMPILING_IN_PYPY
@@ -4216,6 +4245,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(struct __py
 /* Module declarations from "ivshmem.native.syscalls" */
 
 /* Module declarations from "ivshmem.native.descriptors" */
+static CYTHON_INLINE double __pyx_f_7ivshmem_6native_11descriptors_seconds_of(PyObject *); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(int64_t); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uint64_t); /*proto*/
@@ -4245,6 +4275,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_import_asyncio(void); /*pr
 static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7ivshmem_7channel_14sleeping_tasks_watch_of(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *); /*proto*/
 static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7ivshmem_7channel_14sleeping_tasks_new_watch_of(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, PyObject *); /*proto*/
 static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshmem_7channel_14sleeping_tasks_sleep_at(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *); /*proto*/
+static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshmem_7channel_14sleeping_tasks_pause(PyObject *, PyObject *); /*proto*/
 static PySendResult __pyx_f_7ivshmem_7channel_14sleeping_tasks_send_to_waiting(PyObject *, PyObject *, PyObject **); /*proto*/
 static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_f_7ivshmem_7channel_14sleeping_tasks_waiting_for(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *); /*proto*/
 /* #### Code section: typeinfo ### */
@@ -4360,7 +4391,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[3];
     PyObject *__pyx_codeobj_tab[7];
-    PyObject *__pyx_string_tab[93];
+    PyObject *__pyx_string_tab[94];
     PyObject *__pyx_number_tab[1];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
@@ -4436,78 +4467,79 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u_ivshmem_system_time_limits __pyx_string_tab[18]
 #define __pyx_kp_u_ivshmem_channel_sleeping_tasks_p __pyx_string_tab[19]
 #define __pyx_kp_u_the_channels_are_closed __pyx_string_tab[20]
-#define __pyx_n_u_CancelledError __pyx_string_tab[21]
-#define __pyx_n_u_ClosedError __pyx_string_tab[22]
-#define __pyx_n_u_LoopWatch __pyx_string_tab[23]
-#define __pyx_n_u_LoopWatch___reduce __pyx_string_tab[24]
-#define __pyx_n_u_Sleep __pyx_string_tab[25]
-#define __pyx_n_u_Sleep___reduce __pyx_string_tab[26]
-#define __pyx_n_u_Sleep_cancel __pyx_string_tab[27]
-#define __pyx_n_u_Sleep_expire __pyx_string_tab[28]
-#define __pyx_n_u_Waiting __pyx_string_tab[29]
-#define __pyx_n_u_Waiting___reduce __pyx_string_tab[30]
-#define __pyx_n_u_Waiting_close __pyx_string_tab[31]
-#define __pyx_n_u_Waiting_send __pyx_string_tab[32]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[33]
-#define __pyx_n_u_annotate __pyx_string_tab[34]
-#define __pyx_n_u_func __pyx_string_tab[35]
-#define __pyx_n_u_main __pyx_string_tab[36]
-#define __pyx_n_u_module __pyx_string_tab[37]
-#define __pyx_n_u_name __pyx_string_tab[38]
-#define __pyx_n_u_pyx_capi __pyx_string_tab[39]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[40]
-#define __pyx_n_u_qualname __pyx_string_tab[41]
-#define __pyx_n_u_reduce __pyx_string_tab[42]
-#define __pyx_n_u_set_name __pyx_string_tab[43]
-#define __pyx_n_u_test __pyx_string_tab[44]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[45]
-#define __pyx_n_u_add_reader __pyx_string_tab[46]
-#define __pyx_n_u_asyncio __pyx_string_tab[47]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[48]
-#define __pyx_n_u_call_at __pyx_string_tab[49]
-#define __pyx_n_u_call_soon __pyx_string_tab[50]
-#define __pyx_n_u_callback __pyx_string_tab[51]
-#define __pyx_n_u_cancel __pyx_string_tab[52]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[53]
-#define __pyx_n_u_close __pyx_string_tab[54]
-#define __pyx_n_u_context __pyx_string_tab[55]
-#define __pyx_n_u_errors __pyx_string_tab[56]
-#define __pyx_n_u_expire __pyx_string_tab[57]
-#define __pyx_n_u_found __pyx_string_tab[58]
-#define __pyx_n_u_g __pyx_string_tab[59]
-#define __pyx_n_u_get __pyx_string_tab[60]
-#define __pyx_n_u_get_running_loop __pyx_string_tab[61]
-#define __pyx_n_u_is_closed __pyx_string_tab[62]
-#define __pyx_n_u_items __pyx_string_tab[63]
-#define __pyx_n_u_ivshmem_channel_sleeping_tasks __pyx_string_tab[64]
-#define __pyx_n_u_keyrefs __pyx_string_tab[65]
-#define __pyx_n_u_kind __pyx_string_tab[66]
-#define __pyx_n_u_loop __pyx_string_tab[67]
-#define __pyx_n_u_membership __pyx_string_tab[68]
-#define __pyx_n_u_msg __pyx_string_tab[69]
-#define __pyx_n_u_object __pyx_string_tab[70]
-#define __pyx_n_u_pop __pyx_string_tab[71]
-#define __pyx_n_u_ref __pyx_string_tab[72]
-#define __pyx_n_u_remove_reader __pyx_string_tab[73]
-#define __pyx_n_u_run __pyx_string_tab[74]
-#define __pyx_n_u_seconds_of __pyx_string_tab[75]
-#define __pyx_n_u_self __pyx_string_tab[76]
-#define __pyx_n_u_send __pyx_string_tab[77]
-#define __pyx_n_u_setdefault __pyx_string_tab[78]
-#define __pyx_n_u_system_time_limits __pyx_string_tab[79]
-#define __pyx_n_u_time __pyx_string_tab[80]
-#define __pyx_n_u_traceback __pyx_string_tab[81]
-#define __pyx_n_u_value __pyx_string_tab[82]
-#define __pyx_n_u_values __pyx_string_tab[83]
-#define __pyx_n_u_wake __pyx_string_tab[84]
-#define __pyx_n_u_weakref __pyx_string_tab[85]
-#define __pyx_n_u_with_traceback __pyx_string_tab[86]
-#define __pyx_kp_b_PyObject_struct___pyx_obj_7ivshm __pyx_string_tab[87]
-#define __pyx_kp_b_iso88591_A_iq __pyx_string_tab[88]
-#define __pyx_kp_b_iso88591_A_4z_q __pyx_string_tab[89]
-#define __pyx_kp_b_iso88591_A_IQ_F __pyx_string_tab[90]
-#define __pyx_kp_b_iso88591_A_E_4wc_q_q __pyx_string_tab[91]
-#define __pyx_kp_b_iso88591_4q_9Cq_1_L_I_6_S_F_AZvXT_q __pyx_string_tab[92]
+#define __pyx_kp_u_timeout_is_not_a_number __pyx_string_tab[21]
+#define __pyx_n_u_CancelledError __pyx_string_tab[22]
+#define __pyx_n_u_ClosedError __pyx_string_tab[23]
+#define __pyx_n_u_LoopWatch __pyx_string_tab[24]
+#define __pyx_n_u_LoopWatch___reduce __pyx_string_tab[25]
+#define __pyx_n_u_Sleep __pyx_string_tab[26]
+#define __pyx_n_u_Sleep___reduce __pyx_string_tab[27]
+#define __pyx_n_u_Sleep_cancel __pyx_string_tab[28]
+#define __pyx_n_u_Sleep_expire __pyx_string_tab[29]
+#define __pyx_n_u_Waiting __pyx_string_tab[30]
+#define __pyx_n_u_Waiting___reduce __pyx_string_tab[31]
+#define __pyx_n_u_Waiting_close __pyx_string_tab[32]
+#define __pyx_n_u_Waiting_send __pyx_string_tab[33]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[34]
+#define __pyx_n_u_annotate __pyx_string_tab[35]
+#define __pyx_n_u_func __pyx_string_tab[36]
+#define __pyx_n_u_main __pyx_string_tab[37]
+#define __pyx_n_u_module __pyx_string_tab[38]
+#define __pyx_n_u_name __pyx_string_tab[39]
+#define __pyx_n_u_pyx_capi __pyx_string_tab[40]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[41]
+#define __pyx_n_u_qualname __pyx_string_tab[42]
+#define __pyx_n_u_reduce __pyx_string_tab[43]
+#define __pyx_n_u_set_name __pyx_string_tab[44]
+#define __pyx_n_u_test __pyx_string_tab[45]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[46]
+#define __pyx_n_u_add_reader __pyx_string_tab[47]
+#define __pyx_n_u_asyncio __pyx_string_tab[48]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[49]
+#define __pyx_n_u_call_at __pyx_string_tab[50]
+#define __pyx_n_u_call_soon __pyx_string_tab[51]
+#define __pyx_n_u_callback __pyx_string_tab[52]
+#define __pyx_n_u_cancel __pyx_string_tab[53]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[54]
+#define __pyx_n_u_close __pyx_string_tab[55]
+#define __pyx_n_u_context __pyx_string_tab[56]
+#define __pyx_n_u_errors __pyx_string_tab[57]
+#define __pyx_n_u_expire __pyx_string_tab[58]
+#define __pyx_n_u_found __pyx_string_tab[59]
+#define __pyx_n_u_g __pyx_string_tab[60]
+#define __pyx_n_u_get __pyx_string_tab[61]
+#define __pyx_n_u_get_running_loop __pyx_string_tab[62]
+#define __pyx_n_u_is_closed __pyx_string_tab[63]
+#define __pyx_n_u_items __pyx_string_tab[64]
+#define __pyx_n_u_ivshmem_channel_sleeping_tasks __pyx_string_tab[65]
+#define __pyx_n_u_keyrefs __pyx_string_tab[66]
+#define __pyx_n_u_kind __pyx_string_tab[67]
+#define __pyx_n_u_loop __pyx_string_tab[68]
+#define __pyx_n_u_membership __pyx_string_tab[69]
+#define __pyx_n_u_msg __pyx_string_tab[70]
+#define __pyx_n_u_object __pyx_string_tab[71]
+#define __pyx_n_u_pop __pyx_string_tab[72]
+#define __pyx_n_u_ref __pyx_string_tab[73]
+#define __pyx_n_u_remove_reader __pyx_string_tab[74]
+#define __pyx_n_u_run __pyx_string_tab[75]
+#define __pyx_n_u_seconds_of __pyx_string_tab[76]
+#define __pyx_n_u_self __pyx_string_tab[77]
+#define __pyx_n_u_send __pyx_string_tab[78]
+#define __pyx_n_u_setdefault __pyx_string_tab[79]
+#define __pyx_n_u_system_time_limits __pyx_string_tab[80]
+#define __pyx_n_u_time __pyx_string_tab[81]
+#define __pyx_n_u_traceback __pyx_string_tab[82]
+#define __pyx_n_u_value __pyx_string_tab[83]
+#define __pyx_n_u_values __pyx_string_tab[84]
+#define __pyx_n_u_wake __pyx_string_tab[85]
+#define __pyx_n_u_weakref __pyx_string_tab[86]
+#define __pyx_n_u_with_traceback __pyx_string_tab[87]
+#define __pyx_kp_b_PyObject_struct___pyx_obj_7ivshm __pyx_string_tab[88]
+#define __pyx_kp_b_iso88591_A_iq __pyx_string_tab[89]
+#define __pyx_kp_b_iso88591_A_4z_q __pyx_string_tab[90]
+#define __pyx_kp_b_iso88591_A_IQ_F __pyx_string_tab[91]
+#define __pyx_kp_b_iso88591_A_E_4wc_q_q __pyx_string_tab[92]
+#define __pyx_kp_b_iso88591_4q_9Cq_1_L_I_6_S_F_AZvXT_q __pyx_string_tab[93]
 #define __pyx_int_0 __pyx_number_tab[0]
 /* #### Code section: module_state_clear ### */
 #if CYTHON_USE_MODULE_STATE
@@ -4552,7 +4584,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
   for (int i=0; i<7; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<93; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<94; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<1; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -4605,7 +4637,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
   for (int i=0; i<7; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<93; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<94; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<1; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -4623,6 +4655,203 @@ return 0;
 /* "native/descriptors.pxd":28
  * 
  * 
+ * cdef inline double seconds_of(object timeout) except? -1:             # <<<<<<<<<<<<<<
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+*/
+
+static CYTHON_INLINE double __pyx_f_7ivshmem_6native_11descriptors_seconds_of(PyObject *__pyx_v_timeout) {
+  double __pyx_v_seconds;
+  double __pyx_r;
+  __Pyx_RefNannyDeclarations
+  double __pyx_t_1;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  size_t __pyx_t_5;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("seconds_of", 0);
+
+  /* "native/descriptors.pxd":30
+ * cdef inline double seconds_of(object timeout) except? -1:
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout             # <<<<<<<<<<<<<<
+ *     if seconds != seconds:
+ *         raise ValueError("timeout is not a number")
+*/
+  __pyx_t_1 = __Pyx_PyFloat_AsDouble(__pyx_v_timeout); if (unlikely((__pyx_t_1 == (double)-1) && PyErr_Occurred())) __PYX_ERR(1, 30, __pyx_L1_error)
+  __pyx_v_seconds = __pyx_t_1;
+
+  /* "native/descriptors.pxd":31
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+ *     if seconds != seconds:             # <<<<<<<<<<<<<<
+ *         raise ValueError("timeout is not a number")
+ *     return seconds
+*/
+  __pyx_t_2 = (__pyx_v_seconds != __pyx_v_seconds);
+
+  if (unlikely(__pyx_t_2)) {
+
+
+    /* "native/descriptors.pxd":32
+ *     cdef double seconds = timeout
+ *     if seconds != seconds:
+ *         raise ValueError("timeout is not a number")             # <<<<<<<<<<<<<<
+ *     return seconds
+ * 
+*/
+    __pyx_t_4 = NULL;
+    __pyx_t_5 = 1;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_timeout_is_not_a_number};
+      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 32, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_3);
+    }
+    __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __PYX_ERR(1, 32, __pyx_L1_error)
+
+    /* "native/descriptors.pxd":31
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+ *     if seconds != seconds:             # <<<<<<<<<<<<<<
+ *         raise ValueError("timeout is not a number")
+ *     return seconds
+*/
+  }
+
+  /* "native/descriptors.pxd":33
+ *     if seconds != seconds:
+ *         raise ValueError("timeout is not a number")
+ *     return seconds             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = __pyx_v_seconds;
+  }
+  goto __pyx_L0;
+
+  /* "native/descriptors.pxd":28
+ * 
+ * 
+ * cdef inline double seconds_of(object timeout) except? -1:             # <<<<<<<<<<<<<<
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.seconds_of", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1.0;
+  __pyx_L0:;
+
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "native/descriptors.pxd":36
+ * 
+ * 
+ * cdef inline int check_timeout(object timeout) except -1:             # <<<<<<<<<<<<<<
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+*/
+
+static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_check_timeout(PyObject *__pyx_v_timeout) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  double __pyx_t_3;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "native/descriptors.pxd":38
+ * cdef inline int check_timeout(object timeout) except -1:
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns             # <<<<<<<<<<<<<<
+ *         seconds_of(timeout)
+ *     return 0
+*/
+  __pyx_t_2 = (__pyx_v_timeout != Py_None);
+  if (__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = (((PyObject *)Py_TYPE(__pyx_v_timeout)) != ((PyObject *)(&PyLong_Type)));
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L4_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "native/descriptors.pxd":39
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+ *         seconds_of(timeout)             # <<<<<<<<<<<<<<
+ *     return 0
+ * 
+*/
+    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_seconds_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((double)-1.0) && PyErr_Occurred())) __PYX_ERR(1, 39, __pyx_L1_error)
+
+
+    /* "native/descriptors.pxd":38
+ * cdef inline int check_timeout(object timeout) except -1:
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns             # <<<<<<<<<<<<<<
+ *         seconds_of(timeout)
+ *     return 0
+*/
+  }
+
+  /* "native/descriptors.pxd":40
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+ *         seconds_of(timeout)
+ *     return 0             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "native/descriptors.pxd":36
+ * 
+ * 
+ * cdef inline int check_timeout(object timeout) except -1:             # <<<<<<<<<<<<<<
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.native.descriptors.check_timeout", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "native/descriptors.pxd":43
+ * 
+ * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
@@ -4632,7 +4861,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   struct timespec __pyx_v_t;
   int64_t __pyx_r;
 
-  /* "native/descriptors.pxd":30
+  /* "native/descriptors.pxd":45
  * cdef inline int64_t now() noexcept nogil:
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)             # <<<<<<<<<<<<<<
@@ -4641,7 +4870,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
 */
   (void)(clock_gettime(CLOCK_MONOTONIC, (&__pyx_v_t)));
 
-  /* "native/descriptors.pxd":31
+  /* "native/descriptors.pxd":46
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
  *     return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec             # <<<<<<<<<<<<<<
@@ -4654,7 +4883,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":28
+  /* "native/descriptors.pxd":43
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4668,7 +4897,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":34
+/* "native/descriptors.pxd":49
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4685,7 +4914,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   int64_t __pyx_t_5;
   int __pyx_t_6;
 
-  /* "native/descriptors.pxd":36
+  /* "native/descriptors.pxd":51
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:
  *     """When they will be over; less than 0: never."""
  *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX             # <<<<<<<<<<<<<<
@@ -4722,7 +4951,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":34
+  /* "native/descriptors.pxd":49
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4735,7 +4964,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":39
+/* "native/descriptors.pxd":54
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4751,7 +4980,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   int64_t __pyx_t_3;
   int64_t __pyx_t_4;
 
-  /* "native/descriptors.pxd":42
+  /* "native/descriptors.pxd":57
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -4763,7 +4992,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   if (__pyx_t_1) {
 
 
-    /* "native/descriptors.pxd":43
+    /* "native/descriptors.pxd":58
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:
  *         return NULL             # <<<<<<<<<<<<<<
@@ -4776,7 +5005,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
     }
     goto __pyx_L0;
 
-    /* "native/descriptors.pxd":42
+    /* "native/descriptors.pxd":57
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -4785,7 +5014,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   }
 
-  /* "native/descriptors.pxd":44
+  /* "native/descriptors.pxd":59
  *     if deadline == INT64_MAX:
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)             # <<<<<<<<<<<<<<
@@ -4809,7 +5038,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   __pyx_v_nanoseconds = __pyx_t_4;
 
 
-  /* "native/descriptors.pxd":45
+  /* "native/descriptors.pxd":60
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000             # <<<<<<<<<<<<<<
@@ -4818,7 +5047,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   __pyx_v_left->tv_sec = __Pyx_div_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "native/descriptors.pxd":46
+  /* "native/descriptors.pxd":61
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000             # <<<<<<<<<<<<<<
@@ -4827,7 +5056,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   __pyx_v_left->tv_nsec = __Pyx_mod_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "native/descriptors.pxd":47
+  /* "native/descriptors.pxd":62
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000
  *     return left             # <<<<<<<<<<<<<<
@@ -4840,7 +5069,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":39
+  /* "native/descriptors.pxd":54
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4854,7 +5083,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":50
+/* "native/descriptors.pxd":65
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4869,7 +5098,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
   uint64_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "native/descriptors.pxd":52
+  /* "native/descriptors.pxd":67
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:
  *     """What was read from an eventfd; more than 2**63 - 1 rings are somebody's ill will."""
  *     return <int64_t>min(count, <uint64_t>INT64_MAX)             # <<<<<<<<<<<<<<
@@ -4897,7 +5126,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
 
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":50
+  /* "native/descriptors.pxd":65
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4910,7 +5139,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":55
+/* "native/descriptors.pxd":70
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4925,7 +5154,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
   int64_t __pyx_r;
   int __pyx_t_1;
 
-  /* "native/descriptors.pxd":61
+  /* "native/descriptors.pxd":76
  *     it since Linux 5.8, which is why that is the oldest kernel supported.
  *     """
  *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
@@ -4934,7 +5163,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_count = 0;
 
-  /* "native/descriptors.pxd":64
+  /* "native/descriptors.pxd":79
  *     cdef iovec iov
  *     cdef ssize_t n
  *     iov.iov_base = &count             # <<<<<<<<<<<<<<
@@ -4943,7 +5172,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_iov.iov_base = (&__pyx_v_count);
 
-  /* "native/descriptors.pxd":65
+  /* "native/descriptors.pxd":80
  *     cdef ssize_t n
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)             # <<<<<<<<<<<<<<
@@ -4952,7 +5181,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_count));
 
-  /* "native/descriptors.pxd":66
+  /* "native/descriptors.pxd":81
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)
  *     while True:             # <<<<<<<<<<<<<<
@@ -4961,7 +5190,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   while (1) {
 
-    /* "native/descriptors.pxd":67
+    /* "native/descriptors.pxd":82
  *     iov.iov_len = sizeof(count)
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)             # <<<<<<<<<<<<<<
@@ -4970,7 +5199,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     __pyx_v_n = preadv2(__pyx_v_fd, (&__pyx_v_iov), 1, -1L, RWF_NOWAIT);
 
-    /* "native/descriptors.pxd":68
+    /* "native/descriptors.pxd":83
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -4982,7 +5211,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "native/descriptors.pxd":69
+      /* "native/descriptors.pxd":84
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):
  *             return count_of(count)             # <<<<<<<<<<<<<<
@@ -4995,7 +5224,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "native/descriptors.pxd":68
+      /* "native/descriptors.pxd":83
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -5004,7 +5233,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "native/descriptors.pxd":70
+    /* "native/descriptors.pxd":85
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -5016,7 +5245,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "native/descriptors.pxd":71
+      /* "native/descriptors.pxd":86
  *             return count_of(count)
  *         if n >= 0:
  *             return -EINVAL  # no eventfd             # <<<<<<<<<<<<<<
@@ -5029,7 +5258,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "native/descriptors.pxd":70
+      /* "native/descriptors.pxd":85
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -5038,7 +5267,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "native/descriptors.pxd":72
+    /* "native/descriptors.pxd":87
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5050,7 +5279,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "native/descriptors.pxd":73
+      /* "native/descriptors.pxd":88
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:
  *             return 0             # <<<<<<<<<<<<<<
@@ -5063,7 +5292,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "native/descriptors.pxd":72
+      /* "native/descriptors.pxd":87
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5072,7 +5301,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "native/descriptors.pxd":74
+    /* "native/descriptors.pxd":89
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -5084,7 +5313,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "native/descriptors.pxd":75
+      /* "native/descriptors.pxd":90
  *             return 0
  *         if errno != EINTR:
  *             return -errno             # <<<<<<<<<<<<<<
@@ -5097,7 +5326,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "native/descriptors.pxd":74
+      /* "native/descriptors.pxd":89
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -5107,7 +5336,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     }
   }
 
-  /* "native/descriptors.pxd":55
+  /* "native/descriptors.pxd":70
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5124,7 +5353,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":78
+/* "native/descriptors.pxd":93
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5138,7 +5367,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "native/descriptors.pxd":80
+  /* "native/descriptors.pxd":95
  * cdef inline int add_one(int fd) noexcept nogil:
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1             # <<<<<<<<<<<<<<
@@ -5147,7 +5376,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 */
   __pyx_v_one = 1;
 
-  /* "native/descriptors.pxd":81
+  /* "native/descriptors.pxd":96
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5173,7 +5402,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   if (__pyx_t_1) {
 
 
-    /* "native/descriptors.pxd":82
+    /* "native/descriptors.pxd":97
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0             # <<<<<<<<<<<<<<
@@ -5186,7 +5415,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
     }
     goto __pyx_L0;
 
-    /* "native/descriptors.pxd":81
+    /* "native/descriptors.pxd":96
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5195,7 +5424,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 */
   }
 
-  /* "native/descriptors.pxd":83
+  /* "native/descriptors.pxd":98
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0
  *     return errno             # <<<<<<<<<<<<<<
@@ -5208,7 +5437,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":78
+  /* "native/descriptors.pxd":93
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5222,7 +5451,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":107
+/* "native/descriptors.pxd":122
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5233,7 +5462,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array) {
   Py_ssize_t __pyx_r;
 
-  /* "native/descriptors.pxd":109
+  /* "native/descriptors.pxd":124
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:
  *     """How many descriptors there are, also while another thread adds one."""
  *     return ivshmem_length(&array.count)             # <<<<<<<<<<<<<<
@@ -5246,7 +5475,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":107
+  /* "native/descriptors.pxd":122
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5259,7 +5488,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":112
+/* "native/descriptors.pxd":127
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5270,7 +5499,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
 static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array, Py_ssize_t __pyx_v_index) {
   int *__pyx_r;
 
-  /* "native/descriptors.pxd":114
+  /* "native/descriptors.pxd":129
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:
  *     """Where a descriptor stands, of as many as `length_of` told; it stays there."""
  *     return &ivshmem_elements(&array.fds)[index]             # <<<<<<<<<<<<<<
@@ -5283,7 +5512,7 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":112
+  /* "native/descriptors.pxd":127
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -7295,7 +7524,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(struct __py
  *         if self.timer is not None:
  *             self.timer.cancel()             # <<<<<<<<<<<<<<
  *             self.timer = None
- *         self.watch.sleeps.pop(self, None)
+ *         if self.watch is not None:
 */
     __pyx_t_3 = __pyx_v_self->timer;
     __Pyx_INCREF(__pyx_t_3);
@@ -7313,8 +7542,8 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(struct __py
  *         if self.timer is not None:
  *             self.timer.cancel()
  *             self.timer = None             # <<<<<<<<<<<<<<
- *         self.watch.sleeps.pop(self, None)
- *         self.end.end_waiting()
+ *         if self.watch is not None:
+ *             self.watch.sleeps.pop(self, None)
 */
     __Pyx_INCREF(Py_None);
     __Pyx_GIVEREF(Py_None);
@@ -7333,30 +7562,50 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(struct __py
   /* "ivshmem/channel/sleeping_tasks.pyx":191
  *             self.timer.cancel()
  *             self.timer = None
- *         self.watch.sleeps.pop(self, None)             # <<<<<<<<<<<<<<
- *         self.end.end_waiting()
+ *         if self.watch is not None:             # <<<<<<<<<<<<<<
+ *             self.watch.sleeps.pop(self, None)
+ *             self.end.end_waiting()
+*/
+  __pyx_t_1 = (((PyObject *)__pyx_v_self->watch) != Py_None);
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/channel/sleeping_tasks.pyx":192
+ *             self.timer = None
+ *         if self.watch is not None:
+ *             self.watch.sleeps.pop(self, None)             # <<<<<<<<<<<<<<
+ *             self.end.end_waiting()
  *         return 0
 */
-  if (unlikely(__pyx_v_self->watch->sleeps == Py_None)) {
-    PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "pop");
-    __PYX_ERR(0, 191, __pyx_L1_error)
-  }
-  __pyx_t_5 = __Pyx_PyDict_Pop_ignore(__pyx_v_self->watch->sleeps, ((PyObject *)__pyx_v_self), Py_None); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 191, __pyx_L1_error)
+    if (unlikely(__pyx_v_self->watch->sleeps == Py_None)) {
+      PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "pop");
+      __PYX_ERR(0, 192, __pyx_L1_error)
+    }
+    __pyx_t_5 = __Pyx_PyDict_Pop_ignore(__pyx_v_self->watch->sleeps, ((PyObject *)__pyx_v_self), Py_None); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 192, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":192
- *             self.timer = None
- *         self.watch.sleeps.pop(self, None)
- *         self.end.end_waiting()             # <<<<<<<<<<<<<<
+    /* "ivshmem/channel/sleeping_tasks.pyx":193
+ *         if self.watch is not None:
+ *             self.watch.sleeps.pop(self, None)
+ *             self.end.end_waiting()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->end->__pyx_base.__pyx_vtab)->end_waiting(__pyx_v_self->end); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 192, __pyx_L1_error)
+    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->end->__pyx_base.__pyx_vtab)->end_waiting(__pyx_v_self->end); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 193, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":193
- *         self.watch.sleeps.pop(self, None)
- *         self.end.end_waiting()
+    /* "ivshmem/channel/sleeping_tasks.pyx":191
+ *             self.timer.cancel()
+ *             self.timer = None
+ *         if self.watch is not None:             # <<<<<<<<<<<<<<
+ *             self.watch.sleeps.pop(self, None)
+ *             self.end.end_waiting()
+*/
+  }
+
+  /* "ivshmem/channel/sleeping_tasks.pyx":194
+ *             self.watch.sleeps.pop(self, None)
+ *             self.end.end_waiting()
  *         return 0             # <<<<<<<<<<<<<<
  * 
  *     # Called by the task.
@@ -7387,7 +7636,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":197
+/* "ivshmem/channel/sleeping_tasks.pyx":198
  *     # Called by the task.
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -7435,35 +7684,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_callback,&__pyx_mstate_global->__pyx_n_u_context,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 197, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 198, __pyx_L3_error)
     if (likely(__pyx_kwds_len > 0)) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 197, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 198, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "add_done_callback", 0) < (0)) __PYX_ERR(0, 197, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "add_done_callback", 0) < (0)) __PYX_ERR(0, 198, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("add_done_callback", 1, 1, 1, i); __PYX_ERR(0, 197, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("add_done_callback", 1, 1, 1, i); __PYX_ERR(0, 198, __pyx_L3_error) }
       }
       for (Py_ssize_t i = 1; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseKeywordRequired("add_done_callback", *(__pyx_pyargnames[i - 0])); __PYX_ERR(0, 197, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseKeywordRequired("add_done_callback", *(__pyx_pyargnames[i - 0])); __PYX_ERR(0, 198, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
-      __Pyx_RaiseKeywordRequired("add_done_callback", __pyx_mstate_global->__pyx_n_u_context); __PYX_ERR(0, 197, __pyx_L3_error)
+      __Pyx_RaiseKeywordRequired("add_done_callback", __pyx_mstate_global->__pyx_n_u_context); __PYX_ERR(0, 198, __pyx_L3_error)
     }
     __pyx_v_callback = values[0];
     __pyx_v_context = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("add_done_callback", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 197, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("add_done_callback", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 198, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7489,7 +7738,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_4add_done_ca
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("add_done_callback", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":200
+  /* "ivshmem/channel/sleeping_tasks.pyx":201
  *     def add_done_callback(self, callback, *, context):
  *         """Call it at the end of the sleep."""
  *         self.callback = callback             # <<<<<<<<<<<<<<
@@ -7501,7 +7750,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_4add_done_ca
   __Pyx_GOTREF(__pyx_v_self->callback);
   __Pyx_DECREF_SET(__pyx_v_self->callback, __pyx_v_callback);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":201
+  /* "ivshmem/channel/sleeping_tasks.pyx":202
  *         """Call it at the end of the sleep."""
  *         self.callback = callback
  *         self.context = context             # <<<<<<<<<<<<<<
@@ -7513,7 +7762,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_4add_done_ca
   __Pyx_GOTREF(__pyx_v_self->context);
   __Pyx_DECREF_SET(__pyx_v_self->context, __pyx_v_context);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":197
+  /* "ivshmem/channel/sleeping_tasks.pyx":198
  *     # Called by the task.
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -7528,7 +7777,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_4add_done_ca
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":203
+/* "ivshmem/channel/sleeping_tasks.pyx":204
  *         self.context = context
  * 
  *     def cancel(self, msg=None):             # <<<<<<<<<<<<<<
@@ -7576,24 +7825,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_msg,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 203, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 204, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 203, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 204, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "cancel", 0) < (0)) __PYX_ERR(0, 203, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "cancel", 0) < (0)) __PYX_ERR(0, 204, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 203, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 204, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -7604,7 +7853,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("cancel", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 203, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("cancel", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 204, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7640,7 +7889,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("cancel", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":205
+  /* "ivshmem/channel/sleeping_tasks.pyx":206
  *     def cancel(self, msg=None):
  *         """Raise CancelledError in the task; False: it was woken before."""
  *         callback = self.callback             # <<<<<<<<<<<<<<
@@ -7652,7 +7901,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
   __pyx_v_callback = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":206
+  /* "ivshmem/channel/sleeping_tasks.pyx":207
  *         """Raise CancelledError in the task; False: it was woken before."""
  *         callback = self.callback
  *         if callback is None:             # <<<<<<<<<<<<<<
@@ -7663,7 +7912,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":207
+    /* "ivshmem/channel/sleeping_tasks.pyx":208
  *         callback = self.callback
  *         if callback is None:
  *             return False             # <<<<<<<<<<<<<<
@@ -7681,7 +7930,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":206
+    /* "ivshmem/channel/sleeping_tasks.pyx":207
  *         """Raise CancelledError in the task; False: it was woken before."""
  *         callback = self.callback
  *         if callback is None:             # <<<<<<<<<<<<<<
@@ -7690,7 +7939,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":208
+  /* "ivshmem/channel/sleeping_tasks.pyx":209
  *         if callback is None:
  *             return False
  *         self.callback = None             # <<<<<<<<<<<<<<
@@ -7702,7 +7951,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
   __Pyx_GOTREF(__pyx_v_self->callback);
   __Pyx_DECREF_SET(__pyx_v_self->callback, Py_None);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":209
+  /* "ivshmem/channel/sleeping_tasks.pyx":210
  *             return False
  *         self.callback = None
  *         self.error = CancelledError() if msg is None else CancelledError(msg)             # <<<<<<<<<<<<<<
@@ -7731,7 +7980,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 209, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 210, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __pyx_t_1 = __pyx_t_3;
@@ -7757,7 +8006,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 209, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 210, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __pyx_t_1 = __pyx_t_3;
@@ -7769,7 +8018,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
   __Pyx_DECREF_SET(__pyx_v_self->error, __pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":210
+  /* "ivshmem/channel/sleeping_tasks.pyx":211
  *         self.callback = None
  *         self.error = CancelledError() if msg is None else CancelledError(msg)
  *         self._loop.call_soon(callback, self, context=self.context)             # <<<<<<<<<<<<<<
@@ -7785,13 +8034,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
     PyObject *__pyx_callargs[4] = {__pyx_t_3, __pyx_v_callback, ((PyObject *)__pyx_v_self), __pyx_v_self->context};
     #if CYTHON_VECTORCALL
     __pyx_t_4 = __pyx_mstate_global->__pyx_tuple[0];
-    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 210, __pyx_L1_error)
+    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 211, __pyx_L1_error)
     __Pyx_INCREF(__pyx_t_4);
     #else
     {
       PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_context};
       __pyx_t_4 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+3, 1);
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 210, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 211, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     #endif
@@ -7800,12 +8049,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
     #if CYTHON_VECTORCALL
     #endif
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 210, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 211, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":211
+  /* "ivshmem/channel/sleeping_tasks.pyx":212
  *         self.error = CancelledError() if msg is None else CancelledError(msg)
  *         self._loop.call_soon(callback, self, context=self.context)
  *         return True             # <<<<<<<<<<<<<<
@@ -7823,7 +8072,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":203
+  /* "ivshmem/channel/sleeping_tasks.pyx":204
  *         self.context = context
  * 
  *     def cancel(self, msg=None):             # <<<<<<<<<<<<<<
@@ -7846,7 +8095,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":213
+/* "ivshmem/channel/sleeping_tasks.pyx":214
  *         return True
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -7907,7 +8156,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_8result(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("result", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":216
+  /* "ivshmem/channel/sleeping_tasks.pyx":217
  *     def result(self):
  *         """Raise what `cancel` set."""
  *         cdef object error = self.error             # <<<<<<<<<<<<<<
@@ -7919,7 +8168,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_8result(stru
   __pyx_v_error = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":217
+  /* "ivshmem/channel/sleeping_tasks.pyx":218
  *         """Raise what `cancel` set."""
  *         cdef object error = self.error
  *         if error is not None:             # <<<<<<<<<<<<<<
@@ -7930,7 +8179,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_8result(stru
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":218
+    /* "ivshmem/channel/sleeping_tasks.pyx":219
  *         cdef object error = self.error
  *         if error is not None:
  *             self.error = None  # else its traceback would refer to itself             # <<<<<<<<<<<<<<
@@ -7942,7 +8191,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_8result(stru
     __Pyx_GOTREF(__pyx_v_self->error);
     __Pyx_DECREF_SET(__pyx_v_self->error, Py_None);
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":219
+    /* "ivshmem/channel/sleeping_tasks.pyx":220
  *         if error is not None:
  *             self.error = None  # else its traceback would refer to itself
  *             raise error             # <<<<<<<<<<<<<<
@@ -7950,9 +8199,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_8result(stru
  *     # Called by the loop.
 */
     __Pyx_Raise(__pyx_v_error, 0, 0, 0);
-    __PYX_ERR(0, 219, __pyx_L1_error)
+    __PYX_ERR(0, 220, __pyx_L1_error)
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":217
+    /* "ivshmem/channel/sleeping_tasks.pyx":218
  *         """Raise what `cancel` set."""
  *         cdef object error = self.error
  *         if error is not None:             # <<<<<<<<<<<<<<
@@ -7961,7 +8210,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_8result(stru
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":213
+  /* "ivshmem/channel/sleeping_tasks.pyx":214
  *         return True
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -7983,7 +8232,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_8result(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":223
+/* "ivshmem/channel/sleeping_tasks.pyx":224
  *     # Called by the loop.
  * 
  *     cdef int resume(self) except -1:             # <<<<<<<<<<<<<<
@@ -8003,7 +8252,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_resume(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("resume", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":225
+  /* "ivshmem/channel/sleeping_tasks.pyx":226
  *     cdef int resume(self) except -1:
  *         """Let the task continue at once; return when it waits for something else."""
  *         callback = self.callback             # <<<<<<<<<<<<<<
@@ -8015,7 +8264,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_resume(struct __pyx
   __pyx_v_callback = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":226
+  /* "ivshmem/channel/sleeping_tasks.pyx":227
  *         """Let the task continue at once; return when it waits for something else."""
  *         callback = self.callback
  *         self.callback = None             # <<<<<<<<<<<<<<
@@ -8027,7 +8276,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_resume(struct __pyx
   __Pyx_GOTREF(__pyx_v_self->callback);
   __Pyx_DECREF_SET(__pyx_v_self->callback, Py_None);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":227
+  /* "ivshmem/channel/sleeping_tasks.pyx":228
  *         callback = self.callback
  *         self.callback = None
  *         self.context.run(callback, self)             # <<<<<<<<<<<<<<
@@ -8041,12 +8290,12 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_resume(struct __pyx
     PyObject *__pyx_callargs[3] = {__pyx_t_2, __pyx_v_callback, ((PyObject *)__pyx_v_self)};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_run, __pyx_callargs+__pyx_t_3, (3-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 227, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 228, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":228
+  /* "ivshmem/channel/sleeping_tasks.pyx":229
  *         self.callback = None
  *         self.context.run(callback, self)
  *         return 0             # <<<<<<<<<<<<<<
@@ -8059,7 +8308,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_resume(struct __pyx
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":223
+  /* "ivshmem/channel/sleeping_tasks.pyx":224
  *     # Called by the loop.
  * 
  *     cdef int resume(self) except -1:             # <<<<<<<<<<<<<<
@@ -8080,7 +8329,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_resume(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":230
+/* "ivshmem/channel/sleeping_tasks.pyx":231
  *         return 0
  * 
  *     def expire(self):             # <<<<<<<<<<<<<<
@@ -8141,7 +8390,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_10expire(str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("expire", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":232
+  /* "ivshmem/channel/sleeping_tasks.pyx":233
  *     def expire(self):
  *         """End the sleep, if it has not ended."""
  *         if self.callback is not None:             # <<<<<<<<<<<<<<
@@ -8152,17 +8401,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_10expire(str
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":233
+    /* "ivshmem/channel/sleeping_tasks.pyx":234
  *         """End the sleep, if it has not ended."""
  *         if self.callback is not None:
  *             self.resume()             # <<<<<<<<<<<<<<
  * 
  * 
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_resume(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 233, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_resume(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 234, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":232
+    /* "ivshmem/channel/sleeping_tasks.pyx":233
  *     def expire(self):
  *         """End the sleep, if it has not ended."""
  *         if self.callback is not None:             # <<<<<<<<<<<<<<
@@ -8171,7 +8420,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_10expire(str
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":230
+  /* "ivshmem/channel/sleeping_tasks.pyx":231
  *         return 0
  * 
  *     def expire(self):             # <<<<<<<<<<<<<<
@@ -8400,7 +8649,7 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_24_asyncio_future_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":236
+/* "ivshmem/channel/sleeping_tasks.pyx":237
  * 
  * 
  * cdef Sleep sleep_at(ChannelEnd end, object loop, object deadline):             # <<<<<<<<<<<<<<
@@ -8426,28 +8675,28 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("sleep_at", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":239
+  /* "ivshmem/channel/sleeping_tasks.pyx":240
  *     """Begin to sleep at an end; None: there is something already."""
  *     cdef Sleep sleep
  *     if end.begin_waiting():             # <<<<<<<<<<<<<<
  *         end.end_waiting()
  *         return None
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_end->__pyx_base.__pyx_vtab)->begin_waiting(__pyx_v_end); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 239, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_end->__pyx_base.__pyx_vtab)->begin_waiting(__pyx_v_end); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 240, __pyx_L1_error)
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":240
+    /* "ivshmem/channel/sleeping_tasks.pyx":241
  *     cdef Sleep sleep
  *     if end.begin_waiting():
  *         end.end_waiting()             # <<<<<<<<<<<<<<
  *         return None
  *     sleep = Sleep.__new__(Sleep)
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_end->__pyx_base.__pyx_vtab)->end_waiting(__pyx_v_end); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 240, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_end->__pyx_base.__pyx_vtab)->end_waiting(__pyx_v_end); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 241, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":241
+    /* "ivshmem/channel/sleeping_tasks.pyx":242
  *     if end.begin_waiting():
  *         end.end_waiting()
  *         return None             # <<<<<<<<<<<<<<
@@ -8464,7 +8713,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":239
+    /* "ivshmem/channel/sleeping_tasks.pyx":240
  *     """Begin to sleep at an end; None: there is something already."""
  *     cdef Sleep sleep
  *     if end.begin_waiting():             # <<<<<<<<<<<<<<
@@ -8473,19 +8722,19 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":242
+  /* "ivshmem/channel/sleeping_tasks.pyx":243
  *         end.end_waiting()
  *         return None
  *     sleep = Sleep.__new__(Sleep)             # <<<<<<<<<<<<<<
  *     try:
  *         sleep.end = end
 */
-  __pyx_t_3 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_14sleeping_tasks_Sleep(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 242, __pyx_L1_error)
+  __pyx_t_3 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_14sleeping_tasks_Sleep(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 243, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_v_sleep = ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *)__pyx_t_3);
   __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":243
+  /* "ivshmem/channel/sleeping_tasks.pyx":244
  *         return None
  *     sleep = Sleep.__new__(Sleep)
  *     try:             # <<<<<<<<<<<<<<
@@ -8501,7 +8750,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
     __Pyx_XGOTREF(__pyx_t_6);
     /*try:*/ {
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":244
+      /* "ivshmem/channel/sleeping_tasks.pyx":245
  *     sleep = Sleep.__new__(Sleep)
  *     try:
  *         sleep.end = end             # <<<<<<<<<<<<<<
@@ -8513,7 +8762,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
       __Pyx_GOTREF((PyObject *)__pyx_v_sleep->end);
       __Pyx_DECREF_SET(__pyx_v_sleep->end, __pyx_v_end);
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":245
+      /* "ivshmem/channel/sleeping_tasks.pyx":246
  *     try:
  *         sleep.end = end
  *         sleep._loop = loop             # <<<<<<<<<<<<<<
@@ -8525,21 +8774,21 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
       __Pyx_GOTREF(__pyx_v_sleep->_loop);
       __Pyx_DECREF_SET(__pyx_v_sleep->_loop, __pyx_v_loop);
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":246
+      /* "ivshmem/channel/sleeping_tasks.pyx":247
  *         sleep.end = end
  *         sleep._loop = loop
  *         sleep.watch = watch_of(end, loop)             # <<<<<<<<<<<<<<
  *         if deadline is not None:
  *             sleep.timer = loop.call_at(deadline, sleep.expire)
 */
-      __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_watch_of(__pyx_v_end, __pyx_v_loop)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 246, __pyx_L4_error)
+      __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_watch_of(__pyx_v_end, __pyx_v_loop)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 247, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_3);
       __Pyx_GIVEREF(__pyx_t_3);
       __Pyx_GOTREF((PyObject *)__pyx_v_sleep->watch);
       __Pyx_DECREF_SET(__pyx_v_sleep->watch, ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *)__pyx_t_3));
       __pyx_t_3 = 0;
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":247
+      /* "ivshmem/channel/sleeping_tasks.pyx":248
  *         sleep._loop = loop
  *         sleep.watch = watch_of(end, loop)
  *         if deadline is not None:             # <<<<<<<<<<<<<<
@@ -8550,7 +8799,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":248
+        /* "ivshmem/channel/sleeping_tasks.pyx":249
  *         sleep.watch = watch_of(end, loop)
  *         if deadline is not None:
  *             sleep.timer = loop.call_at(deadline, sleep.expire)             # <<<<<<<<<<<<<<
@@ -8559,7 +8808,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
 */
         __pyx_t_7 = __pyx_v_loop;
         __Pyx_INCREF(__pyx_t_7);
-        __pyx_t_8 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_sleep), __pyx_mstate_global->__pyx_n_u_expire); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 248, __pyx_L4_error)
+        __pyx_t_8 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_sleep), __pyx_mstate_global->__pyx_n_u_expire); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 249, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_8);
         __pyx_t_9 = 0;
         {
@@ -8567,7 +8816,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
           __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_call_at, __pyx_callargs+__pyx_t_9, (3-__pyx_t_9) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 248, __pyx_L4_error)
+          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 249, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_3);
         }
         __Pyx_GIVEREF(__pyx_t_3);
@@ -8575,7 +8824,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
         __Pyx_DECREF_SET(__pyx_v_sleep->timer, __pyx_t_3);
         __pyx_t_3 = 0;
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":247
+        /* "ivshmem/channel/sleeping_tasks.pyx":248
  *         sleep._loop = loop
  *         sleep.watch = watch_of(end, loop)
  *         if deadline is not None:             # <<<<<<<<<<<<<<
@@ -8584,17 +8833,17 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
 */
       }
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":249
+      /* "ivshmem/channel/sleeping_tasks.pyx":250
  *         if deadline is not None:
  *             sleep.timer = loop.call_at(deadline, sleep.expire)
  *         sleep.watch.add(sleep)             # <<<<<<<<<<<<<<
  *     except BaseException:
  *         end.end_waiting()
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_add(__pyx_v_sleep->watch, __pyx_v_sleep); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 249, __pyx_L4_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_add(__pyx_v_sleep->watch, __pyx_v_sleep); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 250, __pyx_L4_error)
 
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":243
+      /* "ivshmem/channel/sleeping_tasks.pyx":244
  *         return None
  *     sleep = Sleep.__new__(Sleep)
  *     try:             # <<<<<<<<<<<<<<
@@ -8611,7 +8860,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
     __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
     __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":250
+    /* "ivshmem/channel/sleeping_tasks.pyx":251
  *             sleep.timer = loop.call_at(deadline, sleep.expire)
  *         sleep.watch.add(sleep)
  *     except BaseException:             # <<<<<<<<<<<<<<
@@ -8621,22 +8870,22 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
     __pyx_t_2 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_2) {
       __Pyx_AddTraceback("ivshmem.channel.sleeping_tasks.sleep_at", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_8, &__pyx_t_7) < 0) __PYX_ERR(0, 250, __pyx_L6_except_error)
+      if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_8, &__pyx_t_7) < 0) __PYX_ERR(0, 251, __pyx_L6_except_error)
       __Pyx_XGOTREF(__pyx_t_3);
       __Pyx_XGOTREF(__pyx_t_8);
       __Pyx_XGOTREF(__pyx_t_7);
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":251
+      /* "ivshmem/channel/sleeping_tasks.pyx":252
  *         sleep.watch.add(sleep)
  *     except BaseException:
  *         end.end_waiting()             # <<<<<<<<<<<<<<
  *         raise
  *     sleep._asyncio_future_blocking = True
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_end->__pyx_base.__pyx_vtab)->end_waiting(__pyx_v_end); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 251, __pyx_L6_except_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_end->__pyx_base.__pyx_vtab)->end_waiting(__pyx_v_end); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 252, __pyx_L6_except_error)
 
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":252
+      /* "ivshmem/channel/sleeping_tasks.pyx":253
  *     except BaseException:
  *         end.end_waiting()
  *         raise             # <<<<<<<<<<<<<<
@@ -8648,11 +8897,11 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
       __Pyx_XGIVEREF(__pyx_t_7);
       __Pyx_ErrRestoreWithState(__pyx_t_3, __pyx_t_8, __pyx_t_7);
       __pyx_t_3 = 0;  __pyx_t_8 = 0;  __pyx_t_7 = 0; 
-      __PYX_ERR(0, 252, __pyx_L6_except_error)
+      __PYX_ERR(0, 253, __pyx_L6_except_error)
     }
     goto __pyx_L6_except_error;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":243
+    /* "ivshmem/channel/sleeping_tasks.pyx":244
  *         return None
  *     sleep = Sleep.__new__(Sleep)
  *     try:             # <<<<<<<<<<<<<<
@@ -8668,7 +8917,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
     __pyx_L9_try_end:;
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":253
+  /* "ivshmem/channel/sleeping_tasks.pyx":254
  *         end.end_waiting()
  *         raise
  *     sleep._asyncio_future_blocking = True             # <<<<<<<<<<<<<<
@@ -8677,7 +8926,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
 */
   __pyx_v_sleep->_asyncio_future_blocking = 1;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":254
+  /* "ivshmem/channel/sleeping_tasks.pyx":255
  *         raise
  *     sleep._asyncio_future_blocking = True
  *     return sleep             # <<<<<<<<<<<<<<
@@ -8695,7 +8944,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":236
+  /* "ivshmem/channel/sleeping_tasks.pyx":237
  * 
  * 
  * cdef Sleep sleep_at(ChannelEnd end, object loop, object deadline):             # <<<<<<<<<<<<<<
@@ -8717,7 +8966,188 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":280
+/* "ivshmem/channel/sleeping_tasks.pyx":258
+ * 
+ * 
+ * cdef Sleep pause(object loop, object deadline):             # <<<<<<<<<<<<<<
+ *     """Begin to sleep until the next look, whatever the memory says."""
+ *     cdef Sleep sleep = Sleep.__new__(Sleep)
+*/
+
+static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshmem_7channel_14sleeping_tasks_pause(PyObject *__pyx_v_loop, PyObject *__pyx_v_deadline) {
+  struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_v_sleep = 0;
+  PyObject *__pyx_v_until = 0;
+  struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  size_t __pyx_t_3;
+  PyObject *__pyx_t_4 = NULL;
+  int __pyx_t_5;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
+  PyObject *__pyx_t_8 = NULL;
+  int __pyx_t_9;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("pause", 0);
+
+  /* "ivshmem/channel/sleeping_tasks.pyx":260
+ * cdef Sleep pause(object loop, object deadline):
+ *     """Begin to sleep until the next look, whatever the memory says."""
+ *     cdef Sleep sleep = Sleep.__new__(Sleep)             # <<<<<<<<<<<<<<
+ *     cdef object until = loop.time() + LAST_PAUSE / 1e9
+ *     sleep._loop = loop
+*/
+  __pyx_t_1 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_14sleeping_tasks_Sleep(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 260, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_v_sleep = ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *)__pyx_t_1);
+  __pyx_t_1 = 0;
+
+  /* "ivshmem/channel/sleeping_tasks.pyx":261
+ *     """Begin to sleep until the next look, whatever the memory says."""
+ *     cdef Sleep sleep = Sleep.__new__(Sleep)
+ *     cdef object until = loop.time() + LAST_PAUSE / 1e9             # <<<<<<<<<<<<<<
+ *     sleep._loop = loop
+ *     sleep.timer = loop.call_at(until if deadline is None else min(until, deadline), sleep.expire)
+*/
+  __pyx_t_2 = __pyx_v_loop;
+  __Pyx_INCREF(__pyx_t_2);
+  __pyx_t_3 = 0;
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
+    __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_time, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 261, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+  }
+  __pyx_t_2 = PyFloat_FromDouble((((double)__pyx_e_7ivshmem_7channel_4ends_LAST_PAUSE) / 1e9)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 261, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_4 = __Pyx_PyNumber_Add_object_float(__pyx_t_1, __pyx_t_2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 261, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  __pyx_v_until = __pyx_t_4;
+  __pyx_t_4 = 0;
+
+  /* "ivshmem/channel/sleeping_tasks.pyx":262
+ *     cdef Sleep sleep = Sleep.__new__(Sleep)
+ *     cdef object until = loop.time() + LAST_PAUSE / 1e9
+ *     sleep._loop = loop             # <<<<<<<<<<<<<<
+ *     sleep.timer = loop.call_at(until if deadline is None else min(until, deadline), sleep.expire)
+ *     sleep._asyncio_future_blocking = True
+*/
+  __Pyx_INCREF(__pyx_v_loop);
+  __Pyx_GIVEREF(__pyx_v_loop);
+  __Pyx_GOTREF(__pyx_v_sleep->_loop);
+  __Pyx_DECREF_SET(__pyx_v_sleep->_loop, __pyx_v_loop);
+
+  /* "ivshmem/channel/sleeping_tasks.pyx":263
+ *     cdef object until = loop.time() + LAST_PAUSE / 1e9
+ *     sleep._loop = loop
+ *     sleep.timer = loop.call_at(until if deadline is None else min(until, deadline), sleep.expire)             # <<<<<<<<<<<<<<
+ *     sleep._asyncio_future_blocking = True
+ *     return sleep
+*/
+  __pyx_t_2 = __pyx_v_loop;
+  __Pyx_INCREF(__pyx_t_2);
+  __pyx_t_5 = (__pyx_v_deadline == Py_None);
+  if (__pyx_t_5) {
+    __Pyx_INCREF(__pyx_v_until);
+    __pyx_t_1 = __pyx_v_until;
+  } else {
+    __Pyx_INCREF(__pyx_v_deadline);
+    __pyx_t_6 = __pyx_v_deadline;
+    __Pyx_INCREF(__pyx_v_until);
+    __pyx_t_7 = __pyx_v_until;
+    __pyx_t_9 = __Pyx_PyObject_CompareBoolLt_object_object(__pyx_t_6, __pyx_t_7, Py_LT); if (unlikely((__pyx_t_9 < 0))) __PYX_ERR(0, 263, __pyx_L1_error)
+    if (__pyx_t_9) {
+      __Pyx_INCREF(__pyx_t_6);
+      __pyx_t_8 = __pyx_t_6;
+    } else {
+      __Pyx_INCREF(__pyx_t_7);
+      __pyx_t_8 = __pyx_t_7;
+    }
+
+    __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+    __Pyx_INCREF(__pyx_t_8);
+    __pyx_t_1 = __pyx_t_8;
+    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+  }
+
+  __pyx_t_8 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_sleep), __pyx_mstate_global->__pyx_n_u_expire); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 263, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_8);
+  __pyx_t_3 = 0;
+  {
+    PyObject *__pyx_callargs[3] = {__pyx_t_2, __pyx_t_1, __pyx_t_8};
+    __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_call_at, __pyx_callargs+__pyx_t_3, (3-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 263, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+  }
+  __Pyx_GIVEREF(__pyx_t_4);
+  __Pyx_GOTREF(__pyx_v_sleep->timer);
+  __Pyx_DECREF_SET(__pyx_v_sleep->timer, __pyx_t_4);
+  __pyx_t_4 = 0;
+
+  /* "ivshmem/channel/sleeping_tasks.pyx":264
+ *     sleep._loop = loop
+ *     sleep.timer = loop.call_at(until if deadline is None else min(until, deadline), sleep.expire)
+ *     sleep._asyncio_future_blocking = True             # <<<<<<<<<<<<<<
+ *     return sleep
+ * 
+*/
+  __pyx_v_sleep->_asyncio_future_blocking = 1;
+
+  /* "ivshmem/channel/sleeping_tasks.pyx":265
+ *     sleep.timer = loop.call_at(until if deadline is None else min(until, deadline), sleep.expire)
+ *     sleep._asyncio_future_blocking = True
+ *     return sleep             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+    struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __Pyx_INCREF((PyObject *)__pyx_v_sleep);
+      __pyx_r = __pyx_v_sleep;
+    }
+    __Pyx_XDECREF((PyObject *)__pyx_temp);
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/sleeping_tasks.pyx":258
+ * 
+ * 
+ * cdef Sleep pause(object loop, object deadline):             # <<<<<<<<<<<<<<
+ *     """Begin to sleep until the next look, whatever the memory says."""
+ *     cdef Sleep sleep = Sleep.__new__(Sleep)
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_AddTraceback("ivshmem.channel.sleeping_tasks.pause", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = 0;
+  __pyx_L0:;
+  __Pyx_XDECREF((PyObject *)__pyx_v_sleep);
+  __Pyx_XDECREF(__pyx_v_until);
+  __Pyx_XGIVEREF((PyObject *)__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/sleeping_tasks.pyx":292
  *     cdef Sleep sleep  # while its task sleeps
  * 
  *     def __init__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -8768,7 +9198,7 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting___init__(CYTHON_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__init__", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":281
+  /* "ivshmem/channel/sleeping_tasks.pyx":293
  * 
  *     def __init__(self, *args, **kwargs):
  *         raise TypeError("a Waiting is made by an end of a channel")             # <<<<<<<<<<<<<<
@@ -8781,14 +9211,14 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting___init__(CYTHON_
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_a_Waiting_is_made_by_an_end_of_a};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 281, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 293, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 281, __pyx_L1_error)
+  __PYX_ERR(0, 293, __pyx_L1_error)
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":280
+  /* "ivshmem/channel/sleeping_tasks.pyx":292
  *     cdef Sleep sleep  # while its task sleeps
  * 
  *     def __init__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -8807,7 +9237,7 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting___init__(CYTHON_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":283
+/* "ivshmem/channel/sleeping_tasks.pyx":295
  *         raise TypeError("a Waiting is made by an end of a channel")
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -8869,7 +9299,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_2__reduce_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__reduce__", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":284
+  /* "ivshmem/channel/sleeping_tasks.pyx":296
  * 
  *     def __reduce__(self):
  *         raise TypeError("a Waiting cannot be copied or pickled")             # <<<<<<<<<<<<<<
@@ -8882,14 +9312,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_2__reduce_
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_a_Waiting_cannot_be_copied_or_pi};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 284, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 296, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 284, __pyx_L1_error)
+  __PYX_ERR(0, 296, __pyx_L1_error)
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":283
+  /* "ivshmem/channel/sleeping_tasks.pyx":295
  *         raise TypeError("a Waiting is made by an end of a channel")
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -8908,7 +9338,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_2__reduce_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":286
+/* "ivshmem/channel/sleeping_tasks.pyx":298
  *         raise TypeError("a Waiting cannot be copied or pickled")
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -8940,14 +9370,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_8__name___
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":288
+  /* "ivshmem/channel/sleeping_tasks.pyx":300
  *     @property
  *     def __name__(self):
  *         return self.call.__name__             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(__pyx_v_self->call, __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 288, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(__pyx_v_self->call, __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 300, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -8960,7 +9390,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_8__name___
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":286
+  /* "ivshmem/channel/sleeping_tasks.pyx":298
  *         raise TypeError("a Waiting cannot be copied or pickled")
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -8979,7 +9409,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_8__name___
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":290
+/* "ivshmem/channel/sleeping_tasks.pyx":302
  *         return self.call.__name__
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -9016,21 +9446,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_12__qualna
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":292
+  /* "ivshmem/channel/sleeping_tasks.pyx":304
  *     @property
  *     def __qualname__(self):
  *         return f"{type(self.end).__name__}.{self.call.__name__}"             # <<<<<<<<<<<<<<
  * 
  *     def __await__(self):
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self->end))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 292, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self->end))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 304, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 292, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 304, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(__pyx_v_self->call, __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 292, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(__pyx_v_self->call, __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 304, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 292, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 304, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_4[0] = __pyx_t_2;
@@ -9045,7 +9475,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_12__qualna
   __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_4[0]) | __Pyx_PyUnicode_KIND_04(__pyx_t_4[2]);
   #endif
   __pyx_t_1 = __Pyx_PyUnicode_Join(__pyx_t_4, 3, __pyx_t_5, __pyx_t_6);
-  if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 292, __pyx_L1_error)
+  if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 304, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
@@ -9060,7 +9490,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_12__qualna
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":290
+  /* "ivshmem/channel/sleeping_tasks.pyx":302
  *         return self.call.__name__
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -9081,7 +9511,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_12__qualna
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":294
+/* "ivshmem/channel/sleeping_tasks.pyx":306
  *         return f"{type(self.end).__name__}.{self.call.__name__}"
  * 
  *     def __await__(self):             # <<<<<<<<<<<<<<
@@ -9109,7 +9539,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_4__await__
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__await__", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":295
+  /* "ivshmem/channel/sleeping_tasks.pyx":307
  * 
  *     def __await__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -9127,7 +9557,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_4__await__
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":294
+  /* "ivshmem/channel/sleeping_tasks.pyx":306
  *         return f"{type(self.end).__name__}.{self.call.__name__}"
  * 
  *     def __await__(self):             # <<<<<<<<<<<<<<
@@ -9142,7 +9572,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_4__await__
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":297
+/* "ivshmem/channel/sleeping_tasks.pyx":309
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -9176,7 +9606,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_6__next__(
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__next__", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":298
+  /* "ivshmem/channel/sleeping_tasks.pyx":310
  * 
  *     def __next__(self):
  *         return self.send(None)             # <<<<<<<<<<<<<<
@@ -9190,7 +9620,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_6__next__(
     PyObject *__pyx_callargs[2] = {__pyx_t_2, Py_None};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_send, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 298, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 310, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -9204,7 +9634,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_6__next__(
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":297
+  /* "ivshmem/channel/sleeping_tasks.pyx":309
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -9224,7 +9654,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_6__next__(
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":300
+/* "ivshmem/channel/sleeping_tasks.pyx":312
  *         return self.send(None)
  * 
  *     def send(self, value):             # <<<<<<<<<<<<<<
@@ -9272,32 +9702,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_value,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 300, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 312, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 300, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 312, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "send", 0) < (0)) __PYX_ERR(0, 300, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "send", 0) < (0)) __PYX_ERR(0, 312, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, i); __PYX_ERR(0, 300, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, i); __PYX_ERR(0, 312, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 300, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 312, __pyx_L3_error)
     }
     __pyx_v_value = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 300, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 312, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9331,19 +9761,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_8send(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("send", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":302
+  /* "ivshmem/channel/sleeping_tasks.pyx":314
  *     def send(self, value):
  *         """Begin, or continue when the task runs again."""
  *         found = self.step()             # <<<<<<<<<<<<<<
  *         if self.state == OVER:
  *             raise StopIteration(found)
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(__pyx_v_self); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 302, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(__pyx_v_self); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 314, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_found = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":303
+  /* "ivshmem/channel/sleeping_tasks.pyx":315
  *         """Begin, or continue when the task runs again."""
  *         found = self.step()
  *         if self.state == OVER:             # <<<<<<<<<<<<<<
@@ -9355,7 +9785,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_8send(stru
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":304
+    /* "ivshmem/channel/sleeping_tasks.pyx":316
  *         found = self.step()
  *         if self.state == OVER:
  *             raise StopIteration(found)             # <<<<<<<<<<<<<<
@@ -9368,14 +9798,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_8send(stru
       PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_v_found};
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_StopIteration)), __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 304, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 316, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 304, __pyx_L1_error)
+    __PYX_ERR(0, 316, __pyx_L1_error)
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":303
+    /* "ivshmem/channel/sleeping_tasks.pyx":315
  *         """Begin, or continue when the task runs again."""
  *         found = self.step()
  *         if self.state == OVER:             # <<<<<<<<<<<<<<
@@ -9384,7 +9814,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_8send(stru
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":305
+  /* "ivshmem/channel/sleeping_tasks.pyx":317
  *         if self.state == OVER:
  *             raise StopIteration(found)
  *         return found             # <<<<<<<<<<<<<<
@@ -9402,7 +9832,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_8send(stru
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":300
+  /* "ivshmem/channel/sleeping_tasks.pyx":312
  *         return self.send(None)
  * 
  *     def send(self, value):             # <<<<<<<<<<<<<<
@@ -9423,7 +9853,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_8send(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":307
+/* "ivshmem/channel/sleeping_tasks.pyx":319
  *         return found
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -9472,28 +9902,28 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_kind,&__pyx_mstate_global->__pyx_n_u_value,&__pyx_mstate_global->__pyx_n_u_traceback,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 307, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 319, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 307, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 319, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 307, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 319, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 307, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 319, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "throw", 0) < (0)) __PYX_ERR(0, 307, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "throw", 0) < (0)) __PYX_ERR(0, 319, __pyx_L3_error)
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":308
+      /* "ivshmem/channel/sleeping_tasks.pyx":320
  * 
  *     @cython.binding(False)
  *     def throw(self, kind, value=None, traceback=None):             # <<<<<<<<<<<<<<
@@ -9503,21 +9933,21 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("throw", 0, 1, 3, i); __PYX_ERR(0, 307, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("throw", 0, 1, 3, i); __PYX_ERR(0, 319, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 307, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 319, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 307, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 319, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 307, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 319, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -9530,7 +9960,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("throw", 0, 1, 3, __pyx_nargs); __PYX_ERR(0, 307, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("throw", 0, 1, 3, __pyx_nargs); __PYX_ERR(0, 319, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9543,7 +9973,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *)__pyx_v_self), __pyx_v_kind, __pyx_v_value, __pyx_v_traceback);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":307
+  /* "ivshmem/channel/sleeping_tasks.pyx":319
  *         return found
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -9575,7 +10005,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
   __Pyx_RefNannySetupContext("throw", 0);
   __Pyx_INCREF(__pyx_v_value);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":310
+  /* "ivshmem/channel/sleeping_tasks.pyx":322
  *     def throw(self, kind, value=None, traceback=None):
  *         """End the wait by an exception."""
  *         self.close()             # <<<<<<<<<<<<<<
@@ -9589,12 +10019,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 310, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 322, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":311
+  /* "ivshmem/channel/sleeping_tasks.pyx":323
  *         """End the wait by an exception."""
  *         self.close()
  *         if value is None:             # <<<<<<<<<<<<<<
@@ -9605,7 +10035,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
   if (__pyx_t_4) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":312
+    /* "ivshmem/channel/sleeping_tasks.pyx":324
  *         self.close()
  *         if value is None:
  *             value = kind() if isinstance(kind, type) else kind             # <<<<<<<<<<<<<<
@@ -9634,7 +10064,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
         __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 312, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 324, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __pyx_t_1 = __pyx_t_2;
@@ -9647,7 +10077,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
     __Pyx_DECREF_SET(__pyx_v_value, __pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":311
+    /* "ivshmem/channel/sleeping_tasks.pyx":323
  *         """End the wait by an exception."""
  *         self.close()
  *         if value is None:             # <<<<<<<<<<<<<<
@@ -9657,7 +10087,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":313
+  /* "ivshmem/channel/sleeping_tasks.pyx":325
  *         if value is None:
  *             value = kind() if isinstance(kind, type) else kind
  *         elif not isinstance(value, BaseException):             # <<<<<<<<<<<<<<
@@ -9671,7 +10101,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
   if (__pyx_t_7) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":314
+    /* "ivshmem/channel/sleeping_tasks.pyx":326
  *             value = kind() if isinstance(kind, type) else kind
  *         elif not isinstance(value, BaseException):
  *             value = kind(value)             # <<<<<<<<<<<<<<
@@ -9698,13 +10128,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 314, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 326, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF_SET(__pyx_v_value, __pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":313
+    /* "ivshmem/channel/sleeping_tasks.pyx":325
  *         if value is None:
  *             value = kind() if isinstance(kind, type) else kind
  *         elif not isinstance(value, BaseException):             # <<<<<<<<<<<<<<
@@ -9714,7 +10144,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":315
+  /* "ivshmem/channel/sleeping_tasks.pyx":327
  *         elif not isinstance(value, BaseException):
  *             value = kind(value)
  *         raise value if traceback is None else value.with_traceback(traceback)             # <<<<<<<<<<<<<<
@@ -9733,7 +10163,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
       PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_v_traceback};
       __pyx_t_6 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_with_traceback, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 315, __pyx_L1_error)
+      if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 327, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
     }
     __pyx_t_1 = __pyx_t_6;
@@ -9742,9 +10172,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
 
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 315, __pyx_L1_error)
+  __PYX_ERR(0, 327, __pyx_L1_error)
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":307
+  /* "ivshmem/channel/sleeping_tasks.pyx":319
  *         return found
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -9766,7 +10196,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":317
+/* "ivshmem/channel/sleeping_tasks.pyx":329
  *         raise value if traceback is None else value.with_traceback(traceback)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -9826,7 +10256,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_12close(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":319
+  /* "ivshmem/channel/sleeping_tasks.pyx":331
  *     def close(self):
  *         """End the wait."""
  *         self.state = OVER             # <<<<<<<<<<<<<<
@@ -9835,17 +10265,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_12close(st
 */
   __pyx_v_self->state = __pyx_e_7ivshmem_7channel_14sleeping_tasks_OVER;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":320
+  /* "ivshmem/channel/sleeping_tasks.pyx":332
  *         """End the wait."""
  *         self.state = OVER
  *         self.awake()             # <<<<<<<<<<<<<<
  * 
  *     def __del__(self):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 320, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 332, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":317
+  /* "ivshmem/channel/sleeping_tasks.pyx":329
  *         raise value if traceback is None else value.with_traceback(traceback)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -9865,7 +10295,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_12close(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":322
+/* "ivshmem/channel/sleeping_tasks.pyx":334
  *         self.awake()
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -9892,17 +10322,17 @@ static void __pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_14__del__(struc
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":323
+  /* "ivshmem/channel/sleeping_tasks.pyx":335
  * 
  *     def __del__(self):
  *         self.awake()  # a task that was forgotten, with its loop             # <<<<<<<<<<<<<<
  * 
  *     cdef object step(self):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 323, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 335, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":322
+  /* "ivshmem/channel/sleeping_tasks.pyx":334
  *         self.awake()
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -9918,7 +10348,7 @@ static void __pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_14__del__(struc
 
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":325
+/* "ivshmem/channel/sleeping_tasks.pyx":337
  *         self.awake()  # a task that was forgotten, with its loop
  * 
  *     cdef object step(self):             # <<<<<<<<<<<<<<
@@ -9947,7 +10377,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("step", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":327
+  /* "ivshmem/channel/sleeping_tasks.pyx":339
  *     cdef object step(self):
  *         """Look; return the result if it is OVER now, or else what the task is to sleep on."""
  *         cdef int state = self.state             # <<<<<<<<<<<<<<
@@ -9958,7 +10388,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 
   __pyx_v_state = __pyx_t_1;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":328
+  /* "ivshmem/channel/sleeping_tasks.pyx":340
  *         """Look; return the result if it is OVER now, or else what the task is to sleep on."""
  *         cdef int state = self.state
  *         self.state = OVER             # <<<<<<<<<<<<<<
@@ -9967,7 +10397,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 */
   __pyx_v_self->state = __pyx_e_7ivshmem_7channel_14sleeping_tasks_OVER;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":329
+  /* "ivshmem/channel/sleeping_tasks.pyx":341
  *         cdef int state = self.state
  *         self.state = OVER
  *         if state == NEW:             # <<<<<<<<<<<<<<
@@ -9977,7 +10407,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
   switch (__pyx_v_state) {
     case __pyx_e_7ivshmem_7channel_14sleeping_tasks_NEW:
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":330
+    /* "ivshmem/channel/sleeping_tasks.pyx":342
  *         self.state = OVER
  *         if state == NEW:
  *             if self.timeout is not None:             # <<<<<<<<<<<<<<
@@ -9988,17 +10418,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":331
+      /* "ivshmem/channel/sleeping_tasks.pyx":343
  *         if state == NEW:
  *             if self.timeout is not None:
  *                 self.find_loop()             # <<<<<<<<<<<<<<
  *                 self.deadline = self.loop.time() + seconds_of(self.timeout)
  *         elif state == OVER:
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 331, __pyx_L1_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 343, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":332
+      /* "ivshmem/channel/sleeping_tasks.pyx":344
  *             if self.timeout is not None:
  *                 self.find_loop()
  *                 self.deadline = self.loop.time() + seconds_of(self.timeout)             # <<<<<<<<<<<<<<
@@ -10012,11 +10442,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
         PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
         __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_time, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 332, __pyx_L1_error)
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 344, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_3);
       }
       __pyx_t_6 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_seconds_of); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 332, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_seconds_of); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 344, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_5 = 1;
       #if CYTHON_UNPACK_METHODS
@@ -10035,10 +10465,10 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
         __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 332, __pyx_L1_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 344, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_4);
       }
-      __pyx_t_7 = __Pyx_PyNumber_Add_object_object(__pyx_t_3, __pyx_t_4); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 332, __pyx_L1_error)
+      __pyx_t_7 = __Pyx_PyNumber_Add_object_object(__pyx_t_3, __pyx_t_4); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 344, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
@@ -10047,7 +10477,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
       __Pyx_DECREF_SET(__pyx_v_self->deadline, __pyx_t_7);
       __pyx_t_7 = 0;
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":330
+      /* "ivshmem/channel/sleeping_tasks.pyx":342
  *         self.state = OVER
  *         if state == NEW:
  *             if self.timeout is not None:             # <<<<<<<<<<<<<<
@@ -10056,7 +10486,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 */
     }
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":329
+    /* "ivshmem/channel/sleeping_tasks.pyx":341
  *         cdef int state = self.state
  *         self.state = OVER
  *         if state == NEW:             # <<<<<<<<<<<<<<
@@ -10066,7 +10496,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
     break;
     case __pyx_e_7ivshmem_7channel_14sleeping_tasks_OVER:
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":334
+    /* "ivshmem/channel/sleeping_tasks.pyx":346
  *                 self.deadline = self.loop.time() + seconds_of(self.timeout)
  *         elif state == OVER:
  *             raise RuntimeError("cannot reuse already awaited coroutine")             # <<<<<<<<<<<<<<
@@ -10079,14 +10509,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
       PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_cannot_reuse_already_awaited_cor};
       __pyx_t_7 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_RuntimeError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 334, __pyx_L1_error)
+      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 346, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
     }
     __Pyx_Raise(__pyx_t_7, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    __PYX_ERR(0, 334, __pyx_L1_error)
+    __PYX_ERR(0, 346, __pyx_L1_error)
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":333
+    /* "ivshmem/channel/sleeping_tasks.pyx":345
  *                 self.find_loop()
  *                 self.deadline = self.loop.time() + seconds_of(self.timeout)
  *         elif state == OVER:             # <<<<<<<<<<<<<<
@@ -10096,19 +10526,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
     break;
     default:
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":336
+    /* "ivshmem/channel/sleeping_tasks.pyx":348
  *             raise RuntimeError("cannot reuse already awaited coroutine")
  *         else:
  *             self.awake()             # <<<<<<<<<<<<<<
  *         for _ in range(LOOKS):
  *             found = self.look()
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 336, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 348, __pyx_L1_error)
 
     break;
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":337
+  /* "ivshmem/channel/sleeping_tasks.pyx":349
  *         else:
  *             self.awake()
  *         for _ in range(LOOKS):             # <<<<<<<<<<<<<<
@@ -10122,19 +10552,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
   for (__pyx_t_10 = 0; __pyx_t_10 < __pyx_t_9; __pyx_t_10+=1) {
     __pyx_v__ = __pyx_t_10;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":338
+    /* "ivshmem/channel/sleeping_tasks.pyx":350
  *             self.awake()
  *         for _ in range(LOOKS):
  *             found = self.look()             # <<<<<<<<<<<<<<
  *             if found is not ABSENT:
  *                 return found
 */
-    __pyx_t_7 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(__pyx_v_self); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 338, __pyx_L1_error)
+    __pyx_t_7 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(__pyx_v_self); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 350, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_XDECREF_SET(__pyx_v_found, __pyx_t_7);
     __pyx_t_7 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":339
+    /* "ivshmem/channel/sleeping_tasks.pyx":351
  *         for _ in range(LOOKS):
  *             found = self.look()
  *             if found is not ABSENT:             # <<<<<<<<<<<<<<
@@ -10145,7 +10575,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":340
+      /* "ivshmem/channel/sleeping_tasks.pyx":352
  *             found = self.look()
  *             if found is not ABSENT:
  *                 return found             # <<<<<<<<<<<<<<
@@ -10163,7 +10593,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":339
+      /* "ivshmem/channel/sleeping_tasks.pyx":351
  *         for _ in range(LOOKS):
  *             found = self.look()
  *             if found is not ABSENT:             # <<<<<<<<<<<<<<
@@ -10172,7 +10602,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 */
     }
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":341
+    /* "ivshmem/channel/sleeping_tasks.pyx":353
  *             if found is not ABSENT:
  *                 return found
  *             if self.loop is None:             # <<<<<<<<<<<<<<
@@ -10183,17 +10613,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":342
+      /* "ivshmem/channel/sleeping_tasks.pyx":354
  *                 return found
  *             if self.loop is None:
  *                 self.find_loop()             # <<<<<<<<<<<<<<
  *             self.sleep = sleep_at(self.end, self.loop, self.deadline)
- *             if self.sleep is not None:
+ *             if self.sleep is None:
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 342, __pyx_L1_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 354, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":341
+      /* "ivshmem/channel/sleeping_tasks.pyx":353
  *             if found is not ABSENT:
  *                 return found
  *             if self.loop is None:             # <<<<<<<<<<<<<<
@@ -10202,12 +10632,12 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 */
     }
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":343
+    /* "ivshmem/channel/sleeping_tasks.pyx":355
  *             if self.loop is None:
  *                 self.find_loop()
  *             self.sleep = sleep_at(self.end, self.loop, self.deadline)             # <<<<<<<<<<<<<<
- *             if self.sleep is not None:
- *                 break
+ *             if self.sleep is None:
+ *                 self.futile += 1
 */
     __pyx_t_7 = ((PyObject *)__pyx_v_self->end);
     __Pyx_INCREF(__pyx_t_7);
@@ -10215,7 +10645,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
     __Pyx_INCREF(__pyx_t_4);
     __pyx_t_3 = __pyx_v_self->deadline;
     __Pyx_INCREF(__pyx_t_3);
-    __pyx_t_6 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_sleep_at(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_7), __pyx_t_4, __pyx_t_3)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 343, __pyx_L1_error)
+    __pyx_t_6 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_sleep_at(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_7), __pyx_t_4, __pyx_t_3)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 355, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
@@ -10225,9 +10655,79 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
     __Pyx_DECREF_SET(__pyx_v_self->sleep, ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *)__pyx_t_6));
     __pyx_t_6 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":344
+    /* "ivshmem/channel/sleeping_tasks.pyx":356
  *                 self.find_loop()
  *             self.sleep = sleep_at(self.end, self.loop, self.deadline)
+ *             if self.sleep is None:             # <<<<<<<<<<<<<<
+ *                 self.futile += 1
+ *                 if self.futile > FUTILE:
+*/
+    __pyx_t_2 = (((PyObject *)__pyx_v_self->sleep) == Py_None);
+    if (__pyx_t_2) {
+
+
+      /* "ivshmem/channel/sleeping_tasks.pyx":357
+ *             self.sleep = sleep_at(self.end, self.loop, self.deadline)
+ *             if self.sleep is None:
+ *                 self.futile += 1             # <<<<<<<<<<<<<<
+ *                 if self.futile > FUTILE:
+ *                     self.sleep = pause(self.loop, self.deadline)
+*/
+      __pyx_v_self->futile = (__pyx_v_self->futile + 1);
+
+      /* "ivshmem/channel/sleeping_tasks.pyx":358
+ *             if self.sleep is None:
+ *                 self.futile += 1
+ *                 if self.futile > FUTILE:             # <<<<<<<<<<<<<<
+ *                     self.sleep = pause(self.loop, self.deadline)
+ *             if self.sleep is not None:
+*/
+      __pyx_t_2 = (__pyx_v_self->futile > __pyx_e_7ivshmem_7channel_4ends_FUTILE);
+
+      if (__pyx_t_2) {
+
+
+        /* "ivshmem/channel/sleeping_tasks.pyx":359
+ *                 self.futile += 1
+ *                 if self.futile > FUTILE:
+ *                     self.sleep = pause(self.loop, self.deadline)             # <<<<<<<<<<<<<<
+ *             if self.sleep is not None:
+ *                 break
+*/
+        __pyx_t_6 = __pyx_v_self->loop;
+        __Pyx_INCREF(__pyx_t_6);
+        __pyx_t_3 = __pyx_v_self->deadline;
+        __Pyx_INCREF(__pyx_t_3);
+        __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_pause(__pyx_t_6, __pyx_t_3)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 359, __pyx_L1_error)
+        __Pyx_GOTREF(__pyx_t_4);
+        __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+        __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+        __Pyx_GIVEREF(__pyx_t_4);
+        __Pyx_GOTREF((PyObject *)__pyx_v_self->sleep);
+        __Pyx_DECREF_SET(__pyx_v_self->sleep, ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *)__pyx_t_4));
+        __pyx_t_4 = 0;
+
+        /* "ivshmem/channel/sleeping_tasks.pyx":358
+ *             if self.sleep is None:
+ *                 self.futile += 1
+ *                 if self.futile > FUTILE:             # <<<<<<<<<<<<<<
+ *                     self.sleep = pause(self.loop, self.deadline)
+ *             if self.sleep is not None:
+*/
+      }
+
+      /* "ivshmem/channel/sleeping_tasks.pyx":356
+ *                 self.find_loop()
+ *             self.sleep = sleep_at(self.end, self.loop, self.deadline)
+ *             if self.sleep is None:             # <<<<<<<<<<<<<<
+ *                 self.futile += 1
+ *                 if self.futile > FUTILE:
+*/
+    }
+
+    /* "ivshmem/channel/sleeping_tasks.pyx":360
+ *                 if self.futile > FUTILE:
+ *                     self.sleep = pause(self.loop, self.deadline)
  *             if self.sleep is not None:             # <<<<<<<<<<<<<<
  *                 break
  *         self.state = SUSPENDED
@@ -10236,8 +10736,8 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":345
- *             self.sleep = sleep_at(self.end, self.loop, self.deadline)
+      /* "ivshmem/channel/sleeping_tasks.pyx":361
+ *                     self.sleep = pause(self.loop, self.deadline)
  *             if self.sleep is not None:
  *                 break             # <<<<<<<<<<<<<<
  *         self.state = SUSPENDED
@@ -10245,9 +10745,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 */
       goto __pyx_L5_break;
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":344
- *                 self.find_loop()
- *             self.sleep = sleep_at(self.end, self.loop, self.deadline)
+      /* "ivshmem/channel/sleeping_tasks.pyx":360
+ *                 if self.futile > FUTILE:
+ *                     self.sleep = pause(self.loop, self.deadline)
  *             if self.sleep is not None:             # <<<<<<<<<<<<<<
  *                 break
  *         self.state = SUSPENDED
@@ -10257,7 +10757,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
   __pyx_L5_break:;
 
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":346
+  /* "ivshmem/channel/sleeping_tasks.pyx":362
  *             if self.sleep is not None:
  *                 break
  *         self.state = SUSPENDED             # <<<<<<<<<<<<<<
@@ -10266,7 +10766,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 */
   __pyx_v_self->state = __pyx_e_7ivshmem_7channel_14sleeping_tasks_SUSPENDED;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":347
+  /* "ivshmem/channel/sleeping_tasks.pyx":363
  *                 break
  *         self.state = SUSPENDED
  *         return self.sleep  # None lets other tasks run             # <<<<<<<<<<<<<<
@@ -10284,7 +10784,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":325
+  /* "ivshmem/channel/sleeping_tasks.pyx":337
  *         self.awake()  # a task that was forgotten, with its loop
  * 
  *     cdef object step(self):             # <<<<<<<<<<<<<<
@@ -10309,7 +10809,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":349
+/* "ivshmem/channel/sleeping_tasks.pyx":365
  *         return self.sleep  # None lets other tasks run
  * 
  *     cdef int find_loop(self) except -1:             # <<<<<<<<<<<<<<
@@ -10331,7 +10831,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("find_loop", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":350
+  /* "ivshmem/channel/sleeping_tasks.pyx":366
  * 
  *     cdef int find_loop(self) except -1:
  *         if get_running_loop is None:             # <<<<<<<<<<<<<<
@@ -10342,17 +10842,17 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(struct 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":351
+    /* "ivshmem/channel/sleeping_tasks.pyx":367
  *     cdef int find_loop(self) except -1:
  *         if get_running_loop is None:
  *             import_asyncio()             # <<<<<<<<<<<<<<
  *         self.loop = get_running_loop()
  *         return 0
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_import_asyncio(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 351, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_import_asyncio(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 367, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":350
+    /* "ivshmem/channel/sleeping_tasks.pyx":366
  * 
  *     cdef int find_loop(self) except -1:
  *         if get_running_loop is None:             # <<<<<<<<<<<<<<
@@ -10361,7 +10861,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(struct 
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":352
+  /* "ivshmem/channel/sleeping_tasks.pyx":368
  *         if get_running_loop is None:
  *             import_asyncio()
  *         self.loop = get_running_loop()             # <<<<<<<<<<<<<<
@@ -10388,7 +10888,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(struct 
     __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 352, __pyx_L1_error)
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 368, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
   }
   __Pyx_GIVEREF(__pyx_t_3);
@@ -10396,7 +10896,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(struct 
   __Pyx_DECREF_SET(__pyx_v_self->loop, __pyx_t_3);
   __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":353
+  /* "ivshmem/channel/sleeping_tasks.pyx":369
  *             import_asyncio()
  *         self.loop = get_running_loop()
  *         return 0             # <<<<<<<<<<<<<<
@@ -10409,7 +10909,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(struct 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":349
+  /* "ivshmem/channel/sleeping_tasks.pyx":365
  *         return self.sleep  # None lets other tasks run
  * 
  *     cdef int find_loop(self) except -1:             # <<<<<<<<<<<<<<
@@ -10430,7 +10930,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":355
+/* "ivshmem/channel/sleeping_tasks.pyx":371
  *         return 0
  * 
  *     cdef bint is_late(self) except -1:             # <<<<<<<<<<<<<<
@@ -10451,7 +10951,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("is_late", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":356
+  /* "ivshmem/channel/sleeping_tasks.pyx":372
  * 
  *     cdef bint is_late(self) except -1:
  *         return self.deadline is not None and self.loop.time() >= self.deadline             # <<<<<<<<<<<<<<
@@ -10474,10 +10974,10 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(struct __
     PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
     __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_time, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 356, __pyx_L1_error)
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 372, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
   }
-  __pyx_t_2 = __Pyx_PyObject_CompareBoolGe_object_object(__pyx_t_3, __pyx_v_self->deadline, Py_GE); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 356, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_CompareBoolGe_object_object(__pyx_t_3, __pyx_v_self->deadline, Py_GE); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 372, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   __pyx_t_1 = __pyx_t_2;
@@ -10488,7 +10988,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":355
+  /* "ivshmem/channel/sleeping_tasks.pyx":371
  *         return 0
  * 
  *     cdef bint is_late(self) except -1:             # <<<<<<<<<<<<<<
@@ -10508,7 +11008,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":358
+/* "ivshmem/channel/sleeping_tasks.pyx":374
  *         return self.deadline is not None and self.loop.time() >= self.deadline
  * 
  *     cdef object look(self):             # <<<<<<<<<<<<<<
@@ -10540,7 +11040,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("look", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":360
+  /* "ivshmem/channel/sleeping_tasks.pyx":376
  *     cdef object look(self):
  *         """Return what the call returns: None if the time is over; ABSENT: wait."""
  *         if self.failure is None:             # <<<<<<<<<<<<<<
@@ -10551,7 +11051,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":361
+    /* "ivshmem/channel/sleeping_tasks.pyx":377
  *         """Return what the call returns: None if the time is over; ABSENT: wait."""
  *         if self.failure is None:
  *             found = self.call(*self.arguments)             # <<<<<<<<<<<<<<
@@ -10560,14 +11060,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
 */
     if (unlikely(__pyx_v_self->arguments == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-      __PYX_ERR(0, 361, __pyx_L1_error)
+      __PYX_ERR(0, 377, __pyx_L1_error)
     }
-    __pyx_t_2 = __Pyx_PyObject_Call(__pyx_v_self->call, __pyx_v_self->arguments, NULL); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 361, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyObject_Call(__pyx_v_self->call, __pyx_v_self->arguments, NULL); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 377, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __pyx_v_found = __pyx_t_2;
     __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":362
+    /* "ivshmem/channel/sleeping_tasks.pyx":378
  *         if self.failure is None:
  *             found = self.call(*self.arguments)
  *             return ABSENT if found is None and not self.is_late() else found             # <<<<<<<<<<<<<<
@@ -10583,7 +11083,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
 
       goto __pyx_L4_bool_binop_done;
     }
-    __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 362, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 378, __pyx_L1_error)
     __pyx_t_4 = (!__pyx_t_3);
 
 
@@ -10610,7 +11110,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
     __pyx_t_2 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":360
+    /* "ivshmem/channel/sleeping_tasks.pyx":376
  *     cdef object look(self):
  *         """Return what the call returns: None if the time is over; ABSENT: wait."""
  *         if self.failure is None:             # <<<<<<<<<<<<<<
@@ -10619,7 +11119,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":363
+  /* "ivshmem/channel/sleeping_tasks.pyx":379
  *             found = self.call(*self.arguments)
  *             return ABSENT if found is None and not self.is_late() else found
  *         try:             # <<<<<<<<<<<<<<
@@ -10635,7 +11135,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
     __Pyx_XGOTREF(__pyx_t_7);
     /*try:*/ {
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":364
+      /* "ivshmem/channel/sleeping_tasks.pyx":380
  *             return ABSENT if found is None and not self.is_late() else found
  *         try:
  *             if self.options is None:             # <<<<<<<<<<<<<<
@@ -10646,7 +11146,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":365
+        /* "ivshmem/channel/sleeping_tasks.pyx":381
  *         try:
  *             if self.options is None:
  *                 return self.call(*self.arguments)             # <<<<<<<<<<<<<<
@@ -10655,9 +11155,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
 */
         if (unlikely(__pyx_v_self->arguments == Py_None)) {
           PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-          __PYX_ERR(0, 365, __pyx_L6_error)
+          __PYX_ERR(0, 381, __pyx_L6_error)
         }
-        __pyx_t_2 = __Pyx_PyObject_Call(__pyx_v_self->call, __pyx_v_self->arguments, NULL); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 365, __pyx_L6_error)
+        __pyx_t_2 = __Pyx_PyObject_Call(__pyx_v_self->call, __pyx_v_self->arguments, NULL); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 381, __pyx_L6_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           PyObject *__pyx_temp;
@@ -10670,7 +11170,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
         __pyx_t_2 = 0;
         goto __pyx_L10_try_return;
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":364
+        /* "ivshmem/channel/sleeping_tasks.pyx":380
  *             return ABSENT if found is None and not self.is_late() else found
  *         try:
  *             if self.options is None:             # <<<<<<<<<<<<<<
@@ -10679,7 +11179,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
 */
       }
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":366
+      /* "ivshmem/channel/sleeping_tasks.pyx":382
  *             if self.options is None:
  *                 return self.call(*self.arguments)
  *             return self.call(*self.arguments, **self.options)             # <<<<<<<<<<<<<<
@@ -10688,15 +11188,15 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
 */
       if (unlikely(__pyx_v_self->arguments == Py_None)) {
         PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-        __PYX_ERR(0, 366, __pyx_L6_error)
+        __PYX_ERR(0, 382, __pyx_L6_error)
       }
       if (unlikely(__pyx_v_self->options == Py_None)) {
         PyErr_SetString(PyExc_TypeError, "argument after ** must be a mapping, not NoneType");
-        __PYX_ERR(0, 366, __pyx_L6_error)
+        __PYX_ERR(0, 382, __pyx_L6_error)
       }
-      __pyx_t_2 = PyDict_Copy(__pyx_v_self->options); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 366, __pyx_L6_error)
+      __pyx_t_2 = PyDict_Copy(__pyx_v_self->options); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 382, __pyx_L6_error)
       __Pyx_GOTREF(__pyx_t_2);
-      __pyx_t_8 = __Pyx_PyObject_Call(__pyx_v_self->call, __pyx_v_self->arguments, __pyx_t_2); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 366, __pyx_L6_error)
+      __pyx_t_8 = __Pyx_PyObject_Call(__pyx_v_self->call, __pyx_v_self->arguments, __pyx_t_2); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 382, __pyx_L6_error)
       __Pyx_GOTREF(__pyx_t_8);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       {
@@ -10710,7 +11210,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
       __pyx_t_8 = 0;
       goto __pyx_L10_try_return;
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":363
+      /* "ivshmem/channel/sleeping_tasks.pyx":379
  *             found = self.call(*self.arguments)
  *             return ABSENT if found is None and not self.is_late() else found
  *         try:             # <<<<<<<<<<<<<<
@@ -10722,7 +11222,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":367
+    /* "ivshmem/channel/sleeping_tasks.pyx":383
  *                 return self.call(*self.arguments)
  *             return self.call(*self.arguments, **self.options)
  *         except self.failure:             # <<<<<<<<<<<<<<
@@ -10732,26 +11232,26 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
     __pyx_t_9 = __Pyx_PyErr_ExceptionMatches(__pyx_v_self->failure);
     if (__pyx_t_9) {
       __Pyx_AddTraceback("ivshmem.channel.sleeping_tasks.Waiting.look", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_8, &__pyx_t_2, &__pyx_t_10) < 0) __PYX_ERR(0, 367, __pyx_L8_except_error)
+      if (__Pyx_GetException(&__pyx_t_8, &__pyx_t_2, &__pyx_t_10) < 0) __PYX_ERR(0, 383, __pyx_L8_except_error)
       __Pyx_XGOTREF(__pyx_t_8);
       __Pyx_XGOTREF(__pyx_t_2);
       __Pyx_XGOTREF(__pyx_t_10);
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":368
+      /* "ivshmem/channel/sleeping_tasks.pyx":384
  *             return self.call(*self.arguments, **self.options)
  *         except self.failure:
  *             if not self.is_late():             # <<<<<<<<<<<<<<
  *                 return ABSENT
  *             if self.failure is TimeoutError:
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 368, __pyx_L8_except_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 384, __pyx_L8_except_error)
       __pyx_t_4 = (!__pyx_t_1);
 
 
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":369
+        /* "ivshmem/channel/sleeping_tasks.pyx":385
  *         except self.failure:
  *             if not self.is_late():
  *                 return ABSENT             # <<<<<<<<<<<<<<
@@ -10772,7 +11272,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
         __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
         goto __pyx_L9_except_return;
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":368
+        /* "ivshmem/channel/sleeping_tasks.pyx":384
  *             return self.call(*self.arguments, **self.options)
  *         except self.failure:
  *             if not self.is_late():             # <<<<<<<<<<<<<<
@@ -10781,7 +11281,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
 */
       }
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":370
+      /* "ivshmem/channel/sleeping_tasks.pyx":386
  *             if not self.is_late():
  *                 return ABSENT
  *             if self.failure is TimeoutError:             # <<<<<<<<<<<<<<
@@ -10792,7 +11292,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
       if (unlikely(__pyx_t_4)) {
 
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":371
+        /* "ivshmem/channel/sleeping_tasks.pyx":387
  *                 return ABSENT
  *             if self.failure is TimeoutError:
  *                 raise             # <<<<<<<<<<<<<<
@@ -10804,9 +11304,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
         __Pyx_XGIVEREF(__pyx_t_10);
         __Pyx_ErrRestoreWithState(__pyx_t_8, __pyx_t_2, __pyx_t_10);
         __pyx_t_8 = 0;  __pyx_t_2 = 0;  __pyx_t_10 = 0; 
-        __PYX_ERR(0, 371, __pyx_L8_except_error)
+        __PYX_ERR(0, 387, __pyx_L8_except_error)
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":370
+        /* "ivshmem/channel/sleeping_tasks.pyx":386
  *             if not self.is_late():
  *                 return ABSENT
  *             if self.failure is TimeoutError:             # <<<<<<<<<<<<<<
@@ -10821,7 +11321,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
     }
     goto __pyx_L8_except_error;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":363
+    /* "ivshmem/channel/sleeping_tasks.pyx":379
  *             found = self.call(*self.arguments)
  *             return ABSENT if found is None and not self.is_late() else found
  *         try:             # <<<<<<<<<<<<<<
@@ -10853,7 +11353,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
     __Pyx_ExceptionReset(__pyx_t_5, __pyx_t_6, __pyx_t_7);
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":372
+  /* "ivshmem/channel/sleeping_tasks.pyx":388
  *             if self.failure is TimeoutError:
  *                 raise
  *         raise TimeoutError(             # <<<<<<<<<<<<<<
@@ -10862,16 +11362,16 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
 */
   __pyx_t_2 = NULL;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":373
+  /* "ivshmem/channel/sleeping_tasks.pyx":389
  *                 raise
  *         raise TimeoutError(
  *             f"connection of {self.end.name!r}: nothing moved in {self.timeout:g} s"             # <<<<<<<<<<<<<<
  *         )
  * 
 */
-  __pyx_t_8 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->end->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 373, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->end->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 389, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
-  __pyx_t_11 = __Pyx_PyObject_Format(__pyx_v_self->timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 373, __pyx_L1_error)
+  __pyx_t_11 = __Pyx_PyObject_Format(__pyx_v_self->timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 389, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_11);
   __pyx_t_12[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
   __pyx_t_12[1] = __pyx_t_8;
@@ -10887,7 +11387,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
   __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_12[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_12[3]);
   #endif
   __pyx_t_14 = __Pyx_PyUnicode_Join(__pyx_t_12, 5, __pyx_t_13, __pyx_t_9);
-  if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 373, __pyx_L1_error)
+  if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 389, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_14);
   __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
   __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
@@ -10897,14 +11397,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
     __pyx_t_10 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TimeoutError)), __pyx_callargs+__pyx_t_15, (2-__pyx_t_15) | (__pyx_t_15*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 372, __pyx_L1_error)
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 388, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
   }
   __Pyx_Raise(__pyx_t_10, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-  __PYX_ERR(0, 372, __pyx_L1_error)
+  __PYX_ERR(0, 388, __pyx_L1_error)
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":358
+  /* "ivshmem/channel/sleeping_tasks.pyx":374
  *         return self.deadline is not None and self.loop.time() >= self.deadline
  * 
  *     cdef object look(self):             # <<<<<<<<<<<<<<
@@ -10928,7 +11428,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":376
+/* "ivshmem/channel/sleeping_tasks.pyx":392
  *         )
  * 
  *     cdef int awake(self) except -1:             # <<<<<<<<<<<<<<
@@ -10948,7 +11448,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("awake", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":377
+  /* "ivshmem/channel/sleeping_tasks.pyx":393
  * 
  *     cdef int awake(self) except -1:
  *         cdef Sleep sleep = self.sleep             # <<<<<<<<<<<<<<
@@ -10960,7 +11460,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(struct __py
   __pyx_v_sleep = ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":378
+  /* "ivshmem/channel/sleeping_tasks.pyx":394
  *     cdef int awake(self) except -1:
  *         cdef Sleep sleep = self.sleep
  *         if sleep is not None:             # <<<<<<<<<<<<<<
@@ -10971,7 +11471,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(struct __py
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":379
+    /* "ivshmem/channel/sleeping_tasks.pyx":395
  *         cdef Sleep sleep = self.sleep
  *         if sleep is not None:
  *             self.sleep = None             # <<<<<<<<<<<<<<
@@ -10983,17 +11483,17 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(struct __py
     __Pyx_GOTREF((PyObject *)__pyx_v_self->sleep);
     __Pyx_DECREF_SET(__pyx_v_self->sleep, ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *)Py_None));
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":380
+    /* "ivshmem/channel/sleeping_tasks.pyx":396
  *         if sleep is not None:
  *             self.sleep = None
  *             sleep.end_now()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(__pyx_v_sleep); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 380, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(__pyx_v_sleep); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 396, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":378
+    /* "ivshmem/channel/sleeping_tasks.pyx":394
  *     cdef int awake(self) except -1:
  *         cdef Sleep sleep = self.sleep
  *         if sleep is not None:             # <<<<<<<<<<<<<<
@@ -11002,7 +11502,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(struct __py
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":381
+  /* "ivshmem/channel/sleeping_tasks.pyx":397
  *             self.sleep = None
  *             sleep.end_now()
  *         return 0             # <<<<<<<<<<<<<<
@@ -11015,7 +11515,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":376
+  /* "ivshmem/channel/sleeping_tasks.pyx":392
  *         )
  * 
  *     cdef int awake(self) except -1:             # <<<<<<<<<<<<<<
@@ -11035,7 +11535,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":384
+/* "ivshmem/channel/sleeping_tasks.pyx":400
  * 
  * 
  * cdef PySendResult send_to_waiting(             # <<<<<<<<<<<<<<
@@ -11055,19 +11555,19 @@ static PySendResult __pyx_f_7ivshmem_7channel_14sleeping_tasks_send_to_waiting(P
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("send_to_waiting", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":388
+  /* "ivshmem/channel/sleeping_tasks.pyx":404
  * ) except PYGEN_ERROR:
  *     """Do what `send` does, for a task: without a StopIteration and its traceback."""
  *     cdef object found = (<Waiting>waiting).step()             # <<<<<<<<<<<<<<
  *     Py_INCREF(found)
  *     result[0] = <PyObject *>found
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *)__pyx_v_waiting)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 388, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *)__pyx_v_waiting)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 404, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_found = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":389
+  /* "ivshmem/channel/sleeping_tasks.pyx":405
  *     """Do what `send` does, for a task: without a StopIteration and its traceback."""
  *     cdef object found = (<Waiting>waiting).step()
  *     Py_INCREF(found)             # <<<<<<<<<<<<<<
@@ -11076,7 +11576,7 @@ static PySendResult __pyx_f_7ivshmem_7channel_14sleeping_tasks_send_to_waiting(P
 */
   Py_INCREF(__pyx_v_found);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":390
+  /* "ivshmem/channel/sleeping_tasks.pyx":406
  *     cdef object found = (<Waiting>waiting).step()
  *     Py_INCREF(found)
  *     result[0] = <PyObject *>found             # <<<<<<<<<<<<<<
@@ -11085,7 +11585,7 @@ static PySendResult __pyx_f_7ivshmem_7channel_14sleeping_tasks_send_to_waiting(P
 */
   (__pyx_v_result[0]) = ((PyObject *)__pyx_v_found);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":391
+  /* "ivshmem/channel/sleeping_tasks.pyx":407
  *     Py_INCREF(found)
  *     result[0] = <PyObject *>found
  *     return PYGEN_RETURN if (<Waiting>waiting).state == OVER else PYGEN_NEXT             # <<<<<<<<<<<<<<
@@ -11107,7 +11607,7 @@ static PySendResult __pyx_f_7ivshmem_7channel_14sleeping_tasks_send_to_waiting(P
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":384
+  /* "ivshmem/channel/sleeping_tasks.pyx":400
  * 
  * 
  * cdef PySendResult send_to_waiting(             # <<<<<<<<<<<<<<
@@ -11127,7 +11627,7 @@ static PySendResult __pyx_f_7ivshmem_7channel_14sleeping_tasks_send_to_waiting(P
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":397
+/* "ivshmem/channel/sleeping_tasks.pyx":413
  * 
  * 
  * cdef Waiting waiting_for(ChannelEnd end, object call, object timeout, tuple arguments):             # <<<<<<<<<<<<<<
@@ -11145,19 +11645,19 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_f_7ivs
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("waiting_for", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":398
+  /* "ivshmem/channel/sleeping_tasks.pyx":414
  * 
  * cdef Waiting waiting_for(ChannelEnd end, object call, object timeout, tuple arguments):
  *     cdef Waiting waiting = Waiting.__new__(Waiting)             # <<<<<<<<<<<<<<
  *     waiting.end = end
  *     waiting.call = call
 */
-  __pyx_t_1 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_14sleeping_tasks_Waiting(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 398, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_14sleeping_tasks_Waiting(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 414, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_waiting = ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":399
+  /* "ivshmem/channel/sleeping_tasks.pyx":415
  * cdef Waiting waiting_for(ChannelEnd end, object call, object timeout, tuple arguments):
  *     cdef Waiting waiting = Waiting.__new__(Waiting)
  *     waiting.end = end             # <<<<<<<<<<<<<<
@@ -11169,7 +11669,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_f_7ivs
   __Pyx_GOTREF((PyObject *)__pyx_v_waiting->end);
   __Pyx_DECREF_SET(__pyx_v_waiting->end, __pyx_v_end);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":400
+  /* "ivshmem/channel/sleeping_tasks.pyx":416
  *     cdef Waiting waiting = Waiting.__new__(Waiting)
  *     waiting.end = end
  *     waiting.call = call             # <<<<<<<<<<<<<<
@@ -11181,7 +11681,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_f_7ivs
   __Pyx_GOTREF(__pyx_v_waiting->call);
   __Pyx_DECREF_SET(__pyx_v_waiting->call, __pyx_v_call);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":401
+  /* "ivshmem/channel/sleeping_tasks.pyx":417
  *     waiting.end = end
  *     waiting.call = call
  *     waiting.timeout = timeout             # <<<<<<<<<<<<<<
@@ -11193,7 +11693,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_f_7ivs
   __Pyx_GOTREF(__pyx_v_waiting->timeout);
   __Pyx_DECREF_SET(__pyx_v_waiting->timeout, __pyx_v_timeout);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":402
+  /* "ivshmem/channel/sleeping_tasks.pyx":418
  *     waiting.call = call
  *     waiting.timeout = timeout
  *     waiting.arguments = arguments             # <<<<<<<<<<<<<<
@@ -11205,7 +11705,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_f_7ivs
   __Pyx_GOTREF(__pyx_v_waiting->arguments);
   __Pyx_DECREF_SET(__pyx_v_waiting->arguments, __pyx_v_arguments);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":403
+  /* "ivshmem/channel/sleeping_tasks.pyx":419
  *     waiting.timeout = timeout
  *     waiting.arguments = arguments
  *     return waiting             # <<<<<<<<<<<<<<
@@ -11223,7 +11723,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_f_7ivs
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":397
+  /* "ivshmem/channel/sleeping_tasks.pyx":413
  * 
  * 
  * cdef Waiting waiting_for(ChannelEnd end, object call, object timeout, tuple arguments):             # <<<<<<<<<<<<<<
@@ -11243,7 +11743,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_f_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":406
+/* "ivshmem/channel/sleeping_tasks.pyx":422
  * 
  * 
  * cdef object until_something(ChannelEnd end, object call, object timeout, tuple arguments):             # <<<<<<<<<<<<<<
@@ -11262,7 +11762,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("until_something", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":412
+  /* "ivshmem/channel/sleeping_tasks.pyx":428
  *         call: takes `arguments`, and after them a time limit: 0, with which it does not wait.
  *     """
  *     return waiting_for(end, call, timeout, arguments + DO_NOT_WAIT if arguments else DO_NOT_WAIT)             # <<<<<<<<<<<<<<
@@ -11273,12 +11773,12 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(stru
   else
   {
     Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_v_arguments);
-    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 412, __pyx_L1_error)
+    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 428, __pyx_L1_error)
     __pyx_t_2 = (__pyx_temp != 0);
   }
 
   if (__pyx_t_2) {
-    __pyx_t_3 = PyNumber_Add(__pyx_v_arguments, __pyx_v_7ivshmem_7channel_14sleeping_tasks_DO_NOT_WAIT); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 412, __pyx_L1_error)
+    __pyx_t_3 = PyNumber_Add(__pyx_v_arguments, __pyx_v_7ivshmem_7channel_14sleeping_tasks_DO_NOT_WAIT); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 428, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_1 = __pyx_t_3;
     __pyx_t_3 = 0;
@@ -11287,7 +11787,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(stru
     __pyx_t_1 = __pyx_v_7ivshmem_7channel_14sleeping_tasks_DO_NOT_WAIT;
   }
 
-  __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_waiting_for(__pyx_v_end, __pyx_v_call, __pyx_v_timeout, ((PyObject*)__pyx_t_1))); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 412, __pyx_L1_error)
+  __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_waiting_for(__pyx_v_end, __pyx_v_call, __pyx_v_timeout, ((PyObject*)__pyx_t_1))); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 428, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
@@ -11301,7 +11801,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(stru
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":406
+  /* "ivshmem/channel/sleeping_tasks.pyx":422
  * 
  * 
  * cdef object until_something(ChannelEnd end, object call, object timeout, tuple arguments):             # <<<<<<<<<<<<<<
@@ -11321,7 +11821,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":415
+/* "ivshmem/channel/sleeping_tasks.pyx":431
  * 
  * 
  * cdef object until_in_time(             # <<<<<<<<<<<<<<
@@ -11331,7 +11831,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(stru
 
 static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_end, PyObject *__pyx_v_call, PyObject *__pyx_v_timeout, PyObject *__pyx_v_arguments, struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time *__pyx_optional_args) {
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":416
+  /* "ivshmem/channel/sleeping_tasks.pyx":432
  * 
  * cdef object until_in_time(
  *     ChannelEnd end, object call, object timeout, tuple arguments, dict options=None             # <<<<<<<<<<<<<<
@@ -11354,22 +11854,22 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(struct
     }
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":419
+  /* "ivshmem/channel/sleeping_tasks.pyx":435
  * ):
  *     """The same until it does not raise TimeoutError, or the time is over, which raises it."""
  *     cdef Waiting waiting = waiting_for(end, call, timeout, arguments + DO_NOT_WAIT)             # <<<<<<<<<<<<<<
  *     waiting.options = options
  *     waiting.failure = TimeoutError
 */
-  __pyx_t_1 = PyNumber_Add(__pyx_v_arguments, __pyx_v_7ivshmem_7channel_14sleeping_tasks_DO_NOT_WAIT); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 419, __pyx_L1_error)
+  __pyx_t_1 = PyNumber_Add(__pyx_v_arguments, __pyx_v_7ivshmem_7channel_14sleeping_tasks_DO_NOT_WAIT); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 435, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_waiting_for(__pyx_v_end, __pyx_v_call, __pyx_v_timeout, ((PyObject*)__pyx_t_1))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 419, __pyx_L1_error)
+  __pyx_t_2 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_waiting_for(__pyx_v_end, __pyx_v_call, __pyx_v_timeout, ((PyObject*)__pyx_t_1))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 435, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_waiting = ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":420
+  /* "ivshmem/channel/sleeping_tasks.pyx":436
  *     """The same until it does not raise TimeoutError, or the time is over, which raises it."""
  *     cdef Waiting waiting = waiting_for(end, call, timeout, arguments + DO_NOT_WAIT)
  *     waiting.options = options             # <<<<<<<<<<<<<<
@@ -11381,7 +11881,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(struct
   __Pyx_GOTREF(__pyx_v_waiting->options);
   __Pyx_DECREF_SET(__pyx_v_waiting->options, __pyx_v_options);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":421
+  /* "ivshmem/channel/sleeping_tasks.pyx":437
  *     cdef Waiting waiting = waiting_for(end, call, timeout, arguments + DO_NOT_WAIT)
  *     waiting.options = options
  *     waiting.failure = TimeoutError             # <<<<<<<<<<<<<<
@@ -11393,7 +11893,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(struct
   __Pyx_GOTREF(__pyx_v_waiting->failure);
   __Pyx_DECREF_SET(__pyx_v_waiting->failure, ((PyObject *)(((PyTypeObject*)PyExc_TimeoutError))));
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":422
+  /* "ivshmem/channel/sleeping_tasks.pyx":438
  *     waiting.options = options
  *     waiting.failure = TimeoutError
  *     return waiting             # <<<<<<<<<<<<<<
@@ -11411,7 +11911,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(struct
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":415
+  /* "ivshmem/channel/sleeping_tasks.pyx":431
  * 
  * 
  * cdef object until_in_time(             # <<<<<<<<<<<<<<
@@ -11432,7 +11932,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":425
+/* "ivshmem/channel/sleeping_tasks.pyx":441
  * 
  * 
  * cdef object until_no_wait(ChannelEnd end, object call, object timeout, tuple arguments):             # <<<<<<<<<<<<<<
@@ -11450,19 +11950,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_no_wait(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("until_no_wait", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":431
+  /* "ivshmem/channel/sleeping_tasks.pyx":447
  *         call: takes `arguments`, and never waits.
  *     """
  *     cdef Waiting waiting = waiting_for(end, call, timeout, arguments)             # <<<<<<<<<<<<<<
  *     waiting.failure = BlockingIOError
  *     return waiting
 */
-  __pyx_t_1 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_waiting_for(__pyx_v_end, __pyx_v_call, __pyx_v_timeout, __pyx_v_arguments)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 431, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_waiting_for(__pyx_v_end, __pyx_v_call, __pyx_v_timeout, __pyx_v_arguments)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 447, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_waiting = ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":432
+  /* "ivshmem/channel/sleeping_tasks.pyx":448
  *     """
  *     cdef Waiting waiting = waiting_for(end, call, timeout, arguments)
  *     waiting.failure = BlockingIOError             # <<<<<<<<<<<<<<
@@ -11473,7 +11973,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_no_wait(struct
   __Pyx_GOTREF(__pyx_v_waiting->failure);
   __Pyx_DECREF_SET(__pyx_v_waiting->failure, ((PyObject *)(((PyTypeObject*)PyExc_BlockingIOError))));
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":433
+  /* "ivshmem/channel/sleeping_tasks.pyx":449
  *     cdef Waiting waiting = waiting_for(end, call, timeout, arguments)
  *     waiting.failure = BlockingIOError
  *     return waiting             # <<<<<<<<<<<<<<
@@ -11489,7 +11989,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_no_wait(struct
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":425
+  /* "ivshmem/channel/sleeping_tasks.pyx":441
  * 
  * 
  * cdef object until_no_wait(ChannelEnd end, object call, object timeout, tuple arguments):             # <<<<<<<<<<<<<<
@@ -12463,14 +12963,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_14sleeping_tasks_Wa
   __pyx_vtable_7ivshmem_7channel_14sleeping_tasks_Waiting.look = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *))__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look;
   __pyx_vtable_7ivshmem_7channel_14sleeping_tasks_Waiting.awake = (int (*)(struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *))__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_14sleeping_tasks_Waiting_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting)) __PYX_ERR(0, 262, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_14sleeping_tasks_Waiting_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting)) __PYX_ERR(0, 273, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting = &__pyx_type_7ivshmem_7channel_14sleeping_tasks_Waiting;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting) < (0)) __PYX_ERR(0, 262, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting) < (0)) __PYX_ERR(0, 273, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting);
@@ -12480,8 +12980,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_14sleeping_tasks_Wa
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting, __pyx_vtabptr_7ivshmem_7channel_14sleeping_tasks_Waiting) < (0)) __PYX_ERR(0, 262, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Waiting, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting) < (0)) __PYX_ERR(0, 262, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting, __pyx_vtabptr_7ivshmem_7channel_14sleeping_tasks_Waiting) < (0)) __PYX_ERR(0, 273, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Waiting, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting) < (0)) __PYX_ERR(0, 273, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -12498,7 +12998,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_modinit_Type_import_code", 0);
   /*--- Type import code ---*/
-  __pyx_t_1 = PyImport_ImportModule(__Pyx_BUILTIN_MODULE_NAME); if (unlikely(!__pyx_t_1)) __PYX_ERR(1, 9, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule(__Pyx_BUILTIN_MODULE_NAME); if (unlikely(!__pyx_t_1)) __PYX_ERR(2, 9, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7cpython_4type_type = __Pyx_ImportType_3_3_1(__pyx_t_1, __Pyx_BUILTIN_MODULE_NAME, "type",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -12508,9 +13008,9 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(PyHeapTypeObject), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(PyHeapTypeObject),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(1, 9, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(2, 9, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.descriptors"); if (unlikely(!__pyx_t_1)) __PYX_ERR(2, 86, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.descriptors"); if (unlikely(!__pyx_t_1)) __PYX_ERR(1, 101, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Fd",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -12520,7 +13020,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) __PYX_ERR(2, 86, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) __PYX_ERR(1, 101, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "FdArray",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
@@ -12529,8 +13029,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) __PYX_ERR(2, 93, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray) != 1)) __PYX_ERR(2, 93, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) __PYX_ERR(1, 108, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray) != 1)) __PYX_ERR(1, 108, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Signaller",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
@@ -12539,8 +13039,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) __PYX_ERR(2, 117, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) != 1)) __PYX_ERR(2, 117, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) __PYX_ERR(1, 132, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) != 1)) __PYX_ERR(1, 132, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Relay",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
@@ -12549,8 +13049,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) __PYX_ERR(2, 127, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) != 1)) __PYX_ERR(2, 127, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) __PYX_ERR(1, 142, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) != 1)) __PYX_ERR(1, 142, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Epoll",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
@@ -12559,8 +13059,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) __PYX_ERR(2, 134, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) != 1)) __PYX_ERR(2, 134, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) __PYX_ERR(1, 149, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) != 1)) __PYX_ERR(1, 149, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_1 = PyImport_ImportModule("ivshmem.native.spin"); if (unlikely(!__pyx_t_1)) __PYX_ERR(3, 30, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
@@ -12677,7 +13177,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) __PYX_ERR(7, 29, __pyx_L1_error)
   if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Membership) != 1)) __PYX_ERR(7, 29, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.ends"); if (unlikely(!__pyx_t_1)) __PYX_ERR(8, 11, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.ends"); if (unlikely(!__pyx_t_1)) __PYX_ERR(8, 18, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.ends", "Wakeup",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -12687,8 +13187,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup) __PYX_ERR(8, 11, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup) != 1)) __PYX_ERR(8, 11, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup) __PYX_ERR(8, 18, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup) != 1)) __PYX_ERR(8, 18, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.ends", "ChannelEnd",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd),
@@ -12697,8 +13197,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd) __PYX_ERR(8, 24, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd) != 1)) __PYX_ERR(8, 24, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd) __PYX_ERR(8, 31, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd) != 1)) __PYX_ERR(8, 31, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_RefNannyFinishContext();
   return 0;
@@ -13160,83 +13660,83 @@ __Pyx_RefNannySetupContext("PyInit_sleeping_tasks", 0);
   if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 183, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":203
+  /* "ivshmem/channel/sleeping_tasks.pyx":204
  *         self.context = context
  * 
  *     def cancel(self, msg=None):             # <<<<<<<<<<<<<<
  *         """Raise CancelledError in the task; False: it was woken before."""
  *         callback = self.callback
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_5Sleep_7cancel, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Sleep_cancel, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 203, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_5Sleep_7cancel, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Sleep_cancel, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 204, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep, __pyx_mstate_global->__pyx_n_u_cancel, __pyx_t_2) < (0)) __PYX_ERR(0, 203, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep, __pyx_mstate_global->__pyx_n_u_cancel, __pyx_t_2) < (0)) __PYX_ERR(0, 204, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":230
+  /* "ivshmem/channel/sleeping_tasks.pyx":231
  *         return 0
  * 
  *     def expire(self):             # <<<<<<<<<<<<<<
  *         """End the sleep, if it has not ended."""
  *         if self.callback is not None:
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_5Sleep_11expire, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Sleep_expire, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 230, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_5Sleep_11expire, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Sleep_expire, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 231, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep, __pyx_mstate_global->__pyx_n_u_expire, __pyx_t_2) < (0)) __PYX_ERR(0, 230, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep, __pyx_mstate_global->__pyx_n_u_expire, __pyx_t_2) < (0)) __PYX_ERR(0, 231, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":283
+  /* "ivshmem/channel/sleeping_tasks.pyx":295
  *         raise TypeError("a Waiting is made by an end of a channel")
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
  *         raise TypeError("a Waiting cannot be copied or pickled")
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_7Waiting_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Waiting___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 283, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_7Waiting_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Waiting___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 295, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 283, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 295, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":300
+  /* "ivshmem/channel/sleeping_tasks.pyx":312
  *         return self.send(None)
  * 
  *     def send(self, value):             # <<<<<<<<<<<<<<
  *         """Begin, or continue when the task runs again."""
  *         found = self.step()
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_7Waiting_9send, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Waiting_send, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 300, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_7Waiting_9send, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Waiting_send, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 312, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting, __pyx_mstate_global->__pyx_n_u_send, __pyx_t_2) < (0)) __PYX_ERR(0, 300, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting, __pyx_mstate_global->__pyx_n_u_send, __pyx_t_2) < (0)) __PYX_ERR(0, 312, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":317
+  /* "ivshmem/channel/sleeping_tasks.pyx":329
  *         raise value if traceback is None else value.with_traceback(traceback)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """End the wait."""
  *         self.state = OVER
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_7Waiting_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Waiting_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 317, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_7Waiting_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Waiting_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 329, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 317, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 329, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":394
+  /* "ivshmem/channel/sleeping_tasks.pyx":410
  * 
  * 
  * ivshmem_set_send(<PyTypeObject *>Waiting, send_to_waiting)             # <<<<<<<<<<<<<<
@@ -13318,7 +13818,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":210
+  /* "ivshmem/channel/sleeping_tasks.pyx":211
  *         self.callback = None
  *         self.error = CancelledError() if msg is None else CancelledError(msg)
  *         self._loop.call_soon(callback, self, context=self.context)             # <<<<<<<<<<<<<<
@@ -13327,7 +13827,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_context};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 210, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 211, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
@@ -13346,7 +13846,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":203
+  /* "ivshmem/channel/sleeping_tasks.pyx":204
  *         self.context = context
  * 
  *     def cancel(self, msg=None):             # <<<<<<<<<<<<<<
@@ -13355,7 +13855,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 203, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 204, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
@@ -13396,41 +13896,41 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{2},{1},{19},{1},{179},{39},{35},{28},{37},{40},{8},{38},{14},{7},{6},{2},{9},{14},{26},{34},{23},{14},{11},{9},{20},{5},{16},{12},{12},{7},{18},{13},{12},{20},{12},{8},{8},{10},{8},{12},{14},{12},{10},{12},{8},{13},{10},{7},{18},{7},{9},{8},{6},{18},{5},{7},{6},{6},{5},{1},{3},{16},{9},{5},{30},{7},{4},{4},{10},{3},{6},{3},{3},{13},{3},{10},{4},{4},{10},{18},{4},{9},{5},{6},{4},{7},{14}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{2},{1},{19},{1},{179},{39},{35},{28},{37},{40},{8},{38},{14},{7},{6},{2},{9},{14},{26},{34},{23},{23},{14},{11},{9},{20},{5},{16},{12},{12},{7},{18},{13},{12},{20},{12},{8},{8},{10},{8},{12},{14},{12},{10},{12},{8},{13},{10},{7},{18},{7},{9},{8},{6},{18},{5},{7},{6},{6},{5},{1},{3},{16},{9},{5},{30},{7},{4},{4},{10},{3},{6},{3},{3},{13},{3},{10},{4},{4},{10},{18},{4},{9},{5},{6},{4},{7},{14}};
     const struct { const unsigned int length: 9; } bytes_length_index[] = {{341},{11},{20},{16},{36},{78}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (864 bytes) */
-static const char cstring[] = "x\332\275T=\217\0337\020\275\003\014\344\220\034\022_\034 H7\251\034\037\3545\014\010q\222&8(g\300\200\341\\\342\000\016R\204\240\310\221D\213K\2568\\\3516\225K\225[\252\274\362J\227\376\t.S\252\364O\311\220\273\222\357\362\205T\001\244\235!9\363f\346\315\220@\3057\340|\234\0327\201\322/P\203q\360\355S\037\021\342TF\0306q\352\035\030\002\215\326\2140\310\210\266\001\212\301\250\210!\03198;=\2737\370j\000\322i\010\370\002U$\240z\244\254$B\002?\206Qmld\344\330TH\005<\036C\343kp\310\361\242\207\212\355\256:\304): \214I\201\333\322q\2022\032\357\004\273s\242\267A\233\300A\314\002\223\367#i\t\013\tO\274\257\236\313\250\246\240\262\013\214\020\224\257\014\307\360\001*\243f\026\265\204g\026\261\372/&\\s)5\302\250\001\t\317\245\341\374\047;\345\337\001\266FW!\034 \323\303\\HPL\232C+\265\026\214\201=T\300\232\020\244\r(5\333/\031\203a\225\017\276f0T\236}T\242!\201hCr\304i\272\364\235(C\235\246\315\202\246%\226\005\206\340\003mW\324Pd\021M\211\302\232\322\304\355\311\375>\225\373\224J\346\224E\2244\243\242j\316\023\367\375)\201\014\274\260\236P\017\245Sh9\322i\2120\314{Y\335\321\277S\n!\002\352Z\241\020\231\321\374\371\363f\2412`\247\343y\305\235\355\331\353\305\025\207\355N\316d\273\340\312\265\020g\3159\377\277\343\241\024O\361<\376\210c!\372\301aG!\306\265SI\226\322\270,\275\256m>q\262\314\222K\026JVf\253/b\"4\255\346\265\264[\253m*B\360|\356|#RdaH\354\332\225\232\233:\3117\206\032\247\214\357E\261\263 %\255\025LT\022\344\275K\312H\252Y\307\210\262l#8\333\030\244\302\274\237\312\3461\210\\`\327\337\216\257\261\257\235\236L0\362O\204\332\271\324G\313]H\371\344\006\361$\225\273a\350\233Z\\o\371\014\033F\242\231q:\271\262!_v\232\232\252\244\211\037\245;]\371\212-\002\246g\242/\215\203\345\2144\t?&\264\343\324\014&F\343X\3266\376u\354\222\272\253g!m\215\371CK9\303%\312\031\007X\2328}W\363Y\363}\016\016\307_\360\233S\263\322u\207S\022\017\373\212\304\303\276$1H\341\305\260[\235\362u;\276\013\357\020\376I\277\263\267\367\177\204\271\013\327\241\253(d\230\320\337\340?\030\\\357""\215\250]46\317\002\363\007\307;\000~\014\244\315(w\366:\033\347Ez8\372\025y\246;\275\355{\327\020^\236l\016>\\\231v\276\336\177y\362\366\340\203\325`\365\333\372\323\213\375\315\341\315\366\275v\236\366\016W\217\333\0376,\036\265\237\247\365\315\366F{\272>\332d\343e\253X=\374\270\275\267\236\263\327\301G\253\371\3577>[\037\275=\270\325\016\332y2\372\272\035\262rx\253}\220@\236\254\3677\031\362\327\213//?\271|\366\352\375\327\305\233\3757G]\200\343\365\311\372\227\213\305\345\317\257~z}\224\321\376\000#l\205\024";
-    PyObject *data = __Pyx_DecompressString(cstring, 864, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (877 bytes) */
+static const char cstring[] = "x\332\275T=\217\0337\020\275\003\014\344\220\034\022_\034 H7\251\034\037\3545\014\010q\222&8(g\300\200\341\\\342\000\016R\204\240\310\221D\213K\2568\\\3516\225K\225[\252\274\362J\227\376\t.S\252\364O\311\220\273\222\357\362\205T\001\244\235\031\356\314\233\2317\263\004*\276\001\347\343\324\270\t\224~\201\032\214\203o\237\372\210\020\2472\302\260\211S\357\300\020h\264f\204AF\264\rP\014FE\014\311\311\301\331\351\331\275\301W\003\220NC\300\027\250\"\001\325#e%\021\022\3701\214jc##\307\246B*\340\361\030\032_\203C\316\027=T\354w5 N\321\001aL\n\334\226\216\013\224\321x\0478\234\013\275\r\332\004Nb\026\230\242\037IKXHx\342}\365\\F5\005\225C`\204\240|e8\207\017P\0315\263\250%<\263\210\325\177q\341\236K\251\021F\rHx.\r\327?\331)\377\016\260u\272\n\341\000\231\036\346B\202b\322\034Z\251\265`\014\354\241\002\326\204 m@\251\331\177\311\030\014\253|\3605\203\241\362\034\243\022\r\tD\033\222#.\323\245\347D\031\3524m\0264-\261,0\004\037hkQC\221E4%\nkJ\023\267o\356\367\245\334\247\3242\227,\242\244\031\025Us\236\270\357\337\022\310\300\206\365\204:apA\251\265T\264\004W\227\274\026C\351\024Z.\3404%\036f\327\254\356\246\262S\n!\002\352Z\241\020\231\350\374\370\363a\2412`\247\343y\305\003\357I\355\305\225\200\355I.pk0!Z\210\263\346\234\377\337\361\256\212\247x\036\177\304\261\020\375>q\240\020\343\332\251$Ki\\\226^\3276\277q\262\314\222\231\020JVf\253/b\3429Y\363Z\332\255\327\266\024!xmw\261\021)\2620$vSL3O\003\346\017\211\032\247\214\357E\261\363 %\255\025LT\022\344\275K\312H\252Y\307\210\262\354#\270\332\030\244\302|\236\332\346\355\210\334`7\366\216\257\261\257\235\236L0\362O\204\332\2714^\313SH\365\344\001\361\202\225\273\035\351g]\\\337\204\0316\214D3\343t\neG\0366MMU\322\304\217\322\247^\371\212=\002\246\333\243o\215\223\345\2124\t?&\264\3434\014&F\343X\3266\376u\033\223\272\353g!m\215\371AK9\303%\312\031\047X\2328}\327\363Y\363}N\016\307_\360UT\263\322M\207K\022\017\373\216\304\303\276%1H\351\305\260\263N\371+<\276\013\357\020\376I\277\263\267\367\177\244\271\013\327\241\253(d""\230\320\337\340?\030\\\237\215\250]46\357\002\363\007\307;\000\276#\244\315(w\366:\037\347E\272Oz\213<\323\235\256\374\275k\010/O6\007\037\256L;_\357\277<y{\360\301j\260\372m\375\351\305\376\346\360f\373^;Og\207\253\307\355\017\033\026\217\332\317\223}\263\275\321\236\256\2176\331y\331*V\017?n\357\255\347\034u\360\321j\376\373\215\317\326Go\017n\265\203v\236\234\276n\207\254\034\336j\037$\220\047\353\375M\206\374\365\342\313\313O.\237\275z\377u\361f\377\315Q\227\340x}\262\376\345bq\371\363\253\237^\037e\264?\000\031\004\215\262";
+    PyObject *data = __Pyx_DecompressString(cstring, 877, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1131 bytes) */
-static const char cstring[] = "\377 s.: not\377hing mov\377ed in ?N\377ote that\377 Cython \377is delib\377erately \377stricter\376!\001n PEP-4\37784 and r\377ejects s\377ubclasse\377s of bui\373ltW\000types\377. If you\367 nem\000to p\374%\000%\tthen s\373et\200\000e \047an~\236\000ation_<\000\276\246\000\047 dirb\000i\375v\242\000o Fals\377e.a Loop\177Watch c.\002\377 be copi\376\321\000or pick\377leda Sle\363ep\000 \360\001made\377 by a Wa\205i\275\000g\000\006F\033\047\0046\nn\363 e\234 \211 a ch~\321\000eladd_\371 \375e\250\004reuse \277alreadp\000w|o\000\214@corou\270 \037econn\361\001\213@\316 _disab\307\000n\002\001\337gcise\005\002di\377vshmem.e\337rrors\006\005sy\373st\022\000time__limit\022\005/\204\004\363/s\222!\202`_tas?ks.pyx\202@\241\005\357s ar\311 los\377edCancel\n\307 E^\001C\017\002\006\002\366&\377&\377.__reduc\307e__\360\"\365\"\005\r.c\034L\002\026\003exp\327@\345$\354$\304;\010\n\005c\206\001\027\005\367\000d_\357_Pyx\001\000Dic\377t_NextRe\347f__\262d|\000__f\377unc____m\367ain\003\002odul\316\025\002nam\035\002\360\000_cgapi\"\001\010\001vt\335!\2360\001qual\036\005\311\005_\337_set_4\005te;st[\000is_\246F\331A\376\306Aerasync\353io\000\004.\310Fsca\337ll_at\002\002so{on\014\001back\214#\277cline_\253\000t\217race\023\002\375!\204`t\370\336\000\332C\252#found\357gget\000\000_ru{nn\304Aloop\214\001\242\260Bi\373@\204f\367d.\345Kk\377eyrefski\363nd7\001\301`bers\377hipmsgobn\320\206\001pop\037\000re\243\207\001\351_\325\003j\000s\225\204\001ds_\337ofsel\001\000nd\377setdefau\343lt\345o\376a\307\006val\373ue\000\002swake\357weak\200\000wit\273h_\353\006PyOx\002 \377*(structg __\246A\220\000_7\346\204\004\273_7\312\205\004_4e|\000_\375C\331\205\003End *,q 8\007\000\t\014\t)\000\000\003a\373, \264\013pt_ar\333gs\264\02014\201\206\013_u\357ntil\207bimek *\374\004p\220\211\001alA\002;)\000\036\003no_\265\207\001\007\004\257some\327\212\002\0005\n\200\377A\330\010\016\210i\220q\377\230\001\200A\340\010\013\210\3774\210z\230\027\240\001\330\277\014\020\220\007\220q\020\001\014""\377\210I\220Q\330\010\014\210\367F\220! \001\020\220\004\220\357E\230\021\330(\002w\220c~\010\000\014\022\220-\230q3\000\377\010\017\210q\320\004\031\230\377\021\340\010\023\2204\220q\356!\0019\220C\006\000\014\023\220\3351A\001L\230\001H\001I\220\377^\2406\250\024\250S\260\177\n\270.\310\001\310\021[\003\377*\230A\230Z\240v\250\017X\260T\270_\000K\000";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1131, 1687);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1149 bytes) */
+static const char cstring[] = "\377 s.: not\377hing mov\377ed in ?N\377ote that\377 Cython \377is delib\377erately \377stricter\376!\001n PEP-4\37784 and r\377ejects s\377ubclasse\377s of bui\373ltW\000types\377. If you\367 nem\000to p\374%\000%\tthen s\373et\200\000e \047an~\236\000ation_<\000\276\246\000\047 dirb\000i\375v\242\000o Fals\377e.a Loop\177Watch c.\002\377 be copi\376\321\000or pick\377leda Sle\363ep\000 \360\001made\377 by a Wa\205i\275\000g\000\006F\033\047\0046\nn\363 e\234 \211 a ch~\321\000eladd_\371 \375e\250\004reuse \277alreadp\000w|o\000\214@corou\270 \037econn\361\001\213@\316 _disab\307\000n\002\001\337gcise\005\002di\377vshmem.e\337rrors\006\005sy\373st\022\000time__limit\022\005/\204\004\363/s\222!\202`_tas?ks.pyx\202@\241\005\357s ar\311 los\203ed@\001\216\000\216a\265`\227 n\373um\224`Cance\025l\336 Eu\001C&\002\006\002\215F\376\226F.__redu\217ce__\207B\214B\005\r.9cL\002\026\003exp\356@\374$\210\203D;\010\n\005c\235\001\027\005\216 d\337__Pyx\001\000Di\377ct_NextR\317ef__\311d|\000__\377func____\357main\003\002odu\235l\025\002nam\035\002\207 _\317capi\"\001\010\001vt<\364!0\001qual\036\005\311\005\277__set_4\005twest[\000is_\275F\374\360A\335Aerasyn\327cio\000\004.\337Fsc\277all_at\002\002s\367oon\014\001back~\214#cline_\253\000\037trace\023\002\224A\233`\361t\336\000\361C\252#foun\337dgget\000\000_r\367unn\333AloopD\214\001\307Bi\222`\233f\216\204\004.\374K\377keyrefsk\347ind7\001\330`ber\377shipmsgo\335b\347\206\001pop\037\000re\322\272\207\001_\325\003j\000s\254\204\001ds\277_ofsel\001\000n\377dsetdefa\307ult\374o\225\204\001\307\006va\367lue\000\002swak\337eweak\200\000wiwth_\353\006PyOx\002\377 *(struc\317t __\246A\220\000_7v\375\204\004_7\341\205\004_4e|\000\373_C\360\205\003End *\343, 8\007\000\t\014\t)\000\000\366\003a, \264\013pt_a\267rgs\264\02014\230\206\013_\337until\207bim\327e *\374\004p\247\211\001alvA\002)\000\036\003no_\314\207\001^\007\004some\356\212\002\0005\n\377\200A\330\010\016\210i\220\377q\230\001\200A\340\010\013\377\2104\210z\230\027\240""\001\177\330\014\020\220\007\220q\020\001\377\014\210I\220Q\330\010\014\357\210F\220! \001\020\220\004\337\220E\230\021\330(\002w\220\375c\010\000\014\022\220-\230q\3763\000\010\017\210q\320\004\031\377\230\021\340\010\023\2204\220\335q!\0019\220C\006\000\014\023\273\2201A\001L\230\001H\001I\377\220^\2406\250\024\250S\377\260\n\270.\310\001\310\021\376[\003*\230A\230Z\240v\037\250X\260T\270_\000K\000";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1149, 1710);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (1687 bytes) */
-static const char bytes[] = " s.: nothing moved in ?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a LoopWatch cannot be copied or pickleda Sleep cannot be copied or pickleda Sleep is made by a Waitinga Waiting cannot be copied or pickleda Waiting is made by an end of a channeladd_notecannot reuse already awaited coroutineconnection of disableenablegcisenabledivshmem.errorsivshmem.system.time_limitsivshmem/channel/sleeping_tasks.pyxthe channels are closedCancelledErrorClosedErrorLoopWatchLoopWatch.__reduce__SleepSleep.__reduce__Sleep.cancelSleep.expireWaitingWaiting.__reduce__Waiting.closeWaiting.send__Pyx_PyDict_NextRef__annotate____func____main____module____name____pyx_capi____pyx_vtable____qualname____reduce____set_name____test___is_coroutineadd_readerasyncioasyncio.coroutinescall_atcall_sooncallbackcancelcline_in_tracebackclosecontexterrorsexpirefoundggetget_running_loopis_closeditemsivshmem.channel.sleeping_taskskeyrefskindloopmembershipmsgobjectpoprefremove_readerrunseconds_ofselfsendsetdefaultsystem.time_limitstimetracebackvaluevalueswakeweakrefwith_tracebackPyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *)\000\000PyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *, struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time *__pyx_optional_args)\000until_no_wait\000until_something\000until_in_time\200A\330\010\016\210i\220q\230\001\200A\340\010\013\2104\210z\230\027\240\001\330\014\020\220\007\220q\200A\340\010\014\210I\220Q\330\010\014\210F\220!\200A\340\010\020\220\004\220E\230\021\330\010\013\2104\210w\220c\230\021\330\014\022\220-\230q\240\001\330\010\017\210q\320\004\031\230\021\340\010\023\2204\220q\330\010\013\2109\220C\220q\330\014\023\2201\330\010\014\210L\230\001\330\010\014\210I\220^\2406\250\024\250S\260\n\270.\310\001\310\021""\330\010\014\210F\220*\230A\230Z\240v\250X\260T\270\021\330\010\017\210q";
+    #else /* compression: none (1710 bytes) */
+static const char bytes[] = " s.: nothing moved in ?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a LoopWatch cannot be copied or pickleda Sleep cannot be copied or pickleda Sleep is made by a Waitinga Waiting cannot be copied or pickleda Waiting is made by an end of a channeladd_notecannot reuse already awaited coroutineconnection of disableenablegcisenabledivshmem.errorsivshmem.system.time_limitsivshmem/channel/sleeping_tasks.pyxthe channels are closedtimeout is not a numberCancelledErrorClosedErrorLoopWatchLoopWatch.__reduce__SleepSleep.__reduce__Sleep.cancelSleep.expireWaitingWaiting.__reduce__Waiting.closeWaiting.send__Pyx_PyDict_NextRef__annotate____func____main____module____name____pyx_capi____pyx_vtable____qualname____reduce____set_name____test___is_coroutineadd_readerasyncioasyncio.coroutinescall_atcall_sooncallbackcancelcline_in_tracebackclosecontexterrorsexpirefoundggetget_running_loopis_closeditemsivshmem.channel.sleeping_taskskeyrefskindloopmembershipmsgobjectpoprefremove_readerrunseconds_ofselfsendsetdefaultsystem.time_limitstimetracebackvaluevalueswakeweakrefwith_tracebackPyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *)\000\000PyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *, struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time *__pyx_optional_args)\000until_no_wait\000until_something\000until_in_time\200A\330\010\016\210i\220q\230\001\200A\340\010\013\2104\210z\230\027\240\001\330\014\020\220\007\220q\200A\340\010\014\210I\220Q\330\010\014\210F\220!\200A\340\010\020\220\004\220E\230\021\330\010\013\2104\210w\220c\230\021\330\014\022\220-\230q\240\001\330\010\017\210q\320\004\031\230\021\340\010\023\2204\220q\330\010\013\2109\220C\220q\330\014\023\2201\330\010\014\210L\230\001\330\010\014\210I\220^\2406\250\024\250S\260""\n\270.\310\001\310\021\330\010\014\210F\220*\230A\230Z\240v\250X\260T\270\021\330\010\017\210q";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 87; i++) {
+    for (int i = 0; i < 88; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 21) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 22) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)
@@ -13438,8 +13938,8 @@ static const char bytes[] = " s.: nothing moved in ?Note that Cython is delibera
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 87; i < 93; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-87].length;
+    for (int i = 88; i < 94; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-88].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -13449,14 +13949,14 @@ static const char bytes[] = " s.: nothing moved in ?Note that Cython is delibera
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 93; i++) {
+    for (Py_ssize_t i = 0; i < 94; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 87;
+      PyObject **table = stringtab + 88;
       for (Py_ssize_t i=0; i<6; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
@@ -13553,27 +14053,27 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_sleeping_tasks_p, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 203};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 204};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_msg, __pyx_mstate->__pyx_n_u_callback};
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_sleeping_tasks_p, __pyx_mstate->__pyx_n_u_cancel, __pyx_mstate->__pyx_kp_b_iso88591_4q_9Cq_1_L_I_6_S_F_AZvXT_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 230};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 231};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_sleeping_tasks_p, __pyx_mstate->__pyx_n_u_expire, __pyx_mstate->__pyx_kp_b_iso88591_A_4z_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 283};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 295};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_sleeping_tasks_p, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 300};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 312};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_value, __pyx_mstate->__pyx_n_u_found};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_sleeping_tasks_p, __pyx_mstate->__pyx_n_u_send, __pyx_mstate->__pyx_kp_b_iso88591_A_E_4wc_q_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 317};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 329};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_sleeping_tasks_p, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_IQ_F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
@@ -13929,78 +14429,6 @@ static PyObject *__Pyx_GetBuiltinName(PyObject *name) {
     return result;
 }
 
-/* DivInt[int64_t] */
-static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t a, int64_t b, int b_is_constant) {
-    int64_t q = a / b;
-    int64_t r = a - q*b;
-    int64_t adapt_python = (b_is_constant ?
-        ((r != 0) & ((r < 0) ^ (b < 0))) :
-        ((r != 0) & ((r ^ b) < 0))
-    );
-    return q - adapt_python;
-}
-
-/* ModInt[int64_t] */
-static CYTHON_INLINE int64_t __Pyx_mod_int64_t(int64_t a, int64_t b, int b_is_constant) {
-    int64_t r = a % b;
-    int64_t adapt_python = (b_is_constant ?
-        ((r != 0) & ((r < 0) ^ (b < 0))) :
-        ((r != 0) & ((r ^ b) < 0))
-    );
-    return r + adapt_python * b;
-}
-
-/* HasAttr (used by ImportImpl) */
-#if __PYX_LIMITED_VERSION_HEX < 0x030d0000
-static CYTHON_INLINE int __Pyx_HasAttr(PyObject *o, PyObject *n) {
-    PyObject *r;
-    if (unlikely(!PyUnicode_Check(n))) {
-        PyErr_SetString(PyExc_TypeError,
-                        "hasattr(): attribute name must be string");
-        return -1;
-    }
-    r = __Pyx_PyObject_GetAttrStrNoError(o, n);
-    if (!r) {
-        return (unlikely(PyErr_Occurred())) ? -1 : 0;
-    } else {
-        Py_DECREF(r);
-        return 1;
-    }
-}
-#endif
-
-/* CopyObjectArray (used by TupleOrListFromArrayImpl) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE void __Pyx_copy_object_array(PyObject *const *CYTHON_RESTRICT src, PyObject** CYTHON_RESTRICT dest, Py_ssize_t length) {
-    PyObject *v;
-    Py_ssize_t i;
-    for (i = 0; i < length; i++) {
-        v = dest[i] = src[i];
-        Py_INCREF(v);
-    }
-}
-#endif
-
-/* TupleOrListFromArrayImpl (used by ListFromArray) */
-CYTHON_UNUSED static PyObject *
-__Pyx_PyList_FromArray(PyObject *const *src, Py_ssize_t n) {
-    PyObject *res = PyList_New(n);
-    if (unlikely(res == NULL)) return NULL;
-    #if CYTHON_COMPILING_IN_CPYTHON
-    __Pyx_copy_object_array(src, ((PyListObject*)res)->ob_item, n);
-    #else
-    Py_ssize_t i;
-    for (i = 0; i < n; i++) {
-        Py_INCREF(src[i]);
-        if (unlikely(__Pyx_PyList_SET_ITEM(res, i, src[i]) < (0))) {
-            Py_DECREF(res);
-            return NULL;
-        }
-    }
-    #endif
-    return res;
-}
-
 /* PyObjectCall (used by PyObjectFastCall) */
 #if CYTHON_COMPILING_IN_CPYTHON
 static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw) {
@@ -14041,7 +14469,7 @@ static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject
 }
 #endif
 
-/* PyObjectFastCall (used by PyObjectCallOneArg) */
+/* PyObjectFastCall */
 #if CYTHON_COMPILING_IN_LIMITED_API
 static PyObject* __Pyx_PyObject_FastCall_fallback(PyObject *func, PyObject * const*args, size_t nargs, PyObject *kwargs) {
     PyObject *argstuple;
@@ -14116,6 +14544,186 @@ static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObj
     #else
     return PyObject_VectorcallDict(func, args, nargsf, kwargs);
     #endif
+}
+
+/* RaiseException */
+static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause) {
+    PyObject* owned_instance = NULL;
+    if (tb == Py_None) {
+        tb = 0;
+    } else if (tb && !PyTraceBack_Check(tb)) {
+        PyErr_SetString(PyExc_TypeError,
+            "raise: arg 3 must be a traceback or None");
+        goto bad;
+    }
+    if (value == Py_None)
+        value = 0;
+    if (PyExceptionInstance_Check(type)) {
+        if (value) {
+            PyErr_SetString(PyExc_TypeError,
+                "instance exception may not have a separate value");
+            goto bad;
+        }
+        value = type;
+        type = (PyObject*) Py_TYPE(value);
+    } else if (PyExceptionClass_Check(type)) {
+        PyObject *instance_class = NULL;
+        if (value && PyExceptionInstance_Check(value)) {
+            instance_class = (PyObject*) Py_TYPE(value);
+            if (instance_class != type) {
+                int is_subclass = PyObject_IsSubclass(instance_class, type);
+                if (!is_subclass) {
+                    instance_class = NULL;
+                } else if (unlikely(is_subclass == -1)) {
+                    goto bad;
+                } else {
+                    type = instance_class;
+                }
+            }
+        }
+        if (!instance_class) {
+            PyObject *args;
+            if (!value)
+                args = PyTuple_New(0);
+            else if (PyTuple_Check(value)) {
+                Py_INCREF(value);
+                args = value;
+            } else
+                args = PyTuple_Pack(1, value);
+            if (!args)
+                goto bad;
+            owned_instance = PyObject_Call(type, args, NULL);
+            Py_DECREF(args);
+            if (!owned_instance)
+                goto bad;
+            value = owned_instance;
+            if (!PyExceptionInstance_Check(value)) {
+                PyErr_Format(PyExc_TypeError,
+                             "calling %R should have returned an instance of "
+                             "BaseException, not %R",
+                             type, Py_TYPE(value));
+                goto bad;
+            }
+        }
+    } else {
+        PyErr_SetString(PyExc_TypeError,
+            "raise: exception class must be a subclass of BaseException");
+        goto bad;
+    }
+    if (cause) {
+        PyObject *fixed_cause;
+        if (cause == Py_None) {
+            fixed_cause = NULL;
+        } else if (PyExceptionClass_Check(cause)) {
+            fixed_cause = PyObject_CallObject(cause, NULL);
+            if (fixed_cause == NULL)
+                goto bad;
+        } else if (PyExceptionInstance_Check(cause)) {
+            fixed_cause = cause;
+            Py_INCREF(fixed_cause);
+        } else {
+            PyErr_SetString(PyExc_TypeError,
+                            "exception causes must derive from "
+                            "BaseException");
+            goto bad;
+        }
+        PyException_SetCause(value, fixed_cause);
+    }
+    PyErr_SetObject(type, value);
+    if (tb) {
+#if PY_VERSION_HEX >= 0x030C00A6
+        PyException_SetTraceback(value, tb);
+#elif CYTHON_FAST_THREAD_STATE
+        PyThreadState *tstate = __Pyx_PyThreadState_Current;
+        PyObject* tmp_tb = tstate->curexc_traceback;
+        if (tb != tmp_tb) {
+            Py_INCREF(tb);
+            tstate->curexc_traceback = tb;
+            Py_XDECREF(tmp_tb);
+        }
+#else
+        PyObject *tmp_type, *tmp_value, *tmp_tb;
+        PyErr_Fetch(&tmp_type, &tmp_value, &tmp_tb);
+        Py_INCREF(tb);
+        PyErr_Restore(tmp_type, tmp_value, tb);
+        Py_XDECREF(tmp_tb);
+#endif
+    }
+bad:
+    Py_XDECREF(owned_instance);
+    return;
+}
+
+/* DivInt[int64_t] */
+static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t a, int64_t b, int b_is_constant) {
+    int64_t q = a / b;
+    int64_t r = a - q*b;
+    int64_t adapt_python = (b_is_constant ?
+        ((r != 0) & ((r < 0) ^ (b < 0))) :
+        ((r != 0) & ((r ^ b) < 0))
+    );
+    return q - adapt_python;
+}
+
+/* ModInt[int64_t] */
+static CYTHON_INLINE int64_t __Pyx_mod_int64_t(int64_t a, int64_t b, int b_is_constant) {
+    int64_t r = a % b;
+    int64_t adapt_python = (b_is_constant ?
+        ((r != 0) & ((r < 0) ^ (b < 0))) :
+        ((r != 0) & ((r ^ b) < 0))
+    );
+    return r + adapt_python * b;
+}
+
+/* HasAttr (used by ImportImpl) */
+#if __PYX_LIMITED_VERSION_HEX < 0x030d0000
+static CYTHON_INLINE int __Pyx_HasAttr(PyObject *o, PyObject *n) {
+    PyObject *r;
+    if (unlikely(!PyUnicode_Check(n))) {
+        PyErr_SetString(PyExc_TypeError,
+                        "hasattr(): attribute name must be string");
+        return -1;
+    }
+    r = __Pyx_PyObject_GetAttrStrNoError(o, n);
+    if (!r) {
+        return (unlikely(PyErr_Occurred())) ? -1 : 0;
+    } else {
+        Py_DECREF(r);
+        return 1;
+    }
+}
+#endif
+
+/* CopyObjectArray (used by TupleOrListFromArrayImpl) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE void __Pyx_copy_object_array(PyObject *const *CYTHON_RESTRICT src, PyObject** CYTHON_RESTRICT dest, Py_ssize_t length) {
+    PyObject *v;
+    Py_ssize_t i;
+    for (i = 0; i < length; i++) {
+        v = dest[i] = src[i];
+        Py_INCREF(v);
+    }
+}
+#endif
+
+/* TupleOrListFromArrayImpl (used by ListFromArray) */
+CYTHON_UNUSED static PyObject *
+__Pyx_PyList_FromArray(PyObject *const *src, Py_ssize_t n) {
+    PyObject *res = PyList_New(n);
+    if (unlikely(res == NULL)) return NULL;
+    #if CYTHON_COMPILING_IN_CPYTHON
+    __Pyx_copy_object_array(src, ((PyListObject*)res)->ob_item, n);
+    #else
+    Py_ssize_t i;
+    for (i = 0; i < n; i++) {
+        Py_INCREF(src[i]);
+        if (unlikely(__Pyx_PyList_SET_ITEM(res, i, src[i]) < (0))) {
+            Py_DECREF(res);
+            return NULL;
+        }
+    }
+    #endif
+    return res;
 }
 
 /* PyObjectCallOneArg (used by ImportImpl) */
@@ -15200,114 +15808,6 @@ static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds) {
     }
 }
 
-/* RaiseException */
-static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause) {
-    PyObject* owned_instance = NULL;
-    if (tb == Py_None) {
-        tb = 0;
-    } else if (tb && !PyTraceBack_Check(tb)) {
-        PyErr_SetString(PyExc_TypeError,
-            "raise: arg 3 must be a traceback or None");
-        goto bad;
-    }
-    if (value == Py_None)
-        value = 0;
-    if (PyExceptionInstance_Check(type)) {
-        if (value) {
-            PyErr_SetString(PyExc_TypeError,
-                "instance exception may not have a separate value");
-            goto bad;
-        }
-        value = type;
-        type = (PyObject*) Py_TYPE(value);
-    } else if (PyExceptionClass_Check(type)) {
-        PyObject *instance_class = NULL;
-        if (value && PyExceptionInstance_Check(value)) {
-            instance_class = (PyObject*) Py_TYPE(value);
-            if (instance_class != type) {
-                int is_subclass = PyObject_IsSubclass(instance_class, type);
-                if (!is_subclass) {
-                    instance_class = NULL;
-                } else if (unlikely(is_subclass == -1)) {
-                    goto bad;
-                } else {
-                    type = instance_class;
-                }
-            }
-        }
-        if (!instance_class) {
-            PyObject *args;
-            if (!value)
-                args = PyTuple_New(0);
-            else if (PyTuple_Check(value)) {
-                Py_INCREF(value);
-                args = value;
-            } else
-                args = PyTuple_Pack(1, value);
-            if (!args)
-                goto bad;
-            owned_instance = PyObject_Call(type, args, NULL);
-            Py_DECREF(args);
-            if (!owned_instance)
-                goto bad;
-            value = owned_instance;
-            if (!PyExceptionInstance_Check(value)) {
-                PyErr_Format(PyExc_TypeError,
-                             "calling %R should have returned an instance of "
-                             "BaseException, not %R",
-                             type, Py_TYPE(value));
-                goto bad;
-            }
-        }
-    } else {
-        PyErr_SetString(PyExc_TypeError,
-            "raise: exception class must be a subclass of BaseException");
-        goto bad;
-    }
-    if (cause) {
-        PyObject *fixed_cause;
-        if (cause == Py_None) {
-            fixed_cause = NULL;
-        } else if (PyExceptionClass_Check(cause)) {
-            fixed_cause = PyObject_CallObject(cause, NULL);
-            if (fixed_cause == NULL)
-                goto bad;
-        } else if (PyExceptionInstance_Check(cause)) {
-            fixed_cause = cause;
-            Py_INCREF(fixed_cause);
-        } else {
-            PyErr_SetString(PyExc_TypeError,
-                            "exception causes must derive from "
-                            "BaseException");
-            goto bad;
-        }
-        PyException_SetCause(value, fixed_cause);
-    }
-    PyErr_SetObject(type, value);
-    if (tb) {
-#if PY_VERSION_HEX >= 0x030C00A6
-        PyException_SetTraceback(value, tb);
-#elif CYTHON_FAST_THREAD_STATE
-        PyThreadState *tstate = __Pyx_PyThreadState_Current;
-        PyObject* tmp_tb = tstate->curexc_traceback;
-        if (tb != tmp_tb) {
-            Py_INCREF(tb);
-            tstate->curexc_traceback = tb;
-            Py_XDECREF(tmp_tb);
-        }
-#else
-        PyObject *tmp_type, *tmp_value, *tmp_tb;
-        PyErr_Fetch(&tmp_type, &tmp_value, &tmp_tb);
-        Py_INCREF(tb);
-        PyErr_Restore(tmp_type, tmp_value, tb);
-        Py_XDECREF(tmp_tb);
-#endif
-    }
-bad:
-    Py_XDECREF(owned_instance);
-    return;
-}
-
 /* PyObjectFastCallMethod */
 #if !CYTHON_VECTORCALL
 static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf) {
@@ -15892,6 +16392,514 @@ static PyObject *__Pyx_Object_VectorcallMethodKwds(PyObject *name, PyObject *con
     return result;
 }
 #endif
+
+/* PyNumberBinop */
+#if !(CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_GRAAL || CYTHON_COMPILING_IN_LIMITED_API)
+#if CYTHON_USE_TYPE_SLOTS || __PYX_LIMITED_VERSION_HEX >= 0x030A0000
+#ifndef __Pyx_DEFINED_BinopTypeError
+#define __Pyx_DEFINED_BinopTypeError
+static void __Pyx_BinopTypeError(PyObject *op1, PyObject *op2, const char* op, int inplace) {
+    char opname[4] = {op[0], op[1], 0, 0};
+    if (inplace) {
+        opname[op[1] ? 2 : 1] = '=';
+    }
+    __Pyx_RaiseErrorWithObjectTypes1(
+        PyExc_TypeError,
+        "unsupported operand type(s) for %.3s: '" __Pyx_FMT_TYPENAME "' and '" __Pyx_FMT_TYPENAME "'",
+        opname, op1, op2);
+}
+#endif
+#endif
+#ifndef __Pyx_DEFINED_PyNumber_Add_xfloat_float
+#define __Pyx_DEFINED_PyNumber_Add_xfloat_float
+static PyObject* __Pyx_PyNumber_Add_xfloat_float(PyObject *op1, PyObject *op2, int inplace) {
+    #if CYTHON_USE_TYPE_SLOTS || __PYX_LIMITED_VERSION_HEX >= 0x030A0000
+    {
+        PyTypeObject *type_op2 = Py_TYPE(op2);
+        binaryfunc slot_func = __Pyx_PyType_GetSubSlot(type_op2, tp_as_number, nb_add, binaryfunc);
+        if (likely(slot_func)) {
+            PyObject *result = slot_func(op1, op2);
+            if (likely(result != Py_NotImplemented)) {
+                return result;
+            }
+            Py_DECREF(result);
+        }
+        __Pyx_BinopTypeError(op1, op2, "+", inplace);
+        return NULL;
+    }
+    #else
+    return (inplace) ? PyNumber_InPlaceAdd(op1, op2) : PyNumber_Add(op1, op2);
+    #endif
+}
+#endif
+#ifndef __Pyx_DEFINED_PyNumber_Add_xint_float
+#define __Pyx_DEFINED_PyNumber_Add_xint_float
+static PyObject* __Pyx_PyNumber_Add_xint_float(PyObject *op1, PyObject *op2, int inplace) {
+    if (likely(op2 != Py_None)) {
+        double int_op1;
+        #if CYTHON_USE_PYLONG_INTERNALS
+        if (__Pyx_PyLong_IsCompact(op1)) {
+            Py_ssize_t compact_op1 = __Pyx_PyLong_CompactValue(op1);
+            if (compact_op1 == 0) return __Pyx_NewRef(op2);
+            int_op1 = (double) compact_op1;
+        } else
+        #endif
+        {
+            int_op1 = PyLong_AsDouble(op1);
+            if (unlikely((int_op1 == -1.) && PyErr_Occurred())) return NULL;
+            #if !CYTHON_USE_PYLONG_INTERNALS
+            if (int_op1 == 0.) return __Pyx_NewRef(op2);
+            #endif
+        }
+        double float_op2 = __Pyx_PyFloat_AS_DOUBLE(op2);
+        #if !CYTHON_ASSUME_SAFE_MACROS
+        if (unlikely((float_op2 == -1.) && PyErr_Occurred())) return NULL;
+        #endif
+        return PyFloat_FromDouble(int_op1 + float_op2);
+    }
+    #if CYTHON_USE_TYPE_SLOTS || __PYX_LIMITED_VERSION_HEX >= 0x030A0000
+    {
+        PyTypeObject *type_op2 = Py_TYPE(op2);
+        binaryfunc slot_func = __Pyx_PyType_GetSubSlot(type_op2, tp_as_number, nb_add, binaryfunc);
+        if (likely(slot_func)) {
+            PyObject *result = slot_func(op1, op2);
+            if (likely(result != Py_NotImplemented)) {
+                return result;
+            }
+            Py_DECREF(result);
+        }
+        __Pyx_BinopTypeError(op1, op2, "+", inplace);
+        return NULL;
+    }
+    #else
+    return (inplace) ? PyNumber_InPlaceAdd(op1, op2) : PyNumber_Add(op1, op2);
+    #endif
+}
+#endif
+static CYTHON_INLINE PyObject* __Pyx__PyNumber_Add_object_float(PyObject *op1, PyObject *op2, int inplace) {
+    if (likely(PyFloat_CheckExact(op1))) {
+        if (likely(op2 != Py_None)) {
+            double float_op2 = __Pyx_PyFloat_AS_DOUBLE(op2);
+            #if !CYTHON_ASSUME_SAFE_MACROS
+            if (unlikely((float_op2 == -1.) && PyErr_Occurred())) return NULL;
+            #endif
+            double float_op1 = __Pyx_PyFloat_AS_DOUBLE(op1);
+            #if !CYTHON_ASSUME_SAFE_MACROS
+            if (unlikely((float_op1 == -1.) && PyErr_Occurred())) return NULL;
+            #endif
+            return PyFloat_FromDouble(float_op1 + float_op2);
+        }
+        return __Pyx_PyNumber_Add_xfloat_float(op1, op2, inplace);
+    }
+    if (PyLong_CheckExact(op1)) {
+        return __Pyx_PyNumber_Add_xint_float(op1, op2, inplace);
+    }
+    return (inplace) ? PyNumber_InPlaceAdd(op1, op2) : PyNumber_Add(op1, op2);
+}
+#endif
+
+/* PyObjectCompare */
+#ifndef __Pyx_DEFINED_PyObject_CompareStrStrBoolLt
+#define __Pyx_DEFINED_PyObject_CompareStrStrBoolLt
+static CYTHON_INLINE int __Pyx_PyObject_CompareStrStrBoolLt(PyObject* s1, PyObject* s2) {
+    int result = PyUnicode_Compare(s1, s2);
+    if (unlikely((result == -1) && PyErr_Occurred())) return -1;
+    if (result < 0) goto __pyx_return_true; else goto __pyx_return_false;
+__pyx_return_true:
+    return 1;
+__pyx_return_false:
+    return 0;
+}
+#endif
+#if !(CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_GRAAL)
+#ifndef __Pyx_DEFINED_PyObject_ComparePyBytesPyBytesBoolLt
+#define __Pyx_DEFINED_PyObject_ComparePyBytesPyBytesBoolLt
+static CYTHON_INLINE int __Pyx_PyObject_ComparePyBytesPyBytesBoolLt(PyObject* s1, PyObject* s2) {
+    Py_ssize_t cmp;
+    Py_ssize_t length1, length2, short_length;
+    #if CYTHON_ASSUME_SAFE_SIZE && CYTHON_ASSUME_SAFE_MACROS
+    const char *ps1, *ps2;
+    length1 = __Pyx_PyBytes_GET_SIZE(s1);
+    length2 = __Pyx_PyBytes_GET_SIZE(s2);
+    short_length = (length1 < length2) ? length1 : length2;
+    if (short_length == 0) {
+        if (length1 == 0) goto __pyx_return_true; else goto __pyx_return_false;
+    }
+    ps1 = PyBytes_AS_STRING(s1);
+    ps2 = PyBytes_AS_STRING(s2);
+    #else
+    char *ps1, *ps2;
+    if (unlikely(PyBytes_AsStringAndSize(s1, &ps1, &length1) == -1)) return -1;
+    if (unlikely(PyBytes_AsStringAndSize(s2, &ps2, &length2) == -1)) return -1;
+    short_length = (length1 < length2) ? length1 : length2;
+    if (short_length == 0) {
+        if (length1 == 0) goto __pyx_return_true; else goto __pyx_return_false;
+    }
+    #endif
+    cmp = (Py_ssize_t) ((const unsigned char*) ps1)[0] - (Py_ssize_t) ((const unsigned char*) ps2)[0];
+    if (cmp == 0 && short_length > 1) {
+        cmp = memcmp(ps1, ps2, (size_t)short_length);
+    }
+    if (cmp == 0) cmp = (length1 - length2);
+    if (cmp < 0) goto __pyx_return_true; else goto __pyx_return_false;
+__pyx_return_true:
+    return 1;
+__pyx_return_false:
+    return 0;
+}
+#endif
+#endif
+#if !(CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_GRAAL)
+#ifndef __Pyx_DEFINED_PyObject_ComparePyBytesPyByteArrayBoolLt
+#define __Pyx_DEFINED_PyObject_ComparePyBytesPyByteArrayBoolLt
+static CYTHON_INLINE int __Pyx_PyObject_ComparePyBytesPyByteArrayBoolLt(PyObject* s1, PyObject* s2) {
+    Py_ssize_t cmp;
+    Py_ssize_t length1, length2, short_length;
+    #if CYTHON_ASSUME_SAFE_SIZE && CYTHON_ASSUME_SAFE_MACROS
+    const char *ps1, *ps2;
+    length1 = __Pyx_PyBytes_GET_SIZE(s1);
+    length2 = __Pyx_PyByteArray_GET_SIZE(s2);
+    short_length = (length1 < length2) ? length1 : length2;
+    if (short_length == 0) {
+        if (length1 == 0) goto __pyx_return_true; else goto __pyx_return_false;
+    }
+    ps1 = PyBytes_AS_STRING(s1);
+    ps2 = PyByteArray_AS_STRING(s2);
+    #else
+    char *ps1, *ps2;
+    if (unlikely(PyBytes_AsStringAndSize(s1, &ps1, &length1) == -1)) return -1;
+    ps2 = __Pyx_PyByteArray_AsString(s2); if (unlikely(!ps2)) return -1;
+    length2 = __Pyx_PyByteArray_GET_SIZE(s2); if (unlikely(length2 == -1)) return -1;
+    short_length = (length1 < length2) ? length1 : length2;
+    if (short_length == 0) {
+        if (length1 == 0) goto __pyx_return_true; else goto __pyx_return_false;
+    }
+    #endif
+    cmp = (Py_ssize_t) ((const unsigned char*) ps1)[0] - (Py_ssize_t) ((const unsigned char*) ps2)[0];
+    if (cmp == 0 && short_length > 1) {
+        cmp = memcmp(ps1, ps2, (size_t)short_length);
+    }
+    if (cmp == 0) cmp = (length1 - length2);
+    if (cmp < 0) goto __pyx_return_true; else goto __pyx_return_false;
+__pyx_return_true:
+    return 1;
+__pyx_return_false:
+    return 0;
+}
+#endif
+#endif
+#if !(CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_GRAAL)
+#ifndef __Pyx_DEFINED_PyObject_ComparePyByteArrayPyBytesBoolLt
+#define __Pyx_DEFINED_PyObject_ComparePyByteArrayPyBytesBoolLt
+static CYTHON_INLINE int __Pyx_PyObject_ComparePyByteArrayPyBytesBoolLt(PyObject* s1, PyObject* s2) {
+    Py_ssize_t cmp;
+    Py_ssize_t length1, length2, short_length;
+    #if CYTHON_ASSUME_SAFE_SIZE && CYTHON_ASSUME_SAFE_MACROS
+    const char *ps1, *ps2;
+    length1 = __Pyx_PyByteArray_GET_SIZE(s1);
+    length2 = __Pyx_PyBytes_GET_SIZE(s2);
+    short_length = (length1 < length2) ? length1 : length2;
+    if (short_length == 0) {
+        if (length1 == 0) goto __pyx_return_true; else goto __pyx_return_false;
+    }
+    ps1 = PyByteArray_AS_STRING(s1);
+    ps2 = PyBytes_AS_STRING(s2);
+    #else
+    char *ps1, *ps2;
+    ps1 = __Pyx_PyByteArray_AsString(s1); if (unlikely(!ps1)) return -1;
+    length1 = __Pyx_PyByteArray_GET_SIZE(s1); if (unlikely(length1 == -1)) return -1;
+    if (unlikely(PyBytes_AsStringAndSize(s2, &ps2, &length2) == -1)) return -1;
+    short_length = (length1 < length2) ? length1 : length2;
+    if (short_length == 0) {
+        if (length1 == 0) goto __pyx_return_true; else goto __pyx_return_false;
+    }
+    #endif
+    cmp = (Py_ssize_t) ((const unsigned char*) ps1)[0] - (Py_ssize_t) ((const unsigned char*) ps2)[0];
+    if (cmp == 0 && short_length > 1) {
+        cmp = memcmp(ps1, ps2, (size_t)short_length);
+    }
+    if (cmp == 0) cmp = (length1 - length2);
+    if (cmp < 0) goto __pyx_return_true; else goto __pyx_return_false;
+__pyx_return_true:
+    return 1;
+__pyx_return_false:
+    return 0;
+}
+#endif
+#endif
+#if !(CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_GRAAL)
+#ifndef __Pyx_DEFINED_PyObject_ComparePyByteArrayPyByteArrayBoolLt
+#define __Pyx_DEFINED_PyObject_ComparePyByteArrayPyByteArrayBoolLt
+static CYTHON_INLINE int __Pyx_PyObject_ComparePyByteArrayPyByteArrayBoolLt(PyObject* s1, PyObject* s2) {
+    Py_ssize_t cmp;
+    Py_ssize_t length1, length2, short_length;
+    #if CYTHON_ASSUME_SAFE_SIZE && CYTHON_ASSUME_SAFE_MACROS
+    const char *ps1, *ps2;
+    length1 = __Pyx_PyByteArray_GET_SIZE(s1);
+    length2 = __Pyx_PyByteArray_GET_SIZE(s2);
+    short_length = (length1 < length2) ? length1 : length2;
+    if (short_length == 0) {
+        if (length1 == 0) goto __pyx_return_true; else goto __pyx_return_false;
+    }
+    ps1 = PyByteArray_AS_STRING(s1);
+    ps2 = PyByteArray_AS_STRING(s2);
+    #else
+    char *ps1, *ps2;
+    ps1 = __Pyx_PyByteArray_AsString(s1); if (unlikely(!ps1)) return -1;
+    length1 = __Pyx_PyByteArray_GET_SIZE(s1); if (unlikely(length1 == -1)) return -1;
+    ps2 = __Pyx_PyByteArray_AsString(s2); if (unlikely(!ps2)) return -1;
+    length2 = __Pyx_PyByteArray_GET_SIZE(s2); if (unlikely(length2 == -1)) return -1;
+    short_length = (length1 < length2) ? length1 : length2;
+    if (short_length == 0) {
+        if (length1 == 0) goto __pyx_return_true; else goto __pyx_return_false;
+    }
+    #endif
+    cmp = (Py_ssize_t) ((const unsigned char*) ps1)[0] - (Py_ssize_t) ((const unsigned char*) ps2)[0];
+    if (cmp == 0 && short_length > 1) {
+        cmp = memcmp(ps1, ps2, (size_t)short_length);
+    }
+    if (cmp == 0) cmp = (length1 - length2);
+    if (cmp < 0) goto __pyx_return_true; else goto __pyx_return_false;
+__pyx_return_true:
+    return 1;
+__pyx_return_false:
+    return 0;
+}
+#endif
+#endif
+#ifndef __Pyx_DEFINED_PyObject_CompareFloatIntBoolLt
+#define __Pyx_DEFINED_PyObject_CompareFloatIntBoolLt
+static int __Pyx_PyObject_CompareFloatIntBoolLt(PyObject *op1, PyObject *op2) {
+    double float_op1 = __Pyx_PyFloat_AS_DOUBLE(op1);
+    #if !CYTHON_ASSUME_SAFE_MACROS
+    if (unlikely(float_op1 == -1. && PyErr_Occurred())) return -1;
+    #endif
+    #if CYTHON_USE_PYLONG_INTERNALS
+    if (__Pyx_PyLong_IsCompact(op2)) {
+        Py_ssize_t iop2 = __Pyx_PyLong_CompactValue(op2);
+        if (float_op1 < ((double)iop2)) goto __pyx_return_true; else goto __pyx_return_false;
+    }
+    if (unlikely(!__Pyx_isfinite(float_op1))) {
+        if (float_op1 < 0.0) goto __pyx_return_true; else goto __pyx_return_false;
+    } else {
+        int sign2 = __Pyx_PyLong_Sign(op2);
+        if (float_op1 >= 0.) {
+            if (sign2 < 0) goto __pyx_return_false;
+            if (float_op1 < (double) (1L << PyLong_SHIFT)) goto __pyx_return_true;
+        } else {
+            if (sign2 > 0) goto __pyx_return_true;
+            if (float_op1 > -(double) (1L << PyLong_SHIFT)) goto __pyx_return_false;
+        }
+    }
+    #else
+    if (unlikely(!__Pyx_isfinite(float_op1))) {
+        if (float_op1 < 0.0) goto __pyx_return_true; else goto __pyx_return_false;
+    } else {
+        int overflow2;
+        long iop2 = PyLong_AsLongAndOverflow(op2, &overflow2);
+        if (likely(!overflow2)) {
+            if ((long long) iop2 >= (1LL << 53)) {
+                overflow2 = 1;
+            } else if ((long long) iop2 <= - (1LL << 53)) {
+                overflow2 = -1;
+            } else {
+                if (float_op1 < ((double) iop2)) goto __pyx_return_true; else goto __pyx_return_false;
+            }
+        }
+        if (overflow2 > 0) {
+            if (float_op1 < ((double) (1LL << 53))) goto __pyx_return_true;
+        } else {
+            if (float_op1 > - ((double) (1LL << 53))) goto __pyx_return_false;
+        }
+    }
+    #endif
+    return __Pyx_PyObject_RichCompareBool(op1, op2, Py_LT);
+__pyx_return_true:
+    return 1;
+__pyx_return_false:
+    return 0;
+}
+#endif
+#ifndef __Pyx_DEFINED_PyObject_CompareIntFloatBoolLt
+#define __Pyx_DEFINED_PyObject_CompareIntFloatBoolLt
+static int __Pyx_PyObject_CompareIntFloatBoolLt(PyObject *op1, PyObject *op2) {
+    double float_op2 = __Pyx_PyFloat_AS_DOUBLE(op2);
+    #if !CYTHON_ASSUME_SAFE_MACROS
+    if (unlikely(float_op2 == -1. && PyErr_Occurred())) return -1;
+    #endif
+    #if CYTHON_USE_PYLONG_INTERNALS
+    if (__Pyx_PyLong_IsCompact(op1)) {
+        Py_ssize_t iop1 = __Pyx_PyLong_CompactValue(op1);
+        if (((double)iop1) < float_op2) goto __pyx_return_true; else goto __pyx_return_false;
+    }
+    if (unlikely(!__Pyx_isfinite(float_op2))) {
+        if (0.0 < float_op2) goto __pyx_return_true; else goto __pyx_return_false;
+    } else {
+        int sign1 = __Pyx_PyLong_Sign(op1);
+        if (float_op2 >= 0.) {
+            if (sign1 < 0) goto __pyx_return_true;
+            if (float_op2 < (double) (1L << PyLong_SHIFT)) goto __pyx_return_false;
+        } else {
+            if (sign1 > 0) goto __pyx_return_false;
+            if (float_op2 > -(double) (1L << PyLong_SHIFT)) goto __pyx_return_true;
+        }
+    }
+    #else
+    if (unlikely(!__Pyx_isfinite(float_op2))) {
+        if (0.0 < float_op2) goto __pyx_return_true; else goto __pyx_return_false;
+    } else {
+        int overflow1;
+        long iop1 = PyLong_AsLongAndOverflow(op1, &overflow1);
+        if (likely(!overflow1)) {
+            if ((long long) iop1 >= (1LL << 53)) {
+                overflow1 = 1;
+            } else if ((long long) iop1 <= - (1LL << 53)) {
+                overflow1 = -1;
+            } else {
+                if (((double) iop1) < float_op2) goto __pyx_return_true; else goto __pyx_return_false;
+            }
+        }
+        if (overflow1 < 0) {
+            if (float_op2 > ((double) (1LL << 53))) goto __pyx_return_true;
+        } else {
+            if (float_op2 < - ((double) (1LL << 53))) goto __pyx_return_false;
+        }
+    }
+    #endif
+    return __Pyx_PyObject_RichCompareBool(op1, op2, Py_LT);
+__pyx_return_true:
+    return 1;
+__pyx_return_false:
+    return 0;
+}
+#endif
+#if CYTHON_USE_PYLONG_INTERNALS
+#ifndef __Pyx_DEFINED_PyObject_CompareIntIntBoolLt
+#define __Pyx_DEFINED_PyObject_CompareIntIntBoolLt
+static int __Pyx_PyObject_CompareIntIntBoolLt(PyObject *op1, PyObject *op2) {
+    Py_ssize_t cmp = __Pyx_PyLong_CompareSignAndSize(op1, op2);
+    if (cmp == 0) {
+        Py_ssize_t size = __Pyx_PyLong_DigitCount(op1);
+        if (size > 0) {
+            const digit* digits1 = __Pyx_PyLong_Digits(op1);
+            const digit* digits2 = __Pyx_PyLong_Digits(op2);
+            if (size == 1) {
+                cmp = (Py_ssize_t) digits1[0] - (Py_ssize_t) digits2[0];
+            } else if ((size == 2) && (8 * sizeof(Py_ssize_t) >= 2 * PyLong_SHIFT)) {
+                cmp = (Py_ssize_t) (((((size_t)digits1[1]) << PyLong_SHIFT) | (size_t)digits1[0])) - (Py_ssize_t) (((((size_t)digits2[1]) << PyLong_SHIFT) | (size_t)digits2[0]));
+            } else {
+                for (Py_ssize_t i=size-1; i >= 0 && !cmp; --i) {
+                    cmp = (Py_ssize_t) digits1[i] - (Py_ssize_t) digits2[i];
+                }
+            }
+        }
+        if (cmp == 0) return 0;
+        if (__Pyx_PyLong_IsNeg(op1)) cmp = -cmp;
+    }
+    return (cmp < 0);
+}
+#endif
+#ifndef __Pyx_DEFINED_PyObject_CompareIntIntBoolLt
+#define __Pyx_DEFINED_PyObject_CompareIntIntBoolLt
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CompareIntIntLt(PyObject *op1, PyObject *op2) {
+    int result = __Pyx_PyObject_CompareIntIntBoolLt(op1, op2);
+    if (unlikely(result == -1)) return NULL;
+    return __Pyx_NewRef(result ? Py_True : Py_False);
+}
+#endif
+#else
+#ifndef __Pyx_DEFINED_PyObject_CompareIntIntBoolLt
+#define __Pyx_DEFINED_PyObject_CompareIntIntBoolLt
+static int __Pyx_PyObject_CompareIntIntBoolLt(PyObject *op1, PyObject *op2) {
+    int overflow1, overflow2;
+    long long iop1 = PyLong_AsLongLongAndOverflow(op1, &overflow1);
+    long long iop2 = PyLong_AsLongLongAndOverflow(op2, &overflow2);
+    if (likely(!(overflow1 | overflow2))) {
+        if (iop1 < iop2) goto __pyx_return_true; else goto __pyx_return_false;
+    } else if (overflow1 != overflow2) {
+        if (overflow1 < overflow2) goto __pyx_return_true; else goto __pyx_return_false;
+    } else {
+        return __Pyx_PyObject_RichCompareBool(op1, op2, Py_LT);
+    }
+__pyx_return_true:
+    return 1;
+__pyx_return_false:
+    return 0;
+}
+#endif
+#endif
+static CYTHON_INLINE int __Pyx_PyObject_CompareBoolLt_object_object(PyObject *op1, PyObject *op2, int pyop) {
+    CYTHON_UNUSED_VAR(pyop);
+    if (PyFloat_CheckExact(op1)) {
+        if (PyFloat_CheckExact(op2)) {
+            double float_op1 = __Pyx_PyFloat_AS_DOUBLE(op1);
+            #if !CYTHON_ASSUME_SAFE_MACROS
+            if (unlikely(float_op1 == -1. && PyErr_Occurred())) return -1;
+            #endif
+            double float_op2 = __Pyx_PyFloat_AS_DOUBLE(op2);
+            #if !CYTHON_ASSUME_SAFE_MACROS
+            if (unlikely(float_op2 == -1. && PyErr_Occurred())) return -1;
+            #endif
+            if (float_op1 < float_op2) goto __pyx_return_true; else goto __pyx_return_false;
+        }
+        if (PyLong_CheckExact(op2)) {
+            return __Pyx_PyObject_CompareFloatIntBoolLt(op1, op2);
+        }
+        goto __pyx_richcmp;
+    }
+    if (PyLong_CheckExact(op1)) {
+        if (op1 == op2) goto __pyx_return_false;
+        if (PyLong_CheckExact(op2)) {
+            return __Pyx_PyObject_CompareIntIntBoolLt(op1, op2);
+        }
+        if (PyFloat_CheckExact(op2)) {
+            return __Pyx_PyObject_CompareIntFloatBoolLt(op1, op2);
+        }
+        goto __pyx_richcmp;
+    }
+    
+    if (PyUnicode_CheckExact(op1)) {
+        if (op1 == op2) goto __pyx_return_false;
+        if (PyUnicode_CheckExact(op2)) {
+            return __Pyx_PyObject_CompareStrStrBoolLt(op1, op2);
+        }
+        goto __pyx_richcmp;
+    }
+    
+    #if !(CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_GRAAL)
+    if (PyBytes_CheckExact(op1)) {
+        if (op1 == op2) goto __pyx_return_false;
+        if (PyBytes_CheckExact(op2)) {
+            return __Pyx_PyObject_ComparePyBytesPyBytesBoolLt(op1, op2);
+        }
+        if (PyByteArray_CheckExact(op2)) {
+            return __Pyx_PyObject_ComparePyBytesPyByteArrayBoolLt(op1, op2);
+        }
+        goto __pyx_richcmp;
+    }
+    #endif
+    #if !(CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_GRAAL)
+    if (PyByteArray_CheckExact(op1)) {
+        if (op1 == op2) goto __pyx_return_false;
+        if (PyByteArray_CheckExact(op2)) {
+            return __Pyx_PyObject_ComparePyByteArrayPyByteArrayBoolLt(op1, op2);
+        }
+        if (PyBytes_CheckExact(op2)) {
+            return __Pyx_PyObject_ComparePyByteArrayPyBytesBoolLt(op1, op2);
+        }
+        goto __pyx_richcmp;
+    }
+    #endif
+    if ((0)) goto __pyx_richcmp;
+    if ((0)) goto __pyx_return_true;
+    if ((0)) goto __pyx_return_false;
+__pyx_richcmp:
+    return __Pyx_PyObject_RichCompareBool(op1, op2, Py_LT);
+__pyx_return_true:
+    return 1;
+__pyx_return_false:
+    return 0;
+}
 
 /* JoinPyUnicode */
 static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count, Py_ssize_t result_ulength, int kind) {

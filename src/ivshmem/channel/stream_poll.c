@@ -1874,8 +1874,8 @@ static const char * const __pyx_cfilenm = __FILE__;
 
 static const char* const __pyx_f[] = {
   "ivshmem/channel/stream_poll.pyx",
-  "cpython/type.pxd",
   "ivshmem/native/descriptors.pxd",
+  "cpython/type.pxd",
   "ivshmem/native/spin.pxd",
   "ivshmem/native/bell.pxd",
   "ivshmem/native/mapping.pxd",
@@ -2259,6 +2259,18 @@ struct __pyx_t_7ivshmem_7channel_10membership_Rings {
   uint32_t lock;
 };
 
+/* "ends.pxd":10
+ * from .membership cimport Dependent, Membership
+ * 
+ * cdef enum:             # <<<<<<<<<<<<<<
+ *     # A sleep that the memory forbids again and again, although nothing can be taken, is a hostile
+ *     # peer's work: after so many it sleeps all the same.
+*/
+enum  {
+  __pyx_e_7ivshmem_7channel_4ends_FUTILE = 64,
+  __pyx_e_7ivshmem_7channel_4ends_LAST_PAUSE = 0xF4240
+};
+
 /* "streams.pxd":8
  * from .header cimport ivshmem_listener, ivshmem_stream
  * 
@@ -2290,7 +2302,7 @@ struct __pyx_t_7ivshmem_7channel_11stream_poll_Entry {
   int awaited;
 };
 
-/* "native/descriptors.pxd":86
+/* "native/descriptors.pxd":101
  * 
  * 
  * cdef class Fd:             # <<<<<<<<<<<<<<
@@ -2303,7 +2315,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Fd {
 };
 
 
-/* "native/descriptors.pxd":93
+/* "native/descriptors.pxd":108
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2322,7 +2334,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray {
 };
 
 
-/* "native/descriptors.pxd":117
+/* "native/descriptors.pxd":132
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2339,7 +2351,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller {
 };
 
 
-/* "native/descriptors.pxd":127
+/* "native/descriptors.pxd":142
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2354,7 +2366,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Relay {
 };
 
 
-/* "native/descriptors.pxd":134
+/* "native/descriptors.pxd":149
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2565,7 +2577,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Membership {
 };
 
 
-/* "ends.pxd":11
+/* "ends.pxd":18
  * 
  * 
  * cdef class Wakeup:             # <<<<<<<<<<<<<<
@@ -2582,7 +2594,7 @@ struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup {
 };
 
 
-/* "ends.pxd":24
+/* "ends.pxd":31
  * 
  * 
  * cdef class ChannelEnd(Dependent):             # <<<<<<<<<<<<<<
@@ -2676,7 +2688,7 @@ struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper {
 
 
 
-/* "native/descriptors.pxd":93
+/* "native/descriptors.pxd":108
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2693,7 +2705,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray;
 
 
-/* "native/descriptors.pxd":117
+/* "native/descriptors.pxd":132
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2708,7 +2720,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller *__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller;
 
 
-/* "native/descriptors.pxd":127
+/* "native/descriptors.pxd":142
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2722,7 +2734,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay *__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay;
 
 
-/* "native/descriptors.pxd":134
+/* "native/descriptors.pxd":149
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2943,7 +2955,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
 static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *__pyx_vtabptr_7ivshmem_7channel_10membership_Membership;
 
 
-/* "ends.pxd":11
+/* "ends.pxd":18
  * 
  * 
  * cdef class Wakeup:             # <<<<<<<<<<<<<<
@@ -2958,7 +2970,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup {
 static struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *__pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup;
 
 
-/* "ends.pxd":24
+/* "ends.pxd":31
  * 
  * 
  * cdef class ChannelEnd(Dependent):             # <<<<<<<<<<<<<<
@@ -3226,6 +3238,28 @@ static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStrNoError(PyObject* obj, P
 /* GetBuiltinName.proto */
 static PyObject *__Pyx_GetBuiltinName(PyObject *name);
 
+/* PyValueError_Check.proto */
+#define __Pyx_PyExc_ValueError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_ValueError)
+
+/* PyObjectCall.proto (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw);
+#else
+#define __Pyx_PyObject_Call(func, arg, kw) PyObject_Call(func, arg, kw)
+#endif
+
+/* PyObjectCallMethO.proto (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg);
+#endif
+
+/* PyObjectFastCall.proto */
+#define __Pyx_PyObject_FastCall(func, args, nargs)  __Pyx_PyObject_FastCallDict(func, args, (size_t)(nargs), NULL)
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject * const*args, size_t nargsf, PyObject *kwargs);
+
+/* RaiseException.export */
+static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
+
 /* DivInt[int64_t].proto */
 static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t, int64_t, int b_is_constant);
 
@@ -3324,22 +3358,6 @@ static CYTHON_INLINE PyObject* __Pyx_PyDict_Items(PyObject* d);
     ((__Pyx_PyCFunctionFast)(void(*)(void))(PyCFunction)(cfunc)->func)(self, args, nargs)
 #define __Pyx_CallCFunctionFastWithKeywords(cfunc, self, args, nargs, kwnames)\
     ((__Pyx_PyCFunctionFastWithKeywords)(void(*)(void))(PyCFunction)(cfunc)->func)(self, args, nargs, kwnames)
-
-/* PyObjectCall.proto (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw);
-#else
-#define __Pyx_PyObject_Call(func, arg, kw) PyObject_Call(func, arg, kw)
-#endif
-
-/* PyObjectCallMethO.proto (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg);
-#endif
-
-/* PyObjectFastCall.proto (used by PyObjectCallOneArg) */
-#define __Pyx_PyObject_FastCall(func, args, nargs)  __Pyx_PyObject_FastCallDict(func, args, (size_t)(nargs), NULL)
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject * const*args, size_t nargsf, PyObject *kwargs);
 
 /* PyObjectCallOneArg.proto (used by CallUnboundCMethod0) */
 static CYTHON_INLINE PyObject* __Pyx_PyObject_CallOneArg(PyObject *func, PyObject *arg);
@@ -3546,9 +3564,6 @@ static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds);
 
 /* JoinPyUnicode.export */
 static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count, Py_ssize_t result_ulength, int kind);
-
-/* RaiseException.export */
-static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
 
 /* PyObjectFastCallMethod.proto */
 #if CYTHON_VECTORCALL
@@ -4150,6 +4165,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up(struct __pyx
 /* Module declarations from "ivshmem.native.syscalls" */
 
 /* Module declarations from "ivshmem.native.descriptors" */
+static CYTHON_INLINE double __pyx_f_7ivshmem_6native_11descriptors_seconds_of(PyObject *); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(int64_t); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uint64_t); /*proto*/
@@ -4276,7 +4292,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     __Pyx_CachedCFunction __pyx_umethod_PyList_Type_pop;
     PyObject *__pyx_codeobj_tab[8];
-    PyObject *__pyx_string_tab[80];
+    PyObject *__pyx_string_tab[81];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
 #if CYTHON_COMPILING_IN_LIMITED_API
@@ -4339,72 +4355,73 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u_ivshmem_channel_stream_poll_pyx __pyx_string_tab[11]
 #define __pyx_kp_u_the_endpoint_is_closed __pyx_string_tab[12]
 #define __pyx_kp_u_this_Sleeper_has_left_its_poll __pyx_string_tab[13]
-#define __pyx_n_u_ClosedError __pyx_string_tab[14]
-#define __pyx_n_u_HAS_ENDED __pyx_string_tab[15]
-#define __pyx_n_u_HAS_RESET __pyx_string_tab[16]
-#define __pyx_n_u_MAY_RECEIVE __pyx_string_tab[17]
-#define __pyx_n_u_MAY_SEND __pyx_string_tab[18]
-#define __pyx_n_u_Sleeper __pyx_string_tab[19]
-#define __pyx_n_u_Sleeper___reduce __pyx_string_tab[20]
-#define __pyx_n_u_Sleeper_close __pyx_string_tab[21]
-#define __pyx_n_u_Sleeper_sleep __pyx_string_tab[22]
-#define __pyx_n_u_StreamPoll __pyx_string_tab[23]
-#define __pyx_n_u_StreamPoll___reduce __pyx_string_tab[24]
-#define __pyx_n_u_StreamPoll_add __pyx_string_tab[25]
-#define __pyx_n_u_StreamPoll_close __pyx_string_tab[26]
-#define __pyx_n_u_StreamPoll_fileno __pyx_string_tab[27]
-#define __pyx_n_u_StreamPoll_ready __pyx_string_tab[28]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[29]
-#define __pyx_n_u_annotate __pyx_string_tab[30]
-#define __pyx_n_u_func __pyx_string_tab[31]
-#define __pyx_n_u_main __pyx_string_tab[32]
-#define __pyx_n_u_module __pyx_string_tab[33]
-#define __pyx_n_u_name __pyx_string_tab[34]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[35]
-#define __pyx_n_u_qualname __pyx_string_tab[36]
-#define __pyx_n_u_reduce __pyx_string_tab[37]
-#define __pyx_n_u_set_name __pyx_string_tab[38]
-#define __pyx_n_u_test __pyx_string_tab[39]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[40]
-#define __pyx_n_u_add __pyx_string_tab[41]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[42]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[43]
-#define __pyx_n_u_close __pyx_string_tab[44]
-#define __pyx_n_u_closed __pyx_string_tab[45]
-#define __pyx_n_u_count __pyx_string_tab[46]
-#define __pyx_n_u_directions __pyx_string_tab[47]
-#define __pyx_n_u_end __pyx_string_tab[48]
-#define __pyx_n_u_entry __pyx_string_tab[49]
-#define __pyx_n_u_errors __pyx_string_tab[50]
-#define __pyx_n_u_fileno __pyx_string_tab[51]
-#define __pyx_n_u_found __pyx_string_tab[52]
-#define __pyx_n_u_i __pyx_string_tab[53]
-#define __pyx_n_u_id __pyx_string_tab[54]
-#define __pyx_n_u_items __pyx_string_tab[55]
-#define __pyx_n_u_ivshmem_channel_stream_poll __pyx_string_tab[56]
-#define __pyx_n_u_larger __pyx_string_tab[57]
-#define __pyx_n_u_last __pyx_string_tab[58]
-#define __pyx_n_u_membership __pyx_string_tab[59]
-#define __pyx_n_u_owner __pyx_string_tab[60]
-#define __pyx_n_u_poll __pyx_string_tab[61]
-#define __pyx_n_u_pop __pyx_string_tab[62]
-#define __pyx_n_u_ready __pyx_string_tab[63]
-#define __pyx_n_u_ref __pyx_string_tab[64]
-#define __pyx_n_u_said __pyx_string_tab[65]
-#define __pyx_n_u_self __pyx_string_tab[66]
-#define __pyx_n_u_setdefault __pyx_string_tab[67]
-#define __pyx_n_u_sleep __pyx_string_tab[68]
-#define __pyx_n_u_sleeper __pyx_string_tab[69]
-#define __pyx_n_u_values __pyx_string_tab[70]
-#define __pyx_n_u_weakref __pyx_string_tab[71]
-#define __pyx_kp_b_int_struct_ivshmem_stream_look_b __pyx_string_tab[72]
-#define __pyx_kp_b_iso88591_A_iq_AT_q __pyx_string_tab[73]
-#define __pyx_kp_b_iso88591_A_t1_5_1_Q_3at_b_t7_Q_HAT_4xq_IQ __pyx_string_tab[74]
-#define __pyx_kp_b_iso88591_A_4q_6_1_5_ARq_q_4q_A __pyx_string_tab[75]
-#define __pyx_kp_b_iso88591_A_t7 __pyx_string_tab[76]
-#define __pyx_kp_b_iso88591_A_1D_6_D_YgQd_Rr_r_Ba_wc_1_F_A_x __pyx_string_tab[77]
-#define __pyx_kp_b_iso88591_A_KvQ_4_WE_T_Ja_Qa_E_as_4q_AT_uA __pyx_string_tab[78]
-#define __pyx_kp_b_iso88591_2_4vS_Qa_T_F_AT_hat1_A_uHCq_V85 __pyx_string_tab[79]
+#define __pyx_kp_u_timeout_is_not_a_number __pyx_string_tab[14]
+#define __pyx_n_u_ClosedError __pyx_string_tab[15]
+#define __pyx_n_u_HAS_ENDED __pyx_string_tab[16]
+#define __pyx_n_u_HAS_RESET __pyx_string_tab[17]
+#define __pyx_n_u_MAY_RECEIVE __pyx_string_tab[18]
+#define __pyx_n_u_MAY_SEND __pyx_string_tab[19]
+#define __pyx_n_u_Sleeper __pyx_string_tab[20]
+#define __pyx_n_u_Sleeper___reduce __pyx_string_tab[21]
+#define __pyx_n_u_Sleeper_close __pyx_string_tab[22]
+#define __pyx_n_u_Sleeper_sleep __pyx_string_tab[23]
+#define __pyx_n_u_StreamPoll __pyx_string_tab[24]
+#define __pyx_n_u_StreamPoll___reduce __pyx_string_tab[25]
+#define __pyx_n_u_StreamPoll_add __pyx_string_tab[26]
+#define __pyx_n_u_StreamPoll_close __pyx_string_tab[27]
+#define __pyx_n_u_StreamPoll_fileno __pyx_string_tab[28]
+#define __pyx_n_u_StreamPoll_ready __pyx_string_tab[29]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[30]
+#define __pyx_n_u_annotate __pyx_string_tab[31]
+#define __pyx_n_u_func __pyx_string_tab[32]
+#define __pyx_n_u_main __pyx_string_tab[33]
+#define __pyx_n_u_module __pyx_string_tab[34]
+#define __pyx_n_u_name __pyx_string_tab[35]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[36]
+#define __pyx_n_u_qualname __pyx_string_tab[37]
+#define __pyx_n_u_reduce __pyx_string_tab[38]
+#define __pyx_n_u_set_name __pyx_string_tab[39]
+#define __pyx_n_u_test __pyx_string_tab[40]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[41]
+#define __pyx_n_u_add __pyx_string_tab[42]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[43]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[44]
+#define __pyx_n_u_close __pyx_string_tab[45]
+#define __pyx_n_u_closed __pyx_string_tab[46]
+#define __pyx_n_u_count __pyx_string_tab[47]
+#define __pyx_n_u_directions __pyx_string_tab[48]
+#define __pyx_n_u_end __pyx_string_tab[49]
+#define __pyx_n_u_entry __pyx_string_tab[50]
+#define __pyx_n_u_errors __pyx_string_tab[51]
+#define __pyx_n_u_fileno __pyx_string_tab[52]
+#define __pyx_n_u_found __pyx_string_tab[53]
+#define __pyx_n_u_i __pyx_string_tab[54]
+#define __pyx_n_u_id __pyx_string_tab[55]
+#define __pyx_n_u_items __pyx_string_tab[56]
+#define __pyx_n_u_ivshmem_channel_stream_poll __pyx_string_tab[57]
+#define __pyx_n_u_larger __pyx_string_tab[58]
+#define __pyx_n_u_last __pyx_string_tab[59]
+#define __pyx_n_u_membership __pyx_string_tab[60]
+#define __pyx_n_u_owner __pyx_string_tab[61]
+#define __pyx_n_u_poll __pyx_string_tab[62]
+#define __pyx_n_u_pop __pyx_string_tab[63]
+#define __pyx_n_u_ready __pyx_string_tab[64]
+#define __pyx_n_u_ref __pyx_string_tab[65]
+#define __pyx_n_u_said __pyx_string_tab[66]
+#define __pyx_n_u_self __pyx_string_tab[67]
+#define __pyx_n_u_setdefault __pyx_string_tab[68]
+#define __pyx_n_u_sleep __pyx_string_tab[69]
+#define __pyx_n_u_sleeper __pyx_string_tab[70]
+#define __pyx_n_u_values __pyx_string_tab[71]
+#define __pyx_n_u_weakref __pyx_string_tab[72]
+#define __pyx_kp_b_int_struct_ivshmem_stream_look_b __pyx_string_tab[73]
+#define __pyx_kp_b_iso88591_A_iq_AT_q __pyx_string_tab[74]
+#define __pyx_kp_b_iso88591_A_t1_5_1_Q_3at_b_t7_Q_HAT_4xq_IQ __pyx_string_tab[75]
+#define __pyx_kp_b_iso88591_A_4q_6_1_5_ARq_q_4q_A __pyx_string_tab[76]
+#define __pyx_kp_b_iso88591_A_t7 __pyx_string_tab[77]
+#define __pyx_kp_b_iso88591_A_1D_6_D_YgQd_Rr_r_Ba_wc_1_F_A_x __pyx_string_tab[78]
+#define __pyx_kp_b_iso88591_A_KvQ_4_WE_T_Ja_Qa_E_as_4q_AT_uA __pyx_string_tab[79]
+#define __pyx_kp_b_iso88591_2_4vS_Qa_T_F_AT_hat1_A_uHCq_V85 __pyx_string_tab[80]
 /* #### Code section: module_state_clear ### */
 #if CYTHON_USE_MODULE_STATE
 static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
@@ -4448,7 +4465,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyList_Type_pop.method);
   for (int i=0; i<8; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<80; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<81; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
 Py_CLEAR(clear_module_state->__pyx_CommonTypesMetaclassType);
@@ -4500,7 +4517,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyList_Type_pop.method);
   for (int i=0; i<8; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<80; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<81; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
 Py_VISIT(traverse_module_state->__pyx_CommonTypesMetaclassType);
@@ -4517,6 +4534,203 @@ return 0;
 /* "native/descriptors.pxd":28
  * 
  * 
+ * cdef inline double seconds_of(object timeout) except? -1:             # <<<<<<<<<<<<<<
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+*/
+
+static CYTHON_INLINE double __pyx_f_7ivshmem_6native_11descriptors_seconds_of(PyObject *__pyx_v_timeout) {
+  double __pyx_v_seconds;
+  double __pyx_r;
+  __Pyx_RefNannyDeclarations
+  double __pyx_t_1;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  size_t __pyx_t_5;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("seconds_of", 0);
+
+  /* "native/descriptors.pxd":30
+ * cdef inline double seconds_of(object timeout) except? -1:
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout             # <<<<<<<<<<<<<<
+ *     if seconds != seconds:
+ *         raise ValueError("timeout is not a number")
+*/
+  __pyx_t_1 = __Pyx_PyFloat_AsDouble(__pyx_v_timeout); if (unlikely((__pyx_t_1 == (double)-1) && PyErr_Occurred())) __PYX_ERR(1, 30, __pyx_L1_error)
+  __pyx_v_seconds = __pyx_t_1;
+
+  /* "native/descriptors.pxd":31
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+ *     if seconds != seconds:             # <<<<<<<<<<<<<<
+ *         raise ValueError("timeout is not a number")
+ *     return seconds
+*/
+  __pyx_t_2 = (__pyx_v_seconds != __pyx_v_seconds);
+
+  if (unlikely(__pyx_t_2)) {
+
+
+    /* "native/descriptors.pxd":32
+ *     cdef double seconds = timeout
+ *     if seconds != seconds:
+ *         raise ValueError("timeout is not a number")             # <<<<<<<<<<<<<<
+ *     return seconds
+ * 
+*/
+    __pyx_t_4 = NULL;
+    __pyx_t_5 = 1;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_timeout_is_not_a_number};
+      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 32, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_3);
+    }
+    __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __PYX_ERR(1, 32, __pyx_L1_error)
+
+    /* "native/descriptors.pxd":31
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+ *     if seconds != seconds:             # <<<<<<<<<<<<<<
+ *         raise ValueError("timeout is not a number")
+ *     return seconds
+*/
+  }
+
+  /* "native/descriptors.pxd":33
+ *     if seconds != seconds:
+ *         raise ValueError("timeout is not a number")
+ *     return seconds             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = __pyx_v_seconds;
+  }
+  goto __pyx_L0;
+
+  /* "native/descriptors.pxd":28
+ * 
+ * 
+ * cdef inline double seconds_of(object timeout) except? -1:             # <<<<<<<<<<<<<<
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.seconds_of", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1.0;
+  __pyx_L0:;
+
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "native/descriptors.pxd":36
+ * 
+ * 
+ * cdef inline int check_timeout(object timeout) except -1:             # <<<<<<<<<<<<<<
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+*/
+
+static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_check_timeout(PyObject *__pyx_v_timeout) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  double __pyx_t_3;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "native/descriptors.pxd":38
+ * cdef inline int check_timeout(object timeout) except -1:
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns             # <<<<<<<<<<<<<<
+ *         seconds_of(timeout)
+ *     return 0
+*/
+  __pyx_t_2 = (__pyx_v_timeout != Py_None);
+  if (__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = (((PyObject *)Py_TYPE(__pyx_v_timeout)) != ((PyObject *)(&PyLong_Type)));
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L4_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "native/descriptors.pxd":39
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+ *         seconds_of(timeout)             # <<<<<<<<<<<<<<
+ *     return 0
+ * 
+*/
+    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_seconds_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((double)-1.0) && PyErr_Occurred())) __PYX_ERR(1, 39, __pyx_L1_error)
+
+
+    /* "native/descriptors.pxd":38
+ * cdef inline int check_timeout(object timeout) except -1:
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns             # <<<<<<<<<<<<<<
+ *         seconds_of(timeout)
+ *     return 0
+*/
+  }
+
+  /* "native/descriptors.pxd":40
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+ *         seconds_of(timeout)
+ *     return 0             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "native/descriptors.pxd":36
+ * 
+ * 
+ * cdef inline int check_timeout(object timeout) except -1:             # <<<<<<<<<<<<<<
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.native.descriptors.check_timeout", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "native/descriptors.pxd":43
+ * 
+ * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
@@ -4526,7 +4740,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   struct timespec __pyx_v_t;
   int64_t __pyx_r;
 
-  /* "native/descriptors.pxd":30
+  /* "native/descriptors.pxd":45
  * cdef inline int64_t now() noexcept nogil:
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)             # <<<<<<<<<<<<<<
@@ -4535,7 +4749,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
 */
   (void)(clock_gettime(CLOCK_MONOTONIC, (&__pyx_v_t)));
 
-  /* "native/descriptors.pxd":31
+  /* "native/descriptors.pxd":46
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
  *     return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec             # <<<<<<<<<<<<<<
@@ -4548,7 +4762,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":28
+  /* "native/descriptors.pxd":43
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4562,7 +4776,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":34
+/* "native/descriptors.pxd":49
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4579,7 +4793,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   int64_t __pyx_t_5;
   int __pyx_t_6;
 
-  /* "native/descriptors.pxd":36
+  /* "native/descriptors.pxd":51
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:
  *     """When they will be over; less than 0: never."""
  *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX             # <<<<<<<<<<<<<<
@@ -4616,7 +4830,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":34
+  /* "native/descriptors.pxd":49
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4629,7 +4843,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":39
+/* "native/descriptors.pxd":54
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4645,7 +4859,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   int64_t __pyx_t_3;
   int64_t __pyx_t_4;
 
-  /* "native/descriptors.pxd":42
+  /* "native/descriptors.pxd":57
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -4657,7 +4871,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   if (__pyx_t_1) {
 
 
-    /* "native/descriptors.pxd":43
+    /* "native/descriptors.pxd":58
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:
  *         return NULL             # <<<<<<<<<<<<<<
@@ -4670,7 +4884,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
     }
     goto __pyx_L0;
 
-    /* "native/descriptors.pxd":42
+    /* "native/descriptors.pxd":57
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -4679,7 +4893,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   }
 
-  /* "native/descriptors.pxd":44
+  /* "native/descriptors.pxd":59
  *     if deadline == INT64_MAX:
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)             # <<<<<<<<<<<<<<
@@ -4703,7 +4917,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   __pyx_v_nanoseconds = __pyx_t_4;
 
 
-  /* "native/descriptors.pxd":45
+  /* "native/descriptors.pxd":60
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000             # <<<<<<<<<<<<<<
@@ -4712,7 +4926,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   __pyx_v_left->tv_sec = __Pyx_div_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "native/descriptors.pxd":46
+  /* "native/descriptors.pxd":61
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000             # <<<<<<<<<<<<<<
@@ -4721,7 +4935,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   __pyx_v_left->tv_nsec = __Pyx_mod_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "native/descriptors.pxd":47
+  /* "native/descriptors.pxd":62
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000
  *     return left             # <<<<<<<<<<<<<<
@@ -4734,7 +4948,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":39
+  /* "native/descriptors.pxd":54
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4748,7 +4962,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":50
+/* "native/descriptors.pxd":65
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4763,7 +4977,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
   uint64_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "native/descriptors.pxd":52
+  /* "native/descriptors.pxd":67
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:
  *     """What was read from an eventfd; more than 2**63 - 1 rings are somebody's ill will."""
  *     return <int64_t>min(count, <uint64_t>INT64_MAX)             # <<<<<<<<<<<<<<
@@ -4791,7 +5005,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
 
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":50
+  /* "native/descriptors.pxd":65
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4804,7 +5018,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":55
+/* "native/descriptors.pxd":70
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4819,7 +5033,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
   int64_t __pyx_r;
   int __pyx_t_1;
 
-  /* "native/descriptors.pxd":61
+  /* "native/descriptors.pxd":76
  *     it since Linux 5.8, which is why that is the oldest kernel supported.
  *     """
  *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
@@ -4828,7 +5042,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_count = 0;
 
-  /* "native/descriptors.pxd":64
+  /* "native/descriptors.pxd":79
  *     cdef iovec iov
  *     cdef ssize_t n
  *     iov.iov_base = &count             # <<<<<<<<<<<<<<
@@ -4837,7 +5051,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_iov.iov_base = (&__pyx_v_count);
 
-  /* "native/descriptors.pxd":65
+  /* "native/descriptors.pxd":80
  *     cdef ssize_t n
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)             # <<<<<<<<<<<<<<
@@ -4846,7 +5060,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_count));
 
-  /* "native/descriptors.pxd":66
+  /* "native/descriptors.pxd":81
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)
  *     while True:             # <<<<<<<<<<<<<<
@@ -4855,7 +5069,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   while (1) {
 
-    /* "native/descriptors.pxd":67
+    /* "native/descriptors.pxd":82
  *     iov.iov_len = sizeof(count)
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)             # <<<<<<<<<<<<<<
@@ -4864,7 +5078,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     __pyx_v_n = preadv2(__pyx_v_fd, (&__pyx_v_iov), 1, -1L, RWF_NOWAIT);
 
-    /* "native/descriptors.pxd":68
+    /* "native/descriptors.pxd":83
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -4876,7 +5090,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "native/descriptors.pxd":69
+      /* "native/descriptors.pxd":84
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):
  *             return count_of(count)             # <<<<<<<<<<<<<<
@@ -4889,7 +5103,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "native/descriptors.pxd":68
+      /* "native/descriptors.pxd":83
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -4898,7 +5112,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "native/descriptors.pxd":70
+    /* "native/descriptors.pxd":85
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -4910,7 +5124,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "native/descriptors.pxd":71
+      /* "native/descriptors.pxd":86
  *             return count_of(count)
  *         if n >= 0:
  *             return -EINVAL  # no eventfd             # <<<<<<<<<<<<<<
@@ -4923,7 +5137,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "native/descriptors.pxd":70
+      /* "native/descriptors.pxd":85
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -4932,7 +5146,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "native/descriptors.pxd":72
+    /* "native/descriptors.pxd":87
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4944,7 +5158,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "native/descriptors.pxd":73
+      /* "native/descriptors.pxd":88
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:
  *             return 0             # <<<<<<<<<<<<<<
@@ -4957,7 +5171,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "native/descriptors.pxd":72
+      /* "native/descriptors.pxd":87
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4966,7 +5180,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "native/descriptors.pxd":74
+    /* "native/descriptors.pxd":89
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -4978,7 +5192,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "native/descriptors.pxd":75
+      /* "native/descriptors.pxd":90
  *             return 0
  *         if errno != EINTR:
  *             return -errno             # <<<<<<<<<<<<<<
@@ -4991,7 +5205,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "native/descriptors.pxd":74
+      /* "native/descriptors.pxd":89
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -5001,7 +5215,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     }
   }
 
-  /* "native/descriptors.pxd":55
+  /* "native/descriptors.pxd":70
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5018,7 +5232,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":78
+/* "native/descriptors.pxd":93
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5032,7 +5246,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "native/descriptors.pxd":80
+  /* "native/descriptors.pxd":95
  * cdef inline int add_one(int fd) noexcept nogil:
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1             # <<<<<<<<<<<<<<
@@ -5041,7 +5255,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 */
   __pyx_v_one = 1;
 
-  /* "native/descriptors.pxd":81
+  /* "native/descriptors.pxd":96
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5067,7 +5281,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   if (__pyx_t_1) {
 
 
-    /* "native/descriptors.pxd":82
+    /* "native/descriptors.pxd":97
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0             # <<<<<<<<<<<<<<
@@ -5080,7 +5294,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
     }
     goto __pyx_L0;
 
-    /* "native/descriptors.pxd":81
+    /* "native/descriptors.pxd":96
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5089,7 +5303,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 */
   }
 
-  /* "native/descriptors.pxd":83
+  /* "native/descriptors.pxd":98
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0
  *     return errno             # <<<<<<<<<<<<<<
@@ -5102,7 +5316,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":78
+  /* "native/descriptors.pxd":93
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5116,7 +5330,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":107
+/* "native/descriptors.pxd":122
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5127,7 +5341,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array) {
   Py_ssize_t __pyx_r;
 
-  /* "native/descriptors.pxd":109
+  /* "native/descriptors.pxd":124
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:
  *     """How many descriptors there are, also while another thread adds one."""
  *     return ivshmem_length(&array.count)             # <<<<<<<<<<<<<<
@@ -5140,7 +5354,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":107
+  /* "native/descriptors.pxd":122
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5153,7 +5367,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":112
+/* "native/descriptors.pxd":127
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5164,7 +5378,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
 static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array, Py_ssize_t __pyx_v_index) {
   int *__pyx_r;
 
-  /* "native/descriptors.pxd":114
+  /* "native/descriptors.pxd":129
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:
  *     """Where a descriptor stands, of as many as `length_of` told; it stays there."""
  *     return &ivshmem_elements(&array.fds)[index]             # <<<<<<<<<<<<<<
@@ -5177,7 +5391,7 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":112
+  /* "native/descriptors.pxd":127
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8764,7 +8978,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_modinit_Type_import_code", 0);
   /*--- Type import code ---*/
-  __pyx_t_1 = PyImport_ImportModule(__Pyx_BUILTIN_MODULE_NAME); if (unlikely(!__pyx_t_1)) __PYX_ERR(1, 9, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule(__Pyx_BUILTIN_MODULE_NAME); if (unlikely(!__pyx_t_1)) __PYX_ERR(2, 9, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7cpython_4type_type = __Pyx_ImportType_3_3_1(__pyx_t_1, __Pyx_BUILTIN_MODULE_NAME, "type",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -8774,9 +8988,9 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(PyHeapTypeObject), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(PyHeapTypeObject),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(1, 9, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(2, 9, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.descriptors"); if (unlikely(!__pyx_t_1)) __PYX_ERR(2, 86, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.descriptors"); if (unlikely(!__pyx_t_1)) __PYX_ERR(1, 101, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Fd",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -8786,7 +9000,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) __PYX_ERR(2, 86, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) __PYX_ERR(1, 101, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "FdArray",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
@@ -8795,8 +9009,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) __PYX_ERR(2, 93, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray) != 1)) __PYX_ERR(2, 93, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) __PYX_ERR(1, 108, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray) != 1)) __PYX_ERR(1, 108, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Signaller",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
@@ -8805,8 +9019,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) __PYX_ERR(2, 117, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) != 1)) __PYX_ERR(2, 117, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) __PYX_ERR(1, 132, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) != 1)) __PYX_ERR(1, 132, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Relay",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
@@ -8815,8 +9029,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) __PYX_ERR(2, 127, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) != 1)) __PYX_ERR(2, 127, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) __PYX_ERR(1, 142, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) != 1)) __PYX_ERR(1, 142, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Epoll",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
@@ -8825,8 +9039,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) __PYX_ERR(2, 134, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) != 1)) __PYX_ERR(2, 134, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) __PYX_ERR(1, 149, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) != 1)) __PYX_ERR(1, 149, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_1 = PyImport_ImportModule("ivshmem.native.spin"); if (unlikely(!__pyx_t_1)) __PYX_ERR(3, 30, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
@@ -8933,7 +9147,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) __PYX_ERR(7, 29, __pyx_L1_error)
   if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Membership) != 1)) __PYX_ERR(7, 29, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.ends"); if (unlikely(!__pyx_t_1)) __PYX_ERR(8, 11, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.ends"); if (unlikely(!__pyx_t_1)) __PYX_ERR(8, 18, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.ends", "Wakeup",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -8943,8 +9157,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup) __PYX_ERR(8, 11, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup) != 1)) __PYX_ERR(8, 11, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup) __PYX_ERR(8, 18, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup) != 1)) __PYX_ERR(8, 18, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.ends", "ChannelEnd",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd),
@@ -8953,8 +9167,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd) __PYX_ERR(8, 24, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd) != 1)) __PYX_ERR(8, 24, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd) __PYX_ERR(8, 31, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd) != 1)) __PYX_ERR(8, 31, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.streams"); if (unlikely(!__pyx_t_1)) __PYX_ERR(9, 18, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
@@ -9617,41 +9831,41 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{28},{1},{1},{179},{2},{8},{7},{6},{2},{9},{14},{31},{22},{30},{11},{9},{9},{11},{8},{7},{18},{13},{13},{10},{21},{14},{16},{17},{16},{20},{12},{8},{8},{10},{8},{14},{12},{10},{12},{8},{13},{3},{18},{18},{5},{6},{5},{10},{3},{5},{6},{6},{5},{1},{2},{5},{27},{6},{4},{10},{5},{4},{3},{5},{3},{4},{4},{10},{5},{7},{6},{7}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{28},{1},{1},{179},{2},{8},{7},{6},{2},{9},{14},{31},{22},{30},{23},{11},{9},{9},{11},{8},{7},{18},{13},{13},{10},{21},{14},{16},{17},{16},{20},{12},{8},{8},{10},{8},{14},{12},{10},{12},{8},{13},{3},{18},{18},{5},{6},{5},{10},{3},{5},{6},{6},{5},{1},{2},{5},{27},{6},{4},{10},{5},{4},{3},{5},{3},{4},{4},{10},{5},{7},{6},{7}};
     const struct { const unsigned int length: 8; } bytes_length_index[] = {{39},{21},{130},{77},{15},{251},{232},{140}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1144 bytes) */
-static const char cstring[] = "x\332eS1S\033G\024F1\261%#b\t\204\203q&\254\2348\3300\021#\002\216\047)22\210@<a\020bl\343\0247\253\273\025\332p\334J\267{ %3\031J\225[n\271\345\225W\252\244L\351R%?\201\237\220\267w\222a\234Bzo\367\275\375\336\373\336\367\016\331\330\363\230@\r\202l\326\246\304A\314Gmj\237\270\304)\375\262\307\004A\242\205\005\332\354\211\026\363\020\345\310!.m\020\037\013\342\366\020\027>\265\005\361M\222\207\366\253\373\337\257\277\\G\330s\220O\376$\266\340\210\007\r\333\305\234\023\216X\0235\002\352\n\352!\321k\023^B\273M\324c\001\362\010\324\025\014\265!\357\366\003\321\"\036\342D\030\007-\305\215bA\231g\301s\352\035/!\207\372P\204\236\021\363z\033\273\234\2240\302\216cA&q(\307\r\227\020\317\374\037\333\224\047\236C\317x\353\224\234\226\210\3573\237\217N\2536\020\360\210\273\n\214\010>\265\332\314uK\355^\327T&\236\323f\324\023\206\275\3552N\034\321\002\267\016\330m\240\336\302\034\271\244\ta\240k\336m\3069U\003\277S\251[\325\275\255\352\226q\016\252\365\352\341\357\225#p6\253\273o\252\306\255Ct\00442%\313\362\211\023\330\304\262\3067q\321\361\201\033[\217\273\334\207b7\336\355\2077\2270\215[\247\004\351\346\334\244.\361\330\255\013p\234\236e\355\367\272\360\333\002m\255=\322\025\007\244iY\243\371\003\274e5\003\3176\366\024S/\266\314\t\3348\342\341\323\330\302\354\2543a\006nN\235\000\273\343\310\270I\313\002i?\346\013\302\005\030\312-\233\371,\200%\201N\034\314{\236MY\351\343\035\267]\370\267\240\252\360\261M\032\330>\2119%\272\330,\360\304h)\230\007\202;\304\023~/Q:\341\332\204\024\207R\207\nr:\026\2774\022\277tK|\027\373\307\304\207E\024\220\000\373\316[\264\315\316=\342\233`\233\265\343A\371\244\3111u8q\233\300\305!M\034\270\"\026\210\047j\235a7 \374\234\340\023H5+\364\014J\0046\354JR\331J*\242\345\347\023.c\047V\203\211\326Ee\230\376\242OeGM\252\212:\324y\375Tw.*W\351E%t\371*=\325\337\220wdy\230\235\036N?\325\265avV\376 \261\024\352g\335\010S\303\354\203\276\220?\252oTm\230+\310\235\030b!\\\017\273Qg\2202W\273\252\246\034\275\034nE\231A~P\034\346\027\324\267\212\352Nx7\244""\221\030\000pNfT\001\336\247\263\375\035Y1fW\326.*\327w\0472\331\376z\277c2\322*e\314\224z\241gt9q7\364\244\256\350\003\200\272\027\306I\367U1\211\254\253\216\211\231Z\317\364wa\n\300\356Odrq\247K:\017\307\354D\246\250\357\350\262\336\002\016\300\361\205\234\225[\246\306\234<R\307\272\246\235p%:\210\374\301\303\201\1779{\371\352\022\033\246\347\322V\371a.\237T)\047\215}\246\236\250m\375\004\312\245g\344\222\232\207\t\026\207\351\007\375\256\354\030s.\2611=\000\037\233\234L\311\202|\007\203\201\320t\377\017s\027\0335\253*\246\233\237dM\022\203\237\227\013\211\371J\035|X\\\rE\024\237\036\251\"\260\317\204\371\2538cM\035A\277\305$\257v\223pOw\222i\276\005Yj\246<\010{=?\221y\244RW\020x-\317\314\365\024\014\371o\265\242\337\206\325\250\020\035\016\036_\376\366/\320\235\221+I\207\320\256\201\251\3129\320\235\0032\214w\230-\310\212<\034\261\205\321\004\240\\\256\030o\317_\321\\\204\207\271y\025O\026\032\376Z\341X\220\327\341yD@\361O\300\376\t\337G\377\007\024r\003\000\314\254\013\362WU\206\301\300eg\230[P\317\365\272\356E\251\010\224\370Rv\001\031\322\346\200\343+\020\356]\230\360\3740\271\026\025\257\037&\033t&\353F\3321!X\343\3030\326pRn\233\225I*\317\251\226\306Z\204\361\204\037\047\365\002\330\350M`\013\370o\324K\275\021NEk\260\026|\260|\t\361E\250\375\271~\037\006Q\345\323.\223O!\376Z\312\377\001Fv\261\275";
-    PyObject *data = __Pyx_DecompressString(cstring, 1144, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1159 bytes) */
+static const char cstring[] = "x\332eS=s\0337\020\025c\305&-*&-\311\261\345L\014:qdK\023z\350P\216\047)2\264DG\212\047\032Q\322\370+\305\rx\007\212\210\216\000y\300Id2\223Q\311\022%J\224W^\311ReJ\227,\365\023\374\023\262\270#-\215S\220\273\300.\336\356\333\267\207\\\314\030\227\250I\220\313\273\224x\210\007\250K\335#\237x\345_v\270$H\266\261D\033\003\331\346\014Q\201<\342\323&\t\260$\376\000\t\031PW\222\300&1\264[\337\375\276\372\254\2120\363P@\376$\256\024H\204M\327\307B\020\201x\0135C\352K\312\220\034t\211(\243\355\026\032\360\0201\002u%G]\310\273\374@\266\tC\202H\353\240\225\244Q,)g\016<\247\354p\005y4\200\"\364\230\330\327/\260/H\031#\354y\016d\022\217\n\334\364\ta\366\377\320\245\"\365<z,\332\035\322)\223 \340\201\230\234\036\273@\200\021\37710\"\270\343t\271\357\227\273\203\276\255L\230\327\345\224I\313\336\365\271 \236l\203\273\017\330]\240\336\306\002\371\244\005a\240k\337I\332!<L\322\355h1ba\007&\266\221<\255\333\252[\265}\247\276\263Y\337\264\316^}\277~\360{\355-8\033\365\355Wu\353\356Ct\202?1e\307\t\210\027\272\304q\2467I/\323\203\260v?i~\027z\270\360.?\274\270\204!]:\245H\027\347\026\365\t\343\227.\300\361\006\216\263;\350\303o\023$wvH_\356\221\226\343Ld\001x\307i\205\314\265\266\203)K,\367B?\2110\334I,\214\3249\226V\007{\352\205\330\237F\246M:\016(\3761_\022!\301P\341\270<\200\241R\006\235xX\014\230Ky\371\343\235p}\370w\240\252\014\260K\232\330=J8\245r\271<dr\262+\234\301\036x\204\311`\220.@\312\265\005)\036\245\036\225\2443\335\211\362d\047\312\227v\302\307\301!\t`?%$\200\250\242M\273\374\204\221\300\006\273\274\233\014* -\201\251\047\210\337\002.\036i\341\320\227\211@\"U\353\030\373!\021\047\004\037A\252\335\254\207P\"tae\322\312NZ\021\255>\232\3619?r\232\\\266Ok\343\354\027C\252zzV\327\364\201)\232\007\246wZ;\317\336\323\322T\316\263s\303uuEU\306\371\371\361\374\003\323\030\347\027\324\017\n+\251\1776\315(3\316\337\030J\365\243\376F7\306\205E\265\225@,G\325\250\037\367F\031{\265\255\033\3323\253\321f\234\033\025G\245qqY\177\253\251\351EW#\032\313\021\000\027TN/\302\373l~\270\245j""\326l\253\306i\355\303\325\231\\~X\035\366lFVg\254\231\323O\315MSI\335u3kjf\017\240\256EI\322u]J#U\335\2631[\353\241\371.\312\000\330\365\231\\!\351t\305\024\341\230\237\311\225\314\025S1\233\300\0018>U\013j\323\326XRo\365\241i\030/Z\213\367\342`tk\024\234-\234=?\303\226\351\211ruq\\(\246U*ic\237\351\373\372\205\271\017\345\2627\325\212\276\r\023,\215\2637\206}\325\263\346Dak\006\000>5\005\225Q\213\352\r\014\006B\363\303?\354]b\364\202\256\331n~R\rE,~Q-\247\346+\275\367\376\336\343H\306\311\351\216.\001\373\\T<O2\236\350\267\320o)\315k\\$\\3\275t\232\257A\226\206-\017\302~\270=\223\273\2433\347\020x\251\216\355\365\034\014\371o\275f^G\365x1>\030\335=\373\355_\240{S\255\245\035B\273\026\246\256\226@w\001\3100\336q~Q\325\324\301\204-\214&\004\345\n\245d{\376\212\227b<.\334\326\311d\241\341\2575N\004y\031\235\304\004\024\377\004\354\237\350]\374\177@\251\326\001\300\316zQ\375\252+0\030\270\354\215\013\313\372\221\251\232A\234\211A\211/U\037\220!m\t8>\007\341\336D)\317\367\263O\342\322\207[\351\006\035\253}+\355\224\020\254\361A\224h8\253^\330\225I+/\351\266\301FF\311\204\357\246\365B\330\350\r`\013\370\257\3643\263\036\315\305O`-\304h\365\014\342\367\240\366\347\346]\024\306\265O\273L?\205\344k\251\374\007\224\253\272[";
+    PyObject *data = __Pyx_DecompressString(cstring, 1159, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1459 bytes) */
-static const char cstring[] = "\377 cannot \377be copie\377d or pic\377kled.?No\377te that \377Cython i\377s delibe\377rately s\177tricter!\001\377n PEP-48\3774 and re\377jects su\377bclasses\377 of buil\377tin type\377s. If yo\357u neu\000to \371p%\000%\tthen wset\200\000e \047\244\002\277ation_<\000i\177ng\047 dirb\000\373iv\242\000o Fal\377se.a add\375_\320\000edisab\357leen\002\001gci\375s\004\003divshm\377em.error\335s\007\004/ch\206 el\375/\317\000eam_po\277ll.pyx\200\000 \377endpoint\376\372\001closedt\325h\206 SY\000p\370\000ha\037s lef\034\000\354\0004\001\365C\037\002E[\001HAS_\337ENDED\005\001RE\377SETMAY_R\277ECEIVE\007\001S\370\033\000B\004I\004.__re?duce__\n\005p\002\272\027\005ss\001Str\243\000P\020\242\000\000\007-\t\026\006.\213 \030\010D\003~\024\007fileno9\010\376T\000dy__Pyx\372\001\000D\331@_Next\237Ref__\371$\225\000_\377_func___\337_main\003\002od;ul\025\002nam\035\002\271 \347_vt\375!$\001quaYl\022\005\326\005__\330@_(\005\357testO\000is__corou\242`e\306@\377asyncio.\376\013\006scline_\376s\000traceba\363ck\216B\222Ccoun\355t\216don\356@den\247try\344C\346\003f \000d\177iiditem\365E\365.\366D.\362Hlarg\277erlast\251`b\377ershipowwner\226apop\244\"\377refsaids\377elfsetde\237fault\234B\241Be\377rvaluesw\347eak(\000\277a(st\247ruc\310`\377c_\351c \377*)\000look_\377both\200A\330\010\377\016\210i\220q\230\004\230\377A\230T\240\021\240%\240\377q\200A\340\010\037\230t\377\2401\340\010\013\2105\220\377\003\2201\330\014\r\330\r\377%\240Q\330\014\023\2203\377\220a\220t\230;\240b\377\250\001\330\014\017\210t\220\3777\230#\230Q\330\020\024\373\220H>\002\032\2504\250x\357\260q\270\001\017\001I\230Q\377\230d\240*\250D\260\t\377\270\021\270!\330\021\032\230\377$\230i\240q\250\006\250\357i\260t\270V\000\020\220\t\373\230\024=\000\010\014\210H\220\376\213\000\014\210I\220Q\200A\377\360\006\000\t\014\2104\210\177q\330\014\020\220\010\230h\000\377\020\220\013\2306\240\022\240\376/\002\013\2305\240\004\240A\333\240RH\000\007\250 \002\n\230}!(\001\013\2304\230q\030\001\276h\001(\240&\250""\001J\000\nw\000\t\020\245\002\047\240\021Y\000\377\014\000\t!\240\003\2401\363\240D\301\000\341\0006\220\023\220\375D`\001\025\220Y\230g\240\377Q\240d\250+\260R\260\377r\270\026\270r\300\023\300\367B\300a\346\001w\220c\230\317\021\330\020\021`\003\266\002\010\230\377\002\230\"\230F\240\"\240\276\305 \022\220\047\230\030\277 !\177\330\010\017\210x\220q\003\001\027w\220a\n\001y\276\000\022\000\002\002\177\020\220\001\220\024\220X\226 \316\030\000\r\210[\027\001\002\002\230\023\375\230\213@\013\210:\220Q\220\273e\230\361 \021\220\032\001\003\034\377\230R\320\037/\250t\260\356\020\002\031\230!\373\000\t\250\021;\340\014\036\0012\230Y\255\000\371\000\307\021\220\034\205@\021\000\033\003\007\240\224\177\000\312!W\327@Q\220\001\326@\360\177\030\000\t\031\230\001\340\353 \327K\220v\363!\013\342 {\230\377+\240W\250E\260\024\260\277T\270\033\300J\310\354\000\022\323\220+\234\003\254\000\330\231@E\220\345\025\365@sx\000\334 \330\014\024O\220A\220T\347\004\202`u\267@\373\020!\271bz\260\025\260a\267\330\020\030\356\001\013\210\267`\036\373\230a\214BK\250w\260e|\357@>\014~\250Z\260q@\016\347t\2205\361@\350!\024\220G\363\2301\226 \350`q\330\020\032\377\230)\2404\240y\260\001\235\260\207@\027\220x\350@\345`\025o\220W\230B\266@X\250\342\003\177\320\0042\260!\360\026\274c\347v\220S\273a\311\005\r%\240;T\250\277B\004\220F\257a\305\003\377\025\230h\240a\240t\250\372\362\"\033j\003u\220H\230C\375\230s\000\025\220V\2308\240\3375\250\013\2602\224`s\270\277*\300A\330\014\037\344`\005\037\240Z\250u\260\n\000\230\013\205\205\003\002\251\205\0021";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1459, 1781);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1478 bytes) */
+static const char cstring[] = "\377 cannot \377be copie\377d or pic\377kled.?No\377te that \377Cython i\377s delibe\377rately s\177tricter!\001\377n PEP-48\3774 and re\377jects su\377bclasses\377 of buil\377tin type\377s. If yo\357u neu\000to \371p%\000%\tthen wset\200\000e \047\244\002\277ation_<\000i\177ng\047 dirb\000\373iv\242\000o Fal\377se.a add\375_\320\000edisab\357leen\002\001gci\375s\004\003divshm\377em.error\335s\007\004/ch\206 el\375/\317\000eam_po\277ll.pyx\200\000 \377endpoint\376\372\001closedt\325h\206 SY\000p\370\000ha\037s lef\034\000\354\0004\001?timeou*\002\327!_a num\257 C6\002\375Er\001HAS_EN\367DED\005\001RESE\377TMAY_REC/EIVE\007\001S\033\000Y\004\376`\004.__redu\217ce__\n\005\207\002\027\005s.\212\001Str\272\000P\271\000\000\007\204-\t\026\006.\242 \030\010D\003\024\007f\237ileno9\010T\000d\277y__Pyx\001\000D\376\360@_NextRe\347f__\220D\225\000__f\377unc____m\367ain\003\002odul\316\025\002nam\035\002\320 _vyt\224A$\001qual\022\005\326\326\005__\357@_(\005te\373stO\000is_co\335r\322 ine\335@as\277yncio.\013\006s\353cl\027\000_s\000tra?ceback\245B\251C\337count\245don~\205`dentry\373C\372\346\003f \000diidiWtem\214e.\215d.\211h\377largerla\373st\300`bersh\177ipowner\255a\367pop\244\"refs\377aidselfs\377etdefaul\371t\234B\241Berval\177uesweak(\000~\326a(struc\337`\372\226\204\003_\200\204\003 *)\000l\377ook_both\377\200A\330\010\016\210i\220\377q\230\004\230A\230T\240\377\021\240%\240q\200A\340\377\010\037\230t\2401\340\010\377\013\2105\220\003\2201\330\377\014\r\330\r%\240Q\330\377\014\023\2203\220a\220t\377\230;\240b\250\001\330\014\377\017\210t\2207\230#\230\277Q\330\020\024\220H>\002\032\377\2504\250x\260q\270\001\376\017\001I\230Q\230d\240*\377\250D\260\t\270\021\270!\377\330\021\032\230$\230i\240\377q\250\006\250i\260t\270\276V\000\020\220\t\230\024=\000\010\357\014\210H\220\213\000\014\210I\377\220Q\200A\360\006\000\t\377\014\2104\210q\330\014\020\367\220\010\230h\000\020\220\013\230\3576\240\022\240/\002\013\2305\277\240\004\240A\240RH\000\007\335\250 \002\n\230!(""\001\013\230\3474\230q\030\001h\001(\240&{\250\001J\000\n\000\t\020\245\002\367\047\240\021Y\000\014\000\t!?\240\003\2401\240D\301\000\341\000\3376\220\023\220D`\001\025\220\377Y\230g\240Q\240d\250\377+\260R\260r\270\026\270\177r\300\023\300B\300a\346\001\377w\220c\230\021\330\020\021\374`\003\266\002\010\230\002\230\"\230\357F\240\"\240\305 \022\220\047\373\230\030\277 !\330\010\017\210wx\220q\003\001w\220a\n\001\361y\276\000\022\000\002\002\020\220\001\220\347\024\220X\226 \030\000\r\210[\334\027\001\002\002\230\023\230\213@\013\210\277:\220Q\220e\230\361 \021\373\220\032\001\003\034\230R\320\037\357/\250t\260\020\002\031\230!\276\373\000\t\250\021\340\014\036\0012s\230Y\255\000\371\000\021\220\034\205@L\021\000\033\003\007\240\177\000\312!W\327@\371Q\220\001\326@\360\030\000\t\031w\230\001\340\353 K\220v\363!\375\013\342 {\230+\240W\250\377E\260\024\260T\270\033\300;J\310\354\000\022\220+\234\003\254\000]\330\231@E\220\025\365@sx\000\376\334 \330\014\024\220A\220T\264\347\004\202`u\267@\020!\271bz\177\260\025\260a\330\020\030\356\001\273\013\210\267`\036\230a\214BK\317\250w\260e\357@>\014~\250wZ\260q@\016t\2205\361@>\350!\024\220G\2301\226 \350`\377q\330\020\032\230)\2404\337\240y\260\001\260\207@\027\220\371x\350@\345`\025\220W\230B\366\266@X\250\342\003\320\0042\260w!\360\026\274cv\220S\273a\276\311\005\r%\240T\250\277B\004\363\220F\257a\305\003\025\230h\240\257a\240t\250\362\"\033j\003u\337\220H\230C\230s\000\025\220\377V\2308\2405\250\013\260\3752\224`s\270*\300A\330\373\014\037\344`\005\240Z\250u!\260\n\000\230\013\205\205\003\251\205\0021";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1478, 1804);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (1781 bytes) */
-static const char bytes[] = " cannot be copied or pickled.?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a add_notedisableenablegcisenabledivshmem.errorsivshmem/channel/stream_poll.pyxthe endpoint is closedthis Sleeper has left its pollClosedErrorHAS_ENDEDHAS_RESETMAY_RECEIVEMAY_SENDSleeperSleeper.__reduce__Sleeper.closeSleeper.sleepStreamPollStreamPoll.__reduce__StreamPoll.addStreamPoll.closeStreamPoll.filenoStreamPoll.ready__Pyx_PyDict_NextRef__annotate____func____main____module____name____pyx_vtable____qualname____reduce____set_name____test___is_coroutineaddasyncio.coroutinescline_in_tracebackcloseclosedcountdirectionsendentryerrorsfilenofoundiiditemsivshmem.channel.stream_polllargerlastmembershipownerpollpopreadyrefsaidselfsetdefaultsleepsleepervaluesweakrefint (struct ivshmem_stream *)\000look_both\200A\330\010\016\210i\220q\230\004\230A\230T\240\021\240%\240q\200A\340\010\037\230t\2401\340\010\013\2105\220\003\2201\330\014\r\330\r%\240Q\330\014\023\2203\220a\220t\230;\240b\250\001\330\014\017\210t\2207\230#\230Q\330\020\024\220H\230A\230T\240\032\2504\250x\260q\270\001\330\020\024\220I\230Q\230d\240*\250D\260\t\270\021\270!\330\021\032\230$\230i\240q\250\006\250i\260t\2701\330\014\020\220\t\230\024\230Q\330\010\014\210H\220A\330\010\014\210I\220Q\200A\360\006\000\t\014\2104\210q\330\014\020\220\010\230\001\330\014\020\220\013\2306\240\022\2401\330\014\020\220\013\2305\240\004\240A\240R\240q\250\007\250q\330\014\020\220\n\230!\330\014\020\220\013\2304\230q\240\004\240A\330\021\032\230(\240&\250\001\200A\360\n\000\t\020\210t\2207\230\047\240\021\200A\360\014\000\t!\240\003\2401\240D\250\001\330\010\013\2106\220\023\220D\230\001\330\014\025\220Y\230g\240Q\240d\250+\260R\260r\270\026\270r\300\023\300B\300a\330\014\017\210w\220c\230\021\330\020\021\330\014\020\220\013\2301\330\014\020\220\010\230\002\230\"\230F\240\"\240A\330\010\022\220\047\230\030\240""\021\240!\330\010\017\210x\220q\330\010\017\210w\220a\330\010\017\210y\230\001\330\010\017\210y\230\001\330\010\020\220\001\220\024\220X\230Q\230a\330\010\r\210[\230\001\330\010\r\210[\230\001\230\023\230A\330\010\013\210:\220Q\220e\2301\330\014\021\220\032\2301\330\014\021\220\034\230R\320\037/\250t\2601\330\014\021\220\031\230!\2305\240\t\250\021\340\014\021\220\032\2302\230Y\240d\250!\330\014\021\220\034\230Q\330\014\021\220\031\230!\2305\240\007\240q\330\010\014\210I\220W\230A\230Q\330\010\017\210q\200A\360\030\000\t\031\230\001\340\010\014\210K\220v\230Q\330\010\013\2104\210{\230+\240W\250E\260\024\260T\270\033\300J\310a\330\014\022\220+\230Q\230a\330\010\020\220\001\330\010\014\210E\220\025\220a\220s\230!\2304\230q\330\014\024\220A\220T\230\030\240\021\240!\330\014\017\210u\220A\330\020!\240\021\240%\240z\260\025\260a\330\020\030\230\001\330\010\013\2101\330\014\036\230a\230q\240\004\240K\250w\260e\2701\330\010\014\210E\220\025\220a\220s\230!\2304\230~\250Z\260q\330\014\024\220A\220T\230\030\240\021\240!\330\014\017\210t\2205\230\001\330\020\021\330\014\024\220G\2301\230A\330\014\017\210q\330\020\032\230)\2404\240y\260\001\260\021\330\020\027\220x\230q\240\001\330\020\025\220W\230B\230g\240X\250Q\330\010\017\210q\320\0042\260!\360\026\000\t\014\2104\210v\220S\230\001\330\014\022\220+\230Q\230a\330\r%\240T\250\021\330\014\020\220\004\220F\230!\330\014\024\220A\220T\230\025\230h\240a\240t\2501\330\014\021\220\033\230A\330\014\017\210u\220H\230C\230q\330\020\025\220V\2308\2405\250\013\2602\260R\260s\270*\300A\330\014\037\230q\240\005\240Z\250u\260A\330\014\024\220G\2301\230A\330\014\017\210q\330\020\024\220H\230A\230Q\330\014\023\2201";
+    #else /* compression: none (1804 bytes) */
+static const char bytes[] = " cannot be copied or pickled.?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a add_notedisableenablegcisenabledivshmem.errorsivshmem/channel/stream_poll.pyxthe endpoint is closedthis Sleeper has left its polltimeout is not a numberClosedErrorHAS_ENDEDHAS_RESETMAY_RECEIVEMAY_SENDSleeperSleeper.__reduce__Sleeper.closeSleeper.sleepStreamPollStreamPoll.__reduce__StreamPoll.addStreamPoll.closeStreamPoll.filenoStreamPoll.ready__Pyx_PyDict_NextRef__annotate____func____main____module____name____pyx_vtable____qualname____reduce____set_name____test___is_coroutineaddasyncio.coroutinescline_in_tracebackcloseclosedcountdirectionsendentryerrorsfilenofoundiiditemsivshmem.channel.stream_polllargerlastmembershipownerpollpopreadyrefsaidselfsetdefaultsleepsleepervaluesweakrefint (struct ivshmem_stream *)\000look_both\200A\330\010\016\210i\220q\230\004\230A\230T\240\021\240%\240q\200A\340\010\037\230t\2401\340\010\013\2105\220\003\2201\330\014\r\330\r%\240Q\330\014\023\2203\220a\220t\230;\240b\250\001\330\014\017\210t\2207\230#\230Q\330\020\024\220H\230A\230T\240\032\2504\250x\260q\270\001\330\020\024\220I\230Q\230d\240*\250D\260\t\270\021\270!\330\021\032\230$\230i\240q\250\006\250i\260t\2701\330\014\020\220\t\230\024\230Q\330\010\014\210H\220A\330\010\014\210I\220Q\200A\360\006\000\t\014\2104\210q\330\014\020\220\010\230\001\330\014\020\220\013\2306\240\022\2401\330\014\020\220\013\2305\240\004\240A\240R\240q\250\007\250q\330\014\020\220\n\230!\330\014\020\220\013\2304\230q\240\004\240A\330\021\032\230(\240&\250\001\200A\360\n\000\t\020\210t\2207\230\047\240\021\200A\360\014\000\t!\240\003\2401\240D\250\001\330\010\013\2106\220\023\220D\230\001\330\014\025\220Y\230g\240Q\240d\250+\260R\260r\270\026\270r\300\023\300B\300a\330\014\017\210w\220c\230\021\330\020\021\330\014\020\220\013\2301\330\014\020\220\010\230\002\230\"\230F\240\"\240A\330\010\022""\220\047\230\030\240\021\240!\330\010\017\210x\220q\330\010\017\210w\220a\330\010\017\210y\230\001\330\010\017\210y\230\001\330\010\020\220\001\220\024\220X\230Q\230a\330\010\r\210[\230\001\330\010\r\210[\230\001\230\023\230A\330\010\013\210:\220Q\220e\2301\330\014\021\220\032\2301\330\014\021\220\034\230R\320\037/\250t\2601\330\014\021\220\031\230!\2305\240\t\250\021\340\014\021\220\032\2302\230Y\240d\250!\330\014\021\220\034\230Q\330\014\021\220\031\230!\2305\240\007\240q\330\010\014\210I\220W\230A\230Q\330\010\017\210q\200A\360\030\000\t\031\230\001\340\010\014\210K\220v\230Q\330\010\013\2104\210{\230+\240W\250E\260\024\260T\270\033\300J\310a\330\014\022\220+\230Q\230a\330\010\020\220\001\330\010\014\210E\220\025\220a\220s\230!\2304\230q\330\014\024\220A\220T\230\030\240\021\240!\330\014\017\210u\220A\330\020!\240\021\240%\240z\260\025\260a\330\020\030\230\001\330\010\013\2101\330\014\036\230a\230q\240\004\240K\250w\260e\2701\330\010\014\210E\220\025\220a\220s\230!\2304\230~\250Z\260q\330\014\024\220A\220T\230\030\240\021\240!\330\014\017\210t\2205\230\001\330\020\021\330\014\024\220G\2301\230A\330\014\017\210q\330\020\032\230)\2404\240y\260\001\260\021\330\020\027\220x\230q\240\001\330\020\025\220W\230B\230g\240X\250Q\330\010\017\210q\320\0042\260!\360\026\000\t\014\2104\210v\220S\230\001\330\014\022\220+\230Q\230a\330\r%\240T\250\021\330\014\020\220\004\220F\230!\330\014\024\220A\220T\230\025\230h\240a\240t\2501\330\014\021\220\033\230A\330\014\017\210u\220H\230C\230q\330\020\025\220V\2308\2405\250\013\2602\260R\260s\270*\300A\330\014\037\230q\240\005\240Z\250u\260A\330\014\024\220G\2301\230A\330\014\017\210q\330\020\024\220H\230A\230Q\330\014\023\2201";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 72; i++) {
+    for (int i = 0; i < 73; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 14) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 15) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)
@@ -9659,8 +9873,8 @@ static const char bytes[] = " cannot be copied or pickled.?Note that Cython is d
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 72; i < 80; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-72].length;
+    for (int i = 73; i < 81; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-73].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -9670,14 +9884,14 @@ static const char bytes[] = " cannot be copied or pickled.?Note that Cython is d
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 80; i++) {
+    for (Py_ssize_t i = 0; i < 81; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 72;
+      PyObject **table = stringtab + 73;
       for (Py_ssize_t i=0; i<8; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
@@ -10124,6 +10338,231 @@ static PyObject *__Pyx_GetBuiltinName(PyObject *name) {
     return result;
 }
 
+/* PyObjectCall (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw) {
+    PyObject *result;
+    ternaryfunc call = Py_TYPE(func)->tp_call;
+    if (unlikely(!call))
+        return PyObject_Call(func, arg, kw);
+    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
+        return NULL;
+    result = (*call)(func, arg, kw);
+    Py_LeaveRecursiveCall();
+    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
+        PyErr_SetString(
+            PyExc_SystemError,
+            "NULL result without error in PyObject_Call");
+    }
+    return result;
+}
+#endif
+
+/* PyObjectCallMethO (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg) {
+    PyObject *self, *result;
+    PyCFunction cfunc;
+    cfunc = __Pyx_CyOrPyCFunction_GET_FUNCTION(func);
+    self = __Pyx_CyOrPyCFunction_GET_SELF(func);
+    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
+        return NULL;
+    result = cfunc(self, arg);
+    Py_LeaveRecursiveCall();
+    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
+        PyErr_SetString(
+            PyExc_SystemError,
+            "NULL result without error in PyObject_Call");
+    }
+    return result;
+}
+#endif
+
+/* PyObjectFastCall */
+#if CYTHON_COMPILING_IN_LIMITED_API
+static PyObject* __Pyx_PyObject_FastCall_fallback(PyObject *func, PyObject * const*args, size_t nargs, PyObject *kwargs) {
+    PyObject *argstuple;
+    PyObject *result = 0;
+    size_t i;
+    argstuple = PyTuple_New((Py_ssize_t)nargs);
+    if (unlikely(!argstuple)) return NULL;
+    for (i = 0; i < nargs; i++) {
+        Py_INCREF(args[i]);
+        if (__Pyx_PyTuple_SET_ITEM(argstuple, (Py_ssize_t)i, args[i]) != (0)) goto bad;
+    }
+    result = __Pyx_PyObject_Call(func, argstuple, kwargs);
+  bad:
+    Py_DECREF(argstuple);
+    return result;
+}
+#endif
+#if CYTHON_VECTORCALL && !(CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY)
+  #if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE vectorcallfunc __Pyx_PyVectorcall_Function(PyObject *callable) {
+    PyTypeObject *tp = Py_TYPE(callable);
+    #if defined(__Pyx_CyFunction_USED)
+    if (__Pyx_CyFunction_CheckExact(callable)) {
+        return __Pyx_CyFunction_func_vectorcall(callable);
+    }
+    #endif
+    if (!PyType_HasFeature(tp, Py_TPFLAGS_HAVE_VECTORCALL)) {
+        return NULL;
+    }
+    assert(PyCallable_Check(callable));
+    Py_ssize_t offset = tp->tp_vectorcall_offset;
+    assert(offset > 0);
+    vectorcallfunc ptr;
+    memcpy(&ptr, (char *) callable + offset, sizeof(ptr));
+    return ptr;
+}
+  #else
+    #define __Pyx_PyVectorcall_Function(callable) PyVectorcall_Function(callable)
+  #endif
+#endif
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwargs) {
+    Py_ssize_t nargs = __Pyx_PyVectorcall_NARGS(nargsf);
+#if CYTHON_COMPILING_IN_CPYTHON
+    if (nargs == 0 && kwargs == NULL) {
+        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_NOARGS))
+            return __Pyx_PyObject_CallMethO(func, NULL);
+    }
+    else if (nargs == 1 && kwargs == NULL) {
+        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_O))
+            return __Pyx_PyObject_CallMethO(func, args[0]);
+    }
+#endif
+    if (kwargs == NULL) {
+        #if CYTHON_VECTORCALL
+          #if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY
+            return PyObject_Vectorcall(func, args, nargsf, NULL);
+          #else
+            vectorcallfunc f = __Pyx_PyVectorcall_Function(func);
+            if (f) {
+                return f(func, args, nargsf, NULL);
+            }
+          #endif
+        #endif
+    }
+    if (nargs == 0) {
+        return __Pyx_PyObject_Call(func, __pyx_mstate_global->__pyx_empty_tuple, kwargs);
+    }
+    #if CYTHON_COMPILING_IN_LIMITED_API
+    return __Pyx_PyObject_FastCall_fallback(func, args, (size_t)nargs, kwargs);
+    #elif CYTHON_COMPILING_IN_PYPY
+    return PyObject_VectorcallDict(func, args, (size_t) nargs, kwargs);
+    #else
+    return PyObject_VectorcallDict(func, args, nargsf, kwargs);
+    #endif
+}
+
+/* RaiseException */
+static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause) {
+    PyObject* owned_instance = NULL;
+    if (tb == Py_None) {
+        tb = 0;
+    } else if (tb && !PyTraceBack_Check(tb)) {
+        PyErr_SetString(PyExc_TypeError,
+            "raise: arg 3 must be a traceback or None");
+        goto bad;
+    }
+    if (value == Py_None)
+        value = 0;
+    if (PyExceptionInstance_Check(type)) {
+        if (value) {
+            PyErr_SetString(PyExc_TypeError,
+                "instance exception may not have a separate value");
+            goto bad;
+        }
+        value = type;
+        type = (PyObject*) Py_TYPE(value);
+    } else if (PyExceptionClass_Check(type)) {
+        PyObject *instance_class = NULL;
+        if (value && PyExceptionInstance_Check(value)) {
+            instance_class = (PyObject*) Py_TYPE(value);
+            if (instance_class != type) {
+                int is_subclass = PyObject_IsSubclass(instance_class, type);
+                if (!is_subclass) {
+                    instance_class = NULL;
+                } else if (unlikely(is_subclass == -1)) {
+                    goto bad;
+                } else {
+                    type = instance_class;
+                }
+            }
+        }
+        if (!instance_class) {
+            PyObject *args;
+            if (!value)
+                args = PyTuple_New(0);
+            else if (PyTuple_Check(value)) {
+                Py_INCREF(value);
+                args = value;
+            } else
+                args = PyTuple_Pack(1, value);
+            if (!args)
+                goto bad;
+            owned_instance = PyObject_Call(type, args, NULL);
+            Py_DECREF(args);
+            if (!owned_instance)
+                goto bad;
+            value = owned_instance;
+            if (!PyExceptionInstance_Check(value)) {
+                PyErr_Format(PyExc_TypeError,
+                             "calling %R should have returned an instance of "
+                             "BaseException, not %R",
+                             type, Py_TYPE(value));
+                goto bad;
+            }
+        }
+    } else {
+        PyErr_SetString(PyExc_TypeError,
+            "raise: exception class must be a subclass of BaseException");
+        goto bad;
+    }
+    if (cause) {
+        PyObject *fixed_cause;
+        if (cause == Py_None) {
+            fixed_cause = NULL;
+        } else if (PyExceptionClass_Check(cause)) {
+            fixed_cause = PyObject_CallObject(cause, NULL);
+            if (fixed_cause == NULL)
+                goto bad;
+        } else if (PyExceptionInstance_Check(cause)) {
+            fixed_cause = cause;
+            Py_INCREF(fixed_cause);
+        } else {
+            PyErr_SetString(PyExc_TypeError,
+                            "exception causes must derive from "
+                            "BaseException");
+            goto bad;
+        }
+        PyException_SetCause(value, fixed_cause);
+    }
+    PyErr_SetObject(type, value);
+    if (tb) {
+#if PY_VERSION_HEX >= 0x030C00A6
+        PyException_SetTraceback(value, tb);
+#elif CYTHON_FAST_THREAD_STATE
+        PyThreadState *tstate = __Pyx_PyThreadState_Current;
+        PyObject* tmp_tb = tstate->curexc_traceback;
+        if (tb != tmp_tb) {
+            Py_INCREF(tb);
+            tstate->curexc_traceback = tb;
+            Py_XDECREF(tmp_tb);
+        }
+#else
+        PyObject *tmp_type, *tmp_value, *tmp_tb;
+        PyErr_Fetch(&tmp_type, &tmp_value, &tmp_tb);
+        Py_INCREF(tb);
+        PyErr_Restore(tmp_type, tmp_value, tb);
+        Py_XDECREF(tmp_tb);
+#endif
+    }
+bad:
+    Py_XDECREF(owned_instance);
+    return;
+}
+
 /* DivInt[int64_t] */
 static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t a, int64_t b, int b_is_constant) {
     int64_t q = a / b;
@@ -10291,123 +10730,6 @@ bad:
 }
 #endif
 #endif
-
-/* PyObjectCall (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw) {
-    PyObject *result;
-    ternaryfunc call = Py_TYPE(func)->tp_call;
-    if (unlikely(!call))
-        return PyObject_Call(func, arg, kw);
-    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
-        return NULL;
-    result = (*call)(func, arg, kw);
-    Py_LeaveRecursiveCall();
-    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
-        PyErr_SetString(
-            PyExc_SystemError,
-            "NULL result without error in PyObject_Call");
-    }
-    return result;
-}
-#endif
-
-/* PyObjectCallMethO (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg) {
-    PyObject *self, *result;
-    PyCFunction cfunc;
-    cfunc = __Pyx_CyOrPyCFunction_GET_FUNCTION(func);
-    self = __Pyx_CyOrPyCFunction_GET_SELF(func);
-    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
-        return NULL;
-    result = cfunc(self, arg);
-    Py_LeaveRecursiveCall();
-    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
-        PyErr_SetString(
-            PyExc_SystemError,
-            "NULL result without error in PyObject_Call");
-    }
-    return result;
-}
-#endif
-
-/* PyObjectFastCall (used by PyObjectCallOneArg) */
-#if CYTHON_COMPILING_IN_LIMITED_API
-static PyObject* __Pyx_PyObject_FastCall_fallback(PyObject *func, PyObject * const*args, size_t nargs, PyObject *kwargs) {
-    PyObject *argstuple;
-    PyObject *result = 0;
-    size_t i;
-    argstuple = PyTuple_New((Py_ssize_t)nargs);
-    if (unlikely(!argstuple)) return NULL;
-    for (i = 0; i < nargs; i++) {
-        Py_INCREF(args[i]);
-        if (__Pyx_PyTuple_SET_ITEM(argstuple, (Py_ssize_t)i, args[i]) != (0)) goto bad;
-    }
-    result = __Pyx_PyObject_Call(func, argstuple, kwargs);
-  bad:
-    Py_DECREF(argstuple);
-    return result;
-}
-#endif
-#if CYTHON_VECTORCALL && !(CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY)
-  #if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE vectorcallfunc __Pyx_PyVectorcall_Function(PyObject *callable) {
-    PyTypeObject *tp = Py_TYPE(callable);
-    #if defined(__Pyx_CyFunction_USED)
-    if (__Pyx_CyFunction_CheckExact(callable)) {
-        return __Pyx_CyFunction_func_vectorcall(callable);
-    }
-    #endif
-    if (!PyType_HasFeature(tp, Py_TPFLAGS_HAVE_VECTORCALL)) {
-        return NULL;
-    }
-    assert(PyCallable_Check(callable));
-    Py_ssize_t offset = tp->tp_vectorcall_offset;
-    assert(offset > 0);
-    vectorcallfunc ptr;
-    memcpy(&ptr, (char *) callable + offset, sizeof(ptr));
-    return ptr;
-}
-  #else
-    #define __Pyx_PyVectorcall_Function(callable) PyVectorcall_Function(callable)
-  #endif
-#endif
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwargs) {
-    Py_ssize_t nargs = __Pyx_PyVectorcall_NARGS(nargsf);
-#if CYTHON_COMPILING_IN_CPYTHON
-    if (nargs == 0 && kwargs == NULL) {
-        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_NOARGS))
-            return __Pyx_PyObject_CallMethO(func, NULL);
-    }
-    else if (nargs == 1 && kwargs == NULL) {
-        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_O))
-            return __Pyx_PyObject_CallMethO(func, args[0]);
-    }
-#endif
-    if (kwargs == NULL) {
-        #if CYTHON_VECTORCALL
-          #if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY
-            return PyObject_Vectorcall(func, args, nargsf, NULL);
-          #else
-            vectorcallfunc f = __Pyx_PyVectorcall_Function(func);
-            if (f) {
-                return f(func, args, nargsf, NULL);
-            }
-          #endif
-        #endif
-    }
-    if (nargs == 0) {
-        return __Pyx_PyObject_Call(func, __pyx_mstate_global->__pyx_empty_tuple, kwargs);
-    }
-    #if CYTHON_COMPILING_IN_LIMITED_API
-    return __Pyx_PyObject_FastCall_fallback(func, args, (size_t)nargs, kwargs);
-    #elif CYTHON_COMPILING_IN_PYPY
-    return PyObject_VectorcallDict(func, args, (size_t) nargs, kwargs);
-    #else
-    return PyObject_VectorcallDict(func, args, nargsf, kwargs);
-    #endif
-}
 
 /* PyObjectCallOneArg (used by CallUnboundCMethod0) */
 static CYTHON_INLINE PyObject* __Pyx_PyObject_CallOneArg(PyObject *func, PyObject *arg) {
@@ -11316,114 +11638,6 @@ bad:
     Py_DECREF(value_tuple);
     return result;
 #endif
-}
-
-/* RaiseException */
-static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause) {
-    PyObject* owned_instance = NULL;
-    if (tb == Py_None) {
-        tb = 0;
-    } else if (tb && !PyTraceBack_Check(tb)) {
-        PyErr_SetString(PyExc_TypeError,
-            "raise: arg 3 must be a traceback or None");
-        goto bad;
-    }
-    if (value == Py_None)
-        value = 0;
-    if (PyExceptionInstance_Check(type)) {
-        if (value) {
-            PyErr_SetString(PyExc_TypeError,
-                "instance exception may not have a separate value");
-            goto bad;
-        }
-        value = type;
-        type = (PyObject*) Py_TYPE(value);
-    } else if (PyExceptionClass_Check(type)) {
-        PyObject *instance_class = NULL;
-        if (value && PyExceptionInstance_Check(value)) {
-            instance_class = (PyObject*) Py_TYPE(value);
-            if (instance_class != type) {
-                int is_subclass = PyObject_IsSubclass(instance_class, type);
-                if (!is_subclass) {
-                    instance_class = NULL;
-                } else if (unlikely(is_subclass == -1)) {
-                    goto bad;
-                } else {
-                    type = instance_class;
-                }
-            }
-        }
-        if (!instance_class) {
-            PyObject *args;
-            if (!value)
-                args = PyTuple_New(0);
-            else if (PyTuple_Check(value)) {
-                Py_INCREF(value);
-                args = value;
-            } else
-                args = PyTuple_Pack(1, value);
-            if (!args)
-                goto bad;
-            owned_instance = PyObject_Call(type, args, NULL);
-            Py_DECREF(args);
-            if (!owned_instance)
-                goto bad;
-            value = owned_instance;
-            if (!PyExceptionInstance_Check(value)) {
-                PyErr_Format(PyExc_TypeError,
-                             "calling %R should have returned an instance of "
-                             "BaseException, not %R",
-                             type, Py_TYPE(value));
-                goto bad;
-            }
-        }
-    } else {
-        PyErr_SetString(PyExc_TypeError,
-            "raise: exception class must be a subclass of BaseException");
-        goto bad;
-    }
-    if (cause) {
-        PyObject *fixed_cause;
-        if (cause == Py_None) {
-            fixed_cause = NULL;
-        } else if (PyExceptionClass_Check(cause)) {
-            fixed_cause = PyObject_CallObject(cause, NULL);
-            if (fixed_cause == NULL)
-                goto bad;
-        } else if (PyExceptionInstance_Check(cause)) {
-            fixed_cause = cause;
-            Py_INCREF(fixed_cause);
-        } else {
-            PyErr_SetString(PyExc_TypeError,
-                            "exception causes must derive from "
-                            "BaseException");
-            goto bad;
-        }
-        PyException_SetCause(value, fixed_cause);
-    }
-    PyErr_SetObject(type, value);
-    if (tb) {
-#if PY_VERSION_HEX >= 0x030C00A6
-        PyException_SetTraceback(value, tb);
-#elif CYTHON_FAST_THREAD_STATE
-        PyThreadState *tstate = __Pyx_PyThreadState_Current;
-        PyObject* tmp_tb = tstate->curexc_traceback;
-        if (tb != tmp_tb) {
-            Py_INCREF(tb);
-            tstate->curexc_traceback = tb;
-            Py_XDECREF(tmp_tb);
-        }
-#else
-        PyObject *tmp_type, *tmp_value, *tmp_tb;
-        PyErr_Fetch(&tmp_type, &tmp_value, &tmp_tb);
-        Py_INCREF(tb);
-        PyErr_Restore(tmp_type, tmp_value, tb);
-        Py_XDECREF(tmp_tb);
-#endif
-    }
-bad:
-    Py_XDECREF(owned_instance);
-    return;
 }
 
 /* PyObjectFastCallMethod */

@@ -1873,16 +1873,16 @@ static const char * const __pyx_cfilenm = __FILE__;
 
 static const char* const __pyx_f[] = {
   "ivshmem/channel/streams.pyx",
+  "ivshmem/native/descriptors.pxd",
+  "ivshmem/channel/roles.pxd",
   "(tree fragment)",
   "cpython/type.pxd",
-  "ivshmem/native/descriptors.pxd",
   "ivshmem/native/spin.pxd",
   "ivshmem/native/bell.pxd",
   "ivshmem/native/mapping.pxd",
   "ivshmem/_core.pxd",
   "ivshmem/channel/membership.pxd",
   "ivshmem/channel/ends.pxd",
-  "ivshmem/channel/roles.pxd",
 };
 /* #### Code section: utility_code_proto_before_types ### */
 /* Atomics.proto (used by UnpackUnboundCMethod) */
@@ -2272,9 +2272,21 @@ struct __pyx_t_7ivshmem_7channel_10membership_Rings {
   int count;
   uint32_t lock;
 };
+
+/* "ends.pxd":10
+ * from .membership cimport Dependent, Membership
+ * 
+ * cdef enum:             # <<<<<<<<<<<<<<
+ *     # A sleep that the memory forbids again and again, although nothing can be taken, is a hostile
+ *     # peer's work: after so many it sleeps all the same.
+*/
+enum  {
+  __pyx_e_7ivshmem_7channel_4ends_FUTILE = 64,
+  __pyx_e_7ivshmem_7channel_4ends_LAST_PAUSE = 0xF4240
+};
 struct __pyx_t_7ivshmem_7channel_5roles_Held;
 
-/* "roles.pxd":9
+/* "roles.pxd":10
  * from .membership cimport Membership
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -2283,7 +2295,7 @@ struct __pyx_t_7ivshmem_7channel_5roles_Held;
 */
 enum  {
 
-  /* "roles.pxd":11
+  /* "roles.pxd":12
  * cdef enum:
  *     # Bytes from which on a copy releases the GIL, as in native/mapping.pyx.
  *     LARGE = 1 << 18             # <<<<<<<<<<<<<<
@@ -2294,7 +2306,7 @@ enum  {
   __pyx_e_7ivshmem_7channel_5roles_TRIES = 64
 };
 
-/* "roles.pxd":21
+/* "roles.pxd":51
  * 
  * 
  * cdef struct Held:             # <<<<<<<<<<<<<<
@@ -2335,7 +2347,7 @@ enum  {
   __pyx_e_7ivshmem_7channel_7streams_FD_WAITS = -99L
 };
 
-/* "ivshmem/channel/streams.pyx":33
+/* "ivshmem/channel/streams.pyx":31
  * from . import stream_files
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -2344,7 +2356,7 @@ enum  {
 */
 enum  {
 
-  /* "ivshmem/channel/streams.pyx":35
+  /* "ivshmem/channel/streams.pyx":33
  * cdef enum:
  *     LEAST_PART = 1 << 12  # bytes: less is not worth a look at the other end's words
  *     MOST_PART = 1 << 17  # more would leave the caches nearest to the core             # <<<<<<<<<<<<<<
@@ -2355,7 +2367,7 @@ enum  {
   __pyx_e_7ivshmem_7channel_7streams_MOST_PART = (1 << 17)
 };
 
-/* "ivshmem/channel/streams.pyx":162
+/* "ivshmem/channel/streams.pyx":160
  * 
  * 
  * cdef struct Probed:             # <<<<<<<<<<<<<<
@@ -2367,7 +2379,7 @@ struct __pyx_t_7ivshmem_7channel_7streams_Probed {
   int direction;
 };
 
-/* "native/descriptors.pxd":86
+/* "native/descriptors.pxd":101
  * 
  * 
  * cdef class Fd:             # <<<<<<<<<<<<<<
@@ -2380,7 +2392,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Fd {
 };
 
 
-/* "native/descriptors.pxd":93
+/* "native/descriptors.pxd":108
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2399,7 +2411,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray {
 };
 
 
-/* "native/descriptors.pxd":117
+/* "native/descriptors.pxd":132
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2416,7 +2428,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller {
 };
 
 
-/* "native/descriptors.pxd":127
+/* "native/descriptors.pxd":142
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2431,7 +2443,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Relay {
 };
 
 
-/* "native/descriptors.pxd":134
+/* "native/descriptors.pxd":149
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2642,7 +2654,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Membership {
 };
 
 
-/* "ends.pxd":11
+/* "ends.pxd":18
  * 
  * 
  * cdef class Wakeup:             # <<<<<<<<<<<<<<
@@ -2659,7 +2671,7 @@ struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup {
 };
 
 
-/* "ends.pxd":24
+/* "ends.pxd":31
  * 
  * 
  * cdef class ChannelEnd(Dependent):             # <<<<<<<<<<<<<<
@@ -2686,7 +2698,7 @@ struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd {
 };
 
 
-/* "roles.pxd":26
+/* "roles.pxd":56
  * 
  * 
  * cdef class WriterEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2705,7 +2717,7 @@ struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd {
 };
 
 
-/* "roles.pxd":47
+/* "roles.pxd":77
  * 
  * 
  * cdef class ReaderEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2754,7 +2766,7 @@ struct __pyx_obj_7ivshmem_7channel_7streams_Stream {
 };
 
 
-/* "ivshmem/channel/streams.pyx":205
+/* "ivshmem/channel/streams.pyx":203
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -2768,7 +2780,7 @@ struct __pyx_obj_7ivshmem_7channel_7streams_Half {
 };
 
 
-/* "ivshmem/channel/streams.pyx":510
+/* "ivshmem/channel/streams.pyx":508
  *         return self.receive(size, 0)
  * 
  *     async def sendall_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -2786,7 +2798,7 @@ struct __pyx_obj_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async {
 
 
 
-/* "native/descriptors.pxd":93
+/* "native/descriptors.pxd":108
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2803,7 +2815,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray;
 
 
-/* "native/descriptors.pxd":117
+/* "native/descriptors.pxd":132
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2818,7 +2830,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller *__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller;
 
 
-/* "native/descriptors.pxd":127
+/* "native/descriptors.pxd":142
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2832,7 +2844,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay *__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay;
 
 
-/* "native/descriptors.pxd":134
+/* "native/descriptors.pxd":149
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -3053,7 +3065,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
 static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *__pyx_vtabptr_7ivshmem_7channel_10membership_Membership;
 
 
-/* "ends.pxd":11
+/* "ends.pxd":18
  * 
  * 
  * cdef class Wakeup:             # <<<<<<<<<<<<<<
@@ -3068,7 +3080,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup {
 static struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *__pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup;
 
 
-/* "ends.pxd":24
+/* "ends.pxd":31
  * 
  * 
  * cdef class ChannelEnd(Dependent):             # <<<<<<<<<<<<<<
@@ -3103,7 +3115,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd;
 
 
-/* "roles.pxd":26
+/* "roles.pxd":56
  * 
  * 
  * cdef class WriterEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -3115,7 +3127,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd {
   struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
   int (*ready)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *);
   PyObject *(*blocked)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, PyObject *);
-  PyObject *(*too_long)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint64_t);
+  PyObject *(*too_long)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, PyObject *);
   int (*wait_again)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, PyObject *);
   int (*loan_cell)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint32_t *);
   int (*find_room)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint32_t *, PyObject *, PyObject *);
@@ -3127,7 +3139,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *__pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd;
 
 
-/* "roles.pxd":47
+/* "roles.pxd":77
  * 
  * 
  * cdef class ReaderEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -3146,7 +3158,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *__pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd;
 
 
-/* "ivshmem/channel/streams.pyx":38
+/* "ivshmem/channel/streams.pyx":36
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3160,7 +3172,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener {
 static struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *__pyx_vtabptr_7ivshmem_7channel_7streams_StreamListener;
 
 
-/* "ivshmem/channel/streams.pyx":237
+/* "ivshmem/channel/streams.pyx":235
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3196,7 +3208,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int, PyObject *, PyObject *);
 
 
-/* "ivshmem/channel/streams.pyx":205
+/* "ivshmem/channel/streams.pyx":203
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3284,11 +3296,96 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Half *__pyx_vtabptr_7i
 #define __Pyx_CLEAR(r)    do { PyObject* tmp = ((PyObject*)(r)); r = NULL; __Pyx_DECREF(tmp);} while(0)
 #define __Pyx_XCLEAR(r)   do { if((r) != NULL) {PyObject* tmp = ((PyObject*)(r)); r = NULL; __Pyx_DECREF(tmp);}} while(0)
 
+/* FastTypeChecks.proto (used by PyValueError_Check) */
+#if CYTHON_COMPILING_IN_CPYTHON
+#define __Pyx_TypeCheck(obj, type) __Pyx_IsSubtype(Py_TYPE(obj), (PyTypeObject *)type)
+#define __Pyx_TypeCheck2(obj, type1, type2) __Pyx_IsAnySubtype2(Py_TYPE(obj), (PyTypeObject *)type1, (PyTypeObject *)type2)
+static CYTHON_INLINE int __Pyx_IsSubtype(PyTypeObject *a, PyTypeObject *b);
+static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a, PyTypeObject *b);
+#define __Pyx_PyAnySet_Check(obj)  __Pyx_TypeCheck2(obj, &PySet_Type, &PyFrozenSet_Type)
+#else
+#define __Pyx_TypeCheck(obj, type) PyObject_TypeCheck(obj, (PyTypeObject *)type)
+#define __Pyx_TypeCheck2(obj, type1, type2) (PyObject_TypeCheck(obj, (PyTypeObject *)type1) || PyObject_TypeCheck(obj, (PyTypeObject *)type2))
+#define __Pyx_PyAnySet_Check(obj)  PyAnySet_Check(obj)
+#endif
+
+/* PyValueError_Check.proto */
+#define __Pyx_PyExc_ValueError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_ValueError)
+
+/* PyObjectCall.proto (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw);
+#else
+#define __Pyx_PyObject_Call(func, arg, kw) PyObject_Call(func, arg, kw)
+#endif
+
+/* PyObjectCallMethO.proto (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg);
+#endif
+
+/* PyObjectFastCall.proto */
+#define __Pyx_PyObject_FastCall(func, args, nargs)  __Pyx_PyObject_FastCallDict(func, args, (size_t)(nargs), NULL)
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject * const*args, size_t nargsf, PyObject *kwargs);
+
+/* PyThreadStateGet.proto (used by PyErrFetchRestore) */
+#if CYTHON_FAST_THREAD_STATE
+#define __Pyx_PyThreadState_declare  PyThreadState *__pyx_tstate;
+#define __Pyx_PyThreadState_assign  __pyx_tstate = __Pyx_PyThreadState_Current;
+#if PY_VERSION_HEX >= 0x030C00A6
+#define __Pyx_PyErr_Occurred()  (__pyx_tstate->current_exception != NULL)
+#define __Pyx_PyErr_CurrentExceptionType()  (__pyx_tstate->current_exception ? (PyObject*) Py_TYPE(__pyx_tstate->current_exception) : (PyObject*) NULL)
+#else
+#define __Pyx_PyErr_Occurred()  (__pyx_tstate->curexc_type != NULL)
+#define __Pyx_PyErr_CurrentExceptionType()  (__pyx_tstate->curexc_type)
+#endif
+#else
+#define __Pyx_PyThreadState_declare
+#define __Pyx_PyThreadState_assign
+#define __Pyx_PyErr_Occurred()  (PyErr_Occurred() != NULL)
+#define __Pyx_PyErr_CurrentExceptionType()  PyErr_Occurred()
+#endif
+
+/* PyErrFetchRestore.proto (used by RaiseException) */
+#if CYTHON_FAST_THREAD_STATE
+#define __Pyx_PyErr_Clear() __Pyx_ErrRestore(NULL, NULL, NULL)
+#define __Pyx_ErrRestoreWithState(type, value, tb)  __Pyx_ErrRestoreInState(PyThreadState_GET(), type, value, tb)
+#define __Pyx_ErrFetchWithState(type, value, tb)    __Pyx_ErrFetchInState(PyThreadState_GET(), type, value, tb)
+#define __Pyx_ErrRestore(type, value, tb)  __Pyx_ErrRestoreInState(__pyx_tstate, type, value, tb)
+#define __Pyx_ErrFetch(type, value, tb)    __Pyx_ErrFetchInState(__pyx_tstate, type, value, tb)
+static CYTHON_INLINE void __Pyx_ErrRestoreInState(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb);
+static CYTHON_INLINE void __Pyx_ErrFetchInState(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb);
+#if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX < 0x030C00A6
+#define __Pyx_PyErr_SetNone(exc) (Py_INCREF(exc), __Pyx_ErrRestore((exc), NULL, NULL))
+#else
+#define __Pyx_PyErr_SetNone(exc) PyErr_SetNone(exc)
+#endif
+#else
+#define __Pyx_PyErr_Clear() PyErr_Clear()
+#define __Pyx_PyErr_SetNone(exc) PyErr_SetNone(exc)
+#define __Pyx_ErrRestoreWithState(type, value, tb)  PyErr_Restore(type, value, tb)
+#define __Pyx_ErrFetchWithState(type, value, tb)  PyErr_Fetch(type, value, tb)
+#define __Pyx_ErrRestoreInState(tstate, type, value, tb)  PyErr_Restore(type, value, tb)
+#define __Pyx_ErrFetchInState(tstate, type, value, tb)  PyErr_Fetch(type, value, tb)
+#define __Pyx_ErrRestore(type, value, tb)  PyErr_Restore(type, value, tb)
+#define __Pyx_ErrFetch(type, value, tb)  PyErr_Fetch(type, value, tb)
+#endif
+
+/* RaiseException.export */
+static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
+
 /* DivInt[int64_t].proto */
 static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t, int64_t, int b_is_constant);
 
 /* ModInt[int64_t].proto */
 static CYTHON_INLINE int64_t __Pyx_mod_int64_t(int64_t, int64_t, int b_is_constant);
+
+/* PyObjectFastCallMethod.proto */
+#if CYTHON_VECTORCALL
+#define __Pyx_PyObject_FastCallMethod(name, args, nargsf) PyObject_VectorcallMethod(name, args, nargsf, NULL)
+#else
+static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf);
+#endif
 
 /* CopyObjectArray.proto (used by TupleOrListFromArrayImpl) */
 #if CYTHON_COMPILING_IN_CPYTHON
@@ -3383,22 +3480,6 @@ static CYTHON_INLINE PyObject* __Pyx_PyDict_Items(PyObject* d);
 #define __Pyx_CallCFunctionFastWithKeywords(cfunc, self, args, nargs, kwnames)\
     ((__Pyx_PyCFunctionFastWithKeywords)(void(*)(void))(PyCFunction)(cfunc)->func)(self, args, nargs, kwnames)
 
-/* PyObjectCall.proto (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw);
-#else
-#define __Pyx_PyObject_Call(func, arg, kw) PyObject_Call(func, arg, kw)
-#endif
-
-/* PyObjectCallMethO.proto (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg);
-#endif
-
-/* PyObjectFastCall.proto (used by PyObjectCallOneArg) */
-#define __Pyx_PyObject_FastCall(func, args, nargs)  __Pyx_PyObject_FastCallDict(func, args, (size_t)(nargs), NULL)
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject * const*args, size_t nargsf, PyObject *kwargs);
-
 /* PyObjectCallOneArg.proto (used by CallUnboundCMethod0) */
 static CYTHON_INLINE PyObject* __Pyx_PyObject_CallOneArg(PyObject *func, PyObject *arg);
 
@@ -3417,19 +3498,6 @@ typedef struct {
 /* IgnoreException.proto (used by UnpackUnboundCMethod_impl) */
 static CYTHON_INLINE int __Pyx_IgnoreGivenException(PyObject *given_exception, PyObject *ignorable_exception);
 #define __Pyx_IgnoreException(ignorable_exception) __Pyx_IgnoreGivenException(NULL, ignorable_exception)
-
-/* FastTypeChecks.proto (used by UnpackUnboundCMethod_impl) */
-#if CYTHON_COMPILING_IN_CPYTHON
-#define __Pyx_TypeCheck(obj, type) __Pyx_IsSubtype(Py_TYPE(obj), (PyTypeObject *)type)
-#define __Pyx_TypeCheck2(obj, type1, type2) __Pyx_IsAnySubtype2(Py_TYPE(obj), (PyTypeObject *)type1, (PyTypeObject *)type2)
-static CYTHON_INLINE int __Pyx_IsSubtype(PyTypeObject *a, PyTypeObject *b);
-static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a, PyTypeObject *b);
-#define __Pyx_PyAnySet_Check(obj)  __Pyx_TypeCheck2(obj, &PySet_Type, &PyFrozenSet_Type)
-#else
-#define __Pyx_TypeCheck(obj, type) PyObject_TypeCheck(obj, (PyTypeObject *)type)
-#define __Pyx_TypeCheck2(obj, type1, type2) (PyObject_TypeCheck(obj, (PyTypeObject *)type1) || PyObject_TypeCheck(obj, (PyTypeObject *)type2))
-#define __Pyx_PyAnySet_Check(obj)  PyAnySet_Check(obj)
-#endif
 
 /* PyObjectGetAttrStr.proto (used by UnpackUnboundCMethod_impl) */
 #if CYTHON_USE_TYPE_SLOTS
@@ -3548,49 +3616,6 @@ static void __Pyx_ArgTypeError(PyObject *obj, PyTypeObject *type, const char *na
 /* ArgTypeTest.proto */
 static CYTHON_INLINE int __Pyx_ArgTypeTest(PyObject *obj, PyTypeObject *type, int none_allowed, const char *name, int exact);
 
-/* PyThreadStateGet.proto (used by PyErrFetchRestore) */
-#if CYTHON_FAST_THREAD_STATE
-#define __Pyx_PyThreadState_declare  PyThreadState *__pyx_tstate;
-#define __Pyx_PyThreadState_assign  __pyx_tstate = __Pyx_PyThreadState_Current;
-#if PY_VERSION_HEX >= 0x030C00A6
-#define __Pyx_PyErr_Occurred()  (__pyx_tstate->current_exception != NULL)
-#define __Pyx_PyErr_CurrentExceptionType()  (__pyx_tstate->current_exception ? (PyObject*) Py_TYPE(__pyx_tstate->current_exception) : (PyObject*) NULL)
-#else
-#define __Pyx_PyErr_Occurred()  (__pyx_tstate->curexc_type != NULL)
-#define __Pyx_PyErr_CurrentExceptionType()  (__pyx_tstate->curexc_type)
-#endif
-#else
-#define __Pyx_PyThreadState_declare
-#define __Pyx_PyThreadState_assign
-#define __Pyx_PyErr_Occurred()  (PyErr_Occurred() != NULL)
-#define __Pyx_PyErr_CurrentExceptionType()  PyErr_Occurred()
-#endif
-
-/* PyErrFetchRestore.proto (used by GivenExceptionMatches) */
-#if CYTHON_FAST_THREAD_STATE
-#define __Pyx_PyErr_Clear() __Pyx_ErrRestore(NULL, NULL, NULL)
-#define __Pyx_ErrRestoreWithState(type, value, tb)  __Pyx_ErrRestoreInState(PyThreadState_GET(), type, value, tb)
-#define __Pyx_ErrFetchWithState(type, value, tb)    __Pyx_ErrFetchInState(PyThreadState_GET(), type, value, tb)
-#define __Pyx_ErrRestore(type, value, tb)  __Pyx_ErrRestoreInState(__pyx_tstate, type, value, tb)
-#define __Pyx_ErrFetch(type, value, tb)    __Pyx_ErrFetchInState(__pyx_tstate, type, value, tb)
-static CYTHON_INLINE void __Pyx_ErrRestoreInState(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb);
-static CYTHON_INLINE void __Pyx_ErrFetchInState(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb);
-#if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX < 0x030C00A6
-#define __Pyx_PyErr_SetNone(exc) (Py_INCREF(exc), __Pyx_ErrRestore((exc), NULL, NULL))
-#else
-#define __Pyx_PyErr_SetNone(exc) PyErr_SetNone(exc)
-#endif
-#else
-#define __Pyx_PyErr_Clear() PyErr_Clear()
-#define __Pyx_PyErr_SetNone(exc) PyErr_SetNone(exc)
-#define __Pyx_ErrRestoreWithState(type, value, tb)  PyErr_Restore(type, value, tb)
-#define __Pyx_ErrFetchWithState(type, value, tb)  PyErr_Fetch(type, value, tb)
-#define __Pyx_ErrRestoreInState(tstate, type, value, tb)  PyErr_Restore(type, value, tb)
-#define __Pyx_ErrFetchInState(tstate, type, value, tb)  PyErr_Fetch(type, value, tb)
-#define __Pyx_ErrRestore(type, value, tb)  PyErr_Restore(type, value, tb)
-#define __Pyx_ErrFetch(type, value, tb)  PyErr_Fetch(type, value, tb)
-#endif
-
 /* GivenExceptionMatches.proto (used by PyErrExceptionMatches) */
 #if CYTHON_COMPILING_IN_CPYTHON
 static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches(PyObject *err, PyObject *type);
@@ -3692,9 +3717,6 @@ static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatAndDecref(PyObject* s, PyObj
 /* JoinPyUnicode.export */
 static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count, Py_ssize_t result_ulength, int kind);
 
-/* RaiseException.export */
-static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
-
 /* FormatTypeName.proto (used by RaiseErrorWithObjectTypes) */
 #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX >= 0x030d0000
 typedef PyObject *__Pyx_TypeName;
@@ -3733,13 +3755,6 @@ static CYTHON_INLINE PyObject* __Pyx__PyNumber_Subtract_object_object(PyObject *
 /* PyObjectCompare.proto */
 static CYTHON_INLINE int __Pyx_PyObject_CompareBoolGt_int_object(PyObject *op1, PyObject *op2, int pyop);
 
-/* PyObjectFastCallMethod.proto */
-#if CYTHON_VECTORCALL
-#define __Pyx_PyObject_FastCallMethod(name, args, nargsf) PyObject_VectorcallMethod(name, args, nargsf, NULL)
-#else
-static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf);
-#endif
-
 /* RejectKeywords.export */
 static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds);
 
@@ -3751,9 +3766,6 @@ static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds);
 
 /* PyObjectCompare.proto */
 static CYTHON_INLINE int __Pyx_PyObject_CompareBoolLt_object_int(PyObject *op1, PyObject *op2, int pyop);
-
-/* PyValueError_Check.proto */
-#define __Pyx_PyExc_ValueError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_ValueError)
 
 /* PyLongCompare.proto */
 static CYTHON_INLINE int __Pyx_PyLong_BoolEqObjC(PyObject *op1, PyObject *op2, long intval, long inplace);
@@ -3839,16 +3851,6 @@ static CYTHON_INLINE PyObject* __Pyx_PyUnicode_FromOrdinal_Padded(int value, Py_
     )
 static CYTHON_INLINE PyObject* __Pyx_uchar___Pyx_PyUnicode_From_Py_ssize_t(Py_ssize_t value, Py_ssize_t width, char padding_char);
 static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_Py_ssize_t(Py_ssize_t value, Py_ssize_t width, char padding_char, char format_char);
-
-/* RaiseErrorWithObjectType1.proto (used by RaiseUnexpectedTypeError) */
-#define __Pyx_RaiseTypeErrorWithObjectType1(message, arg, obj) __Pyx_RaiseErrorWithObjectType1(PyExc_TypeError, message, arg, obj)
-#define __Pyx_RaiseErrorWithObjectType1(exc_type, message, arg, obj) __Pyx_RaiseErrorWithType1(exc_type, message, arg, Py_TYPE(obj))
-CYTHON_UNUSED
-static void __Pyx_RaiseErrorWithType1(PyObject* exc_type, const char* message, const char *arg, PyTypeObject *type_obj);
-
-/* RaiseUnexpectedTypeError.proto */
-CYTHON_UNUSED
-static int __Pyx_RaiseUnexpectedTypeError(const char *expected, PyObject *obj);
 
 /* dict_setdefault.proto (used by FetchCommonType) */
 static CYTHON_INLINE PyObject *__Pyx_PyDict_SetDefault(PyObject *d, PyObject *key, PyObject *default_value);
@@ -4022,6 +4024,12 @@ static PyObject *__Pyx__Coroutine_GetAwaitableIter(PyObject *o);
 /* CoroutineYieldFrom.proto */
 static CYTHON_INLINE __Pyx_PySendResult __Pyx_Coroutine_Yield_From(__pyx_CoroutineObject *gen, PyObject *source, PyObject **retval);
 
+/* SliceObject.proto */
+static CYTHON_INLINE PyObject* __Pyx_PyObject_GetSlice(
+        PyObject* obj, Py_ssize_t cstart, Py_ssize_t cstop,
+        PyObject** py_start, PyObject** py_stop, PyObject** py_slice,
+        int has_cstart, int has_cstop, int wraparound);
+
 /* pep479.proto */
 static void __Pyx_Generator_Replace_StopIteration(int in_async_gen);
 
@@ -4106,6 +4114,12 @@ static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethod0(PyObject* obj, PyObjec
 #if !CYTHON_USE_TYPE_SLOTS
 CYTHON_UNUSED static Py_ssize_t __Pyx_GetTypeDictOffset(PyObject *tp, int require_cython_valid_result);
 #endif
+
+/* RaiseErrorWithObjectType1.proto (used by ValidateBasesTuple) */
+#define __Pyx_RaiseTypeErrorWithObjectType1(message, arg, obj) __Pyx_RaiseErrorWithObjectType1(PyExc_TypeError, message, arg, obj)
+#define __Pyx_RaiseErrorWithObjectType1(exc_type, message, arg, obj) __Pyx_RaiseErrorWithType1(exc_type, message, arg, Py_TYPE(obj))
+CYTHON_UNUSED
+static void __Pyx_RaiseErrorWithType1(PyObject* exc_type, const char* message, const char *arg, PyTypeObject *type_obj);
 
 /* ValidateBasesTuple.proto (used by PyType_Ready) */
 #if CYTHON_COMPILING_IN_CPYTHON || CYTHON_COMPILING_IN_LIMITED_API || CYTHON_USE_TYPE_SPECS
@@ -4507,6 +4521,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 /* Module declarations from "ivshmem.native.syscalls" */
 
 /* Module declarations from "ivshmem.native.descriptors" */
+static CYTHON_INLINE double __pyx_f_7ivshmem_6native_11descriptors_seconds_of(PyObject *); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(int64_t); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uint64_t); /*proto*/
@@ -4534,6 +4549,10 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
 /* Module declarations from "cpython.exc" */
 
 /* Module declarations from "ivshmem.channel.roles" */
+static PyObject *(*__pyx_f_7ivshmem_7channel_5roles_flat)(PyObject *, int __pyx_skip_dispatch); /*proto*/
+static int (*__pyx_f_7ivshmem_7channel_5roles_take_typed)(PyObject *, PyObject *, PyObject *, Py_buffer *); /*proto*/
+static int (*__pyx_f_7ivshmem_7channel_5roles_take_without_objects)(PyObject *, Py_buffer *, int); /*proto*/
+static CYTHON_INLINE int __pyx_f_7ivshmem_7channel_5roles_take_buffer(PyObject *, Py_buffer *, int); /*proto*/
 static int (*__pyx_f_7ivshmem_7channel_5roles_open_channel)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, PyObject *); /*proto*/
 
 /* Module declarations from "ivshmem.channel.sleeping_tasks" */
@@ -4778,8 +4797,8 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u_self_probed_cannot_be_converted __pyx_string_tab[39]
 #define __pyx_kp_u_self_stream_cannot_be_converted __pyx_string_tab[40]
 #define __pyx_kp_u_timeout_2 __pyx_string_tab[41]
-#define __pyx_n_u__3 __pyx_string_tab[42]
-#define __pyx_n_u_B __pyx_string_tab[43]
+#define __pyx_kp_u_timeout_is_not_a_number __pyx_string_tab[42]
+#define __pyx_n_u__3 __pyx_string_tab[43]
 #define __pyx_n_u_ChannelError __pyx_string_tab[44]
 #define __pyx_n_u_Half __pyx_string_tab[45]
 #define __pyx_n_u_Half___reduce_cython __pyx_string_tab[46]
@@ -4839,17 +4858,17 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_asyncio_coroutines __pyx_string_tab[100]
 #define __pyx_n_u_buffer __pyx_string_tab[101]
 #define __pyx_n_u_buffering __pyx_string_tab[102]
-#define __pyx_n_u_cast __pyx_string_tab[103]
-#define __pyx_n_u_channels __pyx_string_tab[104]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[105]
-#define __pyx_n_u_close __pyx_string_tab[106]
-#define __pyx_n_u_code __pyx_string_tab[107]
-#define __pyx_n_u_connect __pyx_string_tab[108]
-#define __pyx_n_u_connection __pyx_string_tab[109]
-#define __pyx_n_u_data __pyx_string_tab[110]
-#define __pyx_n_u_deadline __pyx_string_tab[111]
-#define __pyx_n_u_deadline_of __pyx_string_tab[112]
-#define __pyx_n_u_done __pyx_string_tab[113]
+#define __pyx_n_u_channels __pyx_string_tab[103]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[104]
+#define __pyx_n_u_close __pyx_string_tab[105]
+#define __pyx_n_u_code __pyx_string_tab[106]
+#define __pyx_n_u_connect __pyx_string_tab[107]
+#define __pyx_n_u_connection __pyx_string_tab[108]
+#define __pyx_n_u_data __pyx_string_tab[109]
+#define __pyx_n_u_deadline __pyx_string_tab[110]
+#define __pyx_n_u_deadline_of __pyx_string_tab[111]
+#define __pyx_n_u_done __pyx_string_tab[112]
+#define __pyx_n_u_encode __pyx_string_tab[113]
 #define __pyx_n_u_encoding __pyx_string_tab[114]
 #define __pyx_n_u_errors __pyx_string_tab[115]
 #define __pyx_n_u_fd __pyx_string_tab[116]
@@ -4907,26 +4926,26 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_view __pyx_string_tab[168]
 #define __pyx_n_u_write_to __pyx_string_tab[169]
 #define __pyx_kp_b__3 __pyx_string_tab[170]
-#define __pyx_kp_b_PyObject_struct___pyx_obj_7ivshm __pyx_string_tab[171]
-#define __pyx_kp_b_int_struct___pyx_obj_7ivshmem_7c __pyx_string_tab[172]
+#define __pyx_kp_b_PyObject_PyObject_int___pyx_skip __pyx_string_tab[171]
+#define __pyx_kp_b_PyObject_struct___pyx_obj_7ivshm __pyx_string_tab[172]
 #define __pyx_kp_b_int_struct_ivshmem_stream_look_b __pyx_string_tab[173]
 #define __pyx_kp_b_iso88591_Q __pyx_string_tab[174]
 #define __pyx_kp_b_iso88591_xq_q_AV1_1Ja_6_uCq_AZq_a_uCq_vX __pyx_string_tab[175]
 #define __pyx_kp_b_iso88591_A_1_V81A_j_aq_a_AT_4_6_uCq_fA_q __pyx_string_tab[176]
 #define __pyx_kp_b_iso88591_A_t_a __pyx_string_tab[177]
 #define __pyx_kp_b_iso88591_A_t_t1 __pyx_string_tab[178]
-#define __pyx_kp_b_iso88591_A23_81F_4xwc_t2S_A_j_1_C1D_4uAXT __pyx_string_tab[179]
+#define __pyx_kp_b_iso88591_A23_1HAV1_4xwc_t2S_A_j_1_C1D_4uA __pyx_string_tab[179]
 #define __pyx_kp_b_iso88591_A_87_t_Qir_AZq_Kq __pyx_string_tab[180]
 #define __pyx_kp_b_iso88591_A_Kxz __pyx_string_tab[181]
 #define __pyx_kp_b_iso88591_A_t1 __pyx_string_tab[182]
 #define __pyx_kp_b_iso88591_A_F_Qat9Ba __pyx_string_tab[183]
 #define __pyx_kp_b_iso88591_A_t81F __pyx_string_tab[184]
-#define __pyx_kp_b_iso88591_A_6_4uA_4vT_s_AQa __pyx_string_tab[185]
-#define __pyx_kp_b_iso88591_A_Q_6_d_1_r_4q_E_e2V4uBfIQ_AQa __pyx_string_tab[186]
+#define __pyx_kp_b_iso88591_A_1F_6_4uA_4vT_s_AQa __pyx_string_tab[185]
+#define __pyx_kp_b_iso88591_A_Q_1F_6_d_1_r_4q_E_e2V4uBfIQ_AQ __pyx_string_tab[186]
 #define __pyx_kp_b_iso88591_A_L_F __pyx_string_tab[187]
 #define __pyx_kp_b_iso88591_A_t81F_a __pyx_string_tab[188]
 #define __pyx_kp_b_iso88591_A_4r_G1_AV1A_F_4s_AQ_q_Yd_S_Cq_K __pyx_string_tab[189]
-#define __pyx_kp_b_iso88591_A_6_t5_1_q_d_4uA_4vT_y_STTU_AQa __pyx_string_tab[190]
+#define __pyx_kp_b_iso88591_A_1F_6_t5_1_q_d_4uA_4vT_y_STTU_A __pyx_string_tab[190]
 #define __pyx_kp_b_iso88591_O_XY_5_v __pyx_string_tab[191]
 #define __pyx_kp_b_iso88591_1_avT_1 __pyx_string_tab[192]
 #define __pyx_kp_b_iso88591_2_AT_az_1 __pyx_string_tab[193]
@@ -5065,6 +5084,203 @@ return 0;
 /* "native/descriptors.pxd":28
  * 
  * 
+ * cdef inline double seconds_of(object timeout) except? -1:             # <<<<<<<<<<<<<<
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+*/
+
+static CYTHON_INLINE double __pyx_f_7ivshmem_6native_11descriptors_seconds_of(PyObject *__pyx_v_timeout) {
+  double __pyx_v_seconds;
+  double __pyx_r;
+  __Pyx_RefNannyDeclarations
+  double __pyx_t_1;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  size_t __pyx_t_5;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("seconds_of", 0);
+
+  /* "native/descriptors.pxd":30
+ * cdef inline double seconds_of(object timeout) except? -1:
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout             # <<<<<<<<<<<<<<
+ *     if seconds != seconds:
+ *         raise ValueError("timeout is not a number")
+*/
+  __pyx_t_1 = __Pyx_PyFloat_AsDouble(__pyx_v_timeout); if (unlikely((__pyx_t_1 == (double)-1) && PyErr_Occurred())) __PYX_ERR(1, 30, __pyx_L1_error)
+  __pyx_v_seconds = __pyx_t_1;
+
+  /* "native/descriptors.pxd":31
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+ *     if seconds != seconds:             # <<<<<<<<<<<<<<
+ *         raise ValueError("timeout is not a number")
+ *     return seconds
+*/
+  __pyx_t_2 = (__pyx_v_seconds != __pyx_v_seconds);
+
+  if (unlikely(__pyx_t_2)) {
+
+
+    /* "native/descriptors.pxd":32
+ *     cdef double seconds = timeout
+ *     if seconds != seconds:
+ *         raise ValueError("timeout is not a number")             # <<<<<<<<<<<<<<
+ *     return seconds
+ * 
+*/
+    __pyx_t_4 = NULL;
+    __pyx_t_5 = 1;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_timeout_is_not_a_number};
+      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 32, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_3);
+    }
+    __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __PYX_ERR(1, 32, __pyx_L1_error)
+
+    /* "native/descriptors.pxd":31
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+ *     if seconds != seconds:             # <<<<<<<<<<<<<<
+ *         raise ValueError("timeout is not a number")
+ *     return seconds
+*/
+  }
+
+  /* "native/descriptors.pxd":33
+ *     if seconds != seconds:
+ *         raise ValueError("timeout is not a number")
+ *     return seconds             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = __pyx_v_seconds;
+  }
+  goto __pyx_L0;
+
+  /* "native/descriptors.pxd":28
+ * 
+ * 
+ * cdef inline double seconds_of(object timeout) except? -1:             # <<<<<<<<<<<<<<
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.seconds_of", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1.0;
+  __pyx_L0:;
+
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "native/descriptors.pxd":36
+ * 
+ * 
+ * cdef inline int check_timeout(object timeout) except -1:             # <<<<<<<<<<<<<<
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+*/
+
+static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_check_timeout(PyObject *__pyx_v_timeout) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  double __pyx_t_3;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "native/descriptors.pxd":38
+ * cdef inline int check_timeout(object timeout) except -1:
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns             # <<<<<<<<<<<<<<
+ *         seconds_of(timeout)
+ *     return 0
+*/
+  __pyx_t_2 = (__pyx_v_timeout != Py_None);
+  if (__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = (((PyObject *)Py_TYPE(__pyx_v_timeout)) != ((PyObject *)(&PyLong_Type)));
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L4_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "native/descriptors.pxd":39
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+ *         seconds_of(timeout)             # <<<<<<<<<<<<<<
+ *     return 0
+ * 
+*/
+    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_seconds_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((double)-1.0) && PyErr_Occurred())) __PYX_ERR(1, 39, __pyx_L1_error)
+
+
+    /* "native/descriptors.pxd":38
+ * cdef inline int check_timeout(object timeout) except -1:
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns             # <<<<<<<<<<<<<<
+ *         seconds_of(timeout)
+ *     return 0
+*/
+  }
+
+  /* "native/descriptors.pxd":40
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+ *         seconds_of(timeout)
+ *     return 0             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "native/descriptors.pxd":36
+ * 
+ * 
+ * cdef inline int check_timeout(object timeout) except -1:             # <<<<<<<<<<<<<<
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.native.descriptors.check_timeout", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "native/descriptors.pxd":43
+ * 
+ * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
@@ -5074,7 +5290,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   struct timespec __pyx_v_t;
   int64_t __pyx_r;
 
-  /* "native/descriptors.pxd":30
+  /* "native/descriptors.pxd":45
  * cdef inline int64_t now() noexcept nogil:
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)             # <<<<<<<<<<<<<<
@@ -5083,7 +5299,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
 */
   (void)(clock_gettime(CLOCK_MONOTONIC, (&__pyx_v_t)));
 
-  /* "native/descriptors.pxd":31
+  /* "native/descriptors.pxd":46
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
  *     return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec             # <<<<<<<<<<<<<<
@@ -5096,7 +5312,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":28
+  /* "native/descriptors.pxd":43
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5110,7 +5326,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":34
+/* "native/descriptors.pxd":49
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5127,7 +5343,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   int64_t __pyx_t_5;
   int __pyx_t_6;
 
-  /* "native/descriptors.pxd":36
+  /* "native/descriptors.pxd":51
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:
  *     """When they will be over; less than 0: never."""
  *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX             # <<<<<<<<<<<<<<
@@ -5164,7 +5380,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":34
+  /* "native/descriptors.pxd":49
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5177,7 +5393,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":39
+/* "native/descriptors.pxd":54
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5193,7 +5409,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   int64_t __pyx_t_3;
   int64_t __pyx_t_4;
 
-  /* "native/descriptors.pxd":42
+  /* "native/descriptors.pxd":57
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -5205,7 +5421,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   if (__pyx_t_1) {
 
 
-    /* "native/descriptors.pxd":43
+    /* "native/descriptors.pxd":58
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:
  *         return NULL             # <<<<<<<<<<<<<<
@@ -5218,7 +5434,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
     }
     goto __pyx_L0;
 
-    /* "native/descriptors.pxd":42
+    /* "native/descriptors.pxd":57
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -5227,7 +5443,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   }
 
-  /* "native/descriptors.pxd":44
+  /* "native/descriptors.pxd":59
  *     if deadline == INT64_MAX:
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)             # <<<<<<<<<<<<<<
@@ -5251,7 +5467,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   __pyx_v_nanoseconds = __pyx_t_4;
 
 
-  /* "native/descriptors.pxd":45
+  /* "native/descriptors.pxd":60
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000             # <<<<<<<<<<<<<<
@@ -5260,7 +5476,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   __pyx_v_left->tv_sec = __Pyx_div_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "native/descriptors.pxd":46
+  /* "native/descriptors.pxd":61
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000             # <<<<<<<<<<<<<<
@@ -5269,7 +5485,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   __pyx_v_left->tv_nsec = __Pyx_mod_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "native/descriptors.pxd":47
+  /* "native/descriptors.pxd":62
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000
  *     return left             # <<<<<<<<<<<<<<
@@ -5282,7 +5498,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":39
+  /* "native/descriptors.pxd":54
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5296,7 +5512,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":50
+/* "native/descriptors.pxd":65
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5311,7 +5527,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
   uint64_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "native/descriptors.pxd":52
+  /* "native/descriptors.pxd":67
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:
  *     """What was read from an eventfd; more than 2**63 - 1 rings are somebody's ill will."""
  *     return <int64_t>min(count, <uint64_t>INT64_MAX)             # <<<<<<<<<<<<<<
@@ -5339,7 +5555,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
 
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":50
+  /* "native/descriptors.pxd":65
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5352,7 +5568,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":55
+/* "native/descriptors.pxd":70
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5367,7 +5583,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
   int64_t __pyx_r;
   int __pyx_t_1;
 
-  /* "native/descriptors.pxd":61
+  /* "native/descriptors.pxd":76
  *     it since Linux 5.8, which is why that is the oldest kernel supported.
  *     """
  *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
@@ -5376,7 +5592,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_count = 0;
 
-  /* "native/descriptors.pxd":64
+  /* "native/descriptors.pxd":79
  *     cdef iovec iov
  *     cdef ssize_t n
  *     iov.iov_base = &count             # <<<<<<<<<<<<<<
@@ -5385,7 +5601,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_iov.iov_base = (&__pyx_v_count);
 
-  /* "native/descriptors.pxd":65
+  /* "native/descriptors.pxd":80
  *     cdef ssize_t n
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)             # <<<<<<<<<<<<<<
@@ -5394,7 +5610,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_count));
 
-  /* "native/descriptors.pxd":66
+  /* "native/descriptors.pxd":81
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)
  *     while True:             # <<<<<<<<<<<<<<
@@ -5403,7 +5619,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   while (1) {
 
-    /* "native/descriptors.pxd":67
+    /* "native/descriptors.pxd":82
  *     iov.iov_len = sizeof(count)
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)             # <<<<<<<<<<<<<<
@@ -5412,7 +5628,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     __pyx_v_n = preadv2(__pyx_v_fd, (&__pyx_v_iov), 1, -1L, RWF_NOWAIT);
 
-    /* "native/descriptors.pxd":68
+    /* "native/descriptors.pxd":83
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -5424,7 +5640,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "native/descriptors.pxd":69
+      /* "native/descriptors.pxd":84
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):
  *             return count_of(count)             # <<<<<<<<<<<<<<
@@ -5437,7 +5653,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "native/descriptors.pxd":68
+      /* "native/descriptors.pxd":83
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -5446,7 +5662,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "native/descriptors.pxd":70
+    /* "native/descriptors.pxd":85
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -5458,7 +5674,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "native/descriptors.pxd":71
+      /* "native/descriptors.pxd":86
  *             return count_of(count)
  *         if n >= 0:
  *             return -EINVAL  # no eventfd             # <<<<<<<<<<<<<<
@@ -5471,7 +5687,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "native/descriptors.pxd":70
+      /* "native/descriptors.pxd":85
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -5480,7 +5696,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "native/descriptors.pxd":72
+    /* "native/descriptors.pxd":87
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5492,7 +5708,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "native/descriptors.pxd":73
+      /* "native/descriptors.pxd":88
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:
  *             return 0             # <<<<<<<<<<<<<<
@@ -5505,7 +5721,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "native/descriptors.pxd":72
+      /* "native/descriptors.pxd":87
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5514,7 +5730,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "native/descriptors.pxd":74
+    /* "native/descriptors.pxd":89
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -5526,7 +5742,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "native/descriptors.pxd":75
+      /* "native/descriptors.pxd":90
  *             return 0
  *         if errno != EINTR:
  *             return -errno             # <<<<<<<<<<<<<<
@@ -5539,7 +5755,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "native/descriptors.pxd":74
+      /* "native/descriptors.pxd":89
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -5549,7 +5765,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     }
   }
 
-  /* "native/descriptors.pxd":55
+  /* "native/descriptors.pxd":70
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5566,7 +5782,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":78
+/* "native/descriptors.pxd":93
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5580,7 +5796,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "native/descriptors.pxd":80
+  /* "native/descriptors.pxd":95
  * cdef inline int add_one(int fd) noexcept nogil:
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1             # <<<<<<<<<<<<<<
@@ -5589,7 +5805,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 */
   __pyx_v_one = 1;
 
-  /* "native/descriptors.pxd":81
+  /* "native/descriptors.pxd":96
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5615,7 +5831,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   if (__pyx_t_1) {
 
 
-    /* "native/descriptors.pxd":82
+    /* "native/descriptors.pxd":97
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0             # <<<<<<<<<<<<<<
@@ -5628,7 +5844,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
     }
     goto __pyx_L0;
 
-    /* "native/descriptors.pxd":81
+    /* "native/descriptors.pxd":96
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5637,7 +5853,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 */
   }
 
-  /* "native/descriptors.pxd":83
+  /* "native/descriptors.pxd":98
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0
  *     return errno             # <<<<<<<<<<<<<<
@@ -5650,7 +5866,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":78
+  /* "native/descriptors.pxd":93
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5664,7 +5880,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":107
+/* "native/descriptors.pxd":122
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5675,7 +5891,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array) {
   Py_ssize_t __pyx_r;
 
-  /* "native/descriptors.pxd":109
+  /* "native/descriptors.pxd":124
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:
  *     """How many descriptors there are, also while another thread adds one."""
  *     return ivshmem_length(&array.count)             # <<<<<<<<<<<<<<
@@ -5688,7 +5904,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":107
+  /* "native/descriptors.pxd":122
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5701,7 +5917,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":112
+/* "native/descriptors.pxd":127
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5712,7 +5928,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
 static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array, Py_ssize_t __pyx_v_index) {
   int *__pyx_r;
 
-  /* "native/descriptors.pxd":114
+  /* "native/descriptors.pxd":129
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:
  *     """Where a descriptor stands, of as many as `length_of` told; it stays there."""
  *     return &ivshmem_elements(&array.fds)[index]             # <<<<<<<<<<<<<<
@@ -5725,7 +5941,7 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":112
+  /* "native/descriptors.pxd":127
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5795,7 +6011,277 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_core_begin_wait(struct __pyx_t_7ivs
   /* function exit code */
 }
 
-/* "ivshmem/channel/streams.pyx":43
+/* "roles.pxd":23
+ * 
+ * 
+ * cdef inline int take_buffer(object data, Py_buffer *view, int flags) except -1:             # <<<<<<<<<<<<<<
+ *     """Get a buffer whose bytes are sent, or received into; none of Python objects."""
+ *     if type(data) is bytes or type(data) is bytearray:
+*/
+
+static CYTHON_INLINE int __pyx_f_7ivshmem_7channel_5roles_take_buffer(PyObject *__pyx_v_data, Py_buffer *__pyx_v_view, int __pyx_v_flags) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_t_3;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "roles.pxd":25
+ * cdef inline int take_buffer(object data, Py_buffer *view, int flags) except -1:
+ *     """Get a buffer whose bytes are sent, or received into; none of Python objects."""
+ *     if type(data) is bytes or type(data) is bytearray:             # <<<<<<<<<<<<<<
+ *         return PyObject_GetBuffer(data, view, flags)
+ *     return take_without_objects(data, view, flags)
+*/
+  __pyx_t_2 = (((PyObject *)Py_TYPE(__pyx_v_data)) == ((PyObject *)(&PyBytes_Type)));
+  if (!__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = (((PyObject *)Py_TYPE(__pyx_v_data)) == ((PyObject *)(&PyByteArray_Type)));
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L4_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "roles.pxd":26
+ *     """Get a buffer whose bytes are sent, or received into; none of Python objects."""
+ *     if type(data) is bytes or type(data) is bytearray:
+ *         return PyObject_GetBuffer(data, view, flags)             # <<<<<<<<<<<<<<
+ *     return take_without_objects(data, view, flags)
+ * 
+*/
+    __pyx_t_3 = PyObject_GetBuffer(__pyx_v_data, __pyx_v_view, __pyx_v_flags); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(2, 26, __pyx_L1_error)
+    {
+      __pyx_r = __pyx_t_3;
+    }
+    goto __pyx_L0;
+
+    /* "roles.pxd":25
+ * cdef inline int take_buffer(object data, Py_buffer *view, int flags) except -1:
+ *     """Get a buffer whose bytes are sent, or received into; none of Python objects."""
+ *     if type(data) is bytes or type(data) is bytearray:             # <<<<<<<<<<<<<<
+ *         return PyObject_GetBuffer(data, view, flags)
+ *     return take_without_objects(data, view, flags)
+*/
+  }
+
+  /* "roles.pxd":27
+ *     if type(data) is bytes or type(data) is bytearray:
+ *         return PyObject_GetBuffer(data, view, flags)
+ *     return take_without_objects(data, view, flags)             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_5roles_take_without_objects(__pyx_v_data, __pyx_v_view, __pyx_v_flags); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(2, 27, __pyx_L1_error)
+  {
+    __pyx_r = __pyx_t_3;
+  }
+  goto __pyx_L0;
+
+  /* "roles.pxd":23
+ * 
+ * 
+ * cdef inline int take_buffer(object data, Py_buffer *view, int flags) except -1:             # <<<<<<<<<<<<<<
+ *     """Get a buffer whose bytes are sent, or received into; none of Python objects."""
+ *     if type(data) is bytes or type(data) is bytearray:
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.roles.take_buffer", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "roles.pxd":30
+ * 
+ * 
+ * cdef inline int take_payload(object message_type, object data, Py_buffer *view) except -1:             # <<<<<<<<<<<<<<
+ *     """Get the bytes of what is to be sent, as the channel's type makes them."""
+ *     if message_type is None:
+*/
+
+static CYTHON_INLINE int __pyx_f_7ivshmem_7channel_5roles_take_payload(PyObject *__pyx_v_message_type, PyObject *__pyx_v_data, Py_buffer *__pyx_v_view) {
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  size_t __pyx_t_5;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("take_payload", 0);
+
+  /* "roles.pxd":32
+ * cdef inline int take_payload(object message_type, object data, Py_buffer *view) except -1:
+ *     """Get the bytes of what is to be sent, as the channel's type makes them."""
+ *     if message_type is None:             # <<<<<<<<<<<<<<
+ *         return take_buffer(data, view, PyBUF_SIMPLE)
+ *     return PyObject_GetBuffer(message_type.encode(data), view, PyBUF_SIMPLE)
+*/
+  __pyx_t_1 = (__pyx_v_message_type == Py_None);
+  if (__pyx_t_1) {
+
+
+    /* "roles.pxd":33
+ *     """Get the bytes of what is to be sent, as the channel's type makes them."""
+ *     if message_type is None:
+ *         return take_buffer(data, view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
+ *     return PyObject_GetBuffer(message_type.encode(data), view, PyBUF_SIMPLE)
+ * 
+*/
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_take_buffer(__pyx_v_data, __pyx_v_view, PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(2, 33, __pyx_L1_error)
+    {
+      __pyx_r = __pyx_t_2;
+    }
+    goto __pyx_L0;
+
+    /* "roles.pxd":32
+ * cdef inline int take_payload(object message_type, object data, Py_buffer *view) except -1:
+ *     """Get the bytes of what is to be sent, as the channel's type makes them."""
+ *     if message_type is None:             # <<<<<<<<<<<<<<
+ *         return take_buffer(data, view, PyBUF_SIMPLE)
+ *     return PyObject_GetBuffer(message_type.encode(data), view, PyBUF_SIMPLE)
+*/
+  }
+
+  /* "roles.pxd":34
+ *     if message_type is None:
+ *         return take_buffer(data, view, PyBUF_SIMPLE)
+ *     return PyObject_GetBuffer(message_type.encode(data), view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  __pyx_t_4 = __pyx_v_message_type;
+  __Pyx_INCREF(__pyx_t_4);
+  __pyx_t_5 = 0;
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_v_data};
+    __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_encode, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(2, 34, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
+  }
+  __pyx_t_2 = PyObject_GetBuffer(__pyx_t_3, __pyx_v_view, PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(2, 34, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+  {
+    __pyx_r = __pyx_t_2;
+  }
+  goto __pyx_L0;
+
+  /* "roles.pxd":30
+ * 
+ * 
+ * cdef inline int take_payload(object message_type, object data, Py_buffer *view) except -1:             # <<<<<<<<<<<<<<
+ *     """Get the bytes of what is to be sent, as the channel's type makes them."""
+ *     if message_type is None:
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_AddTraceback("ivshmem.channel.roles.take_payload", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "roles.pxd":37
+ * 
+ * 
+ * cdef inline int take_target(             # <<<<<<<<<<<<<<
+ *     object message_type, str name, object buffer, Py_buffer *view
+ * ) except -1:
+*/
+
+static CYTHON_INLINE int __pyx_f_7ivshmem_7channel_5roles_take_target(PyObject *__pyx_v_message_type, PyObject *__pyx_v_name, PyObject *__pyx_v_buffer, Py_buffer *__pyx_v_view) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "roles.pxd":41
+ * ) except -1:
+ *     """Get a buffer that messages are received into: of bytes, or of the type's dtype."""
+ *     if message_type is None:             # <<<<<<<<<<<<<<
+ *         return take_buffer(buffer, view, PyBUF_WRITABLE)
+ *     return take_typed(message_type, name, buffer, view)
+*/
+  __pyx_t_1 = (__pyx_v_message_type == Py_None);
+  if (__pyx_t_1) {
+
+
+    /* "roles.pxd":42
+ *     """Get a buffer that messages are received into: of bytes, or of the type's dtype."""
+ *     if message_type is None:
+ *         return take_buffer(buffer, view, PyBUF_WRITABLE)             # <<<<<<<<<<<<<<
+ *     return take_typed(message_type, name, buffer, view)
+ * 
+*/
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_take_buffer(__pyx_v_buffer, __pyx_v_view, PyBUF_WRITABLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(2, 42, __pyx_L1_error)
+    {
+      __pyx_r = __pyx_t_2;
+    }
+    goto __pyx_L0;
+
+    /* "roles.pxd":41
+ * ) except -1:
+ *     """Get a buffer that messages are received into: of bytes, or of the type's dtype."""
+ *     if message_type is None:             # <<<<<<<<<<<<<<
+ *         return take_buffer(buffer, view, PyBUF_WRITABLE)
+ *     return take_typed(message_type, name, buffer, view)
+*/
+  }
+
+  /* "roles.pxd":43
+ *     if message_type is None:
+ *         return take_buffer(buffer, view, PyBUF_WRITABLE)
+ *     return take_typed(message_type, name, buffer, view)             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_take_typed(__pyx_v_message_type, __pyx_v_name, __pyx_v_buffer, __pyx_v_view); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(2, 43, __pyx_L1_error)
+  {
+    __pyx_r = __pyx_t_2;
+  }
+  goto __pyx_L0;
+
+  /* "roles.pxd":37
+ * 
+ * 
+ * cdef inline int take_target(             # <<<<<<<<<<<<<<
+ *     object message_type, str name, object buffer, Py_buffer *view
+ * ) except -1:
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.roles.take_target", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/streams.pyx":41
  *     """A listener of a channel of bytes; made by its `listen()`. It iterates over connections."""
  * 
  *     def __cinit__(self, channels, Membership membership not None, dict found not None):             # <<<<<<<<<<<<<<
@@ -5827,38 +6313,38 @@ static int __pyx_pw_7ivshmem_7channel_7streams_14StreamListener_1__cinit__(PyObj
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_channels,&__pyx_mstate_global->__pyx_n_u_membership,&__pyx_mstate_global->__pyx_n_u_found,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_VARARGS(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 43, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 41, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_VARARGS(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 43, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 41, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_VARARGS(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 43, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 41, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 43, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 41, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 43, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 41, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 3, 3, i); __PYX_ERR(0, 43, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 3, 3, i); __PYX_ERR(0, 41, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 43, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 41, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_VARARGS(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 43, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 41, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_VARARGS(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 43, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 41, __pyx_L3_error)
     }
     __pyx_v_channels = values[0];
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[1]);
@@ -5866,7 +6352,7 @@ static int __pyx_pw_7ivshmem_7channel_7streams_14StreamListener_1__cinit__(PyObj
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 43, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 41, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5877,8 +6363,8 @@ static int __pyx_pw_7ivshmem_7channel_7streams_14StreamListener_1__cinit__(PyObj
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 43, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_found), (&PyDict_Type), 0, "found", 1))) __PYX_ERR(0, 43, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 41, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_found), (&PyDict_Type), 0, "found", 1))) __PYX_ERR(0, 41, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(((struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_found);
 
   /* function exit code */
@@ -5921,17 +6407,17 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/channel/streams.pyx":45
+  /* "ivshmem/channel/streams.pyx":43
  *     def __cinit__(self, channels, Membership membership not None, dict found not None):
  *         cdef int code
  *         open_channel(self, channels, membership, found)             # <<<<<<<<<<<<<<
  *         self.listener.channel = &self.channel
  *         self.listener.member = &membership.member
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5roles_open_channel(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_found); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 45, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5roles_open_channel(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_found); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 43, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":46
+  /* "ivshmem/channel/streams.pyx":44
  *         cdef int code
  *         open_channel(self, channels, membership, found)
  *         self.listener.channel = &self.channel             # <<<<<<<<<<<<<<
@@ -5940,7 +6426,7 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
 */
   __pyx_v_self->listener.channel = (&__pyx_v_self->__pyx_base.channel);
 
-  /* "ivshmem/channel/streams.pyx":47
+  /* "ivshmem/channel/streams.pyx":45
  *         open_channel(self, channels, membership, found)
  *         self.listener.channel = &self.channel
  *         self.listener.member = &membership.member             # <<<<<<<<<<<<<<
@@ -5949,7 +6435,7 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
 */
   __pyx_v_self->listener.member = (&__pyx_v_membership->member);
 
-  /* "ivshmem/channel/streams.pyx":48
+  /* "ivshmem/channel/streams.pyx":46
  *         self.listener.channel = &self.channel
  *         self.listener.member = &membership.member
  *         code = ivshmem_listen(&self.listener)             # <<<<<<<<<<<<<<
@@ -5958,7 +6444,7 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
 */
   __pyx_v_code = ivshmem_listen((&__pyx_v_self->listener));
 
-  /* "ivshmem/channel/streams.pyx":49
+  /* "ivshmem/channel/streams.pyx":47
  *         self.listener.member = &membership.member
  *         code = ivshmem_listen(&self.listener)
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -5970,7 +6456,7 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/streams.pyx":50
+    /* "ivshmem/channel/streams.pyx":48
  *         code = ivshmem_listen(&self.listener)
  *         if code == IVSHMEM_TAKEN:
  *             most = self.channel.record.geometry.readers             # <<<<<<<<<<<<<<
@@ -5981,7 +6467,7 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
 
     __pyx_v_most = __pyx_t_3;
 
-    /* "ivshmem/channel/streams.pyx":51
+    /* "ivshmem/channel/streams.pyx":49
  *         if code == IVSHMEM_TAKEN:
  *             most = self.channel.record.geometry.readers
  *             raise ChannelError(             # <<<<<<<<<<<<<<
@@ -5989,35 +6475,35 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
  *                 " listeners"
 */
     __pyx_t_5 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 51, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 49, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
 
-    /* "ivshmem/channel/streams.pyx":52
+    /* "ivshmem/channel/streams.pyx":50
  *             most = self.channel.record.geometry.readers
  *             raise ChannelError(
  *                 f"channel {self.name!r}: {all_of(most, 'listener')} open; create it with more"             # <<<<<<<<<<<<<<
  *                 " listeners"
  *             )
 */
-    __pyx_t_7 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 52, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 50, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_all_of); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 52, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_all_of); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 50, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
-    __pyx_t_9 = __Pyx_PyLong_From_uint32_t(__pyx_v_most); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 52, __pyx_L1_error)
+    __pyx_t_9 = __Pyx_PyLong_From_uint32_t(__pyx_v_most); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 50, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
-    __pyx_t_10 = PyTuple_New(2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 52, __pyx_L1_error)
+    __pyx_t_10 = PyTuple_New(2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 50, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_GIVEREF(__pyx_t_9);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 0, __pyx_t_9) != (0)) __PYX_ERR(0, 52, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 0, __pyx_t_9) != (0)) __PYX_ERR(0, 50, __pyx_L1_error);
     __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_listener);
     __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_listener);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 1, __pyx_mstate_global->__pyx_n_u_listener) != (0)) __PYX_ERR(0, 52, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 1, __pyx_mstate_global->__pyx_n_u_listener) != (0)) __PYX_ERR(0, 50, __pyx_L1_error);
     __pyx_t_9 = 0;
-    __pyx_t_9 = __Pyx_PyObject_Call(__pyx_t_8, __pyx_t_10, NULL); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 52, __pyx_L1_error)
+    __pyx_t_9 = __Pyx_PyObject_Call(__pyx_t_8, __pyx_t_10, NULL); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 50, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-    __pyx_t_10 = __Pyx_PyObject_FormatSimple(__pyx_t_9, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 52, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyObject_FormatSimple(__pyx_t_9, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 50, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
     __pyx_t_11[0] = __pyx_mstate_global->__pyx_kp_u_channel;
@@ -6034,7 +6520,7 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
     __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_11[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_11[3]);
     #endif
     __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_11, 5, __pyx_t_12, __pyx_t_1);
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 52, __pyx_L1_error)
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 50, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
@@ -6056,14 +6542,14 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 51, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 49, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 51, __pyx_L1_error)
+    __PYX_ERR(0, 49, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":49
+    /* "ivshmem/channel/streams.pyx":47
  *         self.listener.member = &membership.member
  *         code = ivshmem_listen(&self.listener)
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -6072,7 +6558,7 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":55
+  /* "ivshmem/channel/streams.pyx":53
  *                 " listeners"
  *             )
  *         if code:             # <<<<<<<<<<<<<<
@@ -6084,20 +6570,20 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/streams.pyx":56
+    /* "ivshmem/channel/streams.pyx":54
  *             )
  *         if code:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
  *         self.enlist()
  * 
 */
-    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 56, __pyx_L1_error)
+    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 54, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 56, __pyx_L1_error)
+    __PYX_ERR(0, 54, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":55
+    /* "ivshmem/channel/streams.pyx":53
  *                 " listeners"
  *             )
  *         if code:             # <<<<<<<<<<<<<<
@@ -6106,17 +6592,17 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":57
+  /* "ivshmem/channel/streams.pyx":55
  *         if code:
  *             raise self.fail(code)
  *         self.enlist()             # <<<<<<<<<<<<<<
  * 
  *     cdef int attempt(self) except? -2:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enlist(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 57, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enlist(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 55, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":43
+  /* "ivshmem/channel/streams.pyx":41
  *     """A listener of a channel of bytes; made by its `listen()`. It iterates over connections."""
  * 
  *     def __cinit__(self, channels, Membership membership not None, dict found not None):             # <<<<<<<<<<<<<<
@@ -6145,7 +6631,7 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":59
+/* "ivshmem/channel/streams.pyx":57
  *         self.enlist()
  * 
  *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
@@ -6158,7 +6644,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(struct __
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/streams.pyx":60
+  /* "ivshmem/channel/streams.pyx":58
  * 
  *     cdef int attempt(self) except? -2:
  *         return 0 if ivshmem_listener_has_caller(&self.listener) else IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -6180,7 +6666,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":59
+  /* "ivshmem/channel/streams.pyx":57
  *         self.enlist()
  * 
  *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
@@ -6194,7 +6680,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":62
+/* "ivshmem/channel/streams.pyx":60
  *         return 0 if ivshmem_listener_has_caller(&self.listener) else IVSHMEM_AGAIN
  * 
  *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
@@ -6209,7 +6695,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_begin_sleep(struc
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/streams.pyx":63
+  /* "ivshmem/channel/streams.pyx":61
  * 
  *     cdef int begin_sleep(self) except? -2:
  *         ivshmem_sleep_begin(&self.channel, &self.listener.sleep)             # <<<<<<<<<<<<<<
@@ -6218,20 +6704,20 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_begin_sleep(struc
 */
   ivshmem_sleep_begin((&__pyx_v_self->__pyx_base.channel), (&__pyx_v_self->listener.sleep));
 
-  /* "ivshmem/channel/streams.pyx":64
+  /* "ivshmem/channel/streams.pyx":62
  *     cdef int begin_sleep(self) except? -2:
  *         ivshmem_sleep_begin(&self.channel, &self.listener.sleep)
  *         return self.attempt()             # <<<<<<<<<<<<<<
  * 
  *     cdef void end_sleep(self) noexcept:
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 64, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 62, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":62
+  /* "ivshmem/channel/streams.pyx":60
  *         return 0 if ivshmem_listener_has_caller(&self.listener) else IVSHMEM_AGAIN
  * 
  *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
@@ -6248,7 +6734,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_begin_sleep(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":66
+/* "ivshmem/channel/streams.pyx":64
  *         return self.attempt()
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6258,7 +6744,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_begin_sleep(struc
 
 static void __pyx_f_7ivshmem_7channel_7streams_14StreamListener_end_sleep(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_self) {
 
-  /* "ivshmem/channel/streams.pyx":67
+  /* "ivshmem/channel/streams.pyx":65
  * 
  *     cdef void end_sleep(self) noexcept:
  *         ivshmem_sleep_end(&self.channel, &self.listener.sleep)             # <<<<<<<<<<<<<<
@@ -6267,7 +6753,7 @@ static void __pyx_f_7ivshmem_7channel_7streams_14StreamListener_end_sleep(struct
 */
   ivshmem_sleep_end((&__pyx_v_self->__pyx_base.channel), (&__pyx_v_self->listener.sleep));
 
-  /* "ivshmem/channel/streams.pyx":66
+  /* "ivshmem/channel/streams.pyx":64
  *         return self.attempt()
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6279,7 +6765,7 @@ static void __pyx_f_7ivshmem_7channel_7streams_14StreamListener_end_sleep(struct
 
 }
 
-/* "ivshmem/channel/streams.pyx":69
+/* "ivshmem/channel/streams.pyx":67
  *         ivshmem_sleep_end(&self.channel, &self.listener.sleep)
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -6296,7 +6782,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore(struct __
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/streams.pyx":70
+  /* "ivshmem/channel/streams.pyx":68
  * 
  *     cdef int restore(self) except -1:
  *         if self.awaited and self.attempt() == 0:             # <<<<<<<<<<<<<<
@@ -6313,7 +6799,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore(struct __
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 70, __pyx_L1_error)
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 68, __pyx_L1_error)
   __pyx_t_2 = (__pyx_t_3 == 0);
 
 
@@ -6324,17 +6810,17 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":71
+    /* "ivshmem/channel/streams.pyx":69
  *     cdef int restore(self) except -1:
  *         if self.awaited and self.attempt() == 0:
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 71, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 69, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":70
+    /* "ivshmem/channel/streams.pyx":68
  * 
  *     cdef int restore(self) except -1:
  *         if self.awaited and self.attempt() == 0:             # <<<<<<<<<<<<<<
@@ -6343,7 +6829,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore(struct __
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":72
+  /* "ivshmem/channel/streams.pyx":70
  *         if self.awaited and self.attempt() == 0:
  *             self.membership.kick_all()
  *         return 0             # <<<<<<<<<<<<<<
@@ -6356,7 +6842,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":69
+  /* "ivshmem/channel/streams.pyx":67
  *         ivshmem_sleep_end(&self.channel, &self.listener.sleep)
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -6373,7 +6859,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":74
+/* "ivshmem/channel/streams.pyx":72
  *         return 0
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -6384,7 +6870,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore(struct __
 static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_give_up(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":75
+  /* "ivshmem/channel/streams.pyx":73
  * 
  *     cdef int give_up(self) except -1:
  *         ivshmem_listener_close(&self.listener)             # <<<<<<<<<<<<<<
@@ -6393,7 +6879,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_give_up(struct __
 */
   ivshmem_listener_close((&__pyx_v_self->listener));
 
-  /* "ivshmem/channel/streams.pyx":76
+  /* "ivshmem/channel/streams.pyx":74
  *     cdef int give_up(self) except -1:
  *         ivshmem_listener_close(&self.listener)
  *         return 0             # <<<<<<<<<<<<<<
@@ -6406,7 +6892,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_give_up(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":74
+  /* "ivshmem/channel/streams.pyx":72
  *         return 0
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -6420,7 +6906,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_give_up(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":78
+/* "ivshmem/channel/streams.pyx":76
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6469,20 +6955,20 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 78, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 76, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 78, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 76, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "accept", 0) < (0)) __PYX_ERR(0, 78, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "accept", 0) < (0)) __PYX_ERR(0, 76, __pyx_L3_error)
 
-      /* "ivshmem/channel/streams.pyx":79
+      /* "ivshmem/channel/streams.pyx":77
  * 
  *     @cython.critical_section
  *     def accept(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -6495,7 +6981,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 78, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 76, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -6508,7 +6994,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("accept", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 78, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("accept", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 76, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6521,7 +7007,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(((struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/streams.pyx":78
+  /* "ivshmem/channel/streams.pyx":76
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6566,29 +7052,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":92
+        /* "ivshmem/channel/streams.pyx":90
  *             ClosedError: the listener, the channels or the region is closed.
  *         """
  *         cdef Stream stream = Stream.__new__(Stream)             # <<<<<<<<<<<<<<
  *         cdef int code
  *         stream.take_over(self)
 */
-        __pyx_t_2 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_7streams_Stream(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 92, __pyx_L4_error)
+        __pyx_t_2 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_7streams_Stream(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 90, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         __pyx_v_stream = ((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_t_2);
         __pyx_t_2 = 0;
 
-        /* "ivshmem/channel/streams.pyx":94
+        /* "ivshmem/channel/streams.pyx":92
  *         cdef Stream stream = Stream.__new__(Stream)
  *         cdef int code
  *         stream.take_over(self)             # <<<<<<<<<<<<<<
  *         deadline = deadline_of(timeout)
  *         while True:
 */
-        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(__pyx_v_stream, __pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 94, __pyx_L4_error)
+        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(__pyx_v_stream, __pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 92, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":95
+        /* "ivshmem/channel/streams.pyx":93
  *         cdef int code
  *         stream.take_over(self)
  *         deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
@@ -6596,7 +7082,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
  *             self.enter()
 */
         __pyx_t_4 = NULL;
-        __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 95, __pyx_L4_error)
+        __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 93, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_5);
         __pyx_t_6 = 1;
         #if CYTHON_UNPACK_METHODS
@@ -6615,13 +7101,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
           __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
           __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 95, __pyx_L4_error)
+          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 93, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_2);
         }
         __pyx_v_deadline = __pyx_t_2;
         __pyx_t_2 = 0;
 
-        /* "ivshmem/channel/streams.pyx":96
+        /* "ivshmem/channel/streams.pyx":94
  *         stream.take_over(self)
  *         deadline = deadline_of(timeout)
  *         while True:             # <<<<<<<<<<<<<<
@@ -6630,17 +7116,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
 */
         while (1) {
 
-          /* "ivshmem/channel/streams.pyx":97
+          /* "ivshmem/channel/streams.pyx":95
  *         deadline = deadline_of(timeout)
  *         while True:
  *             self.enter()             # <<<<<<<<<<<<<<
  *             stream.stream.channel = &self.channel
  *             code = ivshmem_accept(&self.listener, &stream.stream)
 */
-          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 97, __pyx_L4_error)
+          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 95, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/streams.pyx":98
+          /* "ivshmem/channel/streams.pyx":96
  *         while True:
  *             self.enter()
  *             stream.stream.channel = &self.channel             # <<<<<<<<<<<<<<
@@ -6649,7 +7135,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
 */
           __pyx_v_stream->stream.channel = (&__pyx_v_self->__pyx_base.channel);
 
-          /* "ivshmem/channel/streams.pyx":99
+          /* "ivshmem/channel/streams.pyx":97
  *             self.enter()
  *             stream.stream.channel = &self.channel
  *             code = ivshmem_accept(&self.listener, &stream.stream)             # <<<<<<<<<<<<<<
@@ -6658,7 +7144,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
 */
           __pyx_v_code = ivshmem_accept((&__pyx_v_self->listener), (&__pyx_v_stream->stream));
 
-          /* "ivshmem/channel/streams.pyx":100
+          /* "ivshmem/channel/streams.pyx":98
  *             stream.stream.channel = &self.channel
  *             code = ivshmem_accept(&self.listener, &stream.stream)
  *             if code == 0:             # <<<<<<<<<<<<<<
@@ -6670,17 +7156,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
           if (__pyx_t_7) {
 
 
-            /* "ivshmem/channel/streams.pyx":101
+            /* "ivshmem/channel/streams.pyx":99
  *             code = ivshmem_accept(&self.listener, &stream.stream)
  *             if code == 0:
  *                 stream.begin()             # <<<<<<<<<<<<<<
  *                 return stream
  *             if code != IVSHMEM_AGAIN:
 */
-            __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_begin(__pyx_v_stream); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 101, __pyx_L4_error)
+            __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_begin(__pyx_v_stream); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 99, __pyx_L4_error)
 
 
-            /* "ivshmem/channel/streams.pyx":102
+            /* "ivshmem/channel/streams.pyx":100
  *             if code == 0:
  *                 stream.begin()
  *                 return stream             # <<<<<<<<<<<<<<
@@ -6699,7 +7185,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
             goto __pyx_L3_return;
 
-            /* "ivshmem/channel/streams.pyx":100
+            /* "ivshmem/channel/streams.pyx":98
  *             stream.stream.channel = &self.channel
  *             code = ivshmem_accept(&self.listener, &stream.stream)
  *             if code == 0:             # <<<<<<<<<<<<<<
@@ -6708,7 +7194,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
 */
           }
 
-          /* "ivshmem/channel/streams.pyx":103
+          /* "ivshmem/channel/streams.pyx":101
  *                 stream.begin()
  *                 return stream
  *             if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6720,20 +7206,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
           if (unlikely(__pyx_t_7)) {
 
 
-            /* "ivshmem/channel/streams.pyx":104
+            /* "ivshmem/channel/streams.pyx":102
  *                 return stream
  *             if code != IVSHMEM_AGAIN:
  *                 raise self.fail(code)             # <<<<<<<<<<<<<<
  *             left = None if deadline is None else max(deadline - monotonic(), 0)
  *             if self.wait(left, spin) == IVSHMEM_AGAIN:
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 104, __pyx_L4_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 102, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_2);
             __Pyx_Raise(__pyx_t_2, 0, 0, 0);
             __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-            __PYX_ERR(0, 104, __pyx_L4_error)
+            __PYX_ERR(0, 102, __pyx_L4_error)
 
-            /* "ivshmem/channel/streams.pyx":103
+            /* "ivshmem/channel/streams.pyx":101
  *                 stream.begin()
  *                 return stream
  *             if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6742,7 +7228,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
 */
           }
 
-          /* "ivshmem/channel/streams.pyx":105
+          /* "ivshmem/channel/streams.pyx":103
  *             if code != IVSHMEM_AGAIN:
  *                 raise self.fail(code)
  *             left = None if deadline is None else max(deadline - monotonic(), 0)             # <<<<<<<<<<<<<<
@@ -6757,7 +7243,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
 
             __pyx_t_8 = 0;
             __pyx_t_4 = NULL;
-            __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 105, __pyx_L4_error)
+            __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 103, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_9);
             __pyx_t_6 = 1;
             #if CYTHON_UNPACK_METHODS
@@ -6776,18 +7262,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
               __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_9, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
               __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-              if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 105, __pyx_L4_error)
+              if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 103, __pyx_L4_error)
               __Pyx_GOTREF(__pyx_t_5);
             }
-            __pyx_t_9 = __Pyx_PyNumber_Subtract_object_object(__pyx_v_deadline, __pyx_t_5); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 105, __pyx_L4_error)
+            __pyx_t_9 = __Pyx_PyNumber_Subtract_object_object(__pyx_v_deadline, __pyx_t_5); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 103, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_9);
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            __pyx_t_4 = __Pyx_PyLong_From_long(__pyx_t_8); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 105, __pyx_L4_error)
+            __pyx_t_4 = __Pyx_PyLong_From_long(__pyx_t_8); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 103, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_4);
-            __pyx_t_10 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_4, __pyx_t_9, Py_GT); if (unlikely((__pyx_t_10 < 0))) __PYX_ERR(0, 105, __pyx_L4_error)
+            __pyx_t_10 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_4, __pyx_t_9, Py_GT); if (unlikely((__pyx_t_10 < 0))) __PYX_ERR(0, 103, __pyx_L4_error)
             __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
             if (__pyx_t_10) {
-              __pyx_t_4 = __Pyx_PyLong_From_long(__pyx_t_8); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 105, __pyx_L4_error)
+              __pyx_t_4 = __Pyx_PyLong_From_long(__pyx_t_8); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 103, __pyx_L4_error)
               __Pyx_GOTREF(__pyx_t_4);
               __pyx_t_5 = __pyx_t_4;
               __pyx_t_4 = 0;
@@ -6805,21 +7291,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
           __Pyx_XDECREF_SET(__pyx_v_left, __pyx_t_2);
           __pyx_t_2 = 0;
 
-          /* "ivshmem/channel/streams.pyx":106
+          /* "ivshmem/channel/streams.pyx":104
  *                 raise self.fail(code)
  *             left = None if deadline is None else max(deadline - monotonic(), 0)
  *             if self.wait(left, spin) == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *                 return None
  * 
 */
-          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_left, __pyx_v_spin); if (unlikely(__pyx_t_3 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 106, __pyx_L4_error)
+          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_left, __pyx_v_spin); if (unlikely(__pyx_t_3 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 104, __pyx_L4_error)
           __pyx_t_7 = (__pyx_t_3 == IVSHMEM_AGAIN);
 
 
           if (__pyx_t_7) {
 
 
-            /* "ivshmem/channel/streams.pyx":107
+            /* "ivshmem/channel/streams.pyx":105
  *             left = None if deadline is None else max(deadline - monotonic(), 0)
  *             if self.wait(left, spin) == IVSHMEM_AGAIN:
  *                 return None             # <<<<<<<<<<<<<<
@@ -6837,7 +7323,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
             goto __pyx_L3_return;
 
-            /* "ivshmem/channel/streams.pyx":106
+            /* "ivshmem/channel/streams.pyx":104
  *                 raise self.fail(code)
  *             left = None if deadline is None else max(deadline - monotonic(), 0)
  *             if self.wait(left, spin) == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6848,7 +7334,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
         }
       }
 
-      /* "ivshmem/channel/streams.pyx":78
+      /* "ivshmem/channel/streams.pyx":76
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6898,7 +7384,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":109
+/* "ivshmem/channel/streams.pyx":107
  *                 return None
  * 
  *     def accept_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -6946,24 +7432,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 109, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 107, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 109, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 107, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "accept_async", 0) < (0)) __PYX_ERR(0, 109, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "accept_async", 0) < (0)) __PYX_ERR(0, 107, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 109, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 107, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -6974,7 +7460,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("accept_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 109, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("accept_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 107, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7005,16 +7491,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_4accept_as
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("accept_async", 0);
 
-  /* "ivshmem/channel/streams.pyx":111
+  /* "ivshmem/channel/streams.pyx":109
  *     def accept_async(self, timeout=None):
  *         """The twin of `accept` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.accept, timeout, ())             # <<<<<<<<<<<<<<
  * 
  *     def __iter__(self):
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_accept); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 111, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_accept); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 109, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 111, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 109, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
@@ -7028,7 +7514,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_4accept_as
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":109
+  /* "ivshmem/channel/streams.pyx":107
  *                 return None
  * 
  *     def accept_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -7048,7 +7534,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_4accept_as
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":113
+/* "ivshmem/channel/streams.pyx":111
  *         return until_something(self, self.accept, timeout, ())
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -7076,7 +7562,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_6__iter__(
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__iter__", 0);
 
-  /* "ivshmem/channel/streams.pyx":114
+  /* "ivshmem/channel/streams.pyx":112
  * 
  *     def __iter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -7094,7 +7580,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_6__iter__(
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":113
+  /* "ivshmem/channel/streams.pyx":111
  *         return until_something(self, self.accept, timeout, ())
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -7109,7 +7595,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_6__iter__(
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":116
+/* "ivshmem/channel/streams.pyx":114
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -7143,7 +7629,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_8__next__(
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__next__", 0);
 
-  /* "ivshmem/channel/streams.pyx":117
+  /* "ivshmem/channel/streams.pyx":115
  * 
  *     def __next__(self):
  *         return self.accept()             # <<<<<<<<<<<<<<
@@ -7157,7 +7643,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_8__next__(
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_accept, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 117, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 115, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -7171,7 +7657,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_8__next__(
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":116
+  /* "ivshmem/channel/streams.pyx":114
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -7191,7 +7677,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_8__next__(
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":119
+/* "ivshmem/channel/streams.pyx":117
  *         return self.accept()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -7219,7 +7705,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_10__aiter_
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__aiter__", 0);
 
-  /* "ivshmem/channel/streams.pyx":120
+  /* "ivshmem/channel/streams.pyx":118
  * 
  *     def __aiter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -7237,7 +7723,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_10__aiter_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":119
+  /* "ivshmem/channel/streams.pyx":117
  *         return self.accept()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -7252,7 +7738,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_10__aiter_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":122
+/* "ivshmem/channel/streams.pyx":120
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -7286,7 +7772,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_12__anext_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__anext__", 0);
 
-  /* "ivshmem/channel/streams.pyx":123
+  /* "ivshmem/channel/streams.pyx":121
  * 
  *     def __anext__(self):
  *         return self.accept_async()             # <<<<<<<<<<<<<<
@@ -7300,7 +7786,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_12__anext_
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_accept_async, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 123, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 121, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -7314,7 +7800,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_12__anext_
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":122
+  /* "ivshmem/channel/streams.pyx":120
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -7398,7 +7884,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_14__reduce
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
-  __PYX_ERR(1, 2, __pyx_L1_error)
+  __PYX_ERR(3, 2, __pyx_L1_error)
 
   /* "(tree fragment)":1
  * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
@@ -7462,32 +7948,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(1, 3, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(3, 3, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(3, 3, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(1, 3, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(3, 3, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(1, 3, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(3, 3, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(3, 3, __pyx_L3_error)
     }
     __pyx_v___pyx_state = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(1, 3, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(3, 3, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7522,7 +8008,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_16__setsta
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"             # <<<<<<<<<<<<<<
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
-  __PYX_ERR(1, 4, __pyx_L1_error)
+  __PYX_ERR(3, 4, __pyx_L1_error)
 
   /* "(tree fragment)":3
  * def __reduce_cython__(self):
@@ -7540,7 +8026,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_16__setsta
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":126
+/* "ivshmem/channel/streams.pyx":124
  * 
  * 
  * def connect(channels, Membership membership not None, dict found not None):             # <<<<<<<<<<<<<<
@@ -7590,38 +8076,38 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_channels,&__pyx_mstate_global->__pyx_n_u_membership,&__pyx_mstate_global->__pyx_n_u_found,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 126, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 124, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 126, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 124, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 126, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 124, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 126, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 124, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "connect", 0) < (0)) __PYX_ERR(0, 126, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "connect", 0) < (0)) __PYX_ERR(0, 124, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("connect", 1, 3, 3, i); __PYX_ERR(0, 126, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("connect", 1, 3, 3, i); __PYX_ERR(0, 124, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 126, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 124, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 126, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 124, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 126, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 124, __pyx_L3_error)
     }
     __pyx_v_channels = values[0];
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[1]);
@@ -7629,7 +8115,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("connect", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 126, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("connect", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 124, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7640,8 +8126,8 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 126, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_found), (&PyDict_Type), 0, "found", 1))) __PYX_ERR(0, 126, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 124, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_found), (&PyDict_Type), 0, "found", 1))) __PYX_ERR(0, 124, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_connect(__pyx_self, __pyx_v_channels, __pyx_v_membership, __pyx_v_found);
 
   /* function exit code */
@@ -7686,29 +8172,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("connect", 0);
 
-  /* "ivshmem/channel/streams.pyx":133
+  /* "ivshmem/channel/streams.pyx":131
  *         ChannelError: all connections are in use.
  *     """
  *     cdef Stream stream = Stream.__new__(Stream)             # <<<<<<<<<<<<<<
  *     cdef int code
  *     open_channel(stream, channels, membership, found)
 */
-  __pyx_t_1 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_7streams_Stream(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 133, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_7streams_Stream(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 131, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_stream = ((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":135
+  /* "ivshmem/channel/streams.pyx":133
  *     cdef Stream stream = Stream.__new__(Stream)
  *     cdef int code
  *     open_channel(stream, channels, membership, found)             # <<<<<<<<<<<<<<
  *     stream.stream.channel = &stream.channel
  *     stream.stream.member = &membership.member
 */
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_open_channel(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_stream), __pyx_v_channels, __pyx_v_membership, __pyx_v_found); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 135, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_open_channel(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_stream), __pyx_v_channels, __pyx_v_membership, __pyx_v_found); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 133, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":136
+  /* "ivshmem/channel/streams.pyx":134
  *     cdef int code
  *     open_channel(stream, channels, membership, found)
  *     stream.stream.channel = &stream.channel             # <<<<<<<<<<<<<<
@@ -7717,7 +8203,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
 */
   __pyx_v_stream->stream.channel = (&__pyx_v_stream->__pyx_base.channel);
 
-  /* "ivshmem/channel/streams.pyx":137
+  /* "ivshmem/channel/streams.pyx":135
  *     open_channel(stream, channels, membership, found)
  *     stream.stream.channel = &stream.channel
  *     stream.stream.member = &membership.member             # <<<<<<<<<<<<<<
@@ -7726,7 +8212,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
 */
   __pyx_v_stream->stream.member = (&__pyx_v_membership->member);
 
-  /* "ivshmem/channel/streams.pyx":138
+  /* "ivshmem/channel/streams.pyx":136
  *     stream.stream.channel = &stream.channel
  *     stream.stream.member = &membership.member
  *     code = ivshmem_stream_connect(&stream.stream)             # <<<<<<<<<<<<<<
@@ -7735,7 +8221,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
 */
   __pyx_v_code = ivshmem_stream_connect((&__pyx_v_stream->stream));
 
-  /* "ivshmem/channel/streams.pyx":139
+  /* "ivshmem/channel/streams.pyx":137
  *     stream.stream.member = &membership.member
  *     code = ivshmem_stream_connect(&stream.stream)
  *     if code == IVSHMEM_NOT_FOUND:             # <<<<<<<<<<<<<<
@@ -7747,7 +8233,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
   if (unlikely(__pyx_t_3)) {
 
 
-    /* "ivshmem/channel/streams.pyx":140
+    /* "ivshmem/channel/streams.pyx":138
  *     code = ivshmem_stream_connect(&stream.stream)
  *     if code == IVSHMEM_NOT_FOUND:
  *         raise ConnectionRefusedError(f"channel {stream.name!r}: no process listens")             # <<<<<<<<<<<<<<
@@ -7755,7 +8241,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
  *         most = stream.channel.record.geometry.writers
 */
     __pyx_t_4 = NULL;
-    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_stream->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 140, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_stream->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 138, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_channel;
     __pyx_t_6[1] = __pyx_t_5;
@@ -7769,7 +8255,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
     __pyx_t_2 |= __Pyx_PyUnicode_KIND_04(__pyx_t_6[1]);
     #endif
     __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_6, 3, __pyx_t_7, __pyx_t_2);
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 140, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 138, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __pyx_t_9 = 1;
@@ -7778,14 +8264,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ConnectionRefusedError)), __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 140, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 138, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 140, __pyx_L1_error)
+    __PYX_ERR(0, 138, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":139
+    /* "ivshmem/channel/streams.pyx":137
  *     stream.stream.member = &membership.member
  *     code = ivshmem_stream_connect(&stream.stream)
  *     if code == IVSHMEM_NOT_FOUND:             # <<<<<<<<<<<<<<
@@ -7794,7 +8280,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":141
+  /* "ivshmem/channel/streams.pyx":139
  *     if code == IVSHMEM_NOT_FOUND:
  *         raise ConnectionRefusedError(f"channel {stream.name!r}: no process listens")
  *     if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -7806,7 +8292,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
   if (unlikely(__pyx_t_3)) {
 
 
-    /* "ivshmem/channel/streams.pyx":142
+    /* "ivshmem/channel/streams.pyx":140
  *         raise ConnectionRefusedError(f"channel {stream.name!r}: no process listens")
  *     if code == IVSHMEM_TAKEN:
  *         most = stream.channel.record.geometry.writers             # <<<<<<<<<<<<<<
@@ -7817,7 +8303,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
 
     __pyx_v_most = __pyx_t_10;
 
-    /* "ivshmem/channel/streams.pyx":143
+    /* "ivshmem/channel/streams.pyx":141
  *     if code == IVSHMEM_TAKEN:
  *         most = stream.channel.record.geometry.writers
  *         raise ChannelError(             # <<<<<<<<<<<<<<
@@ -7825,35 +8311,35 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
  *             " connections"
 */
     __pyx_t_8 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 143, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 141, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
 
-    /* "ivshmem/channel/streams.pyx":144
+    /* "ivshmem/channel/streams.pyx":142
  *         most = stream.channel.record.geometry.writers
  *         raise ChannelError(
  *             f"channel {stream.name!r}: {all_of(most, 'connection')} in use; create it with more"             # <<<<<<<<<<<<<<
  *             " connections"
  *         )
 */
-    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_stream->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 144, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_stream->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 142, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __Pyx_GetModuleGlobalName(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_all_of); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 144, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_all_of); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 142, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
-    __pyx_t_12 = __Pyx_PyLong_From_uint32_t(__pyx_v_most); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 144, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyLong_From_uint32_t(__pyx_v_most); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 142, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
-    __pyx_t_13 = PyTuple_New(2); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 144, __pyx_L1_error)
+    __pyx_t_13 = PyTuple_New(2); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 142, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
     __Pyx_GIVEREF(__pyx_t_12);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 0, __pyx_t_12) != (0)) __PYX_ERR(0, 144, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 0, __pyx_t_12) != (0)) __PYX_ERR(0, 142, __pyx_L1_error);
     __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_connection);
     __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_connection);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 1, __pyx_mstate_global->__pyx_n_u_connection) != (0)) __PYX_ERR(0, 144, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 1, __pyx_mstate_global->__pyx_n_u_connection) != (0)) __PYX_ERR(0, 142, __pyx_L1_error);
     __pyx_t_12 = 0;
-    __pyx_t_12 = __Pyx_PyObject_Call(__pyx_t_11, __pyx_t_13, NULL); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 144, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyObject_Call(__pyx_t_11, __pyx_t_13, NULL); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 142, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
     __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-    __pyx_t_13 = __Pyx_PyObject_FormatSimple(__pyx_t_12, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 144, __pyx_L1_error)
+    __pyx_t_13 = __Pyx_PyObject_FormatSimple(__pyx_t_12, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 142, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
     __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
     __pyx_t_14[0] = __pyx_mstate_global->__pyx_kp_u_channel;
@@ -7870,7 +8356,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
     __pyx_t_2 |= __Pyx_PyUnicode_KIND_04(__pyx_t_14[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_14[3]);
     #endif
     __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_14, 5, __pyx_t_7, __pyx_t_2);
-    if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 144, __pyx_L1_error)
+    if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 142, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
@@ -7892,14 +8378,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
       __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
       __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 143, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 141, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 143, __pyx_L1_error)
+    __PYX_ERR(0, 141, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":141
+    /* "ivshmem/channel/streams.pyx":139
  *     if code == IVSHMEM_NOT_FOUND:
  *         raise ConnectionRefusedError(f"channel {stream.name!r}: no process listens")
  *     if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -7908,7 +8394,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":147
+  /* "ivshmem/channel/streams.pyx":145
  *             " connections"
  *         )
  *     if code:             # <<<<<<<<<<<<<<
@@ -7920,20 +8406,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
   if (unlikely(__pyx_t_3)) {
 
 
-    /* "ivshmem/channel/streams.pyx":148
+    /* "ivshmem/channel/streams.pyx":146
  *         )
  *     if code:
  *         raise stream.fail(code)             # <<<<<<<<<<<<<<
  *     stream.begin()
  *     membership.flush()
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_stream->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_stream), __pyx_v_code); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 148, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_stream->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_stream), __pyx_v_code); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 146, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 148, __pyx_L1_error)
+    __PYX_ERR(0, 146, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":147
+    /* "ivshmem/channel/streams.pyx":145
  *             " connections"
  *         )
  *     if code:             # <<<<<<<<<<<<<<
@@ -7942,27 +8428,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":149
+  /* "ivshmem/channel/streams.pyx":147
  *     if code:
  *         raise stream.fail(code)
  *     stream.begin()             # <<<<<<<<<<<<<<
  *     membership.flush()
  *     return stream
 */
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_begin(__pyx_v_stream); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 149, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_begin(__pyx_v_stream); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 147, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":150
+  /* "ivshmem/channel/streams.pyx":148
  *         raise stream.fail(code)
  *     stream.begin()
  *     membership.flush()             # <<<<<<<<<<<<<<
  *     return stream
  * 
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->flush(__pyx_v_membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 150, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->flush(__pyx_v_membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 148, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":151
+  /* "ivshmem/channel/streams.pyx":149
  *     stream.begin()
  *     membership.flush()
  *     return stream             # <<<<<<<<<<<<<<
@@ -7980,7 +8466,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":126
+  /* "ivshmem/channel/streams.pyx":124
  * 
  * 
  * def connect(channels, Membership membership not None, dict found not None):             # <<<<<<<<<<<<<<
@@ -8008,7 +8494,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":154
+/* "ivshmem/channel/streams.pyx":152
  * 
  * 
  * cdef uint64_t part_of(const ivshmem_channel *channel) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8024,7 +8510,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_7streams_part_of(struct ivshmem_channe
   uint64_t __pyx_t_4;
   int __pyx_t_5;
 
-  /* "ivshmem/channel/streams.pyx":159
+  /* "ivshmem/channel/streams.pyx":157
  *     It works on the first ones while the next ones are copied.
  *     """
  *     return min(max(channel.layout.cell_bytes // 4, LEAST_PART), MOST_PART)             # <<<<<<<<<<<<<<
@@ -8067,7 +8553,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_7streams_part_of(struct ivshmem_channe
 
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":154
+  /* "ivshmem/channel/streams.pyx":152
  * 
  * 
  * cdef uint64_t part_of(const ivshmem_channel *channel) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8080,7 +8566,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_7streams_part_of(struct ivshmem_channe
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":167
+/* "ivshmem/channel/streams.pyx":165
  * 
  * 
  * cdef int look_both(ivshmem_stream *stream) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8096,7 +8582,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/streams.pyx":173
+  /* "ivshmem/channel/streams.pyx":171
  *     """
  *     cdef ivshmem_other_end other
  *     cdef int found = 0             # <<<<<<<<<<<<<<
@@ -8105,7 +8591,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
 */
   __pyx_v_found = 0;
 
-  /* "ivshmem/channel/streams.pyx":174
+  /* "ivshmem/channel/streams.pyx":172
  *     cdef ivshmem_other_end other
  *     cdef int found = 0
  *     cdef int code = ivshmem_stream_look(stream, &other)             # <<<<<<<<<<<<<<
@@ -8114,7 +8600,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
 */
   __pyx_v_code = ivshmem_stream_look(__pyx_v_stream, (&__pyx_v_other));
 
-  /* "ivshmem/channel/streams.pyx":175
+  /* "ivshmem/channel/streams.pyx":173
  *     cdef int found = 0
  *     cdef int code = ivshmem_stream_look(stream, &other)
  *     if code:             # <<<<<<<<<<<<<<
@@ -8126,7 +8612,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":176
+    /* "ivshmem/channel/streams.pyx":174
  *     cdef int code = ivshmem_stream_look(stream, &other)
  *     if code:
  *         return code             # <<<<<<<<<<<<<<
@@ -8139,7 +8625,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/streams.pyx":175
+    /* "ivshmem/channel/streams.pyx":173
  *     cdef int found = 0
  *     cdef int code = ivshmem_stream_look(stream, &other)
  *     if code:             # <<<<<<<<<<<<<<
@@ -8148,7 +8634,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":177
+  /* "ivshmem/channel/streams.pyx":175
  *     if code:
  *         return code
  *     if other.closed or other.receives_no_more:             # <<<<<<<<<<<<<<
@@ -8174,7 +8660,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":178
+    /* "ivshmem/channel/streams.pyx":176
  *         return code
  *     if other.closed or other.receives_no_more:
  *         found |= 1 << ENDED             # <<<<<<<<<<<<<<
@@ -8183,7 +8669,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
 */
     __pyx_v_found = (__pyx_v_found | (1 << __pyx_e_7ivshmem_7channel_7streams_ENDED));
 
-    /* "ivshmem/channel/streams.pyx":177
+    /* "ivshmem/channel/streams.pyx":175
  *     if code:
  *         return code
  *     if other.closed or other.receives_no_more:             # <<<<<<<<<<<<<<
@@ -8192,7 +8678,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":179
+  /* "ivshmem/channel/streams.pyx":177
  *     if other.closed or other.receives_no_more:
  *         found |= 1 << ENDED
  *     if other.closed and not other.sends_no_more:             # <<<<<<<<<<<<<<
@@ -8218,7 +8704,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":180
+    /* "ivshmem/channel/streams.pyx":178
  *         found |= 1 << ENDED
  *     if other.closed and not other.sends_no_more:
  *         found |= 1 << ABORTED             # <<<<<<<<<<<<<<
@@ -8227,7 +8713,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
 */
     __pyx_v_found = (__pyx_v_found | (1 << __pyx_e_7ivshmem_7channel_7streams_ABORTED));
 
-    /* "ivshmem/channel/streams.pyx":179
+    /* "ivshmem/channel/streams.pyx":177
  *     if other.closed or other.receives_no_more:
  *         found |= 1 << ENDED
  *     if other.closed and not other.sends_no_more:             # <<<<<<<<<<<<<<
@@ -8236,7 +8722,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":182
+  /* "ivshmem/channel/streams.pyx":180
  *         found |= 1 << ABORTED
  *     if (
  *         other.closed or other.receives_no_more or stream.sends_no_more             # <<<<<<<<<<<<<<
@@ -8264,7 +8750,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
     goto __pyx_L11_bool_binop_done;
   }
 
-  /* "ivshmem/channel/streams.pyx":183
+  /* "ivshmem/channel/streams.pyx":181
  *     if (
  *         other.closed or other.receives_no_more or stream.sends_no_more
  *         or ivshmem_ahead(stream.sent, other.received) < stream.channel.layout.cell_bytes             # <<<<<<<<<<<<<<
@@ -8288,7 +8774,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
 
   __pyx_L11_bool_binop_done:;
 
-  /* "ivshmem/channel/streams.pyx":181
+  /* "ivshmem/channel/streams.pyx":179
  *     if other.closed and not other.sends_no_more:
  *         found |= 1 << ABORTED
  *     if (             # <<<<<<<<<<<<<<
@@ -8298,7 +8784,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":185
+    /* "ivshmem/channel/streams.pyx":183
  *         or ivshmem_ahead(stream.sent, other.received) < stream.channel.layout.cell_bytes
  *     ):
  *         found |= 1 << SEND             # <<<<<<<<<<<<<<
@@ -8307,7 +8793,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
 */
     __pyx_v_found = (__pyx_v_found | (1 << __pyx_e_7ivshmem_7channel_7streams_SEND));
 
-    /* "ivshmem/channel/streams.pyx":181
+    /* "ivshmem/channel/streams.pyx":179
  *     if other.closed and not other.sends_no_more:
  *         found |= 1 << ABORTED
  *     if (             # <<<<<<<<<<<<<<
@@ -8316,7 +8802,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":187
+  /* "ivshmem/channel/streams.pyx":185
  *         found |= 1 << SEND
  *     if (
  *         other.closed or other.sent != stream.received             # <<<<<<<<<<<<<<
@@ -8334,7 +8820,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
     goto __pyx_L16_bool_binop_done;
   }
 
-  /* "ivshmem/channel/streams.pyx":188
+  /* "ivshmem/channel/streams.pyx":186
  *     if (
  *         other.closed or other.sent != stream.received
  *         or other.sends_no_more or stream.receives_no_more             # <<<<<<<<<<<<<<
@@ -8368,7 +8854,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
 
   __pyx_L16_bool_binop_done:;
 
-  /* "ivshmem/channel/streams.pyx":186
+  /* "ivshmem/channel/streams.pyx":184
  *     ):
  *         found |= 1 << SEND
  *     if (             # <<<<<<<<<<<<<<
@@ -8378,7 +8864,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":190
+    /* "ivshmem/channel/streams.pyx":188
  *         or other.sends_no_more or stream.receives_no_more
  *     ):
  *         found |= 1 << RECEIVE             # <<<<<<<<<<<<<<
@@ -8387,7 +8873,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
 */
     __pyx_v_found = (__pyx_v_found | (1 << __pyx_e_7ivshmem_7channel_7streams_RECEIVE));
 
-    /* "ivshmem/channel/streams.pyx":186
+    /* "ivshmem/channel/streams.pyx":184
  *     ):
  *         found |= 1 << SEND
  *     if (             # <<<<<<<<<<<<<<
@@ -8396,7 +8882,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":191
+  /* "ivshmem/channel/streams.pyx":189
  *     ):
  *         found |= 1 << RECEIVE
  *     return found             # <<<<<<<<<<<<<<
@@ -8409,7 +8895,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":167
+  /* "ivshmem/channel/streams.pyx":165
  * 
  * 
  * cdef int look_both(ivshmem_stream *stream) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8425,7 +8911,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":194
+/* "ivshmem/channel/streams.pyx":192
  * 
  * 
  * cdef int look(ivshmem_stream *stream, int direction) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8441,7 +8927,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
   int __pyx_t_3;
   int __pyx_t_4;
 
-  /* "ivshmem/channel/streams.pyx":196
+  /* "ivshmem/channel/streams.pyx":194
  * cdef int look(ivshmem_stream *stream, int direction) noexcept nogil:
  *     """0: a call in this direction would not wait; IVSHMEM_AGAIN; or an error."""
  *     cdef int found = look_both(stream)             # <<<<<<<<<<<<<<
@@ -8450,7 +8936,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
 */
   __pyx_v_found = __pyx_f_7ivshmem_7channel_7streams_look_both(__pyx_v_stream);
 
-  /* "ivshmem/channel/streams.pyx":197
+  /* "ivshmem/channel/streams.pyx":195
  *     """0: a call in this direction would not wait; IVSHMEM_AGAIN; or an error."""
  *     cdef int found = look_both(stream)
  *     return found if found < 0 else 0 if found >> direction & 1 else IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -8481,7 +8967,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":194
+  /* "ivshmem/channel/streams.pyx":192
  * 
  * 
  * cdef int look(ivshmem_stream *stream, int direction) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8495,7 +8981,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":200
+/* "ivshmem/channel/streams.pyx":198
  * 
  * 
  * cdef int64_t probe_stream(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8507,7 +8993,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_probe_stream(void *__pyx_v_wha
   struct __pyx_t_7ivshmem_7channel_7streams_Probed *__pyx_v_probed;
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":201
+  /* "ivshmem/channel/streams.pyx":199
  * 
  * cdef int64_t probe_stream(void *what) noexcept nogil:
  *     cdef Probed *probed = <Probed *>what             # <<<<<<<<<<<<<<
@@ -8516,7 +9002,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_probe_stream(void *__pyx_v_wha
 */
   __pyx_v_probed = ((struct __pyx_t_7ivshmem_7channel_7streams_Probed *)__pyx_v_what);
 
-  /* "ivshmem/channel/streams.pyx":202
+  /* "ivshmem/channel/streams.pyx":200
  * cdef int64_t probe_stream(void *what) noexcept nogil:
  *     cdef Probed *probed = <Probed *>what
  *     return look(probed.stream, probed.direction) != IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -8529,7 +9015,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_probe_stream(void *__pyx_v_wha
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":200
+  /* "ivshmem/channel/streams.pyx":198
  * 
  * 
  * cdef int64_t probe_stream(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8543,7 +9029,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_probe_stream(void *__pyx_v_wha
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":213
+/* "ivshmem/channel/streams.pyx":211
  *     cdef Probed probed
  * 
  *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
@@ -8554,7 +9040,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_probe_stream(void *__pyx_v_wha
 static int __pyx_f_7ivshmem_7channel_7streams_4Half_attempt(struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":214
+  /* "ivshmem/channel/streams.pyx":212
  * 
  *     cdef int attempt(self) except? -2:
  *         return look(self.probed.stream, self.probed.direction)             # <<<<<<<<<<<<<<
@@ -8567,7 +9053,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_attempt(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":213
+  /* "ivshmem/channel/streams.pyx":211
  *     cdef Probed probed
  * 
  *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
@@ -8581,7 +9067,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_attempt(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":216
+/* "ivshmem/channel/streams.pyx":214
  *         return look(self.probed.stream, self.probed.direction)
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
@@ -8602,7 +9088,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_enter(struct __pyx_obj_7ivsh
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("enter", 0);
 
-  /* "ivshmem/channel/streams.pyx":217
+  /* "ivshmem/channel/streams.pyx":215
  * 
  *     cdef int enter(self) except -1:
  *         if self.stream is None:             # <<<<<<<<<<<<<<
@@ -8613,7 +9099,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_enter(struct __pyx_obj_7ivsh
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/streams.pyx":218
+    /* "ivshmem/channel/streams.pyx":216
  *     cdef int enter(self) except -1:
  *         if self.stream is None:
  *             raise TypeError("a Half is made by its Stream")             # <<<<<<<<<<<<<<
@@ -8626,14 +9112,14 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_enter(struct __pyx_obj_7ivsh
       PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_a_Half_is_made_by_its_Stream};
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 218, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 216, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 218, __pyx_L1_error)
+    __PYX_ERR(0, 216, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":217
+    /* "ivshmem/channel/streams.pyx":215
  * 
  *     cdef int enter(self) except -1:
  *         if self.stream is None:             # <<<<<<<<<<<<<<
@@ -8642,20 +9128,20 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_enter(struct __pyx_obj_7ivsh
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":219
+  /* "ivshmem/channel/streams.pyx":217
  *         if self.stream is None:
  *             raise TypeError("a Half is made by its Stream")
  *         return self.stream.enter()             # <<<<<<<<<<<<<<
  * 
  *     cdef ChannelEnd sleeper(self):
 */
-  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->stream->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->stream)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 219, __pyx_L1_error)
+  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->stream->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->stream)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 217, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_5;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":216
+  /* "ivshmem/channel/streams.pyx":214
  *         return look(self.probed.stream, self.probed.direction)
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
@@ -8675,7 +9161,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_enter(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":221
+/* "ivshmem/channel/streams.pyx":219
  *         return self.stream.enter()
  * 
  *     cdef ChannelEnd sleeper(self):             # <<<<<<<<<<<<<<
@@ -8688,7 +9174,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("sleeper", 0);
 
-  /* "ivshmem/channel/streams.pyx":222
+  /* "ivshmem/channel/streams.pyx":220
  * 
  *     cdef ChannelEnd sleeper(self):
  *         return self.stream             # <<<<<<<<<<<<<<
@@ -8706,7 +9192,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":221
+  /* "ivshmem/channel/streams.pyx":219
  *         return self.stream.enter()
  * 
  *     cdef ChannelEnd sleeper(self):             # <<<<<<<<<<<<<<
@@ -8721,7 +9207,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":224
+/* "ivshmem/channel/streams.pyx":222
  *         return self.stream
  * 
  *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
@@ -8736,7 +9222,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_begin_sleep(struct __pyx_obj
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/streams.pyx":225
+  /* "ivshmem/channel/streams.pyx":223
  * 
  *     cdef int begin_sleep(self) except? -2:
  *         ivshmem_stream_sleep(self.probed.stream)             # <<<<<<<<<<<<<<
@@ -8745,20 +9231,20 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_begin_sleep(struct __pyx_obj
 */
   ivshmem_stream_sleep(__pyx_v_self->probed.stream);
 
-  /* "ivshmem/channel/streams.pyx":226
+  /* "ivshmem/channel/streams.pyx":224
  *     cdef int begin_sleep(self) except? -2:
  *         ivshmem_stream_sleep(self.probed.stream)
  *         return self.attempt()             # <<<<<<<<<<<<<<
  * 
  *     cdef void end_sleep(self) noexcept:
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_4Half_attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 226, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_4Half_attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 224, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":224
+  /* "ivshmem/channel/streams.pyx":222
  *         return self.stream
  * 
  *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
@@ -8775,7 +9261,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_begin_sleep(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":228
+/* "ivshmem/channel/streams.pyx":226
  *         return self.attempt()
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -8785,7 +9271,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_begin_sleep(struct __pyx_obj
 
 static void __pyx_f_7ivshmem_7channel_7streams_4Half_end_sleep(struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self) {
 
-  /* "ivshmem/channel/streams.pyx":229
+  /* "ivshmem/channel/streams.pyx":227
  * 
  *     cdef void end_sleep(self) noexcept:
  *         self.stream.end_sleep()             # <<<<<<<<<<<<<<
@@ -8794,7 +9280,7 @@ static void __pyx_f_7ivshmem_7channel_7streams_4Half_end_sleep(struct __pyx_obj_
 */
   __pyx_f_7ivshmem_7channel_7streams_6Stream_end_sleep(__pyx_v_self->stream);
 
-  /* "ivshmem/channel/streams.pyx":228
+  /* "ivshmem/channel/streams.pyx":226
  *         return self.attempt()
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -8806,7 +9292,7 @@ static void __pyx_f_7ivshmem_7channel_7streams_4Half_end_sleep(struct __pyx_obj_
 
 }
 
-/* "ivshmem/channel/streams.pyx":231
+/* "ivshmem/channel/streams.pyx":229
  *         self.stream.end_sleep()
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -8817,7 +9303,7 @@ static void __pyx_f_7ivshmem_7channel_7streams_4Half_end_sleep(struct __pyx_obj_
 static int64_t __pyx_f_7ivshmem_7channel_7streams_4Half_probe(struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self, void **__pyx_v_what, __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe) {
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":232
+  /* "ivshmem/channel/streams.pyx":230
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         what[0] = &self.probed             # <<<<<<<<<<<<<<
@@ -8826,7 +9312,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_4Half_probe(struct __pyx_obj_7
 */
   (__pyx_v_what[0]) = (&__pyx_v_self->probed);
 
-  /* "ivshmem/channel/streams.pyx":233
+  /* "ivshmem/channel/streams.pyx":231
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         what[0] = &self.probed
  *         probe[0] = probe_stream             # <<<<<<<<<<<<<<
@@ -8835,7 +9321,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_4Half_probe(struct __pyx_obj_7
 */
   (__pyx_v_probe[0]) = __pyx_f_7ivshmem_7channel_7streams_probe_stream;
 
-  /* "ivshmem/channel/streams.pyx":234
+  /* "ivshmem/channel/streams.pyx":232
  *         what[0] = &self.probed
  *         probe[0] = probe_stream
  *         return 1             # <<<<<<<<<<<<<<
@@ -8848,7 +9334,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_4Half_probe(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":231
+  /* "ivshmem/channel/streams.pyx":229
  *         self.stream.end_sleep()
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -8926,7 +9412,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_4Half___reduce_cython__(CYT
  *     raise TypeError, "self.probed cannot be converted to a Python object for pickling"
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_self_probed_cannot_be_converted, 0, 0);
-  __PYX_ERR(1, 2, __pyx_L1_error)
+  __PYX_ERR(3, 2, __pyx_L1_error)
 
   /* "(tree fragment)":1
  * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
@@ -8990,32 +9476,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(1, 3, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(3, 3, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(3, 3, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(1, 3, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(3, 3, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(1, 3, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(3, 3, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(3, 3, __pyx_L3_error)
     }
     __pyx_v___pyx_state = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(1, 3, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(3, 3, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9050,7 +9536,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_4Half_2__setstate_cython__(
  *     raise TypeError, "self.probed cannot be converted to a Python object for pickling"             # <<<<<<<<<<<<<<
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_self_probed_cannot_be_converted, 0, 0);
-  __PYX_ERR(1, 4, __pyx_L1_error)
+  __PYX_ERR(3, 4, __pyx_L1_error)
 
   /* "(tree fragment)":3
  * def __reduce_cython__(self):
@@ -9068,7 +9554,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_4Half_2__setstate_cython__(
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":245
+/* "ivshmem/channel/streams.pyx":243
  *     """
  * 
  *     cdef int take_over(self, StreamListener listener) except -1:             # <<<<<<<<<<<<<<
@@ -9083,7 +9569,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
   struct ivshmem_channel __pyx_t_2;
   __Pyx_RefNannySetupContext("take_over", 0);
 
-  /* "ivshmem/channel/streams.pyx":246
+  /* "ivshmem/channel/streams.pyx":244
  * 
  *     cdef int take_over(self, StreamListener listener) except -1:
  *         self.channels = listener.channels             # <<<<<<<<<<<<<<
@@ -9097,7 +9583,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
   __Pyx_DECREF_SET(__pyx_v_self->__pyx_base.channels, __pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":247
+  /* "ivshmem/channel/streams.pyx":245
  *     cdef int take_over(self, StreamListener listener) except -1:
  *         self.channels = listener.channels
  *         self.membership = listener.membership             # <<<<<<<<<<<<<<
@@ -9111,7 +9597,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
   __Pyx_DECREF_SET(__pyx_v_self->__pyx_base.membership, ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":248
+  /* "ivshmem/channel/streams.pyx":246
  *         self.channels = listener.channels
  *         self.membership = listener.membership
  *         self.name = listener.name             # <<<<<<<<<<<<<<
@@ -9125,7 +9611,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
   __Pyx_DECREF_SET(__pyx_v_self->__pyx_base.name, ((PyObject*)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":249
+  /* "ivshmem/channel/streams.pyx":247
  *         self.membership = listener.membership
  *         self.name = listener.name
  *         self.channel = listener.channel             # <<<<<<<<<<<<<<
@@ -9136,7 +9622,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
 
   __pyx_v_self->__pyx_base.channel = __pyx_t_2;
 
-  /* "ivshmem/channel/streams.pyx":250
+  /* "ivshmem/channel/streams.pyx":248
  *         self.name = listener.name
  *         self.channel = listener.channel
  *         return 0             # <<<<<<<<<<<<<<
@@ -9149,7 +9635,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":245
+  /* "ivshmem/channel/streams.pyx":243
  *     """
  * 
  *     cdef int take_over(self, StreamListener listener) except -1:             # <<<<<<<<<<<<<<
@@ -9164,7 +9650,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":252
+/* "ivshmem/channel/streams.pyx":250
  *         return 0
  * 
  *     cdef int begin(self) except -1:             # <<<<<<<<<<<<<<
@@ -9179,7 +9665,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin(struct __pyx_obj_7iv
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/streams.pyx":253
+  /* "ivshmem/channel/streams.pyx":251
  * 
  *     cdef int begin(self) except -1:
  *         self.stream.channel = &self.channel             # <<<<<<<<<<<<<<
@@ -9188,20 +9674,20 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin(struct __pyx_obj_7iv
 */
   __pyx_v_self->stream.channel = (&__pyx_v_self->__pyx_base.channel);
 
-  /* "ivshmem/channel/streams.pyx":254
+  /* "ivshmem/channel/streams.pyx":252
  *     cdef int begin(self) except -1:
  *         self.stream.channel = &self.channel
  *         return self.enlist()             # <<<<<<<<<<<<<<
  * 
  *     cdef ChannelEnd half(self, int direction):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enlist(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 254, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enlist(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 252, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":252
+  /* "ivshmem/channel/streams.pyx":250
  *         return 0
  * 
  *     cdef int begin(self) except -1:             # <<<<<<<<<<<<<<
@@ -9218,7 +9704,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":256
+/* "ivshmem/channel/streams.pyx":254
  *         return self.enlist()
  * 
  *     cdef ChannelEnd half(self, int direction):             # <<<<<<<<<<<<<<
@@ -9236,19 +9722,19 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("half", 0);
 
-  /* "ivshmem/channel/streams.pyx":257
+  /* "ivshmem/channel/streams.pyx":255
  * 
  *     cdef ChannelEnd half(self, int direction):
  *         cdef Half half = Half.__new__(Half)             # <<<<<<<<<<<<<<
  *         half.stream = self
  *         half.membership = self.membership
 */
-  __pyx_t_1 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_7streams_Half(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Half), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 257, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_7streams_Half(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Half), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 255, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_half = ((struct __pyx_obj_7ivshmem_7channel_7streams_Half *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":258
+  /* "ivshmem/channel/streams.pyx":256
  *     cdef ChannelEnd half(self, int direction):
  *         cdef Half half = Half.__new__(Half)
  *         half.stream = self             # <<<<<<<<<<<<<<
@@ -9260,7 +9746,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
   __Pyx_GOTREF((PyObject *)__pyx_v_half->stream);
   __Pyx_DECREF_SET(__pyx_v_half->stream, __pyx_v_self);
 
-  /* "ivshmem/channel/streams.pyx":259
+  /* "ivshmem/channel/streams.pyx":257
  *         cdef Half half = Half.__new__(Half)
  *         half.stream = self
  *         half.membership = self.membership             # <<<<<<<<<<<<<<
@@ -9274,7 +9760,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
   __Pyx_DECREF_SET(__pyx_v_half->__pyx_base.membership, ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":260
+  /* "ivshmem/channel/streams.pyx":258
  *         half.stream = self
  *         half.membership = self.membership
  *         half.name = self.name             # <<<<<<<<<<<<<<
@@ -9288,7 +9774,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
   __Pyx_DECREF_SET(__pyx_v_half->__pyx_base.name, ((PyObject*)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":261
+  /* "ivshmem/channel/streams.pyx":259
  *         half.membership = self.membership
  *         half.name = self.name
  *         half.probed.stream = &self.stream             # <<<<<<<<<<<<<<
@@ -9297,7 +9783,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
 */
   __pyx_v_half->probed.stream = (&__pyx_v_self->stream);
 
-  /* "ivshmem/channel/streams.pyx":262
+  /* "ivshmem/channel/streams.pyx":260
  *         half.name = self.name
  *         half.probed.stream = &self.stream
  *         half.probed.direction = direction             # <<<<<<<<<<<<<<
@@ -9306,7 +9792,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
 */
   __pyx_v_half->probed.direction = __pyx_v_direction;
 
-  /* "ivshmem/channel/streams.pyx":263
+  /* "ivshmem/channel/streams.pyx":261
  *         half.probed.stream = &self.stream
  *         half.probed.direction = direction
  *         return half             # <<<<<<<<<<<<<<
@@ -9324,7 +9810,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":256
+  /* "ivshmem/channel/streams.pyx":254
  *         return self.enlist()
  * 
  *     cdef ChannelEnd half(self, int direction):             # <<<<<<<<<<<<<<
@@ -9344,7 +9830,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":265
+/* "ivshmem/channel/streams.pyx":263
  *         return half
  * 
  *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
@@ -9355,7 +9841,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_attempt(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":266
+  /* "ivshmem/channel/streams.pyx":264
  * 
  *     cdef int attempt(self) except? -2:
  *         return look(&self.stream, RECEIVE)             # <<<<<<<<<<<<<<
@@ -9368,7 +9854,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_attempt(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":265
+  /* "ivshmem/channel/streams.pyx":263
  *         return half
  * 
  *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
@@ -9382,7 +9868,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_attempt(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":268
+/* "ivshmem/channel/streams.pyx":266
  *         return look(&self.stream, RECEIVE)
  * 
  *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
@@ -9393,7 +9879,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_attempt(struct __pyx_obj_7
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_sleep(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":269
+  /* "ivshmem/channel/streams.pyx":267
  * 
  *     cdef int begin_sleep(self) except? -2:
  *         ivshmem_stream_sleep(&self.stream)             # <<<<<<<<<<<<<<
@@ -9402,7 +9888,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_sleep(struct __pyx_o
 */
   ivshmem_stream_sleep((&__pyx_v_self->stream));
 
-  /* "ivshmem/channel/streams.pyx":270
+  /* "ivshmem/channel/streams.pyx":268
  *     cdef int begin_sleep(self) except? -2:
  *         ivshmem_stream_sleep(&self.stream)
  *         return look(&self.stream, RECEIVE)             # <<<<<<<<<<<<<<
@@ -9415,7 +9901,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_sleep(struct __pyx_o
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":268
+  /* "ivshmem/channel/streams.pyx":266
  *         return look(&self.stream, RECEIVE)
  * 
  *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
@@ -9429,7 +9915,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_sleep(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":272
+/* "ivshmem/channel/streams.pyx":270
  *         return look(&self.stream, RECEIVE)
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -9439,7 +9925,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_sleep(struct __pyx_o
 
 static void __pyx_f_7ivshmem_7channel_7streams_6Stream_end_sleep(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self) {
 
-  /* "ivshmem/channel/streams.pyx":273
+  /* "ivshmem/channel/streams.pyx":271
  * 
  *     cdef void end_sleep(self) noexcept:
  *         ivshmem_sleep_end(&self.channel, &self.stream.sleep)             # <<<<<<<<<<<<<<
@@ -9448,7 +9934,7 @@ static void __pyx_f_7ivshmem_7channel_7streams_6Stream_end_sleep(struct __pyx_ob
 */
   ivshmem_sleep_end((&__pyx_v_self->__pyx_base.channel), (&__pyx_v_self->stream.sleep));
 
-  /* "ivshmem/channel/streams.pyx":272
+  /* "ivshmem/channel/streams.pyx":270
  *         return look(&self.stream, RECEIVE)
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -9460,7 +9946,7 @@ static void __pyx_f_7ivshmem_7channel_7streams_6Stream_end_sleep(struct __pyx_ob
 
 }
 
-/* "ivshmem/channel/streams.pyx":275
+/* "ivshmem/channel/streams.pyx":273
  *         ivshmem_sleep_end(&self.channel, &self.stream.sleep)
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -9477,7 +9963,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/streams.pyx":276
+  /* "ivshmem/channel/streams.pyx":274
  * 
  *     cdef int restore(self) except -1:
  *         ivshmem_stream_beat(&self.stream)             # <<<<<<<<<<<<<<
@@ -9486,7 +9972,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
 */
   ivshmem_stream_beat((&__pyx_v_self->stream));
 
-  /* "ivshmem/channel/streams.pyx":277
+  /* "ivshmem/channel/streams.pyx":275
  *     cdef int restore(self) except -1:
  *         ivshmem_stream_beat(&self.stream)
  *         if self.awaited and (             # <<<<<<<<<<<<<<
@@ -9504,7 +9990,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
     goto __pyx_L4_bool_binop_done;
   }
 
-  /* "ivshmem/channel/streams.pyx":278
+  /* "ivshmem/channel/streams.pyx":276
  *         ivshmem_stream_beat(&self.stream)
  *         if self.awaited and (
  *             look(&self.stream, RECEIVE) != IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -9522,7 +10008,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
     goto __pyx_L4_bool_binop_done;
   }
 
-  /* "ivshmem/channel/streams.pyx":279
+  /* "ivshmem/channel/streams.pyx":277
  *         if self.awaited and (
  *             look(&self.stream, RECEIVE) != IVSHMEM_AGAIN
  *             or look(&self.stream, SEND) != IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -9536,7 +10022,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
 
   __pyx_L4_bool_binop_done:;
 
-  /* "ivshmem/channel/streams.pyx":277
+  /* "ivshmem/channel/streams.pyx":275
  *     cdef int restore(self) except -1:
  *         ivshmem_stream_beat(&self.stream)
  *         if self.awaited and (             # <<<<<<<<<<<<<<
@@ -9546,17 +10032,17 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":281
+    /* "ivshmem/channel/streams.pyx":279
  *             or look(&self.stream, SEND) != IVSHMEM_AGAIN
  *         ):
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 281, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 279, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":277
+    /* "ivshmem/channel/streams.pyx":275
  *     cdef int restore(self) except -1:
  *         ivshmem_stream_beat(&self.stream)
  *         if self.awaited and (             # <<<<<<<<<<<<<<
@@ -9565,7 +10051,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":282
+  /* "ivshmem/channel/streams.pyx":280
  *         ):
  *             self.membership.kick_all()
  *         return 0             # <<<<<<<<<<<<<<
@@ -9578,7 +10064,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":275
+  /* "ivshmem/channel/streams.pyx":273
  *         ivshmem_sleep_end(&self.channel, &self.stream.sleep)
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -9595,7 +10081,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":284
+/* "ivshmem/channel/streams.pyx":282
  *         return 0
  * 
  *     cdef int arm(self) except? -2:             # <<<<<<<<<<<<<<
@@ -9612,27 +10098,27 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_arm(struct __pyx_obj_7ivsh
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/streams.pyx":291
+  /* "ivshmem/channel/streams.pyx":289
  *         """
  *         cdef int found
  *         self.check_there()             # <<<<<<<<<<<<<<
  *         self.wakeup.clear()
  *         ivshmem_stream_sleep(&self.stream)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.check_there(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 291, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.check_there(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 289, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":292
+  /* "ivshmem/channel/streams.pyx":290
  *         cdef int found
  *         self.check_there()
  *         self.wakeup.clear()             # <<<<<<<<<<<<<<
  *         ivshmem_stream_sleep(&self.stream)
  *         self.membership.flush()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *)__pyx_v_self->__pyx_base.wakeup->__pyx_vtab)->clear(__pyx_v_self->__pyx_base.wakeup); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 292, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *)__pyx_v_self->__pyx_base.wakeup->__pyx_vtab)->clear(__pyx_v_self->__pyx_base.wakeup); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 290, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":293
+  /* "ivshmem/channel/streams.pyx":291
  *         self.check_there()
  *         self.wakeup.clear()
  *         ivshmem_stream_sleep(&self.stream)             # <<<<<<<<<<<<<<
@@ -9641,17 +10127,17 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_arm(struct __pyx_obj_7ivsh
 */
   ivshmem_stream_sleep((&__pyx_v_self->stream));
 
-  /* "ivshmem/channel/streams.pyx":294
+  /* "ivshmem/channel/streams.pyx":292
  *         self.wakeup.clear()
  *         ivshmem_stream_sleep(&self.stream)
  *         self.membership.flush()             # <<<<<<<<<<<<<<
  *         found = look_both(&self.stream)
  *         if found < 0:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 294, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 292, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":295
+  /* "ivshmem/channel/streams.pyx":293
  *         ivshmem_stream_sleep(&self.stream)
  *         self.membership.flush()
  *         found = look_both(&self.stream)             # <<<<<<<<<<<<<<
@@ -9660,7 +10146,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_arm(struct __pyx_obj_7ivsh
 */
   __pyx_v_found = __pyx_f_7ivshmem_7channel_7streams_look_both((&__pyx_v_self->stream));
 
-  /* "ivshmem/channel/streams.pyx":296
+  /* "ivshmem/channel/streams.pyx":294
  *         self.membership.flush()
  *         found = look_both(&self.stream)
  *         if found < 0:             # <<<<<<<<<<<<<<
@@ -9672,7 +10158,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_arm(struct __pyx_obj_7ivsh
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/streams.pyx":297
+    /* "ivshmem/channel/streams.pyx":295
  *         found = look_both(&self.stream)
  *         if found < 0:
  *             return found             # <<<<<<<<<<<<<<
@@ -9685,7 +10171,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_arm(struct __pyx_obj_7ivsh
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/streams.pyx":296
+    /* "ivshmem/channel/streams.pyx":294
  *         self.membership.flush()
  *         found = look_both(&self.stream)
  *         if found < 0:             # <<<<<<<<<<<<<<
@@ -9694,7 +10180,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_arm(struct __pyx_obj_7ivsh
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":298
+  /* "ivshmem/channel/streams.pyx":296
  *         if found < 0:
  *             return found
  *         found &= self.tried             # <<<<<<<<<<<<<<
@@ -9703,7 +10189,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_arm(struct __pyx_obj_7ivsh
 */
   __pyx_v_found = (__pyx_v_found & __pyx_v_self->tried);
 
-  /* "ivshmem/channel/streams.pyx":299
+  /* "ivshmem/channel/streams.pyx":297
  *             return found
  *         found &= self.tried
  *         self.tried &= ~found             # <<<<<<<<<<<<<<
@@ -9712,7 +10198,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_arm(struct __pyx_obj_7ivsh
 */
   __pyx_v_self->tried = (__pyx_v_self->tried & (~__pyx_v_found));
 
-  /* "ivshmem/channel/streams.pyx":300
+  /* "ivshmem/channel/streams.pyx":298
  *         found &= self.tried
  *         self.tried &= ~found
  *         return 0 if found else IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -9734,7 +10220,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_arm(struct __pyx_obj_7ivsh
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":284
+  /* "ivshmem/channel/streams.pyx":282
  *         return 0
  * 
  *     cdef int arm(self) except? -2:             # <<<<<<<<<<<<<<
@@ -9752,7 +10238,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_arm(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":302
+/* "ivshmem/channel/streams.pyx":300
  *         return 0 if found else IVSHMEM_AGAIN
  * 
  *     cdef int begin_watch(self) except -1:             # <<<<<<<<<<<<<<
@@ -9767,7 +10253,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_watch(struct __pyx_o
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/streams.pyx":303
+  /* "ivshmem/channel/streams.pyx":301
  * 
  *     cdef int begin_watch(self) except -1:
  *         self.tried |= 1 << RECEIVE             # <<<<<<<<<<<<<<
@@ -9776,20 +10262,20 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_watch(struct __pyx_o
 */
   __pyx_v_self->tried = (__pyx_v_self->tried | (1 << __pyx_e_7ivshmem_7channel_7streams_RECEIVE));
 
-  /* "ivshmem/channel/streams.pyx":304
+  /* "ivshmem/channel/streams.pyx":302
  *     cdef int begin_watch(self) except -1:
  *         self.tried |= 1 << RECEIVE
  *         return ChannelEnd.begin_watch(self)             # <<<<<<<<<<<<<<
  * 
  *     cdef int give_up(self) except -1:
 */
-  __pyx_t_1 = __pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd->begin_watch(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 304, __pyx_L1_error)
+  __pyx_t_1 = __pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd->begin_watch(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 302, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":302
+  /* "ivshmem/channel/streams.pyx":300
  *         return 0 if found else IVSHMEM_AGAIN
  * 
  *     cdef int begin_watch(self) except -1:             # <<<<<<<<<<<<<<
@@ -9806,7 +10292,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_watch(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":306
+/* "ivshmem/channel/streams.pyx":304
  *         return ChannelEnd.begin_watch(self)
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -9817,7 +10303,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_watch(struct __pyx_o
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":307
+  /* "ivshmem/channel/streams.pyx":305
  * 
  *     cdef int give_up(self) except -1:
  *         if self.aborting:             # <<<<<<<<<<<<<<
@@ -9826,7 +10312,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7
 */
   if (__pyx_v_self->aborting) {
 
-    /* "ivshmem/channel/streams.pyx":308
+    /* "ivshmem/channel/streams.pyx":306
  *     cdef int give_up(self) except -1:
  *         if self.aborting:
  *             ivshmem_stream_abort(&self.stream)             # <<<<<<<<<<<<<<
@@ -9835,7 +10321,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7
 */
     ivshmem_stream_abort((&__pyx_v_self->stream));
 
-    /* "ivshmem/channel/streams.pyx":307
+    /* "ivshmem/channel/streams.pyx":305
  * 
  *     cdef int give_up(self) except -1:
  *         if self.aborting:             # <<<<<<<<<<<<<<
@@ -9845,7 +10331,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/streams.pyx":310
+  /* "ivshmem/channel/streams.pyx":308
  *             ivshmem_stream_abort(&self.stream)
  *         else:
  *             ivshmem_stream_close(&self.stream)             # <<<<<<<<<<<<<<
@@ -9857,7 +10343,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/streams.pyx":311
+  /* "ivshmem/channel/streams.pyx":309
  *         else:
  *             ivshmem_stream_close(&self.stream)
  *         return 0             # <<<<<<<<<<<<<<
@@ -9870,7 +10356,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":306
+  /* "ivshmem/channel/streams.pyx":304
  *         return ChannelEnd.begin_watch(self)
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -9884,7 +10370,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":313
+/* "ivshmem/channel/streams.pyx":311
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9953,7 +10439,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_abort(struct __pyx_
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":321
+        /* "ivshmem/channel/streams.pyx":319
  *         be called twice, and after `close`.
  *         """
  *         self.aborting = True             # <<<<<<<<<<<<<<
@@ -9962,7 +10448,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_abort(struct __pyx_
 */
         __pyx_v_self->aborting = 1;
 
-        /* "ivshmem/channel/streams.pyx":322
+        /* "ivshmem/channel/streams.pyx":320
  *         """
  *         self.aborting = True
  *         self.close()             # <<<<<<<<<<<<<<
@@ -9976,13 +10462,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_abort(struct __pyx_
           PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
           __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 322, __pyx_L4_error)
+          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 320, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_2);
         }
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       }
 
-      /* "ivshmem/channel/streams.pyx":313
+      /* "ivshmem/channel/streams.pyx":311
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -10018,7 +10504,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_abort(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":326
+/* "ivshmem/channel/streams.pyx":324
  *     # As a socket.
  * 
  *     def settimeout(self, timeout):             # <<<<<<<<<<<<<<
@@ -10066,32 +10552,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 326, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 324, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 326, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 324, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "settimeout", 0) < (0)) __PYX_ERR(0, 326, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "settimeout", 0) < (0)) __PYX_ERR(0, 324, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("settimeout", 1, 1, 1, i); __PYX_ERR(0, 326, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("settimeout", 1, 1, 1, i); __PYX_ERR(0, 324, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 326, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 324, __pyx_L3_error)
     }
     __pyx_v_timeout = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("settimeout", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 326, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("settimeout", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 324, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10130,7 +10616,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2settimeout(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("settimeout", 0);
 
-  /* "ivshmem/channel/streams.pyx":328
+  /* "ivshmem/channel/streams.pyx":326
  *     def settimeout(self, timeout):
  *         """Set how many seconds a call may wait; None: for ever; 0: calls do not wait."""
  *         if timeout is not None and seconds_of(timeout) < 0:             # <<<<<<<<<<<<<<
@@ -10147,7 +10633,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2settimeout(struct 
     goto __pyx_L4_bool_binop_done;
   }
   __pyx_t_4 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_seconds_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 328, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_seconds_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 326, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_6 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -10166,10 +10652,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2settimeout(struct 
     __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 328, __pyx_L1_error)
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 326, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
   }
-  __pyx_t_2 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_t_3, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 328, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_t_3, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 326, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   __pyx_t_1 = __pyx_t_2;
@@ -10178,7 +10664,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2settimeout(struct 
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/streams.pyx":329
+    /* "ivshmem/channel/streams.pyx":327
  *         """Set how many seconds a call may wait; None: for ever; 0: calls do not wait."""
  *         if timeout is not None and seconds_of(timeout) < 0:
  *             raise ValueError(f"timeout {timeout!r}: 0 or more seconds, or None")             # <<<<<<<<<<<<<<
@@ -10186,7 +10672,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2settimeout(struct 
  * 
 */
     __pyx_t_5 = NULL;
-    __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_timeout), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 329, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_timeout), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 327, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_timeout_2;
     __pyx_t_7[1] = __pyx_t_4;
@@ -10200,7 +10686,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2settimeout(struct 
     __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]);
     #endif
     __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 3, __pyx_t_8, __pyx_t_9);
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 329, __pyx_L1_error)
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 327, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __pyx_t_6 = 1;
@@ -10209,14 +10695,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2settimeout(struct 
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 329, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 327, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 329, __pyx_L1_error)
+    __PYX_ERR(0, 327, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":328
+    /* "ivshmem/channel/streams.pyx":326
  *     def settimeout(self, timeout):
  *         """Set how many seconds a call may wait; None: for ever; 0: calls do not wait."""
  *         if timeout is not None and seconds_of(timeout) < 0:             # <<<<<<<<<<<<<<
@@ -10225,7 +10711,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2settimeout(struct 
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":330
+  /* "ivshmem/channel/streams.pyx":328
  *         if timeout is not None and seconds_of(timeout) < 0:
  *             raise ValueError(f"timeout {timeout!r}: 0 or more seconds, or None")
  *         self.timeout = timeout             # <<<<<<<<<<<<<<
@@ -10237,7 +10723,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2settimeout(struct 
   __Pyx_GOTREF(__pyx_v_self->timeout);
   __Pyx_DECREF_SET(__pyx_v_self->timeout, __pyx_v_timeout);
 
-  /* "ivshmem/channel/streams.pyx":326
+  /* "ivshmem/channel/streams.pyx":324
  *     # As a socket.
  * 
  *     def settimeout(self, timeout):             # <<<<<<<<<<<<<<
@@ -10261,7 +10747,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2settimeout(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":332
+/* "ivshmem/channel/streams.pyx":330
  *         self.timeout = timeout
  * 
  *     def gettimeout(self):             # <<<<<<<<<<<<<<
@@ -10317,7 +10803,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_4gettimeout(struct 
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("gettimeout", 0);
 
-  /* "ivshmem/channel/streams.pyx":334
+  /* "ivshmem/channel/streams.pyx":332
  *     def gettimeout(self):
  *         """Return what `settimeout` set; None: no limit."""
  *         return self.timeout             # <<<<<<<<<<<<<<
@@ -10335,7 +10821,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_4gettimeout(struct 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":332
+  /* "ivshmem/channel/streams.pyx":330
  *         self.timeout = timeout
  * 
  *     def gettimeout(self):             # <<<<<<<<<<<<<<
@@ -10350,7 +10836,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_4gettimeout(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":336
+/* "ivshmem/channel/streams.pyx":334
  *         return self.timeout
  * 
  *     def setblocking(self, flag):             # <<<<<<<<<<<<<<
@@ -10398,32 +10884,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_flag,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 336, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 334, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 336, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 334, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "setblocking", 0) < (0)) __PYX_ERR(0, 336, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "setblocking", 0) < (0)) __PYX_ERR(0, 334, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("setblocking", 1, 1, 1, i); __PYX_ERR(0, 336, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("setblocking", 1, 1, 1, i); __PYX_ERR(0, 334, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 336, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 334, __pyx_L3_error)
     }
     __pyx_v_flag = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("setblocking", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 336, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("setblocking", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 334, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10454,14 +10940,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6setblocking(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("setblocking", 0);
 
-  /* "ivshmem/channel/streams.pyx":338
+  /* "ivshmem/channel/streams.pyx":336
  *     def setblocking(self, flag):
  *         """True: as settimeout(None); False: as settimeout(0)."""
  *         self.timeout = None if flag else 0             # <<<<<<<<<<<<<<
  * 
  *     cdef int await_half(self, int direction, object timeout, object deadline) except -1:
 */
-  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_v_flag); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 338, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_v_flag); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 336, __pyx_L1_error)
   if (__pyx_t_2) {
     __Pyx_INCREF(Py_None);
     __pyx_t_1 = Py_None;
@@ -10475,7 +10961,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6setblocking(struct
   __Pyx_DECREF_SET(__pyx_v_self->timeout, __pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":336
+  /* "ivshmem/channel/streams.pyx":334
  *         return self.timeout
  * 
  *     def setblocking(self, flag):             # <<<<<<<<<<<<<<
@@ -10496,7 +10982,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6setblocking(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":340
+/* "ivshmem/channel/streams.pyx":338
  *         self.timeout = None if flag else 0
  * 
  *     cdef int await_half(self, int direction, object timeout, object deadline) except -1:             # <<<<<<<<<<<<<<
@@ -10528,7 +11014,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("await_half", 0);
 
-  /* "ivshmem/channel/streams.pyx":343
+  /* "ivshmem/channel/streams.pyx":341
  *         cdef int code
  *         cdef ChannelEnd half
  *         if timeout is not None and timeout == 0:             # <<<<<<<<<<<<<<
@@ -10544,7 +11030,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_2 = (__Pyx_PyLong_BoolEqObjC(__pyx_v_timeout, __pyx_mstate_global->__pyx_int_0, 0, 0)); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 343, __pyx_L1_error)
+  __pyx_t_2 = (__Pyx_PyLong_BoolEqObjC(__pyx_v_timeout, __pyx_mstate_global->__pyx_int_0, 0, 0)); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 341, __pyx_L1_error)
 
   __pyx_t_1 = __pyx_t_2;
 
@@ -10552,7 +11038,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":344
+    /* "ivshmem/channel/streams.pyx":342
  *         cdef ChannelEnd half
  *         if timeout is not None and timeout == 0:
  *             if self.watched and self.arm() != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -10565,7 +11051,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
       __pyx_t_1 = __pyx_v_self->__pyx_base.watched;
       goto __pyx_L7_bool_binop_done;
     }
-    __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_arm(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 344, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_arm(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 342, __pyx_L1_error)
     __pyx_t_2 = (__pyx_t_3 != IVSHMEM_AGAIN);
 
 
@@ -10576,17 +11062,17 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/streams.pyx":345
+      /* "ivshmem/channel/streams.pyx":343
  *         if timeout is not None and timeout == 0:
  *             if self.watched and self.arm() != IVSHMEM_AGAIN:
  *                 self.membership.kick_all()             # <<<<<<<<<<<<<<
  *             raise BlockingIOError(11, f"connection of {self.name!r}: it would wait")
  *         left = None if deadline is None else max(deadline - monotonic(), 0)
 */
-      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 345, __pyx_L1_error)
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 343, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/streams.pyx":344
+      /* "ivshmem/channel/streams.pyx":342
  *         cdef ChannelEnd half
  *         if timeout is not None and timeout == 0:
  *             if self.watched and self.arm() != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -10595,7 +11081,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":346
+    /* "ivshmem/channel/streams.pyx":344
  *             if self.watched and self.arm() != IVSHMEM_AGAIN:
  *                 self.membership.kick_all()
  *             raise BlockingIOError(11, f"connection of {self.name!r}: it would wait")             # <<<<<<<<<<<<<<
@@ -10603,7 +11089,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
  *         half = self.half(direction)
 */
     __pyx_t_5 = NULL;
-    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 346, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 344, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
     __pyx_t_7[1] = __pyx_t_6;
@@ -10617,7 +11103,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
     __pyx_t_3 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]);
     #endif
     __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_7, 3, __pyx_t_8, __pyx_t_3);
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 346, __pyx_L1_error)
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 344, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __pyx_t_10 = 1;
@@ -10626,14 +11112,14 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BlockingIOError)), __pyx_callargs+__pyx_t_10, (3-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 346, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 344, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 346, __pyx_L1_error)
+    __PYX_ERR(0, 344, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":343
+    /* "ivshmem/channel/streams.pyx":341
  *         cdef int code
  *         cdef ChannelEnd half
  *         if timeout is not None and timeout == 0:             # <<<<<<<<<<<<<<
@@ -10642,7 +11128,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":347
+  /* "ivshmem/channel/streams.pyx":345
  *                 self.membership.kick_all()
  *             raise BlockingIOError(11, f"connection of {self.name!r}: it would wait")
  *         left = None if deadline is None else max(deadline - monotonic(), 0)             # <<<<<<<<<<<<<<
@@ -10657,7 +11143,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 
     __pyx_t_11 = 0;
     __pyx_t_5 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 347, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 345, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_10 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -10676,18 +11162,18 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
       __pyx_t_9 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_10, (1-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 347, __pyx_L1_error)
+      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 345, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_9);
     }
-    __pyx_t_6 = __Pyx_PyNumber_Subtract_object_object(__pyx_v_deadline, __pyx_t_9); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 347, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyNumber_Subtract_object_object(__pyx_v_deadline, __pyx_t_9); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 345, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-    __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 347, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 345, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_2 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_5, __pyx_t_6, Py_GT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 347, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_5, __pyx_t_6, Py_GT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 345, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     if (__pyx_t_2) {
-      __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 347, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 345, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
       __pyx_t_9 = __pyx_t_5;
       __pyx_t_5 = 0;
@@ -10705,29 +11191,29 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   __pyx_v_left = __pyx_t_4;
   __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":348
+  /* "ivshmem/channel/streams.pyx":346
  *             raise BlockingIOError(11, f"connection of {self.name!r}: it would wait")
  *         left = None if deadline is None else max(deadline - monotonic(), 0)
  *         half = self.half(direction)             # <<<<<<<<<<<<<<
  *         code = half.wait(left, None)
  *         if code == IVSHMEM_AGAIN:
 */
-  __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_v_self, __pyx_v_direction)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 348, __pyx_L1_error)
+  __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_v_self, __pyx_v_direction)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 346, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __pyx_v_half = ((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_4);
   __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":349
+  /* "ivshmem/channel/streams.pyx":347
  *         left = None if deadline is None else max(deadline - monotonic(), 0)
  *         half = self.half(direction)
  *         code = half.wait(left, None)             # <<<<<<<<<<<<<<
  *         if code == IVSHMEM_AGAIN:
  *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")
 */
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_half->__pyx_base.__pyx_vtab)->wait(__pyx_v_half, __pyx_v_left, Py_None); if (unlikely(__pyx_t_3 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 349, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_half->__pyx_base.__pyx_vtab)->wait(__pyx_v_half, __pyx_v_left, Py_None); if (unlikely(__pyx_t_3 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 347, __pyx_L1_error)
   __pyx_v_code = __pyx_t_3;
 
-  /* "ivshmem/channel/streams.pyx":350
+  /* "ivshmem/channel/streams.pyx":348
  *         half = self.half(direction)
  *         code = half.wait(left, None)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -10739,7 +11225,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/streams.pyx":351
+    /* "ivshmem/channel/streams.pyx":349
  *         code = half.wait(left, None)
  *         if code == IVSHMEM_AGAIN:
  *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")             # <<<<<<<<<<<<<<
@@ -10747,9 +11233,9 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
  *             raise self.fail(code)
 */
     __pyx_t_9 = NULL;
-    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 351, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 349, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_5 = __Pyx_PyObject_Format(__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 351, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_Format(__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 349, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_12[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
     __pyx_t_12[1] = __pyx_t_6;
@@ -10765,7 +11251,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
     __pyx_t_3 |= __Pyx_PyUnicode_KIND_04(__pyx_t_12[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_12[3]);
     #endif
     __pyx_t_13 = __Pyx_PyUnicode_Join(__pyx_t_12, 5, __pyx_t_8, __pyx_t_3);
-    if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 351, __pyx_L1_error)
+    if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 349, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
@@ -10775,14 +11261,14 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TimeoutError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
       __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 351, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 349, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 351, __pyx_L1_error)
+    __PYX_ERR(0, 349, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":350
+    /* "ivshmem/channel/streams.pyx":348
  *         half = self.half(direction)
  *         code = half.wait(left, None)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -10791,7 +11277,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":352
+  /* "ivshmem/channel/streams.pyx":350
  *         if code == IVSHMEM_AGAIN:
  *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")
  *         if code:             # <<<<<<<<<<<<<<
@@ -10803,20 +11289,20 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/streams.pyx":353
+    /* "ivshmem/channel/streams.pyx":351
  *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")
  *         if code:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 353, __pyx_L1_error)
+    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 351, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 353, __pyx_L1_error)
+    __PYX_ERR(0, 351, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":352
+    /* "ivshmem/channel/streams.pyx":350
  *         if code == IVSHMEM_AGAIN:
  *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")
  *         if code:             # <<<<<<<<<<<<<<
@@ -10825,7 +11311,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":354
+  /* "ivshmem/channel/streams.pyx":352
  *         if code:
  *             raise self.fail(code)
  *         return 0             # <<<<<<<<<<<<<<
@@ -10838,7 +11324,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":340
+  /* "ivshmem/channel/streams.pyx":338
  *         self.timeout = None if flag else 0
  * 
  *     cdef int await_half(self, int direction, object timeout, object deadline) except -1:             # <<<<<<<<<<<<<<
@@ -10864,7 +11350,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":356
+/* "ivshmem/channel/streams.pyx":354
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -10912,32 +11398,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 356, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 354, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 356, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 354, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "send", 0) < (0)) __PYX_ERR(0, 356, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "send", 0) < (0)) __PYX_ERR(0, 354, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, i); __PYX_ERR(0, 356, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, i); __PYX_ERR(0, 354, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 356, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 354, __pyx_L3_error)
     }
     __pyx_v_data = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 356, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 354, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10990,27 +11476,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8send(struct __pyx_
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":367
+        /* "ivshmem/channel/streams.pyx":365
  *         """
  *         cdef Py_buffer view
- *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
+ *         take_buffer(data, &view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
  *         try:
  *             if view.len == 0:
 */
-        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 367, __pyx_L4_error)
+        __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_take_buffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 365, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":368
+        /* "ivshmem/channel/streams.pyx":366
  *         cdef Py_buffer view
- *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+ *         take_buffer(data, &view, PyBUF_SIMPLE)
  *         try:             # <<<<<<<<<<<<<<
  *             if view.len == 0:
  *                 return 0
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/streams.pyx":369
- *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+          /* "ivshmem/channel/streams.pyx":367
+ *         take_buffer(data, &view, PyBUF_SIMPLE)
  *         try:
  *             if view.len == 0:             # <<<<<<<<<<<<<<
  *                 return 0
@@ -11021,7 +11507,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8send(struct __pyx_
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/channel/streams.pyx":370
+            /* "ivshmem/channel/streams.pyx":368
  *         try:
  *             if view.len == 0:
  *                 return 0             # <<<<<<<<<<<<<<
@@ -11040,8 +11526,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8send(struct __pyx_
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
             goto __pyx_L6_return;
 
-            /* "ivshmem/channel/streams.pyx":369
- *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+            /* "ivshmem/channel/streams.pyx":367
+ *         take_buffer(data, &view, PyBUF_SIMPLE)
  *         try:
  *             if view.len == 0:             # <<<<<<<<<<<<<<
  *                 return 0
@@ -11049,7 +11535,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8send(struct __pyx_
 */
           }
 
-          /* "ivshmem/channel/streams.pyx":371
+          /* "ivshmem/channel/streams.pyx":369
  *             if view.len == 0:
  *                 return 0
  *             timeout = self.timeout             # <<<<<<<<<<<<<<
@@ -11061,7 +11547,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8send(struct __pyx_
           __pyx_v_timeout = __pyx_t_4;
           __pyx_t_4 = 0;
 
-          /* "ivshmem/channel/streams.pyx":372
+          /* "ivshmem/channel/streams.pyx":370
  *                 return 0
  *             timeout = self.timeout
  *             return self.push(<const char *>view.buf, view.len, timeout, deadline_of(timeout))             # <<<<<<<<<<<<<<
@@ -11069,7 +11555,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8send(struct __pyx_
  *             PyBuffer_Release(&view)
 */
           __pyx_t_5 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 372, __pyx_L7_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 370, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_6);
           __pyx_t_7 = 1;
           #if CYTHON_UNPACK_METHODS
@@ -11088,12 +11574,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8send(struct __pyx_
             __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_7, (2-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 372, __pyx_L7_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 370, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
-          __pyx_t_8 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, ((char const *)__pyx_v_view.buf), __pyx_v_view.len, __pyx_v_timeout, __pyx_t_4); if (unlikely(__pyx_t_8 == ((int64_t)-1L))) __PYX_ERR(0, 372, __pyx_L7_error)
+          __pyx_t_8 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, ((char const *)__pyx_v_view.buf), __pyx_v_view.len, __pyx_v_timeout, __pyx_t_4); if (unlikely(__pyx_t_8 == ((int64_t)-1L))) __PYX_ERR(0, 370, __pyx_L7_error)
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_t_8); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 372, __pyx_L7_error)
+          __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_t_8); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 370, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_4);
 
           {
@@ -11109,7 +11595,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8send(struct __pyx_
           goto __pyx_L6_return;
         }
 
-        /* "ivshmem/channel/streams.pyx":374
+        /* "ivshmem/channel/streams.pyx":372
  *             return self.push(<const char *>view.buf, view.len, timeout, deadline_of(timeout))
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -11160,7 +11646,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8send(struct __pyx_
         }
       }
 
-      /* "ivshmem/channel/streams.pyx":356
+      /* "ivshmem/channel/streams.pyx":354
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11202,7 +11688,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8send(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":376
+/* "ivshmem/channel/streams.pyx":374
  *             PyBuffer_Release(&view)
  * 
  *     cdef int64_t push(             # <<<<<<<<<<<<<<
@@ -11226,7 +11712,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("push", 0);
 
-  /* "ivshmem/channel/streams.pyx":380
+  /* "ivshmem/channel/streams.pyx":378
  *     ) except -1:
  *         cdef int64_t n
  *         cdef uint64_t done = 0             # <<<<<<<<<<<<<<
@@ -11235,7 +11721,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
   __pyx_v_done = 0;
 
-  /* "ivshmem/channel/streams.pyx":381
+  /* "ivshmem/channel/streams.pyx":379
  *         cdef int64_t n
  *         cdef uint64_t done = 0
  *         self.tried |= 1 << SEND             # <<<<<<<<<<<<<<
@@ -11244,7 +11730,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
   __pyx_v_self->tried = (__pyx_v_self->tried | (1 << __pyx_e_7ivshmem_7channel_7streams_SEND));
 
-  /* "ivshmem/channel/streams.pyx":382
+  /* "ivshmem/channel/streams.pyx":380
  *         cdef uint64_t done = 0
  *         self.tried |= 1 << SEND
  *         while True:             # <<<<<<<<<<<<<<
@@ -11253,27 +11739,27 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
   while (1) {
 
-    /* "ivshmem/channel/streams.pyx":383
+    /* "ivshmem/channel/streams.pyx":381
  *         self.tried |= 1 << SEND
  *         while True:
  *             self.enter()             # <<<<<<<<<<<<<<
  *             self.check_alone(SEND)
  *             n = ivshmem_send(&self.stream, data + done, min(size - done, part_of(&self.channel)))
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 383, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 381, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":384
+    /* "ivshmem/channel/streams.pyx":382
  *         while True:
  *             self.enter()
  *             self.check_alone(SEND)             # <<<<<<<<<<<<<<
  *             n = ivshmem_send(&self.stream, data + done, min(size - done, part_of(&self.channel)))
  *             if self.membership.rings.count:
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 384, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 382, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":385
+    /* "ivshmem/channel/streams.pyx":383
  *             self.enter()
  *             self.check_alone(SEND)
  *             n = ivshmem_send(&self.stream, data + done, min(size - done, part_of(&self.channel)))             # <<<<<<<<<<<<<<
@@ -11297,7 +11783,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
     __pyx_v_n = ivshmem_send((&__pyx_v_self->stream), (__pyx_v_data + __pyx_v_done), __pyx_t_4);
 
 
-    /* "ivshmem/channel/streams.pyx":386
+    /* "ivshmem/channel/streams.pyx":384
  *             self.check_alone(SEND)
  *             n = ivshmem_send(&self.stream, data + done, min(size - done, part_of(&self.channel)))
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -11309,17 +11795,17 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/channel/streams.pyx":387
+      /* "ivshmem/channel/streams.pyx":385
  *             n = ivshmem_send(&self.stream, data + done, min(size - done, part_of(&self.channel)))
  *             if self.membership.rings.count:
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *             if n > 0:
  *                 done += <uint64_t>n
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 387, __pyx_L1_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 385, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/streams.pyx":386
+      /* "ivshmem/channel/streams.pyx":384
  *             self.check_alone(SEND)
  *             n = ivshmem_send(&self.stream, data + done, min(size - done, part_of(&self.channel)))
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -11328,7 +11814,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":388
+    /* "ivshmem/channel/streams.pyx":386
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *             if n > 0:             # <<<<<<<<<<<<<<
@@ -11340,7 +11826,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/channel/streams.pyx":389
+      /* "ivshmem/channel/streams.pyx":387
  *                 self.membership.flush()
  *             if n > 0:
  *                 done += <uint64_t>n             # <<<<<<<<<<<<<<
@@ -11349,7 +11835,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
       __pyx_v_done = (__pyx_v_done + ((uint64_t)__pyx_v_n));
 
-      /* "ivshmem/channel/streams.pyx":390
+      /* "ivshmem/channel/streams.pyx":388
  *             if n > 0:
  *                 done += <uint64_t>n
  *                 if done == size:             # <<<<<<<<<<<<<<
@@ -11361,7 +11847,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
       if (__pyx_t_5) {
 
 
-        /* "ivshmem/channel/streams.pyx":391
+        /* "ivshmem/channel/streams.pyx":389
  *                 done += <uint64_t>n
  *                 if done == size:
  *                     return <int64_t>done             # <<<<<<<<<<<<<<
@@ -11374,7 +11860,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
         }
         goto __pyx_L0;
 
-        /* "ivshmem/channel/streams.pyx":390
+        /* "ivshmem/channel/streams.pyx":388
  *             if n > 0:
  *                 done += <uint64_t>n
  *                 if done == size:             # <<<<<<<<<<<<<<
@@ -11383,7 +11869,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
       }
 
-      /* "ivshmem/channel/streams.pyx":392
+      /* "ivshmem/channel/streams.pyx":390
  *                 if done == size:
  *                     return <int64_t>done
  *                 continue             # <<<<<<<<<<<<<<
@@ -11392,7 +11878,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
       goto __pyx_L3_continue;
 
-      /* "ivshmem/channel/streams.pyx":388
+      /* "ivshmem/channel/streams.pyx":386
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *             if n > 0:             # <<<<<<<<<<<<<<
@@ -11401,7 +11887,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":393
+    /* "ivshmem/channel/streams.pyx":391
  *                     return <int64_t>done
  *                 continue
  *             if done:             # <<<<<<<<<<<<<<
@@ -11413,7 +11899,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/channel/streams.pyx":394
+      /* "ivshmem/channel/streams.pyx":392
  *                 continue
  *             if done:
  *                 return <int64_t>done  # what is wrong, the next call finds             # <<<<<<<<<<<<<<
@@ -11426,7 +11912,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":393
+      /* "ivshmem/channel/streams.pyx":391
  *                     return <int64_t>done
  *                 continue
  *             if done:             # <<<<<<<<<<<<<<
@@ -11435,7 +11921,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":395
+    /* "ivshmem/channel/streams.pyx":393
  *             if done:
  *                 return <int64_t>done  # what is wrong, the next call finds
  *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -11447,20 +11933,20 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
     if (unlikely(__pyx_t_5)) {
 
 
-      /* "ivshmem/channel/streams.pyx":396
+      /* "ivshmem/channel/streams.pyx":394
  *                 return <int64_t>done  # what is wrong, the next call finds
  *             if n == IVSHMEM_CLOSED:
  *                 raise self.broken(SEND)             # <<<<<<<<<<<<<<
  *             if n != IVSHMEM_AGAIN:
  *                 raise self.fail(<int>n)
 */
-      __pyx_t_6 = __pyx_f_7ivshmem_7channel_7streams_6Stream_broken(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 396, __pyx_L1_error)
+      __pyx_t_6 = __pyx_f_7ivshmem_7channel_7streams_6Stream_broken(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 394, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
       __Pyx_Raise(__pyx_t_6, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      __PYX_ERR(0, 396, __pyx_L1_error)
+      __PYX_ERR(0, 394, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":395
+      /* "ivshmem/channel/streams.pyx":393
  *             if done:
  *                 return <int64_t>done  # what is wrong, the next call finds
  *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -11469,7 +11955,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":397
+    /* "ivshmem/channel/streams.pyx":395
  *             if n == IVSHMEM_CLOSED:
  *                 raise self.broken(SEND)
  *             if n != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -11481,20 +11967,20 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
     if (unlikely(__pyx_t_5)) {
 
 
-      /* "ivshmem/channel/streams.pyx":398
+      /* "ivshmem/channel/streams.pyx":396
  *                 raise self.broken(SEND)
  *             if n != IVSHMEM_AGAIN:
  *                 raise self.fail(<int>n)             # <<<<<<<<<<<<<<
  *             self.await_half(SEND, timeout, deadline)
  * 
 */
-      __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 398, __pyx_L1_error)
+      __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 396, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
       __Pyx_Raise(__pyx_t_6, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      __PYX_ERR(0, 398, __pyx_L1_error)
+      __PYX_ERR(0, 396, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":397
+      /* "ivshmem/channel/streams.pyx":395
  *             if n == IVSHMEM_CLOSED:
  *                 raise self.broken(SEND)
  *             if n != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -11503,19 +11989,19 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":399
+    /* "ivshmem/channel/streams.pyx":397
  *             if n != IVSHMEM_AGAIN:
  *                 raise self.fail(<int>n)
  *             self.await_half(SEND, timeout, deadline)             # <<<<<<<<<<<<<<
  * 
  *     cdef object broken(self, int direction):
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND, __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 399, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND, __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 397, __pyx_L1_error)
 
     __pyx_L3_continue:;
   }
 
-  /* "ivshmem/channel/streams.pyx":376
+  /* "ivshmem/channel/streams.pyx":374
  *             PyBuffer_Release(&view)
  * 
  *     cdef int64_t push(             # <<<<<<<<<<<<<<
@@ -11538,7 +12024,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":401
+/* "ivshmem/channel/streams.pyx":399
  *             self.await_half(SEND, timeout, deadline)
  * 
  *     cdef object broken(self, int direction):             # <<<<<<<<<<<<<<
@@ -11563,7 +12049,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("broken", 0);
 
-  /* "ivshmem/channel/streams.pyx":403
+  /* "ivshmem/channel/streams.pyx":401
  *     cdef object broken(self, int direction):
  *         """Return the error of a direction in which the other end does nothing more."""
  *         if direction == SEND:             # <<<<<<<<<<<<<<
@@ -11575,7 +12061,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":404
+    /* "ivshmem/channel/streams.pyx":402
  *         """Return the error of a direction in which the other end does nothing more."""
  *         if direction == SEND:
  *             return BrokenPipeError(             # <<<<<<<<<<<<<<
@@ -11584,14 +12070,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
 */
     __pyx_t_3 = NULL;
 
-    /* "ivshmem/channel/streams.pyx":405
+    /* "ivshmem/channel/streams.pyx":403
  *         if direction == SEND:
  *             return BrokenPipeError(
  *                 32, f"connection of {self.name!r}: the other end receives no more"             # <<<<<<<<<<<<<<
  *             )
  *         return ConnectionResetError(104, f"connection of {self.name!r}: the other end is gone")
 */
-    __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 405, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 403, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
     __pyx_t_5[1] = __pyx_t_4;
@@ -11605,7 +12091,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
     __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
     #endif
     __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 405, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 403, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __pyx_t_9 = 1;
@@ -11614,7 +12100,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BrokenPipeError)), __pyx_callargs+__pyx_t_9, (3-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 404, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 402, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     {
@@ -11628,7 +12114,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
     __pyx_t_2 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/streams.pyx":403
+    /* "ivshmem/channel/streams.pyx":401
  *     cdef object broken(self, int direction):
  *         """Return the error of a direction in which the other end does nothing more."""
  *         if direction == SEND:             # <<<<<<<<<<<<<<
@@ -11637,7 +12123,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":407
+  /* "ivshmem/channel/streams.pyx":405
  *                 32, f"connection of {self.name!r}: the other end receives no more"
  *             )
  *         return ConnectionResetError(104, f"connection of {self.name!r}: the other end is gone")             # <<<<<<<<<<<<<<
@@ -11645,7 +12131,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
  *     cdef int check_alone(self, int direction) except -1:
 */
   __pyx_t_8 = NULL;
-  __pyx_t_3 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 407, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 405, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
   __pyx_t_5[1] = __pyx_t_3;
@@ -11659,7 +12145,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
   #endif
   __pyx_t_4 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 407, __pyx_L1_error)
+  if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 405, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_9 = 1;
@@ -11668,7 +12154,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
     __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ConnectionResetError)), __pyx_callargs+__pyx_t_9, (3-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 407, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 405, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
   {
@@ -11682,7 +12168,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":401
+  /* "ivshmem/channel/streams.pyx":399
  *             self.await_half(SEND, timeout, deadline)
  * 
  *     cdef object broken(self, int direction):             # <<<<<<<<<<<<<<
@@ -11704,7 +12190,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":409
+/* "ivshmem/channel/streams.pyx":407
  *         return ConnectionResetError(104, f"connection of {self.name!r}: the other end is gone")
  * 
  *     cdef int check_alone(self, int direction) except -1:             # <<<<<<<<<<<<<<
@@ -11731,7 +12217,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check_alone", 0);
 
-  /* "ivshmem/channel/streams.pyx":410
+  /* "ivshmem/channel/streams.pyx":408
  * 
  *     cdef int check_alone(self, int direction) except -1:
  *         if self.moving[direction]:             # <<<<<<<<<<<<<<
@@ -11740,7 +12226,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(struct __pyx_o
 */
   if (unlikely((__pyx_v_self->moving[__pyx_v_direction]))) {
 
-    /* "ivshmem/channel/streams.pyx":411
+    /* "ivshmem/channel/streams.pyx":409
  *     cdef int check_alone(self, int direction) except -1:
  *         if self.moving[direction]:
  *             verb = "sends" if direction == SEND else "receives"             # <<<<<<<<<<<<<<
@@ -11760,7 +12246,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(struct __pyx_o
     __pyx_v_verb = ((PyObject*)__pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/streams.pyx":412
+    /* "ivshmem/channel/streams.pyx":410
  *         if self.moving[direction]:
  *             verb = "sends" if direction == SEND else "receives"
  *             raise RuntimeError(f"connection of {self.name!r}: another thread {verb} at this moment")             # <<<<<<<<<<<<<<
@@ -11768,9 +12254,9 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(struct __pyx_o
  * 
 */
     __pyx_t_3 = NULL;
-    __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 412, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 410, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_5 = __Pyx_PyUnicode_Unicode(__pyx_v_verb); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 412, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyUnicode_Unicode(__pyx_v_verb); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 410, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
     __pyx_t_6[1] = __pyx_t_4;
@@ -11786,7 +12272,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(struct __pyx_o
     __pyx_t_8 |= __Pyx_PyUnicode_KIND_04(__pyx_t_6[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_6[3]);
     #endif
     __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_6, 5, __pyx_t_7, __pyx_t_8);
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 412, __pyx_L1_error)
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 410, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
@@ -11796,14 +12282,14 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(struct __pyx_o
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_RuntimeError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 412, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 410, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 412, __pyx_L1_error)
+    __PYX_ERR(0, 410, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":410
+    /* "ivshmem/channel/streams.pyx":408
  * 
  *     cdef int check_alone(self, int direction) except -1:
  *         if self.moving[direction]:             # <<<<<<<<<<<<<<
@@ -11812,7 +12298,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":413
+  /* "ivshmem/channel/streams.pyx":411
  *             verb = "sends" if direction == SEND else "receives"
  *             raise RuntimeError(f"connection of {self.name!r}: another thread {verb} at this moment")
  *         return 0             # <<<<<<<<<<<<<<
@@ -11825,7 +12311,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(struct __pyx_o
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":409
+  /* "ivshmem/channel/streams.pyx":407
  *         return ConnectionResetError(104, f"connection of {self.name!r}: the other end is gone")
  * 
  *     cdef int check_alone(self, int direction) except -1:             # <<<<<<<<<<<<<<
@@ -11849,7 +12335,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":415
+/* "ivshmem/channel/streams.pyx":413
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11897,32 +12383,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 415, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 413, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 415, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 413, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sendall", 0) < (0)) __PYX_ERR(0, 415, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sendall", 0) < (0)) __PYX_ERR(0, 413, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sendall", 1, 1, 1, i); __PYX_ERR(0, 415, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sendall", 1, 1, 1, i); __PYX_ERR(0, 413, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 415, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 413, __pyx_L3_error)
     }
     __pyx_v_data = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("sendall", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 415, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("sendall", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 413, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11977,36 +12463,36 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10sendall(struct __
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":422
+        /* "ivshmem/channel/streams.pyx":420
  *         """
  *         cdef Py_buffer view
  *         cdef uint64_t done = 0             # <<<<<<<<<<<<<<
- *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+ *         take_buffer(data, &view, PyBUF_SIMPLE)
  *         try:
 */
         __pyx_v_done = 0;
 
-        /* "ivshmem/channel/streams.pyx":423
+        /* "ivshmem/channel/streams.pyx":421
  *         cdef Py_buffer view
  *         cdef uint64_t done = 0
- *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
+ *         take_buffer(data, &view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
  *         try:
  *             timeout = self.timeout
 */
-        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 423, __pyx_L4_error)
+        __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_take_buffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 421, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":424
+        /* "ivshmem/channel/streams.pyx":422
  *         cdef uint64_t done = 0
- *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+ *         take_buffer(data, &view, PyBUF_SIMPLE)
  *         try:             # <<<<<<<<<<<<<<
  *             timeout = self.timeout
  *             deadline = deadline_of(timeout)
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/streams.pyx":425
- *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+          /* "ivshmem/channel/streams.pyx":423
+ *         take_buffer(data, &view, PyBUF_SIMPLE)
  *         try:
  *             timeout = self.timeout             # <<<<<<<<<<<<<<
  *             deadline = deadline_of(timeout)
@@ -12017,7 +12503,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10sendall(struct __
           __pyx_v_timeout = __pyx_t_3;
           __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/streams.pyx":426
+          /* "ivshmem/channel/streams.pyx":424
  *         try:
  *             timeout = self.timeout
  *             deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
@@ -12025,7 +12511,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10sendall(struct __
  *                 done += self.push(
 */
           __pyx_t_4 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 426, __pyx_L7_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 424, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_5);
           __pyx_t_6 = 1;
           #if CYTHON_UNPACK_METHODS
@@ -12044,13 +12530,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10sendall(struct __
             __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 426, __pyx_L7_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 424, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
           __pyx_v_deadline = __pyx_t_3;
           __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/streams.pyx":427
+          /* "ivshmem/channel/streams.pyx":425
  *             timeout = self.timeout
  *             deadline = deadline_of(timeout)
  *             while done < <uint64_t>view.len:             # <<<<<<<<<<<<<<
@@ -12063,20 +12549,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10sendall(struct __
 
             if (!__pyx_t_7) break;
 
-            /* "ivshmem/channel/streams.pyx":428
+            /* "ivshmem/channel/streams.pyx":426
  *             deadline = deadline_of(timeout)
  *             while done < <uint64_t>view.len:
  *                 done += self.push(             # <<<<<<<<<<<<<<
  *                     <const char *>view.buf + done, view.len - done, timeout, deadline
  *                 )
 */
-            __pyx_t_8 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, (((char const *)__pyx_v_view.buf) + __pyx_v_done), (__pyx_v_view.len - __pyx_v_done), __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_8 == ((int64_t)-1L))) __PYX_ERR(0, 428, __pyx_L7_error)
+            __pyx_t_8 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, (((char const *)__pyx_v_view.buf) + __pyx_v_done), (__pyx_v_view.len - __pyx_v_done), __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_8 == ((int64_t)-1L))) __PYX_ERR(0, 426, __pyx_L7_error)
             __pyx_v_done = (__pyx_v_done + __pyx_t_8);
 
           }
         }
 
-        /* "ivshmem/channel/streams.pyx":432
+        /* "ivshmem/channel/streams.pyx":430
  *                 )
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -12124,7 +12610,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10sendall(struct __
         }
       }
 
-      /* "ivshmem/channel/streams.pyx":415
+      /* "ivshmem/channel/streams.pyx":413
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -12165,7 +12651,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10sendall(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":434
+/* "ivshmem/channel/streams.pyx":432
  *             PyBuffer_Release(&view)
  * 
  *     cdef int64_t pull(self, char *into, uint64_t room, object timeout) except -1:             # <<<<<<<<<<<<<<
@@ -12194,7 +12680,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("pull", 0);
 
-  /* "ivshmem/channel/streams.pyx":436
+  /* "ivshmem/channel/streams.pyx":434
  *     cdef int64_t pull(self, char *into, uint64_t room, object timeout) except -1:
  *         cdef int64_t n
  *         cdef uint64_t done = 0             # <<<<<<<<<<<<<<
@@ -12203,7 +12689,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
   __pyx_v_done = 0;
 
-  /* "ivshmem/channel/streams.pyx":437
+  /* "ivshmem/channel/streams.pyx":435
  *         cdef int64_t n
  *         cdef uint64_t done = 0
  *         deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
@@ -12211,7 +12697,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
  *         while True:
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 437, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 435, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_4 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -12230,13 +12716,13 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 437, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 435, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __pyx_v_deadline = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":438
+  /* "ivshmem/channel/streams.pyx":436
  *         cdef uint64_t done = 0
  *         deadline = deadline_of(timeout)
  *         self.tried |= 1 << RECEIVE             # <<<<<<<<<<<<<<
@@ -12245,7 +12731,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
   __pyx_v_self->tried = (__pyx_v_self->tried | (1 << __pyx_e_7ivshmem_7channel_7streams_RECEIVE));
 
-  /* "ivshmem/channel/streams.pyx":439
+  /* "ivshmem/channel/streams.pyx":437
  *         deadline = deadline_of(timeout)
  *         self.tried |= 1 << RECEIVE
  *         while True:             # <<<<<<<<<<<<<<
@@ -12254,27 +12740,27 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
   while (1) {
 
-    /* "ivshmem/channel/streams.pyx":440
+    /* "ivshmem/channel/streams.pyx":438
  *         self.tried |= 1 << RECEIVE
  *         while True:
  *             self.enter()             # <<<<<<<<<<<<<<
  *             self.check_alone(RECEIVE)
  *             n = ivshmem_receive(&self.stream, into + done, min(room - done, part_of(&self.channel)))
 */
-    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 440, __pyx_L1_error)
+    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 438, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":441
+    /* "ivshmem/channel/streams.pyx":439
  *         while True:
  *             self.enter()
  *             self.check_alone(RECEIVE)             # <<<<<<<<<<<<<<
  *             n = ivshmem_receive(&self.stream, into + done, min(room - done, part_of(&self.channel)))
  *             if self.membership.rings.count:
 */
-    __pyx_t_5 = __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 441, __pyx_L1_error)
+    __pyx_t_5 = __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 439, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":442
+    /* "ivshmem/channel/streams.pyx":440
  *             self.enter()
  *             self.check_alone(RECEIVE)
  *             n = ivshmem_receive(&self.stream, into + done, min(room - done, part_of(&self.channel)))             # <<<<<<<<<<<<<<
@@ -12298,7 +12784,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     __pyx_v_n = ivshmem_receive((&__pyx_v_self->stream), (__pyx_v_into + __pyx_v_done), __pyx_t_8);
 
 
-    /* "ivshmem/channel/streams.pyx":443
+    /* "ivshmem/channel/streams.pyx":441
  *             self.check_alone(RECEIVE)
  *             n = ivshmem_receive(&self.stream, into + done, min(room - done, part_of(&self.channel)))
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -12310,17 +12796,17 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     if (__pyx_t_9) {
 
 
-      /* "ivshmem/channel/streams.pyx":444
+      /* "ivshmem/channel/streams.pyx":442
  *             n = ivshmem_receive(&self.stream, into + done, min(room - done, part_of(&self.channel)))
  *             if self.membership.rings.count:
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *             if n > 0:
  *                 done += <uint64_t>n
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 444, __pyx_L1_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 442, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/streams.pyx":443
+      /* "ivshmem/channel/streams.pyx":441
  *             self.check_alone(RECEIVE)
  *             n = ivshmem_receive(&self.stream, into + done, min(room - done, part_of(&self.channel)))
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -12329,7 +12815,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":445
+    /* "ivshmem/channel/streams.pyx":443
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *             if n > 0:             # <<<<<<<<<<<<<<
@@ -12341,7 +12827,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     if (__pyx_t_9) {
 
 
-      /* "ivshmem/channel/streams.pyx":446
+      /* "ivshmem/channel/streams.pyx":444
  *                 self.membership.flush()
  *             if n > 0:
  *                 done += <uint64_t>n             # <<<<<<<<<<<<<<
@@ -12350,7 +12836,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
       __pyx_v_done = (__pyx_v_done + ((uint64_t)__pyx_v_n));
 
-      /* "ivshmem/channel/streams.pyx":447
+      /* "ivshmem/channel/streams.pyx":445
  *             if n > 0:
  *                 done += <uint64_t>n
  *                 if done == room:             # <<<<<<<<<<<<<<
@@ -12362,7 +12848,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
       if (__pyx_t_9) {
 
 
-        /* "ivshmem/channel/streams.pyx":448
+        /* "ivshmem/channel/streams.pyx":446
  *                 done += <uint64_t>n
  *                 if done == room:
  *                     return <int64_t>done             # <<<<<<<<<<<<<<
@@ -12375,7 +12861,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
         }
         goto __pyx_L0;
 
-        /* "ivshmem/channel/streams.pyx":447
+        /* "ivshmem/channel/streams.pyx":445
  *             if n > 0:
  *                 done += <uint64_t>n
  *                 if done == room:             # <<<<<<<<<<<<<<
@@ -12384,7 +12870,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
       }
 
-      /* "ivshmem/channel/streams.pyx":449
+      /* "ivshmem/channel/streams.pyx":447
  *                 if done == room:
  *                     return <int64_t>done
  *                 continue             # <<<<<<<<<<<<<<
@@ -12393,7 +12879,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
       goto __pyx_L3_continue;
 
-      /* "ivshmem/channel/streams.pyx":445
+      /* "ivshmem/channel/streams.pyx":443
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *             if n > 0:             # <<<<<<<<<<<<<<
@@ -12402,7 +12888,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":450
+    /* "ivshmem/channel/streams.pyx":448
  *                     return <int64_t>done
  *                 continue
  *             if n == 0 or done:             # <<<<<<<<<<<<<<
@@ -12428,7 +12914,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     if (__pyx_t_9) {
 
 
-      /* "ivshmem/channel/streams.pyx":451
+      /* "ivshmem/channel/streams.pyx":449
  *                 continue
  *             if n == 0 or done:
  *                 return <int64_t>done  # what is wrong, the next call finds             # <<<<<<<<<<<<<<
@@ -12441,7 +12927,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":450
+      /* "ivshmem/channel/streams.pyx":448
  *                     return <int64_t>done
  *                 continue
  *             if n == 0 or done:             # <<<<<<<<<<<<<<
@@ -12450,7 +12936,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":452
+    /* "ivshmem/channel/streams.pyx":450
  *             if n == 0 or done:
  *                 return <int64_t>done  # what is wrong, the next call finds
  *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -12462,20 +12948,20 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     if (unlikely(__pyx_t_9)) {
 
 
-      /* "ivshmem/channel/streams.pyx":453
+      /* "ivshmem/channel/streams.pyx":451
  *                 return <int64_t>done  # what is wrong, the next call finds
  *             if n == IVSHMEM_CLOSED:
  *                 raise self.broken(RECEIVE)             # <<<<<<<<<<<<<<
  *             if n != IVSHMEM_AGAIN:
  *                 raise self.fail(<int>n)
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_broken(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 453, __pyx_L1_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_broken(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 451, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       __Pyx_Raise(__pyx_t_1, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-      __PYX_ERR(0, 453, __pyx_L1_error)
+      __PYX_ERR(0, 451, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":452
+      /* "ivshmem/channel/streams.pyx":450
  *             if n == 0 or done:
  *                 return <int64_t>done  # what is wrong, the next call finds
  *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -12484,7 +12970,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":454
+    /* "ivshmem/channel/streams.pyx":452
  *             if n == IVSHMEM_CLOSED:
  *                 raise self.broken(RECEIVE)
  *             if n != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -12496,20 +12982,20 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     if (unlikely(__pyx_t_9)) {
 
 
-      /* "ivshmem/channel/streams.pyx":455
+      /* "ivshmem/channel/streams.pyx":453
  *                 raise self.broken(RECEIVE)
  *             if n != IVSHMEM_AGAIN:
  *                 raise self.fail(<int>n)             # <<<<<<<<<<<<<<
  *             self.await_half(RECEIVE, timeout, deadline)
  * 
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 455, __pyx_L1_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 453, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       __Pyx_Raise(__pyx_t_1, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-      __PYX_ERR(0, 455, __pyx_L1_error)
+      __PYX_ERR(0, 453, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":454
+      /* "ivshmem/channel/streams.pyx":452
  *             if n == IVSHMEM_CLOSED:
  *                 raise self.broken(RECEIVE)
  *             if n != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -12518,19 +13004,19 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":456
+    /* "ivshmem/channel/streams.pyx":454
  *             if n != IVSHMEM_AGAIN:
  *                 raise self.fail(<int>n)
  *             self.await_half(RECEIVE, timeout, deadline)             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-    __pyx_t_5 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE, __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 456, __pyx_L1_error)
+    __pyx_t_5 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE, __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 454, __pyx_L1_error)
 
     __pyx_L3_continue:;
   }
 
-  /* "ivshmem/channel/streams.pyx":434
+  /* "ivshmem/channel/streams.pyx":432
  *             PyBuffer_Release(&view)
  * 
  *     cdef int64_t pull(self, char *into, uint64_t room, object timeout) except -1:             # <<<<<<<<<<<<<<
@@ -12556,7 +13042,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":458
+/* "ivshmem/channel/streams.pyx":456
  *             self.await_half(RECEIVE, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -12604,32 +13090,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 458, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 456, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 458, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 456, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv", 0) < (0)) __PYX_ERR(0, 458, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv", 0) < (0)) __PYX_ERR(0, 456, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv", 1, 1, 1, i); __PYX_ERR(0, 458, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv", 1, 1, 1, i); __PYX_ERR(0, 456, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 458, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 456, __pyx_L3_error)
     }
-    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 459, __pyx_L3_error)
+    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 457, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("recv", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 458, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("recv", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 456, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12669,7 +13155,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv(struct __pyx
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":466
+        /* "ivshmem/channel/streams.pyx":464
  *             TimeoutError, BlockingIOError, ChannelCorrupt, ClosedError: as of `send`.
  *         """
  *         return self.receive(size, self.timeout)             # <<<<<<<<<<<<<<
@@ -12678,7 +13164,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv(struct __pyx
 */
         __pyx_t_2 = __pyx_v_self->timeout;
         __Pyx_INCREF(__pyx_t_2);
-        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_receive(__pyx_v_self, __pyx_v_size, __pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 466, __pyx_L4_error)
+        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_receive(__pyx_v_self, __pyx_v_size, __pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 464, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
         {
@@ -12694,7 +13180,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv(struct __pyx
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/streams.pyx":458
+      /* "ivshmem/channel/streams.pyx":456
  *             self.await_half(RECEIVE, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -12733,7 +13219,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":468
+/* "ivshmem/channel/streams.pyx":466
  *         return self.receive(size, self.timeout)
  * 
  *     cdef bytes receive(self, Py_ssize_t size, object timeout):             # <<<<<<<<<<<<<<
@@ -12764,7 +13250,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   __Pyx_RefNannySetupContext("receive", 0);
 
 
-  /* "ivshmem/channel/streams.pyx":471
+  /* "ivshmem/channel/streams.pyx":469
  *         cdef bytes data
  *         cdef int64_t n
  *         if size < 0:             # <<<<<<<<<<<<<<
@@ -12776,7 +13262,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/streams.pyx":472
+    /* "ivshmem/channel/streams.pyx":470
  *         cdef int64_t n
  *         if size < 0:
  *             raise ValueError(f"cannot receive {size} bytes")             # <<<<<<<<<<<<<<
@@ -12784,7 +13270,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
  *         if size == 0:
 */
     __pyx_t_3 = NULL;
-    __pyx_t_4 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 472, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 470, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_cannot_receive;
     __pyx_t_5[1] = __pyx_t_4;
@@ -12795,7 +13281,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
     #endif
     __pyx_t_7 = 0;
     __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 472, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 470, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __pyx_t_9 = 1;
@@ -12804,14 +13290,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 472, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 470, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 472, __pyx_L1_error)
+    __PYX_ERR(0, 470, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":471
+    /* "ivshmem/channel/streams.pyx":469
  *         cdef bytes data
  *         cdef int64_t n
  *         if size < 0:             # <<<<<<<<<<<<<<
@@ -12820,7 +13306,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":473
+  /* "ivshmem/channel/streams.pyx":471
  *         if size < 0:
  *             raise ValueError(f"cannot receive {size} bytes")
  *         size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)             # <<<<<<<<<<<<<<
@@ -12844,7 +13330,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   __pyx_v_size = __pyx_t_11;
 
 
-  /* "ivshmem/channel/streams.pyx":474
+  /* "ivshmem/channel/streams.pyx":472
  *             raise ValueError(f"cannot receive {size} bytes")
  *         size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)
  *         if size == 0:             # <<<<<<<<<<<<<<
@@ -12856,7 +13342,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":475
+    /* "ivshmem/channel/streams.pyx":473
  *         size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)
  *         if size == 0:
  *             return b""             # <<<<<<<<<<<<<<
@@ -12874,7 +13360,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/streams.pyx":474
+    /* "ivshmem/channel/streams.pyx":472
  *             raise ValueError(f"cannot receive {size} bytes")
  *         size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)
  *         if size == 0:             # <<<<<<<<<<<<<<
@@ -12883,29 +13369,29 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":476
+  /* "ivshmem/channel/streams.pyx":474
  *         if size == 0:
  *             return b""
  *         data = PyBytes_FromStringAndSize(NULL, size)             # <<<<<<<<<<<<<<
  *         n = self.pull(PyBytes_AS_STRING(data), size, timeout)
  *         return data if n == size else data[:n]
 */
-  __pyx_t_2 = PyBytes_FromStringAndSize(NULL, __pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 476, __pyx_L1_error)
+  __pyx_t_2 = PyBytes_FromStringAndSize(NULL, __pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 474, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_v_data = ((PyObject*)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/streams.pyx":477
+  /* "ivshmem/channel/streams.pyx":475
  *             return b""
  *         data = PyBytes_FromStringAndSize(NULL, size)
  *         n = self.pull(PyBytes_AS_STRING(data), size, timeout)             # <<<<<<<<<<<<<<
  *         return data if n == size else data[:n]
  * 
 */
-  __pyx_t_12 = __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(__pyx_v_self, PyBytes_AS_STRING(__pyx_v_data), __pyx_v_size, __pyx_v_timeout); if (unlikely(__pyx_t_12 == ((int64_t)-1L))) __PYX_ERR(0, 477, __pyx_L1_error)
+  __pyx_t_12 = __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(__pyx_v_self, PyBytes_AS_STRING(__pyx_v_data), __pyx_v_size, __pyx_v_timeout); if (unlikely(__pyx_t_12 == ((int64_t)-1L))) __PYX_ERR(0, 475, __pyx_L1_error)
   __pyx_v_n = __pyx_t_12;
 
-  /* "ivshmem/channel/streams.pyx":478
+  /* "ivshmem/channel/streams.pyx":476
  *         data = PyBytes_FromStringAndSize(NULL, size)
  *         n = self.pull(PyBytes_AS_STRING(data), size, timeout)
  *         return data if n == size else data[:n]             # <<<<<<<<<<<<<<
@@ -12920,9 +13406,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   } else {
     if (unlikely(__pyx_v_data == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-      __PYX_ERR(0, 478, __pyx_L1_error)
+      __PYX_ERR(0, 476, __pyx_L1_error)
     }
-    __pyx_t_8 = PySequence_GetSlice(__pyx_v_data, 0, __pyx_v_n); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 478, __pyx_L1_error)
+    __pyx_t_8 = PySequence_GetSlice(__pyx_v_data, 0, __pyx_v_n); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 476, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __pyx_t_2 = __pyx_t_8;
     __pyx_t_8 = 0;
@@ -12939,7 +13425,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":468
+  /* "ivshmem/channel/streams.pyx":466
  *         return self.receive(size, self.timeout)
  * 
  *     cdef bytes receive(self, Py_ssize_t size, object timeout):             # <<<<<<<<<<<<<<
@@ -12964,7 +13450,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":480
+/* "ivshmem/channel/streams.pyx":478
  *         return data if n == size else data[:n]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -13013,48 +13499,48 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_buffer,&__pyx_mstate_global->__pyx_n_u_nbytes,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 480, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 478, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 480, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 478, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 480, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 478, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv_into", 0) < (0)) __PYX_ERR(0, 480, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv_into", 0) < (0)) __PYX_ERR(0, 478, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv_into", 0, 1, 2, i); __PYX_ERR(0, 480, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv_into", 0, 1, 2, i); __PYX_ERR(0, 478, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 480, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 478, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 480, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 478, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
     }
     __pyx_v_buffer = values[0];
     if (values[1]) {
-      __pyx_v_nbytes = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_nbytes == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 481, __pyx_L3_error)
+      __pyx_v_nbytes = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_nbytes == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 479, __pyx_L3_error)
     } else {
       __pyx_v_nbytes = ((Py_ssize_t)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("recv_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 480, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("recv_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 478, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13113,27 +13599,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":492
+        /* "ivshmem/channel/streams.pyx":490
  *         cdef Py_buffer view
  *         cdef Py_ssize_t room
- *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)             # <<<<<<<<<<<<<<
+ *         take_buffer(buffer, &view, PyBUF_WRITABLE)             # <<<<<<<<<<<<<<
  *         try:
  *             room = view.len if nbytes == 0 else nbytes
 */
-        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_buffer, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 492, __pyx_L4_error)
+        __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_take_buffer(__pyx_v_buffer, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 490, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":493
+        /* "ivshmem/channel/streams.pyx":491
  *         cdef Py_ssize_t room
- *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+ *         take_buffer(buffer, &view, PyBUF_WRITABLE)
  *         try:             # <<<<<<<<<<<<<<
  *             room = view.len if nbytes == 0 else nbytes
  *             if not 0 <= room <= view.len:
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/streams.pyx":494
- *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+          /* "ivshmem/channel/streams.pyx":492
+ *         take_buffer(buffer, &view, PyBUF_WRITABLE)
  *         try:
  *             room = view.len if nbytes == 0 else nbytes             # <<<<<<<<<<<<<<
  *             if not 0 <= room <= view.len:
@@ -13151,7 +13637,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
 
           __pyx_v_room = __pyx_t_3;
 
-          /* "ivshmem/channel/streams.pyx":495
+          /* "ivshmem/channel/streams.pyx":493
  *         try:
  *             room = view.len if nbytes == 0 else nbytes
  *             if not 0 <= room <= view.len:             # <<<<<<<<<<<<<<
@@ -13168,7 +13654,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
           if (unlikely(__pyx_t_5)) {
 
 
-            /* "ivshmem/channel/streams.pyx":496
+            /* "ivshmem/channel/streams.pyx":494
  *             room = view.len if nbytes == 0 else nbytes
  *             if not 0 <= room <= view.len:
  *                 raise ValueError(f"{nbytes} bytes into a buffer of {view.len}")             # <<<<<<<<<<<<<<
@@ -13176,9 +13662,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
  *         finally:
 */
             __pyx_t_7 = NULL;
-            __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_nbytes, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 496, __pyx_L7_error)
+            __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_nbytes, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 494, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_8);
-            __pyx_t_9 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 496, __pyx_L7_error)
+            __pyx_t_9 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 494, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_9);
             __pyx_t_10[0] = __pyx_t_8;
             __pyx_t_10[1] = __pyx_mstate_global->__pyx_kp_u_bytes_into_a_buffer_of;
@@ -13189,7 +13675,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
             #endif
             __pyx_t_2 = 0;
             __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_10, 3, __pyx_t_3, __pyx_t_2);
-            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 496, __pyx_L7_error)
+            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 494, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_11);
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
             __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
@@ -13199,14 +13685,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
               __pyx_t_6 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
               __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-              if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 496, __pyx_L7_error)
+              if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 494, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_6);
             }
             __Pyx_Raise(__pyx_t_6, 0, 0, 0);
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-            __PYX_ERR(0, 496, __pyx_L7_error)
+            __PYX_ERR(0, 494, __pyx_L7_error)
 
-            /* "ivshmem/channel/streams.pyx":495
+            /* "ivshmem/channel/streams.pyx":493
  *         try:
  *             room = view.len if nbytes == 0 else nbytes
  *             if not 0 <= room <= view.len:             # <<<<<<<<<<<<<<
@@ -13215,7 +13701,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
 */
           }
 
-          /* "ivshmem/channel/streams.pyx":497
+          /* "ivshmem/channel/streams.pyx":495
  *             if not 0 <= room <= view.len:
  *                 raise ValueError(f"{nbytes} bytes into a buffer of {view.len}")
  *             return self.pull(<char *>view.buf, room, self.timeout) if room else 0             # <<<<<<<<<<<<<<
@@ -13227,9 +13713,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
           if (__pyx_t_5) {
             __pyx_t_11 = __pyx_v_self->timeout;
             __Pyx_INCREF(__pyx_t_11);
-            __pyx_t_13 = __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(__pyx_v_self, ((char *)__pyx_v_view.buf), __pyx_v_room, __pyx_t_11); if (unlikely(__pyx_t_13 == ((int64_t)-1L))) __PYX_ERR(0, 497, __pyx_L7_error)
+            __pyx_t_13 = __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(__pyx_v_self, ((char *)__pyx_v_view.buf), __pyx_v_room, __pyx_t_11); if (unlikely(__pyx_t_13 == ((int64_t)-1L))) __PYX_ERR(0, 495, __pyx_L7_error)
             __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-            __pyx_t_11 = __Pyx_PyLong_From_int64_t(__pyx_t_13); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 497, __pyx_L7_error)
+            __pyx_t_11 = __Pyx_PyLong_From_int64_t(__pyx_t_13); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 495, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_11);
 
             __pyx_t_6 = __pyx_t_11;
@@ -13252,7 +13738,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
           goto __pyx_L6_return;
         }
 
-        /* "ivshmem/channel/streams.pyx":499
+        /* "ivshmem/channel/streams.pyx":497
  *             return self.pull(<char *>view.buf, room, self.timeout) if room else 0
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -13305,7 +13791,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
         }
       }
 
-      /* "ivshmem/channel/streams.pyx":480
+      /* "ivshmem/channel/streams.pyx":478
  *         return data if n == size else data[:n]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -13349,7 +13835,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":501
+/* "ivshmem/channel/streams.pyx":499
  *             PyBuffer_Release(&view)
  * 
  *     def recv_async(self, Py_ssize_t size, timeout=None):             # <<<<<<<<<<<<<<
@@ -13398,46 +13884,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_size,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 501, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 499, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 501, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 499, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 501, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 499, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv_async", 0) < (0)) __PYX_ERR(0, 501, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv_async", 0) < (0)) __PYX_ERR(0, 499, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv_async", 0, 1, 2, i); __PYX_ERR(0, 501, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv_async", 0, 1, 2, i); __PYX_ERR(0, 499, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 501, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 499, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 501, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 499, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
     }
-    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 501, __pyx_L3_error)
+    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 499, __pyx_L3_error)
     __pyx_v_timeout = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("recv_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 501, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("recv_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 499, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13471,25 +13957,25 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_16recv_async(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("recv_async", 0);
 
-  /* "ivshmem/channel/streams.pyx":503
+  /* "ivshmem/channel/streams.pyx":501
  *     def recv_async(self, Py_ssize_t size, timeout=None):
  *         """The twin of `recv` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_no_wait(self.half(RECEIVE), self._recv_now, timeout, (size,))             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-  __pyx_t_1 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 503, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 501, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_recv_now); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 503, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_recv_now); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 501, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_3 = PyLong_FromSsize_t(__pyx_v_size); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 503, __pyx_L1_error)
+  __pyx_t_3 = PyLong_FromSsize_t(__pyx_v_size); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 501, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = PyTuple_New(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 503, __pyx_L1_error)
+  __pyx_t_4 = PyTuple_New(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 501, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_GIVEREF(__pyx_t_3);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_4, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 503, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_4, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 501, __pyx_L1_error);
   __pyx_t_3 = 0;
-  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_no_wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1), __pyx_t_2, __pyx_v_timeout, ((PyObject*)__pyx_t_4)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 503, __pyx_L1_error)
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_no_wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1), __pyx_t_2, __pyx_v_timeout, ((PyObject*)__pyx_t_4)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 501, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -13505,7 +13991,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_16recv_async(struct
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":501
+  /* "ivshmem/channel/streams.pyx":499
  *             PyBuffer_Release(&view)
  * 
  *     def recv_async(self, Py_ssize_t size, timeout=None):             # <<<<<<<<<<<<<<
@@ -13527,7 +14013,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_16recv_async(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":505
+/* "ivshmem/channel/streams.pyx":503
  *         return until_no_wait(self.half(RECEIVE), self._recv_now, timeout, (size,))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -13575,32 +14061,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 505, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 503, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 505, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 503, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_recv_now", 0) < (0)) __PYX_ERR(0, 505, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_recv_now", 0) < (0)) __PYX_ERR(0, 503, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_recv_now", 1, 1, 1, i); __PYX_ERR(0, 505, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_recv_now", 1, 1, 1, i); __PYX_ERR(0, 503, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 505, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 503, __pyx_L3_error)
     }
     __pyx_v_size = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_recv_now", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 505, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_recv_now", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 503, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13639,15 +14125,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_18_recv_now(struct 
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":508
+        /* "ivshmem/channel/streams.pyx":506
  *     def _recv_now(self, size):
  *         """Receive as after settimeout(0), whatever another thread has set."""
  *         return self.receive(size, 0)             # <<<<<<<<<<<<<<
  * 
  *     async def sendall_async(self, data, timeout=None):
 */
-        __pyx_t_2 = __Pyx_PyIndex_AsSsize_t(__pyx_v_size); if (unlikely((__pyx_t_2 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 508, __pyx_L4_error)
-        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_receive(__pyx_v_self, __pyx_t_2, __pyx_mstate_global->__pyx_int_0); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 508, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyIndex_AsSsize_t(__pyx_v_size); if (unlikely((__pyx_t_2 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 506, __pyx_L4_error)
+        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_receive(__pyx_v_self, __pyx_t_2, __pyx_mstate_global->__pyx_int_0); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 506, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
 
         {
@@ -13663,7 +14149,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_18_recv_now(struct 
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/streams.pyx":505
+      /* "ivshmem/channel/streams.pyx":503
  *         return until_no_wait(self.half(RECEIVE), self._recv_now, timeout, (size,))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -13702,7 +14188,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_18_recv_now(struct 
 }
 static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_22generator(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
 
-/* "ivshmem/channel/streams.pyx":510
+/* "ivshmem/channel/streams.pyx":508
  *         return self.receive(size, 0)
  * 
  *     async def sendall_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -13751,35 +14237,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 510, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 508, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 510, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 508, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 510, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 508, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sendall_async", 0) < (0)) __PYX_ERR(0, 510, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sendall_async", 0) < (0)) __PYX_ERR(0, 508, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sendall_async", 0, 1, 2, i); __PYX_ERR(0, 510, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sendall_async", 0, 1, 2, i); __PYX_ERR(0, 508, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 510, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 508, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 510, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 508, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -13790,7 +14276,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("sendall_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 510, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("sendall_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 508, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13823,7 +14309,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_20sendall_async(str
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 510, __pyx_L1_error)
+    __PYX_ERR(0, 508, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
@@ -13837,7 +14323,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_20sendall_async(str
   __Pyx_INCREF(__pyx_cur_scope->__pyx_v_timeout);
   __Pyx_GIVEREF(__pyx_cur_scope->__pyx_v_timeout);
   {
-    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7streams_6Stream_22generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_sendall_async, __pyx_mstate_global->__pyx_n_u_Stream_sendall_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams); if (unlikely(!gen)) __PYX_ERR(0, 510, __pyx_L1_error)
+    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7streams_6Stream_22generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_sendall_async, __pyx_mstate_global->__pyx_n_u_Stream_sendall_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams); if (unlikely(!gen)) __PYX_ERR(0, 508, __pyx_L1_error)
     __Pyx_DECREF(__pyx_cur_scope);
     __Pyx_RefNannyFinishContext();
     return (PyObject *) gen;
@@ -13858,14 +14344,11 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_22generator(__pyx_C
   struct __pyx_obj_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async *__pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async *)__pyx_generator->closure);
   PyObject *__pyx_r = NULL;
   PyObject *__pyx_t_1 = NULL;
-  PyObject *__pyx_t_2 = NULL;
+  int __pyx_t_2;
   PyObject *__pyx_t_3 = NULL;
-  size_t __pyx_t_4;
-  int __pyx_t_5;
-  PyObject *__pyx_t_6 = NULL;
-  __Pyx_PySendResult __pyx_t_7;
-  Py_ssize_t __pyx_t_8;
-  Py_ssize_t __pyx_t_9;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  __Pyx_PySendResult __pyx_t_6;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -13881,70 +14364,58 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_22generator(__pyx_C
   __pyx_L3_first_run:;
   if (unlikely(__pyx_sent_value != Py_None)) {
     if (unlikely(__pyx_sent_value)) PyErr_SetString(PyExc_TypeError, "can't send non-None value to a just-started coroutine");
-    __PYX_ERR(0, 510, __pyx_L1_error)
+    __PYX_ERR(0, 508, __pyx_L1_error)
   }
 
-  /* "ivshmem/channel/streams.pyx":515
+  /* "ivshmem/channel/streams.pyx":513
  *         After a cancellation it is unknown how much was sent.
  *         """
- *         view = memoryview(data).cast("B")             # <<<<<<<<<<<<<<
+ *         view = flat(data)             # <<<<<<<<<<<<<<
  *         while view:
  *             sent = await until_no_wait(self.half(SEND), self._send_now, timeout, (view,))
 */
-  __pyx_t_3 = PyMemoryView_FromObject(__pyx_cur_scope->__pyx_v_data); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 515, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_2 = __pyx_t_3;
-  __Pyx_INCREF(__pyx_t_2);
-  __pyx_t_4 = 0;
-  {
-    PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_n_u_B};
-    __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_cast, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 515, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-  }
-  if (!(likely(PyMemoryView_Check(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("memoryview", __pyx_t_1))) __PYX_ERR(0, 515, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5roles_flat(__pyx_cur_scope->__pyx_v_data, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 513, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
   __Pyx_GIVEREF(__pyx_t_1);
-  __pyx_cur_scope->__pyx_v_view = ((PyObject*)__pyx_t_1);
+  __pyx_cur_scope->__pyx_v_view = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":516
+  /* "ivshmem/channel/streams.pyx":514
  *         """
- *         view = memoryview(data).cast("B")
+ *         view = flat(data)
  *         while view:             # <<<<<<<<<<<<<<
  *             sent = await until_no_wait(self.half(SEND), self._send_now, timeout, (view,))
  *             view = view[sent:]
 */
   while (1) {
-    __pyx_t_5 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_view); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 516, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_view); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 514, __pyx_L1_error)
 
-    if (!__pyx_t_5) break;
+    if (!__pyx_t_2) break;
 
-    /* "ivshmem/channel/streams.pyx":517
- *         view = memoryview(data).cast("B")
+    /* "ivshmem/channel/streams.pyx":515
+ *         view = flat(data)
  *         while view:
  *             sent = await until_no_wait(self.half(SEND), self._send_now, timeout, (view,))             # <<<<<<<<<<<<<<
  *             view = view[sent:]
  * 
 */
-    __pyx_t_1 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_cur_scope->__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 517, __pyx_L1_error)
+    __pyx_t_1 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_cur_scope->__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 515, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
-    __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_cur_scope->__pyx_v_self), __pyx_mstate_global->__pyx_n_u_send_now); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 517, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_cur_scope->__pyx_v_self), __pyx_mstate_global->__pyx_n_u_send_now); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 515, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 517, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_2);
+    __pyx_t_4 = PyTuple_New(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 515, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
     __Pyx_INCREF(__pyx_cur_scope->__pyx_v_view);
     __Pyx_GIVEREF(__pyx_cur_scope->__pyx_v_view);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_cur_scope->__pyx_v_view) != (0)) __PYX_ERR(0, 517, __pyx_L1_error);
-    __pyx_t_6 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_no_wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1), __pyx_t_3, __pyx_cur_scope->__pyx_v_timeout, ((PyObject*)__pyx_t_2)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 517, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_6);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_4, 0, __pyx_cur_scope->__pyx_v_view) != (0)) __PYX_ERR(0, 515, __pyx_L1_error);
+    __pyx_t_5 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_no_wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1), __pyx_t_3, __pyx_cur_scope->__pyx_v_timeout, ((PyObject*)__pyx_t_4)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 515, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_5);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __pyx_t_7 = __Pyx_Coroutine_Yield_From(__pyx_generator, __pyx_t_6, &__pyx_r);
-    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (likely(__pyx_t_7 == PYGEN_NEXT)) {
+    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __pyx_t_6 = __Pyx_Coroutine_Yield_From(__pyx_generator, __pyx_t_5, &__pyx_r);
+    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+    if (likely(__pyx_t_6 == PYGEN_NEXT)) {
       __Pyx_GOTREF(__pyx_r);
       __Pyx_XGIVEREF(__pyx_r);
       __Pyx_RefNannyFinishContext();
@@ -13953,50 +14424,37 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_22generator(__pyx_C
       __pyx_generator->resume_label = 1;
       return __pyx_r;
       __pyx_L6_resume_from_await:;
-      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 517, __pyx_L1_error)
-      __pyx_t_6 = __pyx_sent_value; __Pyx_INCREF(__pyx_t_6);
-    } else if (likely(__pyx_t_7 == PYGEN_RETURN)) {
+      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 515, __pyx_L1_error)
+      __pyx_t_5 = __pyx_sent_value; __Pyx_INCREF(__pyx_t_5);
+    } else if (likely(__pyx_t_6 == PYGEN_RETURN)) {
       __Pyx_GOTREF(__pyx_r);
-      __pyx_t_6 = __pyx_r; __pyx_r = NULL;
+      __pyx_t_5 = __pyx_r; __pyx_r = NULL;
     } else {
       __Pyx_XGOTREF(__pyx_r);
-      __PYX_ERR(0, 517, __pyx_L1_error)
+      __PYX_ERR(0, 515, __pyx_L1_error)
     }
     __Pyx_XGOTREF(__pyx_cur_scope->__pyx_v_sent);
-    __Pyx_XDECREF_SET(__pyx_cur_scope->__pyx_v_sent, __pyx_t_6);
-    __Pyx_GIVEREF(__pyx_t_6);
-    __pyx_t_6 = 0;
+    __Pyx_XDECREF_SET(__pyx_cur_scope->__pyx_v_sent, __pyx_t_5);
+    __Pyx_GIVEREF(__pyx_t_5);
+    __pyx_t_5 = 0;
 
-    /* "ivshmem/channel/streams.pyx":518
+    /* "ivshmem/channel/streams.pyx":516
  *         while view:
  *             sent = await until_no_wait(self.half(SEND), self._send_now, timeout, (view,))
  *             view = view[sent:]             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-    __Pyx_INCREF(__pyx_cur_scope->__pyx_v_sent);
-    __pyx_t_6 = __pyx_cur_scope->__pyx_v_sent;
-    __pyx_t_5 = (__pyx_t_6 == Py_None);
-    if (__pyx_t_5) {
-
-      __pyx_t_8 = 0;
-    } else {
-      __pyx_t_9 = __Pyx_PyIndex_AsSsize_t(__pyx_t_6); if (unlikely((__pyx_t_9 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 518, __pyx_L1_error)
-      __pyx_t_8 = __pyx_t_9;
-    }
-
-    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    __pyx_t_6 = PySequence_GetSlice(__pyx_cur_scope->__pyx_v_view, __pyx_t_8, PY_SSIZE_T_MAX); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 518, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_6);
-
+    __pyx_t_5 = __Pyx_PyObject_GetSlice(__pyx_cur_scope->__pyx_v_view, 0, 0, &__pyx_cur_scope->__pyx_v_sent, NULL, NULL, 0, 0, 1); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 516, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_5);
     __Pyx_GOTREF(__pyx_cur_scope->__pyx_v_view);
-    __Pyx_DECREF_SET(__pyx_cur_scope->__pyx_v_view, ((PyObject*)__pyx_t_6));
-    __Pyx_GIVEREF(__pyx_t_6);
-    __pyx_t_6 = 0;
+    __Pyx_DECREF_SET(__pyx_cur_scope->__pyx_v_view, __pyx_t_5);
+    __Pyx_GIVEREF(__pyx_t_5);
+    __pyx_t_5 = 0;
   }
   CYTHON_MAYBE_UNUSED_VAR(__pyx_cur_scope);
 
-  /* "ivshmem/channel/streams.pyx":510
+  /* "ivshmem/channel/streams.pyx":508
  *         return self.receive(size, 0)
  * 
  *     async def sendall_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -14009,9 +14467,9 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_22generator(__pyx_C
   goto __pyx_L0;
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
   if (__Pyx_PyErr_Occurred()) {
     __Pyx_Generator_Replace_StopIteration(0);
     __Pyx_AddTraceback("sendall_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
@@ -14027,7 +14485,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_22generator(__pyx_C
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":520
+/* "ivshmem/channel/streams.pyx":518
  *             view = view[sent:]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -14075,32 +14533,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 520, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 518, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 520, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 518, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_send_now", 0) < (0)) __PYX_ERR(0, 520, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_send_now", 0) < (0)) __PYX_ERR(0, 518, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_send_now", 1, 1, 1, i); __PYX_ERR(0, 520, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_send_now", 1, 1, 1, i); __PYX_ERR(0, 518, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 520, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 518, __pyx_L3_error)
     }
     __pyx_v_data = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_send_now", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 520, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_send_now", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 518, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -14148,34 +14606,34 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23_send_now(struct 
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":524
+        /* "ivshmem/channel/streams.pyx":522
  *         """Send as after settimeout(0), whatever another thread has set."""
  *         cdef Py_buffer view
- *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
+ *         take_buffer(data, &view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
  *         try:
  *             return self.push(<const char *>view.buf, view.len, 0, None)
 */
-        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 524, __pyx_L4_error)
+        __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_take_buffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 522, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":525
+        /* "ivshmem/channel/streams.pyx":523
  *         cdef Py_buffer view
- *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+ *         take_buffer(data, &view, PyBUF_SIMPLE)
  *         try:             # <<<<<<<<<<<<<<
  *             return self.push(<const char *>view.buf, view.len, 0, None)
  *         finally:
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/streams.pyx":526
- *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+          /* "ivshmem/channel/streams.pyx":524
+ *         take_buffer(data, &view, PyBUF_SIMPLE)
  *         try:
  *             return self.push(<const char *>view.buf, view.len, 0, None)             # <<<<<<<<<<<<<<
  *         finally:
  *             PyBuffer_Release(&view)
 */
-          __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, ((char const *)__pyx_v_view.buf), __pyx_v_view.len, __pyx_mstate_global->__pyx_int_0, Py_None); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 526, __pyx_L7_error)
-          __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_t_3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 526, __pyx_L7_error)
+          __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, ((char const *)__pyx_v_view.buf), __pyx_v_view.len, __pyx_mstate_global->__pyx_int_0, Py_None); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 524, __pyx_L7_error)
+          __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_t_3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 524, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_4);
 
           {
@@ -14191,7 +14649,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23_send_now(struct 
           goto __pyx_L6_return;
         }
 
-        /* "ivshmem/channel/streams.pyx":528
+        /* "ivshmem/channel/streams.pyx":526
  *             return self.push(<const char *>view.buf, view.len, 0, None)
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -14240,7 +14698,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23_send_now(struct 
         }
       }
 
-      /* "ivshmem/channel/streams.pyx":520
+      /* "ivshmem/channel/streams.pyx":518
  *             view = view[sent:]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -14279,7 +14737,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23_send_now(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":532
+/* "ivshmem/channel/streams.pyx":530
  *     # From and to descriptors.
  * 
  *     cdef int64_t move(self, int direction, int fd, uint64_t most) except -100:             # <<<<<<<<<<<<<<
@@ -14313,7 +14771,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("move", 0);
 
-  /* "ivshmem/channel/streams.pyx":542
+  /* "ivshmem/channel/streams.pyx":540
  *         cdef iovec vector[2]
  *         cdef int64_t n, found
  *         cdef int code = 0             # <<<<<<<<<<<<<<
@@ -14322,7 +14780,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
   __pyx_v_code = 0;
 
-  /* "ivshmem/channel/streams.pyx":543
+  /* "ivshmem/channel/streams.pyx":541
  *         cdef int64_t n, found
  *         cdef int code = 0
  *         self.partly = False             # <<<<<<<<<<<<<<
@@ -14331,27 +14789,27 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
   __pyx_v_self->partly = 0;
 
-  /* "ivshmem/channel/streams.pyx":544
+  /* "ivshmem/channel/streams.pyx":542
  *         cdef int code = 0
  *         self.partly = False
  *         self.enter()             # <<<<<<<<<<<<<<
  *         self.check_alone(direction)
  *         if direction == SEND:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 544, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 542, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":545
+  /* "ivshmem/channel/streams.pyx":543
  *         self.partly = False
  *         self.enter()
  *         self.check_alone(direction)             # <<<<<<<<<<<<<<
  *         if direction == SEND:
  *             n = ivshmem_send_begin(&self.stream, most, &pieces)
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(__pyx_v_self, __pyx_v_direction); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 545, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(__pyx_v_self, __pyx_v_direction); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 543, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":546
+  /* "ivshmem/channel/streams.pyx":544
  *         self.enter()
  *         self.check_alone(direction)
  *         if direction == SEND:             # <<<<<<<<<<<<<<
@@ -14363,7 +14821,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/streams.pyx":547
+    /* "ivshmem/channel/streams.pyx":545
  *         self.check_alone(direction)
  *         if direction == SEND:
  *             n = ivshmem_send_begin(&self.stream, most, &pieces)             # <<<<<<<<<<<<<<
@@ -14372,7 +14830,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
     __pyx_v_n = ivshmem_send_begin((&__pyx_v_self->stream), __pyx_v_most, (&__pyx_v_pieces));
 
-    /* "ivshmem/channel/streams.pyx":546
+    /* "ivshmem/channel/streams.pyx":544
  *         self.enter()
  *         self.check_alone(direction)
  *         if direction == SEND:             # <<<<<<<<<<<<<<
@@ -14382,7 +14840,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/streams.pyx":549
+  /* "ivshmem/channel/streams.pyx":547
  *             n = ivshmem_send_begin(&self.stream, most, &pieces)
  *         else:
  *             n = ivshmem_receive_begin(&self.stream, most, &pieces)             # <<<<<<<<<<<<<<
@@ -14394,7 +14852,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/streams.pyx":550
+  /* "ivshmem/channel/streams.pyx":548
  *         else:
  *             n = ivshmem_receive_begin(&self.stream, most, &pieces)
  *         if n <= 0:             # <<<<<<<<<<<<<<
@@ -14406,7 +14864,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/streams.pyx":551
+    /* "ivshmem/channel/streams.pyx":549
  *             n = ivshmem_receive_begin(&self.stream, most, &pieces)
  *         if n <= 0:
  *             if n == 0 or n == IVSHMEM_AGAIN or n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -14418,7 +14876,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
       case IVSHMEM_AGAIN:
       case IVSHMEM_CLOSED:
 
-      /* "ivshmem/channel/streams.pyx":552
+      /* "ivshmem/channel/streams.pyx":550
  *         if n <= 0:
  *             if n == 0 or n == IVSHMEM_AGAIN or n == IVSHMEM_CLOSED:
  *                 return n             # <<<<<<<<<<<<<<
@@ -14431,7 +14889,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":551
+      /* "ivshmem/channel/streams.pyx":549
  *             n = ivshmem_receive_begin(&self.stream, most, &pieces)
  *         if n <= 0:
  *             if n == 0 or n == IVSHMEM_AGAIN or n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -14442,20 +14900,20 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
       default: break;
     }
 
-    /* "ivshmem/channel/streams.pyx":553
+    /* "ivshmem/channel/streams.pyx":551
  *             if n == 0 or n == IVSHMEM_AGAIN or n == IVSHMEM_CLOSED:
  *                 return n
  *             raise self.fail(<int>n)             # <<<<<<<<<<<<<<
  *         vector[0].iov_base = pieces.first
  *         vector[0].iov_len = pieces.first_size
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 553, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 551, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 553, __pyx_L1_error)
+    __PYX_ERR(0, 551, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":550
+    /* "ivshmem/channel/streams.pyx":548
  *         else:
  *             n = ivshmem_receive_begin(&self.stream, most, &pieces)
  *         if n <= 0:             # <<<<<<<<<<<<<<
@@ -14464,7 +14922,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":554
+  /* "ivshmem/channel/streams.pyx":552
  *                 return n
  *             raise self.fail(<int>n)
  *         vector[0].iov_base = pieces.first             # <<<<<<<<<<<<<<
@@ -14475,7 +14933,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 
   (__pyx_v_vector[0]).iov_base = __pyx_t_4;
 
-  /* "ivshmem/channel/streams.pyx":555
+  /* "ivshmem/channel/streams.pyx":553
  *             raise self.fail(<int>n)
  *         vector[0].iov_base = pieces.first
  *         vector[0].iov_len = pieces.first_size             # <<<<<<<<<<<<<<
@@ -14486,7 +14944,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 
   (__pyx_v_vector[0]).iov_len = __pyx_t_5;
 
-  /* "ivshmem/channel/streams.pyx":556
+  /* "ivshmem/channel/streams.pyx":554
  *         vector[0].iov_base = pieces.first
  *         vector[0].iov_len = pieces.first_size
  *         vector[1].iov_base = pieces.second             # <<<<<<<<<<<<<<
@@ -14497,7 +14955,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 
   (__pyx_v_vector[1]).iov_base = __pyx_t_4;
 
-  /* "ivshmem/channel/streams.pyx":557
+  /* "ivshmem/channel/streams.pyx":555
  *         vector[0].iov_len = pieces.first_size
  *         vector[1].iov_base = pieces.second
  *         vector[1].iov_len = pieces.second_size             # <<<<<<<<<<<<<<
@@ -14508,7 +14966,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 
   (__pyx_v_vector[1]).iov_len = __pyx_t_5;
 
-  /* "ivshmem/channel/streams.pyx":558
+  /* "ivshmem/channel/streams.pyx":556
  *         vector[1].iov_base = pieces.second
  *         vector[1].iov_len = pieces.second_size
  *         found = n             # <<<<<<<<<<<<<<
@@ -14517,17 +14975,17 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
   __pyx_v_found = __pyx_v_n;
 
-  /* "ivshmem/channel/streams.pyx":559
+  /* "ivshmem/channel/streams.pyx":557
  *         vector[1].iov_len = pieces.second_size
  *         found = n
  *         self.begin_copy()             # <<<<<<<<<<<<<<
  *         self.moving[direction] = True
  *         try:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.begin_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 559, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.begin_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 557, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":560
+  /* "ivshmem/channel/streams.pyx":558
  *         found = n
  *         self.begin_copy()
  *         self.moving[direction] = True             # <<<<<<<<<<<<<<
@@ -14536,7 +14994,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
   (__pyx_v_self->moving[__pyx_v_direction]) = 1;
 
-  /* "ivshmem/channel/streams.pyx":561
+  /* "ivshmem/channel/streams.pyx":559
  *         self.begin_copy()
  *         self.moving[direction] = True
  *         try:             # <<<<<<<<<<<<<<
@@ -14545,7 +15003,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
   /*try:*/ {
 
-    /* "ivshmem/channel/streams.pyx":562
+    /* "ivshmem/channel/streams.pyx":560
  *         self.moving[direction] = True
  *         try:
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -14558,7 +15016,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
         __Pyx_FastGIL_Remember();
         /*try:*/ {
 
-          /* "ivshmem/channel/streams.pyx":563
+          /* "ivshmem/channel/streams.pyx":561
  *         try:
  *             with nogil:
  *                 if direction == SEND:             # <<<<<<<<<<<<<<
@@ -14570,7 +15028,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
           if (__pyx_t_2) {
 
 
-            /* "ivshmem/channel/streams.pyx":564
+            /* "ivshmem/channel/streams.pyx":562
  *             with nogil:
  *                 if direction == SEND:
  *                     n = readv(fd, vector, 2 if pieces.second_size else 1)             # <<<<<<<<<<<<<<
@@ -14590,7 +15048,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
             __pyx_v_n = readv(__pyx_v_fd, __pyx_v_vector, __pyx_t_1);
 
 
-            /* "ivshmem/channel/streams.pyx":563
+            /* "ivshmem/channel/streams.pyx":561
  *         try:
  *             with nogil:
  *                 if direction == SEND:             # <<<<<<<<<<<<<<
@@ -14600,7 +15058,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
             goto __pyx_L11;
           }
 
-          /* "ivshmem/channel/streams.pyx":566
+          /* "ivshmem/channel/streams.pyx":564
  *                     n = readv(fd, vector, 2 if pieces.second_size else 1)
  *                 else:
  *                     n = writev(fd, vector, 2 if pieces.second_size else 1)             # <<<<<<<<<<<<<<
@@ -14623,7 +15081,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
           }
           __pyx_L11:;
 
-          /* "ivshmem/channel/streams.pyx":567
+          /* "ivshmem/channel/streams.pyx":565
  *                 else:
  *                     n = writev(fd, vector, 2 if pieces.second_size else 1)
  *                 if n < 0:             # <<<<<<<<<<<<<<
@@ -14635,7 +15093,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
           if (__pyx_t_2) {
 
 
-            /* "ivshmem/channel/streams.pyx":568
+            /* "ivshmem/channel/streams.pyx":566
  *                     n = writev(fd, vector, 2 if pieces.second_size else 1)
  *                 if n < 0:
  *                     code = errno             # <<<<<<<<<<<<<<
@@ -14644,7 +15102,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
             __pyx_v_code = errno;
 
-            /* "ivshmem/channel/streams.pyx":567
+            /* "ivshmem/channel/streams.pyx":565
  *                 else:
  *                     n = writev(fd, vector, 2 if pieces.second_size else 1)
  *                 if n < 0:             # <<<<<<<<<<<<<<
@@ -14654,7 +15112,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
           }
         }
 
-        /* "ivshmem/channel/streams.pyx":562
+        /* "ivshmem/channel/streams.pyx":560
  *         self.moving[direction] = True
  *         try:
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -14672,7 +15130,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
     }
   }
 
-  /* "ivshmem/channel/streams.pyx":570
+  /* "ivshmem/channel/streams.pyx":568
  *                     code = errno
  *         finally:
  *             self.moving[direction] = False             # <<<<<<<<<<<<<<
@@ -14683,21 +15141,21 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
     /*normal exit:*/{
       (__pyx_v_self->moving[__pyx_v_direction]) = 0;
 
-      /* "ivshmem/channel/streams.pyx":571
+      /* "ivshmem/channel/streams.pyx":569
  *         finally:
  *             self.moving[direction] = False
  *             self.end_copy()             # <<<<<<<<<<<<<<
  *         if n < 0:
  *             if code == EAGAIN:
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.end_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 571, __pyx_L1_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.end_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 569, __pyx_L1_error)
 
       goto __pyx_L7;
     }
     __pyx_L7:;
   }
 
-  /* "ivshmem/channel/streams.pyx":572
+  /* "ivshmem/channel/streams.pyx":570
  *             self.moving[direction] = False
  *             self.end_copy()
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -14709,7 +15167,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/streams.pyx":573
+    /* "ivshmem/channel/streams.pyx":571
  *             self.end_copy()
  *         if n < 0:
  *             if code == EAGAIN:             # <<<<<<<<<<<<<<
@@ -14721,7 +15179,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/streams.pyx":574
+      /* "ivshmem/channel/streams.pyx":572
  *         if n < 0:
  *             if code == EAGAIN:
  *                 return FD_WAITS             # <<<<<<<<<<<<<<
@@ -14734,7 +15192,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":573
+      /* "ivshmem/channel/streams.pyx":571
  *             self.end_copy()
  *         if n < 0:
  *             if code == EAGAIN:             # <<<<<<<<<<<<<<
@@ -14743,7 +15201,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":575
+    /* "ivshmem/channel/streams.pyx":573
  *             if code == EAGAIN:
  *                 return FD_WAITS
  *             if code == EINTR:             # <<<<<<<<<<<<<<
@@ -14755,30 +15213,30 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/streams.pyx":576
+      /* "ivshmem/channel/streams.pyx":574
  *                 return FD_WAITS
  *             if code == EINTR:
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *                 return self.move(direction, fd, most)
  *             raise OSError(code, os.strerror(code), f"descriptor {fd}")
 */
-      __pyx_t_1 = PyErr_CheckSignals(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 576, __pyx_L1_error)
+      __pyx_t_1 = PyErr_CheckSignals(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 574, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/streams.pyx":577
+      /* "ivshmem/channel/streams.pyx":575
  *             if code == EINTR:
  *                 PyErr_CheckSignals()
  *                 return self.move(direction, fd, most)             # <<<<<<<<<<<<<<
  *             raise OSError(code, os.strerror(code), f"descriptor {fd}")
  *         self.enter()  # another thread can have closed it
 */
-      __pyx_t_6 = __pyx_f_7ivshmem_7channel_7streams_6Stream_move(__pyx_v_self, __pyx_v_direction, __pyx_v_fd, __pyx_v_most); if (unlikely(__pyx_t_6 == ((int64_t)-100L))) __PYX_ERR(0, 577, __pyx_L1_error)
+      __pyx_t_6 = __pyx_f_7ivshmem_7channel_7streams_6Stream_move(__pyx_v_self, __pyx_v_direction, __pyx_v_fd, __pyx_v_most); if (unlikely(__pyx_t_6 == ((int64_t)-100L))) __PYX_ERR(0, 575, __pyx_L1_error)
       {
         __pyx_r = __pyx_t_6;
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":575
+      /* "ivshmem/channel/streams.pyx":573
  *             if code == EAGAIN:
  *                 return FD_WAITS
  *             if code == EINTR:             # <<<<<<<<<<<<<<
@@ -14787,7 +15245,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":578
+    /* "ivshmem/channel/streams.pyx":576
  *                 PyErr_CheckSignals()
  *                 return self.move(direction, fd, most)
  *             raise OSError(code, os.strerror(code), f"descriptor {fd}")             # <<<<<<<<<<<<<<
@@ -14795,15 +15253,15 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
  *         self.partly = n < found
 */
     __pyx_t_7 = NULL;
-    __pyx_t_8 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 578, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 576, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __pyx_t_10 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 578, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 576, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
-    __pyx_t_12 = __Pyx_PyObject_GetAttrStr(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_strerror); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 578, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyObject_GetAttrStr(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_strerror); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 576, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-    __pyx_t_11 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 578, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 576, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __pyx_t_13 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -14823,12 +15281,12 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
       __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
       __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 578, __pyx_L1_error)
+      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 576, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_9);
     }
-    __pyx_t_12 = __Pyx_PyUnicode_From_int(__pyx_v_fd, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 578, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyUnicode_From_int(__pyx_v_fd, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 576, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
-    __pyx_t_11 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_descriptor, __pyx_t_12); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 578, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_descriptor, __pyx_t_12); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 576, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
     __pyx_t_13 = 1;
@@ -14839,14 +15297,14 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 578, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 576, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 578, __pyx_L1_error)
+    __PYX_ERR(0, 576, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":572
+    /* "ivshmem/channel/streams.pyx":570
  *             self.moving[direction] = False
  *             self.end_copy()
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -14855,17 +15313,17 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":579
+  /* "ivshmem/channel/streams.pyx":577
  *                 return self.move(direction, fd, most)
  *             raise OSError(code, os.strerror(code), f"descriptor {fd}")
  *         self.enter()  # another thread can have closed it             # <<<<<<<<<<<<<<
  *         self.partly = n < found
  *         if direction == SEND:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 579, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 577, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":580
+  /* "ivshmem/channel/streams.pyx":578
  *             raise OSError(code, os.strerror(code), f"descriptor {fd}")
  *         self.enter()  # another thread can have closed it
  *         self.partly = n < found             # <<<<<<<<<<<<<<
@@ -14874,7 +15332,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
   __pyx_v_self->partly = (__pyx_v_n < __pyx_v_found);
 
-  /* "ivshmem/channel/streams.pyx":581
+  /* "ivshmem/channel/streams.pyx":579
  *         self.enter()  # another thread can have closed it
  *         self.partly = n < found
  *         if direction == SEND:             # <<<<<<<<<<<<<<
@@ -14886,7 +15344,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/streams.pyx":582
+    /* "ivshmem/channel/streams.pyx":580
  *         self.partly = n < found
  *         if direction == SEND:
  *             if n:             # <<<<<<<<<<<<<<
@@ -14898,7 +15356,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/streams.pyx":583
+      /* "ivshmem/channel/streams.pyx":581
  *         if direction == SEND:
  *             if n:
  *                 ivshmem_send_end(&self.stream, n)             # <<<<<<<<<<<<<<
@@ -14907,7 +15365,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
       ivshmem_send_end((&__pyx_v_self->stream), __pyx_v_n);
 
-      /* "ivshmem/channel/streams.pyx":582
+      /* "ivshmem/channel/streams.pyx":580
  *         self.partly = n < found
  *         if direction == SEND:
  *             if n:             # <<<<<<<<<<<<<<
@@ -14916,7 +15374,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":581
+    /* "ivshmem/channel/streams.pyx":579
  *         self.enter()  # another thread can have closed it
  *         self.partly = n < found
  *         if direction == SEND:             # <<<<<<<<<<<<<<
@@ -14926,7 +15384,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
     goto __pyx_L16;
   }
 
-  /* "ivshmem/channel/streams.pyx":585
+  /* "ivshmem/channel/streams.pyx":583
  *                 ivshmem_send_end(&self.stream, n)
  *         else:
  *             ivshmem_receive_end(&self.stream, n)             # <<<<<<<<<<<<<<
@@ -14938,7 +15396,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
   }
   __pyx_L16:;
 
-  /* "ivshmem/channel/streams.pyx":586
+  /* "ivshmem/channel/streams.pyx":584
  *         else:
  *             ivshmem_receive_end(&self.stream, n)
  *         if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -14950,17 +15408,17 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/streams.pyx":587
+    /* "ivshmem/channel/streams.pyx":585
  *             ivshmem_receive_end(&self.stream, n)
  *         if self.membership.rings.count:
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *         return n
  * 
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 587, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 585, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":586
+    /* "ivshmem/channel/streams.pyx":584
  *         else:
  *             ivshmem_receive_end(&self.stream, n)
  *         if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -14969,7 +15427,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":588
+  /* "ivshmem/channel/streams.pyx":586
  *         if self.membership.rings.count:
  *             self.membership.flush()
  *         return n             # <<<<<<<<<<<<<<
@@ -14982,7 +15440,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":532
+  /* "ivshmem/channel/streams.pyx":530
  *     # From and to descriptors.
  * 
  *     cdef int64_t move(self, int direction, int fd, uint64_t most) except -100:             # <<<<<<<<<<<<<<
@@ -15012,7 +15470,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":590
+/* "ivshmem/channel/streams.pyx":588
  *         return n
  * 
  *     cdef object move_in_time(self, int direction, object fd, object size):             # <<<<<<<<<<<<<<
@@ -15045,7 +15503,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("move_in_time", 0);
 
-  /* "ivshmem/channel/streams.pyx":592
+  /* "ivshmem/channel/streams.pyx":590
  *     cdef object move_in_time(self, int direction, object fd, object size):
  *         cdef int64_t n
  *         cdef int number = fd if isinstance(fd, int) else fd.fileno()             # <<<<<<<<<<<<<<
@@ -15054,7 +15512,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
   __pyx_t_2 = PyLong_Check(__pyx_v_fd); 
   if (__pyx_t_2) {
-    __pyx_t_3 = __Pyx_PyLong_As_int(__pyx_v_fd); if (unlikely((__pyx_t_3 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 592, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyLong_As_int(__pyx_v_fd); if (unlikely((__pyx_t_3 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 590, __pyx_L1_error)
     __pyx_t_1 = __pyx_t_3;
   } else {
     __pyx_t_5 = __pyx_v_fd;
@@ -15064,17 +15522,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
       PyObject *__pyx_callargs[2] = {__pyx_t_5, NULL};
       __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 592, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 590, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
-    __pyx_t_3 = __Pyx_PyLong_As_int(__pyx_t_4); if (unlikely((__pyx_t_3 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 592, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyLong_As_int(__pyx_t_4); if (unlikely((__pyx_t_3 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 590, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __pyx_t_1 = __pyx_t_3;
   }
 
   __pyx_v_number = __pyx_t_1;
 
-  /* "ivshmem/channel/streams.pyx":593
+  /* "ivshmem/channel/streams.pyx":591
  *         cdef int64_t n
  *         cdef int number = fd if isinstance(fd, int) else fd.fileno()
  *         cdef uint64_t most = UINT64_MAX             # <<<<<<<<<<<<<<
@@ -15083,7 +15541,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
   __pyx_v_most = UINT64_MAX;
 
-  /* "ivshmem/channel/streams.pyx":594
+  /* "ivshmem/channel/streams.pyx":592
  *         cdef int number = fd if isinstance(fd, int) else fd.fileno()
  *         cdef uint64_t most = UINT64_MAX
  *         if size is not None:             # <<<<<<<<<<<<<<
@@ -15094,18 +15552,18 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/streams.pyx":595
+    /* "ivshmem/channel/streams.pyx":593
  *         cdef uint64_t most = UINT64_MAX
  *         if size is not None:
  *             if size < 0:             # <<<<<<<<<<<<<<
  *                 raise ValueError(f"cannot move {size} bytes")
  *             most = size
 */
-    __pyx_t_2 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_v_size, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 595, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_v_size, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 593, __pyx_L1_error)
     if (unlikely(__pyx_t_2)) {
 
 
-      /* "ivshmem/channel/streams.pyx":596
+      /* "ivshmem/channel/streams.pyx":594
  *         if size is not None:
  *             if size < 0:
  *                 raise ValueError(f"cannot move {size} bytes")             # <<<<<<<<<<<<<<
@@ -15113,7 +15571,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
  *             if most == 0:
 */
       __pyx_t_5 = NULL;
-      __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_size, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 596, __pyx_L1_error)
+      __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_size, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 594, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_8[0] = __pyx_mstate_global->__pyx_kp_u_cannot_move;
       __pyx_t_8[1] = __pyx_t_7;
@@ -15127,7 +15585,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
       __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_8[1]);
       #endif
       __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_8, 3, __pyx_t_9, __pyx_t_1);
-      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 596, __pyx_L1_error)
+      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 594, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __pyx_t_6 = 1;
@@ -15136,14 +15594,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
         __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 596, __pyx_L1_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 594, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_4);
       }
       __Pyx_Raise(__pyx_t_4, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __PYX_ERR(0, 596, __pyx_L1_error)
+      __PYX_ERR(0, 594, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":595
+      /* "ivshmem/channel/streams.pyx":593
  *         cdef uint64_t most = UINT64_MAX
  *         if size is not None:
  *             if size < 0:             # <<<<<<<<<<<<<<
@@ -15152,17 +15610,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":597
+    /* "ivshmem/channel/streams.pyx":595
  *             if size < 0:
  *                 raise ValueError(f"cannot move {size} bytes")
  *             most = size             # <<<<<<<<<<<<<<
  *             if most == 0:
  *                 raise ValueError("0 bytes: it would look like the end")
 */
-    __pyx_t_11 = __Pyx_PyLong_As_uint64_t(__pyx_v_size); if (unlikely((__pyx_t_11 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 597, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyLong_As_uint64_t(__pyx_v_size); if (unlikely((__pyx_t_11 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 595, __pyx_L1_error)
     __pyx_v_most = __pyx_t_11;
 
-    /* "ivshmem/channel/streams.pyx":598
+    /* "ivshmem/channel/streams.pyx":596
  *                 raise ValueError(f"cannot move {size} bytes")
  *             most = size
  *             if most == 0:             # <<<<<<<<<<<<<<
@@ -15174,7 +15632,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
     if (unlikely(__pyx_t_2)) {
 
 
-      /* "ivshmem/channel/streams.pyx":599
+      /* "ivshmem/channel/streams.pyx":597
  *             most = size
  *             if most == 0:
  *                 raise ValueError("0 bytes: it would look like the end")             # <<<<<<<<<<<<<<
@@ -15187,14 +15645,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
         PyObject *__pyx_callargs[2] = {__pyx_t_10, __pyx_mstate_global->__pyx_kp_u_0_bytes_it_would_look_like_the_e};
         __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 599, __pyx_L1_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 597, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_4);
       }
       __Pyx_Raise(__pyx_t_4, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __PYX_ERR(0, 599, __pyx_L1_error)
+      __PYX_ERR(0, 597, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":598
+      /* "ivshmem/channel/streams.pyx":596
  *                 raise ValueError(f"cannot move {size} bytes")
  *             most = size
  *             if most == 0:             # <<<<<<<<<<<<<<
@@ -15203,7 +15661,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":594
+    /* "ivshmem/channel/streams.pyx":592
  *         cdef int number = fd if isinstance(fd, int) else fd.fileno()
  *         cdef uint64_t most = UINT64_MAX
  *         if size is not None:             # <<<<<<<<<<<<<<
@@ -15212,7 +15670,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":600
+  /* "ivshmem/channel/streams.pyx":598
  *             if most == 0:
  *                 raise ValueError("0 bytes: it would look like the end")
  *         timeout = self.timeout             # <<<<<<<<<<<<<<
@@ -15224,7 +15682,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
   __pyx_v_timeout = __pyx_t_4;
   __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":601
+  /* "ivshmem/channel/streams.pyx":599
  *                 raise ValueError("0 bytes: it would look like the end")
  *         timeout = self.timeout
  *         deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
@@ -15232,7 +15690,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
  *         while True:
 */
   __pyx_t_10 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 601, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 599, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_6 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -15251,13 +15709,13 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
     __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 601, __pyx_L1_error)
+    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 599, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
   }
   __pyx_v_deadline = __pyx_t_4;
   __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":602
+  /* "ivshmem/channel/streams.pyx":600
  *         timeout = self.timeout
  *         deadline = deadline_of(timeout)
  *         self.tried |= 1 << direction             # <<<<<<<<<<<<<<
@@ -15266,7 +15724,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
   __pyx_v_self->tried = (__pyx_v_self->tried | (1 << __pyx_v_direction));
 
-  /* "ivshmem/channel/streams.pyx":603
+  /* "ivshmem/channel/streams.pyx":601
  *         deadline = deadline_of(timeout)
  *         self.tried |= 1 << direction
  *         while True:             # <<<<<<<<<<<<<<
@@ -15275,17 +15733,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
   while (1) {
 
-    /* "ivshmem/channel/streams.pyx":604
+    /* "ivshmem/channel/streams.pyx":602
  *         self.tried |= 1 << direction
  *         while True:
  *             n = self.move(direction, number, most)             # <<<<<<<<<<<<<<
  *             if n >= 0:
  *                 return n
 */
-    __pyx_t_12 = __pyx_f_7ivshmem_7channel_7streams_6Stream_move(__pyx_v_self, __pyx_v_direction, __pyx_v_number, __pyx_v_most); if (unlikely(__pyx_t_12 == ((int64_t)-100L))) __PYX_ERR(0, 604, __pyx_L1_error)
+    __pyx_t_12 = __pyx_f_7ivshmem_7channel_7streams_6Stream_move(__pyx_v_self, __pyx_v_direction, __pyx_v_number, __pyx_v_most); if (unlikely(__pyx_t_12 == ((int64_t)-100L))) __PYX_ERR(0, 602, __pyx_L1_error)
     __pyx_v_n = __pyx_t_12;
 
-    /* "ivshmem/channel/streams.pyx":605
+    /* "ivshmem/channel/streams.pyx":603
  *         while True:
  *             n = self.move(direction, number, most)
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -15297,14 +15755,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/streams.pyx":606
+      /* "ivshmem/channel/streams.pyx":604
  *             n = self.move(direction, number, most)
  *             if n >= 0:
  *                 return n             # <<<<<<<<<<<<<<
  *             if n == FD_WAITS:
  *                 return None
 */
-      __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 606, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 604, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       {
         PyObject *__pyx_temp;
@@ -15317,7 +15775,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
       __pyx_t_4 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":605
+      /* "ivshmem/channel/streams.pyx":603
  *         while True:
  *             n = self.move(direction, number, most)
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -15326,7 +15784,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":607
+    /* "ivshmem/channel/streams.pyx":605
  *             if n >= 0:
  *                 return n
  *             if n == FD_WAITS:             # <<<<<<<<<<<<<<
@@ -15338,7 +15796,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/streams.pyx":608
+      /* "ivshmem/channel/streams.pyx":606
  *                 return n
  *             if n == FD_WAITS:
  *                 return None             # <<<<<<<<<<<<<<
@@ -15355,7 +15813,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":607
+      /* "ivshmem/channel/streams.pyx":605
  *             if n >= 0:
  *                 return n
  *             if n == FD_WAITS:             # <<<<<<<<<<<<<<
@@ -15364,7 +15822,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":609
+    /* "ivshmem/channel/streams.pyx":607
  *             if n == FD_WAITS:
  *                 return None
  *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -15376,20 +15834,20 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
     if (unlikely(__pyx_t_2)) {
 
 
-      /* "ivshmem/channel/streams.pyx":610
+      /* "ivshmem/channel/streams.pyx":608
  *                 return None
  *             if n == IVSHMEM_CLOSED:
  *                 raise self.broken(direction)             # <<<<<<<<<<<<<<
  *             self.await_half(direction, timeout, deadline)
  * 
 */
-      __pyx_t_4 = __pyx_f_7ivshmem_7channel_7streams_6Stream_broken(__pyx_v_self, __pyx_v_direction); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 610, __pyx_L1_error)
+      __pyx_t_4 = __pyx_f_7ivshmem_7channel_7streams_6Stream_broken(__pyx_v_self, __pyx_v_direction); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 608, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       __Pyx_Raise(__pyx_t_4, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __PYX_ERR(0, 610, __pyx_L1_error)
+      __PYX_ERR(0, 608, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":609
+      /* "ivshmem/channel/streams.pyx":607
  *             if n == FD_WAITS:
  *                 return None
  *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -15398,18 +15856,18 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":611
+    /* "ivshmem/channel/streams.pyx":609
  *             if n == IVSHMEM_CLOSED:
  *                 raise self.broken(direction)
  *             self.await_half(direction, timeout, deadline)             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, __pyx_v_direction, __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 611, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, __pyx_v_direction, __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 609, __pyx_L1_error)
 
   }
 
-  /* "ivshmem/channel/streams.pyx":590
+  /* "ivshmem/channel/streams.pyx":588
  *         return n
  * 
  *     cdef object move_in_time(self, int direction, object fd, object size):             # <<<<<<<<<<<<<<
@@ -15438,7 +15896,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":613
+/* "ivshmem/channel/streams.pyx":611
  *             self.await_half(direction, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -15487,24 +15945,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 613, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 611, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 613, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 611, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 613, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 611, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "read_from", 0) < (0)) __PYX_ERR(0, 613, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "read_from", 0) < (0)) __PYX_ERR(0, 611, __pyx_L3_error)
 
-      /* "ivshmem/channel/streams.pyx":614
+      /* "ivshmem/channel/streams.pyx":612
  * 
  *     @cython.critical_section
  *     def read_from(self, fd, size=None):             # <<<<<<<<<<<<<<
@@ -15513,17 +15971,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 */
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("read_from", 0, 1, 2, i); __PYX_ERR(0, 613, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("read_from", 0, 1, 2, i); __PYX_ERR(0, 611, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 613, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 611, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 613, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 611, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -15534,7 +15992,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("read_from", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 613, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("read_from", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 611, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15547,7 +16005,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_6Stream_25read_from(((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_self), __pyx_v_fd, __pyx_v_size);
 
-  /* "ivshmem/channel/streams.pyx":613
+  /* "ivshmem/channel/streams.pyx":611
  *             self.await_half(direction, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -15580,14 +16038,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_25read_from(struct 
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":633
+        /* "ivshmem/channel/streams.pyx":631
  *             ChannelCorrupt, ClosedError: as of all calls.
  *         """
  *         return self.move_in_time(SEND, fd, size)             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-        __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND, __pyx_v_fd, __pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 633, __pyx_L4_error)
+        __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND, __pyx_v_fd, __pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 631, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           PyObject *__pyx_temp;
@@ -15602,7 +16060,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_25read_from(struct 
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/streams.pyx":613
+      /* "ivshmem/channel/streams.pyx":611
  *             self.await_half(direction, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -15640,7 +16098,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_25read_from(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":635
+/* "ivshmem/channel/streams.pyx":633
  *         return self.move_in_time(SEND, fd, size)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -15689,24 +16147,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 635, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 633, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 635, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 633, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 635, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 633, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "write_to", 0) < (0)) __PYX_ERR(0, 635, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "write_to", 0) < (0)) __PYX_ERR(0, 633, __pyx_L3_error)
 
-      /* "ivshmem/channel/streams.pyx":636
+      /* "ivshmem/channel/streams.pyx":634
  * 
  *     @cython.critical_section
  *     def write_to(self, fd, size=None):             # <<<<<<<<<<<<<<
@@ -15715,17 +16173,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 */
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("write_to", 0, 1, 2, i); __PYX_ERR(0, 635, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("write_to", 0, 1, 2, i); __PYX_ERR(0, 633, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 635, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 633, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 635, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 633, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -15736,7 +16194,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("write_to", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 635, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("write_to", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 633, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15749,7 +16207,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_6Stream_27write_to(((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_self), __pyx_v_fd, __pyx_v_size);
 
-  /* "ivshmem/channel/streams.pyx":635
+  /* "ivshmem/channel/streams.pyx":633
  *         return self.move_in_time(SEND, fd, size)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -15782,14 +16240,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_27write_to(struct _
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":655
+        /* "ivshmem/channel/streams.pyx":653
  *             ChannelCorrupt, ClosedError: as of all calls.
  *         """
  *         return self.move_in_time(RECEIVE, fd, size)             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-        __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE, __pyx_v_fd, __pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 655, __pyx_L4_error)
+        __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE, __pyx_v_fd, __pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 653, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           PyObject *__pyx_temp;
@@ -15804,7 +16262,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_27write_to(struct _
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/streams.pyx":635
+      /* "ivshmem/channel/streams.pyx":633
  *         return self.move_in_time(SEND, fd, size)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -15842,7 +16300,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_27write_to(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":657
+/* "ivshmem/channel/streams.pyx":655
  *         return self.move_in_time(RECEIVE, fd, size)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -15911,24 +16369,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_29_silence(struct _
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":660
+        /* "ivshmem/channel/streams.pyx":658
  *     def _silence(self):
  *         """Return for how many seconds the other end's process has shown no sign of life."""
  *         self.enter()             # <<<<<<<<<<<<<<
  *         return ivshmem_stream_silence(&self.stream) / 1e9
  * 
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 660, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 658, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":661
+        /* "ivshmem/channel/streams.pyx":659
  *         """Return for how many seconds the other end's process has shown no sign of life."""
  *         self.enter()
  *         return ivshmem_stream_silence(&self.stream) / 1e9             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-        __pyx_t_3 = PyFloat_FromDouble((((double)ivshmem_stream_silence((&__pyx_v_self->stream))) / 1e9)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 661, __pyx_L4_error)
+        __pyx_t_3 = PyFloat_FromDouble((((double)ivshmem_stream_silence((&__pyx_v_self->stream))) / 1e9)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 659, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
         {
           PyObject *__pyx_temp;
@@ -15943,7 +16401,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_29_silence(struct _
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/streams.pyx":657
+      /* "ivshmem/channel/streams.pyx":655
  *         return self.move_in_time(RECEIVE, fd, size)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -15981,7 +16439,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_29_silence(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":663
+/* "ivshmem/channel/streams.pyx":661
  *         return ivshmem_stream_silence(&self.stream) / 1e9
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -16029,32 +16487,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_how,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 663, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 661, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 663, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 661, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "shutdown", 0) < (0)) __PYX_ERR(0, 663, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "shutdown", 0) < (0)) __PYX_ERR(0, 661, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("shutdown", 1, 1, 1, i); __PYX_ERR(0, 663, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("shutdown", 1, 1, 1, i); __PYX_ERR(0, 661, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 663, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 661, __pyx_L3_error)
     }
-    __pyx_v_how = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_how == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 664, __pyx_L3_error)
+    __pyx_v_how = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_how == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 662, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("shutdown", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 663, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("shutdown", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 661, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -16101,7 +16559,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":672
+        /* "ivshmem/channel/streams.pyx":670
  *             RuntimeError: another thread sends at this moment, and its bytes would follow the end.
  *         """
  *         if not 0 <= how <= 2:             # <<<<<<<<<<<<<<
@@ -16118,7 +16576,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
         if (unlikely(__pyx_t_3)) {
 
 
-          /* "ivshmem/channel/streams.pyx":673
+          /* "ivshmem/channel/streams.pyx":671
  *         """
  *         if not 0 <= how <= 2:
  *             raise ValueError(f"how {how}: SHUT_RD, SHUT_WR or SHUT_RDWR")             # <<<<<<<<<<<<<<
@@ -16126,7 +16584,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
  *         if how != 0:
 */
           __pyx_t_5 = NULL;
-          __pyx_t_6 = __Pyx_PyUnicode_From_int(__pyx_v_how, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 673, __pyx_L4_error)
+          __pyx_t_6 = __Pyx_PyUnicode_From_int(__pyx_v_how, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 671, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
           __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_how_2;
           __pyx_t_7[1] = __pyx_t_6;
@@ -16137,7 +16595,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
           #endif
           __pyx_t_9 = 0;
           __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 3, __pyx_t_8, __pyx_t_9);
-          if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 673, __pyx_L4_error)
+          if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 671, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_10);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
           __pyx_t_11 = 1;
@@ -16146,14 +16604,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
             __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
             __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 673, __pyx_L4_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 671, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
           __Pyx_Raise(__pyx_t_4, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __PYX_ERR(0, 673, __pyx_L4_error)
+          __PYX_ERR(0, 671, __pyx_L4_error)
 
-          /* "ivshmem/channel/streams.pyx":672
+          /* "ivshmem/channel/streams.pyx":670
  *             RuntimeError: another thread sends at this moment, and its bytes would follow the end.
  *         """
  *         if not 0 <= how <= 2:             # <<<<<<<<<<<<<<
@@ -16162,17 +16620,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
 */
         }
 
-        /* "ivshmem/channel/streams.pyx":674
+        /* "ivshmem/channel/streams.pyx":672
  *         if not 0 <= how <= 2:
  *             raise ValueError(f"how {how}: SHUT_RD, SHUT_WR or SHUT_RDWR")
  *         self.enter()             # <<<<<<<<<<<<<<
  *         if how != 0:
  *             self.check_alone(SEND)
 */
-        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 674, __pyx_L4_error)
+        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 672, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":675
+        /* "ivshmem/channel/streams.pyx":673
  *             raise ValueError(f"how {how}: SHUT_RD, SHUT_WR or SHUT_RDWR")
  *         self.enter()
  *         if how != 0:             # <<<<<<<<<<<<<<
@@ -16184,17 +16642,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/streams.pyx":676
+          /* "ivshmem/channel/streams.pyx":674
  *         self.enter()
  *         if how != 0:
  *             self.check_alone(SEND)             # <<<<<<<<<<<<<<
  *         ivshmem_stream_shutdown(&self.stream, how != 0, how != 1)
  *         self.membership.flush()
 */
-          __pyx_t_9 = __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 676, __pyx_L4_error)
+          __pyx_t_9 = __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 674, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/streams.pyx":675
+          /* "ivshmem/channel/streams.pyx":673
  *             raise ValueError(f"how {how}: SHUT_RD, SHUT_WR or SHUT_RDWR")
  *         self.enter()
  *         if how != 0:             # <<<<<<<<<<<<<<
@@ -16203,7 +16661,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
 */
         }
 
-        /* "ivshmem/channel/streams.pyx":677
+        /* "ivshmem/channel/streams.pyx":675
  *         if how != 0:
  *             self.check_alone(SEND)
  *         ivshmem_stream_shutdown(&self.stream, how != 0, how != 1)             # <<<<<<<<<<<<<<
@@ -16212,18 +16670,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
 */
         ivshmem_stream_shutdown((&__pyx_v_self->stream), (__pyx_v_how != 0), (__pyx_v_how != 1));
 
-        /* "ivshmem/channel/streams.pyx":678
+        /* "ivshmem/channel/streams.pyx":676
  *             self.check_alone(SEND)
  *         ivshmem_stream_shutdown(&self.stream, how != 0, how != 1)
  *         self.membership.flush()             # <<<<<<<<<<<<<<
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):
 */
-        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 678, __pyx_L4_error)
+        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 676, __pyx_L4_error)
 
       }
 
-      /* "ivshmem/channel/streams.pyx":663
+      /* "ivshmem/channel/streams.pyx":661
  *         return ivshmem_stream_silence(&self.stream) / 1e9
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -16261,7 +16719,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":680
+/* "ivshmem/channel/streams.pyx":678
  *         self.membership.flush()
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):             # <<<<<<<<<<<<<<
@@ -16313,22 +16771,22 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_mode,&__pyx_mstate_global->__pyx_n_u_buffering,&__pyx_mstate_global->__pyx_n_u_encoding,&__pyx_mstate_global->__pyx_n_u_errors,&__pyx_mstate_global->__pyx_n_u_newline,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 680, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 678, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 680, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 678, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 680, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 678, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "makefile", 0) < (0)) __PYX_ERR(0, 680, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "makefile", 0) < (0)) __PYX_ERR(0, 678, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_r));
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
@@ -16338,11 +16796,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 680, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 678, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 680, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 678, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -16361,7 +16819,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("makefile", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 680, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("makefile", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 678, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -16395,15 +16853,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_33makefile(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("makefile", 0);
 
-  /* "ivshmem/channel/streams.pyx":682
+  /* "ivshmem/channel/streams.pyx":680
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):
  *         """Return a file over the connection, as of a socket. To close it leaves this end open."""
  *         return stream_files.over(self, mode, buffering, encoding, errors, newline)             # <<<<<<<<<<<<<<
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_stream_files); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 682, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_stream_files); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 680, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_over); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 682, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_over); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 680, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5 = 1;
@@ -16423,7 +16881,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_33makefile(struct _
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (7-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 682, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 680, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -16437,7 +16895,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_33makefile(struct _
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":680
+  /* "ivshmem/channel/streams.pyx":678
  *         self.membership.flush()
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):             # <<<<<<<<<<<<<<
@@ -16523,7 +16981,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_35__reduce_cython__
  *     raise TypeError, "self.stream cannot be converted to a Python object for pickling"
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_self_stream_cannot_be_converted, 0, 0);
-  __PYX_ERR(1, 2, __pyx_L1_error)
+  __PYX_ERR(3, 2, __pyx_L1_error)
 
   /* "(tree fragment)":1
  * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
@@ -16587,32 +17045,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(1, 3, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(3, 3, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(3, 3, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(1, 3, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(3, 3, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(1, 3, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(3, 3, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(3, 3, __pyx_L3_error)
     }
     __pyx_v___pyx_state = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(1, 3, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(3, 3, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -16647,7 +17105,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_37__setstate_cython
  *     raise TypeError, "self.stream cannot be converted to a Python object for pickling"             # <<<<<<<<<<<<<<
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_self_stream_cannot_be_converted, 0, 0);
-  __PYX_ERR(1, 4, __pyx_L1_error)
+  __PYX_ERR(3, 4, __pyx_L1_error)
 
   /* "(tree fragment)":3
  * def __reduce_cython__(self):
@@ -17542,11 +18000,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_StreamList
   __pyx_vtable_7ivshmem_7channel_7streams_StreamListener.__pyx_base.restore = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore;
   __pyx_vtable_7ivshmem_7channel_7streams_StreamListener.__pyx_base.give_up = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_14StreamListener_give_up;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 38, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 36, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7streams_StreamListener_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener)) __PYX_ERR(0, 38, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener)) __PYX_ERR(0, 36, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener = &__pyx_type_7ivshmem_7channel_7streams_StreamListener;
   #endif
@@ -17554,7 +18012,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_StreamList
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener) < (0)) __PYX_ERR(0, 38, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener) < (0)) __PYX_ERR(0, 36, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener);
@@ -17564,12 +18022,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_StreamList
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener, __pyx_vtabptr_7ivshmem_7channel_7streams_StreamListener) < (0)) __PYX_ERR(0, 38, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_StreamListener, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener) < (0)) __PYX_ERR(0, 38, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener, __pyx_vtabptr_7ivshmem_7channel_7streams_StreamListener) < (0)) __PYX_ERR(0, 36, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_StreamListener, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener) < (0)) __PYX_ERR(0, 36, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener, __pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener) < (0)) __PYX_ERR(0, 38, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener) < (0)) __PYX_ERR(0, 36, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -17608,11 +18066,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Stream(__p
   __pyx_vtable_7ivshmem_7channel_7streams_Stream.move = (int64_t (*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int, int, uint64_t))__pyx_f_7ivshmem_7channel_7streams_6Stream_move;
   __pyx_vtable_7ivshmem_7channel_7streams_Stream.move_in_time = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int, PyObject *, PyObject *))__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 237, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 235, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7streams_Stream_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream)) __PYX_ERR(0, 237, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream)) __PYX_ERR(0, 235, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream = &__pyx_type_7ivshmem_7channel_7streams_Stream;
   #endif
@@ -17620,7 +18078,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Stream(__p
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 237, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 235, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream);
@@ -17630,12 +18088,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Stream(__p
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_vtabptr_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 237, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Stream, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 237, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_vtabptr_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 235, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Stream, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 235, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_7streams_Stream, __pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 237, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 235, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -17662,11 +18120,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Half(__pyx
   __pyx_vtable_7ivshmem_7channel_7streams_Half.__pyx_base.sleeper = (struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *(*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_4Half_sleeper;
   __pyx_vtable_7ivshmem_7channel_7streams_Half.__pyx_base.probe = (int64_t (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *))__pyx_f_7ivshmem_7channel_7streams_4Half_probe;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 205, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 203, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7streams_Half_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half)) __PYX_ERR(0, 205, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half)) __PYX_ERR(0, 203, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half = &__pyx_type_7ivshmem_7channel_7streams_Half;
   #endif
@@ -17674,7 +18132,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Half(__pyx
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Half->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 205, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 203, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half);
@@ -17684,12 +18142,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Half(__pyx
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half, __pyx_vtabptr_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 205, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Half, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 205, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half, __pyx_vtabptr_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 203, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Half, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 203, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_7streams_Half, __pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 205, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 203, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -17707,14 +18165,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams___pyx_scop
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async)) __PYX_ERR(0, 510, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async)) __PYX_ERR(0, 508, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async = &__pyx_type_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async) < (0)) __PYX_ERR(0, 510, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async) < (0)) __PYX_ERR(0, 508, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async);
@@ -17740,7 +18198,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_modinit_Type_import_code", 0);
   /*--- Type import code ---*/
-  __pyx_t_1 = PyImport_ImportModule(__Pyx_BUILTIN_MODULE_NAME); if (unlikely(!__pyx_t_1)) __PYX_ERR(2, 9, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule(__Pyx_BUILTIN_MODULE_NAME); if (unlikely(!__pyx_t_1)) __PYX_ERR(4, 9, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7cpython_4type_type = __Pyx_ImportType_3_3_1(__pyx_t_1, __Pyx_BUILTIN_MODULE_NAME, "type",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -17750,9 +18208,9 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(PyHeapTypeObject), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(PyHeapTypeObject),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(2, 9, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(4, 9, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.descriptors"); if (unlikely(!__pyx_t_1)) __PYX_ERR(3, 86, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.descriptors"); if (unlikely(!__pyx_t_1)) __PYX_ERR(1, 101, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Fd",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -17762,7 +18220,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) __PYX_ERR(3, 86, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) __PYX_ERR(1, 101, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "FdArray",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
@@ -17771,8 +18229,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) __PYX_ERR(3, 93, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray) != 1)) __PYX_ERR(3, 93, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) __PYX_ERR(1, 108, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray) != 1)) __PYX_ERR(1, 108, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Signaller",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
@@ -17781,8 +18239,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) __PYX_ERR(3, 117, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) != 1)) __PYX_ERR(3, 117, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) __PYX_ERR(1, 132, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) != 1)) __PYX_ERR(1, 132, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Relay",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
@@ -17791,8 +18249,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) __PYX_ERR(3, 127, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) != 1)) __PYX_ERR(3, 127, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) __PYX_ERR(1, 142, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) != 1)) __PYX_ERR(1, 142, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Epoll",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
@@ -17801,10 +18259,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) __PYX_ERR(3, 134, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) != 1)) __PYX_ERR(3, 134, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) __PYX_ERR(1, 149, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) != 1)) __PYX_ERR(1, 149, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.spin"); if (unlikely(!__pyx_t_1)) __PYX_ERR(4, 30, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.spin"); if (unlikely(!__pyx_t_1)) __PYX_ERR(5, 30, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.spin", "Spinner",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -17814,10 +18272,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_4spin_Spinner), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_4spin_Spinner),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner) __PYX_ERR(4, 30, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner, (void**)&__pyx_vtabptr_7ivshmem_6native_4spin_Spinner) != 1)) __PYX_ERR(4, 30, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner) __PYX_ERR(5, 30, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner, (void**)&__pyx_vtabptr_7ivshmem_6native_4spin_Spinner) != 1)) __PYX_ERR(5, 30, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.bell"); if (unlikely(!__pyx_t_1)) __PYX_ERR(5, 23, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.bell"); if (unlikely(!__pyx_t_1)) __PYX_ERR(6, 23, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.bell", "Doorbell",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -17827,10 +18285,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell) __PYX_ERR(5, 23, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell, (void**)&__pyx_vtabptr_7ivshmem_6native_4bell_Doorbell) != 1)) __PYX_ERR(5, 23, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell) __PYX_ERR(6, 23, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell, (void**)&__pyx_vtabptr_7ivshmem_6native_4bell_Doorbell) != 1)) __PYX_ERR(6, 23, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.mapping"); if (unlikely(!__pyx_t_1)) __PYX_ERR(6, 6, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.mapping"); if (unlikely(!__pyx_t_1)) __PYX_ERR(7, 6, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "Mapping",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -17840,8 +18298,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping) __PYX_ERR(6, 6, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Mapping) != 1)) __PYX_ERR(6, 6, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping) __PYX_ERR(7, 6, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Mapping) != 1)) __PYX_ERR(7, 6, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "Atomic",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic),
@@ -17850,8 +18308,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic) __PYX_ERR(6, 22, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Atomic) != 1)) __PYX_ERR(6, 22, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic) __PYX_ERR(7, 22, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Atomic) != 1)) __PYX_ERR(7, 22, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32 = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "AtomicU32",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32),
@@ -17860,8 +18318,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32) __PYX_ERR(6, 33, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32) != 1)) __PYX_ERR(6, 33, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32) __PYX_ERR(7, 33, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32) != 1)) __PYX_ERR(7, 33, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64 = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "AtomicU64",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64),
@@ -17870,8 +18328,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64) __PYX_ERR(6, 37, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64) != 1)) __PYX_ERR(6, 37, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64) __PYX_ERR(7, 37, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64) != 1)) __PYX_ERR(7, 37, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "Registers",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Registers), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Registers),
@@ -17880,10 +18338,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Registers), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Registers),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers) __PYX_ERR(6, 41, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Registers) != 1)) __PYX_ERR(6, 41, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers) __PYX_ERR(7, 41, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Registers) != 1)) __PYX_ERR(7, 41, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem._core"); if (unlikely(!__pyx_t_1)) __PYX_ERR(7, 56, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem._core"); if (unlikely(!__pyx_t_1)) __PYX_ERR(8, 56, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._core", "Doorbells",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -17893,10 +18351,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_5_core_Doorbells), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_5_core_Doorbells),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) __PYX_ERR(7, 56, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells, (void**)&__pyx_vtabptr_7ivshmem_5_core_Doorbells) != 1)) __PYX_ERR(7, 56, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) __PYX_ERR(8, 56, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells, (void**)&__pyx_vtabptr_7ivshmem_5_core_Doorbells) != 1)) __PYX_ERR(8, 56, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.membership"); if (unlikely(!__pyx_t_1)) __PYX_ERR(8, 22, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.membership"); if (unlikely(!__pyx_t_1)) __PYX_ERR(9, 22, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.membership", "Dependent",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -17906,8 +18364,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent) __PYX_ERR(8, 22, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Dependent) != 1)) __PYX_ERR(8, 22, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent) __PYX_ERR(9, 22, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Dependent) != 1)) __PYX_ERR(9, 22, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.membership", "Membership",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Membership), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Membership),
@@ -17916,10 +18374,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Membership), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Membership),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) __PYX_ERR(8, 29, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Membership) != 1)) __PYX_ERR(8, 29, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) __PYX_ERR(9, 29, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Membership) != 1)) __PYX_ERR(9, 29, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.ends"); if (unlikely(!__pyx_t_1)) __PYX_ERR(9, 11, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.ends"); if (unlikely(!__pyx_t_1)) __PYX_ERR(10, 18, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.ends", "Wakeup",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -17929,10 +18387,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup) __PYX_ERR(9, 11, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup) != 1)) __PYX_ERR(9, 11, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup) __PYX_ERR(10, 18, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup) != 1)) __PYX_ERR(10, 18, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.roles"); if (unlikely(!__pyx_t_1)) __PYX_ERR(10, 26, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.roles"); if (unlikely(!__pyx_t_1)) __PYX_ERR(2, 56, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.roles", "WriterEnd",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -17942,8 +18400,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd) __PYX_ERR(10, 26, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd) != 1)) __PYX_ERR(10, 26, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd) __PYX_ERR(2, 56, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd) != 1)) __PYX_ERR(2, 56, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.roles", "ReaderEnd",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd),
@@ -17952,8 +18410,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) __PYX_ERR(10, 47, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd) != 1)) __PYX_ERR(10, 47, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) __PYX_ERR(2, 77, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd) != 1)) __PYX_ERR(2, 77, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_RefNannyFinishContext();
   return 0;
@@ -17984,12 +18442,12 @@ static int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate) {
   {
     __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.roles"); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
-    const char * __pyx_import_signature = __Pyx_PyBytes_AsString(__pyx_mstate_global->__pyx_kp_b_int_struct___pyx_obj_7ivshmem_7c);
+    const char * __pyx_import_signature = __Pyx_PyBytes_AsString(__pyx_mstate_global->__pyx_kp_b_PyObject_PyObject_int___pyx_skip);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (unlikely(!__pyx_import_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
     #endif
-    const char * __pyx_import_name = __pyx_import_signature + 146;
-    void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_7channel_5roles_open_channel, (void (**)(void)) NULL};
+    const char * __pyx_import_name = __pyx_import_signature + 283;
+    void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_7channel_5roles_flat, (void (**)(void))&__pyx_f_7ivshmem_7channel_5roles_take_typed, (void (**)(void))&__pyx_f_7ivshmem_7channel_5roles_take_without_objects, (void (**)(void))&__pyx_f_7ivshmem_7channel_5roles_open_channel, (void (**)(void)) NULL};
     void (**const *__pyx_import_pointer)(void) = __pyx_import_pointers;
     const char *__pyx_import_current_signature = __pyx_import_signature;
     while (*__pyx_import_pointer) {
@@ -18328,20 +18786,20 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   if (__Pyx_InitAfterSharedUtility() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Execution code ---*/
 
-  /* "ivshmem/channel/streams.pyx":25
+  /* "ivshmem/channel/streams.pyx":23
  * from .sleeping_tasks cimport until_no_wait, until_something
  * 
  * import os             # <<<<<<<<<<<<<<
  * from time import monotonic
  * 
 */
-  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_os, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 25, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_os, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 23, __pyx_L1_error)
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_os, __pyx_t_2) < (0)) __PYX_ERR(0, 25, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_os, __pyx_t_2) < (0)) __PYX_ERR(0, 23, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/streams.pyx":26
+  /* "ivshmem/channel/streams.pyx":24
  * 
  * import os
  * from time import monotonic             # <<<<<<<<<<<<<<
@@ -18350,12 +18808,36 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_monotonic};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_time, __pyx_imported_names, 1, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 26, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_time, __pyx_imported_names, 1, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 24, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_monotonic};
+    __pyx_t_3 = 0; {
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 24, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 24, __pyx_L1_error)
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    }
+  }
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/streams.pyx":26
+ * from time import monotonic
+ * 
+ * from ..errors import ChannelError             # <<<<<<<<<<<<<<
+ * from ..system.time_limits import deadline_of, seconds_of
+ * from ..text import all_of
+*/
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelError};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 26, __pyx_L1_error)
+  }
+  __pyx_t_2 = __pyx_t_1;
+  __Pyx_GOTREF(__pyx_t_2);
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelError};
     __pyx_t_3 = 0; {
       __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 26, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
@@ -18365,21 +18847,45 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/streams.pyx":28
- * from time import monotonic
+  /* "ivshmem/channel/streams.pyx":27
  * 
- * from ..errors import ChannelError             # <<<<<<<<<<<<<<
- * from ..system.time_limits import deadline_of, seconds_of
+ * from ..errors import ChannelError
+ * from ..system.time_limits import deadline_of, seconds_of             # <<<<<<<<<<<<<<
  * from ..text import all_of
+ * from . import stream_files
 */
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelError};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 28, __pyx_L1_error)
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_deadline_of,__pyx_mstate_global->__pyx_n_u_seconds_of};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_system_time_limits, __pyx_imported_names, 2, __pyx_mstate_global->__pyx_kp_u_ivshmem_system_time_limits, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 27, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelError};
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_deadline_of,__pyx_mstate_global->__pyx_n_u_seconds_of};
+    for (__pyx_t_3=0; __pyx_t_3 < 2; __pyx_t_3++) {
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 27, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 27, __pyx_L1_error)
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    }
+  }
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/streams.pyx":28
+ * from ..errors import ChannelError
+ * from ..system.time_limits import deadline_of, seconds_of
+ * from ..text import all_of             # <<<<<<<<<<<<<<
+ * from . import stream_files
+ * 
+*/
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_all_of};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 28, __pyx_L1_error)
+  }
+  __pyx_t_2 = __pyx_t_1;
+  __Pyx_GOTREF(__pyx_t_2);
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_all_of};
     __pyx_t_3 = 0; {
       __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 28, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
@@ -18390,54 +18896,6 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/streams.pyx":29
- * 
- * from ..errors import ChannelError
- * from ..system.time_limits import deadline_of, seconds_of             # <<<<<<<<<<<<<<
- * from ..text import all_of
- * from . import stream_files
-*/
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_deadline_of,__pyx_mstate_global->__pyx_n_u_seconds_of};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_system_time_limits, __pyx_imported_names, 2, __pyx_mstate_global->__pyx_kp_u_ivshmem_system_time_limits, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 29, __pyx_L1_error)
-  }
-  __pyx_t_2 = __pyx_t_1;
-  __Pyx_GOTREF(__pyx_t_2);
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_deadline_of,__pyx_mstate_global->__pyx_n_u_seconds_of};
-    for (__pyx_t_3=0; __pyx_t_3 < 2; __pyx_t_3++) {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 29, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 29, __pyx_L1_error)
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    }
-  }
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/channel/streams.pyx":30
- * from ..errors import ChannelError
- * from ..system.time_limits import deadline_of, seconds_of
- * from ..text import all_of             # <<<<<<<<<<<<<<
- * from . import stream_files
- * 
-*/
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_all_of};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 30, __pyx_L1_error)
-  }
-  __pyx_t_2 = __pyx_t_1;
-  __Pyx_GOTREF(__pyx_t_2);
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_all_of};
-    __pyx_t_3 = 0; {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 30, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 30, __pyx_L1_error)
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    }
-  }
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/channel/streams.pyx":31
  * from ..system.time_limits import deadline_of, seconds_of
  * from ..text import all_of
  * from . import stream_files             # <<<<<<<<<<<<<<
@@ -18446,48 +18904,48 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_stream_files};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u__3, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_channel, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 31, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u__3, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_channel, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 29, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_stream_files};
     __pyx_t_3 = 0; {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 31, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 29, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 31, __pyx_L1_error)
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 29, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     }
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/streams.pyx":78
+  /* "ivshmem/channel/streams.pyx":76
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def accept(self, timeout=None, *, spin=None):
  *         """Accept the next connection.
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 78, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 76, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
-  /* "ivshmem/channel/streams.pyx":79
+  /* "ivshmem/channel/streams.pyx":77
  * 
  *     @cython.critical_section
  *     def accept(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Accept the next connection.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 78, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 76, __pyx_L1_error)
 
-  /* "ivshmem/channel/streams.pyx":78
+  /* "ivshmem/channel/streams.pyx":76
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def accept(self, timeout=None, *, spin=None):
  *         """Accept the next connection.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_14StreamListener_3accept, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamListener_accept, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 78, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_14StreamListener_3accept, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamListener_accept, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 76, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -18495,23 +18953,23 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener, __pyx_mstate_global->__pyx_n_u_accept, __pyx_t_4) < (0)) __PYX_ERR(0, 78, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener, __pyx_mstate_global->__pyx_n_u_accept, __pyx_t_4) < (0)) __PYX_ERR(0, 76, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":109
+  /* "ivshmem/channel/streams.pyx":107
  *                 return None
  * 
  *     def accept_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `accept` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.accept, timeout, ())
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_14StreamListener_5accept_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamListener_accept_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 109, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_14StreamListener_5accept_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamListener_accept_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 107, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener, __pyx_mstate_global->__pyx_n_u_accept_async, __pyx_t_4) < (0)) __PYX_ERR(0, 109, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener, __pyx_mstate_global->__pyx_n_u_accept_async, __pyx_t_4) < (0)) __PYX_ERR(0, 107, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -18519,12 +18977,12 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_14StreamListener_15__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamListener___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_14StreamListener_15__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamListener___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_4)) __PYX_ERR(3, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_4) < (0)) __PYX_ERR(3, 1, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":3
@@ -18533,27 +18991,27 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_14StreamListener_17__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamListener___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_14StreamListener_17__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamListener___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_4)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":126
+  /* "ivshmem/channel/streams.pyx":124
  * 
  * 
  * def connect(channels, Membership membership not None, dict found not None):             # <<<<<<<<<<<<<<
  *     """Return a Stream to a listener of a channel.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_1connect, 0, __pyx_mstate_global->__pyx_n_u_connect, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 126, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_1connect, 0, __pyx_mstate_global->__pyx_n_u_connect, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 124, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_connect, __pyx_t_4) < (0)) __PYX_ERR(0, 126, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_connect, __pyx_t_4) < (0)) __PYX_ERR(0, 124, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -18561,12 +19019,12 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
  *     raise TypeError, "self.probed cannot be converted to a Python object for pickling"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_4Half_1__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Half___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_4Half_1__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Half___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_4)) __PYX_ERR(3, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_4) < (0)) __PYX_ERR(3, 1, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":3
@@ -18575,272 +19033,272 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "self.probed cannot be converted to a Python object for pickling"
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_4Half_3__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Half___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_4Half_3__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Half___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_4)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":313
+  /* "ivshmem/channel/streams.pyx":311
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def abort(self):
  *         """Close at once, so that the other end sees a reset instead of an end.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_1abort, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_abort, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 313, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_1abort, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_abort, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 311, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_abort, __pyx_t_4) < (0)) __PYX_ERR(0, 313, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_abort, __pyx_t_4) < (0)) __PYX_ERR(0, 311, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":326
+  /* "ivshmem/channel/streams.pyx":324
  *     # As a socket.
  * 
  *     def settimeout(self, timeout):             # <<<<<<<<<<<<<<
  *         """Set how many seconds a call may wait; None: for ever; 0: calls do not wait."""
  *         if timeout is not None and seconds_of(timeout) < 0:
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_3settimeout, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_settimeout, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 326, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_3settimeout, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_settimeout, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 324, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_settimeout, __pyx_t_4) < (0)) __PYX_ERR(0, 326, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_settimeout, __pyx_t_4) < (0)) __PYX_ERR(0, 324, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":332
+  /* "ivshmem/channel/streams.pyx":330
  *         self.timeout = timeout
  * 
  *     def gettimeout(self):             # <<<<<<<<<<<<<<
  *         """Return what `settimeout` set; None: no limit."""
  *         return self.timeout
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_5gettimeout, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_gettimeout, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 332, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_5gettimeout, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_gettimeout, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 330, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_gettimeout, __pyx_t_4) < (0)) __PYX_ERR(0, 332, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_gettimeout, __pyx_t_4) < (0)) __PYX_ERR(0, 330, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":336
+  /* "ivshmem/channel/streams.pyx":334
  *         return self.timeout
  * 
  *     def setblocking(self, flag):             # <<<<<<<<<<<<<<
  *         """True: as settimeout(None); False: as settimeout(0)."""
  *         self.timeout = None if flag else 0
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_7setblocking, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_setblocking, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 336, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_7setblocking, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_setblocking, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 334, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_setblocking, __pyx_t_4) < (0)) __PYX_ERR(0, 336, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_setblocking, __pyx_t_4) < (0)) __PYX_ERR(0, 334, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":356
+  /* "ivshmem/channel/streams.pyx":354
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def send(self, data):
  *         """Send what there is room for, at least a byte; return how many bytes that were.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_9send, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_send, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 356, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_9send, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_send, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 354, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_send, __pyx_t_4) < (0)) __PYX_ERR(0, 356, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_send, __pyx_t_4) < (0)) __PYX_ERR(0, 354, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":415
+  /* "ivshmem/channel/streams.pyx":413
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def sendall(self, data):
  *         """Send all of a buffer. The time limit is for all of it; otherwise as `send`.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_11sendall, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_sendall, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 415, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_11sendall, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_sendall, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 413, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_sendall, __pyx_t_4) < (0)) __PYX_ERR(0, 415, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_sendall, __pyx_t_4) < (0)) __PYX_ERR(0, 413, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":458
+  /* "ivshmem/channel/streams.pyx":456
  *             self.await_half(RECEIVE, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def recv(self, Py_ssize_t size):
  *         """Receive at most `size` bytes, at least one; b"": the other end sends no more.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_13recv, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 458, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_13recv, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 456, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv, __pyx_t_4) < (0)) __PYX_ERR(0, 458, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv, __pyx_t_4) < (0)) __PYX_ERR(0, 456, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":480
+  /* "ivshmem/channel/streams.pyx":478
  *         return data if n == size else data[:n]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def recv_into(self, buffer, Py_ssize_t nbytes=0):
  *         """Receive into a buffer; return how many bytes, 0: the other end sends no more.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_15recv_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 480, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_15recv_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 478, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[1]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_into, __pyx_t_4) < (0)) __PYX_ERR(0, 480, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_into, __pyx_t_4) < (0)) __PYX_ERR(0, 478, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":501
+  /* "ivshmem/channel/streams.pyx":499
  *             PyBuffer_Release(&view)
  * 
  *     def recv_async(self, Py_ssize_t size, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `recv` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_no_wait(self.half(RECEIVE), self._recv_now, timeout, (size,))
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_17recv_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 501, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_17recv_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 499, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_async, __pyx_t_4) < (0)) __PYX_ERR(0, 501, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_async, __pyx_t_4) < (0)) __PYX_ERR(0, 499, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":505
+  /* "ivshmem/channel/streams.pyx":503
  *         return until_no_wait(self.half(RECEIVE), self._recv_now, timeout, (size,))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _recv_now(self, size):
  *         """Receive as after settimeout(0), whatever another thread has set."""
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_19_recv_now, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__recv_now, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 505, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_19_recv_now, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__recv_now, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 503, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_now, __pyx_t_4) < (0)) __PYX_ERR(0, 505, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_now, __pyx_t_4) < (0)) __PYX_ERR(0, 503, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":510
+  /* "ivshmem/channel/streams.pyx":508
  *         return self.receive(size, 0)
  * 
  *     async def sendall_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `sendall` for asyncio. The time limit is for each part that finds room.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_21sendall_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_Stream_sendall_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 510, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_21sendall_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_Stream_sendall_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 508, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_sendall_async, __pyx_t_4) < (0)) __PYX_ERR(0, 510, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_sendall_async, __pyx_t_4) < (0)) __PYX_ERR(0, 508, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":520
+  /* "ivshmem/channel/streams.pyx":518
  *             view = view[sent:]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _send_now(self, data):
  *         """Send as after settimeout(0), whatever another thread has set."""
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_24_send_now, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__send_now, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 520, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_24_send_now, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__send_now, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 518, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_send_now, __pyx_t_4) < (0)) __PYX_ERR(0, 520, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_send_now, __pyx_t_4) < (0)) __PYX_ERR(0, 518, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":613
+  /* "ivshmem/channel/streams.pyx":611
  *             self.await_half(direction, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def read_from(self, fd, size=None):
  *         """Send what one read(2) of a descriptor brings; the kernel copies it into the ring.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_26read_from, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_read_from, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 613, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_26read_from, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_read_from, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 611, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_read_from, __pyx_t_4) < (0)) __PYX_ERR(0, 613, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_read_from, __pyx_t_4) < (0)) __PYX_ERR(0, 611, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":635
+  /* "ivshmem/channel/streams.pyx":633
  *         return self.move_in_time(SEND, fd, size)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def write_to(self, fd, size=None):
  *         """Receive what one write(2) to a descriptor takes; the kernel copies it from the ring.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_28write_to, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_write_to, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 635, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_28write_to, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_write_to, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 633, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_write_to, __pyx_t_4) < (0)) __PYX_ERR(0, 635, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_write_to, __pyx_t_4) < (0)) __PYX_ERR(0, 633, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":657
+  /* "ivshmem/channel/streams.pyx":655
  *         return self.move_in_time(RECEIVE, fd, size)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _silence(self):
  *         """Return for how many seconds the other end's process has shown no sign of life."""
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_30_silence, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__silence, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 657, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_30_silence, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__silence, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 655, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_silence, __pyx_t_4) < (0)) __PYX_ERR(0, 657, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_silence, __pyx_t_4) < (0)) __PYX_ERR(0, 655, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":663
+  /* "ivshmem/channel/streams.pyx":661
  *         return ivshmem_stream_silence(&self.stream) / 1e9
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def shutdown(self, int how):
  *         """As of a socket: socket.SHUT_RD, SHUT_WR or SHUT_RDWR.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_32shutdown, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_shutdown, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 663, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_32shutdown, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_shutdown, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 661, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_shutdown, __pyx_t_4) < (0)) __PYX_ERR(0, 663, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_shutdown, __pyx_t_4) < (0)) __PYX_ERR(0, 661, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":680
+  /* "ivshmem/channel/streams.pyx":678
  *         self.membership.flush()
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):             # <<<<<<<<<<<<<<
  *         """Return a file over the connection, as of a socket. To close it leaves this end open."""
  *         return stream_files.over(self, mode, buffering, encoding, errors, newline)
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 680, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 678, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_encoding, Py_None) < (0)) __PYX_ERR(0, 680, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_errors, Py_None) < (0)) __PYX_ERR(0, 680, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_newline, Py_None) < (0)) __PYX_ERR(0, 680, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_34makefile, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_makefile, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 680, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_encoding, Py_None) < (0)) __PYX_ERR(0, 678, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_errors, Py_None) < (0)) __PYX_ERR(0, 678, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_newline, Py_None) < (0)) __PYX_ERR(0, 678, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_34makefile, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_makefile, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 678, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -18848,7 +19306,7 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[2]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_makefile, __pyx_t_2) < (0)) __PYX_ERR(0, 680, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_makefile, __pyx_t_2) < (0)) __PYX_ERR(0, 678, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -18856,12 +19314,12 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
  *     raise TypeError, "self.stream cannot be converted to a Python object for pickling"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_36__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_36__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_2)) __PYX_ERR(3, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_2) < (0)) __PYX_ERR(3, 1, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":3
@@ -18870,12 +19328,12 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "self.stream cannot be converted to a Python object for pickling"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_38__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[25])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_38__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[25])); if (unlikely(!__pyx_t_2)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/streams.pyx":1
@@ -18945,7 +19403,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/channel/streams.pyx":78
+  /* "ivshmem/channel/streams.pyx":76
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -18954,12 +19412,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 78, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 76, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
 
-  /* "ivshmem/channel/streams.pyx":480
+  /* "ivshmem/channel/streams.pyx":478
  *         return data if n == size else data[:n]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -18968,12 +19426,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_int_0};
-    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 480, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 478, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "ivshmem/channel/streams.pyx":680
+  /* "ivshmem/channel/streams.pyx":678
  *         self.membership.flush()
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):             # <<<<<<<<<<<<<<
@@ -18982,7 +19440,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[2] = {__pyx_mstate_global->__pyx_n_u_r, Py_None};
-    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 680, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 678, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
@@ -19023,31 +19481,31 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{15},{6},{24},{40},{36},{2},{15},{1},{35},{2},{28},{31},{17},{15},{20},{19},{23},{32},{1},{4},{179},{28},{8},{12},{15},{8},{14},{11},{7},{6},{2},{4},{9},{16},{14},{26},{12},{27},{50},{63},{63},{8},{0},{1},{12},{4},{22},{24},{6},{24},{26},{16},{16},{15},{12},{17},{15},{16},{11},{17},{16},{11},{14},{20},{18},{17},{15},{15},{14},{32},{34},{21},{27},{20},{12},{9},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{9},{9},{8},{5},{6},{12},{6},{18},{6},{9},{4},{8},{18},{5},{4},{7},{10},{4},{8},{11},{4},{8},{6},{2},{6},{4},{5},{1},{10},{3},{5},{23},{4},{8},{8},{10},{4},{9},{4},{6},{7},{4},{2},{4},{3},{1},{9},{8},{4},{10},{9},{4},{10},{4},{4},{7},{13},{5},{4},{11},{10},{10},{8},{4},{4},{6},{12},{8},{18},{4},{5},{4},{7},{5},{6},{4},{8}};
-    const struct { const unsigned int length: 8; } bytes_length_index[] = {{0},{132},{158},{39},{9},{178},{164},{22},{22},{108},{43},{13},{9},{29},{17},{52},{97},{18},{19},{87},{81},{36},{22},{28},{5}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{15},{6},{24},{40},{36},{2},{15},{1},{35},{2},{28},{31},{17},{15},{20},{19},{23},{32},{1},{4},{179},{28},{8},{12},{15},{8},{14},{11},{7},{6},{2},{4},{9},{16},{14},{26},{12},{27},{50},{63},{63},{8},{23},{0},{12},{4},{22},{24},{6},{24},{26},{16},{16},{15},{12},{17},{15},{16},{11},{17},{16},{11},{14},{20},{18},{17},{15},{15},{14},{32},{34},{21},{27},{20},{12},{9},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{9},{9},{8},{5},{6},{12},{6},{18},{6},{9},{8},{18},{5},{4},{7},{10},{4},{8},{11},{4},{6},{8},{6},{2},{6},{4},{5},{1},{10},{3},{5},{23},{4},{8},{8},{10},{4},{9},{4},{6},{7},{4},{2},{4},{3},{1},{9},{8},{4},{10},{9},{4},{10},{4},{4},{7},{13},{5},{4},{11},{10},{10},{8},{4},{4},{6},{12},{8},{18},{4},{5},{4},{7},{5},{6},{4},{8}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{0},{332},{132},{39},{9},{178},{164},{22},{22},{108},{43},{13},{9},{29},{17},{52},{97},{18},{19},{87},{81},{36},{22},{28},{5}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1887 bytes) */
-static const char cstring[] = "x\332\255VKs\033\307\021&*\260BJ\264DJ\ndSV2\260\251\267\014\013\n,\321t\234\024EI\261\022G&D\332\222\234\307\326`w\226\\q1\003\356\314\002\204\234\007\2178\356q\217s\334\343\036q\344\221G\034q\344O\340Op\367>\000P\264\252R\251\260\212\213\231\336\351\356\257\277~\314\022\252\210\332r$i\212&\343\2124\272\212\311\354\351p%\010%\r\337\266\231G\204M@B|\311\276$\246\307\250b\304Q\244\343\250-\320\365\0301\005\347\314T\216\340\222\210\026\343?\177\312u\244b\234y\222\310\033\312c\214\330\036\335D\3177+wS\267\313\211\202\360]\213\270Bl\203\3066\003\210\2140n-\223er\227\010/\265%\031\370\264\344\035\024<\023\234-\223\365\257\277\3330\236?\272\223.^<\3077\231\354\305\363eB\271\000C\036X\003d\026\231\360\324\241\216Z&\\\220\226\047L&e\206S\242\014\350\341\233\340\261\315,$`9\001\223\032\002H\004\270\333L\234\037\027{\314dN\033X\004\243\210\366\017\210\360\231P\030\013p\276\332U[\202\243\262\305\\\247\301<`\312\355\022\251<\307T\tD\312\311\332\343\265OkK5\300\215\366^\003\273@\233\3370]*%X\206\2144|\307U\000Ju[LV\310S\233t\205O8\003\250\220\273\026\234\233T\000p\034XS\t\324\353\224Cl\024\023f\200:\304x\235X\216\207)l3\324~B]\311*\224|M]\033\2016\251\305 E@\232$\353\220;\n\002\313\000\033\314LL%\024\221l\235\205OL\210\2033w\242:\020\266\305\244\3519-\005\351\261\034I\033.c\034\237\233\346\226\350\200\257tg9m\271\325d\315Jf\244\222\357\231\347\tO\346;\331\205T5+\312i2\303u\232\000/\177\243\330\256\312\326\237e6>\223\trYiuw!3\026\263\251\357*b\030\036\263|\223\031\006\261\374$z.\370\247\220\214\266C]xk:\334Q\206!\231kW\240D\032\300o\026h#\251\3746\363T\3129%kijE\003\023Fl\210\261\345\230\333.\020\234\250\247\000\376\027u\214P\370\212<\\Mcy\2144`v\360\2772\n\301L\014\030F&\205|KH\363X\236\346.}\236\324\032\311\337\241W\001\005\263\ri\357\344{\310\226ul\357\270\214\233,\333\322\206\360T\266\336d*\213!\0234\3516\263\341x\266\305\2564lO4G{\263=\2614\250\354rsR\200\023*\333#\212\211%u\335\343\273c\312\020[\303\025\3466\220:\226\034\207&\267|e\211\016\317\266\035\317\001*ro\337dS\354""\370\356]dN\274\177\007\251\243\023\3244YK\375\2540\r\3000\326\272\273\360\377\010\306\204\361\014\352\3739\263\r#ke(_X\343,\303\205\355\343q\303\330\314}\302_\223:<\371\025\226\357&\022N\233\311/\364\203a\322\226\223\2573\025\\\266\025v#\276\330\361\251\233+\344\rs\"\350\221\200\355\342\006B\0369\221\023PNPa\0300\375\021\271#\rSx\220\n\207\263Q\265\215\312,\257\257\244\260Rj&\t\302T\013;Y:\2422\262#\323[,}B\332M*U6\022\244\351\242# Fy\324d\rjn\233\256\300\313\305b\331\330\032O/\213*\030\203\324B\225\374\027\374Y0\334\001\224\260\300t:\235l\013\013\233\013\333\245\233\266\360\271\2659\256~\030rPMM\371\366|\313f\223\313l\225\337\223y\207\3001\270$\344\226\323\202\324\261\246\200|\013\356\230M!\025O\256M\316:\210\205CI\010\t\203\330k\211\2267j\250\3746B6\307\2554\352!O\210fv\233B08\246\220\355\254s\2165P\"\207\207\232h!Xfst\334Ey\373H\347\r\223p\271d\241%O\003\003\222\270N\230:1\276ql\303\025-:(\313\354\265\251\353\263\344!\333\016\353\344\355\270\326\3756\235\223\267n\200=\337\304I\216%\013\323\323x\220\321k<\310\3705j\010\336\310\247\047\\\252\267\356\220\261\205w\255oNM\371\\9.\024\237\201\275\225\355$|0%\237\006@ \371\177x\377/LT\357\216\353\300\370\313h\3716^\374\37422\235It\271\275\354\n\202\223\370\205e4\340\253e\2570,\236\356\335\016\352{\205\243\263S\357-\204\245pW\357D\205\303\342\\P\010>\010\027\364\357\242\035<r=\270\034\256\204\337\353j\272Y\010\253\341\2374\035\026\317\014\316\224\365\274.\353\373\321\374\260\370\313=\277\267\332\333\031N\237\035\234]\324+\372\207h\047>\025\323\211\027\347z\355\340e\370B?\215\352p\252\347\206\345\341l)\240A;\374\001\374\236\212h\324\216\353G\247\246\336\233\336C3=;x\034\316\303!\360z-\000\260(Y\001\267\275\352\336\312\360\312\355\250z\26405\363k\000\266\024U\243\225C\320x\035\026\302\371\341\364\205\340\313\220\206`cf8;\027\234\n\350p\366|p=\274\014\2506\000\352\354\205\340\367\t\356\232\3761.\307\367\373 :\327\363\203\325`g8W\n\354pe8w\t\326\223B+\274\032\356\350\002\352.\205_\350U\375\357\370U\277\261?sp\361\240\216""\007U\3609\370.\205m\275\036\025\022u\300H\312G\327\246f\346\340\345W\272\240?\214\026#\n\322\362\307\223\322\222V\021\306s\357\267G\245\251\231\313a9\\\322U\375$*\047\350/\004\265`7\354h3\272\024\027R?\367\202\365pZ\027\365\n\302z\r\026\316\353\352`qu\277\272\377\350\240\220j\370\220\256\227\020j\t\010\335\350_\331\177=X\253\037\316~\004\322z\010\010\016\247\317\364\226\202\007\020\221\322\313Q=rb\017)8\037\334\202\023\230\212\302pz\266\367g\014\3410Y\354\206o\242y\334\240\177\000\0139\232y\277\367$\000\214\347\006\347\256\352\272\246\020\305\027\361\303\230\246/1\270%(\223\047\272\014\202\3514\256\373\300\3715\264=3F\371\217\250\226`,\365\345~y\002\"\024$d\026\312d\341-E\314\004\224\315\245\340G\310_\025A_\r<(\325\232\2064}\020\026\303\307z~x\361c\275\250Yt/\372>\256\305~\377a\337\336\177z\200\225\365\376\225\221\2039\014\341\2330\t\025\"I%c\334\213\032\017\235\237\232\231\355\325z^p!\370cX\315)\202N\000\366S\275!pY\353IX@\245\315\242\365\341\364o\260R\364E\375*\262\342O\342\365~\261\277\332\337I)m\207u0[:IHZA\277\000\047i\351eq\236\344\251{pf\260\2761\330\370n\304\326\240\370Q\370\355\340\366W\375\277\037T\006/_a\226\376\031~\236\224V;\372k\377\364\376\215\203\362\240\370\211\256\342\233\377@c\264\2414>\214o\366\253\203\342\275\270\214\322\177\201\245\r\375+H\343\233\370b\374\267\375\205\203\352\340\364\335\270\360\023\024o~\240";
-    PyObject *data = __Pyx_DecompressString(cstring, 1887, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1951 bytes) */
+static const char cstring[] = "x\332\255V\315w\333\306\021\047_\031W\262\025[\262U9Q\342v\231\310\261e;\214\3512\266\2424\355Sd\273v\233:\242\245\304v\372\261o\t,$X \226\302.H\321\351\207\217<\342\210#\2168\342\310\243\216:\362\310\243\376\004\375\t\231\001\026\024\031\331\357\365\365U\357\t\234\035\354\314\374\3467\263\263 L\021\265cK\322\024M\356*\322\350*.\365\323v\225 \2144|\313\342\036\021\026\001\r\361%\377\222\030\036g\212\023[\221\216\255v\300\326\343\304\020\256\313\re\013W\022\321\342\356\233w9\266T\334\345\236$\362\272\3628\047\226\307\2661\362r\345v\026v55\020\276c\022G\210]\260\330\345\000\221\023\356\232\253d\225\334&\302\313|I\0161My\013\025O\204\313W\311\346\243\357\266\350\323\373\2672\341\331S|\243u\317\236\256\022\346\np\344\2017@f\222\261H\035f\253U\342\n\322\362\204\301\245\3248%\352\200\036w\033\"\266\271\211\004\254\246`2G\000\211\000w\333i\360I\265\307\rn\267\201Ep\212h\377\200\010\237\010\205\271\000\347\353]\265#\\46\271c7\270\007L9]\"\225g\033*\205\310\\\262\361`\343\323\332J\rp\243\277\227\300.\320\3467\014\207I\t\236\241\"\r\337v\024\200R\335\026\227\025\362\330\"]\341\023\227\003T\250]\013\366\215\033\0008\027XS)\324k\314\205\334\030\026\214\2029\344x\215\230\266\207%ls\264~\310\034\311+\214<b\216\205@\233\314\344P\" M\222M\250\035\003\205I\301\0077RW)ED\313:}b@\036.w\306\272\003a\233\\\032\236\335RP\036\323\226\254\341p\356\342s\333\330\021\035\210\225\255L\273-w\232\274Y\321N*\371\232{\236\360d\276\222](U\263\242\354&\247\216\335\004x\371\033\305\367\225\226?\323>>\223)rYiu\367\2412&\267\230\357(B\251\307M\337\340\224\022\323O\263w\205\373)\024\243m3\007\336\032\266k+J%w\254\n\264H\003\370\325\2116\322\316osOe\2343\262\221\225V4\260`\304\202\034[\266\261\353\000\301\251y\006\340\1771\307\014\205\017\325\323\27766\227\002\023\327oB\007\255g\031>@r\260f\370_\031%f\244n)\325Z\350\002\t\305?\321g\025\315\236\247\255F\372\267\330U\300\300hC3t\3625\324\320\234X\333\016w\r\256\227\254!<\245\345m\256tFZ\321d\273\334\202\355z\211g\225Z\236h\216\326F{L\244Lv]c\\\201sK\257""\021\305\230\310\034gr5a\014\2715\034a\354\002\325\047\232Ihr\307W\246\350\270z\331\361l\240\"\217\366\215\236m\223\253\267\2219\366\376-\244\216v0\303\340-\365Fe\226\000\245\033\335}\370\277\017\303\203>\201\256\177\312-J\365\001\207\246\006\031\047\034\n\226\217\333)\335\316c\302_\223\331n\372+L\337I5.k\246\277pJ\250\301Zv.k\023\024\333\n\317(\276\330\363\231\223\033\344\307\350T\322#\005\337\307\005\244<\n\"\307\240\234\242\202R\270\023\020\271-\251!<(\205\355\362Q\267\215\332,\357\257\264\2612j\306\t\302R\013+\025mQ\031\371\221\331\335\226=\241\354zHH\303\301 @\212\362\230\301\033\314\3305\034\201\327\215\311\365 ;\231g&S0\030\231\211&\371/\3042a\334\003 \260H\237\340<\233Z\226\211\255\355\n\313a\333\226\360]s\373\244\377a\370A?5\345\317\347\236\236Y\016\267T~\177\346g\004\266\301\321\227;v\013\212\307\233\002*.\\\333h\n\251\334\364:uy\007\021\271\320\024B\302\200\366Z\242\345\215\216T~K!\237\047\207it\212<!\232\372\226\205\224p|!\337\372\354L\034\241T\017\0175v\210@\324\363\365\344\034\345\007H\332\257\270\204KG\247\226>)&$QN\231:5\326q\234\303\325-:\250\323\376\332\314\361y\372\220m\233w\362\003\271\321\3756\233\2377\256\237\210\267\360\213\206\350F\336\265[\024\356\236\026S\306\316r\001_L\354|\273L\365\367\320\2157Z\215\336\246\301\364\026H\3117\362\3100\330\351=]azO\227\230\326\220?\232\217p\270\357\177\026\367\277pQ\275}\322\014\364/#q\322\323r\001\032O\025\024\264\017\336\372\334\314D\374@\0036iv\353\310\002~\300Q\355x\214\313\377C\"o\226\227\013\005\337U\266\003G\231\342\244\322+\t\037\245\351\347\3278\215yH}\221\202-~\047\322\006|{\275.\016Kg{7\203\372\353\342\361\371\302;\213\341B\270\037\355\305\305\243\322lP\014\336\013\027\243\337\305{\270\345Z\360A\270\026~\037U\263\305bX\r\377\024\261a\351\334\340\\9\232\213\312\321\335xnX\372\345k\277\267\336\333\033N\235\037\234_\212\326\242\037\342\275\344L\302\306^\\\350\265\203\347\341\263\350q\\\207]=\047,\017g\026\002\026\264\303\037 \356\231\230\305\355\244~|\246\360\316\324kt\323\263\202\007\341\034l\202""\250\237\004\000\0265k\020\266W}\2756\274r3\256\036/\026\246\177\r\300V\342j\274v\004\026/\303b87\234\272\024|\031\262\020|L\017gf\2033\001\033\316\\\014\256\205\037\000\252-\200:s)\370}\212\273\026\375\230\224\223\273}P]\350\371\301z\2607\234]\010\254pm8{\031\344q\245\031^\r\367\242\"\332\256\204_D\353\321\277\223\027\375\306\301\364\341\374a\0357\252\340s\210\275\020\266\243\315\270\230\232\003FR>\376\2440=\013/\277\212\212\321\373\361R\314@[\376h\\\273\020\251\030\363\271\363\333\343\205\302\364|P\r\036i\262\021\375\245\240\026\354\207\235\310\210/\047\305,\316\235`3\234\212J\321\032\302z\t\036.F\325\301\322\372A\365\340\376a1\263\360\301\303sHu\001\010\335\352_9x9\330\250\037\315|\010\332z\010\010\216\246\316\365V\202{\220\221\212V\343zl\047\036Rp1\270\001;\260\024\305\341\324L\357\317\230\302Q*\354\207\257\3429\\`|\000\0135\232~\267\3670(CM\007\027\256F\365\210A\026_$_\047,{\211\311\255@\233<\214\312\240\230\312\362z\030\226\303\273\321\334(/D\371\217\270\226b\\\350\313\203\362\030DhH\250l\035K9i\210\225\200\266\271\034\374\010\365\253\"\350\253\201\007\255Z\213\240L\357\205\245\360\001l\234\377(Z\212x|\047\376>\251%~\377\353\276u\360\370\020;\353\335+\243\000\263\230\3027a\232*d\222iNp/E\270\351baz\246W\353y\301\245\340\217a5\247\010\212\003\354gvC\340\262\326\223 @\247\315\240\367\341\324o\260S\242\371\350El&\037\047\233\375R\177\275\277\227Q\332\016\353\340v\3414!Y\007\375\002\202d\255\247\363<\315S\367\360\334`sk\260\365\335\210\255A\351\303\360\333\301\315\257\372\177?\254\014\236\277\300*\3753\374<m\255v\374\327\376\331\203\353\207\345A\351\343\250\212o\376\003\007\243\r\255\361~\262\334\257\016Jw\2222j\377\005\236\266\242_A\031_%\363\311\337\016\026\017\253\203\263\267\223\342O\375s\302\364";
+    PyObject *data = __Pyx_DecompressString(cstring, 1951, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2459 bytes) */
-static const char cstring[] = "\377 at this\377 moment \337bytes\000\003 i\377nto a bu\377ffer of \376\017\000 use; c\377reate it\337 with9\000re\377 connect\377ions ope\375n\020\023listen\377ers s(tr\177ee fragv\001\327).0w\003:R\002ou\377ld look \357like\240\000e e\377nd: : 0 \333orl\003seq\000ds\375,\r\001None: \377SHUT_RD,\346\003\003WR\047\001\r\004WR:\277 anoth\310\000t\355h\275\000d _\010wai\377t: no pr\277ocess \242\003s\354\020\001\234 ng\235 ved\242\375\001:\210\002C\003\220\000 \271 g\364x\002X\000 \r\007rece\363iv\311 R\000morem?\236\001No\263 th\361 \277Cython9\001d\277eliber\315 l\377y strict\376\236\002an PEP-\367484\265\000d re\371j\333 \264 ubcla\363ss\243@\217@buil\377tin type\377s. If yoOu ne\250\000\271@p%\000\363 s\047\007\372\000n se\276\356Ae \047an\214 a\372\255A_<\000ing\047 \253di\264\000t\264\000 \367@F\377alse.a H\367alf\342\001made\\\235`\363@s S\271@a\016\000\233d_\320 ecF\002\236\" \334\005\004\370\004 chd\000el\374\223h\305adescri\373pt\307@disab\357leen\002\001gch\363ow\317 \010\003divs_hmem.>\004.\010\005\277errors\026\005s\375y\320`m.time\277_limit\021\006t\327ext=\004/\202\004/s\276\265\002s.pyx\354@d\377efault _\377_reduce_\257_ du\354`o\211`n\275-\212@vial\033\000c\377init__se\227lf.\240`b\210`\356\004b\336\365\204\002vert\356#a \355P\325Cob\255A fo\177r pickl\336 \344:\002{\003 \0140\336\001out\027 BC\317#E\203!\232A\236A5.\272\006c\326b__\017\004\355@?state_\020\005\266C\320\274C$\017\017\006!\024.\247 cvz\364@w:\005send\003\n\277ilenceZ\004a\357bortf\004get|\275\004w\004makef,\000|\206\004\222\206\001_from\007\006\373cv\000\010_asyn\301c\005\t\236\210\001\302\004\202\001\000\010al\371l\000\0130\nsetbl?ocking6\006\214\014\377shutdownn\241$wri\300 to\363\204\003\001L\277\210\004\000\013\2655&\005\240@\3664\031\006?acceptH\014\017\003\276\370\003__Pyx\001\000D\377ict_Next\337Ref__\304\206\004e_\361_\t\000\310\210\001\005\001func\360\r\001\363 \373C\033\000main\276!\001modul*\002n\353am2\002pT\000capai?\001\010\001,\004\023\001vt\236\206\001\036X\001qual)\005""\251\205\005\347n\366\303\205\006ex\214\001set_\360]\005\203\204\006\246\000\207\204\016__te\373st\300\000is_co\177routine\345f\r_\337e_s\332c\324b\252#\225)\356\366@_of\245bio.\362?\006s\300\214\003\306\214\003ingcwast\225\210\004scle\001\376\226 traceba\337ckclo\331\213\001de\374\316\214\004\322\214\007datade\343ad/\001\000\005m\000don\377eencodin\355g\230\210\003fd\325\204\001nof\377lagfound\335g\364\204\007how\313`ms<\320\210\r\225\210\004left\240\215\005\232\205\005\377membersh\373ip\270@emono\377tonicmos\273tn\257\216\002new\303\001n\377extosove\237rpopr\310\205\006\206\214\005r\207ecv\000\001\305\205\003\005\002\342\216\001r\007oom\307\215\004\272 \342\210\001\321\206\001\325\206\001\307all\000\004\370\205\003\023\002se\273nt\270\205\010set\301\211\004s\374\330\206\006\267\205\005sizespSin\360\211\004\262\213\002_\357\206\001s\205\212\001\370\303\212\002\256\212\016\263\212\001throw|\317\212\001\356\210\004value\000\002\337sview\207\206\005Py\375O\341\211\003*(stru\371c\306\212\001\306\204\001obj_7\366\270\213\004_7\376\213\004_4en\367ds_\266\211\005nd *\343, 8\007\000\t\014\t)\000\000\377until_noy_\244\217\001\007\004some\226\217\002\317int :A\236\200 10f\376G_M\212f\272\013)\000\373\221\001\341_\363\215\004\222\t\211%\374\213\004*)\000\376\336\221\001_both\200\001\377\330\004\n\210+\220Q\200\377\001\360\016\000\005\032\230\026\377\230x\240q\250\001\340\004\377\020\220\001\220\030\230\032\240\367<\250q\037\001\047\220\033\230\337A\230V\2401\007\003\032\230\3771\230J\240a\330\004\013\377\320\013!\240\021\240!\240\3776\250\021\330\004\007\200u\377\210C\210q\330\010\016\320\377\016$\240A\240Z\250q\357\260\006\260a\016\010\017\210v\377\220X\230W\240I\250Q\376#\000\210l\230!\330\014\026\277\220a\220v\230Zu\000\006\377\250a\250v\260Q\360\006\357\000\005\010\200C\001\210f\220gE\230\021\"\000\243\000&\220\252\000\365\016\017\000At\000\2101\200A\377\330\035+\2501\360\032\000\373\t\036\226\0008\2501\250A\377\340\010\016\210j\230\001\230\377\021\330\010\023\220;\230a""\375\230\210\000\t\330\014\020\220\006\377\220a\330\014\022\220\047\230\365\033\223\000T\250\000\014\023\220>\376\263\0024\240{\260!\2606\377\270\021\330\014\017\210u\220\377C\220q\330\020\026\220f\237\230A\330\020\027\t\000\t\td\177\230%\230q\240\001\3309\000\3778\2309\240C\240~\260\377Y\270b\300\t\310\024\310\335Q:\001t\2205y\000\026\230\237v\240S\250\001:\002\241\000 \377!\360&\000\t\020\210t\377\220=\240\001\240\031\250$\333\250a\267\000!\"\n\t\026\240\373t\250\314\00123\360\026\000\377\t\033\230!\2308\2401\277\240F\250!\330\010\273\000\023\377\2204\220x\230w\240c\357\250\027\260\001b\0032\220S\337\230\010\240\004\240\242\000\026\220\375jU\000\022\2401\320$C\337\3001\300D\310\233\0024\220}u\254@X\240T\250\026\316 \377T\270\035\300j\320PQ\267\340\014\034\302@Q\230\177\000\340\277\010\013\2108\2207\317\000t\377\240:\250Q\250i\260r\316\377\001\022\220*\344@\207A\001\330\177\010\014\210K\220q\200\322 \276\005\001x\230z\250\021\t\001\017\370\310\000\372 \241@\t\r\210F\220\376\241\000\017\320\017%\240Q\240=a\303\0009\260B\260\335\000\031\001\372\357\0018\244`F\240!\200A+\360\010\322\0036\251`&\232 \320\005\356\242\001^\2504\237\002\026\270s\233\300!\230\010\360\016\326A\244`\032\334\216 -\t\026\220d\263a\027\220\365{\365`1\324A%\220r\230\357\032\2404\240\271@\030\230\004\377\230E\240\021\330\024\"\240\377$\240e\2502\250V\260\3774\260u\270B\270f\300\333I\310\326a\r\035\374\005\360\020\215\000\300\000L\230\346\002\307\000\244\000\020\354\245C\262\003$\240\307\001\022\000\t\377\014\2104\210r\220\023\220\013G\230i\002*\204\205\003\373 \240 \375\002\245\013\036\000s\210 \347`\014\336!\330\373\010\037\246a\240\024\240Y\250\377d\260#\260S\270\004\270wC\270q\315#v\230Q\216 9\026\377\017\326!5\230\003b\000\365c\370\341\004\374A\232+y\310\013\320S\357T\320TU\310F\320\004\034\377\230O\320+=\270]\310\377.\320XY\340\010\017\210\367|\2305\356`\026\240v\250\377[\270\n\300(\310!\320\357\004#\2401\026\001\177\230a\373\230v\230`\031\260)\2701\337\320\0042\260!,\001}\230\337A\230T\240""\025\304@z\260\377\024\260\\\300\032\3101\320\017\n0\260\001";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2459, 3627);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2547 bytes) */
+static const char cstring[] = "\377 at this\377 moment \337bytes\000\003 i\377nto a bu\377ffer of \376\017\000 use; c\377reate it\337 with9\000re\377 connect\377ions ope\375n\020\023listen\377ers s(tr\177ee fragv\001\327).0w\003:R\002ou\377ld look \357like\240\000e e\377nd: : 0 \333orl\003seq\000ds\375,\r\001None: \377SHUT_RD,\346\003\003WR\047\001\r\004WR:\277 anoth\310\000t\355h\275\000d _\010wai\377t: no pr\277ocess \242\003s\354\020\001\234 ng\235 ved\242\375\001:\210\002C\003\220\000 \271 g\364x\002X\000 \r\007rece\363iv\311 R\000morem?\236\001No\263 th\361 \277Cython9\001d\277eliber\315 l\377y strict\376\236\002an PEP-\367484\265\000d re\371j\333 \264 ubcla\363ss\243@\217@buil\377tin type\377s. If yoOu ne\250\000\271@p%\000\363 s\047\007\372\000n se\276\356Ae \047an\214 a\372\255A_<\000ing\047 \253di\264\000t\264\000 \367@F\377alse.a H\367alf\342\001made\\\235`\363@s S\271@a\016\000\233d_\320 ecF\002\236\" \334\005\004\370\004 chd\000el\374\223h\305adescri\373pt\307@disab\357leen\002\001gch\363ow\317 \010\003divs_hmem.>\004.\010\005\277errors\026\005s\375y\320`m.time\277_limit\021\006t\327ext=\004/\202\004/s\276\265\002s.pyx\354@d\377efault _\377_reduce_\257_ du\354`o\211`n\275-\212@vial\033\000c\377init__se\227lf.\240`b\210`\356\004b\336\365\204\002vert\356#a \355P\325Cob\255A fo\177r pickl\336 \344:\002{\003 \0140\336\001out\375 \000\005is not\277 a num\277`C\242\345#E\231!\260A\264A.\320\006c\346\354b__\017\004\203`sta\007te_\020\005\314C\322C$\017\017\006Z!\024.\275 cv\212`w:\005\357send\003\nile\367nceZ\004abor\235tf\004get\323\004w\004m\217akef,\000\206\004\250\206\001_ofrom\007\006cv\000\010?_async\005\t\264\210\0018\302\004\202\001\000\010all\000\0130\n\377setblock\347ing6\006\214\014shu\337tdown\241$wr-i\300 to\211\205\003L\325\210\004\000\013\340\2655&\005\240@\3664\031\006acc\307eptH\014\017\003\370\003__\367Pyx\001\000Dict\377_NextRef;__\332\206\004e__\t\000\336\210\001\036\005\001func\r\001\363 \373C\336\033\000main!\001mowdul*\002nam2\002=pT\000capi?\001\010\001\314,\004\023""\001vt\264\206\001X\001qu\303al)\005\277\205\005\347n\331\205\006ex\036\214\001set_]\005\203\204\006\246\000~\207\204\016__test\300\000\377is_corou\257tine\345f_\337e_\301s\332c\324b\252#\225)\366@_o]f\245bio.?\006s\326\214\003\356\334\214\003ing\247\210\004scl\374a\001\222 traceb\277ackclo\353\213\001d\371e\340\214\004\344\214\007datad\307ead/\001\000\005i\000do\177neencod\000\003\267ing\260\210\003fd\327\204\001n\377oflagfouwndg\366\204\007how\315`\363ms\350\210\r\255\210\004left\354\270\215\005\234\205\005me\367\206\001shi\375p\272@emonot\377onicmost\335n\307\216\002new\311\001ne\377xtosover\317popr\312\205\006\236\214\005re\303cv\000\001\307\205\003\005\002\372\216\001ro\203om\337\215\004\274 \372\210\001\323\206\001\327\206\001a\343ll\000\004\372\205\003\023\002sen]t\272\205\010set\331\211\004s\332\206\006\376\271\205\005sizespi)n\210\212\004\312\213\002_\361\206\001s\235\212\001\333\212\002|\306\212\016\313\212\001throw\347\212\001\276\206\211\004value\000\002s\357view\211\206\005PyO\326\371\211\003*(\001\007,\316\220\001 _\375_\304\204\002kip_di\377spatch)\000\217int \035\n*\t6\tP\013y_\211\221\004*!\022\025\006h\002R\004\277structs\004oobj_7\323\214\004_7\231\215\004\177_4ends_\273\212\005?nd *, \256\t  \23310\203g_M\217f<\013)\375\000\366`t\000take\346\362\216\001ed\005\003\303\222\001out-_\257\214\003s\000\275\222\001_\265\216\004\301(\374\206\200@\3033)\000\000unt?il_no_\210\222\001\007\004\017some\372\221\002\233B\300$\264%\370\302\215\004\205@\244\223\001_both\377\200\001\330\004\n\210+\220\377Q\200\001\360\016\000\005\032\377\230\026\230x\240q\250\001\377\340\004\020\220\001\220\030\230\337\032\240<\250q\037\001\047\220\177\033\230A\230V\2401\007\003\377\032\2301\230J\240a\330\377\004\013\320\013!\240\021\240\377!\2406\250\021\330\004\007\377\200u\210C\210q\330\010\377\016\320\016$\240A\240Z\277\250q\260\006\260a\016\010\017\377\210v\220X\230W\240I\373\250Q#\000\210l\230!\330\377\014\026\220a\220v\230Z\376u\000\006\250a\250v\260Q\277\360\006\000\005""\010\200C\001\210\237f\220E\230\021\"\000\243\000&\325\220\252\000\016\017\000At\000\2101\377\200A\330\035+\2501\360\357\032\000\t\036\226\0008\2501\377\250A\340\010\016\210j\230\377\001\230\021\330\010\023\220;\367\230a\230\210\000\t\330\014\020\377\220\006\220a\330\014\022\220\327\047\230\033\223\000T\250\000\014\023\373\220>\263\0024\240{\260!\377\2606\270\021\330\014\017\210\377u\220C\220q\330\020\026\177\220f\230A\330\020\027\t\000\376\t\td\230%\230q\240\001\375\3309\0008\2309\240C\240\377~\260Y\270b\300\t\310w\024\310Q:\001t\2205y\000\177\026\230v\240S\250\001:\002\376\241\000 !\360&\000\t\020\377\210t\220=\240\001\240\031o\250$\250a\267\000!\"\n\t\357\026\240t\250\314\00123\360\377\026\000\t\024\2201\220H\372\346$\010\273\000\023\2204\220x\377\230w\240c\250\027\260\001\376b\0032\220S\230\010\240\004\335\240\242\000\026\220jU\000\022\240\3771\320$C\3001\300D\335\310\233\0024\220u\254@X\240\367T\250\026\316 T\270\035\300\177j\320PQ\340\014\034\302@\373Q\230\177\000\340\010\013\2108\373\2207\317\000t\240:\250Q\357\250i\260r\377\001\022\220*\374\344@\207A\001\330\010\014\210K\347\220q\200\322 \005\001x\230z\213\250\021\t\001\017\310\000\372 \241@\t\377\r\210F\220!\330\010\017\177\320\017%\240Q\240a\303\000\2179\260B\260\335\000\031\001\357\0018\376\244`F\240!\200A\360\010~\322\003F\230!\2306\240\234@\334\321\004\242\001^\2504\237\002\026\2707s\300!\230\010\360\016\326A\244`\271\023\216 -\t\026\220d\263a\027\353\220{\365`1\324A%\220r\337\230\032\2404\240\271@\030\230\367\004\230E_\000\024\"\240$\377\240e\2502\250V\2604\377\260u\270B\270f\300I\355\310\326a\r\035\374\005\360\020\000F\300\000L\230\346\002\307\000\244\000\020\245C\366\262\003$\240\307\001\022\000\t\014\377\2104\210r\220\023\220G\205\230i\002*\204\205\003\373 \240 \375\002\013\322\036\000s\210 \347`\014\336!\330\010\375\037\246a\240\024\240Y\250d\377\260#\260S\270\004\270C\273\270q\315#v\230Q\216 \026\034\377\017\326!5\230\003b\000\365c\341\004\374\374A\232+y\310\013\320ST\367\320TU\310F\320\004\034""\230\377O\320+=\270]\310.\377\320XY\340\010\017\210|\373\2305\356`\026\240v\250[\377\270\n\300(\310!\320\004\367#\2401\026\001\177\230a\230\375v\230`\031\260)\2701\320\357\0042\260!,\001}\230A\357\230T\240\025\304@z\260\024\377\260\\\300\032\3101\320\n\0070\260\001";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2547, 3825);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (3627 bytes) */
-static const char bytes[] = " at this moment bytes bytes into a buffer of  in use; create it with more connections open; create it with more listeners s(tree fragment).0 bytes: it would look like the end: : 0 or more seconds, or None: SHUT_RD, SHUT_WR or SHUT_RDWR: another thread : it would wait: no process listens: nothing moved in : the other end is gone: the other end receives no more?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a Half is made by its Streamadd_notecannot move cannot receive channel connection of descriptor disableenablegchow isenabledivshmem.channel.ivshmem.errorsivshmem.system.time_limitsivshmem.textivshmem/channel/streams.pyxno default __reduce__ due to non-trivial __cinit__self.probed cannot be converted to a Python object for picklingself.stream cannot be converted to a Python object for picklingtimeout BChannelErrorHalfHalf.__reduce_cython__Half.__setstate_cython__StreamStream.__reduce_cython__Stream.__setstate_cython__Stream._recv_nowStream._send_nowStream._silenceStream.abortStream.gettimeoutStream.makefileStream.read_fromStream.recvStream.recv_asyncStream.recv_intoStream.sendStream.sendallStream.sendall_asyncStream.setblockingStream.settimeoutStream.shutdownStream.write_toStreamListenerStreamListener.__reduce_cython__StreamListener.__setstate_cython__StreamListener.acceptStreamListener.accept_async__Pyx_PyDict_NextRef__annotate____await____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutine_recv_now_send_now_silenceabortacceptaccept_asyncall_ofasyncio.coroutinesbufferbufferingcastchannelscline_in_tracebackclosecodeconnectconnectiondatadeadlinedeadline_ofdoneencodingerrorsfdfilenoflagfoundggettimeouthowitemsivshmem.channel.streamsleftlistenermakefilemembershipmodemonotonicmostnbytesn""ewlinenextosoverpoprread_fromreceivesrecvrecv_asyncrecv_intoroomseconds_ofselfsendsendallsendall_asyncsendssentsetblockingsetdefaultsettimeoutshutdownsizespinstreamstream_filesstrerrorsystem.time_limitstextthrowtimetimeoutvaluevaluesviewwrite_toPyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *)\000\000until_no_wait\000until_somethingint (struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, PyObject *)\000open_channelint (struct ivshmem_stream *)\000look_both\200\001\330\004\n\210+\220Q\200\001\360\016\000\005\032\230\026\230x\240q\250\001\340\004\020\220\001\220\030\230\032\240<\250q\330\004\n\210\047\220\033\230A\230V\2401\330\004\n\210\047\220\032\2301\230J\240a\330\004\013\320\013!\240\021\240!\2406\250\021\330\004\007\200u\210C\210q\330\010\016\320\016$\240A\240Z\250q\260\006\260a\330\004\007\200u\210C\210q\330\010\017\210v\220X\230W\240I\250Q\330\010\016\210l\230!\330\014\026\220a\220v\230Z\240q\250\006\250a\250v\260Q\360\006\000\005\010\200q\330\010\016\210f\220E\230\021\230!\330\004\n\210&\220\001\330\004\016\210f\220A\330\004\013\2101\200A\330\035+\2501\360\032\000\t\036\230V\2408\2501\250A\340\010\016\210j\230\001\230\021\330\010\023\220;\230a\230q\330\010\t\330\014\020\220\006\220a\330\014\022\220\047\230\033\240A\240T\250\021\330\014\023\220>\240\021\240!\2404\240{\260!\2606\270\021\330\014\017\210u\220C\220q\330\020\026\220f\230A\330\020\027\220q\330\014\017\210u\220C\220q\330\020\026\220d\230%\230q\240\001\330\014\023\2208\2309\240C\240~\260Y\270b\300\t\310\024\310Q\330\014\017\210t\2205\230\001\230\026\230v\240S\250\001\330\020\027\220q\200A\330 !\360&\000\t\020\210t\220=\240\001\240\031\250$\250a\200A\330!\"\360&\000\t\020\210t\220=\240\001\240\026\240t\2501\200A\33023\360\026\000\t\033\230!\2308\2401\240F\250!\330\010\t\330\014\023\2204\220x\230w\240c\250\027\260\001\330\014\017\210t\2202\220S\230\010\240\004\240A\330\020""\026\220j\240\001\240\022\2401\320$C\3001\300D\310\001\330\014\023\2204\220u\230A\230X\240T\250\026\250v\260T\270\035\300j\320PQ\340\014\034\230A\230Q\230a\200A\340\010\013\2108\2207\230%\230t\240:\250Q\250i\260r\270\021\330\014\022\220*\230A\230Z\240q\250\001\330\010\014\210K\220q\200A\340\010\014\210K\220x\230z\250\021\200A\340\010\017\210t\2201\200A\360\006\000\t\r\210F\220!\330\010\017\320\017%\240Q\240a\240t\2509\260B\260a\200A\360\006\000\t\020\210t\2208\2301\230F\240!\200A\360\010\000\t\033\230!\2306\240\021\240&\250\001\330\010\t\330\014\023\2204\220u\230A\230^\2504\250v\260T\270\026\270s\300!\340\014\034\230A\230Q\230a\200A\360\016\000\t\036\230Q\330\010\032\230!\2306\240\021\240&\250\001\330\010\t\330\014\026\220d\230!\330\014\027\220{\240!\2401\330\014\022\220%\220r\230\032\2404\240q\330\020\030\230\004\230E\240\021\330\024\"\240$\240e\2502\250V\2604\260u\270B\270f\300I\310Q\360\006\000\r\035\230A\230Q\230a\200A\360\020\000\t\r\210L\230\001\330\010\014\210F\220!\200A\360\020\000\t\020\210t\2208\2301\230F\240$\240a\200A\360\022\000\t\014\2104\210r\220\023\220G\2301\330\014\022\220*\230A\230V\2401\240A\330\010\014\210F\220!\330\010\013\2104\210s\220!\330\014\020\220\014\230A\230Q\330\010\037\230q\240\001\240\024\240Y\250d\260#\260S\270\004\270C\270q\330\010\014\210K\220v\230Q\200A\360\026\000\t\033\230!\2306\240\021\240&\250\001\330\010\t\330\014\017\210t\2205\230\003\2301\330\020\027\220q\330\014\026\220d\230!\330\014\023\2204\220u\230A\230^\2504\250v\260T\270\026\270y\310\013\320ST\320TU\340\014\034\230A\230Q\230a\320\004\034\230O\320+=\270]\310.\320XY\340\010\017\210|\2305\240\001\240\026\240v\250[\270\n\300(\310!\320\004#\2401\340\010\017\210\177\230a\230v\240T\250\031\260)\2701\320\0042\260!\340\010\017\210}\230A\230T\240\025\240a\240z\260\024\260\\\300\032\3101\320\n0\260\001";
+    #else /* compression: none (3825 bytes) */
+static const char bytes[] = " at this moment bytes bytes into a buffer of  in use; create it with more connections open; create it with more listeners s(tree fragment).0 bytes: it would look like the end: : 0 or more seconds, or None: SHUT_RD, SHUT_WR or SHUT_RDWR: another thread : it would wait: no process listens: nothing moved in : the other end is gone: the other end receives no more?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a Half is made by its Streamadd_notecannot move cannot receive channel connection of descriptor disableenablegchow isenabledivshmem.channel.ivshmem.errorsivshmem.system.time_limitsivshmem.textivshmem/channel/streams.pyxno default __reduce__ due to non-trivial __cinit__self.probed cannot be converted to a Python object for picklingself.stream cannot be converted to a Python object for picklingtimeout timeout is not a numberChannelErrorHalfHalf.__reduce_cython__Half.__setstate_cython__StreamStream.__reduce_cython__Stream.__setstate_cython__Stream._recv_nowStream._send_nowStream._silenceStream.abortStream.gettimeoutStream.makefileStream.read_fromStream.recvStream.recv_asyncStream.recv_intoStream.sendStream.sendallStream.sendall_asyncStream.setblockingStream.settimeoutStream.shutdownStream.write_toStreamListenerStreamListener.__reduce_cython__StreamListener.__setstate_cython__StreamListener.acceptStreamListener.accept_async__Pyx_PyDict_NextRef__annotate____await____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutine_recv_now_send_now_silenceabortacceptaccept_asyncall_ofasyncio.coroutinesbufferbufferingchannelscline_in_tracebackclosecodeconnectconnectiondatadeadlinedeadline_ofdoneencodeencodingerrorsfdfilenoflagfoundggettimeouthowitemsivshmem.channel.streamsleftlistenermakefilemembership""modemonotonicmostnbytesnewlinenextosoverpoprread_fromreceivesrecvrecv_asyncrecv_intoroomseconds_ofselfsendsendallsendall_asyncsendssentsetblockingsetdefaultsettimeoutshutdownsizespinstreamstream_filesstrerrorsystem.time_limitstextthrowtimetimeoutvaluevaluesviewwrite_toPyObject *(PyObject *, int __pyx_skip_dispatch)\000int (PyObject *, PyObject *, PyObject *, Py_buffer *)\000int (PyObject *, Py_buffer *, int)\000int (struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, PyObject *)\000flat\000take_typed\000take_without_objects\000open_channelPyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *)\000\000until_no_wait\000until_somethingint (struct ivshmem_stream *)\000look_both\200\001\330\004\n\210+\220Q\200\001\360\016\000\005\032\230\026\230x\240q\250\001\340\004\020\220\001\220\030\230\032\240<\250q\330\004\n\210\047\220\033\230A\230V\2401\330\004\n\210\047\220\032\2301\230J\240a\330\004\013\320\013!\240\021\240!\2406\250\021\330\004\007\200u\210C\210q\330\010\016\320\016$\240A\240Z\250q\260\006\260a\330\004\007\200u\210C\210q\330\010\017\210v\220X\230W\240I\250Q\330\010\016\210l\230!\330\014\026\220a\220v\230Z\240q\250\006\250a\250v\260Q\360\006\000\005\010\200q\330\010\016\210f\220E\230\021\230!\330\004\n\210&\220\001\330\004\016\210f\220A\330\004\013\2101\200A\330\035+\2501\360\032\000\t\036\230V\2408\2501\250A\340\010\016\210j\230\001\230\021\330\010\023\220;\230a\230q\330\010\t\330\014\020\220\006\220a\330\014\022\220\047\230\033\240A\240T\250\021\330\014\023\220>\240\021\240!\2404\240{\260!\2606\270\021\330\014\017\210u\220C\220q\330\020\026\220f\230A\330\020\027\220q\330\014\017\210u\220C\220q\330\020\026\220d\230%\230q\240\001\330\014\023\2208\2309\240C\240~\260Y\270b\300\t\310\024\310Q\330\014\017\210t\2205\230\001\230\026\230v\240S\250\001\330\020\027\220q\200A\330 !\360&\000\t\020\210t\220=\240\001\240\031\250$\250a\200A\330!\"\360&""\000\t\020\210t\220=\240\001\240\026\240t\2501\200A\33023\360\026\000\t\024\2201\220H\230A\230V\2401\330\010\t\330\014\023\2204\220x\230w\240c\250\027\260\001\330\014\017\210t\2202\220S\230\010\240\004\240A\330\020\026\220j\240\001\240\022\2401\320$C\3001\300D\310\001\330\014\023\2204\220u\230A\230X\240T\250\026\250v\260T\270\035\300j\320PQ\340\014\034\230A\230Q\230a\200A\340\010\013\2108\2207\230%\230t\240:\250Q\250i\260r\270\021\330\014\022\220*\230A\230Z\240q\250\001\330\010\014\210K\220q\200A\340\010\014\210K\220x\230z\250\021\200A\340\010\017\210t\2201\200A\360\006\000\t\r\210F\220!\330\010\017\320\017%\240Q\240a\240t\2509\260B\260a\200A\360\006\000\t\020\210t\2208\2301\230F\240!\200A\360\010\000\t\024\2201\220F\230!\2306\240\021\330\010\t\330\014\023\2204\220u\230A\230^\2504\250v\260T\270\026\270s\300!\340\014\034\230A\230Q\230a\200A\360\016\000\t\036\230Q\330\010\023\2201\220F\230!\2306\240\021\330\010\t\330\014\026\220d\230!\330\014\027\220{\240!\2401\330\014\022\220%\220r\230\032\2404\240q\330\020\030\230\004\230E\240\021\330\024\"\240$\240e\2502\250V\2604\260u\270B\270f\300I\310Q\360\006\000\r\035\230A\230Q\230a\200A\360\020\000\t\r\210L\230\001\330\010\014\210F\220!\200A\360\020\000\t\020\210t\2208\2301\230F\240$\240a\200A\360\022\000\t\014\2104\210r\220\023\220G\2301\330\014\022\220*\230A\230V\2401\240A\330\010\014\210F\220!\330\010\013\2104\210s\220!\330\014\020\220\014\230A\230Q\330\010\037\230q\240\001\240\024\240Y\250d\260#\260S\270\004\270C\270q\330\010\014\210K\220v\230Q\200A\360\026\000\t\024\2201\220F\230!\2306\240\021\330\010\t\330\014\017\210t\2205\230\003\2301\330\020\027\220q\330\014\026\220d\230!\330\014\023\2204\220u\230A\230^\2504\250v\260T\270\026\270y\310\013\320ST\320TU\340\014\034\230A\230Q\230a\320\004\034\230O\320+=\270]\310.\320XY\340\010\017\210|\2305\240\001\240\026\240v\250[\270\n\300(\310!\320\004#\2401\340\010\017\210\177\230a\230v\240T\250\031\260)\2701\320\0042\260!\340\010\017\210}\230A\230T\240\025\240a\240z\260\024\260""\\\300\032\3101\320\n0\260\001";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
@@ -19057,7 +19515,7 @@ static const char bytes[] = " at this moment bytes bytes into a buffer of  in us
     for (int i = 0; i < 170; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 42) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 43) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)
@@ -19170,17 +19628,17 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 510};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 508};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_sent};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_sendall_async, __pyx_mstate->__pyx_kp_b_iso88591_0, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 78};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 76};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_stream, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_deadline, __pyx_mstate->__pyx_n_u_left};
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_accept, __pyx_mstate->__pyx_kp_b_iso88591_A_1_V81A_j_aq_a_AT_4_6_uCq_fA_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 109};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 107};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_accept_async, __pyx_mstate->__pyx_kp_b_iso88591_1_avT_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
@@ -19195,7 +19653,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 126};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 124};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_channels, __pyx_mstate->__pyx_n_u_membership, __pyx_mstate->__pyx_n_u_found, __pyx_mstate->__pyx_n_u_stream, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_most};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_connect, __pyx_mstate->__pyx_kp_b_iso88591_xq_q_AV1_1Ja_6_uCq_AZq_a_uCq_vX, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
@@ -19210,82 +19668,82 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 313};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 311};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_abort, __pyx_mstate->__pyx_kp_b_iso88591_A_L_F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 326};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 324};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_settimeout, __pyx_mstate->__pyx_kp_b_iso88591_A_87_t_Qir_AZq_Kq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 332};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 330};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_gettimeout, __pyx_mstate->__pyx_kp_b_iso88591_A_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 336};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 334};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_flag};
     __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_setblocking, __pyx_mstate->__pyx_kp_b_iso88591_A_Kxz, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 356};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 354};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_send, __pyx_mstate->__pyx_kp_b_iso88591_A_6_t5_1_q_d_4uA_4vT_y_STTU_AQa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_send, __pyx_mstate->__pyx_kp_b_iso88591_A_1F_6_t5_1_q_d_4uA_4vT_y_STTU_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 415};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 413};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_deadline};
-    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_sendall, __pyx_mstate->__pyx_kp_b_iso88591_A_Q_6_d_1_r_4q_E_e2V4uBfIQ_AQa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_sendall, __pyx_mstate->__pyx_kp_b_iso88591_A_Q_1F_6_d_1_r_4q_E_e2V4uBfIQ_AQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 458};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 456};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_size};
     __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv, __pyx_mstate->__pyx_kp_b_iso88591_A_t81F_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 480};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 478};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_buffer, __pyx_mstate->__pyx_n_u_nbytes, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_room};
-    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv_into, __pyx_mstate->__pyx_kp_b_iso88591_A23_81F_4xwc_t2S_A_j_1_C1D_4uAXT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv_into, __pyx_mstate->__pyx_kp_b_iso88591_A23_1HAV1_4xwc_t2S_A_j_1_C1D_4uA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 501};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 499};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_size, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv_async, __pyx_mstate->__pyx_kp_b_iso88591_2_AT_az_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 505};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 503};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_size};
     __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv_now, __pyx_mstate->__pyx_kp_b_iso88591_A_t81F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 520};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 518};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_view};
-    __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_send_now, __pyx_mstate->__pyx_kp_b_iso88591_A_6_4uA_4vT_s_AQa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_send_now, __pyx_mstate->__pyx_kp_b_iso88591_A_1F_6_4uA_4vT_s_AQa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 613};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 611};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_size};
     __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_read_from, __pyx_mstate->__pyx_kp_b_iso88591_A_t_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 635};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 633};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_size};
     __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_write_to, __pyx_mstate->__pyx_kp_b_iso88591_A_t_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 657};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 655};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_silence, __pyx_mstate->__pyx_kp_b_iso88591_A_F_Qat9Ba, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 663};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 661};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_how};
     __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_shutdown, __pyx_mstate->__pyx_kp_b_iso88591_A_4r_G1_AV1A_F_4s_AQ_q_Yd_S_Cq_K, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 3, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 680};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 3, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 678};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_mode, __pyx_mstate->__pyx_n_u_buffering, __pyx_mstate->__pyx_n_u_encoding, __pyx_mstate->__pyx_n_u_errors, __pyx_mstate->__pyx_n_u_newline};
     __pyx_mstate_global->__pyx_codeobj_tab[23] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_makefile, __pyx_mstate->__pyx_kp_b_iso88591_O_XY_5_v, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[23])) goto bad;
   }
@@ -19408,6 +19866,333 @@ end:
 }
 #endif
 
+/* FastTypeChecks (used by PyValueError_Check) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static int __Pyx_InBases(PyTypeObject *a, PyTypeObject *b) {
+    while (a) {
+        a = __Pyx_PyType_GetSlot(a, tp_base, PyTypeObject*);
+        if (a == b)
+            return 1;
+    }
+    return b == &PyBaseObject_Type;
+}
+static CYTHON_INLINE int __Pyx_IsSubtype(PyTypeObject *a, PyTypeObject *b) {
+    PyObject *mro;
+    if (a == b) return 1;
+    mro = a->tp_mro;
+    if (likely(mro)) {
+        Py_ssize_t i, n;
+        n = PyTuple_GET_SIZE(mro);
+        for (i = 0; i < n; i++) {
+            if (PyTuple_GET_ITEM(mro, i) == (PyObject *)b)
+                return 1;
+        }
+        return 0;
+    }
+    return __Pyx_InBases(a, b);
+}
+static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a, PyTypeObject *b) {
+    PyObject *mro;
+    if (cls == a || cls == b) return 1;
+    mro = cls->tp_mro;
+    if (likely(mro)) {
+        Py_ssize_t i, n;
+        n = PyTuple_GET_SIZE(mro);
+        for (i = 0; i < n; i++) {
+            PyObject *base = PyTuple_GET_ITEM(mro, i);
+            if (base == (PyObject *)a || base == (PyObject *)b)
+                return 1;
+        }
+        return 0;
+    }
+    return __Pyx_InBases(cls, a) || __Pyx_InBases(cls, b);
+}
+#endif
+
+/* PyObjectCall (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw) {
+    PyObject *result;
+    ternaryfunc call = Py_TYPE(func)->tp_call;
+    if (unlikely(!call))
+        return PyObject_Call(func, arg, kw);
+    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
+        return NULL;
+    result = (*call)(func, arg, kw);
+    Py_LeaveRecursiveCall();
+    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
+        PyErr_SetString(
+            PyExc_SystemError,
+            "NULL result without error in PyObject_Call");
+    }
+    return result;
+}
+#endif
+
+/* PyObjectCallMethO (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg) {
+    PyObject *self, *result;
+    PyCFunction cfunc;
+    cfunc = __Pyx_CyOrPyCFunction_GET_FUNCTION(func);
+    self = __Pyx_CyOrPyCFunction_GET_SELF(func);
+    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
+        return NULL;
+    result = cfunc(self, arg);
+    Py_LeaveRecursiveCall();
+    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
+        PyErr_SetString(
+            PyExc_SystemError,
+            "NULL result without error in PyObject_Call");
+    }
+    return result;
+}
+#endif
+
+/* PyObjectFastCall */
+#if CYTHON_COMPILING_IN_LIMITED_API
+static PyObject* __Pyx_PyObject_FastCall_fallback(PyObject *func, PyObject * const*args, size_t nargs, PyObject *kwargs) {
+    PyObject *argstuple;
+    PyObject *result = 0;
+    size_t i;
+    argstuple = PyTuple_New((Py_ssize_t)nargs);
+    if (unlikely(!argstuple)) return NULL;
+    for (i = 0; i < nargs; i++) {
+        Py_INCREF(args[i]);
+        if (__Pyx_PyTuple_SET_ITEM(argstuple, (Py_ssize_t)i, args[i]) != (0)) goto bad;
+    }
+    result = __Pyx_PyObject_Call(func, argstuple, kwargs);
+  bad:
+    Py_DECREF(argstuple);
+    return result;
+}
+#endif
+#if CYTHON_VECTORCALL && !(CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY)
+  #if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE vectorcallfunc __Pyx_PyVectorcall_Function(PyObject *callable) {
+    PyTypeObject *tp = Py_TYPE(callable);
+    #if defined(__Pyx_CyFunction_USED)
+    if (__Pyx_CyFunction_CheckExact(callable)) {
+        return __Pyx_CyFunction_func_vectorcall(callable);
+    }
+    #endif
+    if (!PyType_HasFeature(tp, Py_TPFLAGS_HAVE_VECTORCALL)) {
+        return NULL;
+    }
+    assert(PyCallable_Check(callable));
+    Py_ssize_t offset = tp->tp_vectorcall_offset;
+    assert(offset > 0);
+    vectorcallfunc ptr;
+    memcpy(&ptr, (char *) callable + offset, sizeof(ptr));
+    return ptr;
+}
+  #else
+    #define __Pyx_PyVectorcall_Function(callable) PyVectorcall_Function(callable)
+  #endif
+#endif
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwargs) {
+    Py_ssize_t nargs = __Pyx_PyVectorcall_NARGS(nargsf);
+#if CYTHON_COMPILING_IN_CPYTHON
+    if (nargs == 0 && kwargs == NULL) {
+        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_NOARGS))
+            return __Pyx_PyObject_CallMethO(func, NULL);
+    }
+    else if (nargs == 1 && kwargs == NULL) {
+        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_O))
+            return __Pyx_PyObject_CallMethO(func, args[0]);
+    }
+#endif
+    if (kwargs == NULL) {
+        #if CYTHON_VECTORCALL
+          #if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY
+            return PyObject_Vectorcall(func, args, nargsf, NULL);
+          #else
+            vectorcallfunc f = __Pyx_PyVectorcall_Function(func);
+            if (f) {
+                return f(func, args, nargsf, NULL);
+            }
+          #endif
+        #endif
+    }
+    if (nargs == 0) {
+        return __Pyx_PyObject_Call(func, __pyx_mstate_global->__pyx_empty_tuple, kwargs);
+    }
+    #if CYTHON_COMPILING_IN_LIMITED_API
+    return __Pyx_PyObject_FastCall_fallback(func, args, (size_t)nargs, kwargs);
+    #elif CYTHON_COMPILING_IN_PYPY
+    return PyObject_VectorcallDict(func, args, (size_t) nargs, kwargs);
+    #else
+    return PyObject_VectorcallDict(func, args, nargsf, kwargs);
+    #endif
+}
+
+/* PyErrFetchRestore (used by RaiseException) */
+#if CYTHON_FAST_THREAD_STATE
+static CYTHON_INLINE void __Pyx_ErrRestoreInState(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb) {
+#if PY_VERSION_HEX >= 0x030C00A6
+    PyObject *tmp_value;
+    assert(type == NULL || (value != NULL && type == (PyObject*) Py_TYPE(value)));
+    if (value) {
+        #if CYTHON_COMPILING_IN_CPYTHON
+        if (unlikely(((PyBaseExceptionObject*) value)->traceback != tb))
+        #endif
+            PyException_SetTraceback(value, tb);
+    }
+    tmp_value = tstate->current_exception;
+    tstate->current_exception = value;
+    Py_XDECREF(tmp_value);
+    Py_XDECREF(type);
+    Py_XDECREF(tb);
+#else
+    PyObject *tmp_type, *tmp_value, *tmp_tb;
+    tmp_type = tstate->curexc_type;
+    tmp_value = tstate->curexc_value;
+    tmp_tb = tstate->curexc_traceback;
+    tstate->curexc_type = type;
+    tstate->curexc_value = value;
+    tstate->curexc_traceback = tb;
+    Py_XDECREF(tmp_type);
+    Py_XDECREF(tmp_value);
+    Py_XDECREF(tmp_tb);
+#endif
+}
+static CYTHON_INLINE void __Pyx_ErrFetchInState(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb) {
+#if PY_VERSION_HEX >= 0x030C00A6
+    PyObject* exc_value;
+    exc_value = tstate->current_exception;
+    tstate->current_exception = 0;
+    *value = exc_value;
+    *type = NULL;
+    *tb = NULL;
+    if (exc_value) {
+        *type = (PyObject*) Py_TYPE(exc_value);
+        Py_INCREF(*type);
+        #if CYTHON_COMPILING_IN_CPYTHON
+        *tb = ((PyBaseExceptionObject*) exc_value)->traceback;
+        Py_XINCREF(*tb);
+        #else
+        *tb = PyException_GetTraceback(exc_value);
+        #endif
+    }
+#else
+    *type = tstate->curexc_type;
+    *value = tstate->curexc_value;
+    *tb = tstate->curexc_traceback;
+    tstate->curexc_type = 0;
+    tstate->curexc_value = 0;
+    tstate->curexc_traceback = 0;
+#endif
+}
+#endif
+
+/* RaiseException */
+static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause) {
+    PyObject* owned_instance = NULL;
+    if (tb == Py_None) {
+        tb = 0;
+    } else if (tb && !PyTraceBack_Check(tb)) {
+        PyErr_SetString(PyExc_TypeError,
+            "raise: arg 3 must be a traceback or None");
+        goto bad;
+    }
+    if (value == Py_None)
+        value = 0;
+    if (PyExceptionInstance_Check(type)) {
+        if (value) {
+            PyErr_SetString(PyExc_TypeError,
+                "instance exception may not have a separate value");
+            goto bad;
+        }
+        value = type;
+        type = (PyObject*) Py_TYPE(value);
+    } else if (PyExceptionClass_Check(type)) {
+        PyObject *instance_class = NULL;
+        if (value && PyExceptionInstance_Check(value)) {
+            instance_class = (PyObject*) Py_TYPE(value);
+            if (instance_class != type) {
+                int is_subclass = PyObject_IsSubclass(instance_class, type);
+                if (!is_subclass) {
+                    instance_class = NULL;
+                } else if (unlikely(is_subclass == -1)) {
+                    goto bad;
+                } else {
+                    type = instance_class;
+                }
+            }
+        }
+        if (!instance_class) {
+            PyObject *args;
+            if (!value)
+                args = PyTuple_New(0);
+            else if (PyTuple_Check(value)) {
+                Py_INCREF(value);
+                args = value;
+            } else
+                args = PyTuple_Pack(1, value);
+            if (!args)
+                goto bad;
+            owned_instance = PyObject_Call(type, args, NULL);
+            Py_DECREF(args);
+            if (!owned_instance)
+                goto bad;
+            value = owned_instance;
+            if (!PyExceptionInstance_Check(value)) {
+                PyErr_Format(PyExc_TypeError,
+                             "calling %R should have returned an instance of "
+                             "BaseException, not %R",
+                             type, Py_TYPE(value));
+                goto bad;
+            }
+        }
+    } else {
+        PyErr_SetString(PyExc_TypeError,
+            "raise: exception class must be a subclass of BaseException");
+        goto bad;
+    }
+    if (cause) {
+        PyObject *fixed_cause;
+        if (cause == Py_None) {
+            fixed_cause = NULL;
+        } else if (PyExceptionClass_Check(cause)) {
+            fixed_cause = PyObject_CallObject(cause, NULL);
+            if (fixed_cause == NULL)
+                goto bad;
+        } else if (PyExceptionInstance_Check(cause)) {
+            fixed_cause = cause;
+            Py_INCREF(fixed_cause);
+        } else {
+            PyErr_SetString(PyExc_TypeError,
+                            "exception causes must derive from "
+                            "BaseException");
+            goto bad;
+        }
+        PyException_SetCause(value, fixed_cause);
+    }
+    PyErr_SetObject(type, value);
+    if (tb) {
+#if PY_VERSION_HEX >= 0x030C00A6
+        PyException_SetTraceback(value, tb);
+#elif CYTHON_FAST_THREAD_STATE
+        PyThreadState *tstate = __Pyx_PyThreadState_Current;
+        PyObject* tmp_tb = tstate->curexc_traceback;
+        if (tb != tmp_tb) {
+            Py_INCREF(tb);
+            tstate->curexc_traceback = tb;
+            Py_XDECREF(tmp_tb);
+        }
+#else
+        PyObject *tmp_type, *tmp_value, *tmp_tb;
+        PyErr_Fetch(&tmp_type, &tmp_value, &tmp_tb);
+        Py_INCREF(tb);
+        PyErr_Restore(tmp_type, tmp_value, tb);
+        Py_XDECREF(tmp_tb);
+#endif
+    }
+bad:
+    Py_XDECREF(owned_instance);
+    return;
+}
+
 /* DivInt[int64_t] */
 static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t a, int64_t b, int b_is_constant) {
     int64_t q = a / b;
@@ -19428,6 +20213,31 @@ static CYTHON_INLINE int64_t __Pyx_mod_int64_t(int64_t a, int64_t b, int b_is_co
     );
     return r + adapt_python * b;
 }
+
+/* PyObjectFastCallMethod */
+#if !CYTHON_VECTORCALL
+static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf) {
+    PyObject *result;
+    switch (__Pyx_PyVectorcall_NARGS(nargsf)) {
+        case 1:
+            return PyObject_CallMethodObjArgs(args[0], name, NULL);
+        case 2:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], NULL);
+        case 3:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], NULL);
+        case 4:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], NULL);
+        case 5:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], args[4], NULL);
+    }
+    PyObject *attr = PyObject_GetAttr(args[0], name);
+    if (unlikely(!attr))
+        return NULL;
+    result = __Pyx_PyObject_FastCall(attr, args+1, nargsf - 1);
+    Py_DECREF(attr);
+    return result;
+}
+#endif
 
 /* CopyObjectArray (used by TupleOrListFromArrayImpl) */
 #if CYTHON_COMPILING_IN_CPYTHON
@@ -19576,123 +20386,6 @@ bad:
 #endif
 #endif
 
-/* PyObjectCall (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw) {
-    PyObject *result;
-    ternaryfunc call = Py_TYPE(func)->tp_call;
-    if (unlikely(!call))
-        return PyObject_Call(func, arg, kw);
-    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
-        return NULL;
-    result = (*call)(func, arg, kw);
-    Py_LeaveRecursiveCall();
-    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
-        PyErr_SetString(
-            PyExc_SystemError,
-            "NULL result without error in PyObject_Call");
-    }
-    return result;
-}
-#endif
-
-/* PyObjectCallMethO (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg) {
-    PyObject *self, *result;
-    PyCFunction cfunc;
-    cfunc = __Pyx_CyOrPyCFunction_GET_FUNCTION(func);
-    self = __Pyx_CyOrPyCFunction_GET_SELF(func);
-    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
-        return NULL;
-    result = cfunc(self, arg);
-    Py_LeaveRecursiveCall();
-    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
-        PyErr_SetString(
-            PyExc_SystemError,
-            "NULL result without error in PyObject_Call");
-    }
-    return result;
-}
-#endif
-
-/* PyObjectFastCall (used by PyObjectCallOneArg) */
-#if CYTHON_COMPILING_IN_LIMITED_API
-static PyObject* __Pyx_PyObject_FastCall_fallback(PyObject *func, PyObject * const*args, size_t nargs, PyObject *kwargs) {
-    PyObject *argstuple;
-    PyObject *result = 0;
-    size_t i;
-    argstuple = PyTuple_New((Py_ssize_t)nargs);
-    if (unlikely(!argstuple)) return NULL;
-    for (i = 0; i < nargs; i++) {
-        Py_INCREF(args[i]);
-        if (__Pyx_PyTuple_SET_ITEM(argstuple, (Py_ssize_t)i, args[i]) != (0)) goto bad;
-    }
-    result = __Pyx_PyObject_Call(func, argstuple, kwargs);
-  bad:
-    Py_DECREF(argstuple);
-    return result;
-}
-#endif
-#if CYTHON_VECTORCALL && !(CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY)
-  #if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE vectorcallfunc __Pyx_PyVectorcall_Function(PyObject *callable) {
-    PyTypeObject *tp = Py_TYPE(callable);
-    #if defined(__Pyx_CyFunction_USED)
-    if (__Pyx_CyFunction_CheckExact(callable)) {
-        return __Pyx_CyFunction_func_vectorcall(callable);
-    }
-    #endif
-    if (!PyType_HasFeature(tp, Py_TPFLAGS_HAVE_VECTORCALL)) {
-        return NULL;
-    }
-    assert(PyCallable_Check(callable));
-    Py_ssize_t offset = tp->tp_vectorcall_offset;
-    assert(offset > 0);
-    vectorcallfunc ptr;
-    memcpy(&ptr, (char *) callable + offset, sizeof(ptr));
-    return ptr;
-}
-  #else
-    #define __Pyx_PyVectorcall_Function(callable) PyVectorcall_Function(callable)
-  #endif
-#endif
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwargs) {
-    Py_ssize_t nargs = __Pyx_PyVectorcall_NARGS(nargsf);
-#if CYTHON_COMPILING_IN_CPYTHON
-    if (nargs == 0 && kwargs == NULL) {
-        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_NOARGS))
-            return __Pyx_PyObject_CallMethO(func, NULL);
-    }
-    else if (nargs == 1 && kwargs == NULL) {
-        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_O))
-            return __Pyx_PyObject_CallMethO(func, args[0]);
-    }
-#endif
-    if (kwargs == NULL) {
-        #if CYTHON_VECTORCALL
-          #if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY
-            return PyObject_Vectorcall(func, args, nargsf, NULL);
-          #else
-            vectorcallfunc f = __Pyx_PyVectorcall_Function(func);
-            if (f) {
-                return f(func, args, nargsf, NULL);
-            }
-          #endif
-        #endif
-    }
-    if (nargs == 0) {
-        return __Pyx_PyObject_Call(func, __pyx_mstate_global->__pyx_empty_tuple, kwargs);
-    }
-    #if CYTHON_COMPILING_IN_LIMITED_API
-    return __Pyx_PyObject_FastCall_fallback(func, args, (size_t)nargs, kwargs);
-    #elif CYTHON_COMPILING_IN_PYPY
-    return PyObject_VectorcallDict(func, args, (size_t) nargs, kwargs);
-    #else
-    return PyObject_VectorcallDict(func, args, nargsf, kwargs);
-    #endif
-}
-
 /* PyObjectCallOneArg (used by CallUnboundCMethod0) */
 static CYTHON_INLINE PyObject* __Pyx_PyObject_CallOneArg(PyObject *func, PyObject *arg) {
     PyObject *args[2] = {NULL, arg};
@@ -19707,49 +20400,6 @@ static CYTHON_INLINE int __Pyx_IgnoreGivenException(PyObject *given_exception, P
     }
     return 0;
 }
-
-/* FastTypeChecks (used by UnpackUnboundCMethod_impl) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static int __Pyx_InBases(PyTypeObject *a, PyTypeObject *b) {
-    while (a) {
-        a = __Pyx_PyType_GetSlot(a, tp_base, PyTypeObject*);
-        if (a == b)
-            return 1;
-    }
-    return b == &PyBaseObject_Type;
-}
-static CYTHON_INLINE int __Pyx_IsSubtype(PyTypeObject *a, PyTypeObject *b) {
-    PyObject *mro;
-    if (a == b) return 1;
-    mro = a->tp_mro;
-    if (likely(mro)) {
-        Py_ssize_t i, n;
-        n = PyTuple_GET_SIZE(mro);
-        for (i = 0; i < n; i++) {
-            if (PyTuple_GET_ITEM(mro, i) == (PyObject *)b)
-                return 1;
-        }
-        return 0;
-    }
-    return __Pyx_InBases(a, b);
-}
-static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a, PyTypeObject *b) {
-    PyObject *mro;
-    if (cls == a || cls == b) return 1;
-    mro = cls->tp_mro;
-    if (likely(mro)) {
-        Py_ssize_t i, n;
-        n = PyTuple_GET_SIZE(mro);
-        for (i = 0; i < n; i++) {
-            PyObject *base = PyTuple_GET_ITEM(mro, i);
-            if (base == (PyObject *)a || base == (PyObject *)b)
-                return 1;
-        }
-        return 0;
-    }
-    return __Pyx_InBases(cls, a) || __Pyx_InBases(cls, b);
-}
-#endif
 
 /* PyObjectGetAttrStr (used by UnpackUnboundCMethod_impl) */
 #if CYTHON_USE_TYPE_SLOTS
@@ -20480,65 +21130,6 @@ static CYTHON_INLINE int __Pyx_ArgTypeTest(PyObject *obj, PyTypeObject *type, in
     return 0;
 }
 
-/* PyErrFetchRestore (used by GivenExceptionMatches) */
-#if CYTHON_FAST_THREAD_STATE
-static CYTHON_INLINE void __Pyx_ErrRestoreInState(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb) {
-#if PY_VERSION_HEX >= 0x030C00A6
-    PyObject *tmp_value;
-    assert(type == NULL || (value != NULL && type == (PyObject*) Py_TYPE(value)));
-    if (value) {
-        #if CYTHON_COMPILING_IN_CPYTHON
-        if (unlikely(((PyBaseExceptionObject*) value)->traceback != tb))
-        #endif
-            PyException_SetTraceback(value, tb);
-    }
-    tmp_value = tstate->current_exception;
-    tstate->current_exception = value;
-    Py_XDECREF(tmp_value);
-    Py_XDECREF(type);
-    Py_XDECREF(tb);
-#else
-    PyObject *tmp_type, *tmp_value, *tmp_tb;
-    tmp_type = tstate->curexc_type;
-    tmp_value = tstate->curexc_value;
-    tmp_tb = tstate->curexc_traceback;
-    tstate->curexc_type = type;
-    tstate->curexc_value = value;
-    tstate->curexc_traceback = tb;
-    Py_XDECREF(tmp_type);
-    Py_XDECREF(tmp_value);
-    Py_XDECREF(tmp_tb);
-#endif
-}
-static CYTHON_INLINE void __Pyx_ErrFetchInState(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb) {
-#if PY_VERSION_HEX >= 0x030C00A6
-    PyObject* exc_value;
-    exc_value = tstate->current_exception;
-    tstate->current_exception = 0;
-    *value = exc_value;
-    *type = NULL;
-    *tb = NULL;
-    if (exc_value) {
-        *type = (PyObject*) Py_TYPE(exc_value);
-        Py_INCREF(*type);
-        #if CYTHON_COMPILING_IN_CPYTHON
-        *tb = ((PyBaseExceptionObject*) exc_value)->traceback;
-        Py_XINCREF(*tb);
-        #else
-        *tb = PyException_GetTraceback(exc_value);
-        #endif
-    }
-#else
-    *type = tstate->curexc_type;
-    *value = tstate->curexc_value;
-    *tb = tstate->curexc_traceback;
-    tstate->curexc_type = 0;
-    tstate->curexc_value = 0;
-    tstate->curexc_traceback = 0;
-#endif
-}
-#endif
-
 /* GivenExceptionMatches (used by PyErrExceptionMatches) */
 #if CYTHON_COMPILING_IN_CPYTHON
 static CYTHON_INLINE int __Pyx_inner_PyErr_GivenExceptionMatches2(PyObject *err, PyObject* exc_type1, PyObject *exc_type2) {
@@ -20827,114 +21418,6 @@ bad:
     Py_DECREF(value_tuple);
     return result;
 #endif
-}
-
-/* RaiseException */
-static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause) {
-    PyObject* owned_instance = NULL;
-    if (tb == Py_None) {
-        tb = 0;
-    } else if (tb && !PyTraceBack_Check(tb)) {
-        PyErr_SetString(PyExc_TypeError,
-            "raise: arg 3 must be a traceback or None");
-        goto bad;
-    }
-    if (value == Py_None)
-        value = 0;
-    if (PyExceptionInstance_Check(type)) {
-        if (value) {
-            PyErr_SetString(PyExc_TypeError,
-                "instance exception may not have a separate value");
-            goto bad;
-        }
-        value = type;
-        type = (PyObject*) Py_TYPE(value);
-    } else if (PyExceptionClass_Check(type)) {
-        PyObject *instance_class = NULL;
-        if (value && PyExceptionInstance_Check(value)) {
-            instance_class = (PyObject*) Py_TYPE(value);
-            if (instance_class != type) {
-                int is_subclass = PyObject_IsSubclass(instance_class, type);
-                if (!is_subclass) {
-                    instance_class = NULL;
-                } else if (unlikely(is_subclass == -1)) {
-                    goto bad;
-                } else {
-                    type = instance_class;
-                }
-            }
-        }
-        if (!instance_class) {
-            PyObject *args;
-            if (!value)
-                args = PyTuple_New(0);
-            else if (PyTuple_Check(value)) {
-                Py_INCREF(value);
-                args = value;
-            } else
-                args = PyTuple_Pack(1, value);
-            if (!args)
-                goto bad;
-            owned_instance = PyObject_Call(type, args, NULL);
-            Py_DECREF(args);
-            if (!owned_instance)
-                goto bad;
-            value = owned_instance;
-            if (!PyExceptionInstance_Check(value)) {
-                PyErr_Format(PyExc_TypeError,
-                             "calling %R should have returned an instance of "
-                             "BaseException, not %R",
-                             type, Py_TYPE(value));
-                goto bad;
-            }
-        }
-    } else {
-        PyErr_SetString(PyExc_TypeError,
-            "raise: exception class must be a subclass of BaseException");
-        goto bad;
-    }
-    if (cause) {
-        PyObject *fixed_cause;
-        if (cause == Py_None) {
-            fixed_cause = NULL;
-        } else if (PyExceptionClass_Check(cause)) {
-            fixed_cause = PyObject_CallObject(cause, NULL);
-            if (fixed_cause == NULL)
-                goto bad;
-        } else if (PyExceptionInstance_Check(cause)) {
-            fixed_cause = cause;
-            Py_INCREF(fixed_cause);
-        } else {
-            PyErr_SetString(PyExc_TypeError,
-                            "exception causes must derive from "
-                            "BaseException");
-            goto bad;
-        }
-        PyException_SetCause(value, fixed_cause);
-    }
-    PyErr_SetObject(type, value);
-    if (tb) {
-#if PY_VERSION_HEX >= 0x030C00A6
-        PyException_SetTraceback(value, tb);
-#elif CYTHON_FAST_THREAD_STATE
-        PyThreadState *tstate = __Pyx_PyThreadState_Current;
-        PyObject* tmp_tb = tstate->curexc_traceback;
-        if (tb != tmp_tb) {
-            Py_INCREF(tb);
-            tstate->curexc_traceback = tb;
-            Py_XDECREF(tmp_tb);
-        }
-#else
-        PyObject *tmp_type, *tmp_value, *tmp_tb;
-        PyErr_Fetch(&tmp_type, &tmp_value, &tmp_tb);
-        Py_INCREF(tb);
-        PyErr_Restore(tmp_type, tmp_value, tb);
-        Py_XDECREF(tmp_tb);
-#endif
-    }
-bad:
-    Py_XDECREF(owned_instance);
-    return;
 }
 
 /* FormatTypeName (used by RaiseErrorWithObjectTypes) */
@@ -21275,31 +21758,6 @@ __pyx_return_true:
 __pyx_return_false:
     return 0;
 }
-
-/* PyObjectFastCallMethod */
-#if !CYTHON_VECTORCALL
-static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf) {
-    PyObject *result;
-    switch (__Pyx_PyVectorcall_NARGS(nargsf)) {
-        case 1:
-            return PyObject_CallMethodObjArgs(args[0], name, NULL);
-        case 2:
-            return PyObject_CallMethodObjArgs(args[0], name, args[1], NULL);
-        case 3:
-            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], NULL);
-        case 4:
-            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], NULL);
-        case 5:
-            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], args[4], NULL);
-    }
-    PyObject *attr = PyObject_GetAttr(args[0], name);
-    if (unlikely(!attr))
-        return NULL;
-    result = __Pyx_PyObject_FastCall(attr, args+1, nargsf - 1);
-    Py_DECREF(attr);
-    return result;
-}
-#endif
 
 /* RejectKeywords */
 static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds) {
@@ -22043,24 +22501,6 @@ static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_Py_ssize_t(Py_ssize_t
         return PyUnicode_FromOrdinal(*dpos);
     }
     return __Pyx_PyUnicode_BuildFromAscii(ulength, dpos, (int) length, prepend_sign, padding_char);
-}
-
-/* RaiseErrorWithObjectType1 (used by RaiseUnexpectedTypeError) */
-static void __Pyx_RaiseErrorWithType1(PyObject* exc_type, const char* message, const char *arg, PyTypeObject *type_obj) {
-    __Pyx_TypeName type_name = __Pyx_PyType_GetFullyQualifiedName(type_obj);
-    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
-    if (unlikely(!type_name)) return;
-    #endif
-    PyErr_Format(exc_type, message, arg, type_name);
-    __Pyx_DECREF_TypeName(type_name);
-}
-
-/* RaiseUnexpectedTypeError */
-static int __Pyx_RaiseUnexpectedTypeError(const char *expected, PyObject *obj) {
-    __Pyx_RaiseTypeErrorWithObjectType1(
-        "Expected %.42s, got " __Pyx_FMT_TYPENAME,
-        expected, obj);
-    return 0;
 }
 
 /* dict_setdefault (used by FetchCommonType) */
@@ -23819,6 +24259,68 @@ static CYTHON_INLINE __Pyx_PySendResult __Pyx_Coroutine_Yield_From(__pyx_Corouti
     return __Pyx_Coroutine_Yield_From_Generic(gen, source, retval);
 }
 
+/* SliceObject */
+static CYTHON_INLINE PyObject* __Pyx_PyObject_GetSlice(PyObject* obj,
+        Py_ssize_t cstart, Py_ssize_t cstop,
+        PyObject** _py_start, PyObject** _py_stop, PyObject** _py_slice,
+        int has_cstart, int has_cstop, CYTHON_UNUSED int wraparound) {
+#if CYTHON_USE_TYPE_SLOTS
+    PyMappingMethods* mp = Py_TYPE(obj)->tp_as_mapping;
+    if (likely(mp && mp->mp_subscript))
+#else
+    if ((1))
+#endif
+    {
+        PyObject* result;
+        PyObject *py_slice, *py_start, *py_stop;
+        if (_py_slice) {
+            py_slice = *_py_slice;
+        } else {
+            PyObject* owned_start = NULL;
+            PyObject* owned_stop = NULL;
+            if (_py_start) {
+                py_start = *_py_start;
+            } else {
+                if (has_cstart) {
+                    owned_start = py_start = PyLong_FromSsize_t(cstart);
+                    if (unlikely(!py_start)) goto bad;
+                } else
+                    py_start = Py_None;
+            }
+            if (_py_stop) {
+                py_stop = *_py_stop;
+            } else {
+                if (has_cstop) {
+                    owned_stop = py_stop = PyLong_FromSsize_t(cstop);
+                    if (unlikely(!py_stop)) {
+                        Py_XDECREF(owned_start);
+                        goto bad;
+                    }
+                } else
+                    py_stop = Py_None;
+            }
+            py_slice = PySlice_New(py_start, py_stop, Py_None);
+            Py_XDECREF(owned_start);
+            Py_XDECREF(owned_stop);
+            if (unlikely(!py_slice)) goto bad;
+        }
+#if CYTHON_USE_TYPE_SLOTS
+        result = mp->mp_subscript(obj, py_slice);
+#else
+        result = PyObject_GetItem(obj, py_slice);
+#endif
+        if (!_py_slice) {
+            Py_DECREF(py_slice);
+        }
+        return result;
+    } else {
+        __Pyx_RaiseTypeErrorWithObjectType(
+            "'" __Pyx_FMT_TYPENAME "' object is unsliceable", obj);
+    }
+bad:
+    return NULL;
+}
+
 /* pep479 */
 static void __Pyx_Generator_Replace_StopIteration(int in_async_gen) {
     PyObject *exc, *val, *tb, *cur_exc, *new_exc;
@@ -24315,6 +24817,16 @@ CYTHON_UNUSED static Py_ssize_t __Pyx_GetTypeDictOffset(PyObject *tp, int requir
     return tp_dictoffset;
 }
 #endif
+
+/* RaiseErrorWithObjectType1 (used by ValidateBasesTuple) */
+static void __Pyx_RaiseErrorWithType1(PyObject* exc_type, const char* message, const char *arg, PyTypeObject *type_obj) {
+    __Pyx_TypeName type_name = __Pyx_PyType_GetFullyQualifiedName(type_obj);
+    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+    if (unlikely(!type_name)) return;
+    #endif
+    PyErr_Format(exc_type, message, arg, type_name);
+    __Pyx_DECREF_TypeName(type_name);
+}
 
 /* ValidateBasesTuple (used by PyType_Ready) */
 #if CYTHON_COMPILING_IN_CPYTHON || CYTHON_COMPILING_IN_LIMITED_API || CYTHON_USE_TYPE_SPECS

@@ -1873,15 +1873,15 @@ static const char * const __pyx_cfilenm = __FILE__;
 
 static const char* const __pyx_f[] = {
   "ivshmem/channel/views.pyx",
-  "cpython/type.pxd",
   "ivshmem/native/descriptors.pxd",
+  "ivshmem/channel/roles.pxd",
+  "cpython/type.pxd",
   "ivshmem/native/spin.pxd",
   "ivshmem/native/bell.pxd",
   "ivshmem/native/mapping.pxd",
   "ivshmem/_core.pxd",
   "ivshmem/channel/membership.pxd",
   "ivshmem/channel/ends.pxd",
-  "ivshmem/channel/roles.pxd",
 };
 /* #### Code section: utility_code_proto_before_types ### */
 /* Atomics.proto (used by UnpackUnboundCMethod) */
@@ -2269,9 +2269,21 @@ struct __pyx_t_7ivshmem_7channel_10membership_Rings {
   int count;
   uint32_t lock;
 };
+
+/* "ends.pxd":10
+ * from .membership cimport Dependent, Membership
+ * 
+ * cdef enum:             # <<<<<<<<<<<<<<
+ *     # A sleep that the memory forbids again and again, although nothing can be taken, is a hostile
+ *     # peer's work: after so many it sleeps all the same.
+*/
+enum  {
+  __pyx_e_7ivshmem_7channel_4ends_FUTILE = 64,
+  __pyx_e_7ivshmem_7channel_4ends_LAST_PAUSE = 0xF4240
+};
 struct __pyx_t_7ivshmem_7channel_5roles_Held;
 
-/* "roles.pxd":9
+/* "roles.pxd":10
  * from .membership cimport Membership
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -2280,7 +2292,7 @@ struct __pyx_t_7ivshmem_7channel_5roles_Held;
 */
 enum  {
 
-  /* "roles.pxd":11
+  /* "roles.pxd":12
  * cdef enum:
  *     # Bytes from which on a copy releases the GIL, as in native/mapping.pyx.
  *     LARGE = 1 << 18             # <<<<<<<<<<<<<<
@@ -2291,7 +2303,7 @@ enum  {
   __pyx_e_7ivshmem_7channel_5roles_TRIES = 64
 };
 
-/* "roles.pxd":21
+/* "roles.pxd":51
  * 
  * 
  * cdef struct Held:             # <<<<<<<<<<<<<<
@@ -2303,7 +2315,7 @@ struct __pyx_t_7ivshmem_7channel_5roles_Held {
   uint64_t position;
 };
 
-/* "native/descriptors.pxd":86
+/* "native/descriptors.pxd":101
  * 
  * 
  * cdef class Fd:             # <<<<<<<<<<<<<<
@@ -2316,7 +2328,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Fd {
 };
 
 
-/* "native/descriptors.pxd":93
+/* "native/descriptors.pxd":108
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2335,7 +2347,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray {
 };
 
 
-/* "native/descriptors.pxd":117
+/* "native/descriptors.pxd":132
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2352,7 +2364,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller {
 };
 
 
-/* "native/descriptors.pxd":127
+/* "native/descriptors.pxd":142
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2367,7 +2379,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Relay {
 };
 
 
-/* "native/descriptors.pxd":134
+/* "native/descriptors.pxd":149
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2578,7 +2590,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Membership {
 };
 
 
-/* "ends.pxd":11
+/* "ends.pxd":18
  * 
  * 
  * cdef class Wakeup:             # <<<<<<<<<<<<<<
@@ -2595,7 +2607,7 @@ struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup {
 };
 
 
-/* "ends.pxd":24
+/* "ends.pxd":31
  * 
  * 
  * cdef class ChannelEnd(Dependent):             # <<<<<<<<<<<<<<
@@ -2622,7 +2634,7 @@ struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd {
 };
 
 
-/* "roles.pxd":26
+/* "roles.pxd":56
  * 
  * 
  * cdef class WriterEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2641,7 +2653,7 @@ struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd {
 };
 
 
-/* "roles.pxd":47
+/* "roles.pxd":77
  * 
  * 
  * cdef class ReaderEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2676,7 +2688,7 @@ struct __pyx_obj_7ivshmem_7channel_5views_Received {
 };
 
 
-/* "ivshmem/channel/views.pxd":17
+/* "ivshmem/channel/views.pxd":19
  * 
  * 
  * cdef class View(Received):             # <<<<<<<<<<<<<<
@@ -2690,7 +2702,7 @@ struct __pyx_obj_7ivshmem_7channel_5views_View {
 
 
 
-/* "native/descriptors.pxd":93
+/* "native/descriptors.pxd":108
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2707,7 +2719,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray;
 
 
-/* "native/descriptors.pxd":117
+/* "native/descriptors.pxd":132
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2722,7 +2734,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller *__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller;
 
 
-/* "native/descriptors.pxd":127
+/* "native/descriptors.pxd":142
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2736,7 +2748,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay *__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay;
 
 
-/* "native/descriptors.pxd":134
+/* "native/descriptors.pxd":149
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2957,7 +2969,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
 static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *__pyx_vtabptr_7ivshmem_7channel_10membership_Membership;
 
 
-/* "ends.pxd":11
+/* "ends.pxd":18
  * 
  * 
  * cdef class Wakeup:             # <<<<<<<<<<<<<<
@@ -2972,7 +2984,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup {
 static struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *__pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup;
 
 
-/* "ends.pxd":24
+/* "ends.pxd":31
  * 
  * 
  * cdef class ChannelEnd(Dependent):             # <<<<<<<<<<<<<<
@@ -3007,7 +3019,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd;
 
 
-/* "roles.pxd":26
+/* "roles.pxd":56
  * 
  * 
  * cdef class WriterEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -3019,7 +3031,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd {
   struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
   int (*ready)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *);
   PyObject *(*blocked)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, PyObject *);
-  PyObject *(*too_long)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint64_t);
+  PyObject *(*too_long)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, PyObject *);
   int (*wait_again)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, PyObject *);
   int (*loan_cell)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint32_t *);
   int (*find_room)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint32_t *, PyObject *, PyObject *);
@@ -3031,7 +3043,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *__pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd;
 
 
-/* "roles.pxd":47
+/* "roles.pxd":77
  * 
  * 
  * cdef class ReaderEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -3055,17 +3067,19 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *__pyx_vtabptr
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
  * cdef class Received:
- *     """A message where it lies: a buffer that can be read."""
+ *     """A message where it lies: a buffer that can be read.
 */
 
 struct __pyx_vtabstruct_7ivshmem_7channel_5views_Received {
   int (*enter)(struct __pyx_obj_7ivshmem_7channel_5views_Received *);
   int (*check_exports)(struct __pyx_obj_7ivshmem_7channel_5views_Received *);
+  PyObject *(*not_made)(struct __pyx_obj_7ivshmem_7channel_5views_Received *);
+  PyObject *(*type_in_place)(struct __pyx_obj_7ivshmem_7channel_5views_Received *);
 };
 static struct __pyx_vtabstruct_7ivshmem_7channel_5views_Received *__pyx_vtabptr_7ivshmem_7channel_5views_Received;
 
 
-/* "ivshmem/channel/views.pyx":81
+/* "ivshmem/channel/views.pyx":143
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3155,11 +3169,96 @@ static int __pyx_f_7ivshmem_7channel_5views_4View_abandon(struct __pyx_obj_7ivsh
 #define __Pyx_CLEAR(r)    do { PyObject* tmp = ((PyObject*)(r)); r = NULL; __Pyx_DECREF(tmp);} while(0)
 #define __Pyx_XCLEAR(r)   do { if((r) != NULL) {PyObject* tmp = ((PyObject*)(r)); r = NULL; __Pyx_DECREF(tmp);}} while(0)
 
+/* FastTypeChecks.proto (used by PyValueError_Check) */
+#if CYTHON_COMPILING_IN_CPYTHON
+#define __Pyx_TypeCheck(obj, type) __Pyx_IsSubtype(Py_TYPE(obj), (PyTypeObject *)type)
+#define __Pyx_TypeCheck2(obj, type1, type2) __Pyx_IsAnySubtype2(Py_TYPE(obj), (PyTypeObject *)type1, (PyTypeObject *)type2)
+static CYTHON_INLINE int __Pyx_IsSubtype(PyTypeObject *a, PyTypeObject *b);
+static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a, PyTypeObject *b);
+#define __Pyx_PyAnySet_Check(obj)  __Pyx_TypeCheck2(obj, &PySet_Type, &PyFrozenSet_Type)
+#else
+#define __Pyx_TypeCheck(obj, type) PyObject_TypeCheck(obj, (PyTypeObject *)type)
+#define __Pyx_TypeCheck2(obj, type1, type2) (PyObject_TypeCheck(obj, (PyTypeObject *)type1) || PyObject_TypeCheck(obj, (PyTypeObject *)type2))
+#define __Pyx_PyAnySet_Check(obj)  PyAnySet_Check(obj)
+#endif
+
+/* PyValueError_Check.proto */
+#define __Pyx_PyExc_ValueError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_ValueError)
+
+/* PyObjectCall.proto (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw);
+#else
+#define __Pyx_PyObject_Call(func, arg, kw) PyObject_Call(func, arg, kw)
+#endif
+
+/* PyObjectCallMethO.proto (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg);
+#endif
+
+/* PyObjectFastCall.proto */
+#define __Pyx_PyObject_FastCall(func, args, nargs)  __Pyx_PyObject_FastCallDict(func, args, (size_t)(nargs), NULL)
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject * const*args, size_t nargsf, PyObject *kwargs);
+
+/* PyThreadStateGet.proto (used by PyErrFetchRestore) */
+#if CYTHON_FAST_THREAD_STATE
+#define __Pyx_PyThreadState_declare  PyThreadState *__pyx_tstate;
+#define __Pyx_PyThreadState_assign  __pyx_tstate = __Pyx_PyThreadState_Current;
+#if PY_VERSION_HEX >= 0x030C00A6
+#define __Pyx_PyErr_Occurred()  (__pyx_tstate->current_exception != NULL)
+#define __Pyx_PyErr_CurrentExceptionType()  (__pyx_tstate->current_exception ? (PyObject*) Py_TYPE(__pyx_tstate->current_exception) : (PyObject*) NULL)
+#else
+#define __Pyx_PyErr_Occurred()  (__pyx_tstate->curexc_type != NULL)
+#define __Pyx_PyErr_CurrentExceptionType()  (__pyx_tstate->curexc_type)
+#endif
+#else
+#define __Pyx_PyThreadState_declare
+#define __Pyx_PyThreadState_assign
+#define __Pyx_PyErr_Occurred()  (PyErr_Occurred() != NULL)
+#define __Pyx_PyErr_CurrentExceptionType()  PyErr_Occurred()
+#endif
+
+/* PyErrFetchRestore.proto (used by RaiseException) */
+#if CYTHON_FAST_THREAD_STATE
+#define __Pyx_PyErr_Clear() __Pyx_ErrRestore(NULL, NULL, NULL)
+#define __Pyx_ErrRestoreWithState(type, value, tb)  __Pyx_ErrRestoreInState(PyThreadState_GET(), type, value, tb)
+#define __Pyx_ErrFetchWithState(type, value, tb)    __Pyx_ErrFetchInState(PyThreadState_GET(), type, value, tb)
+#define __Pyx_ErrRestore(type, value, tb)  __Pyx_ErrRestoreInState(__pyx_tstate, type, value, tb)
+#define __Pyx_ErrFetch(type, value, tb)    __Pyx_ErrFetchInState(__pyx_tstate, type, value, tb)
+static CYTHON_INLINE void __Pyx_ErrRestoreInState(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb);
+static CYTHON_INLINE void __Pyx_ErrFetchInState(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb);
+#if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX < 0x030C00A6
+#define __Pyx_PyErr_SetNone(exc) (Py_INCREF(exc), __Pyx_ErrRestore((exc), NULL, NULL))
+#else
+#define __Pyx_PyErr_SetNone(exc) PyErr_SetNone(exc)
+#endif
+#else
+#define __Pyx_PyErr_Clear() PyErr_Clear()
+#define __Pyx_PyErr_SetNone(exc) PyErr_SetNone(exc)
+#define __Pyx_ErrRestoreWithState(type, value, tb)  PyErr_Restore(type, value, tb)
+#define __Pyx_ErrFetchWithState(type, value, tb)  PyErr_Fetch(type, value, tb)
+#define __Pyx_ErrRestoreInState(tstate, type, value, tb)  PyErr_Restore(type, value, tb)
+#define __Pyx_ErrFetchInState(tstate, type, value, tb)  PyErr_Fetch(type, value, tb)
+#define __Pyx_ErrRestore(type, value, tb)  PyErr_Restore(type, value, tb)
+#define __Pyx_ErrFetch(type, value, tb)  PyErr_Fetch(type, value, tb)
+#endif
+
+/* RaiseException.export */
+static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
+
 /* DivInt[int64_t].proto */
 static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t, int64_t, int b_is_constant);
 
 /* ModInt[int64_t].proto */
 static CYTHON_INLINE int64_t __Pyx_mod_int64_t(int64_t, int64_t, int b_is_constant);
+
+/* PyObjectFastCallMethod.proto */
+#if CYTHON_VECTORCALL
+#define __Pyx_PyObject_FastCallMethod(name, args, nargsf) PyObject_VectorcallMethod(name, args, nargsf, NULL)
+#else
+static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf);
+#endif
 
 /* CopyObjectArray.proto (used by TupleOrListFromArrayImpl) */
 #if CYTHON_COMPILING_IN_CPYTHON
@@ -3241,19 +3340,6 @@ static CYTHON_INLINE int __Pyx_PyObject_CompareBoolEq_str_str(PyObject *op1, PyO
 /* KeywordStringCheck.proto */
 static CYTHON_INLINE int __Pyx_CheckKeywordStrings(PyObject *kw);
 
-/* FastTypeChecks.proto (used by PyTypeError_Check) */
-#if CYTHON_COMPILING_IN_CPYTHON
-#define __Pyx_TypeCheck(obj, type) __Pyx_IsSubtype(Py_TYPE(obj), (PyTypeObject *)type)
-#define __Pyx_TypeCheck2(obj, type1, type2) __Pyx_IsAnySubtype2(Py_TYPE(obj), (PyTypeObject *)type1, (PyTypeObject *)type2)
-static CYTHON_INLINE int __Pyx_IsSubtype(PyTypeObject *a, PyTypeObject *b);
-static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a, PyTypeObject *b);
-#define __Pyx_PyAnySet_Check(obj)  __Pyx_TypeCheck2(obj, &PySet_Type, &PyFrozenSet_Type)
-#else
-#define __Pyx_TypeCheck(obj, type) PyObject_TypeCheck(obj, (PyTypeObject *)type)
-#define __Pyx_TypeCheck2(obj, type1, type2) (PyObject_TypeCheck(obj, (PyTypeObject *)type1) || PyObject_TypeCheck(obj, (PyTypeObject *)type2))
-#define __Pyx_PyAnySet_Check(obj)  PyAnySet_Check(obj)
-#endif
-
 /* PyTypeError_Check.proto */
 #define __Pyx_PyExc_TypeError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_TypeError)
 
@@ -3287,68 +3373,6 @@ static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStr(PyObject* obj, PyObject
 
 /* JoinPyUnicode.export */
 static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count, Py_ssize_t result_ulength, int kind);
-
-/* PyObjectCall.proto (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw);
-#else
-#define __Pyx_PyObject_Call(func, arg, kw) PyObject_Call(func, arg, kw)
-#endif
-
-/* PyObjectCallMethO.proto (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg);
-#endif
-
-/* PyObjectFastCall.proto */
-#define __Pyx_PyObject_FastCall(func, args, nargs)  __Pyx_PyObject_FastCallDict(func, args, (size_t)(nargs), NULL)
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject * const*args, size_t nargsf, PyObject *kwargs);
-
-/* PyThreadStateGet.proto (used by PyErrFetchRestore) */
-#if CYTHON_FAST_THREAD_STATE
-#define __Pyx_PyThreadState_declare  PyThreadState *__pyx_tstate;
-#define __Pyx_PyThreadState_assign  __pyx_tstate = __Pyx_PyThreadState_Current;
-#if PY_VERSION_HEX >= 0x030C00A6
-#define __Pyx_PyErr_Occurred()  (__pyx_tstate->current_exception != NULL)
-#define __Pyx_PyErr_CurrentExceptionType()  (__pyx_tstate->current_exception ? (PyObject*) Py_TYPE(__pyx_tstate->current_exception) : (PyObject*) NULL)
-#else
-#define __Pyx_PyErr_Occurred()  (__pyx_tstate->curexc_type != NULL)
-#define __Pyx_PyErr_CurrentExceptionType()  (__pyx_tstate->curexc_type)
-#endif
-#else
-#define __Pyx_PyThreadState_declare
-#define __Pyx_PyThreadState_assign
-#define __Pyx_PyErr_Occurred()  (PyErr_Occurred() != NULL)
-#define __Pyx_PyErr_CurrentExceptionType()  PyErr_Occurred()
-#endif
-
-/* PyErrFetchRestore.proto (used by RaiseException) */
-#if CYTHON_FAST_THREAD_STATE
-#define __Pyx_PyErr_Clear() __Pyx_ErrRestore(NULL, NULL, NULL)
-#define __Pyx_ErrRestoreWithState(type, value, tb)  __Pyx_ErrRestoreInState(PyThreadState_GET(), type, value, tb)
-#define __Pyx_ErrFetchWithState(type, value, tb)    __Pyx_ErrFetchInState(PyThreadState_GET(), type, value, tb)
-#define __Pyx_ErrRestore(type, value, tb)  __Pyx_ErrRestoreInState(__pyx_tstate, type, value, tb)
-#define __Pyx_ErrFetch(type, value, tb)    __Pyx_ErrFetchInState(__pyx_tstate, type, value, tb)
-static CYTHON_INLINE void __Pyx_ErrRestoreInState(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb);
-static CYTHON_INLINE void __Pyx_ErrFetchInState(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb);
-#if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX < 0x030C00A6
-#define __Pyx_PyErr_SetNone(exc) (Py_INCREF(exc), __Pyx_ErrRestore((exc), NULL, NULL))
-#else
-#define __Pyx_PyErr_SetNone(exc) PyErr_SetNone(exc)
-#endif
-#else
-#define __Pyx_PyErr_Clear() PyErr_Clear()
-#define __Pyx_PyErr_SetNone(exc) PyErr_SetNone(exc)
-#define __Pyx_ErrRestoreWithState(type, value, tb)  PyErr_Restore(type, value, tb)
-#define __Pyx_ErrFetchWithState(type, value, tb)  PyErr_Fetch(type, value, tb)
-#define __Pyx_ErrRestoreInState(tstate, type, value, tb)  PyErr_Restore(type, value, tb)
-#define __Pyx_ErrFetchInState(tstate, type, value, tb)  PyErr_Fetch(type, value, tb)
-#define __Pyx_ErrRestore(type, value, tb)  PyErr_Restore(type, value, tb)
-#define __Pyx_ErrFetch(type, value, tb)  PyErr_Fetch(type, value, tb)
-#endif
-
-/* RaiseException.export */
-static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
 
 /* RaiseArgTupleInvalid.export */
 static void __Pyx_RaiseArgtupleInvalid(const char* func_name, int exact,
@@ -3577,13 +3601,6 @@ static CYTHON_INLINE void __Pyx__ExceptionReset(PyThreadState *tstate, PyObject 
 static int __Pyx__GetException(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb);
 #else
 static int __Pyx_GetException(PyObject **type, PyObject **value, PyObject **tb);
-#endif
-
-/* PyObjectFastCallMethod.proto */
-#if CYTHON_VECTORCALL
-#define __Pyx_PyObject_FastCallMethod(name, args, nargsf) PyObject_VectorcallMethod(name, args, nargsf, NULL)
-#else
-static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf);
 #endif
 
 /* HasAttr.proto (used by ImportImpl) */
@@ -4148,13 +4165,17 @@ static int __Pyx_State_RemoveModule(void*);
 #define __PYX_ABI_MODULE_NAME "_cython_" CYTHON_ABI
 #define __PYX_TYPE_MODULE_PREFIX __PYX_ABI_MODULE_NAME "."
 
+static PyObject *__pyx_f_7ivshmem_7channel_5views_8Received_not_made(struct __pyx_obj_7ivshmem_7channel_5views_Received *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_5views_8Received_enter(struct __pyx_obj_7ivshmem_7channel_5views_Received *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_5views_8Received_check_exports(struct __pyx_obj_7ivshmem_7channel_5views_Received *__pyx_v_self); /* proto*/
+static PyObject *__pyx_f_7ivshmem_7channel_5views_8Received_type_in_place(struct __pyx_obj_7ivshmem_7channel_5views_Received *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_5views_4View_abandon(struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_v_self); /* proto*/
 
 /* Module declarations from "libc.stdint" */
 
 /* Module declarations from "ivshmem.channel.header" */
+
+/* Module declarations from "cpython.buffer" */
 
 /* Module declarations from "libc.string" */
 
@@ -4173,6 +4194,7 @@ static int __pyx_f_7ivshmem_7channel_5views_4View_abandon(struct __pyx_obj_7ivsh
 /* Module declarations from "ivshmem.native.syscalls" */
 
 /* Module declarations from "ivshmem.native.descriptors" */
+static CYTHON_INLINE double __pyx_f_7ivshmem_6native_11descriptors_seconds_of(PyObject *); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(int64_t); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uint64_t); /*proto*/
@@ -4191,10 +4213,12 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
 
 /* Module declarations from "ivshmem.channel.roles" */
 static uint64_t (*__pyx_f_7ivshmem_7channel_5roles_microseconds)(void); /*proto*/
+static int (*__pyx_f_7ivshmem_7channel_5roles_check_in_place)(PyObject *, PyObject *); /*proto*/
+static int (*__pyx_f_7ivshmem_7channel_5roles_take_typed)(PyObject *, PyObject *, PyObject *, Py_buffer *); /*proto*/
+static int (*__pyx_f_7ivshmem_7channel_5roles_take_without_objects)(PyObject *, Py_buffer *, int); /*proto*/
+static CYTHON_INLINE int __pyx_f_7ivshmem_7channel_5roles_take_buffer(PyObject *, Py_buffer *, int); /*proto*/
 
 /* Module declarations from "cython" */
-
-/* Module declarations from "cpython.buffer" */
 
 /* Module declarations from "cpython.bytes" */
 
@@ -4218,20 +4242,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_8position___get__(s
 static int __pyx_pf_7ivshmem_7channel_5views_8Received_4__getbuffer__(struct __pyx_obj_7ivshmem_7channel_5views_Received *__pyx_v_self, Py_buffer *__pyx_v_view, int __pyx_v_flags); /* proto */
 static void __pyx_pf_7ivshmem_7channel_5views_8Received_6__releasebuffer__(struct __pyx_obj_7ivshmem_7channel_5views_Received *__pyx_v_self, CYTHON_UNUSED Py_buffer *__pyx_v_view); /* proto */
 static Py_ssize_t __pyx_pf_7ivshmem_7channel_5views_8Received_8__len__(struct __pyx_obj_7ivshmem_7channel_5views_Received *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_4time___get__(struct __pyx_obj_7ivshmem_7channel_5views_Received *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_6offset___get__(struct __pyx_obj_7ivshmem_7channel_5views_Received *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_5array___get__(struct __pyx_obj_7ivshmem_7channel_5views_Received *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_19__array_interface_____get__(struct __pyx_obj_7ivshmem_7channel_5views_Received *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_10__dlpack__(struct __pyx_obj_7ivshmem_7channel_5views_Received *__pyx_v_self, PyObject *__pyx_v_options); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_12__dlpack_device__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_5views_Received *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4lost___get__(struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4time___get__(struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6offset___get__(struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View___bytes__(struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_5array___get__(struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_19__array_interface_____get__(struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_2__dlpack__(struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_v_self, PyObject *__pyx_v_options); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4__dlpack_device__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6check(struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_8release(struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_10__enter__(struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_12__exit__(struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_v_self, PyObject *__pyx_v_kind, CYTHON_UNUSED PyObject *__pyx_v_error); /* proto */
-static void __pyx_pf_7ivshmem_7channel_5views_4View_14__del__(struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_16__repr__(struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_2check(struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4release(struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6__enter__(struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_8__exit__(struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_v_self, PyObject *__pyx_v_kind, CYTHON_UNUSED PyObject *__pyx_v_error); /* proto */
+static void __pyx_pf_7ivshmem_7channel_5views_4View_10__del__(struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_12__repr__(struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_v_self); /* proto */
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_5views_Received(PyObject *o, PyObject *a, PyObject *k); /*proto*/
 static PyObject *__pyx_tp_new_7ivshmem_7channel_5views_Received(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_5views_View(PyObject *o, PyObject *a, PyObject *k); /*proto*/
@@ -4288,7 +4312,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[1];
     PyObject *__pyx_codeobj_tab[8];
-    PyObject *__pyx_string_tab[94];
+    PyObject *__pyx_string_tab[95];
     PyObject *__pyx_number_tab[3];
 /* #### Code section: module_state_contents ### */
 /* CommonTypesMetaclass.module_state_decls */
@@ -4348,25 +4372,25 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u__3 __pyx_string_tab[12]
 #define __pyx_kp_u_None __pyx_string_tab[13]
 #define __pyx_kp_u_a __pyx_string_tab[14]
-#define __pyx_kp_u_a_View_is_made_by_Reader_view __pyx_string_tab[15]
-#define __pyx_kp_u_channel __pyx_string_tab[16]
-#define __pyx_kp_u_disable __pyx_string_tab[17]
-#define __pyx_kp_u_enable __pyx_string_tab[18]
-#define __pyx_kp_u_gc __pyx_string_tab[19]
-#define __pyx_kp_u_isenabled __pyx_string_tab[20]
-#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[21]
-#define __pyx_kp_u_ivshmem_text __pyx_string_tab[22]
-#define __pyx_kp_u_ivshmem_channel_views_pyx __pyx_string_tab[23]
-#define __pyx_kp_u_the __pyx_string_tab[24]
+#define __pyx_kp_u_channel __pyx_string_tab[15]
+#define __pyx_kp_u_disable __pyx_string_tab[16]
+#define __pyx_kp_u_enable __pyx_string_tab[17]
+#define __pyx_kp_u_gc __pyx_string_tab[18]
+#define __pyx_kp_u_isenabled __pyx_string_tab[19]
+#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[20]
+#define __pyx_kp_u_ivshmem_text __pyx_string_tab[21]
+#define __pyx_kp_u_ivshmem_channel_views_pyx __pyx_string_tab[22]
+#define __pyx_kp_u_the __pyx_string_tab[23]
+#define __pyx_kp_u_timeout_is_not_a_number __pyx_string_tab[24]
 #define __pyx_kp_u_u1 __pyx_string_tab[25]
 #define __pyx_n_u_ClosedError __pyx_string_tab[26]
 #define __pyx_n_u_Overtaken __pyx_string_tab[27]
 #define __pyx_n_u_Received __pyx_string_tab[28]
-#define __pyx_n_u_Received___reduce __pyx_string_tab[29]
-#define __pyx_n_u_View __pyx_string_tab[30]
-#define __pyx_n_u_View___bytes __pyx_string_tab[31]
-#define __pyx_n_u_View___dlpack __pyx_string_tab[32]
-#define __pyx_n_u_View___dlpack_device __pyx_string_tab[33]
+#define __pyx_n_u_Received___dlpack __pyx_string_tab[29]
+#define __pyx_n_u_Received___dlpack_device __pyx_string_tab[30]
+#define __pyx_n_u_Received___reduce __pyx_string_tab[31]
+#define __pyx_n_u_View __pyx_string_tab[32]
+#define __pyx_n_u_View___bytes __pyx_string_tab[33]
 #define __pyx_n_u_View___enter __pyx_string_tab[34]
 #define __pyx_n_u_View___exit __pyx_string_tab[35]
 #define __pyx_n_u_View_check __pyx_string_tab[36]
@@ -4395,38 +4419,39 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_cline_in_traceback __pyx_string_tab[59]
 #define __pyx_n_u_counted __pyx_string_tab[60]
 #define __pyx_n_u_data __pyx_string_tab[61]
-#define __pyx_n_u_error __pyx_string_tab[62]
-#define __pyx_n_u_errors __pyx_string_tab[63]
-#define __pyx_n_u_frombuffer __pyx_string_tab[64]
-#define __pyx_n_u_interface __pyx_string_tab[65]
-#define __pyx_n_u_into __pyx_string_tab[66]
-#define __pyx_n_u_items __pyx_string_tab[67]
-#define __pyx_n_u_ivshmem_channel_views __pyx_string_tab[68]
-#define __pyx_n_u_kind __pyx_string_tab[69]
-#define __pyx_n_u_memoryview __pyx_string_tab[70]
-#define __pyx_n_u_numpy __pyx_string_tab[71]
-#define __pyx_n_u_options __pyx_string_tab[72]
-#define __pyx_n_u_pop __pyx_string_tab[73]
-#define __pyx_n_u_release __pyx_string_tab[74]
-#define __pyx_n_u_self __pyx_string_tab[75]
-#define __pyx_n_u_setdefault __pyx_string_tab[76]
-#define __pyx_n_u_shape __pyx_string_tab[77]
-#define __pyx_n_u_start __pyx_string_tab[78]
-#define __pyx_n_u_text __pyx_string_tab[79]
-#define __pyx_n_u_typestr __pyx_string_tab[80]
-#define __pyx_n_u_uint8 __pyx_string_tab[81]
-#define __pyx_n_u_values __pyx_string_tab[82]
-#define __pyx_n_u_version __pyx_string_tab[83]
-#define __pyx_kp_b_struct___pyx_obj_7ivshmem_7chann __pyx_string_tab[84]
-#define __pyx_kp_b_uint64_t_void_microseconds __pyx_string_tab[85]
-#define __pyx_kp_b_iso88591_A_5_1_Q __pyx_string_tab[86]
-#define __pyx_kp_b_iso88591_A_iq_Qe1 __pyx_string_tab[87]
-#define __pyx_kp_b_iso88591_A_q __pyx_string_tab[88]
-#define __pyx_kp_b_iso88591_A_t6_Cq __pyx_string_tab[89]
-#define __pyx_kp_b_iso88591_A_1 __pyx_string_tab[90]
-#define __pyx_kp_b_iso88591_A_T_t4_d_D_vQ_G_gQ_M_aq_G_Qd_TWW __pyx_string_tab[91]
-#define __pyx_kp_b_iso88591_A_F_t81_Qat_Q_G_hd_d_gWBd_RS_AV7 __pyx_string_tab[92]
-#define __pyx_kp_b_iso88591_A_4t1_N_a __pyx_string_tab[93]
+#define __pyx_n_u_encode __pyx_string_tab[62]
+#define __pyx_n_u_error __pyx_string_tab[63]
+#define __pyx_n_u_errors __pyx_string_tab[64]
+#define __pyx_n_u_frombuffer __pyx_string_tab[65]
+#define __pyx_n_u_interface __pyx_string_tab[66]
+#define __pyx_n_u_into __pyx_string_tab[67]
+#define __pyx_n_u_items __pyx_string_tab[68]
+#define __pyx_n_u_ivshmem_channel_views __pyx_string_tab[69]
+#define __pyx_n_u_kind __pyx_string_tab[70]
+#define __pyx_n_u_memoryview __pyx_string_tab[71]
+#define __pyx_n_u_numpy __pyx_string_tab[72]
+#define __pyx_n_u_options __pyx_string_tab[73]
+#define __pyx_n_u_pop __pyx_string_tab[74]
+#define __pyx_n_u_release __pyx_string_tab[75]
+#define __pyx_n_u_self __pyx_string_tab[76]
+#define __pyx_n_u_setdefault __pyx_string_tab[77]
+#define __pyx_n_u_shape __pyx_string_tab[78]
+#define __pyx_n_u_start __pyx_string_tab[79]
+#define __pyx_n_u_text __pyx_string_tab[80]
+#define __pyx_n_u_typestr __pyx_string_tab[81]
+#define __pyx_n_u_uint8 __pyx_string_tab[82]
+#define __pyx_n_u_values __pyx_string_tab[83]
+#define __pyx_n_u_version __pyx_string_tab[84]
+#define __pyx_kp_b_int_PyObject_PyObject_int_PyObje __pyx_string_tab[85]
+#define __pyx_kp_b_struct___pyx_obj_7ivshmem_7chann __pyx_string_tab[86]
+#define __pyx_kp_b_iso88591_A_5_1_Q __pyx_string_tab[87]
+#define __pyx_kp_b_iso88591_A_iq_Qe1 __pyx_string_tab[88]
+#define __pyx_kp_b_iso88591_A_q __pyx_string_tab[89]
+#define __pyx_kp_b_iso88591_A_t6_Cq __pyx_string_tab[90]
+#define __pyx_kp_b_iso88591_A_1 __pyx_string_tab[91]
+#define __pyx_kp_b_iso88591_A_T_t4_d_D_vQ_G_gQ_M_aq_G_Qd_TWW __pyx_string_tab[92]
+#define __pyx_kp_b_iso88591_A_F_t81_Qat_Q_G_hd_d_gWBd_RS_AV7 __pyx_string_tab[93]
+#define __pyx_kp_b_iso88591_A_4t1_N_a __pyx_string_tab[94]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_1 __pyx_number_tab[1]
 #define __pyx_int_3 __pyx_number_tab[2]
@@ -4473,7 +4498,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<1; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
   for (int i=0; i<8; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<94; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<95; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -4526,7 +4551,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<1; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
   for (int i=0; i<8; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<94; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<95; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -4544,6 +4569,203 @@ return 0;
 /* "native/descriptors.pxd":28
  * 
  * 
+ * cdef inline double seconds_of(object timeout) except? -1:             # <<<<<<<<<<<<<<
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+*/
+
+static CYTHON_INLINE double __pyx_f_7ivshmem_6native_11descriptors_seconds_of(PyObject *__pyx_v_timeout) {
+  double __pyx_v_seconds;
+  double __pyx_r;
+  __Pyx_RefNannyDeclarations
+  double __pyx_t_1;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  size_t __pyx_t_5;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("seconds_of", 0);
+
+  /* "native/descriptors.pxd":30
+ * cdef inline double seconds_of(object timeout) except? -1:
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout             # <<<<<<<<<<<<<<
+ *     if seconds != seconds:
+ *         raise ValueError("timeout is not a number")
+*/
+  __pyx_t_1 = __Pyx_PyFloat_AsDouble(__pyx_v_timeout); if (unlikely((__pyx_t_1 == (double)-1) && PyErr_Occurred())) __PYX_ERR(1, 30, __pyx_L1_error)
+  __pyx_v_seconds = __pyx_t_1;
+
+  /* "native/descriptors.pxd":31
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+ *     if seconds != seconds:             # <<<<<<<<<<<<<<
+ *         raise ValueError("timeout is not a number")
+ *     return seconds
+*/
+  __pyx_t_2 = (__pyx_v_seconds != __pyx_v_seconds);
+
+  if (unlikely(__pyx_t_2)) {
+
+
+    /* "native/descriptors.pxd":32
+ *     cdef double seconds = timeout
+ *     if seconds != seconds:
+ *         raise ValueError("timeout is not a number")             # <<<<<<<<<<<<<<
+ *     return seconds
+ * 
+*/
+    __pyx_t_4 = NULL;
+    __pyx_t_5 = 1;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_timeout_is_not_a_number};
+      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 32, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_3);
+    }
+    __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __PYX_ERR(1, 32, __pyx_L1_error)
+
+    /* "native/descriptors.pxd":31
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+ *     if seconds != seconds:             # <<<<<<<<<<<<<<
+ *         raise ValueError("timeout is not a number")
+ *     return seconds
+*/
+  }
+
+  /* "native/descriptors.pxd":33
+ *     if seconds != seconds:
+ *         raise ValueError("timeout is not a number")
+ *     return seconds             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = __pyx_v_seconds;
+  }
+  goto __pyx_L0;
+
+  /* "native/descriptors.pxd":28
+ * 
+ * 
+ * cdef inline double seconds_of(object timeout) except? -1:             # <<<<<<<<<<<<<<
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.seconds_of", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1.0;
+  __pyx_L0:;
+
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "native/descriptors.pxd":36
+ * 
+ * 
+ * cdef inline int check_timeout(object timeout) except -1:             # <<<<<<<<<<<<<<
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+*/
+
+static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_check_timeout(PyObject *__pyx_v_timeout) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  double __pyx_t_3;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "native/descriptors.pxd":38
+ * cdef inline int check_timeout(object timeout) except -1:
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns             # <<<<<<<<<<<<<<
+ *         seconds_of(timeout)
+ *     return 0
+*/
+  __pyx_t_2 = (__pyx_v_timeout != Py_None);
+  if (__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = (((PyObject *)Py_TYPE(__pyx_v_timeout)) != ((PyObject *)(&PyLong_Type)));
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L4_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "native/descriptors.pxd":39
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+ *         seconds_of(timeout)             # <<<<<<<<<<<<<<
+ *     return 0
+ * 
+*/
+    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_seconds_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((double)-1.0) && PyErr_Occurred())) __PYX_ERR(1, 39, __pyx_L1_error)
+
+
+    /* "native/descriptors.pxd":38
+ * cdef inline int check_timeout(object timeout) except -1:
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns             # <<<<<<<<<<<<<<
+ *         seconds_of(timeout)
+ *     return 0
+*/
+  }
+
+  /* "native/descriptors.pxd":40
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+ *         seconds_of(timeout)
+ *     return 0             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "native/descriptors.pxd":36
+ * 
+ * 
+ * cdef inline int check_timeout(object timeout) except -1:             # <<<<<<<<<<<<<<
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.native.descriptors.check_timeout", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "native/descriptors.pxd":43
+ * 
+ * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
@@ -4553,7 +4775,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   struct timespec __pyx_v_t;
   int64_t __pyx_r;
 
-  /* "native/descriptors.pxd":30
+  /* "native/descriptors.pxd":45
  * cdef inline int64_t now() noexcept nogil:
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)             # <<<<<<<<<<<<<<
@@ -4562,7 +4784,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
 */
   (void)(clock_gettime(CLOCK_MONOTONIC, (&__pyx_v_t)));
 
-  /* "native/descriptors.pxd":31
+  /* "native/descriptors.pxd":46
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
  *     return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec             # <<<<<<<<<<<<<<
@@ -4575,7 +4797,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":28
+  /* "native/descriptors.pxd":43
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4589,7 +4811,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":34
+/* "native/descriptors.pxd":49
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4606,7 +4828,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   int64_t __pyx_t_5;
   int __pyx_t_6;
 
-  /* "native/descriptors.pxd":36
+  /* "native/descriptors.pxd":51
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:
  *     """When they will be over; less than 0: never."""
  *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX             # <<<<<<<<<<<<<<
@@ -4643,7 +4865,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":34
+  /* "native/descriptors.pxd":49
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4656,7 +4878,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":39
+/* "native/descriptors.pxd":54
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4672,7 +4894,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   int64_t __pyx_t_3;
   int64_t __pyx_t_4;
 
-  /* "native/descriptors.pxd":42
+  /* "native/descriptors.pxd":57
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -4684,7 +4906,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   if (__pyx_t_1) {
 
 
-    /* "native/descriptors.pxd":43
+    /* "native/descriptors.pxd":58
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:
  *         return NULL             # <<<<<<<<<<<<<<
@@ -4697,7 +4919,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
     }
     goto __pyx_L0;
 
-    /* "native/descriptors.pxd":42
+    /* "native/descriptors.pxd":57
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -4706,7 +4928,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   }
 
-  /* "native/descriptors.pxd":44
+  /* "native/descriptors.pxd":59
  *     if deadline == INT64_MAX:
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)             # <<<<<<<<<<<<<<
@@ -4730,7 +4952,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   __pyx_v_nanoseconds = __pyx_t_4;
 
 
-  /* "native/descriptors.pxd":45
+  /* "native/descriptors.pxd":60
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000             # <<<<<<<<<<<<<<
@@ -4739,7 +4961,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   __pyx_v_left->tv_sec = __Pyx_div_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "native/descriptors.pxd":46
+  /* "native/descriptors.pxd":61
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000             # <<<<<<<<<<<<<<
@@ -4748,7 +4970,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   __pyx_v_left->tv_nsec = __Pyx_mod_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "native/descriptors.pxd":47
+  /* "native/descriptors.pxd":62
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000
  *     return left             # <<<<<<<<<<<<<<
@@ -4761,7 +4983,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":39
+  /* "native/descriptors.pxd":54
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4775,7 +4997,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":50
+/* "native/descriptors.pxd":65
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4790,7 +5012,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
   uint64_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "native/descriptors.pxd":52
+  /* "native/descriptors.pxd":67
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:
  *     """What was read from an eventfd; more than 2**63 - 1 rings are somebody's ill will."""
  *     return <int64_t>min(count, <uint64_t>INT64_MAX)             # <<<<<<<<<<<<<<
@@ -4818,7 +5040,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
 
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":50
+  /* "native/descriptors.pxd":65
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4831,7 +5053,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":55
+/* "native/descriptors.pxd":70
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4846,7 +5068,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
   int64_t __pyx_r;
   int __pyx_t_1;
 
-  /* "native/descriptors.pxd":61
+  /* "native/descriptors.pxd":76
  *     it since Linux 5.8, which is why that is the oldest kernel supported.
  *     """
  *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
@@ -4855,7 +5077,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_count = 0;
 
-  /* "native/descriptors.pxd":64
+  /* "native/descriptors.pxd":79
  *     cdef iovec iov
  *     cdef ssize_t n
  *     iov.iov_base = &count             # <<<<<<<<<<<<<<
@@ -4864,7 +5086,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_iov.iov_base = (&__pyx_v_count);
 
-  /* "native/descriptors.pxd":65
+  /* "native/descriptors.pxd":80
  *     cdef ssize_t n
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)             # <<<<<<<<<<<<<<
@@ -4873,7 +5095,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_count));
 
-  /* "native/descriptors.pxd":66
+  /* "native/descriptors.pxd":81
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)
  *     while True:             # <<<<<<<<<<<<<<
@@ -4882,7 +5104,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   while (1) {
 
-    /* "native/descriptors.pxd":67
+    /* "native/descriptors.pxd":82
  *     iov.iov_len = sizeof(count)
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)             # <<<<<<<<<<<<<<
@@ -4891,7 +5113,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     __pyx_v_n = preadv2(__pyx_v_fd, (&__pyx_v_iov), 1, -1L, RWF_NOWAIT);
 
-    /* "native/descriptors.pxd":68
+    /* "native/descriptors.pxd":83
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -4903,7 +5125,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "native/descriptors.pxd":69
+      /* "native/descriptors.pxd":84
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):
  *             return count_of(count)             # <<<<<<<<<<<<<<
@@ -4916,7 +5138,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "native/descriptors.pxd":68
+      /* "native/descriptors.pxd":83
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -4925,7 +5147,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "native/descriptors.pxd":70
+    /* "native/descriptors.pxd":85
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -4937,7 +5159,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "native/descriptors.pxd":71
+      /* "native/descriptors.pxd":86
  *             return count_of(count)
  *         if n >= 0:
  *             return -EINVAL  # no eventfd             # <<<<<<<<<<<<<<
@@ -4950,7 +5172,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "native/descriptors.pxd":70
+      /* "native/descriptors.pxd":85
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -4959,7 +5181,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "native/descriptors.pxd":72
+    /* "native/descriptors.pxd":87
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4971,7 +5193,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "native/descriptors.pxd":73
+      /* "native/descriptors.pxd":88
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:
  *             return 0             # <<<<<<<<<<<<<<
@@ -4984,7 +5206,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "native/descriptors.pxd":72
+      /* "native/descriptors.pxd":87
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4993,7 +5215,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "native/descriptors.pxd":74
+    /* "native/descriptors.pxd":89
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -5005,7 +5227,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "native/descriptors.pxd":75
+      /* "native/descriptors.pxd":90
  *             return 0
  *         if errno != EINTR:
  *             return -errno             # <<<<<<<<<<<<<<
@@ -5018,7 +5240,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "native/descriptors.pxd":74
+      /* "native/descriptors.pxd":89
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -5028,7 +5250,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     }
   }
 
-  /* "native/descriptors.pxd":55
+  /* "native/descriptors.pxd":70
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5045,7 +5267,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":78
+/* "native/descriptors.pxd":93
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5059,7 +5281,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "native/descriptors.pxd":80
+  /* "native/descriptors.pxd":95
  * cdef inline int add_one(int fd) noexcept nogil:
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1             # <<<<<<<<<<<<<<
@@ -5068,7 +5290,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 */
   __pyx_v_one = 1;
 
-  /* "native/descriptors.pxd":81
+  /* "native/descriptors.pxd":96
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5094,7 +5316,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   if (__pyx_t_1) {
 
 
-    /* "native/descriptors.pxd":82
+    /* "native/descriptors.pxd":97
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0             # <<<<<<<<<<<<<<
@@ -5107,7 +5329,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
     }
     goto __pyx_L0;
 
-    /* "native/descriptors.pxd":81
+    /* "native/descriptors.pxd":96
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5116,7 +5338,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 */
   }
 
-  /* "native/descriptors.pxd":83
+  /* "native/descriptors.pxd":98
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0
  *     return errno             # <<<<<<<<<<<<<<
@@ -5129,7 +5351,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":78
+  /* "native/descriptors.pxd":93
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5143,7 +5365,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":107
+/* "native/descriptors.pxd":122
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5154,7 +5376,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array) {
   Py_ssize_t __pyx_r;
 
-  /* "native/descriptors.pxd":109
+  /* "native/descriptors.pxd":124
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:
  *     """How many descriptors there are, also while another thread adds one."""
  *     return ivshmem_length(&array.count)             # <<<<<<<<<<<<<<
@@ -5167,7 +5389,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":107
+  /* "native/descriptors.pxd":122
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5180,7 +5402,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":112
+/* "native/descriptors.pxd":127
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5191,7 +5413,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
 static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array, Py_ssize_t __pyx_v_index) {
   int *__pyx_r;
 
-  /* "native/descriptors.pxd":114
+  /* "native/descriptors.pxd":129
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:
  *     """Where a descriptor stands, of as many as `length_of` told; it stays there."""
  *     return &ivshmem_elements(&array.fds)[index]             # <<<<<<<<<<<<<<
@@ -5204,7 +5426,7 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":112
+  /* "native/descriptors.pxd":127
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5274,11 +5496,281 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_core_begin_wait(struct __pyx_t_7ivs
   /* function exit code */
 }
 
-/* "ivshmem/channel/views.pyx":28
- *     """A message where it lies: a buffer that can be read."""
+/* "roles.pxd":23
+ * 
+ * 
+ * cdef inline int take_buffer(object data, Py_buffer *view, int flags) except -1:             # <<<<<<<<<<<<<<
+ *     """Get a buffer whose bytes are sent, or received into; none of Python objects."""
+ *     if type(data) is bytes or type(data) is bytearray:
+*/
+
+static CYTHON_INLINE int __pyx_f_7ivshmem_7channel_5roles_take_buffer(PyObject *__pyx_v_data, Py_buffer *__pyx_v_view, int __pyx_v_flags) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_t_3;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "roles.pxd":25
+ * cdef inline int take_buffer(object data, Py_buffer *view, int flags) except -1:
+ *     """Get a buffer whose bytes are sent, or received into; none of Python objects."""
+ *     if type(data) is bytes or type(data) is bytearray:             # <<<<<<<<<<<<<<
+ *         return PyObject_GetBuffer(data, view, flags)
+ *     return take_without_objects(data, view, flags)
+*/
+  __pyx_t_2 = (((PyObject *)Py_TYPE(__pyx_v_data)) == ((PyObject *)(&PyBytes_Type)));
+  if (!__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = (((PyObject *)Py_TYPE(__pyx_v_data)) == ((PyObject *)(&PyByteArray_Type)));
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L4_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "roles.pxd":26
+ *     """Get a buffer whose bytes are sent, or received into; none of Python objects."""
+ *     if type(data) is bytes or type(data) is bytearray:
+ *         return PyObject_GetBuffer(data, view, flags)             # <<<<<<<<<<<<<<
+ *     return take_without_objects(data, view, flags)
+ * 
+*/
+    __pyx_t_3 = PyObject_GetBuffer(__pyx_v_data, __pyx_v_view, __pyx_v_flags); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(2, 26, __pyx_L1_error)
+    {
+      __pyx_r = __pyx_t_3;
+    }
+    goto __pyx_L0;
+
+    /* "roles.pxd":25
+ * cdef inline int take_buffer(object data, Py_buffer *view, int flags) except -1:
+ *     """Get a buffer whose bytes are sent, or received into; none of Python objects."""
+ *     if type(data) is bytes or type(data) is bytearray:             # <<<<<<<<<<<<<<
+ *         return PyObject_GetBuffer(data, view, flags)
+ *     return take_without_objects(data, view, flags)
+*/
+  }
+
+  /* "roles.pxd":27
+ *     if type(data) is bytes or type(data) is bytearray:
+ *         return PyObject_GetBuffer(data, view, flags)
+ *     return take_without_objects(data, view, flags)             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_5roles_take_without_objects(__pyx_v_data, __pyx_v_view, __pyx_v_flags); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(2, 27, __pyx_L1_error)
+  {
+    __pyx_r = __pyx_t_3;
+  }
+  goto __pyx_L0;
+
+  /* "roles.pxd":23
+ * 
+ * 
+ * cdef inline int take_buffer(object data, Py_buffer *view, int flags) except -1:             # <<<<<<<<<<<<<<
+ *     """Get a buffer whose bytes are sent, or received into; none of Python objects."""
+ *     if type(data) is bytes or type(data) is bytearray:
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.roles.take_buffer", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "roles.pxd":30
+ * 
+ * 
+ * cdef inline int take_payload(object message_type, object data, Py_buffer *view) except -1:             # <<<<<<<<<<<<<<
+ *     """Get the bytes of what is to be sent, as the channel's type makes them."""
+ *     if message_type is None:
+*/
+
+static CYTHON_INLINE int __pyx_f_7ivshmem_7channel_5roles_take_payload(PyObject *__pyx_v_message_type, PyObject *__pyx_v_data, Py_buffer *__pyx_v_view) {
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  size_t __pyx_t_5;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("take_payload", 0);
+
+  /* "roles.pxd":32
+ * cdef inline int take_payload(object message_type, object data, Py_buffer *view) except -1:
+ *     """Get the bytes of what is to be sent, as the channel's type makes them."""
+ *     if message_type is None:             # <<<<<<<<<<<<<<
+ *         return take_buffer(data, view, PyBUF_SIMPLE)
+ *     return PyObject_GetBuffer(message_type.encode(data), view, PyBUF_SIMPLE)
+*/
+  __pyx_t_1 = (__pyx_v_message_type == Py_None);
+  if (__pyx_t_1) {
+
+
+    /* "roles.pxd":33
+ *     """Get the bytes of what is to be sent, as the channel's type makes them."""
+ *     if message_type is None:
+ *         return take_buffer(data, view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
+ *     return PyObject_GetBuffer(message_type.encode(data), view, PyBUF_SIMPLE)
+ * 
+*/
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_take_buffer(__pyx_v_data, __pyx_v_view, PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(2, 33, __pyx_L1_error)
+    {
+      __pyx_r = __pyx_t_2;
+    }
+    goto __pyx_L0;
+
+    /* "roles.pxd":32
+ * cdef inline int take_payload(object message_type, object data, Py_buffer *view) except -1:
+ *     """Get the bytes of what is to be sent, as the channel's type makes them."""
+ *     if message_type is None:             # <<<<<<<<<<<<<<
+ *         return take_buffer(data, view, PyBUF_SIMPLE)
+ *     return PyObject_GetBuffer(message_type.encode(data), view, PyBUF_SIMPLE)
+*/
+  }
+
+  /* "roles.pxd":34
+ *     if message_type is None:
+ *         return take_buffer(data, view, PyBUF_SIMPLE)
+ *     return PyObject_GetBuffer(message_type.encode(data), view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  __pyx_t_4 = __pyx_v_message_type;
+  __Pyx_INCREF(__pyx_t_4);
+  __pyx_t_5 = 0;
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_v_data};
+    __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_encode, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(2, 34, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
+  }
+  __pyx_t_2 = PyObject_GetBuffer(__pyx_t_3, __pyx_v_view, PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(2, 34, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+  {
+    __pyx_r = __pyx_t_2;
+  }
+  goto __pyx_L0;
+
+  /* "roles.pxd":30
+ * 
+ * 
+ * cdef inline int take_payload(object message_type, object data, Py_buffer *view) except -1:             # <<<<<<<<<<<<<<
+ *     """Get the bytes of what is to be sent, as the channel's type makes them."""
+ *     if message_type is None:
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_AddTraceback("ivshmem.channel.roles.take_payload", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "roles.pxd":37
+ * 
+ * 
+ * cdef inline int take_target(             # <<<<<<<<<<<<<<
+ *     object message_type, str name, object buffer, Py_buffer *view
+ * ) except -1:
+*/
+
+static CYTHON_INLINE int __pyx_f_7ivshmem_7channel_5roles_take_target(PyObject *__pyx_v_message_type, PyObject *__pyx_v_name, PyObject *__pyx_v_buffer, Py_buffer *__pyx_v_view) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "roles.pxd":41
+ * ) except -1:
+ *     """Get a buffer that messages are received into: of bytes, or of the type's dtype."""
+ *     if message_type is None:             # <<<<<<<<<<<<<<
+ *         return take_buffer(buffer, view, PyBUF_WRITABLE)
+ *     return take_typed(message_type, name, buffer, view)
+*/
+  __pyx_t_1 = (__pyx_v_message_type == Py_None);
+  if (__pyx_t_1) {
+
+
+    /* "roles.pxd":42
+ *     """Get a buffer that messages are received into: of bytes, or of the type's dtype."""
+ *     if message_type is None:
+ *         return take_buffer(buffer, view, PyBUF_WRITABLE)             # <<<<<<<<<<<<<<
+ *     return take_typed(message_type, name, buffer, view)
+ * 
+*/
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_take_buffer(__pyx_v_buffer, __pyx_v_view, PyBUF_WRITABLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(2, 42, __pyx_L1_error)
+    {
+      __pyx_r = __pyx_t_2;
+    }
+    goto __pyx_L0;
+
+    /* "roles.pxd":41
+ * ) except -1:
+ *     """Get a buffer that messages are received into: of bytes, or of the type's dtype."""
+ *     if message_type is None:             # <<<<<<<<<<<<<<
+ *         return take_buffer(buffer, view, PyBUF_WRITABLE)
+ *     return take_typed(message_type, name, buffer, view)
+*/
+  }
+
+  /* "roles.pxd":43
+ *     if message_type is None:
+ *         return take_buffer(buffer, view, PyBUF_WRITABLE)
+ *     return take_typed(message_type, name, buffer, view)             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_take_typed(__pyx_v_message_type, __pyx_v_name, __pyx_v_buffer, __pyx_v_view); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(2, 43, __pyx_L1_error)
+  {
+    __pyx_r = __pyx_t_2;
+  }
+  goto __pyx_L0;
+
+  /* "roles.pxd":37
+ * 
+ * 
+ * cdef inline int take_target(             # <<<<<<<<<<<<<<
+ *     object message_type, str name, object buffer, Py_buffer *view
+ * ) except -1:
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.roles.take_target", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/views.pyx":35
+ *     """
  * 
  *     def __init__(self, *_, **__):             # <<<<<<<<<<<<<<
- *         raise TypeError(f"a {type(self).__name__} is made by the end of a channel")
+ *         raise self.not_made()
  * 
 */
 
@@ -5318,6 +5810,54 @@ static int __pyx_pf_7ivshmem_7channel_5views_8Received___init__(struct __pyx_obj
   int __pyx_r;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__init__", 0);
+
+  /* "ivshmem/channel/views.pyx":36
+ * 
+ *     def __init__(self, *_, **__):
+ *         raise self.not_made()             # <<<<<<<<<<<<<<
+ * 
+ *     cdef object not_made(self):
+*/
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5views_Received *)__pyx_v_self->__pyx_vtab)->not_made(__pyx_v_self); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 36, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __Pyx_Raise(__pyx_t_1, 0, 0, 0);
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __PYX_ERR(0, 36, __pyx_L1_error)
+
+  /* "ivshmem/channel/views.pyx":35
+ *     """
+ * 
+ *     def __init__(self, *_, **__):             # <<<<<<<<<<<<<<
+ *         raise self.not_made()
+ * 
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_AddTraceback("ivshmem.channel.views.Received.__init__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/views.pyx":38
+ *         raise self.not_made()
+ * 
+ *     cdef object not_made(self):             # <<<<<<<<<<<<<<
+ *         return TypeError(f"a {type(self).__name__} is made by the end of a channel")
+ * 
+*/
+
+static PyObject *__pyx_f_7ivshmem_7channel_5views_8Received_not_made(struct __pyx_obj_7ivshmem_7channel_5views_Received *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
   PyObject *__pyx_t_2 = NULL;
   PyObject *__pyx_t_3 = NULL;
   PyObject *__pyx_t_4 = NULL;
@@ -5328,19 +5868,19 @@ static int __pyx_pf_7ivshmem_7channel_5views_8Received___init__(struct __pyx_obj
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("__init__", 0);
+  __Pyx_RefNannySetupContext("not_made", 0);
 
-  /* "ivshmem/channel/views.pyx":29
+  /* "ivshmem/channel/views.pyx":39
  * 
- *     def __init__(self, *_, **__):
- *         raise TypeError(f"a {type(self).__name__} is made by the end of a channel")             # <<<<<<<<<<<<<<
+ *     cdef object not_made(self):
+ *         return TypeError(f"a {type(self).__name__} is made by the end of a channel")             # <<<<<<<<<<<<<<
  * 
  *     def __reduce__(self):
 */
   __pyx_t_2 = NULL;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 29, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 39, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 29, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 39, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_a;
@@ -5355,7 +5895,7 @@ static int __pyx_pf_7ivshmem_7channel_5views_8Received___init__(struct __pyx_obj
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
   #endif
   __pyx_t_3 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 29, __pyx_L1_error)
+  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 39, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __pyx_t_8 = 1;
@@ -5364,18 +5904,25 @@ static int __pyx_pf_7ivshmem_7channel_5views_8Received___init__(struct __pyx_obj
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 29, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 39, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __Pyx_Raise(__pyx_t_1, 0, 0, 0);
-  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 29, __pyx_L1_error)
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_1;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_1 = 0;
+  goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":28
- *     """A message where it lies: a buffer that can be read."""
+  /* "ivshmem/channel/views.pyx":38
+ *         raise self.not_made()
  * 
- *     def __init__(self, *_, **__):             # <<<<<<<<<<<<<<
- *         raise TypeError(f"a {type(self).__name__} is made by the end of a channel")
+ *     cdef object not_made(self):             # <<<<<<<<<<<<<<
+ *         return TypeError(f"a {type(self).__name__} is made by the end of a channel")
  * 
 */
 
@@ -5385,15 +5932,16 @@ static int __pyx_pf_7ivshmem_7channel_5views_8Received___init__(struct __pyx_obj
   __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_AddTraceback("ivshmem.channel.views.Received.__init__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = -1;
-
+  __Pyx_AddTraceback("ivshmem.channel.views.Received.not_made", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = 0;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":31
- *         raise TypeError(f"a {type(self).__name__} is made by the end of a channel")
+/* "ivshmem/channel/views.pyx":41
+ *         return TypeError(f"a {type(self).__name__} is made by the end of a channel")
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
  *         raise TypeError(
@@ -5459,7 +6007,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_2__reduce__(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__reduce__", 0);
 
-  /* "ivshmem/channel/views.pyx":32
+  /* "ivshmem/channel/views.pyx":42
  * 
  *     def __reduce__(self):
  *         raise TypeError(             # <<<<<<<<<<<<<<
@@ -5468,16 +6016,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_2__reduce__(struct 
 */
   __pyx_t_2 = NULL;
 
-  /* "ivshmem/channel/views.pyx":33
+  /* "ivshmem/channel/views.pyx":43
  *     def __reduce__(self):
  *         raise TypeError(
  *             f"a {type(self).__name__} cannot be copied or pickled: `bytes()` makes a copy"             # <<<<<<<<<<<<<<
  *         )
  * 
 */
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 33, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 43, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 33, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 43, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_a;
@@ -5492,7 +6040,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_2__reduce__(struct 
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
   #endif
   __pyx_t_3 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 33, __pyx_L1_error)
+  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 43, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __pyx_t_8 = 1;
@@ -5501,15 +6049,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_2__reduce__(struct 
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 32, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 42, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 32, __pyx_L1_error)
+  __PYX_ERR(0, 42, __pyx_L1_error)
 
-  /* "ivshmem/channel/views.pyx":31
- *         raise TypeError(f"a {type(self).__name__} is made by the end of a channel")
+  /* "ivshmem/channel/views.pyx":41
+ *         return TypeError(f"a {type(self).__name__} is made by the end of a channel")
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
  *         raise TypeError(
@@ -5529,7 +6077,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_2__reduce__(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":36
+/* "ivshmem/channel/views.pyx":46
  *         )
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -5561,14 +6109,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_4size___get__(struc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/views.pyx":38
+  /* "ivshmem/channel/views.pyx":48
  *     @property
  *     def size(self):
  *         return self.message.length             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->message.length); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 38, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->message.length); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 48, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -5581,7 +6129,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_4size___get__(struc
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":36
+  /* "ivshmem/channel/views.pyx":46
  *         )
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -5600,7 +6148,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_4size___get__(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":40
+/* "ivshmem/channel/views.pyx":50
  *         return self.message.length
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -5632,14 +6180,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_6writer___get__(str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/views.pyx":42
+  /* "ivshmem/channel/views.pyx":52
  *     @property
  *     def writer(self):
  *         return self.message.writer             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = __Pyx_PyLong_From_unsigned_int(__pyx_v_self->message.writer); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 42, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_unsigned_int(__pyx_v_self->message.writer); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 52, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -5652,7 +6200,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_6writer___get__(str
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":40
+  /* "ivshmem/channel/views.pyx":50
  *         return self.message.length
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -5671,7 +6219,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_6writer___get__(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":44
+/* "ivshmem/channel/views.pyx":54
  *         return self.message.writer
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -5703,14 +6251,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_8position___get__(s
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/views.pyx":46
+  /* "ivshmem/channel/views.pyx":56
  *     @property
  *     def position(self):
  *         return self.message.position             # <<<<<<<<<<<<<<
  * 
  *     cdef int enter(self) except -1:
 */
-  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->message.position); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 46, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->message.position); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 56, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -5723,7 +6271,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_8position___get__(s
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":44
+  /* "ivshmem/channel/views.pyx":54
  *         return self.message.writer
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -5742,7 +6290,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_8position___get__(s
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":48
+/* "ivshmem/channel/views.pyx":58
  *         return self.message.position
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
@@ -5768,7 +6316,7 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_enter(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("enter", 0);
 
-  /* "ivshmem/channel/views.pyx":49
+  /* "ivshmem/channel/views.pyx":59
  * 
  *     cdef int enter(self) except -1:
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -5780,7 +6328,7 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_enter(struct __pyx_obj_7iv
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/views.pyx":50
+    /* "ivshmem/channel/views.pyx":60
  *     cdef int enter(self) except -1:
  *         if not self.live:
  *             raise ClosedError(f"the {type(self).__name__} was released")             # <<<<<<<<<<<<<<
@@ -5788,11 +6336,11 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_enter(struct __pyx_obj_7iv
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 50, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 60, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_5 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 50, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 60, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_5, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 50, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_5, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 60, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_the;
@@ -5807,7 +6355,7 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_enter(struct __pyx_obj_7iv
     __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]);
     #endif
     __pyx_t_5 = __Pyx_PyUnicode_Join(__pyx_t_7, 3, __pyx_t_8, __pyx_t_9);
-    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 50, __pyx_L1_error)
+    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 60, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __pyx_t_10 = 1;
@@ -5828,14 +6376,14 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_enter(struct __pyx_obj_7iv
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 50, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 60, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 50, __pyx_L1_error)
+    __PYX_ERR(0, 60, __pyx_L1_error)
 
-    /* "ivshmem/channel/views.pyx":49
+    /* "ivshmem/channel/views.pyx":59
  * 
  *     cdef int enter(self) except -1:
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -5844,20 +6392,20 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_enter(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/channel/views.pyx":51
+  /* "ivshmem/channel/views.pyx":61
  *         if not self.live:
  *             raise ClosedError(f"the {type(self).__name__} was released")
  *         return self.reader.enter()             # <<<<<<<<<<<<<<
  * 
  *     cdef int check_exports(self) except -1:
 */
-  __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->reader->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->reader)); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 51, __pyx_L1_error)
+  __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->reader->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->reader)); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 61, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_9;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":48
+  /* "ivshmem/channel/views.pyx":58
  *         return self.message.position
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
@@ -5880,7 +6428,7 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_enter(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":53
+/* "ivshmem/channel/views.pyx":63
  *         return self.reader.enter()
  * 
  *     cdef int check_exports(self) except -1:             # <<<<<<<<<<<<<<
@@ -5904,7 +6452,7 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_check_exports(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check_exports", 0);
 
-  /* "ivshmem/channel/views.pyx":54
+  /* "ivshmem/channel/views.pyx":64
  * 
  *     cdef int check_exports(self) except -1:
  *         if self.exports:             # <<<<<<<<<<<<<<
@@ -5916,7 +6464,7 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_check_exports(struct __pyx
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/views.pyx":55
+    /* "ivshmem/channel/views.pyx":65
  *     cdef int check_exports(self) except -1:
  *         if self.exports:
  *             raise BufferError(             # <<<<<<<<<<<<<<
@@ -5925,7 +6473,7 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_check_exports(struct __pyx
 */
     __pyx_t_3 = NULL;
 
-    /* "ivshmem/channel/views.pyx":56
+    /* "ivshmem/channel/views.pyx":66
  *         if self.exports:
  *             raise BufferError(
  *                 f"{counted(self.exports, 'memoryview')} or arrays of the message are in use:"             # <<<<<<<<<<<<<<
@@ -5933,9 +6481,9 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_check_exports(struct __pyx
  *             )
 */
     __pyx_t_5 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 56, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 66, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_self->exports); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 56, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_self->exports); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 66, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_8 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -5955,13 +6503,13 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_check_exports(struct __pyx
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 56, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 66, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
-    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_4, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 56, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_4, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 66, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __pyx_t_4 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_6, __pyx_mstate_global->__pyx_kp_u_or_arrays_of_the_message_are_in); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 56, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_6, __pyx_mstate_global->__pyx_kp_u_or_arrays_of_the_message_are_in); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 66, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __pyx_t_8 = 1;
@@ -5970,14 +6518,14 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_check_exports(struct __pyx
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BufferError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 55, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 65, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 55, __pyx_L1_error)
+    __PYX_ERR(0, 65, __pyx_L1_error)
 
-    /* "ivshmem/channel/views.pyx":54
+    /* "ivshmem/channel/views.pyx":64
  * 
  *     cdef int check_exports(self) except -1:
  *         if self.exports:             # <<<<<<<<<<<<<<
@@ -5986,7 +6534,7 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_check_exports(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/views.pyx":59
+  /* "ivshmem/channel/views.pyx":69
  *                 " release them first (del)"
  *             )
  *         return 0             # <<<<<<<<<<<<<<
@@ -5999,7 +6547,7 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_check_exports(struct __pyx
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":53
+  /* "ivshmem/channel/views.pyx":63
  *         return self.reader.enter()
  * 
  *     cdef int check_exports(self) except -1:             # <<<<<<<<<<<<<<
@@ -6023,7 +6571,7 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_check_exports(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":61
+/* "ivshmem/channel/views.pyx":71
  *         return 0
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
@@ -6070,27 +6618,27 @@ static int __pyx_pf_7ivshmem_7channel_5views_8Received_4__getbuffer__(struct __p
   __pyx_v_view->obj = Py_None; __Pyx_INCREF(Py_None);
   __Pyx_GIVEREF(__pyx_v_view->obj);
 
-  /* "ivshmem/channel/views.pyx":63
+  /* "ivshmem/channel/views.pyx":73
  *     def __getbuffer__(self, Py_buffer *view, int flags):
  *         cdef char *start
  *         self.enter()             # <<<<<<<<<<<<<<
  *         self.reader.membership.mapping.pin()
  *         start = <char *>self.reader.channel.area.memory.start + self.message.offset
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5views_Received *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 63, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5views_Received *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 73, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/views.pyx":64
+  /* "ivshmem/channel/views.pyx":74
  *         cdef char *start
  *         self.enter()
  *         self.reader.membership.mapping.pin()             # <<<<<<<<<<<<<<
  *         start = <char *>self.reader.channel.area.memory.start + self.message.offset
  *         try:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->reader->__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->reader->__pyx_base.membership->mapping); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 64, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->reader->__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->reader->__pyx_base.membership->mapping); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 74, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/views.pyx":65
+  /* "ivshmem/channel/views.pyx":75
  *         self.enter()
  *         self.reader.membership.mapping.pin()
  *         start = <char *>self.reader.channel.area.memory.start + self.message.offset             # <<<<<<<<<<<<<<
@@ -6099,7 +6647,7 @@ static int __pyx_pf_7ivshmem_7channel_5views_8Received_4__getbuffer__(struct __p
 */
   __pyx_v_start = (((char *)__pyx_v_self->reader->__pyx_base.channel.area.memory.start) + __pyx_v_self->message.offset);
 
-  /* "ivshmem/channel/views.pyx":66
+  /* "ivshmem/channel/views.pyx":76
  *         self.reader.membership.mapping.pin()
  *         start = <char *>self.reader.channel.area.memory.start + self.message.offset
  *         try:             # <<<<<<<<<<<<<<
@@ -6115,17 +6663,17 @@ static int __pyx_pf_7ivshmem_7channel_5views_8Received_4__getbuffer__(struct __p
     __Pyx_XGOTREF(__pyx_t_4);
     /*try:*/ {
 
-      /* "ivshmem/channel/views.pyx":67
+      /* "ivshmem/channel/views.pyx":77
  *         start = <char *>self.reader.channel.area.memory.start + self.message.offset
  *         try:
  *             PyBuffer_FillInfo(view, self, start, self.message.length, True, flags)             # <<<<<<<<<<<<<<
  *         except BaseException:
  *             self.reader.membership.mapping.unpin()
 */
-      __pyx_t_1 = PyBuffer_FillInfo(__pyx_v_view, ((PyObject *)__pyx_v_self), __pyx_v_start, __pyx_v_self->message.length, 1, __pyx_v_flags); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 67, __pyx_L3_error)
+      __pyx_t_1 = PyBuffer_FillInfo(__pyx_v_view, ((PyObject *)__pyx_v_self), __pyx_v_start, __pyx_v_self->message.length, 1, __pyx_v_flags); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 77, __pyx_L3_error)
 
 
-      /* "ivshmem/channel/views.pyx":66
+      /* "ivshmem/channel/views.pyx":76
  *         self.reader.membership.mapping.pin()
  *         start = <char *>self.reader.channel.area.memory.start + self.message.offset
  *         try:             # <<<<<<<<<<<<<<
@@ -6139,7 +6687,7 @@ static int __pyx_pf_7ivshmem_7channel_5views_8Received_4__getbuffer__(struct __p
     goto __pyx_L8_try_end;
     __pyx_L3_error:;
 
-    /* "ivshmem/channel/views.pyx":68
+    /* "ivshmem/channel/views.pyx":78
  *         try:
  *             PyBuffer_FillInfo(view, self, start, self.message.length, True, flags)
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -6149,12 +6697,12 @@ static int __pyx_pf_7ivshmem_7channel_5views_8Received_4__getbuffer__(struct __p
     __pyx_t_1 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_1) {
       __Pyx_AddTraceback("ivshmem.channel.views.Received.__getbuffer__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 68, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 78, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_5);
       __Pyx_XGOTREF(__pyx_t_6);
       __Pyx_XGOTREF(__pyx_t_7);
 
-      /* "ivshmem/channel/views.pyx":69
+      /* "ivshmem/channel/views.pyx":79
  *             PyBuffer_FillInfo(view, self, start, self.message.length, True, flags)
  *         except BaseException:
  *             self.reader.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -6163,7 +6711,7 @@ static int __pyx_pf_7ivshmem_7channel_5views_8Received_4__getbuffer__(struct __p
 */
       ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->reader->__pyx_base.membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->reader->__pyx_base.membership->mapping);
 
-      /* "ivshmem/channel/views.pyx":70
+      /* "ivshmem/channel/views.pyx":80
  *         except BaseException:
  *             self.reader.membership.mapping.unpin()
  *             raise             # <<<<<<<<<<<<<<
@@ -6175,11 +6723,11 @@ static int __pyx_pf_7ivshmem_7channel_5views_8Received_4__getbuffer__(struct __p
       __Pyx_XGIVEREF(__pyx_t_7);
       __Pyx_ErrRestoreWithState(__pyx_t_5, __pyx_t_6, __pyx_t_7);
       __pyx_t_5 = 0;  __pyx_t_6 = 0;  __pyx_t_7 = 0; 
-      __PYX_ERR(0, 70, __pyx_L5_except_error)
+      __PYX_ERR(0, 80, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/channel/views.pyx":66
+    /* "ivshmem/channel/views.pyx":76
  *         self.reader.membership.mapping.pin()
  *         start = <char *>self.reader.channel.area.memory.start + self.message.offset
  *         try:             # <<<<<<<<<<<<<<
@@ -6195,7 +6743,7 @@ static int __pyx_pf_7ivshmem_7channel_5views_8Received_4__getbuffer__(struct __p
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/channel/views.pyx":71
+  /* "ivshmem/channel/views.pyx":81
  *             self.reader.membership.mapping.unpin()
  *             raise
  *         ivshmem_count(&self.exports, 1)             # <<<<<<<<<<<<<<
@@ -6204,7 +6752,7 @@ static int __pyx_pf_7ivshmem_7channel_5views_8Received_4__getbuffer__(struct __p
 */
   (void)(ivshmem_count((&__pyx_v_self->exports), 1));
 
-  /* "ivshmem/channel/views.pyx":61
+  /* "ivshmem/channel/views.pyx":71
  *         return 0
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
@@ -6238,7 +6786,7 @@ static int __pyx_pf_7ivshmem_7channel_5views_8Received_4__getbuffer__(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":73
+/* "ivshmem/channel/views.pyx":83
  *         ivshmem_count(&self.exports, 1)
  * 
  *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
@@ -6262,7 +6810,7 @@ CYTHON_UNUSED static void __pyx_pw_7ivshmem_7channel_5views_8Received_7__release
 
 static void __pyx_pf_7ivshmem_7channel_5views_8Received_6__releasebuffer__(struct __pyx_obj_7ivshmem_7channel_5views_Received *__pyx_v_self, CYTHON_UNUSED Py_buffer *__pyx_v_view) {
 
-  /* "ivshmem/channel/views.pyx":74
+  /* "ivshmem/channel/views.pyx":84
  * 
  *     def __releasebuffer__(self, Py_buffer *view):
  *         ivshmem_count(&self.exports, -1)             # <<<<<<<<<<<<<<
@@ -6271,7 +6819,7 @@ static void __pyx_pf_7ivshmem_7channel_5views_8Received_6__releasebuffer__(struc
 */
   (void)(ivshmem_count((&__pyx_v_self->exports), -1));
 
-  /* "ivshmem/channel/views.pyx":75
+  /* "ivshmem/channel/views.pyx":85
  *     def __releasebuffer__(self, Py_buffer *view):
  *         ivshmem_count(&self.exports, -1)
  *         self.reader.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -6280,7 +6828,7 @@ static void __pyx_pf_7ivshmem_7channel_5views_8Received_6__releasebuffer__(struc
 */
   ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->reader->__pyx_base.membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->reader->__pyx_base.membership->mapping);
 
-  /* "ivshmem/channel/views.pyx":73
+  /* "ivshmem/channel/views.pyx":83
  *         ivshmem_count(&self.exports, 1)
  * 
  *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
@@ -6292,7 +6840,7 @@ static void __pyx_pf_7ivshmem_7channel_5views_8Received_6__releasebuffer__(struc
 
 }
 
-/* "ivshmem/channel/views.pyx":77
+/* "ivshmem/channel/views.pyx":87
  *         self.reader.membership.mapping.unpin()
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -6318,12 +6866,12 @@ static Py_ssize_t __pyx_pw_7ivshmem_7channel_5views_8Received_9__len__(PyObject 
 static Py_ssize_t __pyx_pf_7ivshmem_7channel_5views_8Received_8__len__(struct __pyx_obj_7ivshmem_7channel_5views_Received *__pyx_v_self) {
   Py_ssize_t __pyx_r;
 
-  /* "ivshmem/channel/views.pyx":78
+  /* "ivshmem/channel/views.pyx":88
  * 
  *     def __len__(self):
  *         return self.message.length             # <<<<<<<<<<<<<<
  * 
- * 
+ *     @property
 */
   {
 
@@ -6331,7 +6879,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_7channel_5views_8Received_8__len__(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":77
+  /* "ivshmem/channel/views.pyx":87
  *         self.reader.membership.mapping.unpin()
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -6345,7 +6893,985 @@ static Py_ssize_t __pyx_pf_7ivshmem_7channel_5views_8Received_8__len__(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":100
+/* "ivshmem/channel/views.pyx":90
+ *         return self.message.length
+ * 
+ *     @property             # <<<<<<<<<<<<<<
+ *     def time(self):
+ *         cdef uint64_t late, today
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_5views_8Received_4time_1__get__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_7channel_5views_8Received_4time_1__get__(PyObject *__pyx_v_self) {
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__get__ (wrapper)", 0);
+  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_5views_8Received_4time___get__(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_4time___get__(struct __pyx_obj_7ivshmem_7channel_5views_Received *__pyx_v_self) {
+  uint64_t __pyx_v_late;
+  uint64_t __pyx_v_today;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  PyObject *__pyx_t_2 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__get__", 0);
+
+  /* "ivshmem/channel/views.pyx":93
+ *     def time(self):
+ *         cdef uint64_t late, today
+ *         if self.reader is None:             # <<<<<<<<<<<<<<
+ *             raise self.not_made()
+ *         if not self.reader.channel.record.geometry.options & IVSHMEM_TIMES:
+*/
+  __pyx_t_1 = (((PyObject *)__pyx_v_self->reader) == Py_None);
+  if (unlikely(__pyx_t_1)) {
+
+
+    /* "ivshmem/channel/views.pyx":94
+ *         cdef uint64_t late, today
+ *         if self.reader is None:
+ *             raise self.not_made()             # <<<<<<<<<<<<<<
+ *         if not self.reader.channel.record.geometry.options & IVSHMEM_TIMES:
+ *             return None
+*/
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5views_Received *)__pyx_v_self->__pyx_vtab)->not_made(__pyx_v_self); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 94, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_2);
+    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __PYX_ERR(0, 94, __pyx_L1_error)
+
+    /* "ivshmem/channel/views.pyx":93
+ *     def time(self):
+ *         cdef uint64_t late, today
+ *         if self.reader is None:             # <<<<<<<<<<<<<<
+ *             raise self.not_made()
+ *         if not self.reader.channel.record.geometry.options & IVSHMEM_TIMES:
+*/
+  }
+
+  /* "ivshmem/channel/views.pyx":95
+ *         if self.reader is None:
+ *             raise self.not_made()
+ *         if not self.reader.channel.record.geometry.options & IVSHMEM_TIMES:             # <<<<<<<<<<<<<<
+ *             return None
+ *         # The message has 44 bits of it, half a year: the rest is that of now.
+*/
+  __pyx_t_1 = (!((__pyx_v_self->reader->__pyx_base.channel.record.geometry.options & IVSHMEM_TIMES) != 0));
+
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/channel/views.pyx":96
+ *             raise self.not_made()
+ *         if not self.reader.channel.record.geometry.options & IVSHMEM_TIMES:
+ *             return None             # <<<<<<<<<<<<<<
+ *         # The message has 44 bits of it, half a year: the rest is that of now.
+ *         today = microseconds()
+*/
+    {
+      PyObject *__pyx_temp;
+      {
+        __pyx_temp = __pyx_r;
+        __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+      }
+      __Pyx_XDECREF(__pyx_temp);
+    }
+    goto __pyx_L0;
+
+    /* "ivshmem/channel/views.pyx":95
+ *         if self.reader is None:
+ *             raise self.not_made()
+ *         if not self.reader.channel.record.geometry.options & IVSHMEM_TIMES:             # <<<<<<<<<<<<<<
+ *             return None
+ *         # The message has 44 bits of it, half a year: the rest is that of now.
+*/
+  }
+
+  /* "ivshmem/channel/views.pyx":98
+ *             return None
+ *         # The message has 44 bits of it, half a year: the rest is that of now.
+ *         today = microseconds()             # <<<<<<<<<<<<<<
+ *         late = (today - self.message.time) & ((<uint64_t>1 << 44) - 1)
+ *         if late >= <uint64_t>1 << 43:
+*/
+  __pyx_v_today = __pyx_f_7ivshmem_7channel_5roles_microseconds();
+
+  /* "ivshmem/channel/views.pyx":99
+ *         # The message has 44 bits of it, half a year: the rest is that of now.
+ *         today = microseconds()
+ *         late = (today - self.message.time) & ((<uint64_t>1 << 44) - 1)             # <<<<<<<<<<<<<<
+ *         if late >= <uint64_t>1 << 43:
+ *             return (today + ((<uint64_t>1 << 44) - late)) / 1e6
+*/
+  __pyx_v_late = ((__pyx_v_today - __pyx_v_self->message.time) & ((((uint64_t)1) << 44) - 1));
+
+  /* "ivshmem/channel/views.pyx":100
+ *         today = microseconds()
+ *         late = (today - self.message.time) & ((<uint64_t>1 << 44) - 1)
+ *         if late >= <uint64_t>1 << 43:             # <<<<<<<<<<<<<<
+ *             return (today + ((<uint64_t>1 << 44) - late)) / 1e6
+ *         return (today - late) / 1e6
+*/
+  __pyx_t_1 = (__pyx_v_late >= (((uint64_t)1) << 43));
+
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/channel/views.pyx":101
+ *         late = (today - self.message.time) & ((<uint64_t>1 << 44) - 1)
+ *         if late >= <uint64_t>1 << 43:
+ *             return (today + ((<uint64_t>1 << 44) - late)) / 1e6             # <<<<<<<<<<<<<<
+ *         return (today - late) / 1e6
+ * 
+*/
+    __pyx_t_2 = PyFloat_FromDouble((((double)(__pyx_v_today + ((((uint64_t)1) << 44) - __pyx_v_late))) / 1e6)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 101, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_2);
+    {
+      PyObject *__pyx_temp;
+      {
+        __pyx_temp = __pyx_r;
+        __pyx_r = __pyx_t_2;
+      }
+      __Pyx_XDECREF(__pyx_temp);
+    }
+    __pyx_t_2 = 0;
+    goto __pyx_L0;
+
+    /* "ivshmem/channel/views.pyx":100
+ *         today = microseconds()
+ *         late = (today - self.message.time) & ((<uint64_t>1 << 44) - 1)
+ *         if late >= <uint64_t>1 << 43:             # <<<<<<<<<<<<<<
+ *             return (today + ((<uint64_t>1 << 44) - late)) / 1e6
+ *         return (today - late) / 1e6
+*/
+  }
+
+  /* "ivshmem/channel/views.pyx":102
+ *         if late >= <uint64_t>1 << 43:
+ *             return (today + ((<uint64_t>1 << 44) - late)) / 1e6
+ *         return (today - late) / 1e6             # <<<<<<<<<<<<<<
+ * 
+ *     @property
+*/
+  __pyx_t_2 = PyFloat_FromDouble((((double)(__pyx_v_today - __pyx_v_late)) / 1e6)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 102, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_2;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_2 = 0;
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/views.pyx":90
+ *         return self.message.length
+ * 
+ *     @property             # <<<<<<<<<<<<<<
+ *     def time(self):
+ *         cdef uint64_t late, today
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_AddTraceback("ivshmem.channel.views.Received.time.__get__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+
+
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/views.pyx":104
+ *         return (today - late) / 1e6
+ * 
+ *     @property             # <<<<<<<<<<<<<<
+ *     def offset(self):
+ *         """Where it lies in the region, in bytes."""
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_5views_8Received_6offset_1__get__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_7channel_5views_8Received_6offset_1__get__(PyObject *__pyx_v_self) {
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__get__ (wrapper)", 0);
+  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_5views_8Received_6offset___get__(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_6offset___get__(struct __pyx_obj_7ivshmem_7channel_5views_Received *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__get__", 0);
+
+  /* "ivshmem/channel/views.pyx":107
+ *     def offset(self):
+ *         """Where it lies in the region, in bytes."""
+ *         return self.message.offset             # <<<<<<<<<<<<<<
+ * 
+ *     cdef object type_in_place(self):
+*/
+  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->message.offset); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 107, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_1;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_1 = 0;
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/views.pyx":104
+ *         return (today - late) / 1e6
+ * 
+ *     @property             # <<<<<<<<<<<<<<
+ *     def offset(self):
+ *         """Where it lies in the region, in bytes."""
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_AddTraceback("ivshmem.channel.views.Received.offset.__get__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/views.pyx":109
+ *         return self.message.offset
+ * 
+ *     cdef object type_in_place(self):             # <<<<<<<<<<<<<<
+ *         self.enter()
+ *         check_in_place(self.reader.type, self.reader.name)
+*/
+
+static PyObject *__pyx_f_7ivshmem_7channel_5views_8Received_type_in_place(struct __pyx_obj_7ivshmem_7channel_5views_Received *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("type_in_place", 0);
+
+  /* "ivshmem/channel/views.pyx":110
+ * 
+ *     cdef object type_in_place(self):
+ *         self.enter()             # <<<<<<<<<<<<<<
+ *         check_in_place(self.reader.type, self.reader.name)
+ *         return self.reader.type
+*/
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5views_Received *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 110, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/views.pyx":111
+ *     cdef object type_in_place(self):
+ *         self.enter()
+ *         check_in_place(self.reader.type, self.reader.name)             # <<<<<<<<<<<<<<
+ *         return self.reader.type
+ * 
+*/
+  __pyx_t_2 = __pyx_v_self->reader->type;
+  __Pyx_INCREF(__pyx_t_2);
+  __pyx_t_3 = __pyx_v_self->reader->__pyx_base.name;
+  __Pyx_INCREF(__pyx_t_3);
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5roles_check_in_place(__pyx_t_2, ((PyObject*)__pyx_t_3)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 111, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+
+
+  /* "ivshmem/channel/views.pyx":112
+ *         self.enter()
+ *         check_in_place(self.reader.type, self.reader.name)
+ *         return self.reader.type             # <<<<<<<<<<<<<<
+ * 
+ *     @property
+*/
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __Pyx_INCREF(__pyx_v_self->reader->type);
+      __pyx_r = __pyx_v_self->reader->type;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/views.pyx":109
+ *         return self.message.offset
+ * 
+ *     cdef object type_in_place(self):             # <<<<<<<<<<<<<<
+ *         self.enter()
+ *         check_in_place(self.reader.type, self.reader.name)
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_AddTraceback("ivshmem.channel.views.Received.type_in_place", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = 0;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/views.pyx":114
+ *         return self.reader.type
+ * 
+ *     @property             # <<<<<<<<<<<<<<
+ *     def array(self):
+ *         """A numpy array over the message, of the channel's type (without one: of bytes)."""
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_5views_8Received_5array_1__get__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_7channel_5views_8Received_5array_1__get__(PyObject *__pyx_v_self) {
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__get__ (wrapper)", 0);
+  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_5views_8Received_5array___get__(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_5array___get__(struct __pyx_obj_7ivshmem_7channel_5views_Received *__pyx_v_self) {
+  PyObject *__pyx_v_numpy = NULL;
+  PyObject *__pyx_v_message_type = NULL;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  int __pyx_t_3;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  size_t __pyx_t_6;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__get__", 0);
+
+  /* "ivshmem/channel/views.pyx":117
+ *     def array(self):
+ *         """A numpy array over the message, of the channel's type (without one: of bytes)."""
+ *         import numpy  # an extra, which only this needs             # <<<<<<<<<<<<<<
+ * 
+ *         message_type = self.type_in_place()
+*/
+  __pyx_t_2 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_numpy, 0, 0, NULL, 0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 117, __pyx_L1_error)
+  __pyx_t_1 = __pyx_t_2;
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_v_numpy = __pyx_t_1;
+  __pyx_t_1 = 0;
+
+  /* "ivshmem/channel/views.pyx":119
+ *         import numpy  # an extra, which only this needs
+ * 
+ *         message_type = self.type_in_place()             # <<<<<<<<<<<<<<
+ *         if message_type is not None:
+ *             return message_type.array(memoryview(self))
+*/
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5views_Received *)__pyx_v_self->__pyx_vtab)->type_in_place(__pyx_v_self); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 119, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_v_message_type = __pyx_t_1;
+  __pyx_t_1 = 0;
+
+  /* "ivshmem/channel/views.pyx":120
+ * 
+ *         message_type = self.type_in_place()
+ *         if message_type is not None:             # <<<<<<<<<<<<<<
+ *             return message_type.array(memoryview(self))
+ *         return numpy.frombuffer(self, "uint8")
+*/
+  __pyx_t_3 = (__pyx_v_message_type != Py_None);
+  if (__pyx_t_3) {
+
+
+    /* "ivshmem/channel/views.pyx":121
+ *         message_type = self.type_in_place()
+ *         if message_type is not None:
+ *             return message_type.array(memoryview(self))             # <<<<<<<<<<<<<<
+ *         return numpy.frombuffer(self, "uint8")
+ * 
+*/
+    __pyx_t_4 = __pyx_v_message_type;
+    __Pyx_INCREF(__pyx_t_4);
+    __pyx_t_5 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 121, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_5);
+    __pyx_t_6 = 0;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_5};
+      __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_array, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 121, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_1);
+    }
+    {
+      PyObject *__pyx_temp;
+      {
+        __pyx_temp = __pyx_r;
+        __pyx_r = __pyx_t_1;
+      }
+      __Pyx_XDECREF(__pyx_temp);
+    }
+    __pyx_t_1 = 0;
+    goto __pyx_L0;
+
+    /* "ivshmem/channel/views.pyx":120
+ * 
+ *         message_type = self.type_in_place()
+ *         if message_type is not None:             # <<<<<<<<<<<<<<
+ *             return message_type.array(memoryview(self))
+ *         return numpy.frombuffer(self, "uint8")
+*/
+  }
+
+  /* "ivshmem/channel/views.pyx":122
+ *         if message_type is not None:
+ *             return message_type.array(memoryview(self))
+ *         return numpy.frombuffer(self, "uint8")             # <<<<<<<<<<<<<<
+ * 
+ *     @property
+*/
+  __pyx_t_5 = __pyx_v_numpy;
+  __Pyx_INCREF(__pyx_t_5);
+  __pyx_t_6 = 0;
+  {
+    PyObject *__pyx_callargs[3] = {__pyx_t_5, ((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_uint8};
+    __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_frombuffer, __pyx_callargs+__pyx_t_6, (3-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 122, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+  }
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_1;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_1 = 0;
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/views.pyx":114
+ *         return self.reader.type
+ * 
+ *     @property             # <<<<<<<<<<<<<<
+ *     def array(self):
+ *         """A numpy array over the message, of the channel's type (without one: of bytes)."""
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_AddTraceback("ivshmem.channel.views.Received.array.__get__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XDECREF(__pyx_v_numpy);
+  __Pyx_XDECREF(__pyx_v_message_type);
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/views.pyx":124
+ *         return numpy.frombuffer(self, "uint8")
+ * 
+ *     @property             # <<<<<<<<<<<<<<
+ *     def __array_interface__(self):
+ *         """What numpy.asarray and others take: address, shape and type; read-only."""
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_5views_8Received_19__array_interface___1__get__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_7channel_5views_8Received_19__array_interface___1__get__(PyObject *__pyx_v_self) {
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__get__ (wrapper)", 0);
+  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_5views_8Received_19__array_interface_____get__(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_19__array_interface_____get__(struct __pyx_obj_7ivshmem_7channel_5views_Received *__pyx_v_self) {
+  PyObject *__pyx_v_message_type = NULL;
+  PyObject *__pyx_v_kind = NULL;
+  PyObject *__pyx_v_shape = NULL;
+  uint64_t __pyx_v_address;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  int __pyx_t_4;
+  size_t __pyx_t_5;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *(*__pyx_t_7)(PyObject *);
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__get__", 0);
+
+  /* "ivshmem/channel/views.pyx":127
+ *     def __array_interface__(self):
+ *         """What numpy.asarray and others take: address, shape and type; read-only."""
+ *         message_type = self.type_in_place()             # <<<<<<<<<<<<<<
+ *         kind, shape = ("|u1", (self.message.length,))
+ *         if message_type is not None:
+*/
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5views_Received *)__pyx_v_self->__pyx_vtab)->type_in_place(__pyx_v_self); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 127, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_v_message_type = __pyx_t_1;
+  __pyx_t_1 = 0;
+
+  /* "ivshmem/channel/views.pyx":128
+ *         """What numpy.asarray and others take: address, shape and type; read-only."""
+ *         message_type = self.type_in_place()
+ *         kind, shape = ("|u1", (self.message.length,))             # <<<<<<<<<<<<<<
+ *         if message_type is not None:
+ *             kind, shape = message_type.interface(self.message.length)
+*/
+  __pyx_t_1 = __pyx_mstate_global->__pyx_kp_u_u1;
+  __Pyx_INCREF(__pyx_t_1);
+  __pyx_t_2 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->message.length); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 128, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_3 = PyTuple_New(1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 128, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  __Pyx_GIVEREF(__pyx_t_2);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_3, 0, __pyx_t_2) != (0)) __PYX_ERR(0, 128, __pyx_L1_error);
+  __pyx_t_2 = 0;
+  __pyx_v_kind = __pyx_t_1;
+  __pyx_t_1 = 0;
+  __pyx_v_shape = __pyx_t_3;
+  __pyx_t_3 = 0;
+
+  /* "ivshmem/channel/views.pyx":129
+ *         message_type = self.type_in_place()
+ *         kind, shape = ("|u1", (self.message.length,))
+ *         if message_type is not None:             # <<<<<<<<<<<<<<
+ *             kind, shape = message_type.interface(self.message.length)
+ *         address = <size_t>self.reader.channel.area.memory.start + self.message.offset
+*/
+  __pyx_t_4 = (__pyx_v_message_type != Py_None);
+  if (__pyx_t_4) {
+
+
+    /* "ivshmem/channel/views.pyx":130
+ *         kind, shape = ("|u1", (self.message.length,))
+ *         if message_type is not None:
+ *             kind, shape = message_type.interface(self.message.length)             # <<<<<<<<<<<<<<
+ *         address = <size_t>self.reader.channel.area.memory.start + self.message.offset
+ *         return {"version": 3, "typestr": kind, "shape": shape, "data": (address, True)}
+*/
+    __pyx_t_1 = __pyx_v_message_type;
+    __Pyx_INCREF(__pyx_t_1);
+    __pyx_t_2 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->message.length); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 130, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_2);
+    __pyx_t_5 = 0;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_1, __pyx_t_2};
+      __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_interface, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
+      __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 130, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_3);
+    }
+    if ((likely(PyTuple_CheckExact(__pyx_t_3))) || (PyList_CheckExact(__pyx_t_3))) {
+      PyObject* sequence = __pyx_t_3;
+      Py_ssize_t size = __Pyx_PySequence_SIZE(sequence);
+      if (unlikely(size != 2)) {
+        if (size > 2) __Pyx_RaiseTooManyValuesError(2);
+        else if (size >= 0) __Pyx_RaiseNeedMoreValuesError(size);
+        __PYX_ERR(0, 130, __pyx_L1_error)
+      }
+      #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
+      if (likely(PyTuple_CheckExact(sequence))) {
+        __pyx_t_2 = PyTuple_GET_ITEM(sequence, 0);
+        __Pyx_INCREF(__pyx_t_2);
+        __pyx_t_1 = PyTuple_GET_ITEM(sequence, 1);
+        __Pyx_INCREF(__pyx_t_1);
+      } else {
+        __pyx_t_2 = __Pyx_PyList_GET_ITEM_REF(sequence, 0, __Pyx_ReferenceSharing_SharedReference);
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 130, __pyx_L1_error)
+        __Pyx_XGOTREF(__pyx_t_2);
+        __pyx_t_1 = __Pyx_PyList_GET_ITEM_REF(sequence, 1, __Pyx_ReferenceSharing_SharedReference);
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 130, __pyx_L1_error)
+        __Pyx_XGOTREF(__pyx_t_1);
+      }
+      #else
+      __pyx_t_2 = __Pyx_PySequence_ITEM(sequence, 0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 130, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_2);
+      __pyx_t_1 = __Pyx_PySequence_ITEM(sequence, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 130, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_1);
+      #endif
+      __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    } else {
+      Py_ssize_t index = -1;
+      __pyx_t_6 = PyObject_GetIter(__pyx_t_3); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 130, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_6);
+      __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __pyx_t_7 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_6);
+      index = 0; __pyx_t_2 = __pyx_t_7(__pyx_t_6); if (unlikely(!__pyx_t_2)) goto __pyx_L4_unpacking_failed;
+      __Pyx_GOTREF(__pyx_t_2);
+      index = 1; __pyx_t_1 = __pyx_t_7(__pyx_t_6); if (unlikely(!__pyx_t_1)) goto __pyx_L4_unpacking_failed;
+      __Pyx_GOTREF(__pyx_t_1);
+      if (__Pyx_IternextUnpackEndCheck(__pyx_t_7(__pyx_t_6), 2) < (0)) __PYX_ERR(0, 130, __pyx_L1_error)
+      __pyx_t_7 = NULL;
+      __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+      goto __pyx_L5_unpacking_done;
+      __pyx_L4_unpacking_failed:;
+      __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+      __pyx_t_7 = NULL;
+      if (__Pyx_IterFinish() == 0) __Pyx_RaiseNeedMoreValuesError(index);
+      __PYX_ERR(0, 130, __pyx_L1_error)
+      __pyx_L5_unpacking_done:;
+    }
+    __Pyx_DECREF_SET(__pyx_v_kind, __pyx_t_2);
+    __pyx_t_2 = 0;
+    __Pyx_DECREF_SET(__pyx_v_shape, __pyx_t_1);
+    __pyx_t_1 = 0;
+
+    /* "ivshmem/channel/views.pyx":129
+ *         message_type = self.type_in_place()
+ *         kind, shape = ("|u1", (self.message.length,))
+ *         if message_type is not None:             # <<<<<<<<<<<<<<
+ *             kind, shape = message_type.interface(self.message.length)
+ *         address = <size_t>self.reader.channel.area.memory.start + self.message.offset
+*/
+  }
+
+  /* "ivshmem/channel/views.pyx":131
+ *         if message_type is not None:
+ *             kind, shape = message_type.interface(self.message.length)
+ *         address = <size_t>self.reader.channel.area.memory.start + self.message.offset             # <<<<<<<<<<<<<<
+ *         return {"version": 3, "typestr": kind, "shape": shape, "data": (address, True)}
+ * 
+*/
+  __pyx_v_address = (((size_t)__pyx_v_self->reader->__pyx_base.channel.area.memory.start) + __pyx_v_self->message.offset);
+
+  /* "ivshmem/channel/views.pyx":132
+ *             kind, shape = message_type.interface(self.message.length)
+ *         address = <size_t>self.reader.channel.area.memory.start + self.message.offset
+ *         return {"version": 3, "typestr": kind, "shape": shape, "data": (address, True)}             # <<<<<<<<<<<<<<
+ * 
+ *     def __dlpack__(self, **options):
+*/
+  __pyx_t_3 = __Pyx_PyDict_NewPresized(4); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 132, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_version, __pyx_mstate_global->__pyx_int_3) < (0)) __PYX_ERR(0, 132, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_typestr, __pyx_v_kind) < (0)) __PYX_ERR(0, 132, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_shape, __pyx_v_shape) < (0)) __PYX_ERR(0, 132, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_address); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 132, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_t_2 = PyTuple_New(2); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 132, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __Pyx_GIVEREF(__pyx_t_1);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_t_1) != (0)) __PYX_ERR(0, 132, __pyx_L1_error);
+  __Pyx_INCREF(Py_True);
+  __Pyx_GIVEREF(Py_True);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 1, Py_True) != (0)) __PYX_ERR(0, 132, __pyx_L1_error);
+  __pyx_t_1 = 0;
+  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_data, __pyx_t_2) < (0)) __PYX_ERR(0, 132, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_3;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_3 = 0;
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/views.pyx":124
+ *         return numpy.frombuffer(self, "uint8")
+ * 
+ *     @property             # <<<<<<<<<<<<<<
+ *     def __array_interface__(self):
+ *         """What numpy.asarray and others take: address, shape and type; read-only."""
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_AddTraceback("ivshmem.channel.views.Received.__array_interface__.__get__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XDECREF(__pyx_v_message_type);
+  __Pyx_XDECREF(__pyx_v_kind);
+  __Pyx_XDECREF(__pyx_v_shape);
+
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/views.pyx":134
+ *         return {"version": 3, "typestr": kind, "shape": shape, "data": (address, True)}
+ * 
+ *     def __dlpack__(self, **options):             # <<<<<<<<<<<<<<
+ *         """Export the message, for numpy.from_dlpack or torch.from_dlpack; needs numpy."""
+ *         return self.array.__dlpack__(**options)
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_5views_8Received_11__dlpack__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5views_8Received_10__dlpack__, "Export the message, for numpy.from_dlpack or torch.from_dlpack; needs numpy.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_5views_8Received_11__dlpack__ = {"__dlpack__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5views_8Received_11__dlpack__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5views_8Received_10__dlpack__};
+static PyObject *__pyx_pw_7ivshmem_7channel_5views_8Received_11__dlpack__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  PyObject *__pyx_v_options = 0;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__dlpack__ (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("__dlpack__", 1, 0, 0, __pyx_nargs); return NULL; }
+  const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+  if (unlikely(__pyx_kwds_len < 0)) return NULL;
+  if (__pyx_kwds_len > 0) {
+    if (unlikely(__Pyx_CheckKeywordStrings(__pyx_kwds) == -1)) return NULL;
+    __pyx_v_options = __Pyx_KwargsAsDict_FASTCALL(__pyx_kwds, __pyx_kwvalues);
+    if (unlikely(!__pyx_v_options)) return NULL;
+    __Pyx_GOTREF(__pyx_v_options);
+  } else {
+    __pyx_v_options = PyDict_New();
+    if (unlikely(!__pyx_v_options)) return NULL;
+    __Pyx_GOTREF(__pyx_v_options);
+  }
+  __pyx_r = __pyx_pf_7ivshmem_7channel_5views_8Received_10__dlpack__(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self), __pyx_v_options);
+
+  /* function exit code */
+  __Pyx_DECREF(__pyx_v_options);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_10__dlpack__(struct __pyx_obj_7ivshmem_7channel_5views_Received *__pyx_v_self, PyObject *__pyx_v_options) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__dlpack__", 0);
+
+  /* "ivshmem/channel/views.pyx":136
+ *     def __dlpack__(self, **options):
+ *         """Export the message, for numpy.from_dlpack or torch.from_dlpack; needs numpy."""
+ *         return self.array.__dlpack__(**options)             # <<<<<<<<<<<<<<
+ * 
+ *     def __dlpack_device__(self):
+*/
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_array); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 136, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_dlpack); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 136, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __pyx_t_1 = PyDict_Copy(__pyx_v_options); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 136, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_t_3 = __Pyx_PyObject_Call(__pyx_t_2, __pyx_mstate_global->__pyx_empty_tuple, __pyx_t_1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 136, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_3;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_3 = 0;
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/views.pyx":134
+ *         return {"version": 3, "typestr": kind, "shape": shape, "data": (address, True)}
+ * 
+ *     def __dlpack__(self, **options):             # <<<<<<<<<<<<<<
+ *         """Export the message, for numpy.from_dlpack or torch.from_dlpack; needs numpy."""
+ *         return self.array.__dlpack__(**options)
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_AddTraceback("ivshmem.channel.views.Received.__dlpack__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/views.pyx":138
+ *         return self.array.__dlpack__(**options)
+ * 
+ *     def __dlpack_device__(self):             # <<<<<<<<<<<<<<
+ *         """Return DLPack's number of the processor's memory."""
+ *         return (1, 0)
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_5views_8Received_13__dlpack_device__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5views_8Received_12__dlpack_device__, "Return DLPack\047s number of the processor\047s memory.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_5views_8Received_13__dlpack_device__ = {"__dlpack_device__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5views_8Received_13__dlpack_device__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5views_8Received_12__dlpack_device__};
+static PyObject *__pyx_pw_7ivshmem_7channel_5views_8Received_13__dlpack_device__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__dlpack_device__ (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("__dlpack_device__", 1, 0, 0, __pyx_nargs); return NULL; }
+  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+  if (unlikely(__pyx_kwds_len < 0)) return NULL;
+  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__dlpack_device__", __pyx_kwds); return NULL;}
+  __pyx_r = __pyx_pf_7ivshmem_7channel_5views_8Received_12__dlpack_device__(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_12__dlpack_device__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_5views_Received *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__dlpack_device__", 0);
+
+  /* "ivshmem/channel/views.pyx":140
+ *     def __dlpack_device__(self):
+ *         """Return DLPack's number of the processor's memory."""
+ *         return (1, 0)             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __Pyx_INCREF(__pyx_mstate_global->__pyx_tuple[0]);
+      __pyx_r = __pyx_mstate_global->__pyx_tuple[0];
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/views.pyx":138
+ *         return self.array.__dlpack__(**options)
+ * 
+ *     def __dlpack_device__(self):             # <<<<<<<<<<<<<<
+ *         """Return DLPack's number of the processor's memory."""
+ *         return (1, 0)
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/views.pyx":162
  *     """
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6377,14 +7903,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4lost___get__(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/views.pyx":102
+  /* "ivshmem/channel/views.pyx":164
  *     @property
  *     def lost(self):
  *         return self.message.lost             # <<<<<<<<<<<<<<
  * 
- *     @property
+ *     def __bytes__(self):
 */
-  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->__pyx_base.message.lost); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 102, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->__pyx_base.message.lost); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 164, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -6397,7 +7923,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4lost___get__(struct __
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":100
+  /* "ivshmem/channel/views.pyx":162
  *     """
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6416,295 +7942,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4lost___get__(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":104
+/* "ivshmem/channel/views.pyx":166
  *         return self.message.lost
- * 
- *     @property             # <<<<<<<<<<<<<<
- *     def time(self):
- *         cdef uint64_t late, today
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_5views_4View_4time_1__get__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_7channel_5views_4View_4time_1__get__(PyObject *__pyx_v_self) {
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__get__ (wrapper)", 0);
-  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7channel_5views_4View_4time___get__(((struct __pyx_obj_7ivshmem_7channel_5views_View *)__pyx_v_self));
-
-  /* function exit code */
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4time___get__(struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_v_self) {
-  uint64_t __pyx_v_late;
-  uint64_t __pyx_v_today;
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  int __pyx_t_1;
-  PyObject *__pyx_t_2 = NULL;
-  PyObject *__pyx_t_3 = NULL;
-  size_t __pyx_t_4;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("__get__", 0);
-
-  /* "ivshmem/channel/views.pyx":107
- *     def time(self):
- *         cdef uint64_t late, today
- *         if self.reader is None:             # <<<<<<<<<<<<<<
- *             raise TypeError("a View is made by Reader.view")
- *         if not self.reader.channel.record.geometry.options & IVSHMEM_TIMES:
-*/
-  __pyx_t_1 = (((PyObject *)__pyx_v_self->__pyx_base.reader) == Py_None);
-  if (unlikely(__pyx_t_1)) {
-
-
-    /* "ivshmem/channel/views.pyx":108
- *         cdef uint64_t late, today
- *         if self.reader is None:
- *             raise TypeError("a View is made by Reader.view")             # <<<<<<<<<<<<<<
- *         if not self.reader.channel.record.geometry.options & IVSHMEM_TIMES:
- *             return None
-*/
-    __pyx_t_3 = NULL;
-    __pyx_t_4 = 1;
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_a_View_is_made_by_Reader_view};
-      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 108, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_2);
-    }
-    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 108, __pyx_L1_error)
-
-    /* "ivshmem/channel/views.pyx":107
- *     def time(self):
- *         cdef uint64_t late, today
- *         if self.reader is None:             # <<<<<<<<<<<<<<
- *             raise TypeError("a View is made by Reader.view")
- *         if not self.reader.channel.record.geometry.options & IVSHMEM_TIMES:
-*/
-  }
-
-  /* "ivshmem/channel/views.pyx":109
- *         if self.reader is None:
- *             raise TypeError("a View is made by Reader.view")
- *         if not self.reader.channel.record.geometry.options & IVSHMEM_TIMES:             # <<<<<<<<<<<<<<
- *             return None
- *         # The message has 44 bits of it, half a year: the rest is that of now.
-*/
-  __pyx_t_1 = (!((__pyx_v_self->__pyx_base.reader->__pyx_base.channel.record.geometry.options & IVSHMEM_TIMES) != 0));
-
-  if (__pyx_t_1) {
-
-
-    /* "ivshmem/channel/views.pyx":110
- *             raise TypeError("a View is made by Reader.view")
- *         if not self.reader.channel.record.geometry.options & IVSHMEM_TIMES:
- *             return None             # <<<<<<<<<<<<<<
- *         # The message has 44 bits of it, half a year: the rest is that of now.
- *         today = microseconds()
-*/
-    {
-      PyObject *__pyx_temp;
-      {
-        __pyx_temp = __pyx_r;
-        __pyx_r = Py_None; __Pyx_INCREF(Py_None);
-      }
-      __Pyx_XDECREF(__pyx_temp);
-    }
-    goto __pyx_L0;
-
-    /* "ivshmem/channel/views.pyx":109
- *         if self.reader is None:
- *             raise TypeError("a View is made by Reader.view")
- *         if not self.reader.channel.record.geometry.options & IVSHMEM_TIMES:             # <<<<<<<<<<<<<<
- *             return None
- *         # The message has 44 bits of it, half a year: the rest is that of now.
-*/
-  }
-
-  /* "ivshmem/channel/views.pyx":112
- *             return None
- *         # The message has 44 bits of it, half a year: the rest is that of now.
- *         today = microseconds()             # <<<<<<<<<<<<<<
- *         late = (today - self.message.time) & ((<uint64_t>1 << 44) - 1)
- *         if late >= <uint64_t>1 << 43:
-*/
-  __pyx_v_today = __pyx_f_7ivshmem_7channel_5roles_microseconds();
-
-  /* "ivshmem/channel/views.pyx":113
- *         # The message has 44 bits of it, half a year: the rest is that of now.
- *         today = microseconds()
- *         late = (today - self.message.time) & ((<uint64_t>1 << 44) - 1)             # <<<<<<<<<<<<<<
- *         if late >= <uint64_t>1 << 43:
- *             return (today + ((<uint64_t>1 << 44) - late)) / 1e6
-*/
-  __pyx_v_late = ((__pyx_v_today - __pyx_v_self->__pyx_base.message.time) & ((((uint64_t)1) << 44) - 1));
-
-  /* "ivshmem/channel/views.pyx":114
- *         today = microseconds()
- *         late = (today - self.message.time) & ((<uint64_t>1 << 44) - 1)
- *         if late >= <uint64_t>1 << 43:             # <<<<<<<<<<<<<<
- *             return (today + ((<uint64_t>1 << 44) - late)) / 1e6
- *         return (today - late) / 1e6
-*/
-  __pyx_t_1 = (__pyx_v_late >= (((uint64_t)1) << 43));
-
-  if (__pyx_t_1) {
-
-
-    /* "ivshmem/channel/views.pyx":115
- *         late = (today - self.message.time) & ((<uint64_t>1 << 44) - 1)
- *         if late >= <uint64_t>1 << 43:
- *             return (today + ((<uint64_t>1 << 44) - late)) / 1e6             # <<<<<<<<<<<<<<
- *         return (today - late) / 1e6
- * 
-*/
-    __pyx_t_2 = PyFloat_FromDouble((((double)(__pyx_v_today + ((((uint64_t)1) << 44) - __pyx_v_late))) / 1e6)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 115, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_2);
-    {
-      PyObject *__pyx_temp;
-      {
-        __pyx_temp = __pyx_r;
-        __pyx_r = __pyx_t_2;
-      }
-      __Pyx_XDECREF(__pyx_temp);
-    }
-    __pyx_t_2 = 0;
-    goto __pyx_L0;
-
-    /* "ivshmem/channel/views.pyx":114
- *         today = microseconds()
- *         late = (today - self.message.time) & ((<uint64_t>1 << 44) - 1)
- *         if late >= <uint64_t>1 << 43:             # <<<<<<<<<<<<<<
- *             return (today + ((<uint64_t>1 << 44) - late)) / 1e6
- *         return (today - late) / 1e6
-*/
-  }
-
-  /* "ivshmem/channel/views.pyx":116
- *         if late >= <uint64_t>1 << 43:
- *             return (today + ((<uint64_t>1 << 44) - late)) / 1e6
- *         return (today - late) / 1e6             # <<<<<<<<<<<<<<
- * 
- *     @property
-*/
-  __pyx_t_2 = PyFloat_FromDouble((((double)(__pyx_v_today - __pyx_v_late)) / 1e6)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 116, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  {
-    PyObject *__pyx_temp;
-    {
-      __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_2;
-    }
-    __Pyx_XDECREF(__pyx_temp);
-  }
-  __pyx_t_2 = 0;
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/views.pyx":104
- *         return self.message.lost
- * 
- *     @property             # <<<<<<<<<<<<<<
- *     def time(self):
- *         cdef uint64_t late, today
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_AddTraceback("ivshmem.channel.views.View.time.__get__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
-  __pyx_L0:;
-
-
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/views.pyx":118
- *         return (today - late) / 1e6
- * 
- *     @property             # <<<<<<<<<<<<<<
- *     def offset(self):
- *         """Where it lies in the region, in bytes."""
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_5views_4View_6offset_1__get__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_7channel_5views_4View_6offset_1__get__(PyObject *__pyx_v_self) {
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__get__ (wrapper)", 0);
-  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7channel_5views_4View_6offset___get__(((struct __pyx_obj_7ivshmem_7channel_5views_View *)__pyx_v_self));
-
-  /* function exit code */
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6offset___get__(struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_v_self) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("__get__", 0);
-
-  /* "ivshmem/channel/views.pyx":121
- *     def offset(self):
- *         """Where it lies in the region, in bytes."""
- *         return self.message.offset             # <<<<<<<<<<<<<<
- * 
- *     def __bytes__(self):
-*/
-  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->__pyx_base.message.offset); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 121, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
-  {
-    PyObject *__pyx_temp;
-    {
-      __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_1;
-    }
-    __Pyx_XDECREF(__pyx_temp);
-  }
-  __pyx_t_1 = 0;
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/views.pyx":118
- *         return (today - late) / 1e6
- * 
- *     @property             # <<<<<<<<<<<<<<
- *     def offset(self):
- *         """Where it lies in the region, in bytes."""
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_AddTraceback("ivshmem.channel.views.View.offset.__get__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
-  __pyx_L0:;
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/views.pyx":123
- *         return self.message.offset
  * 
  *     def __bytes__(self):             # <<<<<<<<<<<<<<
  *         """Return a copy; raise Overtaken if the message was overwritten before the copy ended."""
@@ -6769,29 +8008,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View___bytes__(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__bytes__", 0);
 
-  /* "ivshmem/channel/views.pyx":128
+  /* "ivshmem/channel/views.pyx":171
  *         cdef const char *start
  *         cdef char *into
  *         self.enter()             # <<<<<<<<<<<<<<
  *         data = PyBytes_FromStringAndSize(NULL, self.message.length)
  *         into = PyBytes_AS_STRING(data)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5views_View *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 128, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5views_View *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 171, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/views.pyx":129
+  /* "ivshmem/channel/views.pyx":172
  *         cdef char *into
  *         self.enter()
  *         data = PyBytes_FromStringAndSize(NULL, self.message.length)             # <<<<<<<<<<<<<<
  *         into = PyBytes_AS_STRING(data)
  *         ivshmem_count(&self.exports, 1)  # no other thread releases it during the copy
 */
-  __pyx_t_2 = PyBytes_FromStringAndSize(NULL, __pyx_v_self->__pyx_base.message.length); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 129, __pyx_L1_error)
+  __pyx_t_2 = PyBytes_FromStringAndSize(NULL, __pyx_v_self->__pyx_base.message.length); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 172, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_v_data = ((PyObject*)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/views.pyx":130
+  /* "ivshmem/channel/views.pyx":173
  *         self.enter()
  *         data = PyBytes_FromStringAndSize(NULL, self.message.length)
  *         into = PyBytes_AS_STRING(data)             # <<<<<<<<<<<<<<
@@ -6800,7 +8039,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View___bytes__(struct __pyx_
 */
   __pyx_v_into = PyBytes_AS_STRING(__pyx_v_data);
 
-  /* "ivshmem/channel/views.pyx":131
+  /* "ivshmem/channel/views.pyx":174
  *         data = PyBytes_FromStringAndSize(NULL, self.message.length)
  *         into = PyBytes_AS_STRING(data)
  *         ivshmem_count(&self.exports, 1)  # no other thread releases it during the copy             # <<<<<<<<<<<<<<
@@ -6809,17 +8048,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View___bytes__(struct __pyx_
 */
   (void)(ivshmem_count((&__pyx_v_self->__pyx_base.exports), 1));
 
-  /* "ivshmem/channel/views.pyx":132
+  /* "ivshmem/channel/views.pyx":175
  *         into = PyBytes_AS_STRING(data)
  *         ivshmem_count(&self.exports, 1)  # no other thread releases it during the copy
  *         self.reader.membership.mapping.pin()             # <<<<<<<<<<<<<<
  *         start = <const char *>self.reader.channel.area.memory.start + self.message.offset
  *         try:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_base.reader->__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->__pyx_base.reader->__pyx_base.membership->mapping); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 132, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_base.reader->__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->__pyx_base.reader->__pyx_base.membership->mapping); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 175, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/views.pyx":133
+  /* "ivshmem/channel/views.pyx":176
  *         ivshmem_count(&self.exports, 1)  # no other thread releases it during the copy
  *         self.reader.membership.mapping.pin()
  *         start = <const char *>self.reader.channel.area.memory.start + self.message.offset             # <<<<<<<<<<<<<<
@@ -6828,7 +8067,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View___bytes__(struct __pyx_
 */
   __pyx_v_start = (((char const *)__pyx_v_self->__pyx_base.reader->__pyx_base.channel.area.memory.start) + __pyx_v_self->__pyx_base.message.offset);
 
-  /* "ivshmem/channel/views.pyx":134
+  /* "ivshmem/channel/views.pyx":177
  *         self.reader.membership.mapping.pin()
  *         start = <const char *>self.reader.channel.area.memory.start + self.message.offset
  *         try:             # <<<<<<<<<<<<<<
@@ -6837,7 +8076,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View___bytes__(struct __pyx_
 */
   /*try:*/ {
 
-    /* "ivshmem/channel/views.pyx":135
+    /* "ivshmem/channel/views.pyx":178
  *         start = <const char *>self.reader.channel.area.memory.start + self.message.offset
  *         try:
  *             with nogil:  # large messages would stop all other threads             # <<<<<<<<<<<<<<
@@ -6850,7 +8089,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View___bytes__(struct __pyx_
         __Pyx_FastGIL_Remember();
         /*try:*/ {
 
-          /* "ivshmem/channel/views.pyx":136
+          /* "ivshmem/channel/views.pyx":179
  *         try:
  *             with nogil:  # large messages would stop all other threads
  *                 ivshmem_copy_payload(into, start, self.message.length)             # <<<<<<<<<<<<<<
@@ -6860,7 +8099,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View___bytes__(struct __pyx_
           ivshmem_copy_payload(__pyx_v_into, __pyx_v_start, __pyx_v_self->__pyx_base.message.length);
         }
 
-        /* "ivshmem/channel/views.pyx":135
+        /* "ivshmem/channel/views.pyx":178
  *         start = <const char *>self.reader.channel.area.memory.start + self.message.offset
  *         try:
  *             with nogil:  # large messages would stop all other threads             # <<<<<<<<<<<<<<
@@ -6878,7 +8117,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View___bytes__(struct __pyx_
     }
   }
 
-  /* "ivshmem/channel/views.pyx":138
+  /* "ivshmem/channel/views.pyx":181
  *                 ivshmem_copy_payload(into, start, self.message.length)
  *         finally:
  *             self.reader.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -6889,7 +8128,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View___bytes__(struct __pyx_
     /*normal exit:*/{
       ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_base.reader->__pyx_base.membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->__pyx_base.reader->__pyx_base.membership->mapping);
 
-      /* "ivshmem/channel/views.pyx":139
+      /* "ivshmem/channel/views.pyx":182
  *         finally:
  *             self.reader.membership.mapping.unpin()
  *             ivshmem_count(&self.exports, -1)             # <<<<<<<<<<<<<<
@@ -6902,7 +8141,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View___bytes__(struct __pyx_
     __pyx_L5:;
   }
 
-  /* "ivshmem/channel/views.pyx":140
+  /* "ivshmem/channel/views.pyx":183
  *             self.reader.membership.mapping.unpin()
  *             ivshmem_count(&self.exports, -1)
  *         self.check()             # <<<<<<<<<<<<<<
@@ -6916,17 +8155,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View___bytes__(struct __pyx_
     PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_check, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 140, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 183, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/views.pyx":141
+  /* "ivshmem/channel/views.pyx":184
  *             ivshmem_count(&self.exports, -1)
  *         self.check()
  *         return data             # <<<<<<<<<<<<<<
  * 
- *     @property
+ *     def check(self):
 */
   {
     PyObject *__pyx_temp;
@@ -6939,8 +8178,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View___bytes__(struct __pyx_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":123
- *         return self.message.offset
+  /* "ivshmem/channel/views.pyx":166
+ *         return self.message.lost
  * 
  *     def __bytes__(self):             # <<<<<<<<<<<<<<
  *         """Return a copy; raise Overtaken if the message was overwritten before the copy ended."""
@@ -6962,620 +8201,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View___bytes__(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":143
+/* "ivshmem/channel/views.pyx":186
  *         return data
- * 
- *     @property             # <<<<<<<<<<<<<<
- *     def array(self):
- *         """A numpy array over the message, of the channel's type (without one: of bytes)."""
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_5views_4View_5array_1__get__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_7channel_5views_4View_5array_1__get__(PyObject *__pyx_v_self) {
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__get__ (wrapper)", 0);
-  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7channel_5views_4View_5array___get__(((struct __pyx_obj_7ivshmem_7channel_5views_View *)__pyx_v_self));
-
-  /* function exit code */
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_5array___get__(struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_v_self) {
-  PyObject *__pyx_v_numpy = NULL;
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  PyObject *__pyx_t_2 = NULL;
-  int __pyx_t_3;
-  int __pyx_t_4;
-  PyObject *__pyx_t_5 = NULL;
-  PyObject *__pyx_t_6 = NULL;
-  size_t __pyx_t_7;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("__get__", 0);
-
-  /* "ivshmem/channel/views.pyx":146
- *     def array(self):
- *         """A numpy array over the message, of the channel's type (without one: of bytes)."""
- *         import numpy  # an extra, which only this needs             # <<<<<<<<<<<<<<
- * 
- *         self.enter()
-*/
-  __pyx_t_2 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_numpy, 0, 0, NULL, 0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 146, __pyx_L1_error)
-  __pyx_t_1 = __pyx_t_2;
-  __Pyx_GOTREF(__pyx_t_1);
-  __pyx_v_numpy = __pyx_t_1;
-  __pyx_t_1 = 0;
-
-  /* "ivshmem/channel/views.pyx":148
- *         import numpy  # an extra, which only this needs
- * 
- *         self.enter()             # <<<<<<<<<<<<<<
- *         if self.reader.type is not None:
- *             return self.reader.type.array(memoryview(self))
-*/
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5views_View *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 148, __pyx_L1_error)
-
-
-  /* "ivshmem/channel/views.pyx":149
- * 
- *         self.enter()
- *         if self.reader.type is not None:             # <<<<<<<<<<<<<<
- *             return self.reader.type.array(memoryview(self))
- *         return numpy.frombuffer(self, "uint8")
-*/
-  __pyx_t_4 = (__pyx_v_self->__pyx_base.reader->type != Py_None);
-  if (__pyx_t_4) {
-
-
-    /* "ivshmem/channel/views.pyx":150
- *         self.enter()
- *         if self.reader.type is not None:
- *             return self.reader.type.array(memoryview(self))             # <<<<<<<<<<<<<<
- *         return numpy.frombuffer(self, "uint8")
- * 
-*/
-    __pyx_t_5 = __pyx_v_self->__pyx_base.reader->type;
-    __Pyx_INCREF(__pyx_t_5);
-    __pyx_t_6 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 150, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = 0;
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_t_6};
-      __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_array, __pyx_callargs+__pyx_t_7, (2-__pyx_t_7) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-      __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 150, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_1);
-    }
-    {
-      PyObject *__pyx_temp;
-      {
-        __pyx_temp = __pyx_r;
-        __pyx_r = __pyx_t_1;
-      }
-      __Pyx_XDECREF(__pyx_temp);
-    }
-    __pyx_t_1 = 0;
-    goto __pyx_L0;
-
-    /* "ivshmem/channel/views.pyx":149
- * 
- *         self.enter()
- *         if self.reader.type is not None:             # <<<<<<<<<<<<<<
- *             return self.reader.type.array(memoryview(self))
- *         return numpy.frombuffer(self, "uint8")
-*/
-  }
-
-  /* "ivshmem/channel/views.pyx":151
- *         if self.reader.type is not None:
- *             return self.reader.type.array(memoryview(self))
- *         return numpy.frombuffer(self, "uint8")             # <<<<<<<<<<<<<<
- * 
- *     @property
-*/
-  __pyx_t_6 = __pyx_v_numpy;
-  __Pyx_INCREF(__pyx_t_6);
-  __pyx_t_7 = 0;
-  {
-    PyObject *__pyx_callargs[3] = {__pyx_t_6, ((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_uint8};
-    __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_frombuffer, __pyx_callargs+__pyx_t_7, (3-__pyx_t_7) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 151, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-  }
-  {
-    PyObject *__pyx_temp;
-    {
-      __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_1;
-    }
-    __Pyx_XDECREF(__pyx_temp);
-  }
-  __pyx_t_1 = 0;
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/views.pyx":143
- *         return data
- * 
- *     @property             # <<<<<<<<<<<<<<
- *     def array(self):
- *         """A numpy array over the message, of the channel's type (without one: of bytes)."""
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_5);
-  __Pyx_XDECREF(__pyx_t_6);
-  __Pyx_AddTraceback("ivshmem.channel.views.View.array.__get__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
-  __pyx_L0:;
-  __Pyx_XDECREF(__pyx_v_numpy);
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/views.pyx":153
- *         return numpy.frombuffer(self, "uint8")
- * 
- *     @property             # <<<<<<<<<<<<<<
- *     def __array_interface__(self):
- *         """What numpy.asarray and others take: address, shape and type; read-only."""
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_5views_4View_19__array_interface___1__get__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_7channel_5views_4View_19__array_interface___1__get__(PyObject *__pyx_v_self) {
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__get__ (wrapper)", 0);
-  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7channel_5views_4View_19__array_interface_____get__(((struct __pyx_obj_7ivshmem_7channel_5views_View *)__pyx_v_self));
-
-  /* function exit code */
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_19__array_interface_____get__(struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_v_self) {
-  PyObject *__pyx_v_kind = NULL;
-  PyObject *__pyx_v_shape = NULL;
-  uint64_t __pyx_v_address;
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  int __pyx_t_1;
-  PyObject *__pyx_t_2 = NULL;
-  PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  int __pyx_t_5;
-  size_t __pyx_t_6;
-  PyObject *__pyx_t_7 = NULL;
-  PyObject *(*__pyx_t_8)(PyObject *);
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("__get__", 0);
-
-  /* "ivshmem/channel/views.pyx":156
- *     def __array_interface__(self):
- *         """What numpy.asarray and others take: address, shape and type; read-only."""
- *         self.enter()             # <<<<<<<<<<<<<<
- *         kind, shape = ("|u1", (self.message.length,))
- *         if self.reader.type is not None:
-*/
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5views_View *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 156, __pyx_L1_error)
-
-
-  /* "ivshmem/channel/views.pyx":157
- *         """What numpy.asarray and others take: address, shape and type; read-only."""
- *         self.enter()
- *         kind, shape = ("|u1", (self.message.length,))             # <<<<<<<<<<<<<<
- *         if self.reader.type is not None:
- *             kind, shape = self.reader.type.interface(self.message.length)
-*/
-  __pyx_t_2 = __pyx_mstate_global->__pyx_kp_u_u1;
-  __Pyx_INCREF(__pyx_t_2);
-  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->__pyx_base.message.length); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 157, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = PyTuple_New(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 157, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  __Pyx_GIVEREF(__pyx_t_3);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_4, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 157, __pyx_L1_error);
-  __pyx_t_3 = 0;
-  __pyx_v_kind = __pyx_t_2;
-  __pyx_t_2 = 0;
-  __pyx_v_shape = __pyx_t_4;
-  __pyx_t_4 = 0;
-
-  /* "ivshmem/channel/views.pyx":158
- *         self.enter()
- *         kind, shape = ("|u1", (self.message.length,))
- *         if self.reader.type is not None:             # <<<<<<<<<<<<<<
- *             kind, shape = self.reader.type.interface(self.message.length)
- *         address = <size_t>self.reader.channel.area.memory.start + self.message.offset
-*/
-  __pyx_t_5 = (__pyx_v_self->__pyx_base.reader->type != Py_None);
-  if (__pyx_t_5) {
-
-
-    /* "ivshmem/channel/views.pyx":159
- *         kind, shape = ("|u1", (self.message.length,))
- *         if self.reader.type is not None:
- *             kind, shape = self.reader.type.interface(self.message.length)             # <<<<<<<<<<<<<<
- *         address = <size_t>self.reader.channel.area.memory.start + self.message.offset
- *         return {"version": 3, "typestr": kind, "shape": shape, "data": (address, True)}
-*/
-    __pyx_t_2 = __pyx_v_self->__pyx_base.reader->type;
-    __Pyx_INCREF(__pyx_t_2);
-    __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->__pyx_base.message.length); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 159, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_6 = 0;
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_t_3};
-      __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_interface, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 159, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_4);
-    }
-    if ((likely(PyTuple_CheckExact(__pyx_t_4))) || (PyList_CheckExact(__pyx_t_4))) {
-      PyObject* sequence = __pyx_t_4;
-      Py_ssize_t size = __Pyx_PySequence_SIZE(sequence);
-      if (unlikely(size != 2)) {
-        if (size > 2) __Pyx_RaiseTooManyValuesError(2);
-        else if (size >= 0) __Pyx_RaiseNeedMoreValuesError(size);
-        __PYX_ERR(0, 159, __pyx_L1_error)
-      }
-      #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
-      if (likely(PyTuple_CheckExact(sequence))) {
-        __pyx_t_3 = PyTuple_GET_ITEM(sequence, 0);
-        __Pyx_INCREF(__pyx_t_3);
-        __pyx_t_2 = PyTuple_GET_ITEM(sequence, 1);
-        __Pyx_INCREF(__pyx_t_2);
-      } else {
-        __pyx_t_3 = __Pyx_PyList_GET_ITEM_REF(sequence, 0, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 159, __pyx_L1_error)
-        __Pyx_XGOTREF(__pyx_t_3);
-        __pyx_t_2 = __Pyx_PyList_GET_ITEM_REF(sequence, 1, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 159, __pyx_L1_error)
-        __Pyx_XGOTREF(__pyx_t_2);
-      }
-      #else
-      __pyx_t_3 = __Pyx_PySequence_ITEM(sequence, 0); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 159, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_3);
-      __pyx_t_2 = __Pyx_PySequence_ITEM(sequence, 1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 159, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_2);
-      #endif
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    } else {
-      Py_ssize_t index = -1;
-      __pyx_t_7 = PyObject_GetIter(__pyx_t_4); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 159, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_7);
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __pyx_t_8 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_7);
-      index = 0; __pyx_t_3 = __pyx_t_8(__pyx_t_7); if (unlikely(!__pyx_t_3)) goto __pyx_L4_unpacking_failed;
-      __Pyx_GOTREF(__pyx_t_3);
-      index = 1; __pyx_t_2 = __pyx_t_8(__pyx_t_7); if (unlikely(!__pyx_t_2)) goto __pyx_L4_unpacking_failed;
-      __Pyx_GOTREF(__pyx_t_2);
-      if (__Pyx_IternextUnpackEndCheck(__pyx_t_8(__pyx_t_7), 2) < (0)) __PYX_ERR(0, 159, __pyx_L1_error)
-      __pyx_t_8 = NULL;
-      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      goto __pyx_L5_unpacking_done;
-      __pyx_L4_unpacking_failed:;
-      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      __pyx_t_8 = NULL;
-      if (__Pyx_IterFinish() == 0) __Pyx_RaiseNeedMoreValuesError(index);
-      __PYX_ERR(0, 159, __pyx_L1_error)
-      __pyx_L5_unpacking_done:;
-    }
-    __Pyx_DECREF_SET(__pyx_v_kind, __pyx_t_3);
-    __pyx_t_3 = 0;
-    __Pyx_DECREF_SET(__pyx_v_shape, __pyx_t_2);
-    __pyx_t_2 = 0;
-
-    /* "ivshmem/channel/views.pyx":158
- *         self.enter()
- *         kind, shape = ("|u1", (self.message.length,))
- *         if self.reader.type is not None:             # <<<<<<<<<<<<<<
- *             kind, shape = self.reader.type.interface(self.message.length)
- *         address = <size_t>self.reader.channel.area.memory.start + self.message.offset
-*/
-  }
-
-  /* "ivshmem/channel/views.pyx":160
- *         if self.reader.type is not None:
- *             kind, shape = self.reader.type.interface(self.message.length)
- *         address = <size_t>self.reader.channel.area.memory.start + self.message.offset             # <<<<<<<<<<<<<<
- *         return {"version": 3, "typestr": kind, "shape": shape, "data": (address, True)}
- * 
-*/
-  __pyx_v_address = (((size_t)__pyx_v_self->__pyx_base.reader->__pyx_base.channel.area.memory.start) + __pyx_v_self->__pyx_base.message.offset);
-
-  /* "ivshmem/channel/views.pyx":161
- *             kind, shape = self.reader.type.interface(self.message.length)
- *         address = <size_t>self.reader.channel.area.memory.start + self.message.offset
- *         return {"version": 3, "typestr": kind, "shape": shape, "data": (address, True)}             # <<<<<<<<<<<<<<
- * 
- *     def __dlpack__(self, **options):
-*/
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(4); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 161, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_version, __pyx_mstate_global->__pyx_int_3) < (0)) __PYX_ERR(0, 161, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_typestr, __pyx_v_kind) < (0)) __PYX_ERR(0, 161, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_shape, __pyx_v_shape) < (0)) __PYX_ERR(0, 161, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_PyLong_From_uint64_t(__pyx_v_address); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 161, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_3 = PyTuple_New(2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 161, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __Pyx_GIVEREF(__pyx_t_2);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_3, 0, __pyx_t_2) != (0)) __PYX_ERR(0, 161, __pyx_L1_error);
-  __Pyx_INCREF(Py_True);
-  __Pyx_GIVEREF(Py_True);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_3, 1, Py_True) != (0)) __PYX_ERR(0, 161, __pyx_L1_error);
-  __pyx_t_2 = 0;
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_data, __pyx_t_3) < (0)) __PYX_ERR(0, 161, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  {
-    PyObject *__pyx_temp;
-    {
-      __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_4;
-    }
-    __Pyx_XDECREF(__pyx_temp);
-  }
-  __pyx_t_4 = 0;
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/views.pyx":153
- *         return numpy.frombuffer(self, "uint8")
- * 
- *     @property             # <<<<<<<<<<<<<<
- *     def __array_interface__(self):
- *         """What numpy.asarray and others take: address, shape and type; read-only."""
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_XDECREF(__pyx_t_7);
-  __Pyx_AddTraceback("ivshmem.channel.views.View.__array_interface__.__get__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
-  __pyx_L0:;
-  __Pyx_XDECREF(__pyx_v_kind);
-  __Pyx_XDECREF(__pyx_v_shape);
-
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/views.pyx":163
- *         return {"version": 3, "typestr": kind, "shape": shape, "data": (address, True)}
- * 
- *     def __dlpack__(self, **options):             # <<<<<<<<<<<<<<
- *         """Export the message, for numpy.from_dlpack or torch.from_dlpack; needs numpy."""
- *         return self.array.__dlpack__(**options)
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_5views_4View_3__dlpack__(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5views_4View_2__dlpack__, "Export the message, for numpy.from_dlpack or torch.from_dlpack; needs numpy.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_5views_4View_3__dlpack__ = {"__dlpack__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5views_4View_3__dlpack__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5views_4View_2__dlpack__};
-static PyObject *__pyx_pw_7ivshmem_7channel_5views_4View_3__dlpack__(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-) {
-  PyObject *__pyx_v_options = 0;
-  #if !CYTHON_VECTORCALL
-  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  #endif
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__dlpack__ (wrapper)", 0);
-  #if !CYTHON_VECTORCALL
-  #if CYTHON_ASSUME_SAFE_SIZE
-  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
-  #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
-  #endif
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
-  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("__dlpack__", 1, 0, 0, __pyx_nargs); return NULL; }
-  const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-  if (unlikely(__pyx_kwds_len < 0)) return NULL;
-  if (__pyx_kwds_len > 0) {
-    if (unlikely(__Pyx_CheckKeywordStrings(__pyx_kwds) == -1)) return NULL;
-    __pyx_v_options = __Pyx_KwargsAsDict_FASTCALL(__pyx_kwds, __pyx_kwvalues);
-    if (unlikely(!__pyx_v_options)) return NULL;
-    __Pyx_GOTREF(__pyx_v_options);
-  } else {
-    __pyx_v_options = PyDict_New();
-    if (unlikely(!__pyx_v_options)) return NULL;
-    __Pyx_GOTREF(__pyx_v_options);
-  }
-  __pyx_r = __pyx_pf_7ivshmem_7channel_5views_4View_2__dlpack__(((struct __pyx_obj_7ivshmem_7channel_5views_View *)__pyx_v_self), __pyx_v_options);
-
-  /* function exit code */
-  __Pyx_DECREF(__pyx_v_options);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_2__dlpack__(struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_v_self, PyObject *__pyx_v_options) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  PyObject *__pyx_t_2 = NULL;
-  PyObject *__pyx_t_3 = NULL;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("__dlpack__", 0);
-
-  /* "ivshmem/channel/views.pyx":165
- *     def __dlpack__(self, **options):
- *         """Export the message, for numpy.from_dlpack or torch.from_dlpack; needs numpy."""
- *         return self.array.__dlpack__(**options)             # <<<<<<<<<<<<<<
- * 
- *     def __dlpack_device__(self):
-*/
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_array); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 165, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_dlpack); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 165, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyDict_Copy(__pyx_v_options); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 165, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_3 = __Pyx_PyObject_Call(__pyx_t_2, __pyx_mstate_global->__pyx_empty_tuple, __pyx_t_1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 165, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  {
-    PyObject *__pyx_temp;
-    {
-      __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_3;
-    }
-    __Pyx_XDECREF(__pyx_temp);
-  }
-  __pyx_t_3 = 0;
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/views.pyx":163
- *         return {"version": 3, "typestr": kind, "shape": shape, "data": (address, True)}
- * 
- *     def __dlpack__(self, **options):             # <<<<<<<<<<<<<<
- *         """Export the message, for numpy.from_dlpack or torch.from_dlpack; needs numpy."""
- *         return self.array.__dlpack__(**options)
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_AddTraceback("ivshmem.channel.views.View.__dlpack__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
-  __pyx_L0:;
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/views.pyx":167
- *         return self.array.__dlpack__(**options)
- * 
- *     def __dlpack_device__(self):             # <<<<<<<<<<<<<<
- *         """Return DLPack's number of the processor's memory."""
- *         return (1, 0)
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_5views_4View_5__dlpack_device__(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5views_4View_4__dlpack_device__, "Return DLPack\047s number of the processor\047s memory.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_5views_4View_5__dlpack_device__ = {"__dlpack_device__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5views_4View_5__dlpack_device__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5views_4View_4__dlpack_device__};
-static PyObject *__pyx_pw_7ivshmem_7channel_5views_4View_5__dlpack_device__(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-) {
-  #if !CYTHON_VECTORCALL
-  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  #endif
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__dlpack_device__ (wrapper)", 0);
-  #if !CYTHON_VECTORCALL
-  #if CYTHON_ASSUME_SAFE_SIZE
-  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
-  #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
-  #endif
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
-  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("__dlpack_device__", 1, 0, 0, __pyx_nargs); return NULL; }
-  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-  if (unlikely(__pyx_kwds_len < 0)) return NULL;
-  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__dlpack_device__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_5views_4View_4__dlpack_device__(((struct __pyx_obj_7ivshmem_7channel_5views_View *)__pyx_v_self));
-
-  /* function exit code */
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4__dlpack_device__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_v_self) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__dlpack_device__", 0);
-
-  /* "ivshmem/channel/views.pyx":169
- *     def __dlpack_device__(self):
- *         """Return DLPack's number of the processor's memory."""
- *         return (1, 0)             # <<<<<<<<<<<<<<
- * 
- *     def check(self):
-*/
-  {
-    PyObject *__pyx_temp;
-    {
-      __pyx_temp = __pyx_r;
-      __Pyx_INCREF(__pyx_mstate_global->__pyx_tuple[0]);
-      __pyx_r = __pyx_mstate_global->__pyx_tuple[0];
-    }
-    __Pyx_XDECREF(__pyx_temp);
-  }
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/views.pyx":167
- *         return self.array.__dlpack__(**options)
- * 
- *     def __dlpack_device__(self):             # <<<<<<<<<<<<<<
- *         """Return DLPack's number of the processor's memory."""
- *         return (1, 0)
-*/
-
-  /* function exit code */
-  __pyx_L0:;
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/views.pyx":171
- *         return (1, 0)
  * 
  *     def check(self):             # <<<<<<<<<<<<<<
  *         """Raise Overtaken if the message was overwritten since it was taken."""
@@ -7583,16 +8210,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4__dlpack_device__(CYTH
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_5views_4View_7check(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_5views_4View_3check(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5views_4View_6check, "Raise Overtaken if the message was overwritten since it was taken.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_5views_4View_7check = {"check", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5views_4View_7check, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5views_4View_6check};
-static PyObject *__pyx_pw_7ivshmem_7channel_5views_4View_7check(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5views_4View_2check, "Raise Overtaken if the message was overwritten since it was taken.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_5views_4View_3check = {"check", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5views_4View_3check, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5views_4View_2check};
+static PyObject *__pyx_pw_7ivshmem_7channel_5views_4View_3check(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -7618,14 +8245,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("check", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_5views_4View_6check(((struct __pyx_obj_7ivshmem_7channel_5views_View *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_5views_4View_2check(((struct __pyx_obj_7ivshmem_7channel_5views_View *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6check(struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_2check(struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -7646,7 +8273,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6check(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check", 0);
 
-  /* "ivshmem/channel/views.pyx":173
+  /* "ivshmem/channel/views.pyx":188
  *     def check(self):
  *         """Raise Overtaken if the message was overwritten since it was taken."""
  *         with cython.critical_section(self.reader):             # <<<<<<<<<<<<<<
@@ -7660,7 +8287,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6check(struct __pyx_obj
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/views.pyx":174
+        /* "ivshmem/channel/views.pyx":189
  *         """Raise Overtaken if the message was overwritten since it was taken."""
  *         with cython.critical_section(self.reader):
  *             if not self.overtaken and self.live and self.reader.open and (             # <<<<<<<<<<<<<<
@@ -7690,7 +8317,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6check(struct __pyx_obj
           goto __pyx_L7_bool_binop_done;
         }
 
-        /* "ivshmem/channel/views.pyx":175
+        /* "ivshmem/channel/views.pyx":190
  *         with cython.critical_section(self.reader):
  *             if not self.overtaken and self.live and self.reader.open and (
  *                 self.reader.membership.usable()  # also without a place: it is only read             # <<<<<<<<<<<<<<
@@ -7704,7 +8331,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6check(struct __pyx_obj
 
         __pyx_L7_bool_binop_done:;
 
-        /* "ivshmem/channel/views.pyx":174
+        /* "ivshmem/channel/views.pyx":189
  *         """Raise Overtaken if the message was overwritten since it was taken."""
  *         with cython.critical_section(self.reader):
  *             if not self.overtaken and self.live and self.reader.open and (             # <<<<<<<<<<<<<<
@@ -7714,7 +8341,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6check(struct __pyx_obj
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/views.pyx":177
+          /* "ivshmem/channel/views.pyx":192
  *                 self.reader.membership.usable()  # also without a place: it is only read
  *             ):
  *                 self.overtaken = ivshmem_check(&self.reader.channel, &self.message) != 0             # <<<<<<<<<<<<<<
@@ -7723,7 +8350,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6check(struct __pyx_obj
 */
           __pyx_v_self->overtaken = (ivshmem_check((&__pyx_v_self->__pyx_base.reader->__pyx_base.channel), (&__pyx_v_self->__pyx_base.message)) != 0);
 
-          /* "ivshmem/channel/views.pyx":174
+          /* "ivshmem/channel/views.pyx":189
  *         """Raise Overtaken if the message was overwritten since it was taken."""
  *         with cython.critical_section(self.reader):
  *             if not self.overtaken and self.live and self.reader.open and (             # <<<<<<<<<<<<<<
@@ -7732,7 +8359,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6check(struct __pyx_obj
 */
         }
 
-        /* "ivshmem/channel/views.pyx":178
+        /* "ivshmem/channel/views.pyx":193
  *             ):
  *                 self.overtaken = ivshmem_check(&self.reader.channel, &self.message) != 0
  *             if self.overtaken:             # <<<<<<<<<<<<<<
@@ -7741,7 +8368,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6check(struct __pyx_obj
 */
         if (unlikely(__pyx_v_self->overtaken)) {
 
-          /* "ivshmem/channel/views.pyx":179
+          /* "ivshmem/channel/views.pyx":194
  *                 self.overtaken = ivshmem_check(&self.reader.channel, &self.message) != 0
  *             if self.overtaken:
  *                 raise Overtaken(             # <<<<<<<<<<<<<<
@@ -7749,27 +8376,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6check(struct __pyx_obj
  *                     f" {self.message.position} while it was looked at; what was seen may be torn"
 */
           __pyx_t_5 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_Overtaken); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 179, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_Overtaken); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 194, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
 
-          /* "ivshmem/channel/views.pyx":180
+          /* "ivshmem/channel/views.pyx":195
  *             if self.overtaken:
  *                 raise Overtaken(
  *                     f"channel {self.reader.name!r}: the writer overwrote message"             # <<<<<<<<<<<<<<
  *                     f" {self.message.position} while it was looked at; what was seen may be torn"
  *                 )
 */
-          __pyx_t_7 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.reader->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 180, __pyx_L4_error)
+          __pyx_t_7 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.reader->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 195, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
 
-          /* "ivshmem/channel/views.pyx":181
+          /* "ivshmem/channel/views.pyx":196
  *                 raise Overtaken(
  *                     f"channel {self.reader.name!r}: the writer overwrote message"
  *                     f" {self.message.position} while it was looked at; what was seen may be torn"             # <<<<<<<<<<<<<<
  *                 )
  * 
 */
-          __pyx_t_8 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->__pyx_base.message.position, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 181, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->__pyx_base.message.position, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 196, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
           __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_channel;
           __pyx_t_9[1] = __pyx_t_7;
@@ -7777,7 +8404,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6check(struct __pyx_obj
           __pyx_t_9[3] = __pyx_t_8;
           __pyx_t_9[4] = __pyx_mstate_global->__pyx_kp_u_while_it_was_looked_at_what_was;
 
-          /* "ivshmem/channel/views.pyx":180
+          /* "ivshmem/channel/views.pyx":195
  *             if self.overtaken:
  *                 raise Overtaken(
  *                     f"channel {self.reader.name!r}: the writer overwrote message"             # <<<<<<<<<<<<<<
@@ -7793,7 +8420,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6check(struct __pyx_obj
           __pyx_t_11 |= __Pyx_PyUnicode_KIND_04(__pyx_t_9[1]);
           #endif
           __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_9, 5, __pyx_t_10, __pyx_t_11);
-          if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 180, __pyx_L4_error)
+          if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 195, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_12);
           __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
@@ -7815,14 +8442,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6check(struct __pyx_obj
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
             __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 179, __pyx_L4_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 194, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
           __Pyx_Raise(__pyx_t_4, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __PYX_ERR(0, 179, __pyx_L4_error)
+          __PYX_ERR(0, 194, __pyx_L4_error)
 
-          /* "ivshmem/channel/views.pyx":178
+          /* "ivshmem/channel/views.pyx":193
  *             ):
  *                 self.overtaken = ivshmem_check(&self.reader.channel, &self.message) != 0
  *             if self.overtaken:             # <<<<<<<<<<<<<<
@@ -7832,7 +8459,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6check(struct __pyx_obj
         }
       }
 
-      /* "ivshmem/channel/views.pyx":173
+      /* "ivshmem/channel/views.pyx":188
  *     def check(self):
  *         """Raise Overtaken if the message was overwritten since it was taken."""
  *         with cython.critical_section(self.reader):             # <<<<<<<<<<<<<<
@@ -7853,8 +8480,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6check(struct __pyx_obj
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/views.pyx":171
- *         return (1, 0)
+  /* "ivshmem/channel/views.pyx":186
+ *         return data
  * 
  *     def check(self):             # <<<<<<<<<<<<<<
  *         """Raise Overtaken if the message was overwritten since it was taken."""
@@ -7880,7 +8507,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6check(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":184
+/* "ivshmem/channel/views.pyx":199
  *                 )
  * 
  *     def release(self):             # <<<<<<<<<<<<<<
@@ -7889,16 +8516,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6check(struct __pyx_obj
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_5views_4View_9release(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_5views_4View_5release(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5views_4View_8release, "Give the memory back to the writer; may be called twice.\n\n        Raises:\n            BufferError: a memoryview or an array of it is alive.\n            Overtaken: the message was overwritten since it was taken. The View is released.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_5views_4View_9release = {"release", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5views_4View_9release, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5views_4View_8release};
-static PyObject *__pyx_pw_7ivshmem_7channel_5views_4View_9release(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5views_4View_4release, "Give the memory back to the writer; may be called twice.\n\n        Raises:\n            BufferError: a memoryview or an array of it is alive.\n            Overtaken: the message was overwritten since it was taken. The View is released.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_5views_4View_5release = {"release", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5views_4View_5release, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5views_4View_4release};
+static PyObject *__pyx_pw_7ivshmem_7channel_5views_4View_5release(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -7924,14 +8551,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("release", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_5views_4View_8release(((struct __pyx_obj_7ivshmem_7channel_5views_View *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_5views_4View_4release(((struct __pyx_obj_7ivshmem_7channel_5views_View *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_8release(struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4release(struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
@@ -7953,7 +8580,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_8release(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("release", 0);
 
-  /* "ivshmem/channel/views.pyx":191
+  /* "ivshmem/channel/views.pyx":206
  *             Overtaken: the message was overwritten since it was taken. The View is released.
  *         """
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -7965,7 +8592,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_8release(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/views.pyx":192
+    /* "ivshmem/channel/views.pyx":207
  *         """
  *         if not self.live:
  *             return             # <<<<<<<<<<<<<<
@@ -7982,7 +8609,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_8release(struct __pyx_o
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/views.pyx":191
+    /* "ivshmem/channel/views.pyx":206
  *             Overtaken: the message was overwritten since it was taken. The View is released.
  *         """
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -7991,17 +8618,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_8release(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/views.pyx":193
+  /* "ivshmem/channel/views.pyx":208
  *         if not self.live:
  *             return
  *         self.check_exports()             # <<<<<<<<<<<<<<
  *         try:
  *             self.check()
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5views_View *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.check_exports(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 193, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5views_View *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.check_exports(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 208, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/views.pyx":194
+  /* "ivshmem/channel/views.pyx":209
  *             return
  *         self.check_exports()
  *         try:             # <<<<<<<<<<<<<<
@@ -8010,7 +8637,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_8release(struct __pyx_o
 */
   /*try:*/ {
 
-    /* "ivshmem/channel/views.pyx":195
+    /* "ivshmem/channel/views.pyx":210
  *         self.check_exports()
  *         try:
  *             self.check()             # <<<<<<<<<<<<<<
@@ -8024,13 +8651,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_8release(struct __pyx_o
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
       __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_check, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 195, __pyx_L5_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 210, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   }
 
-  /* "ivshmem/channel/views.pyx":197
+  /* "ivshmem/channel/views.pyx":212
  *             self.check()
  *         finally:
  *             self.abandon()             # <<<<<<<<<<<<<<
@@ -8039,7 +8666,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_8release(struct __pyx_o
 */
   /*finally:*/ {
     /*normal exit:*/{
-      __pyx_t_2 = __pyx_f_7ivshmem_7channel_5views_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 197, __pyx_L1_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_7channel_5views_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 212, __pyx_L1_error)
 
       goto __pyx_L6;
     }
@@ -8060,7 +8687,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_8release(struct __pyx_o
       __Pyx_XGOTREF(__pyx_t_13);
       __pyx_t_2 = __pyx_lineno; __pyx_t_6 = __pyx_clineno; __pyx_t_7 = __pyx_filename;
       {
-        __pyx_t_14 = __pyx_f_7ivshmem_7channel_5views_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_14 == ((int)-1))) __PYX_ERR(0, 197, __pyx_L8_error)
+        __pyx_t_14 = __pyx_f_7ivshmem_7channel_5views_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_14 == ((int)-1))) __PYX_ERR(0, 212, __pyx_L8_error)
 
       }
       __Pyx_XGIVEREF(__pyx_t_11);
@@ -8088,7 +8715,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_8release(struct __pyx_o
     __pyx_L6:;
   }
 
-  /* "ivshmem/channel/views.pyx":184
+  /* "ivshmem/channel/views.pyx":199
  *                 )
  * 
  *     def release(self):             # <<<<<<<<<<<<<<
@@ -8110,7 +8737,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_8release(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":199
+/* "ivshmem/channel/views.pyx":214
  *             self.abandon()
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -8119,16 +8746,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_8release(struct __pyx_o
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_5views_4View_11__enter__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_5views_4View_7__enter__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5views_4View_10__enter__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_5views_4View_11__enter__ = {"__enter__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5views_4View_11__enter__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5views_4View_10__enter__};
-static PyObject *__pyx_pw_7ivshmem_7channel_5views_4View_11__enter__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5views_4View_6__enter__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_5views_4View_7__enter__ = {"__enter__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5views_4View_7__enter__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5views_4View_6__enter__};
+static PyObject *__pyx_pw_7ivshmem_7channel_5views_4View_7__enter__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -8154,19 +8781,19 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__enter__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_5views_4View_10__enter__(((struct __pyx_obj_7ivshmem_7channel_5views_View *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_5views_4View_6__enter__(((struct __pyx_obj_7ivshmem_7channel_5views_View *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_10__enter__(struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6__enter__(struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__enter__", 0);
 
-  /* "ivshmem/channel/views.pyx":200
+  /* "ivshmem/channel/views.pyx":215
  * 
  *     def __enter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -8184,7 +8811,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_10__enter__(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":199
+  /* "ivshmem/channel/views.pyx":214
  *             self.abandon()
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -8199,7 +8826,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_10__enter__(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":202
+/* "ivshmem/channel/views.pyx":217
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -8208,16 +8835,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_10__enter__(struct __py
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_5views_4View_13__exit__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_5views_4View_9__exit__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5views_4View_12__exit__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_5views_4View_13__exit__ = {"__exit__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5views_4View_13__exit__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5views_4View_12__exit__};
-static PyObject *__pyx_pw_7ivshmem_7channel_5views_4View_13__exit__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5views_4View_8__exit__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_5views_4View_9__exit__ = {"__exit__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5views_4View_9__exit__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5views_4View_8__exit__};
+static PyObject *__pyx_pw_7ivshmem_7channel_5views_4View_9__exit__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -8254,33 +8881,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_kind,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 202, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 217, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         default:
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 202, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 217, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
       const Py_ssize_t used_pos_args = (kwd_pos_args < 1) ? kwd_pos_args : 1;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 202, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 217, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 202, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 217, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs < 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 202, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 217, __pyx_L3_error)
     }
     __pyx_v_kind = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 202, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 217, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8292,7 +8919,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_5views_4View_12__exit__(((struct __pyx_obj_7ivshmem_7channel_5views_View *)__pyx_v_self), __pyx_v_kind, __pyx_v_error);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_5views_4View_8__exit__(((struct __pyx_obj_7ivshmem_7channel_5views_View *)__pyx_v_self), __pyx_v_kind, __pyx_v_error);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -8303,7 +8930,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_12__exit__(struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_v_self, PyObject *__pyx_v_kind, CYTHON_UNUSED PyObject *__pyx_v_error) {
+static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_8__exit__(struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_v_self, PyObject *__pyx_v_kind, CYTHON_UNUSED PyObject *__pyx_v_error) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
@@ -8316,7 +8943,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_12__exit__(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__exit__", 0);
 
-  /* "ivshmem/channel/views.pyx":203
+  /* "ivshmem/channel/views.pyx":218
  * 
  *     def __exit__(self, kind, *error):
  *         if kind is None:             # <<<<<<<<<<<<<<
@@ -8327,7 +8954,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_12__exit__(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/views.pyx":204
+    /* "ivshmem/channel/views.pyx":219
  *     def __exit__(self, kind, *error):
  *         if kind is None:
  *             self.release()             # <<<<<<<<<<<<<<
@@ -8341,12 +8968,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_12__exit__(struct __pyx
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_release, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 204, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 219, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/views.pyx":203
+    /* "ivshmem/channel/views.pyx":218
  * 
  *     def __exit__(self, kind, *error):
  *         if kind is None:             # <<<<<<<<<<<<<<
@@ -8356,7 +8983,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_12__exit__(struct __pyx
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/views.pyx":205
+  /* "ivshmem/channel/views.pyx":220
  *         if kind is None:
  *             self.release()
  *         elif not self.exports:             # <<<<<<<<<<<<<<
@@ -8368,17 +8995,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_12__exit__(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/views.pyx":206
+    /* "ivshmem/channel/views.pyx":221
  *             self.release()
  *         elif not self.exports:
  *             self.abandon()             # <<<<<<<<<<<<<<
  * 
  *     cdef int abandon(self) except -1:
 */
-    __pyx_t_5 = __pyx_f_7ivshmem_7channel_5views_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 206, __pyx_L1_error)
+    __pyx_t_5 = __pyx_f_7ivshmem_7channel_5views_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 221, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/views.pyx":205
+    /* "ivshmem/channel/views.pyx":220
  *         if kind is None:
  *             self.release()
  *         elif not self.exports:             # <<<<<<<<<<<<<<
@@ -8388,7 +9015,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_12__exit__(struct __pyx
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/views.pyx":202
+  /* "ivshmem/channel/views.pyx":217
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -8410,7 +9037,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_12__exit__(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":208
+/* "ivshmem/channel/views.pyx":223
  *             self.abandon()
  * 
  *     cdef int abandon(self) except -1:             # <<<<<<<<<<<<<<
@@ -8428,7 +9055,7 @@ static int __pyx_f_7ivshmem_7channel_5views_4View_abandon(struct __pyx_obj_7ivsh
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("abandon", 0);
 
-  /* "ivshmem/channel/views.pyx":209
+  /* "ivshmem/channel/views.pyx":224
  * 
  *     cdef int abandon(self) except -1:
  *         with cython.critical_section(self.reader):             # <<<<<<<<<<<<<<
@@ -8442,7 +9069,7 @@ static int __pyx_f_7ivshmem_7channel_5views_4View_abandon(struct __pyx_obj_7ivsh
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/views.pyx":210
+        /* "ivshmem/channel/views.pyx":225
  *     cdef int abandon(self) except -1:
  *         with cython.critical_section(self.reader):
  *             if self.live:             # <<<<<<<<<<<<<<
@@ -8451,7 +9078,7 @@ static int __pyx_f_7ivshmem_7channel_5views_4View_abandon(struct __pyx_obj_7ivsh
 */
         if (__pyx_v_self->__pyx_base.live) {
 
-          /* "ivshmem/channel/views.pyx":211
+          /* "ivshmem/channel/views.pyx":226
  *         with cython.critical_section(self.reader):
  *             if self.live:
  *                 self.live = False             # <<<<<<<<<<<<<<
@@ -8460,7 +9087,7 @@ static int __pyx_f_7ivshmem_7channel_5views_4View_abandon(struct __pyx_obj_7ivsh
 */
           __pyx_v_self->__pyx_base.live = 0;
 
-          /* "ivshmem/channel/views.pyx":212
+          /* "ivshmem/channel/views.pyx":227
  *             if self.live:
  *                 self.live = False
  *                 self.reader.views -= 1             # <<<<<<<<<<<<<<
@@ -8469,17 +9096,17 @@ static int __pyx_f_7ivshmem_7channel_5views_4View_abandon(struct __pyx_obj_7ivsh
 */
           __pyx_v_self->__pyx_base.reader->views = (__pyx_v_self->__pyx_base.reader->views - 1);
 
-          /* "ivshmem/channel/views.pyx":213
+          /* "ivshmem/channel/views.pyx":228
  *                 self.live = False
  *                 self.reader.views -= 1
  *                 self.reader.let_go(self.message.writer, self.message.position)             # <<<<<<<<<<<<<<
  *             return 0
  * 
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.reader->__pyx_base.__pyx_base.__pyx_vtab)->let_go(__pyx_v_self->__pyx_base.reader, __pyx_v_self->__pyx_base.message.writer, __pyx_v_self->__pyx_base.message.position); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 213, __pyx_L4_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.reader->__pyx_base.__pyx_base.__pyx_vtab)->let_go(__pyx_v_self->__pyx_base.reader, __pyx_v_self->__pyx_base.message.writer, __pyx_v_self->__pyx_base.message.position); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 228, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/views.pyx":210
+          /* "ivshmem/channel/views.pyx":225
  *     cdef int abandon(self) except -1:
  *         with cython.critical_section(self.reader):
  *             if self.live:             # <<<<<<<<<<<<<<
@@ -8488,7 +9115,7 @@ static int __pyx_f_7ivshmem_7channel_5views_4View_abandon(struct __pyx_obj_7ivsh
 */
         }
 
-        /* "ivshmem/channel/views.pyx":214
+        /* "ivshmem/channel/views.pyx":229
  *                 self.reader.views -= 1
  *                 self.reader.let_go(self.message.writer, self.message.position)
  *             return 0             # <<<<<<<<<<<<<<
@@ -8503,7 +9130,7 @@ static int __pyx_f_7ivshmem_7channel_5views_4View_abandon(struct __pyx_obj_7ivsh
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/views.pyx":209
+      /* "ivshmem/channel/views.pyx":224
  * 
  *     cdef int abandon(self) except -1:
  *         with cython.critical_section(self.reader):             # <<<<<<<<<<<<<<
@@ -8525,7 +9152,7 @@ static int __pyx_f_7ivshmem_7channel_5views_4View_abandon(struct __pyx_obj_7ivsh
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/views.pyx":208
+  /* "ivshmem/channel/views.pyx":223
  *             self.abandon()
  * 
  *     cdef int abandon(self) except -1:             # <<<<<<<<<<<<<<
@@ -8544,7 +9171,7 @@ static int __pyx_f_7ivshmem_7channel_5views_4View_abandon(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":216
+/* "ivshmem/channel/views.pyx":231
  *             return 0
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -8553,35 +9180,35 @@ static int __pyx_f_7ivshmem_7channel_5views_4View_abandon(struct __pyx_obj_7ivsh
 */
 
 /* Python wrapper */
-static void __pyx_pw_7ivshmem_7channel_5views_4View_15__del__(PyObject *__pyx_v_self); /*proto*/
-static void __pyx_pw_7ivshmem_7channel_5views_4View_15__del__(PyObject *__pyx_v_self) {
+static void __pyx_pw_7ivshmem_7channel_5views_4View_11__del__(PyObject *__pyx_v_self); /*proto*/
+static void __pyx_pw_7ivshmem_7channel_5views_4View_11__del__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__del__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_pf_7ivshmem_7channel_5views_4View_14__del__(((struct __pyx_obj_7ivshmem_7channel_5views_View *)__pyx_v_self));
+  __pyx_pf_7ivshmem_7channel_5views_4View_10__del__(((struct __pyx_obj_7ivshmem_7channel_5views_View *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
 }
 
-static void __pyx_pf_7ivshmem_7channel_5views_4View_14__del__(struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_v_self) {
+static void __pyx_pf_7ivshmem_7channel_5views_4View_10__del__(struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_v_self) {
   int __pyx_t_1;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/views.pyx":217
+  /* "ivshmem/channel/views.pyx":232
  * 
  *     def __del__(self):
  *         self.abandon()             # <<<<<<<<<<<<<<
  * 
  *     def __repr__(self):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5views_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 217, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5views_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 232, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/views.pyx":216
+  /* "ivshmem/channel/views.pyx":231
  *             return 0
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -8597,7 +9224,7 @@ static void __pyx_pf_7ivshmem_7channel_5views_4View_14__del__(struct __pyx_obj_7
 
 }
 
-/* "ivshmem/channel/views.pyx":219
+/* "ivshmem/channel/views.pyx":234
  *         self.abandon()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -8606,21 +9233,21 @@ static void __pyx_pf_7ivshmem_7channel_5views_4View_14__del__(struct __pyx_obj_7
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_5views_4View_17__repr__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_7channel_5views_4View_17__repr__(PyObject *__pyx_v_self) {
+static PyObject *__pyx_pw_7ivshmem_7channel_5views_4View_13__repr__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_7channel_5views_4View_13__repr__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__repr__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7channel_5views_4View_16__repr__(((struct __pyx_obj_7ivshmem_7channel_5views_View *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_5views_4View_12__repr__(((struct __pyx_obj_7ivshmem_7channel_5views_View *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_16__repr__(struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_12__repr__(struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_v_self) {
   PyObject *__pyx_v_state = NULL;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -8635,7 +9262,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_16__repr__(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__repr__", 0);
 
-  /* "ivshmem/channel/views.pyx":220
+  /* "ivshmem/channel/views.pyx":235
  * 
  *     def __repr__(self):
  *         state = "" if self.live else ", released"             # <<<<<<<<<<<<<<
@@ -8652,16 +9279,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_16__repr__(struct __pyx
   __pyx_v_state = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/views.pyx":221
+  /* "ivshmem/channel/views.pyx":236
  *     def __repr__(self):
  *         state = "" if self.live else ", released"
  *         return f"<ivshmem.channel.View of {self.message.length} bytes{state}>"             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_1 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->__pyx_base.message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 221, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->__pyx_base.message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 236, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 221, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 236, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_t_3[0] = __pyx_mstate_global->__pyx_kp_u_ivshmem_channel_View_of;
   __pyx_t_3[1] = __pyx_t_1;
@@ -8677,7 +9304,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_16__repr__(struct __pyx
   __pyx_t_5 |= __Pyx_PyUnicode_KIND_04(__pyx_t_3[3]);
   #endif
   __pyx_t_6 = __Pyx_PyUnicode_Join(__pyx_t_3, 5, __pyx_t_4, __pyx_t_5);
-  if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 221, __pyx_L1_error)
+  if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 236, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -8692,7 +9319,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_16__repr__(struct __pyx
   __pyx_t_6 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":219
+  /* "ivshmem/channel/views.pyx":234
  *         self.abandon()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -8714,7 +9341,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_16__repr__(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":224
+/* "ivshmem/channel/views.pyx":239
  * 
  * 
  * cdef View view_of(ReaderEnd reader, ivshmem_message message):             # <<<<<<<<<<<<<<
@@ -8738,17 +9365,17 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("view_of", 0);
 
-  /* "ivshmem/channel/views.pyx":227
+  /* "ivshmem/channel/views.pyx":242
  *     # By value: to make an object can run other code, which takes the reader's next message.
  *     cdef View view
  *     reader.hold(&message)             # <<<<<<<<<<<<<<
  *     try:
  *         view = View.__new__(View)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_reader->__pyx_base.__pyx_base.__pyx_vtab)->hold(__pyx_v_reader, (&__pyx_v_message)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 227, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_reader->__pyx_base.__pyx_base.__pyx_vtab)->hold(__pyx_v_reader, (&__pyx_v_message)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 242, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/views.pyx":228
+  /* "ivshmem/channel/views.pyx":243
  *     cdef View view
  *     reader.hold(&message)
  *     try:             # <<<<<<<<<<<<<<
@@ -8764,19 +9391,19 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
     __Pyx_XGOTREF(__pyx_t_4);
     /*try:*/ {
 
-      /* "ivshmem/channel/views.pyx":229
+      /* "ivshmem/channel/views.pyx":244
  *     reader.hold(&message)
  *     try:
  *         view = View.__new__(View)             # <<<<<<<<<<<<<<
  *     except BaseException:
  *         reader.let_go(message.writer, message.position)
 */
-      __pyx_t_5 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_5views_View(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 229, __pyx_L3_error)
+      __pyx_t_5 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_5views_View(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 244, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_5);
       __pyx_v_view = ((struct __pyx_obj_7ivshmem_7channel_5views_View *)__pyx_t_5);
       __pyx_t_5 = 0;
 
-      /* "ivshmem/channel/views.pyx":228
+      /* "ivshmem/channel/views.pyx":243
  *     cdef View view
  *     reader.hold(&message)
  *     try:             # <<<<<<<<<<<<<<
@@ -8791,7 +9418,7 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
     __pyx_L3_error:;
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-    /* "ivshmem/channel/views.pyx":230
+    /* "ivshmem/channel/views.pyx":245
  *     try:
  *         view = View.__new__(View)
  *     except BaseException:             # <<<<<<<<<<<<<<
@@ -8801,22 +9428,22 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
     __pyx_t_1 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_1) {
       __Pyx_AddTraceback("ivshmem.channel.views.view_of", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 230, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 245, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_5);
       __Pyx_XGOTREF(__pyx_t_6);
       __Pyx_XGOTREF(__pyx_t_7);
 
-      /* "ivshmem/channel/views.pyx":231
+      /* "ivshmem/channel/views.pyx":246
  *         view = View.__new__(View)
  *     except BaseException:
  *         reader.let_go(message.writer, message.position)             # <<<<<<<<<<<<<<
  *         raise
  *     reader.views += 1
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_reader->__pyx_base.__pyx_base.__pyx_vtab)->let_go(__pyx_v_reader, __pyx_v_message.writer, __pyx_v_message.position); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 231, __pyx_L5_except_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_reader->__pyx_base.__pyx_base.__pyx_vtab)->let_go(__pyx_v_reader, __pyx_v_message.writer, __pyx_v_message.position); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 246, __pyx_L5_except_error)
 
 
-      /* "ivshmem/channel/views.pyx":232
+      /* "ivshmem/channel/views.pyx":247
  *     except BaseException:
  *         reader.let_go(message.writer, message.position)
  *         raise             # <<<<<<<<<<<<<<
@@ -8828,11 +9455,11 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
       __Pyx_XGIVEREF(__pyx_t_7);
       __Pyx_ErrRestoreWithState(__pyx_t_5, __pyx_t_6, __pyx_t_7);
       __pyx_t_5 = 0;  __pyx_t_6 = 0;  __pyx_t_7 = 0; 
-      __PYX_ERR(0, 232, __pyx_L5_except_error)
+      __PYX_ERR(0, 247, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/channel/views.pyx":228
+    /* "ivshmem/channel/views.pyx":243
  *     cdef View view
  *     reader.hold(&message)
  *     try:             # <<<<<<<<<<<<<<
@@ -8848,7 +9475,7 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/channel/views.pyx":233
+  /* "ivshmem/channel/views.pyx":248
  *         reader.let_go(message.writer, message.position)
  *         raise
  *     reader.views += 1             # <<<<<<<<<<<<<<
@@ -8857,7 +9484,7 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
 */
   __pyx_v_reader->views = (__pyx_v_reader->views + 1);
 
-  /* "ivshmem/channel/views.pyx":234
+  /* "ivshmem/channel/views.pyx":249
  *         raise
  *     reader.views += 1
  *     view.message = message             # <<<<<<<<<<<<<<
@@ -8866,7 +9493,7 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
 */
   __pyx_v_view->__pyx_base.message = __pyx_v_message;
 
-  /* "ivshmem/channel/views.pyx":235
+  /* "ivshmem/channel/views.pyx":250
  *     reader.views += 1
  *     view.message = message
  *     view.reader = reader             # <<<<<<<<<<<<<<
@@ -8878,7 +9505,7 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
   __Pyx_GOTREF((PyObject *)__pyx_v_view->__pyx_base.reader);
   __Pyx_DECREF_SET(__pyx_v_view->__pyx_base.reader, __pyx_v_reader);
 
-  /* "ivshmem/channel/views.pyx":236
+  /* "ivshmem/channel/views.pyx":251
  *     view.message = message
  *     view.reader = reader
  *     view.live = True             # <<<<<<<<<<<<<<
@@ -8886,7 +9513,7 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
 */
   __pyx_v_view->__pyx_base.live = 1;
 
-  /* "ivshmem/channel/views.pyx":237
+  /* "ivshmem/channel/views.pyx":252
  *     view.reader = reader
  *     view.live = True
  *     return view             # <<<<<<<<<<<<<<
@@ -8902,7 +9529,7 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":224
+  /* "ivshmem/channel/views.pyx":239
  * 
  * 
  * cdef View view_of(ReaderEnd reader, ivshmem_message message):             # <<<<<<<<<<<<<<
@@ -8990,8 +9617,26 @@ static PyObject *__pyx_getprop_7ivshmem_7channel_5views_8Received_position(PyObj
   return __pyx_pw_7ivshmem_7channel_5views_8Received_8position_1__get__(o);
 }
 
+static PyObject *__pyx_getprop_7ivshmem_7channel_5views_8Received_time(PyObject *o, CYTHON_UNUSED void *x) {
+  return __pyx_pw_7ivshmem_7channel_5views_8Received_4time_1__get__(o);
+}
+
+static PyObject *__pyx_getprop_7ivshmem_7channel_5views_8Received_offset(PyObject *o, CYTHON_UNUSED void *x) {
+  return __pyx_pw_7ivshmem_7channel_5views_8Received_6offset_1__get__(o);
+}
+
+static PyObject *__pyx_getprop_7ivshmem_7channel_5views_8Received_array(PyObject *o, CYTHON_UNUSED void *x) {
+  return __pyx_pw_7ivshmem_7channel_5views_8Received_5array_1__get__(o);
+}
+
+static PyObject *__pyx_getprop_7ivshmem_7channel_5views_8Received___array_interface__(PyObject *o, CYTHON_UNUSED void *x) {
+  return __pyx_pw_7ivshmem_7channel_5views_8Received_19__array_interface___1__get__(o);
+}
+
 static PyMethodDef __pyx_methods_7ivshmem_7channel_5views_Received[] = {
   {"__reduce__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5views_8Received_3__reduce__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5views_8Received_2__reduce__},
+  {"__dlpack__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5views_8Received_11__dlpack__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5views_8Received_10__dlpack__},
+  {"__dlpack_device__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5views_8Received_13__dlpack_device__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5views_8Received_12__dlpack_device__},
   {0, 0, 0, 0}
 };
 
@@ -8999,6 +9644,10 @@ static struct PyGetSetDef __pyx_getsets_7ivshmem_7channel_5views_Received[] = {
   {"size", __pyx_getprop_7ivshmem_7channel_5views_8Received_size, 0, 0, 0},
   {"writer", __pyx_getprop_7ivshmem_7channel_5views_8Received_writer, 0, 0, 0},
   {"position", __pyx_getprop_7ivshmem_7channel_5views_8Received_position, 0, 0, 0},
+  {"time", __pyx_getprop_7ivshmem_7channel_5views_8Received_time, 0, 0, 0},
+  {"offset", __pyx_getprop_7ivshmem_7channel_5views_8Received_offset, 0, PyDoc_STR("Where it lies in the region, in bytes."), 0},
+  {"array", __pyx_getprop_7ivshmem_7channel_5views_8Received_array, 0, PyDoc_STR("A numpy array over the message, of the channel\047s type (without one: of bytes)."), 0},
+  {"__array_interface__", __pyx_getprop_7ivshmem_7channel_5views_8Received___array_interface__, 0, PyDoc_STR("What numpy.asarray and others take: address, shape and type; read-only."), 0},
   {0, 0, 0, 0, 0}
 };
 #if CYTHON_USE_TYPE_SPECS
@@ -9019,7 +9668,7 @@ static PyType_Slot __pyx_type_7ivshmem_7channel_5views_Received_slots[] = {
   #if defined(Py_bf_releasebuffer)
   {Py_bf_releasebuffer, (void *)__pyx_pw_7ivshmem_7channel_5views_8Received_7__releasebuffer__},
   #endif
-  {Py_tp_doc, (void *)PyDoc_STR("A message where it lies: a buffer that can be read.")},
+  {Py_tp_doc, (void *)PyDoc_STR("A message where it lies: a buffer that can be read.\n\n    Attributes:\n        size: bytes.\n        writer: the number of the writer\047s slot.\n        position: of the message among those of its writer.\n        time: of publication, in seconds since 1970; None if the channel has no times.\n    ")},
   {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7channel_5views_Received},
   {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7channel_5views_Received},
   {Py_tp_getset, (void *)__pyx_getsets_7ivshmem_7channel_5views_Received},
@@ -9081,7 +9730,7 @@ static PyTypeObject __pyx_type_7ivshmem_7channel_5views_Received = {
   0, /*tp_setattro*/
   &__pyx_tp_as_buffer_Received, /*tp_as_buffer*/
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_BASETYPE|Py_TPFLAGS_HAVE_GC, /*tp_flags*/
-  PyDoc_STR("A message where it lies: a buffer that can be read."), /*tp_doc*/
+  PyDoc_STR("A message where it lies: a buffer that can be read.\n\n    Attributes:\n        size: bytes.\n        writer: the number of the writer\047s slot.\n        position: of the message among those of its writer.\n        time: of publication, in seconds since 1970; None if the channel has no times.\n    "), /*tp_doc*/
   __pyx_tp_traverse_7ivshmem_7channel_5views_Received, /*tp_traverse*/
   0, /*tp_clear*/
   0, /*tp_richcompare*/
@@ -9156,7 +9805,7 @@ static PyObject *__pyx_tp_new_7ivshmem_7channel_5views_View(PyTypeObject *t, PyO
 static void __pyx_tp_finalize_7ivshmem_7channel_5views_View(PyObject *o) {
   PyObject *etype, *eval, *etb;
   __Pyx_PyErr_FetchException(&etype, &eval, &etb);
-  __pyx_pw_7ivshmem_7channel_5views_4View_15__del__(o);
+  __pyx_pw_7ivshmem_7channel_5views_4View_11__del__(o);
   __Pyx_PyErr_RestoreException(etype, eval, etb);
 }
 #endif
@@ -9165,45 +9814,23 @@ static PyObject *__pyx_getprop_7ivshmem_7channel_5views_4View_lost(PyObject *o, 
   return __pyx_pw_7ivshmem_7channel_5views_4View_4lost_1__get__(o);
 }
 
-static PyObject *__pyx_getprop_7ivshmem_7channel_5views_4View_time(PyObject *o, CYTHON_UNUSED void *x) {
-  return __pyx_pw_7ivshmem_7channel_5views_4View_4time_1__get__(o);
-}
-
-static PyObject *__pyx_getprop_7ivshmem_7channel_5views_4View_offset(PyObject *o, CYTHON_UNUSED void *x) {
-  return __pyx_pw_7ivshmem_7channel_5views_4View_6offset_1__get__(o);
-}
-
-static PyObject *__pyx_getprop_7ivshmem_7channel_5views_4View_array(PyObject *o, CYTHON_UNUSED void *x) {
-  return __pyx_pw_7ivshmem_7channel_5views_4View_5array_1__get__(o);
-}
-
-static PyObject *__pyx_getprop_7ivshmem_7channel_5views_4View___array_interface__(PyObject *o, CYTHON_UNUSED void *x) {
-  return __pyx_pw_7ivshmem_7channel_5views_4View_19__array_interface___1__get__(o);
-}
-
 static PyMethodDef __pyx_methods_7ivshmem_7channel_5views_View[] = {
   {"__bytes__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5views_4View_1__bytes__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5views_4View___bytes__},
-  {"__dlpack__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5views_4View_3__dlpack__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5views_4View_2__dlpack__},
-  {"__dlpack_device__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5views_4View_5__dlpack_device__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5views_4View_4__dlpack_device__},
-  {"check", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5views_4View_7check, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5views_4View_6check},
-  {"release", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5views_4View_9release, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5views_4View_8release},
-  {"__enter__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5views_4View_11__enter__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5views_4View_10__enter__},
-  {"__exit__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5views_4View_13__exit__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5views_4View_12__exit__},
+  {"check", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5views_4View_3check, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5views_4View_2check},
+  {"release", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5views_4View_5release, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5views_4View_4release},
+  {"__enter__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5views_4View_7__enter__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5views_4View_6__enter__},
+  {"__exit__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5views_4View_9__exit__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5views_4View_8__exit__},
   {0, 0, 0, 0}
 };
 
 static struct PyGetSetDef __pyx_getsets_7ivshmem_7channel_5views_View[] = {
   {"lost", __pyx_getprop_7ivshmem_7channel_5views_4View_lost, 0, 0, 0},
-  {"time", __pyx_getprop_7ivshmem_7channel_5views_4View_time, 0, 0, 0},
-  {"offset", __pyx_getprop_7ivshmem_7channel_5views_4View_offset, 0, PyDoc_STR("Where it lies in the region, in bytes."), 0},
-  {"array", __pyx_getprop_7ivshmem_7channel_5views_4View_array, 0, PyDoc_STR("A numpy array over the message, of the channel\047s type (without one: of bytes)."), 0},
-  {"__array_interface__", __pyx_getprop_7ivshmem_7channel_5views_4View___array_interface__, 0, PyDoc_STR("What numpy.asarray and others take: address, shape and type; read-only."), 0},
   {0, 0, 0, 0, 0}
 };
 #if CYTHON_USE_TYPE_SPECS
 static PyType_Slot __pyx_type_7ivshmem_7channel_5views_View_slots[] = {
   {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7channel_5views_Received},
-  {Py_tp_repr, (void *)__pyx_pw_7ivshmem_7channel_5views_4View_17__repr__},
+  {Py_tp_repr, (void *)__pyx_pw_7ivshmem_7channel_5views_4View_13__repr__},
   {Py_tp_doc, (void *)PyDoc_STR("A message where it lies; made by `Reader.view`.\n\n    It is a buffer that can be read: memoryview(view), numpy.asarray(view); `array` has the\n    channel\047s type. Its bytes are shared memory: any process that can write to the region can change\n    them at any time. Copy (`bytes(view)`) what is to be checked before it is used.\n\n    Release it soon (`with`, or `release()`): it holds memory of the writer.\n\n    Attributes:\n        size: bytes.\n        writer: the number of the writer\047s slot.\n        position: of the message among those of its writer.\n        time: of publication, in seconds since 1970; None if the channel has no times.\n        lost: messages of this writer that were overwritten before this one was taken.\n    ")},
   {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7channel_5views_Received},
   {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7channel_5views_View},
@@ -9233,7 +9860,7 @@ static PyTypeObject __pyx_type_7ivshmem_7channel_5views_View = {
   0, /*tp_getattr*/
   0, /*tp_setattr*/
   0, /*tp_as_async*/
-  __pyx_pw_7ivshmem_7channel_5views_4View_17__repr__, /*tp_repr*/
+  __pyx_pw_7ivshmem_7channel_5views_4View_13__repr__, /*tp_repr*/
   0, /*tp_as_number*/
   0, /*tp_as_sequence*/
   0, /*tp_as_mapping*/
@@ -9390,6 +10017,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5views_Received(__p
   __pyx_vtabptr_7ivshmem_7channel_5views_Received = &__pyx_vtable_7ivshmem_7channel_5views_Received;
   __pyx_vtable_7ivshmem_7channel_5views_Received.enter = (int (*)(struct __pyx_obj_7ivshmem_7channel_5views_Received *))__pyx_f_7ivshmem_7channel_5views_8Received_enter;
   __pyx_vtable_7ivshmem_7channel_5views_Received.check_exports = (int (*)(struct __pyx_obj_7ivshmem_7channel_5views_Received *))__pyx_f_7ivshmem_7channel_5views_8Received_check_exports;
+  __pyx_vtable_7ivshmem_7channel_5views_Received.not_made = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_5views_Received *))__pyx_f_7ivshmem_7channel_5views_8Received_not_made;
+  __pyx_vtable_7ivshmem_7channel_5views_Received.type_in_place = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_5views_Received *))__pyx_f_7ivshmem_7channel_5views_8Received_type_in_place;
   #if CYTHON_USE_TYPE_SPECS
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_Received = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5views_Received_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_Received)) __PYX_ERR(0, 24, __pyx_L1_error)
   #if !CYTHON_COMPILING_IN_LIMITED_API
@@ -9439,11 +10068,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5views_View(__pyx_m
   __pyx_vtable_7ivshmem_7channel_5views_View.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_5views_Received;
   __pyx_vtable_7ivshmem_7channel_5views_View.abandon = (int (*)(struct __pyx_obj_7ivshmem_7channel_5views_View *))__pyx_f_7ivshmem_7channel_5views_4View_abandon;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_Received); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 81, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_Received); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 143, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5views_View_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View)) __PYX_ERR(0, 81, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View)) __PYX_ERR(0, 143, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View = &__pyx_type_7ivshmem_7channel_5views_View;
   #endif
@@ -9451,7 +10080,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5views_View(__pyx_m
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_Received;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View) < (0)) __PYX_ERR(0, 81, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View) < (0)) __PYX_ERR(0, 143, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View);
@@ -9461,8 +10090,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5views_View(__pyx_m
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_vtabptr_7ivshmem_7channel_5views_View) < (0)) __PYX_ERR(0, 81, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_View, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View) < (0)) __PYX_ERR(0, 81, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_vtabptr_7ivshmem_7channel_5views_View) < (0)) __PYX_ERR(0, 143, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_View, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View) < (0)) __PYX_ERR(0, 143, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -9480,7 +10109,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_modinit_Type_import_code", 0);
   /*--- Type import code ---*/
-  __pyx_t_1 = PyImport_ImportModule(__Pyx_BUILTIN_MODULE_NAME); if (unlikely(!__pyx_t_1)) __PYX_ERR(1, 9, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule(__Pyx_BUILTIN_MODULE_NAME); if (unlikely(!__pyx_t_1)) __PYX_ERR(3, 9, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7cpython_4type_type = __Pyx_ImportType_3_3_1(__pyx_t_1, __Pyx_BUILTIN_MODULE_NAME, "type",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -9490,9 +10119,9 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(PyHeapTypeObject), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(PyHeapTypeObject),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(1, 9, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(3, 9, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.descriptors"); if (unlikely(!__pyx_t_1)) __PYX_ERR(2, 86, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.descriptors"); if (unlikely(!__pyx_t_1)) __PYX_ERR(1, 101, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Fd",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -9502,7 +10131,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) __PYX_ERR(2, 86, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) __PYX_ERR(1, 101, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "FdArray",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
@@ -9511,8 +10140,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) __PYX_ERR(2, 93, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray) != 1)) __PYX_ERR(2, 93, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) __PYX_ERR(1, 108, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray) != 1)) __PYX_ERR(1, 108, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Signaller",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
@@ -9521,8 +10150,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) __PYX_ERR(2, 117, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) != 1)) __PYX_ERR(2, 117, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) __PYX_ERR(1, 132, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) != 1)) __PYX_ERR(1, 132, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Relay",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
@@ -9531,8 +10160,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) __PYX_ERR(2, 127, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) != 1)) __PYX_ERR(2, 127, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) __PYX_ERR(1, 142, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) != 1)) __PYX_ERR(1, 142, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Epoll",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
@@ -9541,10 +10170,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) __PYX_ERR(2, 134, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) != 1)) __PYX_ERR(2, 134, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) __PYX_ERR(1, 149, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) != 1)) __PYX_ERR(1, 149, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.spin"); if (unlikely(!__pyx_t_1)) __PYX_ERR(3, 30, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.spin"); if (unlikely(!__pyx_t_1)) __PYX_ERR(4, 30, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.spin", "Spinner",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -9554,10 +10183,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_4spin_Spinner), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_4spin_Spinner),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner) __PYX_ERR(3, 30, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner, (void**)&__pyx_vtabptr_7ivshmem_6native_4spin_Spinner) != 1)) __PYX_ERR(3, 30, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner) __PYX_ERR(4, 30, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner, (void**)&__pyx_vtabptr_7ivshmem_6native_4spin_Spinner) != 1)) __PYX_ERR(4, 30, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.bell"); if (unlikely(!__pyx_t_1)) __PYX_ERR(4, 23, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.bell"); if (unlikely(!__pyx_t_1)) __PYX_ERR(5, 23, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.bell", "Doorbell",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -9567,10 +10196,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell) __PYX_ERR(4, 23, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell, (void**)&__pyx_vtabptr_7ivshmem_6native_4bell_Doorbell) != 1)) __PYX_ERR(4, 23, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell) __PYX_ERR(5, 23, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell, (void**)&__pyx_vtabptr_7ivshmem_6native_4bell_Doorbell) != 1)) __PYX_ERR(5, 23, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.mapping"); if (unlikely(!__pyx_t_1)) __PYX_ERR(5, 6, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.mapping"); if (unlikely(!__pyx_t_1)) __PYX_ERR(6, 6, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "Mapping",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -9580,8 +10209,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping) __PYX_ERR(5, 6, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Mapping) != 1)) __PYX_ERR(5, 6, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping) __PYX_ERR(6, 6, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Mapping) != 1)) __PYX_ERR(6, 6, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "Atomic",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic),
@@ -9590,8 +10219,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic) __PYX_ERR(5, 22, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Atomic) != 1)) __PYX_ERR(5, 22, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic) __PYX_ERR(6, 22, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Atomic) != 1)) __PYX_ERR(6, 22, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32 = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "AtomicU32",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32),
@@ -9600,8 +10229,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32) __PYX_ERR(5, 33, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32) != 1)) __PYX_ERR(5, 33, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32) __PYX_ERR(6, 33, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32) != 1)) __PYX_ERR(6, 33, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64 = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "AtomicU64",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64),
@@ -9610,8 +10239,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64) __PYX_ERR(5, 37, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64) != 1)) __PYX_ERR(5, 37, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64) __PYX_ERR(6, 37, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64) != 1)) __PYX_ERR(6, 37, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "Registers",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Registers), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Registers),
@@ -9620,10 +10249,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Registers), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Registers),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers) __PYX_ERR(5, 41, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Registers) != 1)) __PYX_ERR(5, 41, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers) __PYX_ERR(6, 41, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Registers) != 1)) __PYX_ERR(6, 41, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem._core"); if (unlikely(!__pyx_t_1)) __PYX_ERR(6, 56, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem._core"); if (unlikely(!__pyx_t_1)) __PYX_ERR(7, 56, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._core", "Doorbells",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -9633,10 +10262,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_5_core_Doorbells), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_5_core_Doorbells),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) __PYX_ERR(6, 56, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells, (void**)&__pyx_vtabptr_7ivshmem_5_core_Doorbells) != 1)) __PYX_ERR(6, 56, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) __PYX_ERR(7, 56, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells, (void**)&__pyx_vtabptr_7ivshmem_5_core_Doorbells) != 1)) __PYX_ERR(7, 56, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.membership"); if (unlikely(!__pyx_t_1)) __PYX_ERR(7, 22, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.membership"); if (unlikely(!__pyx_t_1)) __PYX_ERR(8, 22, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.membership", "Dependent",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -9646,8 +10275,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent) __PYX_ERR(7, 22, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Dependent) != 1)) __PYX_ERR(7, 22, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent) __PYX_ERR(8, 22, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Dependent) != 1)) __PYX_ERR(8, 22, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.membership", "Membership",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Membership), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Membership),
@@ -9656,10 +10285,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Membership), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Membership),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) __PYX_ERR(7, 29, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Membership) != 1)) __PYX_ERR(7, 29, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) __PYX_ERR(8, 29, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Membership) != 1)) __PYX_ERR(8, 29, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.ends"); if (unlikely(!__pyx_t_1)) __PYX_ERR(8, 11, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.ends"); if (unlikely(!__pyx_t_1)) __PYX_ERR(9, 18, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.ends", "Wakeup",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -9669,8 +10298,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup) __PYX_ERR(8, 11, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup) != 1)) __PYX_ERR(8, 11, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup) __PYX_ERR(9, 18, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup) != 1)) __PYX_ERR(9, 18, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.ends", "ChannelEnd",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd),
@@ -9679,10 +10308,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd) __PYX_ERR(8, 24, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd) != 1)) __PYX_ERR(8, 24, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd) __PYX_ERR(9, 31, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd) != 1)) __PYX_ERR(9, 31, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.roles"); if (unlikely(!__pyx_t_1)) __PYX_ERR(9, 26, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.roles"); if (unlikely(!__pyx_t_1)) __PYX_ERR(2, 56, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.roles", "WriterEnd",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -9692,8 +10321,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd) __PYX_ERR(9, 26, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd) != 1)) __PYX_ERR(9, 26, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd) __PYX_ERR(2, 56, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd) != 1)) __PYX_ERR(2, 56, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.roles", "ReaderEnd",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd),
@@ -9702,8 +10331,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) __PYX_ERR(9, 47, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd) != 1)) __PYX_ERR(9, 47, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) __PYX_ERR(2, 77, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd) != 1)) __PYX_ERR(2, 77, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_RefNannyFinishContext();
   return 0;
@@ -9734,12 +10363,12 @@ static int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate) {
   {
     __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.roles"); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
-    const char * __pyx_import_signature = __Pyx_PyBytes_AsString(__pyx_mstate_global->__pyx_kp_b_uint64_t_void_microseconds);
+    const char * __pyx_import_signature = __Pyx_PyBytes_AsString(__pyx_mstate_global->__pyx_kp_b_int_PyObject_PyObject_int_PyObje);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (unlikely(!__pyx_import_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
     #endif
-    const char * __pyx_import_name = __pyx_import_signature + 16;
-    void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_7channel_5roles_microseconds, (void (**)(void)) NULL};
+    const char * __pyx_import_name = __pyx_import_signature + 134;
+    void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_7channel_5roles_check_in_place, (void (**)(void))&__pyx_f_7ivshmem_7channel_5roles_take_typed, (void (**)(void))&__pyx_f_7ivshmem_7channel_5roles_take_without_objects, (void (**)(void))&__pyx_f_7ivshmem_7channel_5roles_microseconds, (void (**)(void)) NULL};
     void (**const *__pyx_import_pointer)(void) = __pyx_import_pointers;
     const char *__pyx_import_current_signature = __pyx_import_signature;
     while (*__pyx_import_pointer) {
@@ -10044,7 +10673,7 @@ __Pyx_RefNannySetupContext("PyInit_views", 0);
   /*--- Execution code ---*/
 
   /* "ivshmem/channel/views.pyx":20
- * from .roles cimport microseconds, ReaderEnd
+ * from .roles cimport check_in_place, microseconds, ReaderEnd
  * 
  * from ..errors import ClosedError, Overtaken             # <<<<<<<<<<<<<<
  * from ..text import counted
@@ -10091,124 +10720,124 @@ __Pyx_RefNannySetupContext("PyInit_views", 0);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/views.pyx":31
- *         raise TypeError(f"a {type(self).__name__} is made by the end of a channel")
+  /* "ivshmem/channel/views.pyx":41
+ *         return TypeError(f"a {type(self).__name__} is made by the end of a channel")
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
  *         raise TypeError(
  *             f"a {type(self).__name__} cannot be copied or pickled: `bytes()` makes a copy"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_8Received_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Received___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 31, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_8Received_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Received___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 41, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_Received, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 31, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_Received, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 41, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/views.pyx":123
- *         return self.message.offset
- * 
- *     def __bytes__(self):             # <<<<<<<<<<<<<<
- *         """Return a copy; raise Overtaken if the message was overwritten before the copy ended."""
- *         cdef bytes data
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_1__bytes__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___bytes, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 123, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_bytes_2, __pyx_t_2) < (0)) __PYX_ERR(0, 123, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/channel/views.pyx":163
+  /* "ivshmem/channel/views.pyx":134
  *         return {"version": 3, "typestr": kind, "shape": shape, "data": (address, True)}
  * 
  *     def __dlpack__(self, **options):             # <<<<<<<<<<<<<<
  *         """Export the message, for numpy.from_dlpack or torch.from_dlpack; needs numpy."""
  *         return self.array.__dlpack__(**options)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_3__dlpack__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___dlpack, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 163, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_8Received_11__dlpack__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Received___dlpack, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 134, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_dlpack, __pyx_t_2) < (0)) __PYX_ERR(0, 163, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_Received, __pyx_mstate_global->__pyx_n_u_dlpack, __pyx_t_2) < (0)) __PYX_ERR(0, 134, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/views.pyx":167
+  /* "ivshmem/channel/views.pyx":138
  *         return self.array.__dlpack__(**options)
  * 
  *     def __dlpack_device__(self):             # <<<<<<<<<<<<<<
  *         """Return DLPack's number of the processor's memory."""
  *         return (1, 0)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_5__dlpack_device__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___dlpack_device, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 167, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_8Received_13__dlpack_device__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Received___dlpack_device, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 138, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_dlpack_device, __pyx_t_2) < (0)) __PYX_ERR(0, 167, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_Received, __pyx_mstate_global->__pyx_n_u_dlpack_device, __pyx_t_2) < (0)) __PYX_ERR(0, 138, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/views.pyx":171
- *         return (1, 0)
+  /* "ivshmem/channel/views.pyx":166
+ *         return self.message.lost
+ * 
+ *     def __bytes__(self):             # <<<<<<<<<<<<<<
+ *         """Return a copy; raise Overtaken if the message was overwritten before the copy ended."""
+ *         cdef bytes data
+*/
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_1__bytes__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___bytes, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 166, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_bytes_2, __pyx_t_2) < (0)) __PYX_ERR(0, 166, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/views.pyx":186
+ *         return data
  * 
  *     def check(self):             # <<<<<<<<<<<<<<
  *         """Raise Overtaken if the message was overwritten since it was taken."""
  *         with cython.critical_section(self.reader):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_7check, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View_check, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 171, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_3check, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View_check, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 186, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_check, __pyx_t_2) < (0)) __PYX_ERR(0, 171, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_check, __pyx_t_2) < (0)) __PYX_ERR(0, 186, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/views.pyx":184
+  /* "ivshmem/channel/views.pyx":199
  *                 )
  * 
  *     def release(self):             # <<<<<<<<<<<<<<
  *         """Give the memory back to the writer; may be called twice.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_9release, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View_release, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 184, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_5release, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View_release, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 199, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_release, __pyx_t_2) < (0)) __PYX_ERR(0, 184, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_release, __pyx_t_2) < (0)) __PYX_ERR(0, 199, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/views.pyx":199
+  /* "ivshmem/channel/views.pyx":214
  *             self.abandon()
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
  *         return self
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_11__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 199, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_7__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 214, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_2) < (0)) __PYX_ERR(0, 199, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_2) < (0)) __PYX_ERR(0, 214, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/views.pyx":202
+  /* "ivshmem/channel/views.pyx":217
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
  *         if kind is None:
  *             self.release()
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_13__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 202, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_9__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 217, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_2) < (0)) __PYX_ERR(0, 202, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_2) < (0)) __PYX_ERR(0, 217, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/views.pyx":1
@@ -10278,16 +10907,16 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/channel/views.pyx":169
+  /* "ivshmem/channel/views.pyx":140
  *     def __dlpack_device__(self):
  *         """Return DLPack's number of the processor's memory."""
  *         return (1, 0)             # <<<<<<<<<<<<<<
  * 
- *     def check(self):
+ * 
 */
   {
     PyObject* __pyx_temp[2] = {__pyx_mstate_global->__pyx_int_1, __pyx_mstate_global->__pyx_int_0};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 169, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 140, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
@@ -10328,38 +10957,38 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 6; } str_length_index[] = {{0},{6},{52},{32},{62},{13},{50},{10},{1},{31},{25},{1},{1},{4},{2},{29},{8},{7},{6},{2},{9},{14},{12},{25},{4},{3},{11},{9},{8},{19},{4},{14},{15},{22},{14},{13},{10},{12},{20},{12},{9},{10},{17},{9},{8},{8},{8},{10},{8},{12},{14},{12},{10},{12},{8},{13},{5},{18},{5},{18},{7},{4},{5},{6},{10},{9},{4},{5},{21},{4},{10},{5},{7},{3},{7},{4},{10},{5},{5},{4},{7},{5},{6},{7}};
-    const struct { const unsigned int length: 8; } bytes_length_index[] = {{135},{28},{32},{22},{7},{15},{9},{110},{148},{40}};
+    const struct { const unsigned int length: 6; } str_length_index[] = {{0},{6},{52},{32},{62},{13},{50},{10},{1},{31},{25},{1},{1},{4},{2},{8},{7},{6},{2},{9},{14},{12},{25},{4},{23},{3},{11},{9},{8},{19},{26},{19},{4},{14},{14},{13},{10},{12},{20},{12},{9},{10},{17},{9},{8},{8},{8},{10},{8},{12},{14},{12},{10},{12},{8},{13},{5},{18},{5},{18},{7},{4},{6},{5},{6},{10},{9},{4},{5},{21},{4},{10},{5},{7},{3},{7},{4},{10},{5},{5},{4},{7},{5},{6},{7}};
+    const struct { const unsigned int length: 8; } bytes_length_index[] = {{193},{135},{32},{22},{7},{15},{9},{110},{148},{40}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (925 bytes) */
-static const char cstring[] = "x\332\215S\275o\333F\024\267\320\240\261S\331\221\013\047mQ\2648\003n+\033\201\002\001N\034\310E\0135I\335\245n\345\006q\267\313\211\367h]D\362\244\273\243l\"\035<j\344\310\221#G\215\032=v\364\310\321\177B\376\204\276\243H\271H\227\016\322\275\367{_\277\367A\322\217\014h\342\260 \220\206\364\2018r$\200\023\251\310H8C\017x\207\274)|\232\273o\210\317\206\350\314\254SD\204F\235\003\351G\304\014\200@\200Q\2565\0160\031x6\005S\212E\332\302\326\303\007\255\331\031 \nD\004$\324\320!\n<`\032\254\335\047\256P\332\220&\007o\227\2343]\03199\037\010\017cL\201zR\016\021c\346\020q\266\3004@\200l\"\333\201\221*x\264\214mu\212\332\347J\030PDN@\235+in\311|/&z\340\203\337*i\267^\0138\267\214\177\370\361X\006\300\260\241\002\371W\267\047\200\202jM\020\256z\345B\263\276\207$\354\377\231#\364B\342UrPJ*]i\006.L)?.3<\266\331tk\024]X\266\177\205\355\347\236D\366/m\334oH\332\340\344\203\023p@L\200Wo\213R\005<t\200R\313\321\376\020*\266\265@P\343\336\2109\303\017U\016\023Q\205!\n\001\016\347V\273\020\246T\234\0018\303B*\347I\351\357\321\005\376^\010\307\320c\354\343\004\\J\213\353a\006\255\313\362\267\225\377StY\257*E\251\033\006\216}}&\202\342\225<\364\n\327\200\371\305\213\223\241\016\033\211J\236\030;`\253\215C\346U^\3258(\325`\226\261H\310V\021\232:R\311\320\010\334\253\275L\246\243\300\021\262\265Du\321\257\343\241H\221\210Q\314\201>Rwd\210\2149g\206\025\233\\\254\323U\322\357\207\256\013J\330~\\tFA\342\241\371\372\303\253*\326;\024\001GP\252\310\252A\350\217\"92B\006z$G\345\2005x.r\347\340\262\3203z\300FH\236)co\306DVQ!Vy6a^\010\032/C\333x\004\035C\026\223\221\375\267\364\240\254O\017J\002\364I\301\240\330*\331k\376\237\000%=\\\344\342\330_\342\307\275\367\210\224a\225o\371\r\355\256\330\334T\272\226\330\323}\212\237\360D\n\276\273\342\013G\341\025;2\340\372\262\233\257~2}\022\177\024\267\363z#^Mj\371\372f\274\025\367J\315\3327\246\"\036[\275f\r1$m\213\336\237\216/\2737\370\230\370i\362e\372<-\324\206\315\204\302\3727\351\253l3\257[\363~\374.\335Iy\366\355\354\316\354\305\374\356|r""\325\313\033[\361Qr\230\236e\275\033\024\177M\277\312X6F\373\321\274s\325\273\342\177\357]\277:\275>\375s\221\240\2357\036\306\"\031\347[_\047,1\351A\266\235o}\026\217\223;\311/i\367\262\373\376\336\312\332\372\364\347x\033Y]\337of\265\354aff\317\346\355B\047i-\335\314W\037 u\026\233\244\223\366\362\325\372\364(>L\006H\nc\032\361F\302\323\357\262\317g\017fg\363\323\253\237\260~\363\372\344\217|u-\337\3744o\354\244\335\364uv0\333\231\r\346\354\006\347p\027\033jb;\265\274\376E\262\231l\047\373\311;\233\250^r\260\223y\277\261\262V\237\356\027\354\353\353\326v\234l\333\214\030\377q\\\244\301\361\376\003]\305HM";
-    PyObject *data = __Pyx_DecompressString(cstring, 925, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (991 bytes) */
+static const char cstring[] = "x\332\215T\277o\333F\024\226\321\240\261[\331\221\013\047iQ\2648\003n+\031\206\002\003N\034\330E\0137I\335\245N\354\004q\267\313\211\367h]D\362\250\273\243d\"\035<j\344\310\221#G\215\032=v\364\310\321\177B\376\204\276\243(\031M\320\242\003u\357\367\373\336wOG:\261\001M\034\026\004\322\220\016\020G\206\0028\221\212\204\302\351y\300\367\310\2332\246\331zC|\326\303`f\203b\"4\352\034H\047&\246\013\004\002\314r\255\263\213\305\300\263%\230R,\326\326l#|\320\232\235\001Z\201\210\200D\032\366\210\002\017\230\006\353\367\211+\2246\244\311\301k\221!\3233\047\047\303\256\3600\307\224VO\312\036\332\230\331G;\233\3324@\200hb;\201\221*\330\232\347\266\367\312\336C%\014(\"\007\240\206J\232\0330?\212\201\356\372\340\267+\330\355\327\002\206\026\361O?\037\311\000n\306\341B\263\216\207}\354\357\231#\364T\342\263|PJ*=\323\014\234\233J~PUx0\300\312\272\035\306\347\026\220\021>\310\310X\026-\363\214\004\221\337\001\365g\264\375\304\223\210\373\231-\367\034\341\032\344<8\001\007\304\000\370\354lS\312\275\2209=J?6q\030\010\007\376\341Q\300#k\262\303\331\017M\345\245N-\250A\200\364\334h\347\302T\212\323\005\247WJ\025\243\224\276\210\317\361{*\034C\217p\314\023p)-\367\207\031\364\316+\337@\374\010\331\274\337\254\025\245n\0248\366\364\231\010\312S\362\310+C\003\346\227\047\022G\035\026\212\231<0\226\177\253\365#\346\315\242f\223R\252\301\314s\021\220\355\"4u\244B\332\005\336\254\335M\246\343\300\021\262=\267\352r^\307C\221\"\020\243\230\003\035\204\356\310\010\021s\316\014\203\300\221\034\312\353\236\336\271\253\244\337\211\\\027\224\260S\271\230\202\202\304\205\363\365\207\333U\356@O\004\034\215R\305V\305\213\017c\031\032!\003\035\312\260\242Y\203\347\342\004\034\\\026yFwY\210#0e\354b\231\330**\302.\217\007\314\213@\343\236h\314G\003i\276\210\237w\336\202c\310\346\026\271\221[\265\377p~(\323\3518\377\2225\367n\341\337\330\264j\026\307\243\035\212q\003)x\253VRh\331\013=\244\242f\027\230Z\310|*\016\205\351\"\331T\226%u\315\027\216\302\215wd\300\265\235\n\333L/\030\003\350nE \335\255\030\244""\017K\n\313\345$\233\315\377\223\240\244\207\373x\002\370X\251g\370J!\356*m\026[=\006\255\232\255M\245{qP,~>z\230|\222l\027\365F\262\230.\024\313\253\311Zr\\i\326\2772\022I\337\352\013\326\221@\272m\255wF\375\213\203k<L\362(\375:{\222\225j\303VBa\371\273\354U\276Z\324\255{\047y\227md<\377~|k\374tr{2\270<.\032k\311a\272\237\235\345\307\327(\376\236}\223\263\274\217\376\303\311\336\345\361%\377k\363\352\325\351\325\351\037\323\002\333E\343^\"\322~\261\366m\312R\223\355\346\353\305\332\375\244\237\336J\177\313\016.\016\336\177V[Z\036\375\232\254#\252\253;\315|!\277\227\233\361\343\311v\251\223l![-\026\357\"t\226\230t/;.\026\353\243\303d?\355\"(\314i$+)\317~\310\277\034\337\035\237MN/\177\301\376\315\253\223\227\305\342R\261\372E\321\330\310\016\262\327\371\356xc\334\235\260k\344\3416\016\324\304q\026\212\372W\351j\272\236\356\244\357l\241z\205\3012\363~\245\266T\037\355\224\350\353\313\326w\224\256\333\212\230\377iR\226Az\377\006<\027\203\t";
+    PyObject *data = __Pyx_DecompressString(cstring, 991, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1193 bytes) */
-static const char cstring[] = "\377 bytes c\377annot be\377 copied \377or pickl\337ed: `\037\002()_` mak*\000a!\001oy is\r\000de?\000\177 the en3\000kf \032\000hJ\000el?\001\377arrays o\375f\035\002messag\377e are in\377 use: re\337lease>\001m \377first (d\177el) was\025\005\277d whil1\000t\336\021\002look\237\000at\365;\025\000a\016\003seen\372\233\000y\276\001torn,\3663\006.:\231\002writ\377er overw\337rote \205\005<i\377vshmem.c\276\261\003.View\256\001>\077\077Nonea\316\000\r\002\376\343\010Reader.\371v&\000.\004 disa\363bl\202\000\002\001gcis\353en\014\001dU\005err\367orsc\005text\352p\004/p\004/J\001s.p\373yx\310!|u1Cl_osedE4\001O\262\000\375t\367 nRecei\367ved\000\005.__r\177educe__\262\001\340\266\001\020\000\315B\014\003\036\000dlp\367ack\000\014_dev\231i/\005C\000en\232 *\006e\367xit9\004chec\371kS\002\242D__Pyx~\001\000Dict_N\305\000\337Ref__\271bat6\205\000__x\004__r\005\001\006\306m\005__i\004\006\000f\002__\377func____\357main\003\002odu\235lJ\002namR\002\227 _\317capi\"\001\010\001vt<\355!0\001qual\036\005\207%\277__set_4\005t\373es\316\000_is_c?orouti\325@\226\204\001\377asyncio.Z\r\006s\353\002cl\036\000_\206\000\277traceb\274 c\373ou\237 ddata\374\305B\311Cfrombu_fferi\274!f*\000\232\006\000o\346`ms\306m\332Bkwind\350`ory\270a\377numpyopt\177ionspop\203\205\004\357self\271\000def\377aultshapn\272\000art\260aty\t\001\373rul\0008valu\317esve\323`=\000tr\277uct __\242!oobj_7\317\204\004_7\320\204\004\363_5\334b\243b *(s~\016 roles_\347\204\003\177End *, 0\004\354U\005\312\206\004)\000\207\205\001_of\376\225\00164_t (v\377oid)\000mic\377rosecond\377s\200A\330\010\013\2105\377\220\003\2201\330\014\020\220\377\010\230\001\330\r\021\220\024\363\220Q\007\004\034\001\016\210i\220\365q\032\001\001\025\001\220e\2301\3762\001\017\210q\200A\340\010\377\017\210t\2206\230\033\240\313C\240\n\002\020F\001\025\000\r%\277\240T\250\021\330\014\033\0014\377\220{\240$\240d\250&\377\260\004\260D\270\007\270v\377\300Q\330\020\024\220G\230\277;\240g\250Q\340\010\000M\277\240\035\250a\250q\035\000G\377""\270:\300Q\300d\310*\277\320TW\320WX;\0031\377\330\020\026\220i\230q\330\377\024\036\230a\230t\2407\377\250!\330\024\027\220q\230\377\004\230H\240A\200A\360\377\n\000\t\r\210F\220!\377\330\010\017\320\017(\250\001\377\250\026\250t\2608\2701\376\013\002 \240\001\240\021\330\010\377\025\220Q\220a\220t\230\377:\240Q\330\010\014\210G\317\220;\230h\222\0001\000\020\220\377\016\230d\240\047\250\030\260\177\025\260g\270W\300B}\000\377(\320RS\330\010\t\330\377\021\022\330\020$\240A\240\377V\2507\260$\260h\270\253a\340\243 \007\316\000(\314\000\001\377\330\014\031\230\021\230!\230\2074\230{\220\000S\000~\003\226!\360?\016\000\t\014\2104\233 \326 \255\rn\001N\230\235\000\t\342!\006\001\220B\002\352 ";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1193, 1512);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1275 bytes) */
+static const char cstring[] = "\377 bytes c\377annot be\377 copied \377or pickl\337ed: `\037\002()_` mak*\000a!\001oy is\r\000de?\000\177 the en3\000kf \032\000hJ\000el?\001\377arrays o\375f\035\002messag\377e are in\377 use: re\337lease>\001m \377first (d\177el) was\025\005\277d whil1\000t\336\021\002look\237\000at\365;\025\000a\016\003seen\372\233\000y\276\001torn,\3663\006.:\231\002writ\377er overw\337rote \205\005<i\377vshmem.c\276\261\003.View\256\001>\337?None\305\007di\317sable\000\002\001gc\257isen\014\001d8\005e\337rrorsF\005tekxtS\004/S\004/vW\000\337s.pyx\253!ti\237meout\302!\366!a\377 number|\377u1Closed\325EK\001O\254\000t\361 nR\177eceived\000\005\377.__dlpac\367k__\001\017devi{ce\r\nredu\017\001\260\331\001\335\001=\000\364B__\007\004e\271n\234 \004\007xit\024\004c\317heck.\002\244D__\367Pyx\001\000Dict\373_N\344\000Ref__6\273bats\000__S\004\231\007\214\244\006\222\005__i\004\006\000f\002_\377_func___\337_main\003\002od;ulJ\002namR\002\266 \237_capi\"\001\010\001vyt\214A0\001qual\036\005~\342\005__set_4\005\367tes\316\000_is_\227cor\364 i\327@\230\204\001a\177syncio.\r\006\255s\353\002cl\036\000_\206\000t\337raceb\345 co\375u\237 ddatae\237ncode\352B\356Cf\377rombuffeKri\302!f0\000\006\000o\356`\363ms\316m\377Bkind\316\360`ory\217a\366@py\377optionsp{op\213\205\004self\277\000\377defaultswhap\300\000art\325a\333ty\t\001rul\0008v\177aluesve\370`\373on}\000 (PyO\377bject *,\215 \002\007)\000\002\030\035\t1\001_f\311\003 *!\022\025\006, \356\000\373)\000\204\00164_t \177(void)\000\256bV\272!pl\273 \000\275\204\001_\257\001\375d\005\003withou\367t_o\241\002s\000mi\377crosecon\277dsstru\267\000_\331_\351A\036\000_7\230\206\004_7\346\231\206\004_5\302\205\002\263\204\002 *(\376\r!roles_R\377eaderEnd\260\224!a\004U\005\223\210\004)\000\237\206\001_\377of\200A\330\010\013\210\3775\220\003\2201\330\014\020\377\220\010\230\001\330\r\021\220\347\024\220Q\007\004\034\001\016\210i\353\220q\032\001\001\025\001\220e\230\37512\001\017\210q\200A\340\377\010\017\210t\2206\230\033\227\240C\240\n\002""\020F\001\025\000\r\177%\240T\250\021\330\014\033\001\3774\220{\240$\240d\250\377&\260\004\260D\270\007\270\377v\300Q\330\020\024\220G\177\230;\240g\250Q\340\010\000\177M\240\035\250a\250q\035\000\377G\270:\300Q\300d\310\177*\320TW\320WX;\003\3771\330\020\026\220i\230q\377\330\024\036\230a\230t\240\3777\250!\330\024\027\220q\377\230\004\230H\240A\200A\377\360\n\000\t\r\210F\220\377!\330\010\017\320\017(\250\377\001\250\026\250t\2608\270\3751\013\002 \240\001\240\021\330\377\010\025\220Q\220a\220t\377\230:\240Q\330\010\014\210\237G\220;\230h\222\0001\000\020\377\220\016\230d\240\047\250\030\377\260\025\260g\270W\300B\376}\000(\320RS\330\010\t\377\330\021\022\330\020$\240A\377\240V\2507\260$\260hW\270a\340\243 \007\316\000(\314\000\377\001\330\014\031\230\021\230!\017\2304\230{\220\000S\000~\003\226!\177\360\016\000\t\014\2104\233 Z\326 \rn\001N\230\235\000\t\342!\003\006\220B\002\352 ";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1275, 1685);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (1512 bytes) */
-static const char bytes[] = " bytes cannot be copied or pickled: `bytes()` makes a copy is made by the end of a channel or arrays of the message are in use: release them first (del) was released while it was looked at; what was seen may be torn, released.: the writer overwrote message <ivshmem.channel.View of >?Nonea a View is made by Reader.viewchannel disableenablegcisenabledivshmem.errorsivshmem.textivshmem/channel/views.pyxthe |u1ClosedErrorOvertakenReceivedReceived.__reduce__ViewView.__bytes__View.__dlpack__View.__dlpack_device__View.__enter__View.__exit__View.checkView.release__Pyx_PyDict_NextRef__annotate____bytes____dlpack____dlpack_device____enter____exit____func____main____module____name____pyx_capi____pyx_vtable____qualname____reduce____set_name____test___is_coroutinearrayasyncio.coroutinescheckcline_in_tracebackcounteddataerrorerrorsfrombufferinterfaceintoitemsivshmem.channel.viewskindmemoryviewnumpyoptionspopreleaseselfsetdefaultshapestarttexttypestruint8valuesversionstruct __pyx_obj_7ivshmem_7channel_5views_View *(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message)\000view_ofuint64_t (void)\000microseconds\200A\330\010\013\2105\220\003\2201\330\014\020\220\010\230\001\330\r\021\220\024\220Q\330\014\020\220\010\230\001\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\330\010\017\210q\200A\340\010\017\210t\2206\230\033\240C\240q\200A\340\010\020\220\003\2201\200A\340\r%\240T\250\021\330\014\017\210t\2204\220{\240$\240d\250&\260\004\260D\270\007\270v\300Q\330\020\024\220G\230;\240g\250Q\340\020\024\220M\240\035\250a\250q\260\004\260G\270:\300Q\300d\310*\320TW\320WX\330\014\017\210t\2201\330\020\026\220i\230q\330\024\036\230a\230t\2407\250!\330\024\027\220q\230\004\230H\240A\200A\360\n\000\t\r\210F\220!\330\010\017\320\017(\250\001\250\026\250t\2608\2701\330\010\017\320\017 \240\001\240\021\330\010\025\220Q\220a\220t\230:\240Q\330\010\014\210G\220;\230h\240d\250!\330\010\020\220\016\230d\240\047\250\030\260\025\260g\270W\300B\300d""\310(\320RS\330\010\t\330\021\022\330\020$\240A\240V\2507\260$\260h\270a\340\014\020\220\007\220{\240(\250&\260\001\330\014\031\230\021\230!\2304\230{\250!\330\010\014\210F\220!\330\010\017\210q\200A\360\016\000\t\014\2104\210t\2201\330\014\r\330\010\014\210N\230!\330\010\t\330\014\020\220\006\220a\340\014\020\220\010\230\001";
+    #else /* compression: none (1685 bytes) */
+static const char bytes[] = " bytes cannot be copied or pickled: `bytes()` makes a copy is made by the end of a channel or arrays of the message are in use: release them first (del) was released while it was looked at; what was seen may be torn, released.: the writer overwrote message <ivshmem.channel.View of >?Nonea channel disableenablegcisenabledivshmem.errorsivshmem.textivshmem/channel/views.pyxthe timeout is not a number|u1ClosedErrorOvertakenReceivedReceived.__dlpack__Received.__dlpack_device__Received.__reduce__ViewView.__bytes__View.__enter__View.__exit__View.checkView.release__Pyx_PyDict_NextRef__annotate____bytes____dlpack____dlpack_device____enter____exit____func____main____module____name____pyx_capi____pyx_vtable____qualname____reduce____set_name____test___is_coroutinearrayasyncio.coroutinescheckcline_in_tracebackcounteddataencodeerrorerrorsfrombufferinterfaceintoitemsivshmem.channel.viewskindmemoryviewnumpyoptionspopreleaseselfsetdefaultshapestarttexttypestruint8valuesversionint (PyObject *, PyObject *)\000int (PyObject *, PyObject *, PyObject *, Py_buffer *)\000int (PyObject *, Py_buffer *, int)\000uint64_t (void)\000check_in_place\000take_typed\000take_without_objects\000microsecondsstruct __pyx_obj_7ivshmem_7channel_5views_View *(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message)\000view_of\200A\330\010\013\2105\220\003\2201\330\014\020\220\010\230\001\330\r\021\220\024\220Q\330\014\020\220\010\230\001\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\330\010\017\210q\200A\340\010\017\210t\2206\230\033\240C\240q\200A\340\010\020\220\003\2201\200A\340\r%\240T\250\021\330\014\017\210t\2204\220{\240$\240d\250&\260\004\260D\270\007\270v\300Q\330\020\024\220G\230;\240g\250Q\340\020\024\220M\240\035\250a\250q\260\004\260G\270:\300Q\300d\310*\320TW\320WX\330\014\017\210t\2201\330\020\026\220i\230q\330\024\036\230a\230t\2407\250!\330\024\027\220q\230\004\230H\240A\200A\360\n\000\t\r\210F\220!\330\010\017\320\017(\250\001\250\026\250t""\2608\2701\330\010\017\320\017 \240\001\240\021\330\010\025\220Q\220a\220t\230:\240Q\330\010\014\210G\220;\230h\240d\250!\330\010\020\220\016\230d\240\047\250\030\260\025\260g\270W\300B\300d\310(\320RS\330\010\t\330\021\022\330\020$\240A\240V\2507\260$\260h\270a\340\014\020\220\007\220{\240(\250&\260\001\330\014\031\230\021\230!\2304\230{\250!\330\010\014\210F\220!\330\010\017\210q\200A\360\016\000\t\014\2104\210t\2201\330\014\r\330\010\014\210N\230!\330\010\t\330\014\020\220\006\220a\340\014\020\220\010\230\001";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 84; i++) {
+    for (int i = 0; i < 85; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
       if (likely(string) && i >= 26) PyUnicode_InternInPlace(&string);
@@ -10370,8 +10999,8 @@ static const char bytes[] = " bytes cannot be copied or pickled: `bytes()` makes
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 84; i < 94; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-84].length;
+    for (int i = 85; i < 95; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-85].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -10381,14 +11010,14 @@ static const char bytes[] = " bytes cannot be copied or pickled: `bytes()` makes
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 94; i++) {
+    for (Py_ssize_t i = 0; i < 95; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 84;
+      PyObject **table = stringtab + 85;
       for (Py_ssize_t i=0; i<10; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
@@ -10475,42 +11104,42 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 31};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 41};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_views_pyx, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq_Qe1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 123};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_start, __pyx_mstate->__pyx_n_u_into};
-    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_views_pyx, __pyx_mstate->__pyx_n_u_bytes_2, __pyx_mstate->__pyx_kp_b_iso88591_A_F_t81_Qat_Q_G_hd_d_gWBd_RS_AV7, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARKEYWORDS), 163};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARKEYWORDS), 134};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_options};
-    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_views_pyx, __pyx_mstate->__pyx_n_u_dlpack, __pyx_mstate->__pyx_kp_b_iso88591_A_t6_Cq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_views_pyx, __pyx_mstate->__pyx_n_u_dlpack, __pyx_mstate->__pyx_kp_b_iso88591_A_t6_Cq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 167};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 138};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_views_pyx, __pyx_mstate->__pyx_n_u_dlpack_device, __pyx_mstate->__pyx_kp_b_iso88591_A_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_views_pyx, __pyx_mstate->__pyx_n_u_dlpack_device, __pyx_mstate->__pyx_kp_b_iso88591_A_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 171};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 166};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_start, __pyx_mstate->__pyx_n_u_into};
+    __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_views_pyx, __pyx_mstate->__pyx_n_u_bytes_2, __pyx_mstate->__pyx_kp_b_iso88591_A_F_t81_Qat_Q_G_hd_d_gWBd_RS_AV7, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 186};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_views_pyx, __pyx_mstate->__pyx_n_u_check, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t4_d_D_vQ_G_gQ_M_aq_G_Qd_TWW, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 184};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 199};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_views_pyx, __pyx_mstate->__pyx_n_u_release, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_N_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 199};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 214};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_views_pyx, __pyx_mstate->__pyx_n_u_enter, __pyx_mstate->__pyx_kp_b_iso88591_A_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 202};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 217};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_kind, __pyx_mstate->__pyx_n_u_error};
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_views_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_5_1_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
@@ -10604,189 +11233,7 @@ end:
 }
 #endif
 
-/* DivInt[int64_t] */
-static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t a, int64_t b, int b_is_constant) {
-    int64_t q = a / b;
-    int64_t r = a - q*b;
-    int64_t adapt_python = (b_is_constant ?
-        ((r != 0) & ((r < 0) ^ (b < 0))) :
-        ((r != 0) & ((r ^ b) < 0))
-    );
-    return q - adapt_python;
-}
-
-/* ModInt[int64_t] */
-static CYTHON_INLINE int64_t __Pyx_mod_int64_t(int64_t a, int64_t b, int b_is_constant) {
-    int64_t r = a % b;
-    int64_t adapt_python = (b_is_constant ?
-        ((r != 0) & ((r < 0) ^ (b < 0))) :
-        ((r != 0) & ((r ^ b) < 0))
-    );
-    return r + adapt_python * b;
-}
-
-/* CopyObjectArray (used by TupleOrListFromArrayImpl) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE void __Pyx_copy_object_array(PyObject *const *CYTHON_RESTRICT src, PyObject** CYTHON_RESTRICT dest, Py_ssize_t length) {
-    PyObject *v;
-    Py_ssize_t i;
-    for (i = 0; i < length; i++) {
-        v = dest[i] = src[i];
-        Py_INCREF(v);
-    }
-}
-#endif
-
-/* TupleOrListFromArrayImpl (used by TupleFromArray) */
-#if !(PY_VERSION_HEX >= 0x030F0000 && !CYTHON_COMPILING_IN_LIMITED_API)
-CYTHON_UNUSED static PyObject *
-__Pyx_PyTuple_FromArray(PyObject *const *src, Py_ssize_t n) {
-    if (n <= 0) {
-        return __Pyx_NewRef(__pyx_mstate_global->__pyx_empty_tuple);
-    }
-    PyObject *res = PyTuple_New(n);
-    if (unlikely(res == NULL)) return NULL;
-    #if CYTHON_COMPILING_IN_CPYTHON
-    __Pyx_copy_object_array(src, ((PyTupleObject*)res)->ob_item, n);
-    #else
-    Py_ssize_t i;
-    for (i = 0; i < n; i++) {
-        Py_INCREF(src[i]);
-        if (unlikely(__Pyx_PyTuple_SET_ITEM(res, i, src[i]) < (0))) {
-            Py_DECREF(res);
-            return NULL;
-        }
-    }
-    #endif
-    return res;
-}
-#endif
-
-/* PyObjectCompare (used by UnicodeEquals) */
-#ifndef __Pyx_DEFINED_PyObject_CompareStrStrBoolEq
-#define __Pyx_DEFINED_PyObject_CompareStrStrBoolEq
-static CYTHON_INLINE int __Pyx_PyObject_CompareStrStrBoolEq(PyObject* s1, PyObject* s2) {
-    #if __PYX_LIMITED_VERSION_HEX >= 0x030e0000
-    int result = PyUnicode_Equal(s1, s2);
-    #if !CYTHON_COMPILING_IN_CPYTHON
-    if (unlikely(result == -1)) return -1;
-    #endif
-    if (result == 0) goto __pyx_return_false; else goto __pyx_return_true;
-    #else
-    int result = PyUnicode_Compare(s1, s2);
-    if (unlikely((result == -1) && PyErr_Occurred())) return -1;
-    if (result == 0) goto __pyx_return_true; else goto __pyx_return_false;
-    #endif
-__pyx_return_true:
-    return 1;
-__pyx_return_false:
-    return 0;
-}
-#endif
-static CYTHON_INLINE int __Pyx_PyObject_CompareBoolEq_str_str(PyObject *op1, PyObject *op2, int pyop) {
-    CYTHON_UNUSED_VAR(pyop);
-    if (unlikely(op1 == Py_None)) {
-        if (op2 == Py_None) goto __pyx_return_true; else goto __pyx_return_false;
-    }
-    if (unlikely(op2 == Py_None)) {
-        if (op1 == Py_None) goto __pyx_return_true; else goto __pyx_return_false;
-    }
-    
-    if (likely(op1 != Py_None)) {
-        if (op1 == op2) goto __pyx_return_true;
-        if (likely(op2 != Py_None)) {
-            return __Pyx_PyObject_CompareStrStrBoolEq(op1, op2);
-        }
-        goto __pyx_richcmp;
-    }
-    
-    if ((0)) goto __pyx_richcmp;
-    if ((0)) goto __pyx_return_true;
-    if ((0)) goto __pyx_return_false;
-__pyx_richcmp:
-    return __Pyx_PyObject_RichCompareBool(op1, op2, Py_EQ);
-__pyx_return_true:
-    return 1;
-__pyx_return_false:
-    return 0;
-}
-
-/* fastcall */
-#if CYTHON_VECTORCALL
-static CYTHON_INLINE PyObject * __Pyx_GetKwValue_FASTCALL(PyObject *kwnames, PyObject *const *kwvalues, PyObject *s)
-{
-    Py_ssize_t i, n = __Pyx_PyTuple_GET_SIZE(kwnames);
-    #if !CYTHON_ASSUME_SAFE_SIZE
-    if (unlikely(n == -1)) return NULL;
-    #endif
-    for (i = 0; i < n; i++)
-    {
-        PyObject *namei = __Pyx_PyTuple_GET_ITEM(kwnames, i);
-        #if !CYTHON_ASSUME_SAFE_MACROS
-        if (unlikely(!namei)) return NULL;
-        #endif
-        if (s == namei) return kwvalues[i];
-    }
-    for (i = 0; i < n; i++)
-    {
-        PyObject *namei = __Pyx_PyTuple_GET_ITEM(kwnames, i);
-        #if !CYTHON_ASSUME_SAFE_MACROS
-        if (unlikely(!namei)) return NULL;
-        #endif
-        int eq = __Pyx_PyUnicode_Equals(s, namei);
-        if (unlikely(eq != 0)) {
-            if (unlikely(eq < 0)) return NULL;
-            return kwvalues[i];
-        }
-    }
-    return NULL;
-}
-#if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030d0000 || CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_GRAAL
-CYTHON_UNUSED static PyObject *__Pyx_KwargsAsDict_FASTCALL(PyObject *kwnames, PyObject *const *kwvalues) {
-    Py_ssize_t i, nkwargs;
-    PyObject *dict;
-#if !CYTHON_ASSUME_SAFE_SIZE
-    nkwargs = PyTuple_Size(kwnames);
-    if (unlikely(nkwargs < 0)) return NULL;
-#else
-    nkwargs = PyTuple_GET_SIZE(kwnames);
-#endif
-    dict = PyDict_New();
-    if (unlikely(!dict))
-        return NULL;
-    for (i=0; i<nkwargs; i++) {
-#if !CYTHON_ASSUME_SAFE_MACROS
-        PyObject *key = PyTuple_GetItem(kwnames, i);
-        if (!key) goto bad;
-#else
-        PyObject *key = PyTuple_GET_ITEM(kwnames, i);
-#endif
-        if (unlikely(PyDict_SetItem(dict, key, kwvalues[i]) < 0))
-            goto bad;
-    }
-    return dict;
-bad:
-    Py_DECREF(dict);
-    return NULL;
-}
-#endif
-#endif
-
-/* KeywordStringCheck */
-static int __Pyx_CheckKeywordStrings(PyObject *kw) {
-#if CYTHON_COMPILING_IN_PYPY && PY_VERSION_HEX < 0x030C0000 && !defined(PyArg_ValidateKeywordArguments)
-    CYTHON_UNUSED_VAR(kw);
-    return 0;
-#else
-    if (CYTHON_VECTORCALL && likely(PyTuple_Check(kw))) {
-    } else {
-        if (unlikely(!PyArg_ValidateKeywordArguments(kw))) return -1;
-    }
-    return 0;
-#endif
-}
-
-/* FastTypeChecks (used by PyTypeError_Check) */
+/* FastTypeChecks (used by PyValueError_Check) */
 #if CYTHON_COMPILING_IN_CPYTHON
 static int __Pyx_InBases(PyTypeObject *a, PyTypeObject *b) {
     while (a) {
@@ -10828,93 +11275,6 @@ static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a,
     return __Pyx_InBases(cls, a) || __Pyx_InBases(cls, b);
 }
 #endif
-
-/* PyObjectGetAttrStr */
-#if CYTHON_USE_TYPE_SLOTS
-static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStr(PyObject* obj, PyObject* attr_name) {
-    PyTypeObject* tp = Py_TYPE(obj);
-    if (likely(tp->tp_getattro))
-        return tp->tp_getattro(obj, attr_name);
-    return PyObject_GetAttr(obj, attr_name);
-}
-#endif
-
-/* JoinPyUnicode */
-static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count, Py_ssize_t result_ulength, int kind) {
-#if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH && CYTHON_USE_UNICODE_INTERNALS
-    PyObject *result_uval;
-    int result_ukind, kind_shift;
-    Py_ssize_t i, char_pos;
-    void *result_udata;
-    static const Py_UCS4 max_char[5] = {0x7fU, 0xffU, 0xffffU, 0xffffU, 0x10ffffU};
-    assert (kind >= 0);
-    if (kind > PyUnicode_4BYTE_KIND) kind = PyUnicode_4BYTE_KIND;
-    result_uval = PyUnicode_New(result_ulength, max_char[kind]);
-    if (unlikely(!result_uval)) return NULL;
-    kind_shift = kind >> 1;  // 0, 1, 2
-    result_ukind = 1 << kind_shift;  // 1, 2, 4
-    result_udata = PyUnicode_DATA(result_uval);
-    assert(kind_shift == 2 || kind_shift == 1 || kind_shift == 0);
-    if (unlikely((PY_SSIZE_T_MAX >> kind_shift) - result_ulength < 0))
-        goto overflow;
-    char_pos = 0;
-    for (i=0; i < value_count; i++) {
-        int ukind;
-        Py_ssize_t ulength;
-        void *udata;
-        PyObject *uval = values[i];
-        if (__Pyx_PyUnicode_READY(uval) == (-1))
-            goto bad;
-        ulength = __Pyx_PyUnicode_GET_LENGTH(uval);
-        #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely(ulength < 0)) goto bad;
-        #endif
-        if (unlikely(!ulength))
-            continue;
-        if (unlikely((PY_SSIZE_T_MAX >> kind_shift) - ulength < char_pos))
-            goto overflow;
-        ukind = __Pyx_PyUnicode_KIND(uval);
-        udata = __Pyx_PyUnicode_DATA(uval);
-        if (ukind == result_ukind) {
-            memcpy((char *)result_udata + (char_pos << kind_shift), udata, (size_t) (ulength << kind_shift));
-        } else {
-            #if PY_VERSION_HEX >= 0x030d0000
-            if (unlikely(PyUnicode_CopyCharacters(result_uval, char_pos, uval, 0, ulength) < 0)) goto bad;
-            #elif CYTHON_COMPILING_IN_CPYTHON || defined(_PyUnicode_FastCopyCharacters)
-            _PyUnicode_FastCopyCharacters(result_uval, char_pos, uval, 0, ulength);
-            #else
-            Py_ssize_t j;
-            for (j=0; j < ulength; j++) {
-                Py_UCS4 uchar = __Pyx_PyUnicode_READ(ukind, udata, j);
-                __Pyx_PyUnicode_WRITE(result_ukind, result_udata, char_pos+j, uchar);
-            }
-            #endif
-        }
-        char_pos += ulength;
-    }
-    return result_uval;
-overflow:
-    PyErr_SetString(PyExc_OverflowError, "join() result is too long for a Python string");
-bad:
-    Py_DECREF(result_uval);
-    return NULL;
-#else
-    Py_ssize_t i;
-    PyObject *result = NULL;
-    PyObject *value_tuple = PyTuple_New(value_count);
-    if (unlikely(!value_tuple)) return NULL;
-    CYTHON_UNUSED_VAR(kind);
-    CYTHON_UNUSED_VAR(result_ulength);
-    for (i=0; i<value_count; i++) {
-        Py_INCREF(values[i]);
-        if (__Pyx_PyTuple_SET_ITEM(value_tuple, i, values[i]) != (0)) goto bad;
-    }
-    result = PyUnicode_Join(__pyx_mstate_global->__pyx_empty_unicode, value_tuple);
-bad:
-    Py_DECREF(value_tuple);
-    return result;
-#endif
-}
 
 /* PyObjectCall (used by PyObjectFastCall) */
 #if CYTHON_COMPILING_IN_CPYTHON
@@ -11198,6 +11558,300 @@ static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject 
 bad:
     Py_XDECREF(owned_instance);
     return;
+}
+
+/* DivInt[int64_t] */
+static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t a, int64_t b, int b_is_constant) {
+    int64_t q = a / b;
+    int64_t r = a - q*b;
+    int64_t adapt_python = (b_is_constant ?
+        ((r != 0) & ((r < 0) ^ (b < 0))) :
+        ((r != 0) & ((r ^ b) < 0))
+    );
+    return q - adapt_python;
+}
+
+/* ModInt[int64_t] */
+static CYTHON_INLINE int64_t __Pyx_mod_int64_t(int64_t a, int64_t b, int b_is_constant) {
+    int64_t r = a % b;
+    int64_t adapt_python = (b_is_constant ?
+        ((r != 0) & ((r < 0) ^ (b < 0))) :
+        ((r != 0) & ((r ^ b) < 0))
+    );
+    return r + adapt_python * b;
+}
+
+/* PyObjectFastCallMethod */
+#if !CYTHON_VECTORCALL
+static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf) {
+    PyObject *result;
+    switch (__Pyx_PyVectorcall_NARGS(nargsf)) {
+        case 1:
+            return PyObject_CallMethodObjArgs(args[0], name, NULL);
+        case 2:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], NULL);
+        case 3:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], NULL);
+        case 4:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], NULL);
+        case 5:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], args[4], NULL);
+    }
+    PyObject *attr = PyObject_GetAttr(args[0], name);
+    if (unlikely(!attr))
+        return NULL;
+    result = __Pyx_PyObject_FastCall(attr, args+1, nargsf - 1);
+    Py_DECREF(attr);
+    return result;
+}
+#endif
+
+/* CopyObjectArray (used by TupleOrListFromArrayImpl) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE void __Pyx_copy_object_array(PyObject *const *CYTHON_RESTRICT src, PyObject** CYTHON_RESTRICT dest, Py_ssize_t length) {
+    PyObject *v;
+    Py_ssize_t i;
+    for (i = 0; i < length; i++) {
+        v = dest[i] = src[i];
+        Py_INCREF(v);
+    }
+}
+#endif
+
+/* TupleOrListFromArrayImpl (used by TupleFromArray) */
+#if !(PY_VERSION_HEX >= 0x030F0000 && !CYTHON_COMPILING_IN_LIMITED_API)
+CYTHON_UNUSED static PyObject *
+__Pyx_PyTuple_FromArray(PyObject *const *src, Py_ssize_t n) {
+    if (n <= 0) {
+        return __Pyx_NewRef(__pyx_mstate_global->__pyx_empty_tuple);
+    }
+    PyObject *res = PyTuple_New(n);
+    if (unlikely(res == NULL)) return NULL;
+    #if CYTHON_COMPILING_IN_CPYTHON
+    __Pyx_copy_object_array(src, ((PyTupleObject*)res)->ob_item, n);
+    #else
+    Py_ssize_t i;
+    for (i = 0; i < n; i++) {
+        Py_INCREF(src[i]);
+        if (unlikely(__Pyx_PyTuple_SET_ITEM(res, i, src[i]) < (0))) {
+            Py_DECREF(res);
+            return NULL;
+        }
+    }
+    #endif
+    return res;
+}
+#endif
+
+/* PyObjectCompare (used by UnicodeEquals) */
+#ifndef __Pyx_DEFINED_PyObject_CompareStrStrBoolEq
+#define __Pyx_DEFINED_PyObject_CompareStrStrBoolEq
+static CYTHON_INLINE int __Pyx_PyObject_CompareStrStrBoolEq(PyObject* s1, PyObject* s2) {
+    #if __PYX_LIMITED_VERSION_HEX >= 0x030e0000
+    int result = PyUnicode_Equal(s1, s2);
+    #if !CYTHON_COMPILING_IN_CPYTHON
+    if (unlikely(result == -1)) return -1;
+    #endif
+    if (result == 0) goto __pyx_return_false; else goto __pyx_return_true;
+    #else
+    int result = PyUnicode_Compare(s1, s2);
+    if (unlikely((result == -1) && PyErr_Occurred())) return -1;
+    if (result == 0) goto __pyx_return_true; else goto __pyx_return_false;
+    #endif
+__pyx_return_true:
+    return 1;
+__pyx_return_false:
+    return 0;
+}
+#endif
+static CYTHON_INLINE int __Pyx_PyObject_CompareBoolEq_str_str(PyObject *op1, PyObject *op2, int pyop) {
+    CYTHON_UNUSED_VAR(pyop);
+    if (unlikely(op1 == Py_None)) {
+        if (op2 == Py_None) goto __pyx_return_true; else goto __pyx_return_false;
+    }
+    if (unlikely(op2 == Py_None)) {
+        if (op1 == Py_None) goto __pyx_return_true; else goto __pyx_return_false;
+    }
+    
+    if (likely(op1 != Py_None)) {
+        if (op1 == op2) goto __pyx_return_true;
+        if (likely(op2 != Py_None)) {
+            return __Pyx_PyObject_CompareStrStrBoolEq(op1, op2);
+        }
+        goto __pyx_richcmp;
+    }
+    
+    if ((0)) goto __pyx_richcmp;
+    if ((0)) goto __pyx_return_true;
+    if ((0)) goto __pyx_return_false;
+__pyx_richcmp:
+    return __Pyx_PyObject_RichCompareBool(op1, op2, Py_EQ);
+__pyx_return_true:
+    return 1;
+__pyx_return_false:
+    return 0;
+}
+
+/* fastcall */
+#if CYTHON_VECTORCALL
+static CYTHON_INLINE PyObject * __Pyx_GetKwValue_FASTCALL(PyObject *kwnames, PyObject *const *kwvalues, PyObject *s)
+{
+    Py_ssize_t i, n = __Pyx_PyTuple_GET_SIZE(kwnames);
+    #if !CYTHON_ASSUME_SAFE_SIZE
+    if (unlikely(n == -1)) return NULL;
+    #endif
+    for (i = 0; i < n; i++)
+    {
+        PyObject *namei = __Pyx_PyTuple_GET_ITEM(kwnames, i);
+        #if !CYTHON_ASSUME_SAFE_MACROS
+        if (unlikely(!namei)) return NULL;
+        #endif
+        if (s == namei) return kwvalues[i];
+    }
+    for (i = 0; i < n; i++)
+    {
+        PyObject *namei = __Pyx_PyTuple_GET_ITEM(kwnames, i);
+        #if !CYTHON_ASSUME_SAFE_MACROS
+        if (unlikely(!namei)) return NULL;
+        #endif
+        int eq = __Pyx_PyUnicode_Equals(s, namei);
+        if (unlikely(eq != 0)) {
+            if (unlikely(eq < 0)) return NULL;
+            return kwvalues[i];
+        }
+    }
+    return NULL;
+}
+#if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030d0000 || CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_GRAAL
+CYTHON_UNUSED static PyObject *__Pyx_KwargsAsDict_FASTCALL(PyObject *kwnames, PyObject *const *kwvalues) {
+    Py_ssize_t i, nkwargs;
+    PyObject *dict;
+#if !CYTHON_ASSUME_SAFE_SIZE
+    nkwargs = PyTuple_Size(kwnames);
+    if (unlikely(nkwargs < 0)) return NULL;
+#else
+    nkwargs = PyTuple_GET_SIZE(kwnames);
+#endif
+    dict = PyDict_New();
+    if (unlikely(!dict))
+        return NULL;
+    for (i=0; i<nkwargs; i++) {
+#if !CYTHON_ASSUME_SAFE_MACROS
+        PyObject *key = PyTuple_GetItem(kwnames, i);
+        if (!key) goto bad;
+#else
+        PyObject *key = PyTuple_GET_ITEM(kwnames, i);
+#endif
+        if (unlikely(PyDict_SetItem(dict, key, kwvalues[i]) < 0))
+            goto bad;
+    }
+    return dict;
+bad:
+    Py_DECREF(dict);
+    return NULL;
+}
+#endif
+#endif
+
+/* KeywordStringCheck */
+static int __Pyx_CheckKeywordStrings(PyObject *kw) {
+#if CYTHON_COMPILING_IN_PYPY && PY_VERSION_HEX < 0x030C0000 && !defined(PyArg_ValidateKeywordArguments)
+    CYTHON_UNUSED_VAR(kw);
+    return 0;
+#else
+    if (CYTHON_VECTORCALL && likely(PyTuple_Check(kw))) {
+    } else {
+        if (unlikely(!PyArg_ValidateKeywordArguments(kw))) return -1;
+    }
+    return 0;
+#endif
+}
+
+/* PyObjectGetAttrStr */
+#if CYTHON_USE_TYPE_SLOTS
+static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStr(PyObject* obj, PyObject* attr_name) {
+    PyTypeObject* tp = Py_TYPE(obj);
+    if (likely(tp->tp_getattro))
+        return tp->tp_getattro(obj, attr_name);
+    return PyObject_GetAttr(obj, attr_name);
+}
+#endif
+
+/* JoinPyUnicode */
+static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count, Py_ssize_t result_ulength, int kind) {
+#if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH && CYTHON_USE_UNICODE_INTERNALS
+    PyObject *result_uval;
+    int result_ukind, kind_shift;
+    Py_ssize_t i, char_pos;
+    void *result_udata;
+    static const Py_UCS4 max_char[5] = {0x7fU, 0xffU, 0xffffU, 0xffffU, 0x10ffffU};
+    assert (kind >= 0);
+    if (kind > PyUnicode_4BYTE_KIND) kind = PyUnicode_4BYTE_KIND;
+    result_uval = PyUnicode_New(result_ulength, max_char[kind]);
+    if (unlikely(!result_uval)) return NULL;
+    kind_shift = kind >> 1;  // 0, 1, 2
+    result_ukind = 1 << kind_shift;  // 1, 2, 4
+    result_udata = PyUnicode_DATA(result_uval);
+    assert(kind_shift == 2 || kind_shift == 1 || kind_shift == 0);
+    if (unlikely((PY_SSIZE_T_MAX >> kind_shift) - result_ulength < 0))
+        goto overflow;
+    char_pos = 0;
+    for (i=0; i < value_count; i++) {
+        int ukind;
+        Py_ssize_t ulength;
+        void *udata;
+        PyObject *uval = values[i];
+        if (__Pyx_PyUnicode_READY(uval) == (-1))
+            goto bad;
+        ulength = __Pyx_PyUnicode_GET_LENGTH(uval);
+        #if !CYTHON_ASSUME_SAFE_SIZE
+        if (unlikely(ulength < 0)) goto bad;
+        #endif
+        if (unlikely(!ulength))
+            continue;
+        if (unlikely((PY_SSIZE_T_MAX >> kind_shift) - ulength < char_pos))
+            goto overflow;
+        ukind = __Pyx_PyUnicode_KIND(uval);
+        udata = __Pyx_PyUnicode_DATA(uval);
+        if (ukind == result_ukind) {
+            memcpy((char *)result_udata + (char_pos << kind_shift), udata, (size_t) (ulength << kind_shift));
+        } else {
+            #if PY_VERSION_HEX >= 0x030d0000
+            if (unlikely(PyUnicode_CopyCharacters(result_uval, char_pos, uval, 0, ulength) < 0)) goto bad;
+            #elif CYTHON_COMPILING_IN_CPYTHON || defined(_PyUnicode_FastCopyCharacters)
+            _PyUnicode_FastCopyCharacters(result_uval, char_pos, uval, 0, ulength);
+            #else
+            Py_ssize_t j;
+            for (j=0; j < ulength; j++) {
+                Py_UCS4 uchar = __Pyx_PyUnicode_READ(ukind, udata, j);
+                __Pyx_PyUnicode_WRITE(result_ukind, result_udata, char_pos+j, uchar);
+            }
+            #endif
+        }
+        char_pos += ulength;
+    }
+    return result_uval;
+overflow:
+    PyErr_SetString(PyExc_OverflowError, "join() result is too long for a Python string");
+bad:
+    Py_DECREF(result_uval);
+    return NULL;
+#else
+    Py_ssize_t i;
+    PyObject *result = NULL;
+    PyObject *value_tuple = PyTuple_New(value_count);
+    if (unlikely(!value_tuple)) return NULL;
+    CYTHON_UNUSED_VAR(kind);
+    CYTHON_UNUSED_VAR(result_ulength);
+    for (i=0; i<value_count; i++) {
+        Py_INCREF(values[i]);
+        if (__Pyx_PyTuple_SET_ITEM(value_tuple, i, values[i]) != (0)) goto bad;
+    }
+    result = PyUnicode_Join(__pyx_mstate_global->__pyx_empty_unicode, value_tuple);
+bad:
+    Py_DECREF(value_tuple);
+    return result;
+#endif
 }
 
 /* RaiseArgTupleInvalid */
@@ -11900,31 +12554,6 @@ bad:
     return -1;
 #endif
 }
-
-/* PyObjectFastCallMethod */
-#if !CYTHON_VECTORCALL
-static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf) {
-    PyObject *result;
-    switch (__Pyx_PyVectorcall_NARGS(nargsf)) {
-        case 1:
-            return PyObject_CallMethodObjArgs(args[0], name, NULL);
-        case 2:
-            return PyObject_CallMethodObjArgs(args[0], name, args[1], NULL);
-        case 3:
-            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], NULL);
-        case 4:
-            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], NULL);
-        case 5:
-            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], args[4], NULL);
-    }
-    PyObject *attr = PyObject_GetAttr(args[0], name);
-    if (unlikely(!attr))
-        return NULL;
-    result = __Pyx_PyObject_FastCall(attr, args+1, nargsf - 1);
-    Py_DECREF(attr);
-    return result;
-}
-#endif
 
 /* HasAttr (used by ImportImpl) */
 #if __PYX_LIMITED_VERSION_HEX < 0x030d0000

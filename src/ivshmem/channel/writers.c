@@ -1873,17 +1873,17 @@ static const char * const __pyx_cfilenm = __FILE__;
 
 static const char* const __pyx_f[] = {
   "ivshmem/channel/writers.pyx",
+  "ivshmem/native/descriptors.pxd",
+  "ivshmem/channel/roles.pxd",
   "(tree fragment)",
   "ivshmem/channel/writers.pxd",
   "cpython/type.pxd",
-  "ivshmem/native/descriptors.pxd",
   "ivshmem/native/spin.pxd",
   "ivshmem/native/bell.pxd",
   "ivshmem/native/mapping.pxd",
   "ivshmem/_core.pxd",
   "ivshmem/channel/membership.pxd",
   "ivshmem/channel/ends.pxd",
-  "ivshmem/channel/roles.pxd",
 };
 /* #### Code section: utility_code_proto_before_types ### */
 /* Atomics.proto (used by UnpackUnboundCMethod) */
@@ -2259,9 +2259,21 @@ struct __pyx_t_7ivshmem_7channel_10membership_Rings {
   int count;
   uint32_t lock;
 };
+
+/* "ends.pxd":10
+ * from .membership cimport Dependent, Membership
+ * 
+ * cdef enum:             # <<<<<<<<<<<<<<
+ *     # A sleep that the memory forbids again and again, although nothing can be taken, is a hostile
+ *     # peer's work: after so many it sleeps all the same.
+*/
+enum  {
+  __pyx_e_7ivshmem_7channel_4ends_FUTILE = 64,
+  __pyx_e_7ivshmem_7channel_4ends_LAST_PAUSE = 0xF4240
+};
 struct __pyx_t_7ivshmem_7channel_5roles_Held;
 
-/* "roles.pxd":9
+/* "roles.pxd":10
  * from .membership cimport Membership
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -2270,7 +2282,7 @@ struct __pyx_t_7ivshmem_7channel_5roles_Held;
 */
 enum  {
 
-  /* "roles.pxd":11
+  /* "roles.pxd":12
  * cdef enum:
  *     # Bytes from which on a copy releases the GIL, as in native/mapping.pyx.
  *     LARGE = 1 << 18             # <<<<<<<<<<<<<<
@@ -2281,7 +2293,7 @@ enum  {
   __pyx_e_7ivshmem_7channel_5roles_TRIES = 64
 };
 
-/* "roles.pxd":21
+/* "roles.pxd":51
  * 
  * 
  * cdef struct Held:             # <<<<<<<<<<<<<<
@@ -2306,7 +2318,7 @@ struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time {
   PyObject *options;
 };
 
-/* "native/descriptors.pxd":86
+/* "native/descriptors.pxd":101
  * 
  * 
  * cdef class Fd:             # <<<<<<<<<<<<<<
@@ -2319,7 +2331,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Fd {
 };
 
 
-/* "native/descriptors.pxd":93
+/* "native/descriptors.pxd":108
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2338,7 +2350,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray {
 };
 
 
-/* "native/descriptors.pxd":117
+/* "native/descriptors.pxd":132
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2355,7 +2367,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller {
 };
 
 
-/* "native/descriptors.pxd":127
+/* "native/descriptors.pxd":142
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2370,7 +2382,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Relay {
 };
 
 
-/* "native/descriptors.pxd":134
+/* "native/descriptors.pxd":149
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2581,7 +2593,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Membership {
 };
 
 
-/* "ends.pxd":11
+/* "ends.pxd":18
  * 
  * 
  * cdef class Wakeup:             # <<<<<<<<<<<<<<
@@ -2598,7 +2610,7 @@ struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup {
 };
 
 
-/* "ends.pxd":24
+/* "ends.pxd":31
  * 
  * 
  * cdef class ChannelEnd(Dependent):             # <<<<<<<<<<<<<<
@@ -2625,7 +2637,7 @@ struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd {
 };
 
 
-/* "roles.pxd":26
+/* "roles.pxd":56
  * 
  * 
  * cdef class WriterEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2644,7 +2656,7 @@ struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd {
 };
 
 
-/* "roles.pxd":47
+/* "roles.pxd":77
  * 
  * 
  * cdef class ReaderEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2693,7 +2705,7 @@ struct __pyx_obj_7ivshmem_7channel_7writers_Loan {
 
 
 
-/* "native/descriptors.pxd":93
+/* "native/descriptors.pxd":108
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2710,7 +2722,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray;
 
 
-/* "native/descriptors.pxd":117
+/* "native/descriptors.pxd":132
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2725,7 +2737,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller *__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller;
 
 
-/* "native/descriptors.pxd":127
+/* "native/descriptors.pxd":142
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2739,7 +2751,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay *__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay;
 
 
-/* "native/descriptors.pxd":134
+/* "native/descriptors.pxd":149
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2960,7 +2972,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
 static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *__pyx_vtabptr_7ivshmem_7channel_10membership_Membership;
 
 
-/* "ends.pxd":11
+/* "ends.pxd":18
  * 
  * 
  * cdef class Wakeup:             # <<<<<<<<<<<<<<
@@ -2975,7 +2987,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup {
 static struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *__pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup;
 
 
-/* "ends.pxd":24
+/* "ends.pxd":31
  * 
  * 
  * cdef class ChannelEnd(Dependent):             # <<<<<<<<<<<<<<
@@ -3010,7 +3022,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd;
 
 
-/* "roles.pxd":26
+/* "roles.pxd":56
  * 
  * 
  * cdef class WriterEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -3022,7 +3034,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd {
   struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
   int (*ready)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *);
   PyObject *(*blocked)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, PyObject *);
-  PyObject *(*too_long)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint64_t);
+  PyObject *(*too_long)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, PyObject *);
   int (*wait_again)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, PyObject *);
   int (*loan_cell)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint32_t *);
   int (*find_room)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint32_t *, PyObject *, PyObject *);
@@ -3034,7 +3046,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *__pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd;
 
 
-/* "roles.pxd":47
+/* "roles.pxd":77
  * 
  * 
  * cdef class ReaderEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -3053,7 +3065,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *__pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd;
 
 
-/* "ivshmem/channel/writers.pyx":29
+/* "ivshmem/channel/writers.pyx":30
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3068,7 +3080,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer {
 static struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *__pyx_vtabptr_7ivshmem_7channel_7writers_Writer;
 
 
-/* "ivshmem/channel/writers.pyx":202
+/* "ivshmem/channel/writers.pyx":209
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3248,11 +3260,40 @@ static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStrNoError(PyObject* obj, P
 /* GetBuiltinName.proto */
 static PyObject *__Pyx_GetBuiltinName(PyObject *name);
 
+/* PyValueError_Check.proto */
+#define __Pyx_PyExc_ValueError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_ValueError)
+
+/* PyObjectCall.proto (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw);
+#else
+#define __Pyx_PyObject_Call(func, arg, kw) PyObject_Call(func, arg, kw)
+#endif
+
+/* PyObjectCallMethO.proto (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg);
+#endif
+
+/* PyObjectFastCall.proto */
+#define __Pyx_PyObject_FastCall(func, args, nargs)  __Pyx_PyObject_FastCallDict(func, args, (size_t)(nargs), NULL)
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject * const*args, size_t nargsf, PyObject *kwargs);
+
+/* RaiseException.export */
+static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
+
 /* DivInt[int64_t].proto */
 static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t, int64_t, int b_is_constant);
 
 /* ModInt[int64_t].proto */
 static CYTHON_INLINE int64_t __Pyx_mod_int64_t(int64_t, int64_t, int b_is_constant);
+
+/* PyObjectFastCallMethod.proto */
+#if CYTHON_VECTORCALL
+#define __Pyx_PyObject_FastCallMethod(name, args, nargsf) PyObject_VectorcallMethod(name, args, nargsf, NULL)
+#else
+static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf);
+#endif
 
 /* CopyObjectArray.proto (used by TupleOrListFromArrayImpl) */
 #if CYTHON_COMPILING_IN_CPYTHON
@@ -3346,22 +3387,6 @@ static CYTHON_INLINE PyObject* __Pyx_PyDict_Items(PyObject* d);
     ((__Pyx_PyCFunctionFast)(void(*)(void))(PyCFunction)(cfunc)->func)(self, args, nargs)
 #define __Pyx_CallCFunctionFastWithKeywords(cfunc, self, args, nargs, kwnames)\
     ((__Pyx_PyCFunctionFastWithKeywords)(void(*)(void))(PyCFunction)(cfunc)->func)(self, args, nargs, kwnames)
-
-/* PyObjectCall.proto (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw);
-#else
-#define __Pyx_PyObject_Call(func, arg, kw) PyObject_Call(func, arg, kw)
-#endif
-
-/* PyObjectCallMethO.proto (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg);
-#endif
-
-/* PyObjectFastCall.proto (used by PyObjectCallOneArg) */
-#define __Pyx_PyObject_FastCall(func, args, nargs)  __Pyx_PyObject_FastCallDict(func, args, (size_t)(nargs), NULL)
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject * const*args, size_t nargsf, PyObject *kwargs);
 
 /* PyObjectCallOneArg.proto (used by CallUnboundCMethod0) */
 static CYTHON_INLINE PyObject* __Pyx_PyObject_CallOneArg(PyObject *func, PyObject *arg);
@@ -3486,16 +3511,6 @@ static CYTHON_INLINE int __Pyx_ParseKeywords(
 static void __Pyx_RaiseArgtupleInvalid(const char* func_name, int exact,
     Py_ssize_t num_min, Py_ssize_t num_max, Py_ssize_t num_found);
 
-/* PyObjectFastCallMethod.proto */
-#if CYTHON_VECTORCALL
-#define __Pyx_PyObject_FastCallMethod(name, args, nargsf) PyObject_VectorcallMethod(name, args, nargsf, NULL)
-#else
-static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf);
-#endif
-
-/* RaiseException.export */
-static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
-
 /* GetTopmostException.proto (used by SaveResetException) */
 #if CYTHON_USE_EXC_INFO_STACK && CYTHON_FAST_THREAD_STATE
 static _PyErr_StackItem * __Pyx_PyErr_GetTopmostException(PyThreadState *tstate);
@@ -3531,14 +3546,10 @@ static CYTHON_INLINE void __Pyx__ExceptionSwap(PyThreadState *tstate, PyObject *
 static CYTHON_INLINE void __Pyx_ExceptionSwap(PyObject **type, PyObject **value, PyObject **tb);
 #endif
 
-/* ListCompAppend.proto */
-#if CYTHON_USE_PYLIST_INTERNALS && CYTHON_ASSUME_SAFE_MACROS && CYTHON_ASSUME_SAFE_SIZE
-static CYTHON_INLINE int __Pyx_ListComp_Append(PyObject* list, PyObject* x);
-#else
-#define __Pyx_ListComp_Append(L,x) PyList_Append(L,x)
-#endif
+/* ListCompAppendAndDecref.proto */
+static CYTHON_INLINE int __Pyx_ListComp_AppendAndDecref(PyObject* list, PyObject* x);
 
-/* FormatTypeName.proto (used by RaiseErrorWithObjectType1) */
+/* FormatTypeName.proto (used by RaiseErrorWithObjectTypes) */
 #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX >= 0x030d0000
 typedef PyObject *__Pyx_TypeName;
 #define __Pyx_FMT_TYPENAME "%N"
@@ -3555,16 +3566,6 @@ typedef const char *__Pyx_TypeName;
 #define __Pyx_PyType_GetFullyQualifiedName(tp) ((tp)->tp_name)
 #define __Pyx_DECREF_TypeName(obj)
 #endif
-
-/* RaiseErrorWithObjectType1.proto (used by RaiseUnexpectedTypeError) */
-#define __Pyx_RaiseTypeErrorWithObjectType1(message, arg, obj) __Pyx_RaiseErrorWithObjectType1(PyExc_TypeError, message, arg, obj)
-#define __Pyx_RaiseErrorWithObjectType1(exc_type, message, arg, obj) __Pyx_RaiseErrorWithType1(exc_type, message, arg, Py_TYPE(obj))
-CYTHON_UNUSED
-static void __Pyx_RaiseErrorWithType1(PyObject* exc_type, const char* message, const char *arg, PyTypeObject *type_obj);
-
-/* RaiseUnexpectedTypeError.proto */
-CYTHON_UNUSED
-static int __Pyx_RaiseUnexpectedTypeError(const char *expected, PyObject *obj);
 
 /* RaiseErrorWithObjectTypes.proto (used by ExtTypeTest) */
 #define __Pyx_RaiseErrorWithObjectTypes1(exc_type, message, arg, obj1, obj2) __Pyx_RaiseErrorWithTypes1(exc_type, message, arg, Py_TYPE(obj1), Py_TYPE(obj2))
@@ -3629,9 +3630,6 @@ static PyObject *__Pyx_Object_VectorcallMethodKwds(PyObject *name, PyObject *con
 
 /* PyObjectCompare.proto */
 static CYTHON_INLINE int __Pyx_PyObject_CompareBoolLt_object_int(PyObject *op1, PyObject *op2, int pyop);
-
-/* PyValueError_Check.proto */
-#define __Pyx_PyExc_ValueError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_ValueError)
 
 /* PyDictVersioning.proto (used by GetModuleGlobalName) */
 #if CYTHON_USE_DICT_VERSIONS && CYTHON_USE_TYPE_SLOTS
@@ -3777,7 +3775,7 @@ static CYTHON_INLINE PyObject *__Pyx_GetItemInt_Fast(PyObject *o, Py_ssize_t i,
 #endif
 
 /* PyObjectCompare.proto */
-static CYTHON_INLINE int __Pyx_PyObject_CompareBoolLt_object_object(PyObject *op1, PyObject *op2, int pyop);
+static CYTHON_INLINE int __Pyx_PyObject_CompareBoolGt_object_int(PyObject *op1, PyObject *op2, int pyop);
 
 /* RejectKeywords.export */
 static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds);
@@ -3944,6 +3942,12 @@ static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethod0(PyObject* obj, PyObjec
 #if !CYTHON_USE_TYPE_SLOTS
 CYTHON_UNUSED static Py_ssize_t __Pyx_GetTypeDictOffset(PyObject *tp, int require_cython_valid_result);
 #endif
+
+/* RaiseErrorWithObjectType1.proto (used by ValidateBasesTuple) */
+#define __Pyx_RaiseTypeErrorWithObjectType1(message, arg, obj) __Pyx_RaiseErrorWithObjectType1(PyExc_TypeError, message, arg, obj)
+#define __Pyx_RaiseErrorWithObjectType1(exc_type, message, arg, obj) __Pyx_RaiseErrorWithType1(exc_type, message, arg, Py_TYPE(obj))
+CYTHON_UNUSED
+static void __Pyx_RaiseErrorWithType1(PyObject* exc_type, const char* message, const char *arg, PyTypeObject *type_obj);
 
 /* ValidateBasesTuple.proto (used by PyType_Ready) */
 #if CYTHON_COMPILING_IN_CPYTHON || CYTHON_COMPILING_IN_LIMITED_API || CYTHON_USE_TYPE_SPECS
@@ -4288,6 +4292,8 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(struct __pyx_o
 
 /* Module declarations from "libc.stdint" */
 
+/* Module declarations from "cpython.buffer" */
+
 /* Module declarations from "ivshmem.channel.header" */
 
 /* Module declarations from "libc.string" */
@@ -4307,6 +4313,8 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(struct __pyx_o
 /* Module declarations from "ivshmem.native.syscalls" */
 
 /* Module declarations from "ivshmem.native.descriptors" */
+static CYTHON_INLINE double __pyx_f_7ivshmem_6native_11descriptors_seconds_of(PyObject *); /*proto*/
+static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_check_timeout(PyObject *); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(int64_t); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uint64_t); /*proto*/
@@ -4325,10 +4333,14 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
 
 /* Module declarations from "ivshmem.channel.roles" */
 static uint64_t (*__pyx_f_7ivshmem_7channel_5roles_microseconds)(void); /*proto*/
+static PyObject *(*__pyx_f_7ivshmem_7channel_5roles_flat)(PyObject *, int __pyx_skip_dispatch); /*proto*/
+static int (*__pyx_f_7ivshmem_7channel_5roles_check_in_place)(PyObject *, PyObject *); /*proto*/
+static int (*__pyx_f_7ivshmem_7channel_5roles_take_typed)(PyObject *, PyObject *, PyObject *, Py_buffer *); /*proto*/
+static int (*__pyx_f_7ivshmem_7channel_5roles_take_without_objects)(PyObject *, Py_buffer *, int); /*proto*/
+static CYTHON_INLINE int __pyx_f_7ivshmem_7channel_5roles_take_buffer(PyObject *, Py_buffer *, int); /*proto*/
+static CYTHON_INLINE int __pyx_f_7ivshmem_7channel_5roles_take_payload(PyObject *, PyObject *, Py_buffer *); /*proto*/
 
 /* Module declarations from "cython" */
-
-/* Module declarations from "cpython.buffer" */
 
 /* Module declarations from "ivshmem.channel.sleeping_tasks" */
 static PyObject *(*__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *, struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time *__pyx_optional_args); /*proto*/
@@ -4448,7 +4460,7 @@ namespace {
     PyObject *__pyx_tuple[3];
     PyObject *__pyx_codeobj_tab[14];
     PyObject *__pyx_string_tab[138];
-    PyObject *__pyx_number_tab[3];
+    PyObject *__pyx_number_tab[2];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
 #if CYTHON_COMPILING_IN_LIMITED_API
@@ -4524,7 +4536,7 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u_rows_a_buffer_of_two_dimensions __pyx_string_tab[24]
 #define __pyx_kp_u_self_writer_cannot_be_converted __pyx_string_tab[25]
 #define __pyx_kp_u_the_loan_was_published_or_droppe __pyx_string_tab[26]
-#define __pyx_n_u_B __pyx_string_tab[27]
+#define __pyx_kp_u_timeout_is_not_a_number __pyx_string_tab[27]
 #define __pyx_n_u_ChannelTypeError __pyx_string_tab[28]
 #define __pyx_n_u_ClosedError __pyx_string_tab[29]
 #define __pyx_n_u_Loan __pyx_string_tab[30]
@@ -4567,8 +4579,8 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_asyncio_coroutines __pyx_string_tab[67]
 #define __pyx_n_u_at __pyx_string_tab[68]
 #define __pyx_n_u_buffers __pyx_string_tab[69]
-#define __pyx_n_u_cast __pyx_string_tab[70]
-#define __pyx_n_u_cell __pyx_string_tab[71]
+#define __pyx_n_u_cell __pyx_string_tab[70]
+#define __pyx_n_u_check_size __pyx_string_tab[71]
 #define __pyx_n_u_cline_in_traceback __pyx_string_tab[72]
 #define __pyx_n_u_code __pyx_string_tab[73]
 #define __pyx_n_u_count __pyx_string_tab[74]
@@ -4576,59 +4588,59 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_data __pyx_string_tab[76]
 #define __pyx_n_u_drop __pyx_string_tab[77]
 #define __pyx_n_u_encode __pyx_string_tab[78]
-#define __pyx_n_u_error __pyx_string_tab[79]
-#define __pyx_n_u_errors __pyx_string_tab[80]
-#define __pyx_n_u_frombuffer __pyx_string_tab[81]
-#define __pyx_n_u_i __pyx_string_tab[82]
-#define __pyx_n_u_index __pyx_string_tab[83]
-#define __pyx_n_u_into __pyx_string_tab[84]
-#define __pyx_n_u_items __pyx_string_tab[85]
-#define __pyx_n_u_ivshmem_channel_writers __pyx_string_tab[86]
-#define __pyx_n_u_kind __pyx_string_tab[87]
-#define __pyx_n_u_len __pyx_string_tab[88]
-#define __pyx_n_u_length __pyx_string_tab[89]
-#define __pyx_n_u_loan __pyx_string_tab[90]
-#define __pyx_n_u_map __pyx_string_tab[91]
-#define __pyx_n_u_memoryview __pyx_string_tab[92]
-#define __pyx_n_u_ndim __pyx_string_tab[93]
-#define __pyx_n_u_numpy __pyx_string_tab[94]
-#define __pyx_n_u_operator __pyx_string_tab[95]
-#define __pyx_n_u_part __pyx_string_tab[96]
-#define __pyx_n_u_parts __pyx_string_tab[97]
-#define __pyx_n_u_pop __pyx_string_tab[98]
-#define __pyx_n_u_publish __pyx_string_tab[99]
-#define __pyx_n_u_publish_async __pyx_string_tab[100]
-#define __pyx_n_u_put __pyx_string_tab[101]
-#define __pyx_n_u_put_async __pyx_string_tab[102]
-#define __pyx_n_u_put_parts __pyx_string_tab[103]
-#define __pyx_n_u_put_parts_async __pyx_string_tab[104]
-#define __pyx_n_u_put_rows __pyx_string_tab[105]
-#define __pyx_n_u_put_rows_async __pyx_string_tab[106]
-#define __pyx_n_u_rows __pyx_string_tab[107]
-#define __pyx_n_u_self __pyx_string_tab[108]
-#define __pyx_n_u_setdefault __pyx_string_tab[109]
-#define __pyx_n_u_shape __pyx_string_tab[110]
-#define __pyx_n_u_size __pyx_string_tab[111]
-#define __pyx_n_u_spin __pyx_string_tab[112]
-#define __pyx_n_u_sum __pyx_string_tab[113]
-#define __pyx_n_u_text __pyx_string_tab[114]
-#define __pyx_n_u_time __pyx_string_tab[115]
-#define __pyx_n_u_timeout __pyx_string_tab[116]
-#define __pyx_n_u_uint8 __pyx_string_tab[117]
-#define __pyx_n_u_values __pyx_string_tab[118]
-#define __pyx_n_u_view __pyx_string_tab[119]
-#define __pyx_n_u_wanted __pyx_string_tab[120]
+#define __pyx_n_u_encode_rows __pyx_string_tab[79]
+#define __pyx_n_u_error __pyx_string_tab[80]
+#define __pyx_n_u_errors __pyx_string_tab[81]
+#define __pyx_n_u_frombuffer __pyx_string_tab[82]
+#define __pyx_n_u_i __pyx_string_tab[83]
+#define __pyx_n_u_index __pyx_string_tab[84]
+#define __pyx_n_u_into __pyx_string_tab[85]
+#define __pyx_n_u_items __pyx_string_tab[86]
+#define __pyx_n_u_ivshmem_channel_writers __pyx_string_tab[87]
+#define __pyx_n_u_kind __pyx_string_tab[88]
+#define __pyx_n_u_len __pyx_string_tab[89]
+#define __pyx_n_u_length __pyx_string_tab[90]
+#define __pyx_n_u_loan __pyx_string_tab[91]
+#define __pyx_n_u_map __pyx_string_tab[92]
+#define __pyx_n_u_memoryview __pyx_string_tab[93]
+#define __pyx_n_u_ndim __pyx_string_tab[94]
+#define __pyx_n_u_numpy __pyx_string_tab[95]
+#define __pyx_n_u_operator __pyx_string_tab[96]
+#define __pyx_n_u_part __pyx_string_tab[97]
+#define __pyx_n_u_parts __pyx_string_tab[98]
+#define __pyx_n_u_pop __pyx_string_tab[99]
+#define __pyx_n_u_publish __pyx_string_tab[100]
+#define __pyx_n_u_publish_async __pyx_string_tab[101]
+#define __pyx_n_u_put __pyx_string_tab[102]
+#define __pyx_n_u_put_async __pyx_string_tab[103]
+#define __pyx_n_u_put_parts __pyx_string_tab[104]
+#define __pyx_n_u_put_parts_async __pyx_string_tab[105]
+#define __pyx_n_u_put_rows __pyx_string_tab[106]
+#define __pyx_n_u_put_rows_async __pyx_string_tab[107]
+#define __pyx_n_u_rows __pyx_string_tab[108]
+#define __pyx_n_u_self __pyx_string_tab[109]
+#define __pyx_n_u_setdefault __pyx_string_tab[110]
+#define __pyx_n_u_shape __pyx_string_tab[111]
+#define __pyx_n_u_size __pyx_string_tab[112]
+#define __pyx_n_u_spin __pyx_string_tab[113]
+#define __pyx_n_u_sum __pyx_string_tab[114]
+#define __pyx_n_u_text __pyx_string_tab[115]
+#define __pyx_n_u_time __pyx_string_tab[116]
+#define __pyx_n_u_timeout __pyx_string_tab[117]
+#define __pyx_n_u_uint8 __pyx_string_tab[118]
+#define __pyx_n_u_values __pyx_string_tab[119]
+#define __pyx_n_u_view __pyx_string_tab[120]
 #define __pyx_n_u_whole __pyx_string_tab[121]
 #define __pyx_n_u_writer __pyx_string_tab[122]
-#define __pyx_kp_b_PyObject_struct___pyx_obj_7ivshm __pyx_string_tab[123]
-#define __pyx_kp_b_uint64_t_void_microseconds __pyx_string_tab[124]
+#define __pyx_kp_b_PyObject_PyObject_int___pyx_skip __pyx_string_tab[123]
+#define __pyx_kp_b_PyObject_struct___pyx_obj_7ivshm __pyx_string_tab[124]
 #define __pyx_kp_b_iso88591_Q __pyx_string_tab[125]
 #define __pyx_kp_b_iso88591_A_4t1_5_1_Q_Q __pyx_string_tab[126]
 #define __pyx_kp_b_iso88591_A_iq __pyx_string_tab[127]
 #define __pyx_kp_b_iso88591_A_q __pyx_string_tab[128]
-#define __pyx_kp_b_iso88591_A_F_t87_U_ZxvUVVW_5_A_aq_AXQ_7_D __pyx_string_tab[129]
-#define __pyx_kp_b_iso88591_A_31_Q_Jaq_5_b_AQ_4xs_hgYfCq_Qd __pyx_string_tab[130]
-#define __pyx_kp_b_iso88591_A_5Q_Qe5_d_t5_AS_a_1IQ_Q_HA_c_3a __pyx_string_tab[131]
+#define __pyx_kp_b_iso88591_A_F_t87_U_ZxvUVVW_5_A_aq_5_hgYa __pyx_string_tab[129]
+#define __pyx_kp_b_iso88591_A_31_Q_Qa_at7_a_4vWA_4uL_1_5_b_A __pyx_string_tab[130]
+#define __pyx_kp_b_iso88591_A_5Q_4q_d_t5_AS_a_1IQ_Q_HA_c_3ay __pyx_string_tab[131]
 #define __pyx_kp_b_iso88591_A_T_t4q_a_t7_4wit1 __pyx_string_tab[132]
 #define __pyx_kp_b_iso88591_nKq_T_t1_T_a_a_uG1_4r_HD_ARq_A __pyx_string_tab[133]
 #define __pyx_kp_b_iso88591_N_AT_j_ha __pyx_string_tab[134]
@@ -4637,7 +4649,6 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_b_iso88591_Q_AV4_Q __pyx_string_tab[137]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_2 __pyx_number_tab[1]
-#define __pyx_int_1099511627776 __pyx_number_tab[2]
 /* #### Code section: module_state_clear ### */
 #if CYTHON_USE_MODULE_STATE
 static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
@@ -4682,7 +4693,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
   for (int i=0; i<14; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
   for (int i=0; i<138; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
-  for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
+  for (int i=0; i<2; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
 Py_CLEAR(clear_module_state->__pyx_CommonTypesMetaclassType);
@@ -4735,7 +4746,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
   for (int i=0; i<14; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
   for (int i=0; i<138; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
-  for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
+  for (int i=0; i<2; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
 Py_VISIT(traverse_module_state->__pyx_CommonTypesMetaclassType);
@@ -4752,6 +4763,203 @@ return 0;
 /* "native/descriptors.pxd":28
  * 
  * 
+ * cdef inline double seconds_of(object timeout) except? -1:             # <<<<<<<<<<<<<<
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+*/
+
+static CYTHON_INLINE double __pyx_f_7ivshmem_6native_11descriptors_seconds_of(PyObject *__pyx_v_timeout) {
+  double __pyx_v_seconds;
+  double __pyx_r;
+  __Pyx_RefNannyDeclarations
+  double __pyx_t_1;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  size_t __pyx_t_5;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("seconds_of", 0);
+
+  /* "native/descriptors.pxd":30
+ * cdef inline double seconds_of(object timeout) except? -1:
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout             # <<<<<<<<<<<<<<
+ *     if seconds != seconds:
+ *         raise ValueError("timeout is not a number")
+*/
+  __pyx_t_1 = __Pyx_PyFloat_AsDouble(__pyx_v_timeout); if (unlikely((__pyx_t_1 == (double)-1) && PyErr_Occurred())) __PYX_ERR(1, 30, __pyx_L1_error)
+  __pyx_v_seconds = __pyx_t_1;
+
+  /* "native/descriptors.pxd":31
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+ *     if seconds != seconds:             # <<<<<<<<<<<<<<
+ *         raise ValueError("timeout is not a number")
+ *     return seconds
+*/
+  __pyx_t_2 = (__pyx_v_seconds != __pyx_v_seconds);
+
+  if (unlikely(__pyx_t_2)) {
+
+
+    /* "native/descriptors.pxd":32
+ *     cdef double seconds = timeout
+ *     if seconds != seconds:
+ *         raise ValueError("timeout is not a number")             # <<<<<<<<<<<<<<
+ *     return seconds
+ * 
+*/
+    __pyx_t_4 = NULL;
+    __pyx_t_5 = 1;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_timeout_is_not_a_number};
+      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 32, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_3);
+    }
+    __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __PYX_ERR(1, 32, __pyx_L1_error)
+
+    /* "native/descriptors.pxd":31
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+ *     if seconds != seconds:             # <<<<<<<<<<<<<<
+ *         raise ValueError("timeout is not a number")
+ *     return seconds
+*/
+  }
+
+  /* "native/descriptors.pxd":33
+ *     if seconds != seconds:
+ *         raise ValueError("timeout is not a number")
+ *     return seconds             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = __pyx_v_seconds;
+  }
+  goto __pyx_L0;
+
+  /* "native/descriptors.pxd":28
+ * 
+ * 
+ * cdef inline double seconds_of(object timeout) except? -1:             # <<<<<<<<<<<<<<
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.seconds_of", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1.0;
+  __pyx_L0:;
+
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "native/descriptors.pxd":36
+ * 
+ * 
+ * cdef inline int check_timeout(object timeout) except -1:             # <<<<<<<<<<<<<<
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+*/
+
+static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_check_timeout(PyObject *__pyx_v_timeout) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  double __pyx_t_3;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "native/descriptors.pxd":38
+ * cdef inline int check_timeout(object timeout) except -1:
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns             # <<<<<<<<<<<<<<
+ *         seconds_of(timeout)
+ *     return 0
+*/
+  __pyx_t_2 = (__pyx_v_timeout != Py_None);
+  if (__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = (((PyObject *)Py_TYPE(__pyx_v_timeout)) != ((PyObject *)(&PyLong_Type)));
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L4_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "native/descriptors.pxd":39
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+ *         seconds_of(timeout)             # <<<<<<<<<<<<<<
+ *     return 0
+ * 
+*/
+    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_seconds_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((double)-1.0) && PyErr_Occurred())) __PYX_ERR(1, 39, __pyx_L1_error)
+
+
+    /* "native/descriptors.pxd":38
+ * cdef inline int check_timeout(object timeout) except -1:
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns             # <<<<<<<<<<<<<<
+ *         seconds_of(timeout)
+ *     return 0
+*/
+  }
+
+  /* "native/descriptors.pxd":40
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+ *         seconds_of(timeout)
+ *     return 0             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "native/descriptors.pxd":36
+ * 
+ * 
+ * cdef inline int check_timeout(object timeout) except -1:             # <<<<<<<<<<<<<<
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.native.descriptors.check_timeout", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "native/descriptors.pxd":43
+ * 
+ * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
@@ -4761,7 +4969,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   struct timespec __pyx_v_t;
   int64_t __pyx_r;
 
-  /* "native/descriptors.pxd":30
+  /* "native/descriptors.pxd":45
  * cdef inline int64_t now() noexcept nogil:
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)             # <<<<<<<<<<<<<<
@@ -4770,7 +4978,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
 */
   (void)(clock_gettime(CLOCK_MONOTONIC, (&__pyx_v_t)));
 
-  /* "native/descriptors.pxd":31
+  /* "native/descriptors.pxd":46
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
  *     return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec             # <<<<<<<<<<<<<<
@@ -4783,7 +4991,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":28
+  /* "native/descriptors.pxd":43
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4797,7 +5005,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":34
+/* "native/descriptors.pxd":49
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4814,7 +5022,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   int64_t __pyx_t_5;
   int __pyx_t_6;
 
-  /* "native/descriptors.pxd":36
+  /* "native/descriptors.pxd":51
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:
  *     """When they will be over; less than 0: never."""
  *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX             # <<<<<<<<<<<<<<
@@ -4851,7 +5059,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":34
+  /* "native/descriptors.pxd":49
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4864,7 +5072,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":39
+/* "native/descriptors.pxd":54
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4880,7 +5088,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   int64_t __pyx_t_3;
   int64_t __pyx_t_4;
 
-  /* "native/descriptors.pxd":42
+  /* "native/descriptors.pxd":57
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -4892,7 +5100,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   if (__pyx_t_1) {
 
 
-    /* "native/descriptors.pxd":43
+    /* "native/descriptors.pxd":58
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:
  *         return NULL             # <<<<<<<<<<<<<<
@@ -4905,7 +5113,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
     }
     goto __pyx_L0;
 
-    /* "native/descriptors.pxd":42
+    /* "native/descriptors.pxd":57
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -4914,7 +5122,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   }
 
-  /* "native/descriptors.pxd":44
+  /* "native/descriptors.pxd":59
  *     if deadline == INT64_MAX:
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)             # <<<<<<<<<<<<<<
@@ -4938,7 +5146,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   __pyx_v_nanoseconds = __pyx_t_4;
 
 
-  /* "native/descriptors.pxd":45
+  /* "native/descriptors.pxd":60
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000             # <<<<<<<<<<<<<<
@@ -4947,7 +5155,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   __pyx_v_left->tv_sec = __Pyx_div_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "native/descriptors.pxd":46
+  /* "native/descriptors.pxd":61
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000             # <<<<<<<<<<<<<<
@@ -4956,7 +5164,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   __pyx_v_left->tv_nsec = __Pyx_mod_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "native/descriptors.pxd":47
+  /* "native/descriptors.pxd":62
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000
  *     return left             # <<<<<<<<<<<<<<
@@ -4969,7 +5177,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":39
+  /* "native/descriptors.pxd":54
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4983,7 +5191,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":50
+/* "native/descriptors.pxd":65
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4998,7 +5206,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
   uint64_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "native/descriptors.pxd":52
+  /* "native/descriptors.pxd":67
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:
  *     """What was read from an eventfd; more than 2**63 - 1 rings are somebody's ill will."""
  *     return <int64_t>min(count, <uint64_t>INT64_MAX)             # <<<<<<<<<<<<<<
@@ -5026,7 +5234,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
 
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":50
+  /* "native/descriptors.pxd":65
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5039,7 +5247,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":55
+/* "native/descriptors.pxd":70
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5054,7 +5262,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
   int64_t __pyx_r;
   int __pyx_t_1;
 
-  /* "native/descriptors.pxd":61
+  /* "native/descriptors.pxd":76
  *     it since Linux 5.8, which is why that is the oldest kernel supported.
  *     """
  *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
@@ -5063,7 +5271,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_count = 0;
 
-  /* "native/descriptors.pxd":64
+  /* "native/descriptors.pxd":79
  *     cdef iovec iov
  *     cdef ssize_t n
  *     iov.iov_base = &count             # <<<<<<<<<<<<<<
@@ -5072,7 +5280,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_iov.iov_base = (&__pyx_v_count);
 
-  /* "native/descriptors.pxd":65
+  /* "native/descriptors.pxd":80
  *     cdef ssize_t n
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)             # <<<<<<<<<<<<<<
@@ -5081,7 +5289,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_count));
 
-  /* "native/descriptors.pxd":66
+  /* "native/descriptors.pxd":81
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)
  *     while True:             # <<<<<<<<<<<<<<
@@ -5090,7 +5298,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   while (1) {
 
-    /* "native/descriptors.pxd":67
+    /* "native/descriptors.pxd":82
  *     iov.iov_len = sizeof(count)
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)             # <<<<<<<<<<<<<<
@@ -5099,7 +5307,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     __pyx_v_n = preadv2(__pyx_v_fd, (&__pyx_v_iov), 1, -1L, RWF_NOWAIT);
 
-    /* "native/descriptors.pxd":68
+    /* "native/descriptors.pxd":83
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -5111,7 +5319,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "native/descriptors.pxd":69
+      /* "native/descriptors.pxd":84
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):
  *             return count_of(count)             # <<<<<<<<<<<<<<
@@ -5124,7 +5332,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "native/descriptors.pxd":68
+      /* "native/descriptors.pxd":83
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -5133,7 +5341,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "native/descriptors.pxd":70
+    /* "native/descriptors.pxd":85
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -5145,7 +5353,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "native/descriptors.pxd":71
+      /* "native/descriptors.pxd":86
  *             return count_of(count)
  *         if n >= 0:
  *             return -EINVAL  # no eventfd             # <<<<<<<<<<<<<<
@@ -5158,7 +5366,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "native/descriptors.pxd":70
+      /* "native/descriptors.pxd":85
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -5167,7 +5375,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "native/descriptors.pxd":72
+    /* "native/descriptors.pxd":87
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5179,7 +5387,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "native/descriptors.pxd":73
+      /* "native/descriptors.pxd":88
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:
  *             return 0             # <<<<<<<<<<<<<<
@@ -5192,7 +5400,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "native/descriptors.pxd":72
+      /* "native/descriptors.pxd":87
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5201,7 +5409,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "native/descriptors.pxd":74
+    /* "native/descriptors.pxd":89
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -5213,7 +5421,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "native/descriptors.pxd":75
+      /* "native/descriptors.pxd":90
  *             return 0
  *         if errno != EINTR:
  *             return -errno             # <<<<<<<<<<<<<<
@@ -5226,7 +5434,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "native/descriptors.pxd":74
+      /* "native/descriptors.pxd":89
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -5236,7 +5444,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     }
   }
 
-  /* "native/descriptors.pxd":55
+  /* "native/descriptors.pxd":70
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5253,7 +5461,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":78
+/* "native/descriptors.pxd":93
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5267,7 +5475,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "native/descriptors.pxd":80
+  /* "native/descriptors.pxd":95
  * cdef inline int add_one(int fd) noexcept nogil:
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1             # <<<<<<<<<<<<<<
@@ -5276,7 +5484,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 */
   __pyx_v_one = 1;
 
-  /* "native/descriptors.pxd":81
+  /* "native/descriptors.pxd":96
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5302,7 +5510,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   if (__pyx_t_1) {
 
 
-    /* "native/descriptors.pxd":82
+    /* "native/descriptors.pxd":97
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0             # <<<<<<<<<<<<<<
@@ -5315,7 +5523,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
     }
     goto __pyx_L0;
 
-    /* "native/descriptors.pxd":81
+    /* "native/descriptors.pxd":96
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5324,7 +5532,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 */
   }
 
-  /* "native/descriptors.pxd":83
+  /* "native/descriptors.pxd":98
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0
  *     return errno             # <<<<<<<<<<<<<<
@@ -5337,7 +5545,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":78
+  /* "native/descriptors.pxd":93
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5351,7 +5559,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":107
+/* "native/descriptors.pxd":122
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5362,7 +5570,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array) {
   Py_ssize_t __pyx_r;
 
-  /* "native/descriptors.pxd":109
+  /* "native/descriptors.pxd":124
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:
  *     """How many descriptors there are, also while another thread adds one."""
  *     return ivshmem_length(&array.count)             # <<<<<<<<<<<<<<
@@ -5375,7 +5583,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":107
+  /* "native/descriptors.pxd":122
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5388,7 +5596,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
   return __pyx_r;
 }
 
-/* "native/descriptors.pxd":112
+/* "native/descriptors.pxd":127
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5399,7 +5607,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
 static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array, Py_ssize_t __pyx_v_index) {
   int *__pyx_r;
 
-  /* "native/descriptors.pxd":114
+  /* "native/descriptors.pxd":129
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:
  *     """Where a descriptor stands, of as many as `length_of` told; it stays there."""
  *     return &ivshmem_elements(&array.fds)[index]             # <<<<<<<<<<<<<<
@@ -5412,7 +5620,7 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct
   }
   goto __pyx_L0;
 
-  /* "native/descriptors.pxd":112
+  /* "native/descriptors.pxd":127
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5482,7 +5690,277 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_core_begin_wait(struct __pyx_t_7ivs
   /* function exit code */
 }
 
-/* "ivshmem/channel/writers.pyx":39
+/* "roles.pxd":23
+ * 
+ * 
+ * cdef inline int take_buffer(object data, Py_buffer *view, int flags) except -1:             # <<<<<<<<<<<<<<
+ *     """Get a buffer whose bytes are sent, or received into; none of Python objects."""
+ *     if type(data) is bytes or type(data) is bytearray:
+*/
+
+static CYTHON_INLINE int __pyx_f_7ivshmem_7channel_5roles_take_buffer(PyObject *__pyx_v_data, Py_buffer *__pyx_v_view, int __pyx_v_flags) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_t_3;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "roles.pxd":25
+ * cdef inline int take_buffer(object data, Py_buffer *view, int flags) except -1:
+ *     """Get a buffer whose bytes are sent, or received into; none of Python objects."""
+ *     if type(data) is bytes or type(data) is bytearray:             # <<<<<<<<<<<<<<
+ *         return PyObject_GetBuffer(data, view, flags)
+ *     return take_without_objects(data, view, flags)
+*/
+  __pyx_t_2 = (((PyObject *)Py_TYPE(__pyx_v_data)) == ((PyObject *)(&PyBytes_Type)));
+  if (!__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = (((PyObject *)Py_TYPE(__pyx_v_data)) == ((PyObject *)(&PyByteArray_Type)));
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L4_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "roles.pxd":26
+ *     """Get a buffer whose bytes are sent, or received into; none of Python objects."""
+ *     if type(data) is bytes or type(data) is bytearray:
+ *         return PyObject_GetBuffer(data, view, flags)             # <<<<<<<<<<<<<<
+ *     return take_without_objects(data, view, flags)
+ * 
+*/
+    __pyx_t_3 = PyObject_GetBuffer(__pyx_v_data, __pyx_v_view, __pyx_v_flags); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(2, 26, __pyx_L1_error)
+    {
+      __pyx_r = __pyx_t_3;
+    }
+    goto __pyx_L0;
+
+    /* "roles.pxd":25
+ * cdef inline int take_buffer(object data, Py_buffer *view, int flags) except -1:
+ *     """Get a buffer whose bytes are sent, or received into; none of Python objects."""
+ *     if type(data) is bytes or type(data) is bytearray:             # <<<<<<<<<<<<<<
+ *         return PyObject_GetBuffer(data, view, flags)
+ *     return take_without_objects(data, view, flags)
+*/
+  }
+
+  /* "roles.pxd":27
+ *     if type(data) is bytes or type(data) is bytearray:
+ *         return PyObject_GetBuffer(data, view, flags)
+ *     return take_without_objects(data, view, flags)             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_5roles_take_without_objects(__pyx_v_data, __pyx_v_view, __pyx_v_flags); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(2, 27, __pyx_L1_error)
+  {
+    __pyx_r = __pyx_t_3;
+  }
+  goto __pyx_L0;
+
+  /* "roles.pxd":23
+ * 
+ * 
+ * cdef inline int take_buffer(object data, Py_buffer *view, int flags) except -1:             # <<<<<<<<<<<<<<
+ *     """Get a buffer whose bytes are sent, or received into; none of Python objects."""
+ *     if type(data) is bytes or type(data) is bytearray:
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.roles.take_buffer", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "roles.pxd":30
+ * 
+ * 
+ * cdef inline int take_payload(object message_type, object data, Py_buffer *view) except -1:             # <<<<<<<<<<<<<<
+ *     """Get the bytes of what is to be sent, as the channel's type makes them."""
+ *     if message_type is None:
+*/
+
+static CYTHON_INLINE int __pyx_f_7ivshmem_7channel_5roles_take_payload(PyObject *__pyx_v_message_type, PyObject *__pyx_v_data, Py_buffer *__pyx_v_view) {
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  size_t __pyx_t_5;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("take_payload", 0);
+
+  /* "roles.pxd":32
+ * cdef inline int take_payload(object message_type, object data, Py_buffer *view) except -1:
+ *     """Get the bytes of what is to be sent, as the channel's type makes them."""
+ *     if message_type is None:             # <<<<<<<<<<<<<<
+ *         return take_buffer(data, view, PyBUF_SIMPLE)
+ *     return PyObject_GetBuffer(message_type.encode(data), view, PyBUF_SIMPLE)
+*/
+  __pyx_t_1 = (__pyx_v_message_type == Py_None);
+  if (__pyx_t_1) {
+
+
+    /* "roles.pxd":33
+ *     """Get the bytes of what is to be sent, as the channel's type makes them."""
+ *     if message_type is None:
+ *         return take_buffer(data, view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
+ *     return PyObject_GetBuffer(message_type.encode(data), view, PyBUF_SIMPLE)
+ * 
+*/
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_take_buffer(__pyx_v_data, __pyx_v_view, PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(2, 33, __pyx_L1_error)
+    {
+      __pyx_r = __pyx_t_2;
+    }
+    goto __pyx_L0;
+
+    /* "roles.pxd":32
+ * cdef inline int take_payload(object message_type, object data, Py_buffer *view) except -1:
+ *     """Get the bytes of what is to be sent, as the channel's type makes them."""
+ *     if message_type is None:             # <<<<<<<<<<<<<<
+ *         return take_buffer(data, view, PyBUF_SIMPLE)
+ *     return PyObject_GetBuffer(message_type.encode(data), view, PyBUF_SIMPLE)
+*/
+  }
+
+  /* "roles.pxd":34
+ *     if message_type is None:
+ *         return take_buffer(data, view, PyBUF_SIMPLE)
+ *     return PyObject_GetBuffer(message_type.encode(data), view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  __pyx_t_4 = __pyx_v_message_type;
+  __Pyx_INCREF(__pyx_t_4);
+  __pyx_t_5 = 0;
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_v_data};
+    __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_encode, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(2, 34, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
+  }
+  __pyx_t_2 = PyObject_GetBuffer(__pyx_t_3, __pyx_v_view, PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(2, 34, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+  {
+    __pyx_r = __pyx_t_2;
+  }
+  goto __pyx_L0;
+
+  /* "roles.pxd":30
+ * 
+ * 
+ * cdef inline int take_payload(object message_type, object data, Py_buffer *view) except -1:             # <<<<<<<<<<<<<<
+ *     """Get the bytes of what is to be sent, as the channel's type makes them."""
+ *     if message_type is None:
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_AddTraceback("ivshmem.channel.roles.take_payload", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "roles.pxd":37
+ * 
+ * 
+ * cdef inline int take_target(             # <<<<<<<<<<<<<<
+ *     object message_type, str name, object buffer, Py_buffer *view
+ * ) except -1:
+*/
+
+static CYTHON_INLINE int __pyx_f_7ivshmem_7channel_5roles_take_target(PyObject *__pyx_v_message_type, PyObject *__pyx_v_name, PyObject *__pyx_v_buffer, Py_buffer *__pyx_v_view) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "roles.pxd":41
+ * ) except -1:
+ *     """Get a buffer that messages are received into: of bytes, or of the type's dtype."""
+ *     if message_type is None:             # <<<<<<<<<<<<<<
+ *         return take_buffer(buffer, view, PyBUF_WRITABLE)
+ *     return take_typed(message_type, name, buffer, view)
+*/
+  __pyx_t_1 = (__pyx_v_message_type == Py_None);
+  if (__pyx_t_1) {
+
+
+    /* "roles.pxd":42
+ *     """Get a buffer that messages are received into: of bytes, or of the type's dtype."""
+ *     if message_type is None:
+ *         return take_buffer(buffer, view, PyBUF_WRITABLE)             # <<<<<<<<<<<<<<
+ *     return take_typed(message_type, name, buffer, view)
+ * 
+*/
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_take_buffer(__pyx_v_buffer, __pyx_v_view, PyBUF_WRITABLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(2, 42, __pyx_L1_error)
+    {
+      __pyx_r = __pyx_t_2;
+    }
+    goto __pyx_L0;
+
+    /* "roles.pxd":41
+ * ) except -1:
+ *     """Get a buffer that messages are received into: of bytes, or of the type's dtype."""
+ *     if message_type is None:             # <<<<<<<<<<<<<<
+ *         return take_buffer(buffer, view, PyBUF_WRITABLE)
+ *     return take_typed(message_type, name, buffer, view)
+*/
+  }
+
+  /* "roles.pxd":43
+ *     if message_type is None:
+ *         return take_buffer(buffer, view, PyBUF_WRITABLE)
+ *     return take_typed(message_type, name, buffer, view)             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_take_typed(__pyx_v_message_type, __pyx_v_name, __pyx_v_buffer, __pyx_v_view); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(2, 43, __pyx_L1_error)
+  {
+    __pyx_r = __pyx_t_2;
+  }
+  goto __pyx_L0;
+
+  /* "roles.pxd":37
+ * 
+ * 
+ * cdef inline int take_target(             # <<<<<<<<<<<<<<
+ *     object message_type, str name, object buffer, Py_buffer *view
+ * ) except -1:
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.roles.take_target", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/writers.pyx":40
  *     """
  * 
  *     @cython.binding(False)  # a function that binds adds 40 ns to a call             # <<<<<<<<<<<<<<
@@ -5498,7 +5976,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7writers_6Writer_put, "put($self, data, timeout=None, *, spin=None)\n--\n\nCopy a message into the channel.\n\nArgs:\n    data: bytes, or any contiguous buffer. A channel with a type takes what fits the type.\n    timeout: seconds that readers which block may hold this call up; None: for ever; 0: not\n        at all.\n    spin: as of `Endpoint.wait`.\n\nReturns:\n    How many readers that discard did not get it: their part of the channel is full.\n\nRaises:\n    TimeoutError: a reader that blocks left no room in time. Nothing was published.\n    MessageTooLong: the channel\047s limit is less.\n    ChannelTypeError: it does not fit the channel\047s type.\n    ChannelCorrupt, ClosedError: as of all calls.");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7writers_6Writer_put, "put($self, data, timeout=None, *, spin=None)\n--\n\nCopy a message into the channel.\n\nArgs:\n    data: bytes, or any contiguous buffer. A channel with a type takes what fits the type.\n    timeout: seconds that readers which block may hold this call up; None: for ever; 0: not\n        at all.\n    spin: as of `Endpoint.wait`.\n\nReturns:\n    How many readers that discard did not get it: their part of the channel is full.\n\nRaises:\n    TimeoutError: a reader that blocks left no room in time. Nothing was published.\n    MessageTooLong: the channel\047s limit is less.\n    ChannelTypeError: it does not fit the channel\047s type, or is of Python objects.\n    ChannelCorrupt, ClosedError: as of all calls.");
 static PyObject *__pyx_pw_7ivshmem_7channel_7writers_6Writer_1put(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
@@ -5531,24 +6009,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 39, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 40, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 39, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 40, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 39, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 40, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "put", 0) < (0)) __PYX_ERR(0, 39, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "put", 0) < (0)) __PYX_ERR(0, 40, __pyx_L3_error)
 
-      /* "ivshmem/channel/writers.pyx":41
+      /* "ivshmem/channel/writers.pyx":42
  *     @cython.binding(False)  # a function that binds adds 40 ns to a call
  *     @cython.critical_section
  *     def put(self, data, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -5558,17 +6036,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("put", 0, 1, 2, i); __PYX_ERR(0, 39, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("put", 0, 1, 2, i); __PYX_ERR(0, 40, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 39, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 40, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 39, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 40, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -5581,7 +6059,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("put", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 39, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("put", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 40, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5594,7 +6072,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_7writers_6Writer_put(((struct __pyx_obj_7ivshmem_7channel_7writers_Writer *)__pyx_v_self), __pyx_v_data, __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/writers.pyx":39
+  /* "ivshmem/channel/writers.pyx":40
  *     """
  * 
  *     @cython.binding(False)  # a function that binds adds 40 ns to a call             # <<<<<<<<<<<<<<
@@ -5616,26 +6094,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_put(struct __pyx_ob
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
-  int __pyx_t_2;
-  PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  size_t __pyx_t_5;
-  int __pyx_t_6;
+  PyObject *__pyx_t_2 = NULL;
+  int __pyx_t_3;
+  int __pyx_t_4;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
   PyObject *__pyx_t_7 = NULL;
   PyObject *__pyx_t_8 = NULL;
   PyObject *__pyx_t_9 = NULL;
-  PyObject *__pyx_t_10 = NULL;
-  int __pyx_t_11;
-  char const *__pyx_t_12;
+  int __pyx_t_10;
+  char const *__pyx_t_11;
+  PyObject *__pyx_t_12 = NULL;
   PyObject *__pyx_t_13 = NULL;
   PyObject *__pyx_t_14 = NULL;
-  PyObject *__pyx_t_15 = NULL;
-  uint64_t __pyx_t_16;
+  uint64_t __pyx_t_15;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("put", 0);
-  __Pyx_INCREF(__pyx_v_data);
   {
       __Pyx_PyCriticalSection __pyx_cs;
       __pyx_t_1 = ((PyObject *)__pyx_v_self);
@@ -5643,110 +6119,76 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_put(struct __pyx_ob
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/writers.pyx":60
+        /* "ivshmem/channel/writers.pyx":61
  *         """
  *         cdef Py_buffer view
  *         cdef uint32_t cell = 0             # <<<<<<<<<<<<<<
- *         if self.type is not None:
- *             data = self.type.encode(data)
+ *         take_payload(self.type, data, &view)
+ *         try:
 */
         __pyx_v_cell = 0;
 
-        /* "ivshmem/channel/writers.pyx":61
+        /* "ivshmem/channel/writers.pyx":62
  *         cdef Py_buffer view
  *         cdef uint32_t cell = 0
- *         if self.type is not None:             # <<<<<<<<<<<<<<
- *             data = self.type.encode(data)
- *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
-*/
-        __pyx_t_2 = (__pyx_v_self->__pyx_base.type != Py_None);
-        if (__pyx_t_2) {
-
-
-          /* "ivshmem/channel/writers.pyx":62
- *         cdef uint32_t cell = 0
- *         if self.type is not None:
- *             data = self.type.encode(data)             # <<<<<<<<<<<<<<
- *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
- *         try:
-*/
-          __pyx_t_4 = __pyx_v_self->__pyx_base.type;
-          __Pyx_INCREF(__pyx_t_4);
-          __pyx_t_5 = 0;
-          {
-            PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_v_data};
-            __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_encode, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-            __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 62, __pyx_L4_error)
-            __Pyx_GOTREF(__pyx_t_3);
-          }
-          __Pyx_DECREF_SET(__pyx_v_data, __pyx_t_3);
-          __pyx_t_3 = 0;
-
-          /* "ivshmem/channel/writers.pyx":61
- *         cdef Py_buffer view
- *         cdef uint32_t cell = 0
- *         if self.type is not None:             # <<<<<<<<<<<<<<
- *             data = self.type.encode(data)
- *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
-*/
-        }
-
-        /* "ivshmem/channel/writers.pyx":63
- *         if self.type is not None:
- *             data = self.type.encode(data)
- *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
+ *         take_payload(self.type, data, &view)             # <<<<<<<<<<<<<<
  *         try:
  *             self.enter()  # last: what stands before can run other threads, which close it
 */
-        __pyx_t_6 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 63, __pyx_L4_error)
+        __pyx_t_2 = __pyx_v_self->__pyx_base.type;
+        __Pyx_INCREF(__pyx_t_2);
+        __pyx_t_3 = __pyx_f_7ivshmem_7channel_5roles_take_payload(__pyx_t_2, __pyx_v_data, (&__pyx_v_view)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 62, __pyx_L4_error)
+        __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
 
-        /* "ivshmem/channel/writers.pyx":64
- *             data = self.type.encode(data)
- *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        /* "ivshmem/channel/writers.pyx":63
+ *         cdef uint32_t cell = 0
+ *         take_payload(self.type, data, &view)
  *         try:             # <<<<<<<<<<<<<<
  *             self.enter()  # last: what stands before can run other threads, which close it
  *             if <uint64_t>view.len > self.channel.record.geometry.limit:
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/writers.pyx":65
- *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+          /* "ivshmem/channel/writers.pyx":64
+ *         take_payload(self.type, data, &view)
  *         try:
  *             self.enter()  # last: what stands before can run other threads, which close it             # <<<<<<<<<<<<<<
  *             if <uint64_t>view.len > self.channel.record.geometry.limit:
  *                 raise self.too_long(view.len)
 */
-          __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 65, __pyx_L8_error)
+          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 64, __pyx_L7_error)
 
 
-          /* "ivshmem/channel/writers.pyx":66
+          /* "ivshmem/channel/writers.pyx":65
  *         try:
  *             self.enter()  # last: what stands before can run other threads, which close it
  *             if <uint64_t>view.len > self.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
  *                 raise self.too_long(view.len)
  *             self.find_room(&cell, timeout, spin)
 */
-          __pyx_t_2 = (((uint64_t)__pyx_v_view.len) > __pyx_v_self->__pyx_base.__pyx_base.channel.record.geometry.limit);
+          __pyx_t_4 = (((uint64_t)__pyx_v_view.len) > __pyx_v_self->__pyx_base.__pyx_base.channel.record.geometry.limit);
 
-          if (unlikely(__pyx_t_2)) {
+          if (unlikely(__pyx_t_4)) {
 
 
-            /* "ivshmem/channel/writers.pyx":67
+            /* "ivshmem/channel/writers.pyx":66
  *             self.enter()  # last: what stands before can run other threads, which close it
  *             if <uint64_t>view.len > self.channel.record.geometry.limit:
  *                 raise self.too_long(view.len)             # <<<<<<<<<<<<<<
  *             self.find_room(&cell, timeout, spin)
  *             self.putting += 1
 */
-            __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.too_long(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_view.len); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 67, __pyx_L8_error)
-            __Pyx_GOTREF(__pyx_t_3);
-            __Pyx_Raise(__pyx_t_3, 0, 0, 0);
-            __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-            __PYX_ERR(0, 67, __pyx_L8_error)
+            __pyx_t_2 = PyLong_FromSsize_t(__pyx_v_view.len); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 66, __pyx_L7_error)
+            __Pyx_GOTREF(__pyx_t_2);
+            __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.too_long(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_t_2); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 66, __pyx_L7_error)
+            __Pyx_GOTREF(__pyx_t_5);
+            __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+            __Pyx_Raise(__pyx_t_5, 0, 0, 0);
+            __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+            __PYX_ERR(0, 66, __pyx_L7_error)
 
-            /* "ivshmem/channel/writers.pyx":66
+            /* "ivshmem/channel/writers.pyx":65
  *         try:
  *             self.enter()  # last: what stands before can run other threads, which close it
  *             if <uint64_t>view.len > self.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
@@ -5755,17 +6197,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_put(struct __pyx_ob
 */
           }
 
-          /* "ivshmem/channel/writers.pyx":68
+          /* "ivshmem/channel/writers.pyx":67
  *             if <uint64_t>view.len > self.channel.record.geometry.limit:
  *                 raise self.too_long(view.len)
  *             self.find_room(&cell, timeout, spin)             # <<<<<<<<<<<<<<
  *             self.putting += 1
  *             try:
 */
-          __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.find_room(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), (&__pyx_v_cell), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 68, __pyx_L8_error)
+          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.find_room(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), (&__pyx_v_cell), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 67, __pyx_L7_error)
 
 
-          /* "ivshmem/channel/writers.pyx":69
+          /* "ivshmem/channel/writers.pyx":68
  *                 raise self.too_long(view.len)
  *             self.find_room(&cell, timeout, spin)
  *             self.putting += 1             # <<<<<<<<<<<<<<
@@ -5774,7 +6216,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_put(struct __pyx_ob
 */
           __pyx_v_self->__pyx_base.putting = (__pyx_v_self->__pyx_base.putting + 1);
 
-          /* "ivshmem/channel/writers.pyx":70
+          /* "ivshmem/channel/writers.pyx":69
  *             self.find_room(&cell, timeout, spin)
  *             self.putting += 1
  *             try:             # <<<<<<<<<<<<<<
@@ -5785,45 +6227,45 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_put(struct __pyx_ob
             {
               __Pyx_PyThreadState_declare
               __Pyx_PyThreadState_assign
-              __Pyx_ExceptionSave(&__pyx_t_7, &__pyx_t_8, &__pyx_t_9);
+              __Pyx_ExceptionSave(&__pyx_t_6, &__pyx_t_7, &__pyx_t_8);
+              __Pyx_XGOTREF(__pyx_t_6);
               __Pyx_XGOTREF(__pyx_t_7);
               __Pyx_XGOTREF(__pyx_t_8);
-              __Pyx_XGOTREF(__pyx_t_9);
               /*try:*/ {
 
-                /* "ivshmem/channel/writers.pyx":71
+                /* "ivshmem/channel/writers.pyx":70
  *             self.putting += 1
  *             try:
  *                 self.copy_in(cell, <const char *>view.buf, view.len)             # <<<<<<<<<<<<<<
  *                 if view.len >= LARGE:
  *                     self.wait_again(timeout)
 */
-                __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_in(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_cell, ((char const *)__pyx_v_view.buf), __pyx_v_view.len); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 71, __pyx_L14_error)
+                __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_in(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_cell, ((char const *)__pyx_v_view.buf), __pyx_v_view.len); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 70, __pyx_L13_error)
 
 
-                /* "ivshmem/channel/writers.pyx":72
+                /* "ivshmem/channel/writers.pyx":71
  *             try:
  *                 self.copy_in(cell, <const char *>view.buf, view.len)
  *                 if view.len >= LARGE:             # <<<<<<<<<<<<<<
  *                     self.wait_again(timeout)
  *             except BaseException:
 */
-                __pyx_t_2 = (__pyx_v_view.len >= __pyx_e_7ivshmem_7channel_5roles_LARGE);
+                __pyx_t_4 = (__pyx_v_view.len >= __pyx_e_7ivshmem_7channel_5roles_LARGE);
 
-                if (__pyx_t_2) {
+                if (__pyx_t_4) {
 
 
-                  /* "ivshmem/channel/writers.pyx":73
+                  /* "ivshmem/channel/writers.pyx":72
  *                 self.copy_in(cell, <const char *>view.buf, view.len)
  *                 if view.len >= LARGE:
  *                     self.wait_again(timeout)             # <<<<<<<<<<<<<<
  *             except BaseException:
  *                 ivshmem_loan_drop(&self.writer, cell)
 */
-                  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait_again(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_timeout); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 73, __pyx_L14_error)
+                  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait_again(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 72, __pyx_L13_error)
 
 
-                  /* "ivshmem/channel/writers.pyx":72
+                  /* "ivshmem/channel/writers.pyx":71
  *             try:
  *                 self.copy_in(cell, <const char *>view.buf, view.len)
  *                 if view.len >= LARGE:             # <<<<<<<<<<<<<<
@@ -5832,7 +6274,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_put(struct __pyx_ob
 */
                 }
 
-                /* "ivshmem/channel/writers.pyx":70
+                /* "ivshmem/channel/writers.pyx":69
  *             self.find_room(&cell, timeout, spin)
  *             self.putting += 1
  *             try:             # <<<<<<<<<<<<<<
@@ -5840,30 +6282,30 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_put(struct __pyx_ob
  *                 if view.len >= LARGE:
 */
               }
+              __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
               __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
               __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
-              __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
-              goto __pyx_L19_try_end;
-              __pyx_L14_error:;
-              __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-              __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+              goto __pyx_L18_try_end;
+              __pyx_L13_error:;
+              __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+              __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-              /* "ivshmem/channel/writers.pyx":74
+              /* "ivshmem/channel/writers.pyx":73
  *                 if view.len >= LARGE:
  *                     self.wait_again(timeout)
  *             except BaseException:             # <<<<<<<<<<<<<<
  *                 ivshmem_loan_drop(&self.writer, cell)
  *                 raise
 */
-              __pyx_t_6 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
-              if (__pyx_t_6) {
+              __pyx_t_3 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
+              if (__pyx_t_3) {
                 __Pyx_AddTraceback("ivshmem.channel.writers.Writer.put", __pyx_clineno, __pyx_lineno, __pyx_filename);
-                if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_4, &__pyx_t_10) < 0) __PYX_ERR(0, 74, __pyx_L16_except_error)
-                __Pyx_XGOTREF(__pyx_t_3);
-                __Pyx_XGOTREF(__pyx_t_4);
-                __Pyx_XGOTREF(__pyx_t_10);
+                if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_2, &__pyx_t_9) < 0) __PYX_ERR(0, 73, __pyx_L15_except_error)
+                __Pyx_XGOTREF(__pyx_t_5);
+                __Pyx_XGOTREF(__pyx_t_2);
+                __Pyx_XGOTREF(__pyx_t_9);
 
-                /* "ivshmem/channel/writers.pyx":75
+                /* "ivshmem/channel/writers.pyx":74
  *                     self.wait_again(timeout)
  *             except BaseException:
  *                 ivshmem_loan_drop(&self.writer, cell)             # <<<<<<<<<<<<<<
@@ -5872,40 +6314,40 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_put(struct __pyx_ob
 */
                 ivshmem_loan_drop((&__pyx_v_self->__pyx_base.writer), __pyx_v_cell);
 
-                /* "ivshmem/channel/writers.pyx":76
+                /* "ivshmem/channel/writers.pyx":75
  *             except BaseException:
  *                 ivshmem_loan_drop(&self.writer, cell)
  *                 raise             # <<<<<<<<<<<<<<
  *             finally:
  *                 self.putting -= 1
 */
-                __Pyx_GIVEREF(__pyx_t_3);
-                __Pyx_GIVEREF(__pyx_t_4);
-                __Pyx_XGIVEREF(__pyx_t_10);
-                __Pyx_ErrRestoreWithState(__pyx_t_3, __pyx_t_4, __pyx_t_10);
-                __pyx_t_3 = 0;  __pyx_t_4 = 0;  __pyx_t_10 = 0; 
-                __PYX_ERR(0, 76, __pyx_L16_except_error)
+                __Pyx_GIVEREF(__pyx_t_5);
+                __Pyx_GIVEREF(__pyx_t_2);
+                __Pyx_XGIVEREF(__pyx_t_9);
+                __Pyx_ErrRestoreWithState(__pyx_t_5, __pyx_t_2, __pyx_t_9);
+                __pyx_t_5 = 0;  __pyx_t_2 = 0;  __pyx_t_9 = 0; 
+                __PYX_ERR(0, 75, __pyx_L15_except_error)
               }
-              goto __pyx_L16_except_error;
+              goto __pyx_L15_except_error;
 
-              /* "ivshmem/channel/writers.pyx":70
+              /* "ivshmem/channel/writers.pyx":69
  *             self.find_room(&cell, timeout, spin)
  *             self.putting += 1
  *             try:             # <<<<<<<<<<<<<<
  *                 self.copy_in(cell, <const char *>view.buf, view.len)
  *                 if view.len >= LARGE:
 */
-              __pyx_L16_except_error:;
+              __pyx_L15_except_error:;
+              __Pyx_XGIVEREF(__pyx_t_6);
               __Pyx_XGIVEREF(__pyx_t_7);
               __Pyx_XGIVEREF(__pyx_t_8);
-              __Pyx_XGIVEREF(__pyx_t_9);
-              __Pyx_ExceptionReset(__pyx_t_7, __pyx_t_8, __pyx_t_9);
-              goto __pyx_L12_error;
-              __pyx_L19_try_end:;
+              __Pyx_ExceptionReset(__pyx_t_6, __pyx_t_7, __pyx_t_8);
+              goto __pyx_L11_error;
+              __pyx_L18_try_end:;
             }
           }
 
-          /* "ivshmem/channel/writers.pyx":78
+          /* "ivshmem/channel/writers.pyx":77
  *                 raise
  *             finally:
  *                 self.putting -= 1             # <<<<<<<<<<<<<<
@@ -5915,76 +6357,76 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_put(struct __pyx_ob
           /*finally:*/ {
             /*normal exit:*/{
               __pyx_v_self->__pyx_base.putting = (__pyx_v_self->__pyx_base.putting - 1);
-              goto __pyx_L13;
+              goto __pyx_L12;
             }
-            __pyx_L12_error:;
+            __pyx_L11_error:;
             /*exception exit:*/{
               __Pyx_PyThreadState_declare
               __Pyx_PyThreadState_assign
-              __pyx_t_9 = 0; __pyx_t_8 = 0; __pyx_t_7 = 0; __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0;
-              __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-              __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-              __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-               __Pyx_ExceptionSwap(&__pyx_t_13, &__pyx_t_14, &__pyx_t_15);
-              if ( unlikely(__Pyx_GetException(&__pyx_t_9, &__pyx_t_8, &__pyx_t_7) < 0)) __Pyx_ErrFetch(&__pyx_t_9, &__pyx_t_8, &__pyx_t_7);
-              __Pyx_XGOTREF(__pyx_t_9);
+              __pyx_t_8 = 0; __pyx_t_7 = 0; __pyx_t_6 = 0; __pyx_t_12 = 0; __pyx_t_13 = 0; __pyx_t_14 = 0;
+              __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+              __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+              __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
+               __Pyx_ExceptionSwap(&__pyx_t_12, &__pyx_t_13, &__pyx_t_14);
+              if ( unlikely(__Pyx_GetException(&__pyx_t_8, &__pyx_t_7, &__pyx_t_6) < 0)) __Pyx_ErrFetch(&__pyx_t_8, &__pyx_t_7, &__pyx_t_6);
               __Pyx_XGOTREF(__pyx_t_8);
               __Pyx_XGOTREF(__pyx_t_7);
+              __Pyx_XGOTREF(__pyx_t_6);
+              __Pyx_XGOTREF(__pyx_t_12);
               __Pyx_XGOTREF(__pyx_t_13);
               __Pyx_XGOTREF(__pyx_t_14);
-              __Pyx_XGOTREF(__pyx_t_15);
-              __pyx_t_6 = __pyx_lineno; __pyx_t_11 = __pyx_clineno; __pyx_t_12 = __pyx_filename;
+              __pyx_t_3 = __pyx_lineno; __pyx_t_10 = __pyx_clineno; __pyx_t_11 = __pyx_filename;
               {
                 __pyx_v_self->__pyx_base.putting = (__pyx_v_self->__pyx_base.putting - 1);
               }
+              __Pyx_XGIVEREF(__pyx_t_12);
               __Pyx_XGIVEREF(__pyx_t_13);
               __Pyx_XGIVEREF(__pyx_t_14);
-              __Pyx_XGIVEREF(__pyx_t_15);
-              __Pyx_ExceptionReset(__pyx_t_13, __pyx_t_14, __pyx_t_15);
-              __Pyx_XGIVEREF(__pyx_t_9);
+              __Pyx_ExceptionReset(__pyx_t_12, __pyx_t_13, __pyx_t_14);
               __Pyx_XGIVEREF(__pyx_t_8);
               __Pyx_XGIVEREF(__pyx_t_7);
-              __Pyx_ErrRestore(__pyx_t_9, __pyx_t_8, __pyx_t_7);
-              __pyx_t_9 = 0; __pyx_t_8 = 0; __pyx_t_7 = 0; __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0;
-              __pyx_lineno = __pyx_t_6; __pyx_clineno = __pyx_t_11; __pyx_filename = __pyx_t_12;
-              goto __pyx_L8_error;
+              __Pyx_XGIVEREF(__pyx_t_6);
+              __Pyx_ErrRestore(__pyx_t_8, __pyx_t_7, __pyx_t_6);
+              __pyx_t_8 = 0; __pyx_t_7 = 0; __pyx_t_6 = 0; __pyx_t_12 = 0; __pyx_t_13 = 0; __pyx_t_14 = 0;
+              __pyx_lineno = __pyx_t_3; __pyx_clineno = __pyx_t_10; __pyx_filename = __pyx_t_11;
+              goto __pyx_L7_error;
             }
-            __pyx_L13:;
+            __pyx_L12:;
           }
 
-          /* "ivshmem/channel/writers.pyx":79
+          /* "ivshmem/channel/writers.pyx":78
  *             finally:
  *                 self.putting -= 1
  *             self.send(cell, view.len, 0)             # <<<<<<<<<<<<<<
  *             return self.writer.missed
  *         finally:
 */
-          __pyx_t_16 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.send(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_cell, __pyx_v_view.len, 0); if (unlikely(__pyx_t_16 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 79, __pyx_L8_error)
+          __pyx_t_15 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.send(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_cell, __pyx_v_view.len, 0); if (unlikely(__pyx_t_15 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 78, __pyx_L7_error)
 
 
-          /* "ivshmem/channel/writers.pyx":80
+          /* "ivshmem/channel/writers.pyx":79
  *                 self.putting -= 1
  *             self.send(cell, view.len, 0)
  *             return self.writer.missed             # <<<<<<<<<<<<<<
  *         finally:
  *             PyBuffer_Release(&view)
 */
-          __pyx_t_10 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->__pyx_base.writer.missed); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 80, __pyx_L8_error)
-          __Pyx_GOTREF(__pyx_t_10);
+          __pyx_t_9 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->__pyx_base.writer.missed); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 79, __pyx_L7_error)
+          __Pyx_GOTREF(__pyx_t_9);
           {
             PyObject *__pyx_temp;
             {
               __pyx_temp = __pyx_r;
-              __pyx_r = __pyx_t_10;
+              __pyx_r = __pyx_t_9;
             }
             __Pyx_XDECREF(__pyx_temp);
           }
-          __pyx_t_10 = 0;
+          __pyx_t_9 = 0;
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-          goto __pyx_L7_return;
+          goto __pyx_L6_return;
         }
 
-        /* "ivshmem/channel/writers.pyx":82
+        /* "ivshmem/channel/writers.pyx":81
  *             return self.writer.missed
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -5992,50 +6434,50 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_put(struct __pyx_ob
  *     @cython.critical_section
 */
         /*finally:*/ {
-          __pyx_L8_error:;
+          __pyx_L7_error:;
           /*exception exit:*/{
             __Pyx_PyThreadState_declare
             __Pyx_PyThreadState_assign
-            __pyx_t_15 = 0; __pyx_t_14 = 0; __pyx_t_13 = 0; __pyx_t_7 = 0; __pyx_t_8 = 0; __pyx_t_9 = 0;
-            __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-            __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-            __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-             __Pyx_ExceptionSwap(&__pyx_t_7, &__pyx_t_8, &__pyx_t_9);
-            if ( unlikely(__Pyx_GetException(&__pyx_t_15, &__pyx_t_14, &__pyx_t_13) < 0)) __Pyx_ErrFetch(&__pyx_t_15, &__pyx_t_14, &__pyx_t_13);
-            __Pyx_XGOTREF(__pyx_t_15);
+            __pyx_t_14 = 0; __pyx_t_13 = 0; __pyx_t_12 = 0; __pyx_t_6 = 0; __pyx_t_7 = 0; __pyx_t_8 = 0;
+            __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+            __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+            __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
+             __Pyx_ExceptionSwap(&__pyx_t_6, &__pyx_t_7, &__pyx_t_8);
+            if ( unlikely(__Pyx_GetException(&__pyx_t_14, &__pyx_t_13, &__pyx_t_12) < 0)) __Pyx_ErrFetch(&__pyx_t_14, &__pyx_t_13, &__pyx_t_12);
             __Pyx_XGOTREF(__pyx_t_14);
             __Pyx_XGOTREF(__pyx_t_13);
+            __Pyx_XGOTREF(__pyx_t_12);
+            __Pyx_XGOTREF(__pyx_t_6);
             __Pyx_XGOTREF(__pyx_t_7);
             __Pyx_XGOTREF(__pyx_t_8);
-            __Pyx_XGOTREF(__pyx_t_9);
-            __pyx_t_11 = __pyx_lineno; __pyx_t_6 = __pyx_clineno; __pyx_t_12 = __pyx_filename;
+            __pyx_t_10 = __pyx_lineno; __pyx_t_3 = __pyx_clineno; __pyx_t_11 = __pyx_filename;
             {
               PyBuffer_Release((&__pyx_v_view));
             }
+            __Pyx_XGIVEREF(__pyx_t_6);
             __Pyx_XGIVEREF(__pyx_t_7);
             __Pyx_XGIVEREF(__pyx_t_8);
-            __Pyx_XGIVEREF(__pyx_t_9);
-            __Pyx_ExceptionReset(__pyx_t_7, __pyx_t_8, __pyx_t_9);
-            __Pyx_XGIVEREF(__pyx_t_15);
+            __Pyx_ExceptionReset(__pyx_t_6, __pyx_t_7, __pyx_t_8);
             __Pyx_XGIVEREF(__pyx_t_14);
             __Pyx_XGIVEREF(__pyx_t_13);
-            __Pyx_ErrRestore(__pyx_t_15, __pyx_t_14, __pyx_t_13);
-            __pyx_t_15 = 0; __pyx_t_14 = 0; __pyx_t_13 = 0; __pyx_t_7 = 0; __pyx_t_8 = 0; __pyx_t_9 = 0;
-            __pyx_lineno = __pyx_t_11; __pyx_clineno = __pyx_t_6; __pyx_filename = __pyx_t_12;
+            __Pyx_XGIVEREF(__pyx_t_12);
+            __Pyx_ErrRestore(__pyx_t_14, __pyx_t_13, __pyx_t_12);
+            __pyx_t_14 = 0; __pyx_t_13 = 0; __pyx_t_12 = 0; __pyx_t_6 = 0; __pyx_t_7 = 0; __pyx_t_8 = 0;
+            __pyx_lineno = __pyx_t_10; __pyx_clineno = __pyx_t_3; __pyx_filename = __pyx_t_11;
             goto __pyx_L4_error;
           }
-          __pyx_L7_return: {
-            __pyx_t_9 = __pyx_r;
+          __pyx_L6_return: {
+            __pyx_t_8 = __pyx_r;
             __pyx_r = 0;
             PyBuffer_Release((&__pyx_v_view));
-            __pyx_r = __pyx_t_9;
-            __pyx_t_9 = 0;
+            __pyx_r = __pyx_t_8;
+            __pyx_t_8 = 0;
             goto __pyx_L3_return;
           }
         }
       }
 
-      /* "ivshmem/channel/writers.pyx":39
+      /* "ivshmem/channel/writers.pyx":40
  *     """
  * 
  *     @cython.binding(False)  # a function that binds adds 40 ns to a call             # <<<<<<<<<<<<<<
@@ -6044,11 +6486,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_put(struct __pyx_ob
 */
       /*finally:*/ {
         __pyx_L3_return: {
-          __pyx_t_9 = __pyx_r;
+          __pyx_t_8 = __pyx_r;
           __pyx_r = 0;
           __Pyx_PyCriticalSection_End(&__pyx_cs);
-          __pyx_r = __pyx_t_9;
-          __pyx_t_9 = 0;
+          __pyx_r = __pyx_t_8;
+          __pyx_t_8 = 0;
           goto __pyx_L0;
         }
         __pyx_L4_error: {
@@ -6064,26 +6506,25 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_put(struct __pyx_ob
   goto __pyx_L0;
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_XDECREF(__pyx_t_10);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_9);
   __Pyx_AddTraceback("ivshmem.channel.writers.Writer.put", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
 
 
-  __Pyx_XDECREF(__pyx_v_data);
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":84
+/* "ivshmem/channel/writers.pyx":83
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def put_parts(self, parts, timeout=None, *, spin=None):
- *         """Copy several buffers into one message, one after the other; otherwise as `put`."""
+ *         """Copy several buffers into one message, one after the other; otherwise as `put`.
 */
 
 /* Python wrapper */
@@ -6094,7 +6535,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7writers_6Writer_2put_parts, "Copy several buffers into one message, one after the other; otherwise as `put`.");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7writers_6Writer_2put_parts, "Copy several buffers into one message, one after the other; otherwise as `put`.\n\n        Raises:\n            ChannelTypeError: no message of the channel\047s type has so many bytes, or pickle=True.\n        ");
 static PyMethodDef __pyx_mdef_7ivshmem_7channel_7writers_6Writer_3put_parts = {"put_parts", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7writers_6Writer_3put_parts, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7writers_6Writer_2put_parts};
 static PyObject *__pyx_pw_7ivshmem_7channel_7writers_6Writer_3put_parts(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -6128,44 +6569,44 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_parts,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 84, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 83, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 84, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 83, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 84, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 83, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "put_parts", 0) < (0)) __PYX_ERR(0, 84, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "put_parts", 0) < (0)) __PYX_ERR(0, 83, __pyx_L3_error)
 
-      /* "ivshmem/channel/writers.pyx":85
+      /* "ivshmem/channel/writers.pyx":84
  * 
  *     @cython.critical_section
  *     def put_parts(self, parts, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
- *         """Copy several buffers into one message, one after the other; otherwise as `put`."""
- *         cdef Loan loan
+ *         """Copy several buffers into one message, one after the other; otherwise as `put`.
+ * 
 */
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("put_parts", 0, 1, 2, i); __PYX_ERR(0, 84, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("put_parts", 0, 1, 2, i); __PYX_ERR(0, 83, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 84, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 83, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 84, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 83, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -6178,7 +6619,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("put_parts", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 84, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("put_parts", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 83, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6191,12 +6632,12 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(((struct __pyx_obj_7ivshmem_7channel_7writers_Writer *)__pyx_v_self), __pyx_v_parts, __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/writers.pyx":84
+  /* "ivshmem/channel/writers.pyx":83
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def put_parts(self, parts, timeout=None, *, spin=None):
- *         """Copy several buffers into one message, one after the other; otherwise as `put`."""
+ *         """Copy several buffers into one message, one after the other; otherwise as `put`.
 */
 
   /* function exit code */
@@ -6224,9 +6665,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
   PyObject *__pyx_t_6 = NULL;
   PyObject *__pyx_t_7 = NULL;
   PyObject *__pyx_t_8 = NULL;
-  size_t __pyx_t_9;
+  PyObject *__pyx_t_9 = NULL;
   PyObject *__pyx_t_10 = NULL;
-  PyObject *__pyx_t_11 = NULL;
+  size_t __pyx_t_11;
   PyObject *__pyx_t_12 = NULL;
   PyObject *__pyx_t_13 = NULL;
   PyObject *__pyx_t_14 = NULL;
@@ -6250,24 +6691,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/writers.pyx":88
- *         """Copy several buffers into one message, one after the other; otherwise as `put`."""
+        /* "ivshmem/channel/writers.pyx":91
+ *         """
  *         cdef Loan loan
- *         buffers = [memoryview(part).cast("B") for part in parts]             # <<<<<<<<<<<<<<
+ *         buffers = [flat(part) for part in parts]             # <<<<<<<<<<<<<<
  *         loan = self.loan(sum(map(len, buffers)))
  *         try:
 */
         { /* enter inner scope */
-          __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 88, __pyx_L8_error)
+          __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 91, __pyx_L8_error)
           __Pyx_GOTREF(__pyx_t_2);
           if (likely(PyList_CheckExact(__pyx_v_parts)) || PyTuple_CheckExact(__pyx_v_parts)) {
             __pyx_t_3 = __pyx_v_parts; __Pyx_INCREF(__pyx_t_3);
             __pyx_t_4 = 0;
             __pyx_t_5 = NULL;
           } else {
-            __pyx_t_4 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_v_parts); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 88, __pyx_L8_error)
+            __pyx_t_4 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_v_parts); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 91, __pyx_L8_error)
             __Pyx_GOTREF(__pyx_t_3);
-            __pyx_t_5 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 88, __pyx_L8_error)
+            __pyx_t_5 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 91, __pyx_L8_error)
           }
           for (;;) {
             if (likely(!__pyx_t_5)) {
@@ -6275,7 +6716,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
                 {
                   Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_3);
                   #if !CYTHON_ASSUME_SAFE_SIZE
-                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 88, __pyx_L8_error)
+                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 91, __pyx_L8_error)
                   #endif
                   if (__pyx_t_4 >= __pyx_temp) break;
                 }
@@ -6285,7 +6726,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
                 {
                   Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_3);
                   #if !CYTHON_ASSUME_SAFE_SIZE
-                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 88, __pyx_L8_error)
+                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 91, __pyx_L8_error)
                   #endif
                   if (__pyx_t_4 >= __pyx_temp) break;
                 }
@@ -6296,13 +6737,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
                 #endif
                 ++__pyx_t_4;
               }
-              if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 88, __pyx_L8_error)
+              if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 91, __pyx_L8_error)
             } else {
               __pyx_t_6 = __pyx_t_5(__pyx_t_3);
               if (unlikely(!__pyx_t_6)) {
                 PyObject* exc_type = PyErr_Occurred();
                 if (exc_type) {
-                  if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 88, __pyx_L8_error)
+                  if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 91, __pyx_L8_error)
                   PyErr_Clear();
                 }
                 break;
@@ -6311,22 +6752,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
             __Pyx_GOTREF(__pyx_t_6);
             __Pyx_XDECREF_SET(__pyx_7genexpr__pyx_v_part, __pyx_t_6);
             __pyx_t_6 = 0;
-            __pyx_t_8 = PyMemoryView_FromObject(__pyx_7genexpr__pyx_v_part); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 88, __pyx_L8_error)
-            __Pyx_GOTREF(__pyx_t_8);
-            __pyx_t_7 = __pyx_t_8;
-            __Pyx_INCREF(__pyx_t_7);
-            __pyx_t_9 = 0;
-            {
-              PyObject *__pyx_callargs[2] = {__pyx_t_7, __pyx_mstate_global->__pyx_n_u_B};
-              __pyx_t_6 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_cast, __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-              __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-              __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-              if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 88, __pyx_L8_error)
-              __Pyx_GOTREF(__pyx_t_6);
-            }
-            if (!(likely(PyMemoryView_Check(__pyx_t_6))||((__pyx_t_6) == Py_None) || __Pyx_RaiseUnexpectedTypeError("memoryview", __pyx_t_6))) __PYX_ERR(0, 88, __pyx_L8_error)
-            if (unlikely(__Pyx_ListComp_Append(__pyx_t_2, __pyx_t_6))) __PYX_ERR(0, 88, __pyx_L8_error)
-            __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+            __pyx_t_6 = __pyx_f_7ivshmem_7channel_5roles_flat(__pyx_7genexpr__pyx_v_part, 0); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 91, __pyx_L8_error)
+            __Pyx_GOTREF(__pyx_t_6);
+            __Pyx_GIVEREF(__pyx_t_6);
+            if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_2, __pyx_t_6))) __PYX_ERR(0, 91, __pyx_L8_error)
+            __pyx_t_6 = 0;
           }
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
           __Pyx_XDECREF(__pyx_7genexpr__pyx_v_part); __pyx_7genexpr__pyx_v_part = 0;
@@ -6339,52 +6769,52 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
         __pyx_v_buffers = ((PyObject*)__pyx_t_2);
         __pyx_t_2 = 0;
 
-        /* "ivshmem/channel/writers.pyx":89
+        /* "ivshmem/channel/writers.pyx":92
  *         cdef Loan loan
- *         buffers = [memoryview(part).cast("B") for part in parts]
+ *         buffers = [flat(part) for part in parts]
  *         loan = self.loan(sum(map(len, buffers)))             # <<<<<<<<<<<<<<
  *         try:
  *             with memoryview(loan) as into:
 */
         __pyx_t_3 = ((PyObject *)__pyx_v_self);
         __Pyx_INCREF(__pyx_t_3);
-        __pyx_t_8 = NULL;
-        __pyx_t_10 = NULL;
-        __pyx_t_11 = __Pyx_GetBuiltinName(__pyx_mstate_global->__pyx_n_u_len); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 89, __pyx_L4_error)
-        __Pyx_GOTREF(__pyx_t_11);
-        __pyx_t_9 = 1;
+        __pyx_t_7 = NULL;
+        __pyx_t_9 = NULL;
+        __pyx_t_10 = __Pyx_GetBuiltinName(__pyx_mstate_global->__pyx_n_u_len); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 92, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_10);
+        __pyx_t_11 = 1;
         {
-          PyObject *__pyx_callargs[3] = {__pyx_t_10, __pyx_t_11, __pyx_v_buffers};
-          __pyx_t_7 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_map, __pyx_callargs+__pyx_t_9, (3-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-          __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-          __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-          if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 89, __pyx_L4_error)
-          __Pyx_GOTREF(__pyx_t_7);
+          PyObject *__pyx_callargs[3] = {__pyx_t_9, __pyx_t_10, __pyx_v_buffers};
+          __pyx_t_8 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_map, __pyx_callargs+__pyx_t_11, (3-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+          __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
+          __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
+          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 92, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_8);
         }
-        __pyx_t_9 = 1;
+        __pyx_t_11 = 1;
         {
-          PyObject *__pyx_callargs[2] = {__pyx_t_8, __pyx_t_7};
-          __pyx_t_6 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_sum, __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-          __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
-          __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 89, __pyx_L4_error)
+          PyObject *__pyx_callargs[2] = {__pyx_t_7, __pyx_t_8};
+          __pyx_t_6 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_sum, __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+          __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+          __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 92, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
         }
-        __pyx_t_9 = 0;
+        __pyx_t_11 = 0;
         {
           PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_t_6};
-          __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_loan, __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+          __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_loan, __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 89, __pyx_L4_error)
+          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 92, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_2);
         }
-        if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan))))) __PYX_ERR(0, 89, __pyx_L4_error)
+        if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan))))) __PYX_ERR(0, 92, __pyx_L4_error)
         __pyx_v_loan = ((struct __pyx_obj_7ivshmem_7channel_7writers_Loan *)__pyx_t_2);
         __pyx_t_2 = 0;
 
-        /* "ivshmem/channel/writers.pyx":90
- *         buffers = [memoryview(part).cast("B") for part in parts]
+        /* "ivshmem/channel/writers.pyx":93
+ *         buffers = [flat(part) for part in parts]
  *         loan = self.loan(sum(map(len, buffers)))
  *         try:             # <<<<<<<<<<<<<<
  *             with memoryview(loan) as into:
@@ -6399,7 +6829,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
           __Pyx_XGOTREF(__pyx_t_14);
           /*try:*/ {
 
-            /* "ivshmem/channel/writers.pyx":91
+            /* "ivshmem/channel/writers.pyx":94
  *         loan = self.loan(sum(map(len, buffers)))
  *         try:
  *             with memoryview(loan) as into:             # <<<<<<<<<<<<<<
@@ -6407,34 +6837,34 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
  *                 for part in buffers:
 */
             /*with:*/ {
-              __pyx_t_2 = PyMemoryView_FromObject(((PyObject *)__pyx_v_loan)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 91, __pyx_L13_error)
+              __pyx_t_2 = PyMemoryView_FromObject(((PyObject *)__pyx_v_loan)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 94, __pyx_L13_error)
               __Pyx_GOTREF(__pyx_t_2);
-              __pyx_t_15 = __Pyx_PyObject_LookupSpecial(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 91, __pyx_L13_error)
+              __pyx_t_15 = __Pyx_PyObject_LookupSpecial(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 94, __pyx_L13_error)
               __Pyx_GOTREF(__pyx_t_15);
               __pyx_t_3 = NULL;
-              __pyx_t_7 = __Pyx_PyObject_LookupSpecial(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 91, __pyx_L19_error)
-              __Pyx_GOTREF(__pyx_t_7);
-              __pyx_t_9 = 1;
+              __pyx_t_8 = __Pyx_PyObject_LookupSpecial(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 94, __pyx_L19_error)
+              __Pyx_GOTREF(__pyx_t_8);
+              __pyx_t_11 = 1;
               #if CYTHON_UNPACK_METHODS
-              if (likely(PyMethod_Check(__pyx_t_7))) {
-                __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_7);
+              if (likely(PyMethod_Check(__pyx_t_8))) {
+                __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_8);
                 assert(__pyx_t_3);
-                PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_7);
+                PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_8);
                 __Pyx_INCREF(__pyx_t_3);
                 __Pyx_INCREF(__pyx__function);
-                __Pyx_DECREF_SET(__pyx_t_7, __pyx__function);
-                __pyx_t_9 = 0;
+                __Pyx_DECREF_SET(__pyx_t_8, __pyx__function);
+                __pyx_t_11 = 0;
               }
               #endif
               {
                 PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
-                __pyx_t_6 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_9, (1-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+                __pyx_t_6 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_8, __pyx_callargs+__pyx_t_11, (1-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
                 __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-                __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-                if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 91, __pyx_L19_error)
+                __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+                if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 94, __pyx_L19_error)
                 __Pyx_GOTREF(__pyx_t_6);
               }
-              __pyx_t_7 = __pyx_t_6;
+              __pyx_t_8 = __pyx_t_6;
               __pyx_t_6 = 0;
               __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
               /*try:*/ {
@@ -6446,10 +6876,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
                   __Pyx_XGOTREF(__pyx_t_17);
                   __Pyx_XGOTREF(__pyx_t_18);
                   /*try:*/ {
-                    __pyx_v_into = __pyx_t_7;
-                    __pyx_t_7 = 0;
+                    __pyx_v_into = __pyx_t_8;
+                    __pyx_t_8 = 0;
 
-                    /* "ivshmem/channel/writers.pyx":92
+                    /* "ivshmem/channel/writers.pyx":95
  *         try:
  *             with memoryview(loan) as into:
  *                 at = 0             # <<<<<<<<<<<<<<
@@ -6459,65 +6889,65 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
                     __Pyx_INCREF(__pyx_mstate_global->__pyx_int_0);
                     __pyx_v_at = __pyx_mstate_global->__pyx_int_0;
 
-                    /* "ivshmem/channel/writers.pyx":93
+                    /* "ivshmem/channel/writers.pyx":96
  *             with memoryview(loan) as into:
  *                 at = 0
  *                 for part in buffers:             # <<<<<<<<<<<<<<
  *                     into[at : at + len(part)] = part
  *                     at += len(part)
 */
-                    __pyx_t_7 = __pyx_v_buffers; __Pyx_INCREF(__pyx_t_7);
+                    __pyx_t_8 = __pyx_v_buffers; __Pyx_INCREF(__pyx_t_8);
                     __pyx_t_4 = 0;
                     for (;;) {
                       {
-                        Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_7);
+                        Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_8);
                         #if !CYTHON_ASSUME_SAFE_SIZE
-                        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 93, __pyx_L23_error)
+                        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 96, __pyx_L23_error)
                         #endif
                         if (__pyx_t_4 >= __pyx_temp) break;
                       }
-                      __pyx_t_2 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_7, __pyx_t_4, __Pyx_ReferenceSharing_OwnStrongReference);
+                      __pyx_t_2 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_8, __pyx_t_4, __Pyx_ReferenceSharing_OwnStrongReference);
                       ++__pyx_t_4;
-                      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 93, __pyx_L23_error)
+                      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 96, __pyx_L23_error)
                       __Pyx_GOTREF(__pyx_t_2);
                       __Pyx_XDECREF_SET(__pyx_v_part, __pyx_t_2);
                       __pyx_t_2 = 0;
 
-                      /* "ivshmem/channel/writers.pyx":94
+                      /* "ivshmem/channel/writers.pyx":97
  *                 at = 0
  *                 for part in buffers:
  *                     into[at : at + len(part)] = part             # <<<<<<<<<<<<<<
  *                     at += len(part)
  *         except BaseException:
 */
-                      __pyx_t_19 = PyObject_Length(__pyx_v_part); if (unlikely(__pyx_t_19 == ((Py_ssize_t)-1))) __PYX_ERR(0, 94, __pyx_L23_error)
-                      __pyx_t_2 = PyLong_FromSsize_t(__pyx_t_19); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 94, __pyx_L23_error)
+                      __pyx_t_19 = PyObject_Length(__pyx_v_part); if (unlikely(__pyx_t_19 == ((Py_ssize_t)-1))) __PYX_ERR(0, 97, __pyx_L23_error)
+                      __pyx_t_2 = PyLong_FromSsize_t(__pyx_t_19); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 97, __pyx_L23_error)
                       __Pyx_GOTREF(__pyx_t_2);
 
-                      __pyx_t_6 = __Pyx_PyNumber_Add_int_int(__pyx_v_at, __pyx_t_2); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 94, __pyx_L23_error)
+                      __pyx_t_6 = __Pyx_PyNumber_Add_int_int(__pyx_v_at, __pyx_t_2); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 97, __pyx_L23_error)
                       __Pyx_GOTREF(__pyx_t_6);
                       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-                      if (__Pyx_PyObject_SetSlice(__pyx_v_into, __pyx_v_part, 0, 0, &__pyx_v_at, &__pyx_t_6, NULL, 0, 0, 1) < (0)) __PYX_ERR(0, 94, __pyx_L23_error)
+                      if (__Pyx_PyObject_SetSlice(__pyx_v_into, __pyx_v_part, 0, 0, &__pyx_v_at, &__pyx_t_6, NULL, 0, 0, 1) < (0)) __PYX_ERR(0, 97, __pyx_L23_error)
                       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
 
-                      /* "ivshmem/channel/writers.pyx":95
+                      /* "ivshmem/channel/writers.pyx":98
  *                 for part in buffers:
  *                     into[at : at + len(part)] = part
  *                     at += len(part)             # <<<<<<<<<<<<<<
  *         except BaseException:
  *             loan.drop()
 */
-                      __pyx_t_19 = PyObject_Length(__pyx_v_part); if (unlikely(__pyx_t_19 == ((Py_ssize_t)-1))) __PYX_ERR(0, 95, __pyx_L23_error)
-                      __pyx_t_6 = PyLong_FromSsize_t(__pyx_t_19); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 95, __pyx_L23_error)
+                      __pyx_t_19 = PyObject_Length(__pyx_v_part); if (unlikely(__pyx_t_19 == ((Py_ssize_t)-1))) __PYX_ERR(0, 98, __pyx_L23_error)
+                      __pyx_t_6 = PyLong_FromSsize_t(__pyx_t_19); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 98, __pyx_L23_error)
                       __Pyx_GOTREF(__pyx_t_6);
 
-                      __pyx_t_2 = __Pyx_PyNumber_InPlaceAdd_int_int(__pyx_v_at, __pyx_t_6); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 95, __pyx_L23_error)
+                      __pyx_t_2 = __Pyx_PyNumber_InPlaceAdd_int_int(__pyx_v_at, __pyx_t_6); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 98, __pyx_L23_error)
                       __Pyx_GOTREF(__pyx_t_2);
                       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
                       __Pyx_DECREF_SET(__pyx_v_at, ((PyObject*)__pyx_t_2));
                       __pyx_t_2 = 0;
 
-                      /* "ivshmem/channel/writers.pyx":93
+                      /* "ivshmem/channel/writers.pyx":96
  *             with memoryview(loan) as into:
  *                 at = 0
  *                 for part in buffers:             # <<<<<<<<<<<<<<
@@ -6525,9 +6955,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
  *                     at += len(part)
 */
                     }
-                    __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+                    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
 
-                    /* "ivshmem/channel/writers.pyx":91
+                    /* "ivshmem/channel/writers.pyx":94
  *         loan = self.loan(sum(map(len, buffers)))
  *         try:
  *             with memoryview(loan) as into:             # <<<<<<<<<<<<<<
@@ -6541,44 +6971,44 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
                   goto __pyx_L28_try_end;
                   __pyx_L23_error:;
                   __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-                  __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
                   __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
                   __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
                   __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
                   __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
                   __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
+                  __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
                   /*except:*/ {
                     __Pyx_AddTraceback("ivshmem.channel.writers.Writer.put_parts", __pyx_clineno, __pyx_lineno, __pyx_filename);
-                    if (__Pyx_GetException(&__pyx_t_7, &__pyx_t_2, &__pyx_t_6) < 0) __PYX_ERR(0, 91, __pyx_L25_except_error)
-                    __Pyx_XGOTREF(__pyx_t_7);
+                    if (__Pyx_GetException(&__pyx_t_8, &__pyx_t_2, &__pyx_t_6) < 0) __PYX_ERR(0, 94, __pyx_L25_except_error)
+                    __Pyx_XGOTREF(__pyx_t_8);
                     __Pyx_XGOTREF(__pyx_t_2);
                     __Pyx_XGOTREF(__pyx_t_6);
                     {
-                      PyObject* __pyx_temp[3] = {__pyx_t_7, __pyx_t_2, __pyx_t_6};
-                      __pyx_t_3 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 91, __pyx_L25_except_error)
+                      PyObject* __pyx_temp[3] = {__pyx_t_8, __pyx_t_2, __pyx_t_6};
+                      __pyx_t_3 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 94, __pyx_L25_except_error)
                       __Pyx_GOTREF(__pyx_t_3);
                     }
                     __pyx_t_20 = __Pyx_PyObject_Call(__pyx_t_15, __pyx_t_3, NULL);
                     __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
                     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-                    if (unlikely(!__pyx_t_20)) __PYX_ERR(0, 91, __pyx_L25_except_error)
+                    if (unlikely(!__pyx_t_20)) __PYX_ERR(0, 94, __pyx_L25_except_error)
                     __Pyx_GOTREF(__pyx_t_20);
                     __pyx_t_21 = __Pyx_PyObject_IsTrue(__pyx_t_20);
                     __Pyx_DECREF(__pyx_t_20); __pyx_t_20 = 0;
-                    if (__pyx_t_21 < (0)) __PYX_ERR(0, 91, __pyx_L25_except_error)
+                    if (__pyx_t_21 < (0)) __PYX_ERR(0, 94, __pyx_L25_except_error)
                     __pyx_t_22 = (!__pyx_t_21);
 
 
                     if (unlikely(__pyx_t_22)) {
 
-                      __Pyx_GIVEREF(__pyx_t_7);
+                      __Pyx_GIVEREF(__pyx_t_8);
                       __Pyx_GIVEREF(__pyx_t_2);
                       __Pyx_XGIVEREF(__pyx_t_6);
-                      __Pyx_ErrRestoreWithState(__pyx_t_7, __pyx_t_2, __pyx_t_6);
-                      __pyx_t_7 = 0;  __pyx_t_2 = 0;  __pyx_t_6 = 0; 
-                      __PYX_ERR(0, 91, __pyx_L25_except_error)
+                      __Pyx_ErrRestoreWithState(__pyx_t_8, __pyx_t_2, __pyx_t_6);
+                      __pyx_t_8 = 0;  __pyx_t_2 = 0;  __pyx_t_6 = 0; 
+                      __PYX_ERR(0, 94, __pyx_L25_except_error)
                     }
-                    __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+                    __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
                     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
                     __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
                     goto __pyx_L24_exception_handled;
@@ -6602,7 +7032,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
                   if (__pyx_t_15) {
                     __pyx_t_18 = __Pyx_PyObject_Call(__pyx_t_15, __pyx_mstate_global->__pyx_tuple[0], NULL);
                     __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-                    if (unlikely(!__pyx_t_18)) __PYX_ERR(0, 91, __pyx_L13_error)
+                    if (unlikely(!__pyx_t_18)) __PYX_ERR(0, 94, __pyx_L13_error)
                     __Pyx_GOTREF(__pyx_t_18);
                     __Pyx_DECREF(__pyx_t_18); __pyx_t_18 = 0;
                   }
@@ -6617,8 +7047,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
               __pyx_L35:;
             }
 
-            /* "ivshmem/channel/writers.pyx":90
- *         buffers = [memoryview(part).cast("B") for part in parts]
+            /* "ivshmem/channel/writers.pyx":93
+ *         buffers = [flat(part) for part in parts]
  *         loan = self.loan(sum(map(len, buffers)))
  *         try:             # <<<<<<<<<<<<<<
  *             with memoryview(loan) as into:
@@ -6631,14 +7061,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
           goto __pyx_L18_try_end;
           __pyx_L13_error:;
           __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-          __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
           __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
           __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
           __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
           __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
           __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
+          __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-          /* "ivshmem/channel/writers.pyx":96
+          /* "ivshmem/channel/writers.pyx":99
  *                     into[at : at + len(part)] = part
  *                     at += len(part)
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -6648,31 +7078,31 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
           __pyx_t_23 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
           if (__pyx_t_23) {
             __Pyx_AddTraceback("ivshmem.channel.writers.Writer.put_parts", __pyx_clineno, __pyx_lineno, __pyx_filename);
-            if (__Pyx_GetException(&__pyx_t_6, &__pyx_t_2, &__pyx_t_7) < 0) __PYX_ERR(0, 96, __pyx_L15_except_error)
+            if (__Pyx_GetException(&__pyx_t_6, &__pyx_t_2, &__pyx_t_8) < 0) __PYX_ERR(0, 99, __pyx_L15_except_error)
             __Pyx_XGOTREF(__pyx_t_6);
             __Pyx_XGOTREF(__pyx_t_2);
-            __Pyx_XGOTREF(__pyx_t_7);
+            __Pyx_XGOTREF(__pyx_t_8);
 
-            /* "ivshmem/channel/writers.pyx":97
+            /* "ivshmem/channel/writers.pyx":100
  *                     at += len(part)
  *         except BaseException:
  *             loan.drop()             # <<<<<<<<<<<<<<
  *             raise
  *         return loan.publish(timeout, spin=spin)
 */
-            __pyx_t_8 = ((PyObject *)__pyx_v_loan);
-            __Pyx_INCREF(__pyx_t_8);
-            __pyx_t_9 = 0;
+            __pyx_t_7 = ((PyObject *)__pyx_v_loan);
+            __Pyx_INCREF(__pyx_t_7);
+            __pyx_t_11 = 0;
             {
-              PyObject *__pyx_callargs[2] = {__pyx_t_8, NULL};
-              __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_drop, __pyx_callargs+__pyx_t_9, (1-__pyx_t_9) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-              __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
-              if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 97, __pyx_L15_except_error)
+              PyObject *__pyx_callargs[2] = {__pyx_t_7, NULL};
+              __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_drop, __pyx_callargs+__pyx_t_11, (1-__pyx_t_11) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+              __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+              if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 100, __pyx_L15_except_error)
               __Pyx_GOTREF(__pyx_t_3);
             }
             __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-            /* "ivshmem/channel/writers.pyx":98
+            /* "ivshmem/channel/writers.pyx":101
  *         except BaseException:
  *             loan.drop()
  *             raise             # <<<<<<<<<<<<<<
@@ -6681,15 +7111,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
 */
             __Pyx_GIVEREF(__pyx_t_6);
             __Pyx_GIVEREF(__pyx_t_2);
-            __Pyx_XGIVEREF(__pyx_t_7);
-            __Pyx_ErrRestoreWithState(__pyx_t_6, __pyx_t_2, __pyx_t_7);
-            __pyx_t_6 = 0;  __pyx_t_2 = 0;  __pyx_t_7 = 0; 
-            __PYX_ERR(0, 98, __pyx_L15_except_error)
+            __Pyx_XGIVEREF(__pyx_t_8);
+            __Pyx_ErrRestoreWithState(__pyx_t_6, __pyx_t_2, __pyx_t_8);
+            __pyx_t_6 = 0;  __pyx_t_2 = 0;  __pyx_t_8 = 0; 
+            __PYX_ERR(0, 101, __pyx_L15_except_error)
           }
           goto __pyx_L15_except_error;
 
-          /* "ivshmem/channel/writers.pyx":90
- *         buffers = [memoryview(part).cast("B") for part in parts]
+          /* "ivshmem/channel/writers.pyx":93
+ *         buffers = [flat(part) for part in parts]
  *         loan = self.loan(sum(map(len, buffers)))
  *         try:             # <<<<<<<<<<<<<<
  *             with memoryview(loan) as into:
@@ -6704,7 +7134,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
           __pyx_L18_try_end:;
         }
 
-        /* "ivshmem/channel/writers.pyx":99
+        /* "ivshmem/channel/writers.pyx":102
  *             loan.drop()
  *             raise
  *         return loan.publish(timeout, spin=spin)             # <<<<<<<<<<<<<<
@@ -6715,48 +7145,48 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
         __Pyx_INCREF(__pyx_t_2);
         #if CYTHON_VECTORCALL
         #endif
-        __pyx_t_9 = 0;
+        __pyx_t_11 = 0;
         {
           PyObject *__pyx_callargs[3] = {__pyx_t_2, __pyx_v_timeout, __pyx_v_spin};
           #if CYTHON_VECTORCALL
           __pyx_t_6 = __pyx_mstate_global->__pyx_tuple[1];
-          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 99, __pyx_L4_error)
+          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 102, __pyx_L4_error)
           __Pyx_INCREF(__pyx_t_6);
           #else
           {
             PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_spin};
             __pyx_t_6 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+2, 1);
-            if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 99, __pyx_L4_error)
+            if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 102, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_6);
           }
           #endif
-          __pyx_t_7 = __Pyx_Object_VectorcallMethodKwds((PyObject*)__pyx_mstate_global->__pyx_n_u_publish, __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET), __pyx_t_6);
+          __pyx_t_8 = __Pyx_Object_VectorcallMethodKwds((PyObject*)__pyx_mstate_global->__pyx_n_u_publish, __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET), __pyx_t_6);
           __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
           #if CYTHON_VECTORCALL
           #endif
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 99, __pyx_L4_error)
-          __Pyx_GOTREF(__pyx_t_7);
+          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 102, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_8);
         }
         {
           PyObject *__pyx_temp;
           {
             __pyx_temp = __pyx_r;
-            __pyx_r = __pyx_t_7;
+            __pyx_r = __pyx_t_8;
           }
           __Pyx_XDECREF(__pyx_temp);
         }
-        __pyx_t_7 = 0;
+        __pyx_t_8 = 0;
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/writers.pyx":84
+      /* "ivshmem/channel/writers.pyx":83
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def put_parts(self, parts, timeout=None, *, spin=None):
- *         """Copy several buffers into one message, one after the other; otherwise as `put`."""
+ *         """Copy several buffers into one message, one after the other; otherwise as `put`.
 */
       /*finally:*/ {
         __pyx_L3_return: {
@@ -6785,8 +7215,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
   __Pyx_XDECREF(__pyx_t_6);
   __Pyx_XDECREF(__pyx_t_7);
   __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_XDECREF(__pyx_t_9);
   __Pyx_XDECREF(__pyx_t_10);
-  __Pyx_XDECREF(__pyx_t_11);
   __Pyx_AddTraceback("ivshmem.channel.writers.Writer.put_parts", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -6801,7 +7231,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":101
+/* "ivshmem/channel/writers.pyx":104
  *         return loan.publish(timeout, spin=spin)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6817,7 +7247,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7writers_6Writer_4put_rows, "Publish each row of an array as a message, and announce them together.\n\n        Args:\n            rows: a contiguous buffer of two dimensions or more (a numpy array, a memoryview): each\n                row is a message.\n            timeout, spin: as of `put`; the time for all.\n\n        Returns:\n            How many were published: all, unless the time was over; then at least one.\n\n        Raises:\n            TimeoutError: not one was published.\n            MessageTooLong, ChannelCorrupt, ClosedError: as of `put`.\n        ");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7writers_6Writer_4put_rows, "Publish each row of an array as a message, and announce them together.\n\n        Args:\n            rows: a contiguous buffer of two dimensions or more (a numpy array, a memoryview): each\n                row is a message.\n            timeout, spin: as of `put`; the time for all.\n\n        Returns:\n            How many were published: all, unless the time was over; then at least one.\n\n        Raises:\n            TimeoutError: not one was published.\n            MessageTooLong, ChannelTypeError, ChannelCorrupt, ClosedError: as of `put`.\n        ");
 static PyMethodDef __pyx_mdef_7ivshmem_7channel_7writers_6Writer_5put_rows = {"put_rows", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7writers_6Writer_5put_rows, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7writers_6Writer_4put_rows};
 static PyObject *__pyx_pw_7ivshmem_7channel_7writers_6Writer_5put_rows(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -6851,24 +7281,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_rows,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 101, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 104, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 101, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 104, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 101, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 104, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "put_rows", 0) < (0)) __PYX_ERR(0, 101, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "put_rows", 0) < (0)) __PYX_ERR(0, 104, __pyx_L3_error)
 
-      /* "ivshmem/channel/writers.pyx":102
+      /* "ivshmem/channel/writers.pyx":105
  * 
  *     @cython.critical_section
  *     def put_rows(self, rows, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -6878,17 +7308,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("put_rows", 0, 1, 2, i); __PYX_ERR(0, 101, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("put_rows", 0, 1, 2, i); __PYX_ERR(0, 104, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 101, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 104, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 101, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 104, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -6901,7 +7331,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("put_rows", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 101, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("put_rows", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 104, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6914,7 +7344,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(((struct __pyx_obj_7ivshmem_7channel_7writers_Writer *)__pyx_v_self), __pyx_v_rows, __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/writers.pyx":101
+  /* "ivshmem/channel/writers.pyx":104
  *         return loan.publish(timeout, spin=spin)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6942,16 +7372,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
-  PyObject *__pyx_t_2 = NULL;
-  int __pyx_t_3;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
   PyObject *__pyx_t_4 = NULL;
-  size_t __pyx_t_5;
-  int __pyx_t_6;
-  PyObject *__pyx_t_7 = NULL;
+  int __pyx_t_5;
+  size_t __pyx_t_6;
+  int __pyx_t_7;
   PyObject *__pyx_t_8 = NULL;
-  PyObject *__pyx_t_9[3];
-  Py_ssize_t __pyx_t_10;
-  int __pyx_t_11;
+  PyObject *__pyx_t_9 = NULL;
+  PyObject *__pyx_t_10[3];
+  Py_ssize_t __pyx_t_11;
   PyObject *__pyx_t_12 = NULL;
   uint64_t __pyx_t_13;
   int __pyx_t_14;
@@ -6966,6 +7396,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("put_rows", 0);
+  __Pyx_INCREF(__pyx_v_rows);
   {
       __Pyx_PyCriticalSection __pyx_cs;
       __pyx_t_1 = ((PyObject *)__pyx_v_self);
@@ -6973,7 +7404,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/writers.pyx":118
+        /* "ivshmem/channel/writers.pyx":121
  *         """
  *         cdef Py_buffer view
  *         cdef uint32_t cell = 0             # <<<<<<<<<<<<<<
@@ -6982,71 +7413,137 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
 */
         __pyx_v_cell = 0;
 
-        /* "ivshmem/channel/writers.pyx":121
+        /* "ivshmem/channel/writers.pyx":124
  *         cdef uint64_t size, i, count
  *         cdef uint64_t time
  *         cdef int code = 0             # <<<<<<<<<<<<<<
- *         cdef object whole = memoryview(rows)
- *         if whole.ndim < 2:
+ *         cdef object whole
+ *         check_timeout(timeout)
 */
         __pyx_v_code = 0;
 
-        /* "ivshmem/channel/writers.pyx":122
- *         cdef uint64_t time
+        /* "ivshmem/channel/writers.pyx":126
  *         cdef int code = 0
- *         cdef object whole = memoryview(rows)             # <<<<<<<<<<<<<<
+ *         cdef object whole
+ *         check_timeout(timeout)             # <<<<<<<<<<<<<<
+ *         check_in_place(self.type, self.name)
+ *         if self.type is not None:
+*/
+        __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_check_timeout(__pyx_v_timeout); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 126, __pyx_L4_error)
+
+
+        /* "ivshmem/channel/writers.pyx":127
+ *         cdef object whole
+ *         check_timeout(timeout)
+ *         check_in_place(self.type, self.name)             # <<<<<<<<<<<<<<
+ *         if self.type is not None:
+ *             rows = self.type.encode_rows(rows)
+*/
+        __pyx_t_3 = __pyx_v_self->__pyx_base.type;
+        __Pyx_INCREF(__pyx_t_3);
+        __pyx_t_4 = __pyx_v_self->__pyx_base.__pyx_base.name;
+        __Pyx_INCREF(__pyx_t_4);
+        __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_check_in_place(__pyx_t_3, ((PyObject*)__pyx_t_4)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 127, __pyx_L4_error)
+        __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+        __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+
+
+        /* "ivshmem/channel/writers.pyx":128
+ *         check_timeout(timeout)
+ *         check_in_place(self.type, self.name)
+ *         if self.type is not None:             # <<<<<<<<<<<<<<
+ *             rows = self.type.encode_rows(rows)
+ *         whole = memoryview(rows)
+*/
+        __pyx_t_5 = (__pyx_v_self->__pyx_base.type != Py_None);
+        if (__pyx_t_5) {
+
+
+          /* "ivshmem/channel/writers.pyx":129
+ *         check_in_place(self.type, self.name)
+ *         if self.type is not None:
+ *             rows = self.type.encode_rows(rows)             # <<<<<<<<<<<<<<
+ *         whole = memoryview(rows)
+ *         if whole.ndim < 2:
+*/
+          __pyx_t_3 = __pyx_v_self->__pyx_base.type;
+          __Pyx_INCREF(__pyx_t_3);
+          __pyx_t_6 = 0;
+          {
+            PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_v_rows};
+            __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_encode_rows, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+            __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 129, __pyx_L4_error)
+            __Pyx_GOTREF(__pyx_t_4);
+          }
+          __Pyx_DECREF_SET(__pyx_v_rows, __pyx_t_4);
+          __pyx_t_4 = 0;
+
+          /* "ivshmem/channel/writers.pyx":128
+ *         check_timeout(timeout)
+ *         check_in_place(self.type, self.name)
+ *         if self.type is not None:             # <<<<<<<<<<<<<<
+ *             rows = self.type.encode_rows(rows)
+ *         whole = memoryview(rows)
+*/
+        }
+
+        /* "ivshmem/channel/writers.pyx":130
+ *         if self.type is not None:
+ *             rows = self.type.encode_rows(rows)
+ *         whole = memoryview(rows)             # <<<<<<<<<<<<<<
  *         if whole.ndim < 2:
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
 */
-        __pyx_t_2 = PyMemoryView_FromObject(__pyx_v_rows); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 122, __pyx_L4_error)
-        __Pyx_GOTREF(__pyx_t_2);
-        __pyx_v_whole = __pyx_t_2;
-        __pyx_t_2 = 0;
+        __pyx_t_4 = PyMemoryView_FromObject(__pyx_v_rows); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 130, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_4);
+        __pyx_v_whole = __pyx_t_4;
+        __pyx_t_4 = 0;
 
-        /* "ivshmem/channel/writers.pyx":123
- *         cdef int code = 0
- *         cdef object whole = memoryview(rows)
+        /* "ivshmem/channel/writers.pyx":131
+ *             rows = self.type.encode_rows(rows)
+ *         whole = memoryview(rows)
  *         if whole.ndim < 2:             # <<<<<<<<<<<<<<
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
  *         if self.claims or self.channel.record.geometry.kind == IVSHMEM_VALUE:
 */
-        __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_v_whole, __pyx_mstate_global->__pyx_n_u_ndim); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 123, __pyx_L4_error)
-        __Pyx_GOTREF(__pyx_t_2);
-        __pyx_t_3 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_t_2, __pyx_mstate_global->__pyx_int_2, Py_LT); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 123, __pyx_L4_error)
-        __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-        if (unlikely(__pyx_t_3)) {
+        __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_v_whole, __pyx_mstate_global->__pyx_n_u_ndim); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 131, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_4);
+        __pyx_t_5 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_t_4, __pyx_mstate_global->__pyx_int_2, Py_LT); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 131, __pyx_L4_error)
+        __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+        if (unlikely(__pyx_t_5)) {
 
 
-          /* "ivshmem/channel/writers.pyx":124
- *         cdef object whole = memoryview(rows)
+          /* "ivshmem/channel/writers.pyx":132
+ *         whole = memoryview(rows)
  *         if whole.ndim < 2:
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")             # <<<<<<<<<<<<<<
  *         if self.claims or self.channel.record.geometry.kind == IVSHMEM_VALUE:
  *             raise ChannelTypeError(f"channel {self.name!r} takes one message at a time")
 */
-          __pyx_t_4 = NULL;
-          __pyx_t_5 = 1;
+          __pyx_t_3 = NULL;
+          __pyx_t_6 = 1;
           {
-            PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_rows_a_buffer_of_two_dimensions};
-            __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-            __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 124, __pyx_L4_error)
-            __Pyx_GOTREF(__pyx_t_2);
+            PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_rows_a_buffer_of_two_dimensions};
+            __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+            __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 132, __pyx_L4_error)
+            __Pyx_GOTREF(__pyx_t_4);
           }
-          __Pyx_Raise(__pyx_t_2, 0, 0, 0);
-          __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-          __PYX_ERR(0, 124, __pyx_L4_error)
+          __Pyx_Raise(__pyx_t_4, 0, 0, 0);
+          __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+          __PYX_ERR(0, 132, __pyx_L4_error)
 
-          /* "ivshmem/channel/writers.pyx":123
- *         cdef int code = 0
- *         cdef object whole = memoryview(rows)
+          /* "ivshmem/channel/writers.pyx":131
+ *             rows = self.type.encode_rows(rows)
+ *         whole = memoryview(rows)
  *         if whole.ndim < 2:             # <<<<<<<<<<<<<<
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
  *         if self.claims or self.channel.record.geometry.kind == IVSHMEM_VALUE:
 */
         }
 
-        /* "ivshmem/channel/writers.pyx":125
+        /* "ivshmem/channel/writers.pyx":133
  *         if whole.ndim < 2:
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
  *         if self.claims or self.channel.record.geometry.kind == IVSHMEM_VALUE:             # <<<<<<<<<<<<<<
@@ -7056,71 +7553,71 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
         if (!__pyx_v_self->__pyx_base.claims) {
         } else {
 
-          __pyx_t_3 = __pyx_v_self->__pyx_base.claims;
-          goto __pyx_L8_bool_binop_done;
+          __pyx_t_5 = __pyx_v_self->__pyx_base.claims;
+          goto __pyx_L9_bool_binop_done;
         }
-        __pyx_t_6 = (__pyx_v_self->__pyx_base.__pyx_base.channel.record.geometry.kind == IVSHMEM_VALUE);
+        __pyx_t_7 = (__pyx_v_self->__pyx_base.__pyx_base.channel.record.geometry.kind == IVSHMEM_VALUE);
 
 
-        __pyx_t_3 = __pyx_t_6;
+        __pyx_t_5 = __pyx_t_7;
 
-        __pyx_L8_bool_binop_done:;
-        if (unlikely(__pyx_t_3)) {
+        __pyx_L9_bool_binop_done:;
+        if (unlikely(__pyx_t_5)) {
 
 
-          /* "ivshmem/channel/writers.pyx":126
+          /* "ivshmem/channel/writers.pyx":134
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
  *         if self.claims or self.channel.record.geometry.kind == IVSHMEM_VALUE:
  *             raise ChannelTypeError(f"channel {self.name!r} takes one message at a time")             # <<<<<<<<<<<<<<
  *         count = whole.shape[0]
- *         PyObject_GetBuffer(rows, &view, PyBUF_SIMPLE)
+ *         take_buffer(rows, &view, PyBUF_SIMPLE)
 */
-          __pyx_t_4 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ChannelTypeError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 126, __pyx_L4_error)
-          __Pyx_GOTREF(__pyx_t_7);
-          __pyx_t_8 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 126, __pyx_L4_error)
+          __pyx_t_3 = NULL;
+          __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_ChannelTypeError); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 134, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
-          __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_channel;
-          __pyx_t_9[1] = __pyx_t_8;
-          __pyx_t_9[2] = __pyx_mstate_global->__pyx_kp_u_takes_one_message_at_a_time;
-          __pyx_t_10 = 36;
+          __pyx_t_9 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 134, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_9);
+          __pyx_t_10[0] = __pyx_mstate_global->__pyx_kp_u_channel;
+          __pyx_t_10[1] = __pyx_t_9;
+          __pyx_t_10[2] = __pyx_mstate_global->__pyx_kp_u_takes_one_message_at_a_time;
+          __pyx_t_11 = 36;
           #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-          __pyx_t_10 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_9[1]);
+          __pyx_t_11 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_10[1]);
           #endif
-          __pyx_t_11 = 0;
+          __pyx_t_2 = 0;
           #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-          __pyx_t_11 |= __Pyx_PyUnicode_KIND_04(__pyx_t_9[1]);
+          __pyx_t_2 |= __Pyx_PyUnicode_KIND_04(__pyx_t_10[1]);
           #endif
-          __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_9, 3, __pyx_t_10, __pyx_t_11);
-          if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 126, __pyx_L4_error)
+          __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_10, 3, __pyx_t_11, __pyx_t_2);
+          if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 134, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_12);
-          __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-          __pyx_t_5 = 1;
+          __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+          __pyx_t_6 = 1;
           #if CYTHON_UNPACK_METHODS
-          if (unlikely(PyMethod_Check(__pyx_t_7))) {
-            __pyx_t_4 = PyMethod_GET_SELF(__pyx_t_7);
-            assert(__pyx_t_4);
-            PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_7);
-            __Pyx_INCREF(__pyx_t_4);
+          if (unlikely(PyMethod_Check(__pyx_t_8))) {
+            __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_8);
+            assert(__pyx_t_3);
+            PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_8);
+            __Pyx_INCREF(__pyx_t_3);
             __Pyx_INCREF(__pyx__function);
-            __Pyx_DECREF_SET(__pyx_t_7, __pyx__function);
-            __pyx_t_5 = 0;
+            __Pyx_DECREF_SET(__pyx_t_8, __pyx__function);
+            __pyx_t_6 = 0;
           }
           #endif
           {
-            PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_12};
-            __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-            __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+            PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_t_12};
+            __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_8, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+            __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
             __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-            __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 126, __pyx_L4_error)
-            __Pyx_GOTREF(__pyx_t_2);
+            __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 134, __pyx_L4_error)
+            __Pyx_GOTREF(__pyx_t_4);
           }
-          __Pyx_Raise(__pyx_t_2, 0, 0, 0);
-          __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-          __PYX_ERR(0, 126, __pyx_L4_error)
+          __Pyx_Raise(__pyx_t_4, 0, 0, 0);
+          __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+          __PYX_ERR(0, 134, __pyx_L4_error)
 
-          /* "ivshmem/channel/writers.pyx":125
+          /* "ivshmem/channel/writers.pyx":133
  *         if whole.ndim < 2:
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
  *         if self.claims or self.channel.record.geometry.kind == IVSHMEM_VALUE:             # <<<<<<<<<<<<<<
@@ -7129,64 +7626,64 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
 */
         }
 
-        /* "ivshmem/channel/writers.pyx":127
+        /* "ivshmem/channel/writers.pyx":135
  *         if self.claims or self.channel.record.geometry.kind == IVSHMEM_VALUE:
  *             raise ChannelTypeError(f"channel {self.name!r} takes one message at a time")
  *         count = whole.shape[0]             # <<<<<<<<<<<<<<
- *         PyObject_GetBuffer(rows, &view, PyBUF_SIMPLE)
+ *         take_buffer(rows, &view, PyBUF_SIMPLE)
  *         try:
 */
-        __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_v_whole, __pyx_mstate_global->__pyx_n_u_shape); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 127, __pyx_L4_error)
-        __Pyx_GOTREF(__pyx_t_2);
-        __pyx_t_7 = __Pyx_GetItemInt(__pyx_t_2, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 127, __pyx_L4_error)
-        __Pyx_GOTREF(__pyx_t_7);
-        __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-        __pyx_t_13 = __Pyx_PyLong_As_uint64_t(__pyx_t_7); if (unlikely((__pyx_t_13 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 127, __pyx_L4_error)
-        __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+        __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_v_whole, __pyx_mstate_global->__pyx_n_u_shape); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 135, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_4);
+        __pyx_t_8 = __Pyx_GetItemInt(__pyx_t_4, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 135, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_8);
+        __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+        __pyx_t_13 = __Pyx_PyLong_As_uint64_t(__pyx_t_8); if (unlikely((__pyx_t_13 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 135, __pyx_L4_error)
+        __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
         __pyx_v_count = __pyx_t_13;
 
-        /* "ivshmem/channel/writers.pyx":128
+        /* "ivshmem/channel/writers.pyx":136
  *             raise ChannelTypeError(f"channel {self.name!r} takes one message at a time")
  *         count = whole.shape[0]
- *         PyObject_GetBuffer(rows, &view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
+ *         take_buffer(rows, &view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
  *         try:
  *             self.enter()
 */
-        __pyx_t_11 = PyObject_GetBuffer(__pyx_v_rows, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 128, __pyx_L4_error)
+        __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_take_buffer(__pyx_v_rows, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 136, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/writers.pyx":129
+        /* "ivshmem/channel/writers.pyx":137
  *         count = whole.shape[0]
- *         PyObject_GetBuffer(rows, &view, PyBUF_SIMPLE)
+ *         take_buffer(rows, &view, PyBUF_SIMPLE)
  *         try:             # <<<<<<<<<<<<<<
  *             self.enter()
  *             size = view.len // count if count else 0
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/writers.pyx":130
- *         PyObject_GetBuffer(rows, &view, PyBUF_SIMPLE)
+          /* "ivshmem/channel/writers.pyx":138
+ *         take_buffer(rows, &view, PyBUF_SIMPLE)
  *         try:
  *             self.enter()             # <<<<<<<<<<<<<<
  *             size = view.len // count if count else 0
  *             if size > self.channel.record.geometry.limit:
 */
-          __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 130, __pyx_L11_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 138, __pyx_L12_error)
 
 
-          /* "ivshmem/channel/writers.pyx":131
+          /* "ivshmem/channel/writers.pyx":139
  *         try:
  *             self.enter()
  *             size = view.len // count if count else 0             # <<<<<<<<<<<<<<
  *             if size > self.channel.record.geometry.limit:
  *                 raise self.too_long(size)
 */
-          __pyx_t_3 = (__pyx_v_count != 0);
+          __pyx_t_5 = (__pyx_v_count != 0);
 
-          if (__pyx_t_3) {
+          if (__pyx_t_5) {
             if (unlikely(__pyx_v_count == 0)) {
               PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
-              __PYX_ERR(0, 131, __pyx_L11_error)
+              __PYX_ERR(0, 139, __pyx_L12_error)
             }
 
             __pyx_t_13 = (__pyx_v_view.len / __pyx_v_count);
@@ -7197,32 +7694,35 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
 
           __pyx_v_size = __pyx_t_13;
 
-          /* "ivshmem/channel/writers.pyx":132
+          /* "ivshmem/channel/writers.pyx":140
  *             self.enter()
  *             size = view.len // count if count else 0
  *             if size > self.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
  *                 raise self.too_long(size)
  *             time = microseconds() if self.times else 0
 */
-          __pyx_t_3 = (__pyx_v_size > __pyx_v_self->__pyx_base.__pyx_base.channel.record.geometry.limit);
+          __pyx_t_5 = (__pyx_v_size > __pyx_v_self->__pyx_base.__pyx_base.channel.record.geometry.limit);
 
-          if (unlikely(__pyx_t_3)) {
+          if (unlikely(__pyx_t_5)) {
 
 
-            /* "ivshmem/channel/writers.pyx":133
+            /* "ivshmem/channel/writers.pyx":141
  *             size = view.len // count if count else 0
  *             if size > self.channel.record.geometry.limit:
  *                 raise self.too_long(size)             # <<<<<<<<<<<<<<
  *             time = microseconds() if self.times else 0
  *             i = 0
 */
-            __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.too_long(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_size); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 133, __pyx_L11_error)
-            __Pyx_GOTREF(__pyx_t_7);
-            __Pyx_Raise(__pyx_t_7, 0, 0, 0);
-            __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-            __PYX_ERR(0, 133, __pyx_L11_error)
+            __pyx_t_8 = __Pyx_PyLong_From_uint64_t(__pyx_v_size); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 141, __pyx_L12_error)
+            __Pyx_GOTREF(__pyx_t_8);
+            __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.too_long(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_t_8); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 141, __pyx_L12_error)
+            __Pyx_GOTREF(__pyx_t_4);
+            __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+            __Pyx_Raise(__pyx_t_4, 0, 0, 0);
+            __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+            __PYX_ERR(0, 141, __pyx_L12_error)
 
-            /* "ivshmem/channel/writers.pyx":132
+            /* "ivshmem/channel/writers.pyx":140
  *             self.enter()
  *             size = view.len // count if count else 0
  *             if size > self.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
@@ -7231,7 +7731,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
 */
           }
 
-          /* "ivshmem/channel/writers.pyx":134
+          /* "ivshmem/channel/writers.pyx":142
  *             if size > self.channel.record.geometry.limit:
  *                 raise self.too_long(size)
  *             time = microseconds() if self.times else 0             # <<<<<<<<<<<<<<
@@ -7247,7 +7747,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
           }
           __pyx_v_time = __pyx_t_13;
 
-          /* "ivshmem/channel/writers.pyx":135
+          /* "ivshmem/channel/writers.pyx":143
  *                 raise self.too_long(size)
  *             time = microseconds() if self.times else 0
  *             i = 0             # <<<<<<<<<<<<<<
@@ -7256,7 +7756,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
 */
           __pyx_v_i = 0;
 
-          /* "ivshmem/channel/writers.pyx":136
+          /* "ivshmem/channel/writers.pyx":144
  *             time = microseconds() if self.times else 0
  *             i = 0
  *             while i < count:             # <<<<<<<<<<<<<<
@@ -7264,12 +7764,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
  *                 if code == IVSHMEM_AGAIN:
 */
           while (1) {
-            __pyx_t_3 = (__pyx_v_i < __pyx_v_count);
+            __pyx_t_5 = (__pyx_v_i < __pyx_v_count);
 
 
-            if (!__pyx_t_3) break;
+            if (!__pyx_t_5) break;
 
-            /* "ivshmem/channel/writers.pyx":137
+            /* "ivshmem/channel/writers.pyx":145
  *             i = 0
  *             while i < count:
  *                 code = ivshmem_writer_ready(&self.writer)             # <<<<<<<<<<<<<<
@@ -7278,41 +7778,41 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
 */
             __pyx_v_code = ivshmem_writer_ready((&__pyx_v_self->__pyx_base.writer));
 
-            /* "ivshmem/channel/writers.pyx":138
+            /* "ivshmem/channel/writers.pyx":146
  *             while i < count:
  *                 code = ivshmem_writer_ready(&self.writer)
  *                 if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *                     if i:
  *                         self.announce()
 */
-            __pyx_t_3 = (__pyx_v_code == IVSHMEM_AGAIN);
+            __pyx_t_5 = (__pyx_v_code == IVSHMEM_AGAIN);
 
-            if (__pyx_t_3) {
+            if (__pyx_t_5) {
 
 
-              /* "ivshmem/channel/writers.pyx":139
+              /* "ivshmem/channel/writers.pyx":147
  *                 code = ivshmem_writer_ready(&self.writer)
  *                 if code == IVSHMEM_AGAIN:
  *                     if i:             # <<<<<<<<<<<<<<
  *                         self.announce()
  *                     code = self.wait(timeout, spin)
 */
-              __pyx_t_3 = (__pyx_v_i != 0);
+              __pyx_t_5 = (__pyx_v_i != 0);
 
-              if (__pyx_t_3) {
+              if (__pyx_t_5) {
 
 
-                /* "ivshmem/channel/writers.pyx":140
+                /* "ivshmem/channel/writers.pyx":148
  *                 if code == IVSHMEM_AGAIN:
  *                     if i:
  *                         self.announce()             # <<<<<<<<<<<<<<
  *                     code = self.wait(timeout, spin)
  *                     if code == IVSHMEM_AGAIN:
 */
-                __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->announce(__pyx_v_self); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 140, __pyx_L11_error)
+                __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->announce(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 148, __pyx_L12_error)
 
 
-                /* "ivshmem/channel/writers.pyx":139
+                /* "ivshmem/channel/writers.pyx":147
  *                 code = ivshmem_writer_ready(&self.writer)
  *                 if code == IVSHMEM_AGAIN:
  *                     if i:             # <<<<<<<<<<<<<<
@@ -7321,62 +7821,62 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
 */
               }
 
-              /* "ivshmem/channel/writers.pyx":141
+              /* "ivshmem/channel/writers.pyx":149
  *                     if i:
  *                         self.announce()
  *                     code = self.wait(timeout, spin)             # <<<<<<<<<<<<<<
  *                     if code == IVSHMEM_AGAIN:
  *                         if i:
 */
-              __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_11 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 141, __pyx_L11_error)
-              __pyx_v_code = __pyx_t_11;
+              __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 149, __pyx_L12_error)
+              __pyx_v_code = __pyx_t_2;
 
-              /* "ivshmem/channel/writers.pyx":142
+              /* "ivshmem/channel/writers.pyx":150
  *                         self.announce()
  *                     code = self.wait(timeout, spin)
  *                     if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *                         if i:
  *                             return i
 */
-              __pyx_t_3 = (__pyx_v_code == IVSHMEM_AGAIN);
+              __pyx_t_5 = (__pyx_v_code == IVSHMEM_AGAIN);
 
-              if (__pyx_t_3) {
+              if (__pyx_t_5) {
 
 
-                /* "ivshmem/channel/writers.pyx":143
+                /* "ivshmem/channel/writers.pyx":151
  *                     code = self.wait(timeout, spin)
  *                     if code == IVSHMEM_AGAIN:
  *                         if i:             # <<<<<<<<<<<<<<
  *                             return i
  *                         raise self.blocked(timeout)
 */
-                __pyx_t_3 = (__pyx_v_i != 0);
+                __pyx_t_5 = (__pyx_v_i != 0);
 
-                if (__pyx_t_3) {
+                if (__pyx_t_5) {
 
 
-                  /* "ivshmem/channel/writers.pyx":144
+                  /* "ivshmem/channel/writers.pyx":152
  *                     if code == IVSHMEM_AGAIN:
  *                         if i:
  *                             return i             # <<<<<<<<<<<<<<
  *                         raise self.blocked(timeout)
  *                 if code:
 */
-                  __pyx_t_7 = __Pyx_PyLong_From_uint64_t(__pyx_v_i); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 144, __pyx_L11_error)
-                  __Pyx_GOTREF(__pyx_t_7);
+                  __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_i); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 152, __pyx_L12_error)
+                  __Pyx_GOTREF(__pyx_t_4);
                   {
                     PyObject *__pyx_temp;
                     {
                       __pyx_temp = __pyx_r;
-                      __pyx_r = __pyx_t_7;
+                      __pyx_r = __pyx_t_4;
                     }
                     __Pyx_XDECREF(__pyx_temp);
                   }
-                  __pyx_t_7 = 0;
+                  __pyx_t_4 = 0;
                   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-                  goto __pyx_L10_return;
+                  goto __pyx_L11_return;
 
-                  /* "ivshmem/channel/writers.pyx":143
+                  /* "ivshmem/channel/writers.pyx":151
  *                     code = self.wait(timeout, spin)
  *                     if code == IVSHMEM_AGAIN:
  *                         if i:             # <<<<<<<<<<<<<<
@@ -7385,20 +7885,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
 */
                 }
 
-                /* "ivshmem/channel/writers.pyx":145
+                /* "ivshmem/channel/writers.pyx":153
  *                         if i:
  *                             return i
  *                         raise self.blocked(timeout)             # <<<<<<<<<<<<<<
  *                 if code:
  *                     raise self.fail(code)
 */
-                __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.blocked(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_timeout); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 145, __pyx_L11_error)
-                __Pyx_GOTREF(__pyx_t_7);
-                __Pyx_Raise(__pyx_t_7, 0, 0, 0);
-                __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-                __PYX_ERR(0, 145, __pyx_L11_error)
+                __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.blocked(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_timeout); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 153, __pyx_L12_error)
+                __Pyx_GOTREF(__pyx_t_4);
+                __Pyx_Raise(__pyx_t_4, 0, 0, 0);
+                __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+                __PYX_ERR(0, 153, __pyx_L12_error)
 
-                /* "ivshmem/channel/writers.pyx":142
+                /* "ivshmem/channel/writers.pyx":150
  *                         self.announce()
  *                     code = self.wait(timeout, spin)
  *                     if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -7407,7 +7907,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
 */
               }
 
-              /* "ivshmem/channel/writers.pyx":138
+              /* "ivshmem/channel/writers.pyx":146
  *             while i < count:
  *                 code = ivshmem_writer_ready(&self.writer)
  *                 if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -7416,32 +7916,32 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
 */
             }
 
-            /* "ivshmem/channel/writers.pyx":146
+            /* "ivshmem/channel/writers.pyx":154
  *                             return i
  *                         raise self.blocked(timeout)
  *                 if code:             # <<<<<<<<<<<<<<
  *                     raise self.fail(code)
  *                 if ivshmem_loan(&self.writer, &cell):
 */
-            __pyx_t_3 = (__pyx_v_code != 0);
+            __pyx_t_5 = (__pyx_v_code != 0);
 
-            if (unlikely(__pyx_t_3)) {
+            if (unlikely(__pyx_t_5)) {
 
 
-              /* "ivshmem/channel/writers.pyx":147
+              /* "ivshmem/channel/writers.pyx":155
  *                         raise self.blocked(timeout)
  *                 if code:
  *                     raise self.fail(code)             # <<<<<<<<<<<<<<
  *                 if ivshmem_loan(&self.writer, &cell):
  *                     self.pause_for_cell()
 */
-              __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 147, __pyx_L11_error)
-              __Pyx_GOTREF(__pyx_t_7);
-              __Pyx_Raise(__pyx_t_7, 0, 0, 0);
-              __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-              __PYX_ERR(0, 147, __pyx_L11_error)
+              __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 155, __pyx_L12_error)
+              __Pyx_GOTREF(__pyx_t_4);
+              __Pyx_Raise(__pyx_t_4, 0, 0, 0);
+              __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+              __PYX_ERR(0, 155, __pyx_L12_error)
 
-              /* "ivshmem/channel/writers.pyx":146
+              /* "ivshmem/channel/writers.pyx":154
  *                             return i
  *                         raise self.blocked(timeout)
  *                 if code:             # <<<<<<<<<<<<<<
@@ -7450,38 +7950,38 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
 */
             }
 
-            /* "ivshmem/channel/writers.pyx":148
+            /* "ivshmem/channel/writers.pyx":156
  *                 if code:
  *                     raise self.fail(code)
  *                 if ivshmem_loan(&self.writer, &cell):             # <<<<<<<<<<<<<<
  *                     self.pause_for_cell()
  *                     continue  # look again whether there is room
 */
-            __pyx_t_3 = (ivshmem_loan((&__pyx_v_self->__pyx_base.writer), (&__pyx_v_cell)) != 0);
+            __pyx_t_5 = (ivshmem_loan((&__pyx_v_self->__pyx_base.writer), (&__pyx_v_cell)) != 0);
 
-            if (__pyx_t_3) {
+            if (__pyx_t_5) {
 
 
-              /* "ivshmem/channel/writers.pyx":149
+              /* "ivshmem/channel/writers.pyx":157
  *                     raise self.fail(code)
  *                 if ivshmem_loan(&self.writer, &cell):
  *                     self.pause_for_cell()             # <<<<<<<<<<<<<<
  *                     continue  # look again whether there is room
  *                 memcpy(self.at(cell), <const char *>view.buf + i * size, size)
 */
-              __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.pause_for_cell(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self)); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 149, __pyx_L11_error)
+              __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.pause_for_cell(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 157, __pyx_L12_error)
 
 
-              /* "ivshmem/channel/writers.pyx":150
+              /* "ivshmem/channel/writers.pyx":158
  *                 if ivshmem_loan(&self.writer, &cell):
  *                     self.pause_for_cell()
  *                     continue  # look again whether there is room             # <<<<<<<<<<<<<<
  *                 memcpy(self.at(cell), <const char *>view.buf + i * size, size)
  *                 ivshmem_writer_add(&self.writer, cell, <uint32_t>size, time, 0)
 */
-              goto __pyx_L14_continue;
+              goto __pyx_L15_continue;
 
-              /* "ivshmem/channel/writers.pyx":148
+              /* "ivshmem/channel/writers.pyx":156
  *                 if code:
  *                     raise self.fail(code)
  *                 if ivshmem_loan(&self.writer, &cell):             # <<<<<<<<<<<<<<
@@ -7490,7 +7990,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
 */
             }
 
-            /* "ivshmem/channel/writers.pyx":151
+            /* "ivshmem/channel/writers.pyx":159
  *                     self.pause_for_cell()
  *                     continue  # look again whether there is room
  *                 memcpy(self.at(cell), <const char *>view.buf + i * size, size)             # <<<<<<<<<<<<<<
@@ -7499,7 +7999,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
 */
             (void)(memcpy(((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.at(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_cell), (((char const *)__pyx_v_view.buf) + (__pyx_v_i * __pyx_v_size)), __pyx_v_size));
 
-            /* "ivshmem/channel/writers.pyx":152
+            /* "ivshmem/channel/writers.pyx":160
  *                     continue  # look again whether there is room
  *                 memcpy(self.at(cell), <const char *>view.buf + i * size, size)
  *                 ivshmem_writer_add(&self.writer, cell, <uint32_t>size, time, 0)             # <<<<<<<<<<<<<<
@@ -7508,7 +8008,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
 */
             ivshmem_writer_add((&__pyx_v_self->__pyx_base.writer), __pyx_v_cell, ((uint32_t)__pyx_v_size), __pyx_v_time, 0);
 
-            /* "ivshmem/channel/writers.pyx":153
+            /* "ivshmem/channel/writers.pyx":161
  *                 memcpy(self.at(cell), <const char *>view.buf + i * size, size)
  *                 ivshmem_writer_add(&self.writer, cell, <uint32_t>size, time, 0)
  *                 self.missed += self.writer.missed             # <<<<<<<<<<<<<<
@@ -7517,7 +8017,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
 */
             __pyx_v_self->__pyx_base.missed = (__pyx_v_self->__pyx_base.missed + __pyx_v_self->__pyx_base.writer.missed);
 
-            /* "ivshmem/channel/writers.pyx":154
+            /* "ivshmem/channel/writers.pyx":162
  *                 ivshmem_writer_add(&self.writer, cell, <uint32_t>size, time, 0)
  *                 self.missed += self.writer.missed
  *                 i += 1             # <<<<<<<<<<<<<<
@@ -7525,42 +8025,42 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
  *             return i
 */
             __pyx_v_i = (__pyx_v_i + 1);
-            __pyx_L14_continue:;
+            __pyx_L15_continue:;
           }
 
-          /* "ivshmem/channel/writers.pyx":155
+          /* "ivshmem/channel/writers.pyx":163
  *                 self.missed += self.writer.missed
  *                 i += 1
  *             self.announce()             # <<<<<<<<<<<<<<
  *             return i
  *         finally:
 */
-          __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->announce(__pyx_v_self); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 155, __pyx_L11_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->announce(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 163, __pyx_L12_error)
 
 
-          /* "ivshmem/channel/writers.pyx":156
+          /* "ivshmem/channel/writers.pyx":164
  *                 i += 1
  *             self.announce()
  *             return i             # <<<<<<<<<<<<<<
  *         finally:
  *             PyBuffer_Release(&view)
 */
-          __pyx_t_7 = __Pyx_PyLong_From_uint64_t(__pyx_v_i); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 156, __pyx_L11_error)
-          __Pyx_GOTREF(__pyx_t_7);
+          __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_i); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 164, __pyx_L12_error)
+          __Pyx_GOTREF(__pyx_t_4);
           {
             PyObject *__pyx_temp;
             {
               __pyx_temp = __pyx_r;
-              __pyx_r = __pyx_t_7;
+              __pyx_r = __pyx_t_4;
             }
             __Pyx_XDECREF(__pyx_temp);
           }
-          __pyx_t_7 = 0;
+          __pyx_t_4 = 0;
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-          goto __pyx_L10_return;
+          goto __pyx_L11_return;
         }
 
-        /* "ivshmem/channel/writers.pyx":158
+        /* "ivshmem/channel/writers.pyx":166
  *             return i
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -7568,16 +8068,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
  *     def put_async(self, data, timeout=None):
 */
         /*finally:*/ {
-          __pyx_L11_error:;
+          __pyx_L12_error:;
           /*exception exit:*/{
             __Pyx_PyThreadState_declare
             __Pyx_PyThreadState_assign
             __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0; __pyx_t_19 = 0; __pyx_t_20 = 0; __pyx_t_21 = 0;
             __Pyx_XDECREF(__pyx_t_12); __pyx_t_12 = 0;
-            __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+            __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-            __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
             __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
+            __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
              __Pyx_ExceptionSwap(&__pyx_t_19, &__pyx_t_20, &__pyx_t_21);
             if ( unlikely(__Pyx_GetException(&__pyx_t_16, &__pyx_t_17, &__pyx_t_18) < 0)) __Pyx_ErrFetch(&__pyx_t_16, &__pyx_t_17, &__pyx_t_18);
             __Pyx_XGOTREF(__pyx_t_16);
@@ -7586,7 +8086,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
             __Pyx_XGOTREF(__pyx_t_19);
             __Pyx_XGOTREF(__pyx_t_20);
             __Pyx_XGOTREF(__pyx_t_21);
-            __pyx_t_11 = __pyx_lineno; __pyx_t_14 = __pyx_clineno; __pyx_t_15 = __pyx_filename;
+            __pyx_t_2 = __pyx_lineno; __pyx_t_14 = __pyx_clineno; __pyx_t_15 = __pyx_filename;
             {
               PyBuffer_Release((&__pyx_v_view));
             }
@@ -7599,10 +8099,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
             __Pyx_XGIVEREF(__pyx_t_18);
             __Pyx_ErrRestore(__pyx_t_16, __pyx_t_17, __pyx_t_18);
             __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0; __pyx_t_19 = 0; __pyx_t_20 = 0; __pyx_t_21 = 0;
-            __pyx_lineno = __pyx_t_11; __pyx_clineno = __pyx_t_14; __pyx_filename = __pyx_t_15;
+            __pyx_lineno = __pyx_t_2; __pyx_clineno = __pyx_t_14; __pyx_filename = __pyx_t_15;
             goto __pyx_L4_error;
           }
-          __pyx_L10_return: {
+          __pyx_L11_return: {
             __pyx_t_21 = __pyx_r;
             __pyx_r = 0;
             PyBuffer_Release((&__pyx_v_view));
@@ -7613,7 +8113,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
         }
       }
 
-      /* "ivshmem/channel/writers.pyx":101
+      /* "ivshmem/channel/writers.pyx":104
  *         return loan.publish(timeout, spin=spin)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7642,10 +8142,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
   goto __pyx_L0;
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_XDECREF(__pyx_t_7);
   __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_XDECREF(__pyx_t_9);
   __Pyx_XDECREF(__pyx_t_12);
   __Pyx_AddTraceback("ivshmem.channel.writers.Writer.put_rows", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
@@ -7658,12 +8158,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
 
 
   __Pyx_XDECREF(__pyx_v_whole);
+  __Pyx_XDECREF(__pyx_v_rows);
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":160
+/* "ivshmem/channel/writers.pyx":168
  *             PyBuffer_Release(&view)
  * 
  *     def put_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -7712,35 +8213,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 160, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 168, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 160, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 168, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 160, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 168, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "put_async", 0) < (0)) __PYX_ERR(0, 160, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "put_async", 0) < (0)) __PYX_ERR(0, 168, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("put_async", 0, 1, 2, i); __PYX_ERR(0, 160, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("put_async", 0, 1, 2, i); __PYX_ERR(0, 168, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 160, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 168, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 160, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 168, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -7751,7 +8252,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("put_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 160, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("put_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 168, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7783,21 +8284,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_6put_async(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("put_async", 0);
 
-  /* "ivshmem/channel/writers.pyx":162
+  /* "ivshmem/channel/writers.pyx":170
  *     def put_async(self, data, timeout=None):
  *         """The twin of `put` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_in_time(self, self.put, timeout, (data,))             # <<<<<<<<<<<<<<
  * 
  *     def put_parts_async(self, parts, timeout=None):
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_put); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 162, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_put); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 170, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 162, __pyx_L1_error)
+  __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 170, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_INCREF(__pyx_v_data);
   __Pyx_GIVEREF(__pyx_v_data);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_v_data) != (0)) __PYX_ERR(0, 162, __pyx_L1_error);
-  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, ((PyObject*)__pyx_t_2), NULL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 162, __pyx_L1_error)
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_v_data) != (0)) __PYX_ERR(0, 170, __pyx_L1_error);
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, ((PyObject*)__pyx_t_2), NULL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 170, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -7812,7 +8313,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_6put_async(struct _
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/writers.pyx":160
+  /* "ivshmem/channel/writers.pyx":168
  *             PyBuffer_Release(&view)
  * 
  *     def put_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -7833,7 +8334,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_6put_async(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":164
+/* "ivshmem/channel/writers.pyx":172
  *         return until_in_time(self, self.put, timeout, (data,))
  * 
  *     def put_parts_async(self, parts, timeout=None):             # <<<<<<<<<<<<<<
@@ -7882,35 +8383,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_parts,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 164, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 172, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 164, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 172, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 164, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 172, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "put_parts_async", 0) < (0)) __PYX_ERR(0, 164, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "put_parts_async", 0) < (0)) __PYX_ERR(0, 172, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("put_parts_async", 0, 1, 2, i); __PYX_ERR(0, 164, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("put_parts_async", 0, 1, 2, i); __PYX_ERR(0, 172, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 164, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 172, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 164, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 172, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -7921,7 +8422,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("put_parts_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 164, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("put_parts_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 172, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7953,21 +8454,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_8put_parts_async(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("put_parts_async", 0);
 
-  /* "ivshmem/channel/writers.pyx":166
+  /* "ivshmem/channel/writers.pyx":174
  *     def put_parts_async(self, parts, timeout=None):
  *         """The twin of `put_parts` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_in_time(self, self.put_parts, timeout, (parts,))             # <<<<<<<<<<<<<<
  * 
  *     def put_rows_async(self, rows, timeout=None):
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_put_parts); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 166, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_put_parts); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 174, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 166, __pyx_L1_error)
+  __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 174, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_INCREF(__pyx_v_parts);
   __Pyx_GIVEREF(__pyx_v_parts);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_v_parts) != (0)) __PYX_ERR(0, 166, __pyx_L1_error);
-  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, ((PyObject*)__pyx_t_2), NULL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 166, __pyx_L1_error)
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_v_parts) != (0)) __PYX_ERR(0, 174, __pyx_L1_error);
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, ((PyObject*)__pyx_t_2), NULL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 174, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -7982,7 +8483,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_8put_parts_async(st
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/writers.pyx":164
+  /* "ivshmem/channel/writers.pyx":172
  *         return until_in_time(self, self.put, timeout, (data,))
  * 
  *     def put_parts_async(self, parts, timeout=None):             # <<<<<<<<<<<<<<
@@ -8003,7 +8504,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_8put_parts_async(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":168
+/* "ivshmem/channel/writers.pyx":176
  *         return until_in_time(self, self.put_parts, timeout, (parts,))
  * 
  *     def put_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
@@ -8052,35 +8553,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_rows,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 168, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 176, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 168, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 176, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 168, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 176, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "put_rows_async", 0) < (0)) __PYX_ERR(0, 168, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "put_rows_async", 0) < (0)) __PYX_ERR(0, 176, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("put_rows_async", 0, 1, 2, i); __PYX_ERR(0, 168, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("put_rows_async", 0, 1, 2, i); __PYX_ERR(0, 176, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 168, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 176, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 168, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 176, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -8091,7 +8592,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("put_rows_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 168, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("put_rows_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 176, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8123,21 +8624,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_10put_rows_async(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("put_rows_async", 0);
 
-  /* "ivshmem/channel/writers.pyx":170
+  /* "ivshmem/channel/writers.pyx":178
  *     def put_rows_async(self, rows, timeout=None):
  *         """The twin of `put_rows` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_in_time(self, self.put_rows, timeout, (rows,))             # <<<<<<<<<<<<<<
  * 
  *     cdef int announce(self) except -1:
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_put_rows); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 170, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_put_rows); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 178, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 170, __pyx_L1_error)
+  __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 178, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_INCREF(__pyx_v_rows);
   __Pyx_GIVEREF(__pyx_v_rows);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_v_rows) != (0)) __PYX_ERR(0, 170, __pyx_L1_error);
-  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, ((PyObject*)__pyx_t_2), NULL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 170, __pyx_L1_error)
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_v_rows) != (0)) __PYX_ERR(0, 178, __pyx_L1_error);
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, ((PyObject*)__pyx_t_2), NULL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 178, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -8152,7 +8653,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_10put_rows_async(st
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/writers.pyx":168
+  /* "ivshmem/channel/writers.pyx":176
  *         return until_in_time(self, self.put_parts, timeout, (parts,))
  * 
  *     def put_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
@@ -8173,7 +8674,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_10put_rows_async(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":172
+/* "ivshmem/channel/writers.pyx":180
  *         return until_in_time(self, self.put_rows, timeout, (rows,))
  * 
  *     cdef int announce(self) except -1:             # <<<<<<<<<<<<<<
@@ -8188,7 +8689,7 @@ static int __pyx_f_7ivshmem_7channel_7writers_6Writer_announce(struct __pyx_obj_
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/writers.pyx":173
+  /* "ivshmem/channel/writers.pyx":181
  * 
  *     cdef int announce(self) except -1:
  *         ivshmem_writer_announce(&self.writer)             # <<<<<<<<<<<<<<
@@ -8197,20 +8698,20 @@ static int __pyx_f_7ivshmem_7channel_7writers_6Writer_announce(struct __pyx_obj_
 */
   ivshmem_writer_announce((&__pyx_v_self->__pyx_base.writer));
 
-  /* "ivshmem/channel/writers.pyx":174
+  /* "ivshmem/channel/writers.pyx":182
  *     cdef int announce(self) except -1:
  *         ivshmem_writer_announce(&self.writer)
  *         return self.membership.flush()             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 174, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 182, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/writers.pyx":172
+  /* "ivshmem/channel/writers.pyx":180
  *         return until_in_time(self, self.put_rows, timeout, (rows,))
  * 
  *     cdef int announce(self) except -1:             # <<<<<<<<<<<<<<
@@ -8227,7 +8728,7 @@ static int __pyx_f_7ivshmem_7channel_7writers_6Writer_announce(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":176
+/* "ivshmem/channel/writers.pyx":184
  *         return self.membership.flush()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8243,7 +8744,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7writers_6Writer_12loan, "Borrow the memory of a message, to write into it without a copy.\n\n        Args:\n            size: bytes; None: the channel\047s limit, or the size of its type.\n\n        Returns:\n            A Loan: publish it, or use it in `with`, whose end publishes it.\n\n        Raises:\n            MessageTooLong: the channel\047s limit is less.\n            ChannelError: as many loans as the channel allows are out.\n            ClosedError: as of all calls.\n        ");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7writers_6Writer_12loan, "Borrow the memory of a message, to write into it without a copy.\n\n        Args:\n            size: bytes; None: the channel\047s limit, or the size of its type.\n\n        Returns:\n            A Loan: publish it, or use it in `with`, whose end publishes it.\n\n        Raises:\n            MessageTooLong: the channel\047s limit is less.\n            ChannelError: as many loans as the channel allows are out.\n            ChannelTypeError: pickle=True.\n            ClosedError: as of all calls.\n        ");
 static PyMethodDef __pyx_mdef_7ivshmem_7channel_7writers_6Writer_13loan = {"loan", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7writers_6Writer_13loan, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7writers_6Writer_12loan};
 static PyObject *__pyx_pw_7ivshmem_7channel_7writers_6Writer_13loan(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -8275,20 +8776,20 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 176, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 184, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 176, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 184, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "loan", 0) < (0)) __PYX_ERR(0, 176, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "loan", 0) < (0)) __PYX_ERR(0, 184, __pyx_L3_error)
 
-      /* "ivshmem/channel/writers.pyx":177
+      /* "ivshmem/channel/writers.pyx":185
  * 
  *     @cython.critical_section
  *     def loan(self, size=None):             # <<<<<<<<<<<<<<
@@ -8300,7 +8801,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 176, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 184, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -8311,7 +8812,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("loan", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 176, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("loan", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 184, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8324,7 +8825,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_7writers_6Writer_12loan(((struct __pyx_obj_7ivshmem_7channel_7writers_Writer *)__pyx_v_self), __pyx_v_size);
 
-  /* "ivshmem/channel/writers.pyx":176
+  /* "ivshmem/channel/writers.pyx":184
  *         return self.membership.flush()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8341,7 +8842,6 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 }
 
 static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_12loan(struct __pyx_obj_7ivshmem_7channel_7writers_Writer *__pyx_v_self, PyObject *__pyx_v_size) {
-  uint64_t __pyx_v_wanted;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -8355,8 +8855,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_12loan(struct __pyx
   size_t __pyx_t_9;
   PyObject *__pyx_t_10[3];
   Py_ssize_t __pyx_t_11;
-  uint64_t __pyx_t_12;
-  PyObject *__pyx_t_13 = NULL;
+  PyObject *__pyx_t_12 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -8369,18 +8868,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_12loan(struct __pyx
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/writers.pyx":192
+        /* "ivshmem/channel/writers.pyx":200
+ *             ClosedError: as of all calls.
  *         """
- *         cdef uint64_t wanted
  *         self.enter()             # <<<<<<<<<<<<<<
  *         size = self.channel.record.geometry.limit if size is None else operator.index(size)
  *         if size < 0:
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 192, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 200, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/writers.pyx":193
- *         cdef uint64_t wanted
+        /* "ivshmem/channel/writers.pyx":201
+ *         """
  *         self.enter()
  *         size = self.channel.record.geometry.limit if size is None else operator.index(size)             # <<<<<<<<<<<<<<
  *         if size < 0:
@@ -8388,15 +8887,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_12loan(struct __pyx
 */
         __pyx_t_4 = (__pyx_v_size == Py_None);
         if (__pyx_t_4) {
-          __pyx_t_5 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->__pyx_base.__pyx_base.channel.record.geometry.limit); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 193, __pyx_L4_error)
+          __pyx_t_5 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->__pyx_base.__pyx_base.channel.record.geometry.limit); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 201, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_5);
           __pyx_t_3 = __pyx_t_5;
           __pyx_t_5 = 0;
         } else {
           __pyx_t_6 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_operator); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 193, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_operator); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 201, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
-          __pyx_t_8 = __Pyx_PyObject_GetAttrStr(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_index); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 193, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyObject_GetAttrStr(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_index); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 201, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
           __pyx_t_9 = 1;
@@ -8416,7 +8915,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_12loan(struct __pyx
             __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_8, __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-            if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 193, __pyx_L4_error)
+            if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 201, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_5);
           }
           __pyx_t_3 = __pyx_t_5;
@@ -8426,26 +8925,26 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_12loan(struct __pyx
         __Pyx_DECREF_SET(__pyx_v_size, __pyx_t_3);
         __pyx_t_3 = 0;
 
-        /* "ivshmem/channel/writers.pyx":194
+        /* "ivshmem/channel/writers.pyx":202
  *         self.enter()
  *         size = self.channel.record.geometry.limit if size is None else operator.index(size)
  *         if size < 0:             # <<<<<<<<<<<<<<
  *             raise ValueError(f"no message has {size} bytes")
- *         wanted = min(size, 1 << 40)
+ *         if size > self.channel.record.geometry.limit:
 */
-        __pyx_t_4 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_v_size, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 194, __pyx_L4_error)
+        __pyx_t_4 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_v_size, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 202, __pyx_L4_error)
         if (unlikely(__pyx_t_4)) {
 
 
-          /* "ivshmem/channel/writers.pyx":195
+          /* "ivshmem/channel/writers.pyx":203
  *         size = self.channel.record.geometry.limit if size is None else operator.index(size)
  *         if size < 0:
  *             raise ValueError(f"no message has {size} bytes")             # <<<<<<<<<<<<<<
- *         wanted = min(size, 1 << 40)
- *         if wanted > self.channel.record.geometry.limit:
+ *         if size > self.channel.record.geometry.limit:
+ *             raise self.too_long(size)
 */
           __pyx_t_5 = NULL;
-          __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_v_size, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 195, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_v_size, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 203, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
           __pyx_t_10[0] = __pyx_mstate_global->__pyx_kp_u_no_message_has;
           __pyx_t_10[1] = __pyx_t_8;
@@ -8459,7 +8958,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_12loan(struct __pyx
           __pyx_t_2 |= __Pyx_PyUnicode_KIND_04(__pyx_t_10[1]);
           #endif
           __pyx_t_6 = __Pyx_PyUnicode_Join(__pyx_t_10, 3, __pyx_t_11, __pyx_t_2);
-          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 195, __pyx_L4_error)
+          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 203, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
           __pyx_t_9 = 1;
@@ -8468,115 +8967,88 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_12loan(struct __pyx
             __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 195, __pyx_L4_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 203, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
           __Pyx_Raise(__pyx_t_3, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-          __PYX_ERR(0, 195, __pyx_L4_error)
+          __PYX_ERR(0, 203, __pyx_L4_error)
 
-          /* "ivshmem/channel/writers.pyx":194
+          /* "ivshmem/channel/writers.pyx":202
  *         self.enter()
  *         size = self.channel.record.geometry.limit if size is None else operator.index(size)
  *         if size < 0:             # <<<<<<<<<<<<<<
  *             raise ValueError(f"no message has {size} bytes")
- *         wanted = min(size, 1 << 40)
+ *         if size > self.channel.record.geometry.limit:
 */
         }
 
-        /* "ivshmem/channel/writers.pyx":196
+        /* "ivshmem/channel/writers.pyx":204
  *         if size < 0:
  *             raise ValueError(f"no message has {size} bytes")
- *         wanted = min(size, 1 << 40)             # <<<<<<<<<<<<<<
- *         if wanted > self.channel.record.geometry.limit:
- *             raise self.too_long(wanted)
+ *         if size > self.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
+ *             raise self.too_long(size)
+ *         return Loan(self, size)
 */
-        __Pyx_INCREF(__pyx_mstate_global->__pyx_int_1099511627776);
-        __pyx_t_3 = __pyx_mstate_global->__pyx_int_1099511627776;
-        __Pyx_INCREF(__pyx_v_size);
-        __pyx_t_6 = __pyx_v_size;
-        __pyx_t_4 = __Pyx_PyObject_CompareBoolLt_object_object(__pyx_t_3, __pyx_t_6, Py_LT); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 196, __pyx_L4_error)
-        if (__pyx_t_4) {
-          __Pyx_INCREF(__pyx_t_3);
-          __pyx_t_5 = __pyx_t_3;
-        } else {
-          __Pyx_INCREF(__pyx_t_6);
-          __pyx_t_5 = __pyx_t_6;
-        }
-
-        __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+        __pyx_t_3 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->__pyx_base.__pyx_base.channel.record.geometry.limit); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 204, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_3);
+        __pyx_t_4 = __Pyx_PyObject_CompareBoolGt_object_int(__pyx_v_size, __pyx_t_3, Py_GT); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 204, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-        __pyx_t_12 = __Pyx_PyLong_As_uint64_t(__pyx_t_5); if (unlikely((__pyx_t_12 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 196, __pyx_L4_error)
-        __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-        __pyx_v_wanted = __pyx_t_12;
-
-        /* "ivshmem/channel/writers.pyx":197
- *             raise ValueError(f"no message has {size} bytes")
- *         wanted = min(size, 1 << 40)
- *         if wanted > self.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
- *             raise self.too_long(wanted)
- *         return Loan(self, wanted)
-*/
-        __pyx_t_4 = (__pyx_v_wanted > __pyx_v_self->__pyx_base.__pyx_base.channel.record.geometry.limit);
-
         if (unlikely(__pyx_t_4)) {
 
 
-          /* "ivshmem/channel/writers.pyx":198
- *         wanted = min(size, 1 << 40)
- *         if wanted > self.channel.record.geometry.limit:
- *             raise self.too_long(wanted)             # <<<<<<<<<<<<<<
- *         return Loan(self, wanted)
+          /* "ivshmem/channel/writers.pyx":205
+ *             raise ValueError(f"no message has {size} bytes")
+ *         if size > self.channel.record.geometry.limit:
+ *             raise self.too_long(size)             # <<<<<<<<<<<<<<
+ *         return Loan(self, size)
  * 
 */
-          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.too_long(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_wanted); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 198, __pyx_L4_error)
-          __Pyx_GOTREF(__pyx_t_5);
-          __Pyx_Raise(__pyx_t_5, 0, 0, 0);
-          __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-          __PYX_ERR(0, 198, __pyx_L4_error)
+          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.too_long(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_size); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 205, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_3);
+          __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+          __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+          __PYX_ERR(0, 205, __pyx_L4_error)
 
-          /* "ivshmem/channel/writers.pyx":197
+          /* "ivshmem/channel/writers.pyx":204
+ *         if size < 0:
  *             raise ValueError(f"no message has {size} bytes")
- *         wanted = min(size, 1 << 40)
- *         if wanted > self.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
- *             raise self.too_long(wanted)
- *         return Loan(self, wanted)
+ *         if size > self.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
+ *             raise self.too_long(size)
+ *         return Loan(self, size)
 */
         }
 
-        /* "ivshmem/channel/writers.pyx":199
- *         if wanted > self.channel.record.geometry.limit:
- *             raise self.too_long(wanted)
- *         return Loan(self, wanted)             # <<<<<<<<<<<<<<
+        /* "ivshmem/channel/writers.pyx":206
+ *         if size > self.channel.record.geometry.limit:
+ *             raise self.too_long(size)
+ *         return Loan(self, size)             # <<<<<<<<<<<<<<
  * 
  * 
 */
-        __pyx_t_3 = NULL;
-        __pyx_t_6 = __Pyx_PyLong_From_uint64_t(__pyx_v_wanted); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 199, __pyx_L4_error)
-        __Pyx_GOTREF(__pyx_t_6);
+        __pyx_t_6 = NULL;
         __pyx_t_9 = 1;
         {
-          PyObject *__pyx_callargs[3] = {__pyx_t_3, ((PyObject *)__pyx_v_self), __pyx_t_6};
-          __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_callargs+__pyx_t_9, (3-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-          __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-          __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 199, __pyx_L4_error)
-          __Pyx_GOTREF((PyObject *)__pyx_t_5);
+          PyObject *__pyx_callargs[3] = {__pyx_t_6, ((PyObject *)__pyx_v_self), __pyx_v_size};
+          __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_callargs+__pyx_t_9, (3-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+          __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 206, __pyx_L4_error)
+          __Pyx_GOTREF((PyObject *)__pyx_t_3);
         }
         {
           PyObject *__pyx_temp;
           {
             __pyx_temp = __pyx_r;
-            __pyx_r = ((PyObject *)__pyx_t_5);
+            __pyx_r = ((PyObject *)__pyx_t_3);
           }
           __Pyx_XDECREF(__pyx_temp);
         }
-        __pyx_t_5 = 0;
+        __pyx_t_3 = 0;
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/writers.pyx":176
+      /* "ivshmem/channel/writers.pyx":184
  *         return self.membership.flush()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8585,11 +9057,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_12loan(struct __pyx
 */
       /*finally:*/ {
         __pyx_L3_return: {
-          __pyx_t_13 = __pyx_r;
+          __pyx_t_12 = __pyx_r;
           __pyx_r = 0;
           __Pyx_PyCriticalSection_End(&__pyx_cs);
-          __pyx_r = __pyx_t_13;
-          __pyx_t_13 = 0;
+          __pyx_r = __pyx_t_12;
+          __pyx_t_12 = 0;
           goto __pyx_L0;
         }
         __pyx_L4_error: {
@@ -8613,7 +9085,6 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_12loan(struct __pyx
   __Pyx_AddTraceback("ivshmem.channel.writers.Writer.loan", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
-
   __Pyx_XDECREF(__pyx_v_size);
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
@@ -8684,7 +9155,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_14__reduce_cython__
  *     raise TypeError, "self.writer cannot be converted to a Python object for pickling"
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_self_writer_cannot_be_converted, 0, 0);
-  __PYX_ERR(1, 2, __pyx_L1_error)
+  __PYX_ERR(3, 2, __pyx_L1_error)
 
   /* "(tree fragment)":1
  * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
@@ -8748,32 +9219,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(1, 3, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(3, 3, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(3, 3, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(1, 3, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(3, 3, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(1, 3, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(3, 3, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(3, 3, __pyx_L3_error)
     }
     __pyx_v___pyx_state = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(1, 3, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(3, 3, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8808,7 +9279,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_16__setstate_cython
  *     raise TypeError, "self.writer cannot be converted to a Python object for pickling"             # <<<<<<<<<<<<<<
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_self_writer_cannot_be_converted, 0, 0);
-  __PYX_ERR(1, 4, __pyx_L1_error)
+  __PYX_ERR(3, 4, __pyx_L1_error)
 
   /* "(tree fragment)":3
  * def __reduce_cython__(self):
@@ -8826,12 +9297,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_16__setstate_cython
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":214
+/* "ivshmem/channel/writers.pyx":221
  *     """
  * 
  *     def __cinit__(self, Writer writer not None, uint32_t size):             # <<<<<<<<<<<<<<
+ *         check_in_place(writer.type, writer.name)
  *         self.writer = writer
- *         self.size = size
 */
 
 /* Python wrapper */
@@ -8873,39 +9344,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_writer,&__pyx_mstate_global->__pyx_n_u_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 214, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 221, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 214, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 221, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 214, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 221, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 214, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 221, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, i); __PYX_ERR(0, 214, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, i); __PYX_ERR(0, 221, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 214, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 221, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 214, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 221, __pyx_L3_error)
     }
     __pyx_v_writer = ((struct __pyx_obj_7ivshmem_7channel_7writers_Writer *)values[0]);
-    __pyx_v_size = __Pyx_PyLong_As_uint32_t(values[1]); if (unlikely((__pyx_v_size == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 214, __pyx_L3_error)
+    __pyx_v_size = __Pyx_PyLong_As_uint32_t(values[1]); if (unlikely((__pyx_v_size == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 221, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 214, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 221, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8916,7 +9387,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_writer), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Writer, 0, "writer", 0))) __PYX_ERR(0, 214, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_writer), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Writer, 0, "writer", 0))) __PYX_ERR(0, 221, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_7writers_4Loan___cinit__(((struct __pyx_obj_7ivshmem_7channel_7writers_Loan *)__pyx_v_self), __pyx_v_writer, __pyx_v_size);
 
   /* function exit code */
@@ -8940,17 +9411,34 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 static int __pyx_pf_7ivshmem_7channel_7writers_4Loan___cinit__(struct __pyx_obj_7ivshmem_7channel_7writers_Loan *__pyx_v_self, struct __pyx_obj_7ivshmem_7channel_7writers_Writer *__pyx_v_writer, uint32_t __pyx_v_size) {
   int __pyx_r;
   __Pyx_RefNannyDeclarations
-  int __pyx_t_1;
+  PyObject *__pyx_t_1 = NULL;
   PyObject *__pyx_t_2 = NULL;
   int __pyx_t_3;
+  int __pyx_t_4;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/channel/writers.pyx":215
+  /* "ivshmem/channel/writers.pyx":222
  * 
  *     def __cinit__(self, Writer writer not None, uint32_t size):
+ *         check_in_place(writer.type, writer.name)             # <<<<<<<<<<<<<<
+ *         self.writer = writer
+ *         self.size = size
+*/
+  __pyx_t_1 = __pyx_v_writer->__pyx_base.type;
+  __Pyx_INCREF(__pyx_t_1);
+  __pyx_t_2 = __pyx_v_writer->__pyx_base.__pyx_base.name;
+  __Pyx_INCREF(__pyx_t_2);
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_5roles_check_in_place(__pyx_t_1, ((PyObject*)__pyx_t_2)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 222, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+
+  /* "ivshmem/channel/writers.pyx":223
+ *     def __cinit__(self, Writer writer not None, uint32_t size):
+ *         check_in_place(writer.type, writer.name)
  *         self.writer = writer             # <<<<<<<<<<<<<<
  *         self.size = size
  *         if size > writer.channel.record.geometry.limit:
@@ -8960,8 +9448,8 @@ static int __pyx_pf_7ivshmem_7channel_7writers_4Loan___cinit__(struct __pyx_obj_
   __Pyx_GOTREF((PyObject *)__pyx_v_self->writer);
   __Pyx_DECREF_SET(__pyx_v_self->writer, __pyx_v_writer);
 
-  /* "ivshmem/channel/writers.pyx":216
- *     def __cinit__(self, Writer writer not None, uint32_t size):
+  /* "ivshmem/channel/writers.pyx":224
+ *         check_in_place(writer.type, writer.name)
  *         self.writer = writer
  *         self.size = size             # <<<<<<<<<<<<<<
  *         if size > writer.channel.record.geometry.limit:
@@ -8969,32 +9457,35 @@ static int __pyx_pf_7ivshmem_7channel_7writers_4Loan___cinit__(struct __pyx_obj_
 */
   __pyx_v_self->size = __pyx_v_size;
 
-  /* "ivshmem/channel/writers.pyx":217
+  /* "ivshmem/channel/writers.pyx":225
  *         self.writer = writer
  *         self.size = size
  *         if size > writer.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
  *             raise writer.too_long(size)
  *         writer.loan_cell(&self.cell)
 */
-  __pyx_t_1 = (__pyx_v_size > __pyx_v_writer->__pyx_base.__pyx_base.channel.record.geometry.limit);
+  __pyx_t_4 = (__pyx_v_size > __pyx_v_writer->__pyx_base.__pyx_base.channel.record.geometry.limit);
 
-  if (unlikely(__pyx_t_1)) {
+  if (unlikely(__pyx_t_4)) {
 
 
-    /* "ivshmem/channel/writers.pyx":218
+    /* "ivshmem/channel/writers.pyx":226
  *         self.size = size
  *         if size > writer.channel.record.geometry.limit:
  *             raise writer.too_long(size)             # <<<<<<<<<<<<<<
  *         writer.loan_cell(&self.cell)
  *         self.live = True
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.too_long(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_writer), __pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 218, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyLong_From_uint32_t(__pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 226, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.too_long(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_writer), __pyx_t_2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 226, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 218, __pyx_L1_error)
+    __Pyx_Raise(__pyx_t_1, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+    __PYX_ERR(0, 226, __pyx_L1_error)
 
-    /* "ivshmem/channel/writers.pyx":217
+    /* "ivshmem/channel/writers.pyx":225
  *         self.writer = writer
  *         self.size = size
  *         if size > writer.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
@@ -9003,17 +9494,17 @@ static int __pyx_pf_7ivshmem_7channel_7writers_4Loan___cinit__(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/channel/writers.pyx":219
+  /* "ivshmem/channel/writers.pyx":227
  *         if size > writer.channel.record.geometry.limit:
  *             raise writer.too_long(size)
  *         writer.loan_cell(&self.cell)             # <<<<<<<<<<<<<<
  *         self.live = True
  * 
 */
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.loan_cell(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_writer), (&__pyx_v_self->cell)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 219, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.loan_cell(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_writer), (&__pyx_v_self->cell)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 227, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/writers.pyx":220
+  /* "ivshmem/channel/writers.pyx":228
  *             raise writer.too_long(size)
  *         writer.loan_cell(&self.cell)
  *         self.live = True             # <<<<<<<<<<<<<<
@@ -9022,18 +9513,19 @@ static int __pyx_pf_7ivshmem_7channel_7writers_4Loan___cinit__(struct __pyx_obj_
 */
   __pyx_v_self->live = 1;
 
-  /* "ivshmem/channel/writers.pyx":214
+  /* "ivshmem/channel/writers.pyx":221
  *     """
  * 
  *     def __cinit__(self, Writer writer not None, uint32_t size):             # <<<<<<<<<<<<<<
+ *         check_in_place(writer.type, writer.name)
  *         self.writer = writer
- *         self.size = size
 */
 
   /* function exit code */
   __pyx_r = 0;
   goto __pyx_L0;
   __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
   __Pyx_AddTraceback("ivshmem.channel.writers.Loan.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
@@ -9043,7 +9535,7 @@ static int __pyx_pf_7ivshmem_7channel_7writers_4Loan___cinit__(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":222
+/* "ivshmem/channel/writers.pyx":230
  *         self.live = True
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
@@ -9090,7 +9582,7 @@ static int __pyx_pf_7ivshmem_7channel_7writers_4Loan_2__getbuffer__(struct __pyx
   __pyx_v_view->obj = Py_None; __Pyx_INCREF(Py_None);
   __Pyx_GIVEREF(__pyx_v_view->obj);
 
-  /* "ivshmem/channel/writers.pyx":223
+  /* "ivshmem/channel/writers.pyx":231
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):
  *         with cython.critical_section(self.writer):             # <<<<<<<<<<<<<<
@@ -9104,27 +9596,27 @@ static int __pyx_pf_7ivshmem_7channel_7writers_4Loan_2__getbuffer__(struct __pyx
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/writers.pyx":224
+        /* "ivshmem/channel/writers.pyx":232
  *     def __getbuffer__(self, Py_buffer *view, int flags):
  *         with cython.critical_section(self.writer):
  *             self.check()             # <<<<<<<<<<<<<<
  *             self.writer.begin_copy()  # by the user, until the buffer is released
  *             try:
 */
-        __pyx_t_2 = __pyx_f_7ivshmem_7channel_7writers_4Loan_check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 224, __pyx_L4_error)
+        __pyx_t_2 = __pyx_f_7ivshmem_7channel_7writers_4Loan_check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 232, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/writers.pyx":225
+        /* "ivshmem/channel/writers.pyx":233
  *         with cython.critical_section(self.writer):
  *             self.check()
  *             self.writer.begin_copy()  # by the user, until the buffer is released             # <<<<<<<<<<<<<<
  *             try:
  *                 PyBuffer_FillInfo(view, self, self.writer.at(self.cell), self.size, False, flags)
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.begin_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->writer)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 225, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.begin_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->writer)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 233, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/writers.pyx":226
+        /* "ivshmem/channel/writers.pyx":234
  *             self.check()
  *             self.writer.begin_copy()  # by the user, until the buffer is released
  *             try:             # <<<<<<<<<<<<<<
@@ -9140,17 +9632,17 @@ static int __pyx_pf_7ivshmem_7channel_7writers_4Loan_2__getbuffer__(struct __pyx
           __Pyx_XGOTREF(__pyx_t_5);
           /*try:*/ {
 
-            /* "ivshmem/channel/writers.pyx":227
+            /* "ivshmem/channel/writers.pyx":235
  *             self.writer.begin_copy()  # by the user, until the buffer is released
  *             try:
  *                 PyBuffer_FillInfo(view, self, self.writer.at(self.cell), self.size, False, flags)             # <<<<<<<<<<<<<<
  *             except BaseException:
  *                 self.writer.end_copy()
 */
-            __pyx_t_2 = PyBuffer_FillInfo(__pyx_v_view, ((PyObject *)__pyx_v_self), ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.at(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->writer), __pyx_v_self->cell), __pyx_v_self->size, 0, __pyx_v_flags); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 227, __pyx_L6_error)
+            __pyx_t_2 = PyBuffer_FillInfo(__pyx_v_view, ((PyObject *)__pyx_v_self), ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.at(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->writer), __pyx_v_self->cell), __pyx_v_self->size, 0, __pyx_v_flags); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 235, __pyx_L6_error)
 
 
-            /* "ivshmem/channel/writers.pyx":226
+            /* "ivshmem/channel/writers.pyx":234
  *             self.check()
  *             self.writer.begin_copy()  # by the user, until the buffer is released
  *             try:             # <<<<<<<<<<<<<<
@@ -9164,7 +9656,7 @@ static int __pyx_pf_7ivshmem_7channel_7writers_4Loan_2__getbuffer__(struct __pyx
           goto __pyx_L11_try_end;
           __pyx_L6_error:;
 
-          /* "ivshmem/channel/writers.pyx":228
+          /* "ivshmem/channel/writers.pyx":236
  *             try:
  *                 PyBuffer_FillInfo(view, self, self.writer.at(self.cell), self.size, False, flags)
  *             except BaseException:             # <<<<<<<<<<<<<<
@@ -9174,22 +9666,22 @@ static int __pyx_pf_7ivshmem_7channel_7writers_4Loan_2__getbuffer__(struct __pyx
           __pyx_t_2 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
           if (__pyx_t_2) {
             __Pyx_AddTraceback("ivshmem.channel.writers.Loan.__getbuffer__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-            if (__Pyx_GetException(&__pyx_t_6, &__pyx_t_7, &__pyx_t_8) < 0) __PYX_ERR(0, 228, __pyx_L8_except_error)
+            if (__Pyx_GetException(&__pyx_t_6, &__pyx_t_7, &__pyx_t_8) < 0) __PYX_ERR(0, 236, __pyx_L8_except_error)
             __Pyx_XGOTREF(__pyx_t_6);
             __Pyx_XGOTREF(__pyx_t_7);
             __Pyx_XGOTREF(__pyx_t_8);
 
-            /* "ivshmem/channel/writers.pyx":229
+            /* "ivshmem/channel/writers.pyx":237
  *                 PyBuffer_FillInfo(view, self, self.writer.at(self.cell), self.size, False, flags)
  *             except BaseException:
  *                 self.writer.end_copy()             # <<<<<<<<<<<<<<
  *                 raise
  *             self.exports += 1
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.end_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->writer)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 229, __pyx_L8_except_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.end_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->writer)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 237, __pyx_L8_except_error)
 
 
-            /* "ivshmem/channel/writers.pyx":230
+            /* "ivshmem/channel/writers.pyx":238
  *             except BaseException:
  *                 self.writer.end_copy()
  *                 raise             # <<<<<<<<<<<<<<
@@ -9201,11 +9693,11 @@ static int __pyx_pf_7ivshmem_7channel_7writers_4Loan_2__getbuffer__(struct __pyx
             __Pyx_XGIVEREF(__pyx_t_8);
             __Pyx_ErrRestoreWithState(__pyx_t_6, __pyx_t_7, __pyx_t_8);
             __pyx_t_6 = 0;  __pyx_t_7 = 0;  __pyx_t_8 = 0; 
-            __PYX_ERR(0, 230, __pyx_L8_except_error)
+            __PYX_ERR(0, 238, __pyx_L8_except_error)
           }
           goto __pyx_L8_except_error;
 
-          /* "ivshmem/channel/writers.pyx":226
+          /* "ivshmem/channel/writers.pyx":234
  *             self.check()
  *             self.writer.begin_copy()  # by the user, until the buffer is released
  *             try:             # <<<<<<<<<<<<<<
@@ -9221,7 +9713,7 @@ static int __pyx_pf_7ivshmem_7channel_7writers_4Loan_2__getbuffer__(struct __pyx
           __pyx_L11_try_end:;
         }
 
-        /* "ivshmem/channel/writers.pyx":231
+        /* "ivshmem/channel/writers.pyx":239
  *                 self.writer.end_copy()
  *                 raise
  *             self.exports += 1             # <<<<<<<<<<<<<<
@@ -9230,7 +9722,7 @@ static int __pyx_pf_7ivshmem_7channel_7writers_4Loan_2__getbuffer__(struct __pyx
 */
         __pyx_v_self->exports = (__pyx_v_self->exports + 1);
 
-        /* "ivshmem/channel/writers.pyx":232
+        /* "ivshmem/channel/writers.pyx":240
  *                 raise
  *             self.exports += 1
  *             self.writer.exports += 1             # <<<<<<<<<<<<<<
@@ -9240,7 +9732,7 @@ static int __pyx_pf_7ivshmem_7channel_7writers_4Loan_2__getbuffer__(struct __pyx
         __pyx_v_self->writer->__pyx_base.exports = (__pyx_v_self->writer->__pyx_base.exports + 1);
       }
 
-      /* "ivshmem/channel/writers.pyx":223
+      /* "ivshmem/channel/writers.pyx":231
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):
  *         with cython.critical_section(self.writer):             # <<<<<<<<<<<<<<
@@ -9261,7 +9753,7 @@ static int __pyx_pf_7ivshmem_7channel_7writers_4Loan_2__getbuffer__(struct __pyx
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/writers.pyx":222
+  /* "ivshmem/channel/writers.pyx":230
  *         self.live = True
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
@@ -9295,7 +9787,7 @@ static int __pyx_pf_7ivshmem_7channel_7writers_4Loan_2__getbuffer__(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":234
+/* "ivshmem/channel/writers.pyx":242
  *             self.writer.exports += 1
  * 
  *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
@@ -9326,7 +9818,7 @@ static void __pyx_pf_7ivshmem_7channel_7writers_4Loan_4__releasebuffer__(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__releasebuffer__", 0);
 
-  /* "ivshmem/channel/writers.pyx":235
+  /* "ivshmem/channel/writers.pyx":243
  * 
  *     def __releasebuffer__(self, Py_buffer *view):
  *         with cython.critical_section(self.writer):             # <<<<<<<<<<<<<<
@@ -9340,7 +9832,7 @@ static void __pyx_pf_7ivshmem_7channel_7writers_4Loan_4__releasebuffer__(struct 
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/writers.pyx":236
+        /* "ivshmem/channel/writers.pyx":244
  *     def __releasebuffer__(self, Py_buffer *view):
  *         with cython.critical_section(self.writer):
  *             self.exports -= 1             # <<<<<<<<<<<<<<
@@ -9349,7 +9841,7 @@ static void __pyx_pf_7ivshmem_7channel_7writers_4Loan_4__releasebuffer__(struct 
 */
         __pyx_v_self->exports = (__pyx_v_self->exports - 1);
 
-        /* "ivshmem/channel/writers.pyx":237
+        /* "ivshmem/channel/writers.pyx":245
  *         with cython.critical_section(self.writer):
  *             self.exports -= 1
  *             self.writer.exports -= 1             # <<<<<<<<<<<<<<
@@ -9358,18 +9850,18 @@ static void __pyx_pf_7ivshmem_7channel_7writers_4Loan_4__releasebuffer__(struct 
 */
         __pyx_v_self->writer->__pyx_base.exports = (__pyx_v_self->writer->__pyx_base.exports - 1);
 
-        /* "ivshmem/channel/writers.pyx":238
+        /* "ivshmem/channel/writers.pyx":246
  *             self.exports -= 1
  *             self.writer.exports -= 1
  *             self.writer.end_copy()             # <<<<<<<<<<<<<<
  * 
  *     def __reduce__(self):
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.end_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->writer)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 238, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.end_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->writer)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 246, __pyx_L4_error)
 
       }
 
-      /* "ivshmem/channel/writers.pyx":235
+      /* "ivshmem/channel/writers.pyx":243
  * 
  *     def __releasebuffer__(self, Py_buffer *view):
  *         with cython.critical_section(self.writer):             # <<<<<<<<<<<<<<
@@ -9390,7 +9882,7 @@ static void __pyx_pf_7ivshmem_7channel_7writers_4Loan_4__releasebuffer__(struct 
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/writers.pyx":234
+  /* "ivshmem/channel/writers.pyx":242
  *             self.writer.exports += 1
  * 
  *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
@@ -9408,7 +9900,7 @@ static void __pyx_pf_7ivshmem_7channel_7writers_4Loan_4__releasebuffer__(struct 
   __Pyx_RefNannyFinishContext();
 }
 
-/* "ivshmem/channel/writers.pyx":240
+/* "ivshmem/channel/writers.pyx":248
  *             self.writer.end_copy()
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -9470,7 +9962,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_6__reduce__(CYTHON_UN
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__reduce__", 0);
 
-  /* "ivshmem/channel/writers.pyx":241
+  /* "ivshmem/channel/writers.pyx":249
  * 
  *     def __reduce__(self):
  *         raise TypeError("a Loan cannot be copied or pickled")             # <<<<<<<<<<<<<<
@@ -9483,14 +9975,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_6__reduce__(CYTHON_UN
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_a_Loan_cannot_be_copied_or_pickl};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 241, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 249, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 241, __pyx_L1_error)
+  __PYX_ERR(0, 249, __pyx_L1_error)
 
-  /* "ivshmem/channel/writers.pyx":240
+  /* "ivshmem/channel/writers.pyx":248
  *             self.writer.end_copy()
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -9509,7 +10001,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_6__reduce__(CYTHON_UN
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":243
+/* "ivshmem/channel/writers.pyx":251
  *         raise TypeError("a Loan cannot be copied or pickled")
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -9535,7 +10027,7 @@ static Py_ssize_t __pyx_pw_7ivshmem_7channel_7writers_4Loan_9__len__(PyObject *_
 static Py_ssize_t __pyx_pf_7ivshmem_7channel_7writers_4Loan_8__len__(struct __pyx_obj_7ivshmem_7channel_7writers_Loan *__pyx_v_self) {
   Py_ssize_t __pyx_r;
 
-  /* "ivshmem/channel/writers.pyx":244
+  /* "ivshmem/channel/writers.pyx":252
  * 
  *     def __len__(self):
  *         return self.size             # <<<<<<<<<<<<<<
@@ -9548,7 +10040,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_7channel_7writers_4Loan_8__len__(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/writers.pyx":243
+  /* "ivshmem/channel/writers.pyx":251
  *         raise TypeError("a Loan cannot be copied or pickled")
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -9562,7 +10054,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_7channel_7writers_4Loan_8__len__(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":246
+/* "ivshmem/channel/writers.pyx":254
  *         return self.size
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -9584,7 +10076,7 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check(struct __pyx_obj_7ivsh
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check", 0);
 
-  /* "ivshmem/channel/writers.pyx":247
+  /* "ivshmem/channel/writers.pyx":255
  * 
  *     cdef int check(self) except -1:
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -9596,7 +10088,7 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check(struct __pyx_obj_7ivsh
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/writers.pyx":248
+    /* "ivshmem/channel/writers.pyx":256
  *     cdef int check(self) except -1:
  *         if not self.live:
  *             raise ClosedError("the loan was published or dropped")             # <<<<<<<<<<<<<<
@@ -9604,7 +10096,7 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check(struct __pyx_obj_7ivsh
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 248, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 256, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -9623,14 +10115,14 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check(struct __pyx_obj_7ivsh
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 248, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 256, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 248, __pyx_L1_error)
+    __PYX_ERR(0, 256, __pyx_L1_error)
 
-    /* "ivshmem/channel/writers.pyx":247
+    /* "ivshmem/channel/writers.pyx":255
  * 
  *     cdef int check(self) except -1:
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -9639,20 +10131,20 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check(struct __pyx_obj_7ivsh
 */
   }
 
-  /* "ivshmem/channel/writers.pyx":249
+  /* "ivshmem/channel/writers.pyx":257
  *         if not self.live:
  *             raise ClosedError("the loan was published or dropped")
  *         return self.writer.enter()             # <<<<<<<<<<<<<<
  * 
  *     cdef int check_exports(self) except -1:
 */
-  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->writer)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 249, __pyx_L1_error)
+  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->writer)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 257, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_6;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/writers.pyx":246
+  /* "ivshmem/channel/writers.pyx":254
  *         return self.size
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -9673,7 +10165,7 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":251
+/* "ivshmem/channel/writers.pyx":259
  *         return self.writer.enter()
  * 
  *     cdef int check_exports(self) except -1:             # <<<<<<<<<<<<<<
@@ -9697,7 +10189,7 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check_exports", 0);
 
-  /* "ivshmem/channel/writers.pyx":252
+  /* "ivshmem/channel/writers.pyx":260
  * 
  *     cdef int check_exports(self) except -1:
  *         if self.exports:             # <<<<<<<<<<<<<<
@@ -9709,7 +10201,7 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(struct __pyx_o
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/writers.pyx":253
+    /* "ivshmem/channel/writers.pyx":261
  *     cdef int check_exports(self) except -1:
  *         if self.exports:
  *             raise BufferError(             # <<<<<<<<<<<<<<
@@ -9718,7 +10210,7 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(struct __pyx_o
 */
     __pyx_t_3 = NULL;
 
-    /* "ivshmem/channel/writers.pyx":254
+    /* "ivshmem/channel/writers.pyx":262
  *         if self.exports:
  *             raise BufferError(
  *                 f"{counted(self.exports, 'memoryview')} or arrays of the loan are in use: release"             # <<<<<<<<<<<<<<
@@ -9726,9 +10218,9 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(struct __pyx_o
  *             )
 */
     __pyx_t_5 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 254, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 262, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_self->exports); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 254, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_self->exports); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 262, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_8 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -9748,13 +10240,13 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(struct __pyx_o
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 254, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 262, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
-    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_4, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 254, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_4, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 262, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __pyx_t_4 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_6, __pyx_mstate_global->__pyx_kp_u_or_arrays_of_the_loan_are_in_us); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 254, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_6, __pyx_mstate_global->__pyx_kp_u_or_arrays_of_the_loan_are_in_us); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 262, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __pyx_t_8 = 1;
@@ -9763,14 +10255,14 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(struct __pyx_o
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BufferError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 253, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 261, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 253, __pyx_L1_error)
+    __PYX_ERR(0, 261, __pyx_L1_error)
 
-    /* "ivshmem/channel/writers.pyx":252
+    /* "ivshmem/channel/writers.pyx":260
  * 
  *     cdef int check_exports(self) except -1:
  *         if self.exports:             # <<<<<<<<<<<<<<
@@ -9779,7 +10271,7 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/writers.pyx":257
+  /* "ivshmem/channel/writers.pyx":265
  *                 " them first (del)"
  *             )
  *         return 0             # <<<<<<<<<<<<<<
@@ -9792,7 +10284,7 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(struct __pyx_o
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/writers.pyx":251
+  /* "ivshmem/channel/writers.pyx":259
  *         return self.writer.enter()
  * 
  *     cdef int check_exports(self) except -1:             # <<<<<<<<<<<<<<
@@ -9816,7 +10308,7 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":259
+/* "ivshmem/channel/writers.pyx":267
  *         return 0
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -9854,20 +10346,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_5array___get__(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/writers.pyx":266
+  /* "ivshmem/channel/writers.pyx":274
  *         arrays cannot be published.
  *         """
  *         import numpy  # an extra, which only this needs             # <<<<<<<<<<<<<<
  * 
  *         if self.writer.type is not None:
 */
-  __pyx_t_2 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_numpy, 0, 0, NULL, 0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 266, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_numpy, 0, 0, NULL, 0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 274, __pyx_L1_error)
   __pyx_t_1 = __pyx_t_2;
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_numpy = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/writers.pyx":268
+  /* "ivshmem/channel/writers.pyx":276
  *         import numpy  # an extra, which only this needs
  * 
  *         if self.writer.type is not None:             # <<<<<<<<<<<<<<
@@ -9878,7 +10370,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_5array___get__(struct
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/writers.pyx":269
+    /* "ivshmem/channel/writers.pyx":277
  * 
  *         if self.writer.type is not None:
  *             return self.writer.type.array(memoryview(self))             # <<<<<<<<<<<<<<
@@ -9887,7 +10379,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_5array___get__(struct
 */
     __pyx_t_4 = __pyx_v_self->writer->__pyx_base.type;
     __Pyx_INCREF(__pyx_t_4);
-    __pyx_t_5 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 269, __pyx_L1_error)
+    __pyx_t_5 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 277, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6 = 0;
     {
@@ -9895,7 +10387,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_5array___get__(struct
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_array, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 269, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 277, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -9909,7 +10401,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_5array___get__(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/writers.pyx":268
+    /* "ivshmem/channel/writers.pyx":276
  *         import numpy  # an extra, which only this needs
  * 
  *         if self.writer.type is not None:             # <<<<<<<<<<<<<<
@@ -9918,7 +10410,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_5array___get__(struct
 */
   }
 
-  /* "ivshmem/channel/writers.pyx":270
+  /* "ivshmem/channel/writers.pyx":278
  *         if self.writer.type is not None:
  *             return self.writer.type.array(memoryview(self))
  *         return numpy.frombuffer(self, "uint8")             # <<<<<<<<<<<<<<
@@ -9932,7 +10424,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_5array___get__(struct
     PyObject *__pyx_callargs[3] = {__pyx_t_5, ((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_uint8};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_frombuffer, __pyx_callargs+__pyx_t_6, (3-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 270, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 278, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -9946,7 +10438,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_5array___get__(struct
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/writers.pyx":259
+  /* "ivshmem/channel/writers.pyx":267
  *         return 0
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -9968,7 +10460,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_5array___get__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":272
+/* "ivshmem/channel/writers.pyx":280
  *         return numpy.frombuffer(self, "uint8")
  * 
  *     def publish(self, timeout=None, *, size=None, spin=None):             # <<<<<<<<<<<<<<
@@ -9984,7 +10476,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7writers_4Loan_10publish, "Publish it; afterwards the memory is the readers\047.\n\n        Args:\n            timeout, spin: as of `put`.\n            size: bytes of the message, if it is shorter than the loan.\n\n        Returns:\n            As of `put`.\n\n        Raises:\n            BufferError: a memoryview or an array of it is alive: its owner could change the message\n                after it was published. The loan stays.\n            TimeoutError: as of `put`. The loan stays.\n        ");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7writers_4Loan_10publish, "Publish it; afterwards the memory is the readers\047.\n\n        Args:\n            timeout, spin: as of `put`.\n            size: bytes of the message, if it is shorter than the loan.\n\n        Returns:\n            As of `put`.\n\n        Raises:\n            BufferError: a memoryview or an array of it is alive: its owner could change the message\n                after it was published. The loan stays.\n            ChannelTypeError: no message of the channel\047s type has so many bytes. The loan stays.\n            TimeoutError: as of `put`. The loan stays.\n        ");
 static PyMethodDef __pyx_mdef_7ivshmem_7channel_7writers_4Loan_11publish = {"publish", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7writers_4Loan_11publish, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7writers_4Loan_10publish};
 static PyObject *__pyx_pw_7ivshmem_7channel_7writers_4Loan_11publish(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -10018,18 +10510,18 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_size,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 272, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 280, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 272, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 280, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "publish", 0) < (0)) __PYX_ERR(0, 272, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "publish", 0) < (0)) __PYX_ERR(0, 280, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
@@ -10037,7 +10529,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 272, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 280, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -10052,7 +10544,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("publish", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 272, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("publish", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 280, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10099,7 +10591,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("publish", 0);
 
-  /* "ivshmem/channel/writers.pyx":287
+  /* "ivshmem/channel/writers.pyx":296
  *             TimeoutError: as of `put`. The loan stays.
  *         """
  *         cdef Writer writer = self.writer             # <<<<<<<<<<<<<<
@@ -10111,7 +10603,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
   __pyx_v_writer = ((struct __pyx_obj_7ivshmem_7channel_7writers_Writer *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/writers.pyx":288
+  /* "ivshmem/channel/writers.pyx":297
  *         """
  *         cdef Writer writer = self.writer
  *         cdef uint32_t length = self.size             # <<<<<<<<<<<<<<
@@ -10122,7 +10614,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
 
   __pyx_v_length = __pyx_t_2;
 
-  /* "ivshmem/channel/writers.pyx":290
+  /* "ivshmem/channel/writers.pyx":299
  *         cdef uint32_t length = self.size
  *         cdef int code
  *         with cython.critical_section(self.writer):             # <<<<<<<<<<<<<<
@@ -10136,27 +10628,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/writers.pyx":291
+        /* "ivshmem/channel/writers.pyx":300
  *         cdef int code
  *         with cython.critical_section(self.writer):
  *             self.check()             # <<<<<<<<<<<<<<
  *             self.check_exports()
  *             if size is not None:
 */
-        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7writers_4Loan_check(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 291, __pyx_L4_error)
+        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7writers_4Loan_check(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 300, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/writers.pyx":292
+        /* "ivshmem/channel/writers.pyx":301
  *         with cython.critical_section(self.writer):
  *             self.check()
  *             self.check_exports()             # <<<<<<<<<<<<<<
  *             if size is not None:
  *                 if not 0 <= size <= self.size:
 */
-        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 292, __pyx_L4_error)
+        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 301, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/writers.pyx":293
+        /* "ivshmem/channel/writers.pyx":302
  *             self.check()
  *             self.check_exports()
  *             if size is not None:             # <<<<<<<<<<<<<<
@@ -10167,18 +10659,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
         if (__pyx_t_4) {
 
 
-          /* "ivshmem/channel/writers.pyx":294
+          /* "ivshmem/channel/writers.pyx":303
  *             self.check_exports()
  *             if size is not None:
  *                 if not 0 <= size <= self.size:             # <<<<<<<<<<<<<<
  *                     raise ValueError(f"{size} bytes of a loan of {self.size}")
  *                 length = size
 */
-          __pyx_t_4 = __Pyx_PyObject_CompareBoolLe_int_object(__pyx_mstate_global->__pyx_int_0, __pyx_v_size, Py_LE); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 294, __pyx_L4_error)
+          __pyx_t_4 = __Pyx_PyObject_CompareBoolLe_int_object(__pyx_mstate_global->__pyx_int_0, __pyx_v_size, Py_LE); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 303, __pyx_L4_error)
           if (__pyx_t_4) {
-            __pyx_t_5 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->size); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 294, __pyx_L4_error)
+            __pyx_t_5 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->size); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 303, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_5);
-            __pyx_t_4 = __Pyx_PyObject_CompareBoolLe_object_int(__pyx_v_size, __pyx_t_5, Py_LE); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 294, __pyx_L4_error)
+            __pyx_t_4 = __Pyx_PyObject_CompareBoolLe_object_int(__pyx_v_size, __pyx_t_5, Py_LE); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 303, __pyx_L4_error)
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
           }
           __pyx_t_6 = (!__pyx_t_4);
@@ -10187,17 +10679,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
           if (unlikely(__pyx_t_6)) {
 
 
-            /* "ivshmem/channel/writers.pyx":295
+            /* "ivshmem/channel/writers.pyx":304
  *             if size is not None:
  *                 if not 0 <= size <= self.size:
  *                     raise ValueError(f"{size} bytes of a loan of {self.size}")             # <<<<<<<<<<<<<<
  *                 length = size
- *             code = writer.wait(timeout, spin)
+ *             if writer.type is not None:
 */
             __pyx_t_7 = NULL;
-            __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_v_size, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 295, __pyx_L4_error)
+            __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_v_size, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 304, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_8);
-            __pyx_t_9 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->size, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 295, __pyx_L4_error)
+            __pyx_t_9 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->size, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 304, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_9);
             __pyx_t_10[0] = __pyx_t_8;
             __pyx_t_10[1] = __pyx_mstate_global->__pyx_kp_u_bytes_of_a_loan_of;
@@ -10211,7 +10703,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
             __pyx_t_3 |= __Pyx_PyUnicode_KIND_04(__pyx_t_10[0]);
             #endif
             __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_10, 3, __pyx_t_11, __pyx_t_3);
-            if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 295, __pyx_L4_error)
+            if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 304, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_12);
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
             __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
@@ -10221,14 +10713,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
               __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_13, (2-__pyx_t_13) | (__pyx_t_13*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
               __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-              if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 295, __pyx_L4_error)
+              if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 304, __pyx_L4_error)
               __Pyx_GOTREF(__pyx_t_5);
             }
             __Pyx_Raise(__pyx_t_5, 0, 0, 0);
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            __PYX_ERR(0, 295, __pyx_L4_error)
+            __PYX_ERR(0, 304, __pyx_L4_error)
 
-            /* "ivshmem/channel/writers.pyx":294
+            /* "ivshmem/channel/writers.pyx":303
  *             self.check_exports()
  *             if size is not None:
  *                 if not 0 <= size <= self.size:             # <<<<<<<<<<<<<<
@@ -10237,17 +10729,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
 */
           }
 
-          /* "ivshmem/channel/writers.pyx":296
+          /* "ivshmem/channel/writers.pyx":305
  *                 if not 0 <= size <= self.size:
  *                     raise ValueError(f"{size} bytes of a loan of {self.size}")
  *                 length = size             # <<<<<<<<<<<<<<
- *             code = writer.wait(timeout, spin)
- *             if code == IVSHMEM_AGAIN:
+ *             if writer.type is not None:
+ *                 writer.type.check_size(length)
 */
-          __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_v_size); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 296, __pyx_L4_error)
+          __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_v_size); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 305, __pyx_L4_error)
           __pyx_v_length = __pyx_t_2;
 
-          /* "ivshmem/channel/writers.pyx":293
+          /* "ivshmem/channel/writers.pyx":302
  *             self.check()
  *             self.check_exports()
  *             if size is not None:             # <<<<<<<<<<<<<<
@@ -10256,18 +10748,60 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
 */
         }
 
-        /* "ivshmem/channel/writers.pyx":297
+        /* "ivshmem/channel/writers.pyx":306
  *                     raise ValueError(f"{size} bytes of a loan of {self.size}")
  *                 length = size
+ *             if writer.type is not None:             # <<<<<<<<<<<<<<
+ *                 writer.type.check_size(length)
+ *             code = writer.wait(timeout, spin)
+*/
+        __pyx_t_6 = (__pyx_v_writer->__pyx_base.type != Py_None);
+        if (__pyx_t_6) {
+
+
+          /* "ivshmem/channel/writers.pyx":307
+ *                 length = size
+ *             if writer.type is not None:
+ *                 writer.type.check_size(length)             # <<<<<<<<<<<<<<
+ *             code = writer.wait(timeout, spin)
+ *             if code == IVSHMEM_AGAIN:
+*/
+          __pyx_t_12 = __pyx_v_writer->__pyx_base.type;
+          __Pyx_INCREF(__pyx_t_12);
+          __pyx_t_7 = __Pyx_PyLong_From_uint32_t(__pyx_v_length); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 307, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_7);
+          __pyx_t_13 = 0;
+          {
+            PyObject *__pyx_callargs[2] = {__pyx_t_12, __pyx_t_7};
+            __pyx_t_5 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_check_size, __pyx_callargs+__pyx_t_13, (2-__pyx_t_13) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+            __Pyx_XDECREF(__pyx_t_12); __pyx_t_12 = 0;
+            __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+            if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 307, __pyx_L4_error)
+            __Pyx_GOTREF(__pyx_t_5);
+          }
+          __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+
+          /* "ivshmem/channel/writers.pyx":306
+ *                     raise ValueError(f"{size} bytes of a loan of {self.size}")
+ *                 length = size
+ *             if writer.type is not None:             # <<<<<<<<<<<<<<
+ *                 writer.type.check_size(length)
+ *             code = writer.wait(timeout, spin)
+*/
+        }
+
+        /* "ivshmem/channel/writers.pyx":308
+ *             if writer.type is not None:
+ *                 writer.type.check_size(length)
  *             code = writer.wait(timeout, spin)             # <<<<<<<<<<<<<<
  *             if code == IVSHMEM_AGAIN:
  *                 raise writer.blocked(timeout)
 */
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_writer), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_3 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 297, __pyx_L4_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_writer), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_3 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 308, __pyx_L4_error)
         __pyx_v_code = __pyx_t_3;
 
-        /* "ivshmem/channel/writers.pyx":298
- *                 length = size
+        /* "ivshmem/channel/writers.pyx":309
+ *                 writer.type.check_size(length)
  *             code = writer.wait(timeout, spin)
  *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *                 raise writer.blocked(timeout)
@@ -10278,21 +10812,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
         if (unlikely(__pyx_t_6)) {
 
 
-          /* "ivshmem/channel/writers.pyx":299
+          /* "ivshmem/channel/writers.pyx":310
  *             code = writer.wait(timeout, spin)
  *             if code == IVSHMEM_AGAIN:
  *                 raise writer.blocked(timeout)             # <<<<<<<<<<<<<<
  *             if code:
  *                 raise writer.fail(code)
 */
-          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.blocked(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_writer), __pyx_v_timeout); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 299, __pyx_L4_error)
+          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.blocked(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_writer), __pyx_v_timeout); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 310, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_5);
           __Pyx_Raise(__pyx_t_5, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-          __PYX_ERR(0, 299, __pyx_L4_error)
+          __PYX_ERR(0, 310, __pyx_L4_error)
 
-          /* "ivshmem/channel/writers.pyx":298
- *                 length = size
+          /* "ivshmem/channel/writers.pyx":309
+ *                 writer.type.check_size(length)
  *             code = writer.wait(timeout, spin)
  *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *                 raise writer.blocked(timeout)
@@ -10300,7 +10834,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
 */
         }
 
-        /* "ivshmem/channel/writers.pyx":300
+        /* "ivshmem/channel/writers.pyx":311
  *             if code == IVSHMEM_AGAIN:
  *                 raise writer.blocked(timeout)
  *             if code:             # <<<<<<<<<<<<<<
@@ -10312,20 +10846,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
         if (unlikely(__pyx_t_6)) {
 
 
-          /* "ivshmem/channel/writers.pyx":301
+          /* "ivshmem/channel/writers.pyx":312
  *                 raise writer.blocked(timeout)
  *             if code:
  *                 raise writer.fail(code)             # <<<<<<<<<<<<<<
  *             self.check()
  *             self.check_exports()  # another thread may have made one during the wait
 */
-          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_writer), __pyx_v_code); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 301, __pyx_L4_error)
+          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_writer), __pyx_v_code); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 312, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_5);
           __Pyx_Raise(__pyx_t_5, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-          __PYX_ERR(0, 301, __pyx_L4_error)
+          __PYX_ERR(0, 312, __pyx_L4_error)
 
-          /* "ivshmem/channel/writers.pyx":300
+          /* "ivshmem/channel/writers.pyx":311
  *             if code == IVSHMEM_AGAIN:
  *                 raise writer.blocked(timeout)
  *             if code:             # <<<<<<<<<<<<<<
@@ -10334,27 +10868,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
 */
         }
 
-        /* "ivshmem/channel/writers.pyx":302
+        /* "ivshmem/channel/writers.pyx":313
  *             if code:
  *                 raise writer.fail(code)
  *             self.check()             # <<<<<<<<<<<<<<
  *             self.check_exports()  # another thread may have made one during the wait
  *             self.live = False
 */
-        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7writers_4Loan_check(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 302, __pyx_L4_error)
+        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7writers_4Loan_check(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 313, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/writers.pyx":303
+        /* "ivshmem/channel/writers.pyx":314
  *                 raise writer.fail(code)
  *             self.check()
  *             self.check_exports()  # another thread may have made one during the wait             # <<<<<<<<<<<<<<
  *             self.live = False
  *             writer.send(self.cell, length, 0)
 */
-        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 303, __pyx_L4_error)
+        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 314, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/writers.pyx":304
+        /* "ivshmem/channel/writers.pyx":315
  *             self.check()
  *             self.check_exports()  # another thread may have made one during the wait
  *             self.live = False             # <<<<<<<<<<<<<<
@@ -10363,24 +10897,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
 */
         __pyx_v_self->live = 0;
 
-        /* "ivshmem/channel/writers.pyx":305
+        /* "ivshmem/channel/writers.pyx":316
  *             self.check_exports()  # another thread may have made one during the wait
  *             self.live = False
  *             writer.send(self.cell, length, 0)             # <<<<<<<<<<<<<<
  *             return writer.writer.missed
  * 
 */
-        __pyx_t_14 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.send(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_writer), __pyx_v_self->cell, __pyx_v_length, 0); if (unlikely(__pyx_t_14 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 305, __pyx_L4_error)
+        __pyx_t_14 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.send(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_writer), __pyx_v_self->cell, __pyx_v_length, 0); if (unlikely(__pyx_t_14 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 316, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/writers.pyx":306
+        /* "ivshmem/channel/writers.pyx":317
  *             self.live = False
  *             writer.send(self.cell, length, 0)
  *             return writer.writer.missed             # <<<<<<<<<<<<<<
  * 
  *     def publish_async(self, timeout=None, *, size=None):
 */
-        __pyx_t_5 = __Pyx_PyLong_From_uint32_t(__pyx_v_writer->__pyx_base.writer.missed); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 306, __pyx_L4_error)
+        __pyx_t_5 = __Pyx_PyLong_From_uint32_t(__pyx_v_writer->__pyx_base.writer.missed); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 317, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_5);
         {
           PyObject *__pyx_temp;
@@ -10395,7 +10929,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/writers.pyx":290
+      /* "ivshmem/channel/writers.pyx":299
  *         cdef uint32_t length = self.size
  *         cdef int code
  *         with cython.critical_section(self.writer):             # <<<<<<<<<<<<<<
@@ -10419,7 +10953,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/writers.pyx":272
+  /* "ivshmem/channel/writers.pyx":280
  *         return numpy.frombuffer(self, "uint8")
  * 
  *     def publish(self, timeout=None, *, size=None, spin=None):             # <<<<<<<<<<<<<<
@@ -10446,7 +10980,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":308
+/* "ivshmem/channel/writers.pyx":319
  *             return writer.writer.missed
  * 
  *     def publish_async(self, timeout=None, *, size=None):             # <<<<<<<<<<<<<<
@@ -10495,25 +11029,25 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 308, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 319, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 308, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 319, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "publish_async", 0) < (0)) __PYX_ERR(0, 308, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "publish_async", 0) < (0)) __PYX_ERR(0, 319, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 308, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 319, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -10526,7 +11060,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("publish_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 308, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("publish_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 319, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10560,7 +11094,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_12publish_async(struc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("publish_async", 0);
 
-  /* "ivshmem/channel/writers.pyx":310
+  /* "ivshmem/channel/writers.pyx":321
  *     def publish_async(self, timeout=None, *, size=None):
  *         """The twin of `publish` for asyncio: a coroutine. If it is cancelled, the loan stays."""
  *         return until_in_time(self.writer, self.publish, timeout, (), {"size": size})             # <<<<<<<<<<<<<<
@@ -10569,14 +11103,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_12publish_async(struc
 */
   __pyx_t_1 = ((PyObject *)__pyx_v_self->writer);
   __Pyx_INCREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_publish); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 310, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_publish); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 321, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_3 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 310, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 321, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_size, __pyx_v_size) < (0)) __PYX_ERR(0, 310, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_size, __pyx_v_size) < (0)) __PYX_ERR(0, 321, __pyx_L1_error)
   __pyx_t_5.__pyx_n = 1;
   __pyx_t_5.options = ((PyObject*)__pyx_t_3);
-  __pyx_t_4 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1), __pyx_t_2, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple, &__pyx_t_5); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 310, __pyx_L1_error)
+  __pyx_t_4 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1), __pyx_t_2, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple, &__pyx_t_5); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 321, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -10592,7 +11126,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_12publish_async(struc
   __pyx_t_4 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/writers.pyx":308
+  /* "ivshmem/channel/writers.pyx":319
  *             return writer.writer.missed
  * 
  *     def publish_async(self, timeout=None, *, size=None):             # <<<<<<<<<<<<<<
@@ -10614,7 +11148,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_12publish_async(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":312
+/* "ivshmem/channel/writers.pyx":323
  *         return until_in_time(self.writer, self.publish, timeout, (), {"size": size})
  * 
  *     def drop(self):             # <<<<<<<<<<<<<<
@@ -10677,7 +11211,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_14drop(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("drop", 0);
 
-  /* "ivshmem/channel/writers.pyx":318
+  /* "ivshmem/channel/writers.pyx":329
  *             BufferError: as of `publish`.
  *         """
  *         with cython.critical_section(self.writer):             # <<<<<<<<<<<<<<
@@ -10691,7 +11225,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_14drop(struct __pyx_o
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/writers.pyx":319
+        /* "ivshmem/channel/writers.pyx":330
  *         """
  *         with cython.critical_section(self.writer):
  *             if not self.live:             # <<<<<<<<<<<<<<
@@ -10703,7 +11237,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_14drop(struct __pyx_o
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/writers.pyx":320
+          /* "ivshmem/channel/writers.pyx":331
  *         with cython.critical_section(self.writer):
  *             if not self.live:
  *                 return             # <<<<<<<<<<<<<<
@@ -10721,7 +11255,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_14drop(struct __pyx_o
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/writers.pyx":319
+          /* "ivshmem/channel/writers.pyx":330
  *         """
  *         with cython.critical_section(self.writer):
  *             if not self.live:             # <<<<<<<<<<<<<<
@@ -10730,17 +11264,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_14drop(struct __pyx_o
 */
         }
 
-        /* "ivshmem/channel/writers.pyx":321
+        /* "ivshmem/channel/writers.pyx":332
  *             if not self.live:
  *                 return
  *             self.check_exports()             # <<<<<<<<<<<<<<
  *             self.live = False
  *             if self.writer.open:
 */
-        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 321, __pyx_L4_error)
+        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 332, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/writers.pyx":322
+        /* "ivshmem/channel/writers.pyx":333
  *                 return
  *             self.check_exports()
  *             self.live = False             # <<<<<<<<<<<<<<
@@ -10749,7 +11283,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_14drop(struct __pyx_o
 */
         __pyx_v_self->live = 0;
 
-        /* "ivshmem/channel/writers.pyx":323
+        /* "ivshmem/channel/writers.pyx":334
  *             self.check_exports()
  *             self.live = False
  *             if self.writer.open:             # <<<<<<<<<<<<<<
@@ -10758,7 +11292,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_14drop(struct __pyx_o
 */
         if (__pyx_v_self->writer->__pyx_base.__pyx_base.open) {
 
-          /* "ivshmem/channel/writers.pyx":324
+          /* "ivshmem/channel/writers.pyx":335
  *             self.live = False
  *             if self.writer.open:
  *                 ivshmem_loan_drop(&self.writer.writer, self.cell)             # <<<<<<<<<<<<<<
@@ -10767,7 +11301,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_14drop(struct __pyx_o
 */
           ivshmem_loan_drop((&__pyx_v_self->writer->__pyx_base.writer), __pyx_v_self->cell);
 
-          /* "ivshmem/channel/writers.pyx":323
+          /* "ivshmem/channel/writers.pyx":334
  *             self.check_exports()
  *             self.live = False
  *             if self.writer.open:             # <<<<<<<<<<<<<<
@@ -10777,7 +11311,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_14drop(struct __pyx_o
         }
       }
 
-      /* "ivshmem/channel/writers.pyx":318
+      /* "ivshmem/channel/writers.pyx":329
  *             BufferError: as of `publish`.
  *         """
  *         with cython.critical_section(self.writer):             # <<<<<<<<<<<<<<
@@ -10806,7 +11340,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_14drop(struct __pyx_o
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/writers.pyx":312
+  /* "ivshmem/channel/writers.pyx":323
  *         return until_in_time(self.writer, self.publish, timeout, (), {"size": size})
  * 
  *     def drop(self):             # <<<<<<<<<<<<<<
@@ -10827,7 +11361,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_14drop(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":326
+/* "ivshmem/channel/writers.pyx":337
  *                 ivshmem_loan_drop(&self.writer.writer, self.cell)
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -10883,7 +11417,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_16__enter__(struct __
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__enter__", 0);
 
-  /* "ivshmem/channel/writers.pyx":327
+  /* "ivshmem/channel/writers.pyx":338
  * 
  *     def __enter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -10901,7 +11435,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_16__enter__(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/writers.pyx":326
+  /* "ivshmem/channel/writers.pyx":337
  *                 ivshmem_loan_drop(&self.writer.writer, self.cell)
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -10916,7 +11450,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_16__enter__(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":329
+/* "ivshmem/channel/writers.pyx":340
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -10971,33 +11505,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_kind,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 329, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 340, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         default:
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 329, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 340, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
       const Py_ssize_t used_pos_args = (kwd_pos_args < 1) ? kwd_pos_args : 1;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 329, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 340, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 329, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 340, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs < 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 329, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 340, __pyx_L3_error)
     }
     __pyx_v_kind = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 329, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 340, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11032,7 +11566,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_18__exit__(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__exit__", 0);
 
-  /* "ivshmem/channel/writers.pyx":330
+  /* "ivshmem/channel/writers.pyx":341
  * 
  *     def __exit__(self, kind, *error):
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -11044,7 +11578,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_18__exit__(struct __p
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/writers.pyx":331
+    /* "ivshmem/channel/writers.pyx":342
  *     def __exit__(self, kind, *error):
  *         if not self.live:
  *             return             # <<<<<<<<<<<<<<
@@ -11061,7 +11595,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_18__exit__(struct __p
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/writers.pyx":330
+    /* "ivshmem/channel/writers.pyx":341
  * 
  *     def __exit__(self, kind, *error):
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -11070,7 +11604,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_18__exit__(struct __p
 */
   }
 
-  /* "ivshmem/channel/writers.pyx":332
+  /* "ivshmem/channel/writers.pyx":343
  *         if not self.live:
  *             return
  *         if kind is None:             # <<<<<<<<<<<<<<
@@ -11081,7 +11615,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_18__exit__(struct __p
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/writers.pyx":333
+    /* "ivshmem/channel/writers.pyx":344
  *             return
  *         if kind is None:
  *             self.publish()             # <<<<<<<<<<<<<<
@@ -11095,12 +11629,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_18__exit__(struct __p
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_publish, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 333, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 344, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/writers.pyx":332
+    /* "ivshmem/channel/writers.pyx":343
  *         if not self.live:
  *             return
  *         if kind is None:             # <<<<<<<<<<<<<<
@@ -11110,7 +11644,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_18__exit__(struct __p
     goto __pyx_L4;
   }
 
-  /* "ivshmem/channel/writers.pyx":334
+  /* "ivshmem/channel/writers.pyx":345
  *         if kind is None:
  *             self.publish()
  *         elif self.exports == 0:             # <<<<<<<<<<<<<<
@@ -11122,7 +11656,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_18__exit__(struct __p
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/writers.pyx":335
+    /* "ivshmem/channel/writers.pyx":346
  *             self.publish()
  *         elif self.exports == 0:
  *             self.drop()             # <<<<<<<<<<<<<<
@@ -11136,12 +11670,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_18__exit__(struct __p
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_drop, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 335, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 346, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/writers.pyx":334
+    /* "ivshmem/channel/writers.pyx":345
  *         if kind is None:
  *             self.publish()
  *         elif self.exports == 0:             # <<<<<<<<<<<<<<
@@ -11151,7 +11685,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_18__exit__(struct __p
   }
   __pyx_L4:;
 
-  /* "ivshmem/channel/writers.pyx":329
+  /* "ivshmem/channel/writers.pyx":340
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -11173,7 +11707,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_18__exit__(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":337
+/* "ivshmem/channel/writers.pyx":348
  *             self.drop()
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -11198,7 +11732,7 @@ static void __pyx_pf_7ivshmem_7channel_7writers_4Loan_20__del__(struct __pyx_obj
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/writers.pyx":338
+  /* "ivshmem/channel/writers.pyx":349
  * 
  *     def __del__(self):
  *         if self.live and self.writer is not None and self.writer.open:             # <<<<<<<<<<<<<<
@@ -11226,7 +11760,7 @@ static void __pyx_pf_7ivshmem_7channel_7writers_4Loan_20__del__(struct __pyx_obj
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/writers.pyx":339
+    /* "ivshmem/channel/writers.pyx":350
  *     def __del__(self):
  *         if self.live and self.writer is not None and self.writer.open:
  *             ivshmem_loan_drop(&self.writer.writer, self.cell)             # <<<<<<<<<<<<<<
@@ -11235,7 +11769,7 @@ static void __pyx_pf_7ivshmem_7channel_7writers_4Loan_20__del__(struct __pyx_obj
 */
     ivshmem_loan_drop((&__pyx_v_self->writer->__pyx_base.writer), __pyx_v_self->cell);
 
-    /* "ivshmem/channel/writers.pyx":338
+    /* "ivshmem/channel/writers.pyx":349
  * 
  *     def __del__(self):
  *         if self.live and self.writer is not None and self.writer.open:             # <<<<<<<<<<<<<<
@@ -11244,7 +11778,7 @@ static void __pyx_pf_7ivshmem_7channel_7writers_4Loan_20__del__(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/channel/writers.pyx":337
+  /* "ivshmem/channel/writers.pyx":348
  *             self.drop()
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -11256,7 +11790,7 @@ static void __pyx_pf_7ivshmem_7channel_7writers_4Loan_20__del__(struct __pyx_obj
 
 }
 
-/* "ivshmem/channel/writers.pyx":341
+/* "ivshmem/channel/writers.pyx":352
  *             ivshmem_loan_drop(&self.writer.writer, self.cell)
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -11294,7 +11828,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_22__repr__(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__repr__", 0);
 
-  /* "ivshmem/channel/writers.pyx":342
+  /* "ivshmem/channel/writers.pyx":353
  * 
  *     def __repr__(self):
  *         state = "" if self.live else ", published or dropped"             # <<<<<<<<<<<<<<
@@ -11310,14 +11844,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_22__repr__(struct __p
   __pyx_v_state = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/writers.pyx":343
+  /* "ivshmem/channel/writers.pyx":354
  *     def __repr__(self):
  *         state = "" if self.live else ", published or dropped"
  *         return f"<ivshmem.channel.Loan of {self.size} bytes{state}>"             # <<<<<<<<<<<<<<
 */
-  __pyx_t_1 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->size, 0, ' ', 'd'); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 343, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->size, 0, ' ', 'd'); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 354, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 343, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 354, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_t_3[0] = __pyx_mstate_global->__pyx_kp_u_ivshmem_channel_Loan_of;
   __pyx_t_3[1] = __pyx_t_1;
@@ -11333,7 +11867,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_22__repr__(struct __p
   __pyx_t_5 |= __Pyx_PyUnicode_KIND_04(__pyx_t_3[3]);
   #endif
   __pyx_t_6 = __Pyx_PyUnicode_Join(__pyx_t_3, 5, __pyx_t_4, __pyx_t_5);
-  if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 343, __pyx_L1_error)
+  if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 354, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -11348,7 +11882,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_22__repr__(struct __p
   __pyx_t_6 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/writers.pyx":341
+  /* "ivshmem/channel/writers.pyx":352
  *             ivshmem_loan_drop(&self.writer.writer, self.cell)
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -11409,7 +11943,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_4size___get__(struct 
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
-        __pyx_t_2 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->size); if (unlikely(!__pyx_t_2)) __PYX_ERR(2, 15, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->size); if (unlikely(!__pyx_t_2)) __PYX_ERR(4, 15, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           PyObject *__pyx_temp;
@@ -11961,11 +12495,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7writers_Writer(__p
   __pyx_vtable_7ivshmem_7channel_7writers_Writer.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd;
   __pyx_vtable_7ivshmem_7channel_7writers_Writer.announce = (int (*)(struct __pyx_obj_7ivshmem_7channel_7writers_Writer *))__pyx_f_7ivshmem_7channel_7writers_6Writer_announce;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 29, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 30, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Writer = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7writers_Writer_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Writer)) __PYX_ERR(0, 29, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Writer)) __PYX_ERR(0, 30, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Writer = &__pyx_type_7ivshmem_7channel_7writers_Writer;
   #endif
@@ -11973,7 +12507,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7writers_Writer(__p
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Writer->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Writer) < (0)) __PYX_ERR(0, 29, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Writer) < (0)) __PYX_ERR(0, 30, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Writer);
@@ -11983,12 +12517,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7writers_Writer(__p
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Writer->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Writer, __pyx_vtabptr_7ivshmem_7channel_7writers_Writer) < (0)) __PYX_ERR(0, 29, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Writer, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Writer) < (0)) __PYX_ERR(0, 29, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Writer, __pyx_vtabptr_7ivshmem_7channel_7writers_Writer) < (0)) __PYX_ERR(0, 30, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Writer, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Writer) < (0)) __PYX_ERR(0, 30, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Writer->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Writer->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_7writers_Writer, __pyx_base.__pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Writer) < (0)) __PYX_ERR(0, 29, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Writer) < (0)) __PYX_ERR(0, 30, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -12009,7 +12543,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7writers_Loan(__pyx
   __pyx_vtable_7ivshmem_7channel_7writers_Loan.check = (int (*)(struct __pyx_obj_7ivshmem_7channel_7writers_Loan *))__pyx_f_7ivshmem_7channel_7writers_4Loan_check;
   __pyx_vtable_7ivshmem_7channel_7writers_Loan.check_exports = (int (*)(struct __pyx_obj_7ivshmem_7channel_7writers_Loan *))__pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Loan = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7writers_Loan_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Loan)) __PYX_ERR(0, 202, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Loan = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7writers_Loan_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Loan)) __PYX_ERR(0, 209, __pyx_L1_error)
   #if !CYTHON_COMPILING_IN_LIMITED_API
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Loan->tp_as_buffer = &__pyx_tp_as_buffer_Loan;
   #elif defined(Py_bf_getbuffer) && defined(Py_bf_releasebuffer)
@@ -12025,7 +12559,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7writers_Loan(__pyx
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Loan) < (0)) __PYX_ERR(0, 202, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Loan) < (0)) __PYX_ERR(0, 209, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Loan);
@@ -12035,8 +12569,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7writers_Loan(__pyx
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Loan->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_vtabptr_7ivshmem_7channel_7writers_Loan) < (0)) __PYX_ERR(0, 202, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Loan, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Loan) < (0)) __PYX_ERR(0, 202, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_vtabptr_7ivshmem_7channel_7writers_Loan) < (0)) __PYX_ERR(0, 209, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Loan, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Loan) < (0)) __PYX_ERR(0, 209, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -12053,7 +12587,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_modinit_Type_import_code", 0);
   /*--- Type import code ---*/
-  __pyx_t_1 = PyImport_ImportModule(__Pyx_BUILTIN_MODULE_NAME); if (unlikely(!__pyx_t_1)) __PYX_ERR(3, 9, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule(__Pyx_BUILTIN_MODULE_NAME); if (unlikely(!__pyx_t_1)) __PYX_ERR(5, 9, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7cpython_4type_type = __Pyx_ImportType_3_3_1(__pyx_t_1, __Pyx_BUILTIN_MODULE_NAME, "type",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -12063,9 +12597,9 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(PyHeapTypeObject), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(PyHeapTypeObject),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(3, 9, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(5, 9, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.descriptors"); if (unlikely(!__pyx_t_1)) __PYX_ERR(4, 86, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.descriptors"); if (unlikely(!__pyx_t_1)) __PYX_ERR(1, 101, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Fd",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -12075,7 +12609,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) __PYX_ERR(4, 86, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) __PYX_ERR(1, 101, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "FdArray",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
@@ -12084,8 +12618,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) __PYX_ERR(4, 93, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray) != 1)) __PYX_ERR(4, 93, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) __PYX_ERR(1, 108, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray) != 1)) __PYX_ERR(1, 108, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Signaller",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
@@ -12094,8 +12628,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) __PYX_ERR(4, 117, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) != 1)) __PYX_ERR(4, 117, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) __PYX_ERR(1, 132, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) != 1)) __PYX_ERR(1, 132, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Relay",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
@@ -12104,8 +12638,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) __PYX_ERR(4, 127, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) != 1)) __PYX_ERR(4, 127, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) __PYX_ERR(1, 142, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) != 1)) __PYX_ERR(1, 142, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Epoll",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
@@ -12114,10 +12648,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) __PYX_ERR(4, 134, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) != 1)) __PYX_ERR(4, 134, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) __PYX_ERR(1, 149, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) != 1)) __PYX_ERR(1, 149, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.spin"); if (unlikely(!__pyx_t_1)) __PYX_ERR(5, 30, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.spin"); if (unlikely(!__pyx_t_1)) __PYX_ERR(6, 30, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.spin", "Spinner",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -12127,10 +12661,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_4spin_Spinner), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_4spin_Spinner),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner) __PYX_ERR(5, 30, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner, (void**)&__pyx_vtabptr_7ivshmem_6native_4spin_Spinner) != 1)) __PYX_ERR(5, 30, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner) __PYX_ERR(6, 30, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner, (void**)&__pyx_vtabptr_7ivshmem_6native_4spin_Spinner) != 1)) __PYX_ERR(6, 30, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.bell"); if (unlikely(!__pyx_t_1)) __PYX_ERR(6, 23, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.bell"); if (unlikely(!__pyx_t_1)) __PYX_ERR(7, 23, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.bell", "Doorbell",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -12140,10 +12674,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell) __PYX_ERR(6, 23, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell, (void**)&__pyx_vtabptr_7ivshmem_6native_4bell_Doorbell) != 1)) __PYX_ERR(6, 23, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell) __PYX_ERR(7, 23, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell, (void**)&__pyx_vtabptr_7ivshmem_6native_4bell_Doorbell) != 1)) __PYX_ERR(7, 23, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.mapping"); if (unlikely(!__pyx_t_1)) __PYX_ERR(7, 6, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.mapping"); if (unlikely(!__pyx_t_1)) __PYX_ERR(8, 6, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "Mapping",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -12153,8 +12687,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping) __PYX_ERR(7, 6, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Mapping) != 1)) __PYX_ERR(7, 6, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping) __PYX_ERR(8, 6, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Mapping) != 1)) __PYX_ERR(8, 6, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "Atomic",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic),
@@ -12163,8 +12697,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic) __PYX_ERR(7, 22, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Atomic) != 1)) __PYX_ERR(7, 22, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic) __PYX_ERR(8, 22, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Atomic) != 1)) __PYX_ERR(8, 22, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32 = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "AtomicU32",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32),
@@ -12173,8 +12707,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32) __PYX_ERR(7, 33, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32) != 1)) __PYX_ERR(7, 33, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32) __PYX_ERR(8, 33, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32) != 1)) __PYX_ERR(8, 33, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64 = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "AtomicU64",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64),
@@ -12183,8 +12717,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64) __PYX_ERR(7, 37, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64) != 1)) __PYX_ERR(7, 37, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64) __PYX_ERR(8, 37, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64) != 1)) __PYX_ERR(8, 37, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "Registers",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Registers), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Registers),
@@ -12193,10 +12727,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Registers), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Registers),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers) __PYX_ERR(7, 41, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Registers) != 1)) __PYX_ERR(7, 41, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers) __PYX_ERR(8, 41, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Registers) != 1)) __PYX_ERR(8, 41, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem._core"); if (unlikely(!__pyx_t_1)) __PYX_ERR(8, 56, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem._core"); if (unlikely(!__pyx_t_1)) __PYX_ERR(9, 56, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._core", "Doorbells",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -12206,10 +12740,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_5_core_Doorbells), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_5_core_Doorbells),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) __PYX_ERR(8, 56, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells, (void**)&__pyx_vtabptr_7ivshmem_5_core_Doorbells) != 1)) __PYX_ERR(8, 56, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) __PYX_ERR(9, 56, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells, (void**)&__pyx_vtabptr_7ivshmem_5_core_Doorbells) != 1)) __PYX_ERR(9, 56, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.membership"); if (unlikely(!__pyx_t_1)) __PYX_ERR(9, 22, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.membership"); if (unlikely(!__pyx_t_1)) __PYX_ERR(10, 22, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.membership", "Dependent",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -12219,8 +12753,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent) __PYX_ERR(9, 22, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Dependent) != 1)) __PYX_ERR(9, 22, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent) __PYX_ERR(10, 22, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Dependent) != 1)) __PYX_ERR(10, 22, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.membership", "Membership",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Membership), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Membership),
@@ -12229,10 +12763,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Membership), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Membership),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) __PYX_ERR(9, 29, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Membership) != 1)) __PYX_ERR(9, 29, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) __PYX_ERR(10, 29, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Membership) != 1)) __PYX_ERR(10, 29, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.ends"); if (unlikely(!__pyx_t_1)) __PYX_ERR(10, 11, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.ends"); if (unlikely(!__pyx_t_1)) __PYX_ERR(11, 18, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.ends", "Wakeup",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -12242,8 +12776,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup) __PYX_ERR(10, 11, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup) != 1)) __PYX_ERR(10, 11, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup) __PYX_ERR(11, 18, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup) != 1)) __PYX_ERR(11, 18, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.ends", "ChannelEnd",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd),
@@ -12252,10 +12786,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd) __PYX_ERR(10, 24, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd) != 1)) __PYX_ERR(10, 24, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd) __PYX_ERR(11, 31, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd) != 1)) __PYX_ERR(11, 31, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.roles"); if (unlikely(!__pyx_t_1)) __PYX_ERR(11, 47, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.roles"); if (unlikely(!__pyx_t_1)) __PYX_ERR(2, 77, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.roles", "ReaderEnd",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -12265,8 +12799,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) __PYX_ERR(11, 47, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd) != 1)) __PYX_ERR(11, 47, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) __PYX_ERR(2, 77, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd) != 1)) __PYX_ERR(2, 77, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_RefNannyFinishContext();
   return 0;
@@ -12297,12 +12831,12 @@ static int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate) {
   {
     __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.roles"); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
-    const char * __pyx_import_signature = __Pyx_PyBytes_AsString(__pyx_mstate_global->__pyx_kp_b_uint64_t_void_microseconds);
+    const char * __pyx_import_signature = __Pyx_PyBytes_AsString(__pyx_mstate_global->__pyx_kp_b_PyObject_PyObject_int___pyx_skip);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (unlikely(!__pyx_import_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
     #endif
-    const char * __pyx_import_name = __pyx_import_signature + 16;
-    void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_7channel_5roles_microseconds, (void (**)(void)) NULL};
+    const char * __pyx_import_name = __pyx_import_signature + 182;
+    void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_7channel_5roles_flat, (void (**)(void))&__pyx_f_7ivshmem_7channel_5roles_check_in_place, (void (**)(void))&__pyx_f_7ivshmem_7channel_5roles_take_typed, (void (**)(void))&__pyx_f_7ivshmem_7channel_5roles_take_without_objects, (void (**)(void))&__pyx_f_7ivshmem_7channel_5roles_microseconds, (void (**)(void)) NULL};
     void (**const *__pyx_import_pointer)(void) = __pyx_import_pointers;
     const char *__pyx_import_current_signature = __pyx_import_signature;
     while (*__pyx_import_pointer) {
@@ -12639,20 +13173,20 @@ __Pyx_RefNannySetupContext("PyInit_writers", 0);
   if (__Pyx_InitAfterSharedUtility() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Execution code ---*/
 
-  /* "ivshmem/channel/writers.pyx":23
+  /* "ivshmem/channel/writers.pyx":24
  * from .sleeping_tasks cimport until_in_time
  * 
  * import operator             # <<<<<<<<<<<<<<
  * 
  * from ..errors import ChannelTypeError, ClosedError
 */
-  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_operator, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 23, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_operator, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 24, __pyx_L1_error)
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_operator, __pyx_t_2) < (0)) __PYX_ERR(0, 23, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_operator, __pyx_t_2) < (0)) __PYX_ERR(0, 24, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/writers.pyx":25
+  /* "ivshmem/channel/writers.pyx":26
  * import operator
  * 
  * from ..errors import ChannelTypeError, ClosedError             # <<<<<<<<<<<<<<
@@ -12661,37 +13195,13 @@ __Pyx_RefNannySetupContext("PyInit_writers", 0);
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelTypeError,__pyx_mstate_global->__pyx_n_u_ClosedError};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 2, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 25, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 2, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 26, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelTypeError,__pyx_mstate_global->__pyx_n_u_ClosedError};
     for (__pyx_t_3=0; __pyx_t_3 < 2; __pyx_t_3++) {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 25, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 25, __pyx_L1_error)
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    }
-  }
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/channel/writers.pyx":26
- * 
- * from ..errors import ChannelTypeError, ClosedError
- * from ..text import counted             # <<<<<<<<<<<<<<
- * 
- * 
-*/
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 26, __pyx_L1_error)
-  }
-  __pyx_t_2 = __pyx_t_1;
-  __Pyx_GOTREF(__pyx_t_2);
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
-    __pyx_t_3 = 0; {
       __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 26, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 26, __pyx_L1_error)
@@ -12700,33 +13210,57 @@ __Pyx_RefNannySetupContext("PyInit_writers", 0);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/writers.pyx":84
+  /* "ivshmem/channel/writers.pyx":27
+ * 
+ * from ..errors import ChannelTypeError, ClosedError
+ * from ..text import counted             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 27, __pyx_L1_error)
+  }
+  __pyx_t_2 = __pyx_t_1;
+  __Pyx_GOTREF(__pyx_t_2);
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
+    __pyx_t_3 = 0; {
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 27, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 27, __pyx_L1_error)
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    }
+  }
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/writers.pyx":83
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def put_parts(self, parts, timeout=None, *, spin=None):
- *         """Copy several buffers into one message, one after the other; otherwise as `put`."""
+ *         """Copy several buffers into one message, one after the other; otherwise as `put`.
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 84, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 83, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
-  /* "ivshmem/channel/writers.pyx":85
+  /* "ivshmem/channel/writers.pyx":84
  * 
  *     @cython.critical_section
  *     def put_parts(self, parts, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
- *         """Copy several buffers into one message, one after the other; otherwise as `put`."""
- *         cdef Loan loan
+ *         """Copy several buffers into one message, one after the other; otherwise as `put`.
+ * 
 */
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 84, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 83, __pyx_L1_error)
 
-  /* "ivshmem/channel/writers.pyx":84
+  /* "ivshmem/channel/writers.pyx":83
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def put_parts(self, parts, timeout=None, *, spin=None):
- *         """Copy several buffers into one message, one after the other; otherwise as `put`."""
+ *         """Copy several buffers into one message, one after the other; otherwise as `put`.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_6Writer_3put_parts, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_put_parts, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 84, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_6Writer_3put_parts, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_put_parts, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 83, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -12734,36 +13268,36 @@ __Pyx_RefNannySetupContext("PyInit_writers", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[2]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Writer, __pyx_mstate_global->__pyx_n_u_put_parts, __pyx_t_4) < (0)) __PYX_ERR(0, 84, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Writer, __pyx_mstate_global->__pyx_n_u_put_parts, __pyx_t_4) < (0)) __PYX_ERR(0, 83, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/writers.pyx":101
+  /* "ivshmem/channel/writers.pyx":104
  *         return loan.publish(timeout, spin=spin)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def put_rows(self, rows, timeout=None, *, spin=None):
  *         """Publish each row of an array as a message, and announce them together.
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 101, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 104, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
 
-  /* "ivshmem/channel/writers.pyx":102
+  /* "ivshmem/channel/writers.pyx":105
  * 
  *     @cython.critical_section
  *     def put_rows(self, rows, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Publish each row of an array as a message, and announce them together.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 101, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 104, __pyx_L1_error)
 
-  /* "ivshmem/channel/writers.pyx":101
+  /* "ivshmem/channel/writers.pyx":104
  *         return loan.publish(timeout, spin=spin)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def put_rows(self, rows, timeout=None, *, spin=None):
  *         """Publish each row of an array as a message, and announce them together.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_6Writer_5put_rows, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_put_rows, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 101, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_6Writer_5put_rows, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_put_rows, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 104, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -12771,71 +13305,71 @@ __Pyx_RefNannySetupContext("PyInit_writers", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[2]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Writer, __pyx_mstate_global->__pyx_n_u_put_rows, __pyx_t_2) < (0)) __PYX_ERR(0, 101, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Writer, __pyx_mstate_global->__pyx_n_u_put_rows, __pyx_t_2) < (0)) __PYX_ERR(0, 104, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/writers.pyx":160
+  /* "ivshmem/channel/writers.pyx":168
  *             PyBuffer_Release(&view)
  * 
  *     def put_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `put` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_in_time(self, self.put, timeout, (data,))
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_6Writer_7put_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_put_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 160, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_6Writer_7put_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_put_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 168, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Writer, __pyx_mstate_global->__pyx_n_u_put_async, __pyx_t_2) < (0)) __PYX_ERR(0, 160, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Writer, __pyx_mstate_global->__pyx_n_u_put_async, __pyx_t_2) < (0)) __PYX_ERR(0, 168, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/writers.pyx":164
+  /* "ivshmem/channel/writers.pyx":172
  *         return until_in_time(self, self.put, timeout, (data,))
  * 
  *     def put_parts_async(self, parts, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `put_parts` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_in_time(self, self.put_parts, timeout, (parts,))
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_6Writer_9put_parts_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_put_parts_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 164, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_6Writer_9put_parts_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_put_parts_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 172, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Writer, __pyx_mstate_global->__pyx_n_u_put_parts_async, __pyx_t_2) < (0)) __PYX_ERR(0, 164, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Writer, __pyx_mstate_global->__pyx_n_u_put_parts_async, __pyx_t_2) < (0)) __PYX_ERR(0, 172, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/writers.pyx":168
+  /* "ivshmem/channel/writers.pyx":176
  *         return until_in_time(self, self.put_parts, timeout, (parts,))
  * 
  *     def put_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `put_rows` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_in_time(self, self.put_rows, timeout, (rows,))
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_6Writer_11put_rows_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_put_rows_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 168, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_6Writer_11put_rows_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_put_rows_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 176, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Writer, __pyx_mstate_global->__pyx_n_u_put_rows_async, __pyx_t_2) < (0)) __PYX_ERR(0, 168, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Writer, __pyx_mstate_global->__pyx_n_u_put_rows_async, __pyx_t_2) < (0)) __PYX_ERR(0, 176, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/writers.pyx":176
+  /* "ivshmem/channel/writers.pyx":184
  *         return self.membership.flush()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def loan(self, size=None):
  *         """Borrow the memory of a message, to write into it without a copy.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_6Writer_13loan, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_loan, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 176, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_6Writer_13loan, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_loan, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 184, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Writer, __pyx_mstate_global->__pyx_n_u_loan, __pyx_t_2) < (0)) __PYX_ERR(0, 176, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Writer, __pyx_mstate_global->__pyx_n_u_loan, __pyx_t_2) < (0)) __PYX_ERR(0, 184, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -12843,12 +13377,12 @@ __Pyx_RefNannySetupContext("PyInit_writers", 0);
  *     raise TypeError, "self.writer cannot be converted to a Python object for pickling"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_6Writer_15__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_6Writer_15__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(3, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_2) < (0)) __PYX_ERR(3, 1, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":3
@@ -12857,41 +13391,41 @@ __Pyx_RefNannySetupContext("PyInit_writers", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "self.writer cannot be converted to a Python object for pickling"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_6Writer_17__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_6Writer_17__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/writers.pyx":240
+  /* "ivshmem/channel/writers.pyx":248
  *             self.writer.end_copy()
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
  *         raise TypeError("a Loan cannot be copied or pickled")
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_4Loan_7__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 240, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_4Loan_7__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 248, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 240, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 248, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/writers.pyx":272
+  /* "ivshmem/channel/writers.pyx":280
  *         return numpy.frombuffer(self, "uint8")
  * 
  *     def publish(self, timeout=None, *, size=None, spin=None):             # <<<<<<<<<<<<<<
  *         """Publish it; afterwards the memory is the readers'.
  * 
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(2); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 272, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(2); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 280, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_size, Py_None) < (0)) __PYX_ERR(0, 272, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 272, __pyx_L1_error)
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_4Loan_11publish, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan_publish, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 272, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_size, Py_None) < (0)) __PYX_ERR(0, 280, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 280, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_4Loan_11publish, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan_publish, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 280, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -12899,20 +13433,20 @@ __Pyx_RefNannySetupContext("PyInit_writers", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[2]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_mstate_global->__pyx_n_u_publish, __pyx_t_4) < (0)) __PYX_ERR(0, 272, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_mstate_global->__pyx_n_u_publish, __pyx_t_4) < (0)) __PYX_ERR(0, 280, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/writers.pyx":308
+  /* "ivshmem/channel/writers.pyx":319
  *             return writer.writer.missed
  * 
  *     def publish_async(self, timeout=None, *, size=None):             # <<<<<<<<<<<<<<
  *         """The twin of `publish` for asyncio: a coroutine. If it is cancelled, the loan stays."""
  *         return until_in_time(self.writer, self.publish, timeout, (), {"size": size})
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 308, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 319, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_size, Py_None) < (0)) __PYX_ERR(0, 308, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_4Loan_13publish_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan_publish_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 308, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_size, Py_None) < (0)) __PYX_ERR(0, 319, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_4Loan_13publish_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan_publish_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 319, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -12920,52 +13454,52 @@ __Pyx_RefNannySetupContext("PyInit_writers", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[2]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_mstate_global->__pyx_n_u_publish_async, __pyx_t_2) < (0)) __PYX_ERR(0, 308, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_mstate_global->__pyx_n_u_publish_async, __pyx_t_2) < (0)) __PYX_ERR(0, 319, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/writers.pyx":312
+  /* "ivshmem/channel/writers.pyx":323
  *         return until_in_time(self.writer, self.publish, timeout, (), {"size": size})
  * 
  *     def drop(self):             # <<<<<<<<<<<<<<
  *         """Give it back without publishing it; may be called twice.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_4Loan_15drop, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan_drop, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 312, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_4Loan_15drop, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan_drop, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 323, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_mstate_global->__pyx_n_u_drop, __pyx_t_2) < (0)) __PYX_ERR(0, 312, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_mstate_global->__pyx_n_u_drop, __pyx_t_2) < (0)) __PYX_ERR(0, 323, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/writers.pyx":326
+  /* "ivshmem/channel/writers.pyx":337
  *                 ivshmem_loan_drop(&self.writer.writer, self.cell)
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
  *         return self
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_4Loan_17__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 326, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_4Loan_17__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 337, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_2) < (0)) __PYX_ERR(0, 326, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_2) < (0)) __PYX_ERR(0, 337, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/writers.pyx":329
+  /* "ivshmem/channel/writers.pyx":340
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
  *         if not self.live:
  *             return
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_4Loan_19__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 329, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_4Loan_19__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 340, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_2) < (0)) __PYX_ERR(0, 329, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_2) < (0)) __PYX_ERR(0, 340, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/writers.pyx":1
@@ -13018,8 +13552,8 @@ static int __Pyx_InitCachedBuiltins(__pyx_mstatetype *__pyx_mstate) {
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __pyx_builtin_sum = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_sum); if (!__pyx_builtin_sum) __PYX_ERR(0, 89, __pyx_L1_error)
-  __pyx_builtin_map = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_map); if (!__pyx_builtin_map) __PYX_ERR(0, 89, __pyx_L1_error)
+  __pyx_builtin_sum = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_sum); if (!__pyx_builtin_sum) __PYX_ERR(0, 92, __pyx_L1_error)
+  __pyx_builtin_map = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_map); if (!__pyx_builtin_map) __PYX_ERR(0, 92, __pyx_L1_error)
 
   /* Cached unbound methods */
   __pyx_mstate->__pyx_umethod_PyDict_Type_items.type = (PyObject*)&PyDict_Type;
@@ -13042,7 +13576,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/channel/writers.pyx":91
+  /* "ivshmem/channel/writers.pyx":94
  *         loan = self.loan(sum(map(len, buffers)))
  *         try:
  *             with memoryview(loan) as into:             # <<<<<<<<<<<<<<
@@ -13051,12 +13585,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[3] = {Py_None, Py_None, Py_None};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 91, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 94, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
 
-  /* "ivshmem/channel/writers.pyx":99
+  /* "ivshmem/channel/writers.pyx":102
  *             loan.drop()
  *             raise
  *         return loan.publish(timeout, spin=spin)             # <<<<<<<<<<<<<<
@@ -13065,21 +13599,21 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_spin};
-    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 99, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 102, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "ivshmem/channel/writers.pyx":84
+  /* "ivshmem/channel/writers.pyx":83
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def put_parts(self, parts, timeout=None, *, spin=None):
- *         """Copy several buffers into one message, one after the other; otherwise as `put`."""
+ *         """Copy several buffers into one message, one after the other; otherwise as `put`.
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 84, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 83, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
@@ -13120,31 +13654,31 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{6},{20},{59},{28},{15},{22},{1},{25},{1},{1},{4},{179},{34},{8},{8},{7},{6},{2},{9},{14},{12},{27},{15},{68},{63},{33},{1},{16},{11},{4},{14},{13},{15},{9},{12},{18},{6},{24},{26},{11},{16},{16},{22},{15},{21},{20},{12},{9},{8},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{5},{18},{2},{7},{4},{4},{18},{4},{5},{7},{4},{4},{6},{5},{6},{10},{1},{5},{4},{5},{23},{4},{3},{6},{4},{3},{10},{4},{5},{8},{4},{5},{3},{7},{13},{3},{9},{9},{15},{8},{14},{4},{4},{10},{5},{4},{4},{3},{4},{4},{7},{5},{6},{4},{6},{5},{6}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{208},{28},{9},{46},{11},{7},{114},{401},{133},{63},{189},{30},{22},{22},{22}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{6},{20},{59},{28},{15},{22},{1},{25},{1},{1},{4},{179},{34},{8},{8},{7},{6},{2},{9},{14},{12},{27},{15},{68},{63},{33},{23},{16},{11},{4},{14},{13},{15},{9},{12},{18},{6},{24},{26},{11},{16},{16},{22},{15},{21},{20},{12},{9},{8},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{5},{18},{2},{7},{4},{10},{18},{4},{5},{7},{4},{4},{6},{11},{5},{6},{10},{1},{5},{4},{5},{23},{4},{3},{6},{4},{3},{10},{4},{5},{8},{4},{5},{3},{7},{13},{3},{9},{9},{15},{8},{14},{4},{4},{10},{5},{4},{4},{3},{4},{4},{7},{5},{6},{4},{5},{6}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{246},{208},{9},{46},{11},{7},{105},{445},{127},{63},{211},{30},{22},{22},{22}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1646 bytes) */
-static const char cstring[] = "x\332uU\315s\323F\024\217K\240I\t\020\207\004\010\244\351\032\002\371\000\314xp\010\223a\332q\303g\351\320\204\206P\270h\326\322:\026\221%[\273\262c\332\316p\314Q\307=\356QG\035}\364\221\243\217>\362\047\360\047\364\275\225l\222@\031l\357\307\333\367\336\357c7\244\334\026\214\223\344\333\253\020J\034\217\2728\"\236O\250\357\323\266^\027U\226\354P\237\021\333%\001g\353\304g\016\243\234\341f\215Tl\237\013\262d1g\231\010\272\207\351\\Fj\214s\272\313\010\025\220Z\3305\266$|\306H\305\247\2735\346\212\345[\244\036\224\035\233W\231\205\005-\337\253\327\231\225\177`7y\265\306jy\263J]\2279\371\337\323\256~\376\345\005\244}\341\t\254\nI7\332\242\352\271\304\346\004\n\333e\346S\301\2346\341\302\267M\301|\014r\311\346\243\315\333\305\373EB]\013z~\307L\301\t\017\312\246C9O`\227\003\333\021\000K\264\353\214\347\311\263\ni{\001q\031t%<R\207\270\303\007\000\257K8\023\232\225Eh\320\023T\330\236k\300q\333\335]$\226\355C\021\273\311\360\364c\352p\226\247DC0u4)3bzu;\001]\267\315=\207Y\324\262\014\330c)dH\302i\331a\314\305\357]\323\346\311\310\032P\303|\337\363\371`&\330\276H\307w\322\014wZ\276\r\034\360|\275\275\357zC)\252\224\023\337k\361uP\244\034T*\300\022\n\334\362\240\"h\302\001\010GB\021=\263ni\031!\236T\240UF\315\352 \021gN%\237\2248\002\313m2_$\304Q\262\231\350\343\225\221u\235B\243\005\226\206\216jA?\3372\301\257\033\t\214m\320\344\021b\335p<\316,=D.\361\2237\014p\021\363\rc0\333\267\305p\3423+0Y:\305\254z\220\326:<6(o\273\346k\215%\371\376r\332\324\010\014c\270\016\302s\320\373\253\035\004\223\016\353\2018\234R\317\353\324\027\374\370\374\253(\024\346\3304\2111\214\315\366>|\036\202\257\215\027 \366KV1\214\324{\200qH\304\200\003\303\250\004x\3140v\007\r\303\277\032\265]\375\353Y\201\243W\\Z\323\277`\022#\r\303aS\240\331p\243\021Pg\0204`\364+v\206\013l\037\047\300\32101?T\376+\356\014\003\036\036\354\326\346\206\351\371^\000\267\220\351gG\243\266\275\374p\225S\221\330\225\233\224\013\2239\216\t>b\006\000\022>5Y\231\232{\246g1\323\013\\\241\277\230eQAQx\346\342\216\2761\311""\265\251\370^-\311f\333\256\005\214\271\302\003\326k\374\370\303\223\336\241=\210r\230\013\377\301\270\250t\215\326!\314\363\333M\233\265\\\2709nP\253\267\241\022\274@\236\217\342j\201\353`\345\304cG\254\006\332\016=24\3031W\014\364?\352\003\034\341\315\003&-V\241\201#x\225\302\243e\277g\034\036\037\036\324\360%\300\227\026?\300\\\000\320\3567\251\0230\216\255\266(\362\322\252z\016K\240m\266\377H.\347\312\022\274\232\001\014\022\003\300\2255\326R6\214\265\224\016\243\310\\\213\033\351\315|\004\357\351\312-\362%\303\377\217\217\246\256\003t\177\227\177#\177\241\310\341\311\303W\324\020\224\357q\003d\264\035\2551\300!+\303\004\360JQGgY\0369\022\203x\357\025\r\370S\324\364lky\244f\003g\034\\\001\215\177\310\364G\1778\270\031n}(\365\307N\037\024\017DX\350O\234\301\361jx\002\307\223\341\230\314\364\317d\303YyMn\341\374d\022}\366\300\016\0332\203\303s\007\r\370\2714\373y~d\374\314\301\3430\207K\"\274/\327\324r\264\036\277\352\\\353\274\355\356\177l\366^\355\364v^\047\311\277\203\250\211\251pE\226z?\346#\0325\372c\323a)\374\013j\300\376Zx5|(\307\324\367\252\035g0n!\264eCe\222\304\205\360\261\314A\305\353w\343\302g22>/\267>\237\032\031\237\205F\307\346\344o\212\252FR\344TX\226\231\264L\222\270x\260\037r\271 \253j7z\023W:\033\235\006\354\367\246\256\252\234Z\217\266\"+\206\346\021\343\216,H\200vY\346\344=\225U7\"\310=\216\360O\205\264?q>,\206\201\334\220\355\350t\014$\235;\010\302_CK.\251\305h\0262L^\200\311\262*\250\022\206>\220M\265\035\315\305\232=\335\316U\210\246\375\311\213\275\2137\243BT\212\266\343l\177\362|\270*O\310B\177\372b\330\350_\232\223\317\324V\177\372\212,\312@\225\324\233\210\342\006\326\204\315+\0206wM\025\372\227\346\245\245\226\242\\T\300\363p\3662`c\272\360$\026\006\312\3244\036\006~\247/\311s@\314\364\014\266GC!\357J*[\312\215\037vNv^v\374\356T\367\336G\350\003\251(\250\207\321x|!~\337\275\320m~\334\352ON\207\317\245Pk\021`\233\t5\220q\231Ep\205O\023sH\256\244 \310\342j\254\2258\037\346\302uXcj5\312D3\300\352R\0475\305\252\314\310\363p\340O\350lFQ$5""\013p4Z\235\032J=\005\346\241\333\214\234\221\246\232RwAP\264\001\200\273\206\205\372\347&S\037j\253&V\303\014\257\"p\305\347\211\221\2637\200\357,\312\"@\247F\1772\213\361g\341djg\275\263&\001L\016\264\315\251\242jEv,:\205\336\350\274t\243\347q\003\255</\267U\266?\366\023\000/|:s=\311\231\032 M\207\302?\221\232\374b\350\003\260\247@\234\356t\005D{\251\032\275\245R7\333]\350\202\332\263\ta\367\000\025\005\343d\222\323\033\330\337\205\260\002\047K@\001\254\245\363G\330\331\361zi\373S\341u\270{\243\362\211\272\017\312\353\244\027U\2467\272\240^\304\271O\300\310\277\300\360\266\232\215\026\242w\235\361\356L\267\372\221\366Fo(:\330\333\001\310\315\350m\334\350\215\202\003\017\257\376\035\257tJ\275\321\333\321\326\341\325\177\342\365\316\326\177\005\276U\221";
-    PyObject *data = __Pyx_DecompressString(cstring, 1646, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1757 bytes) */
+static const char cstring[] = "x\332}U\317s\333\266\022\226Z\047c\265N\"\371W\3426M\241\306il7UG\023%\316\270\235v\374\234\244\355\264\223g\3459\311\264\027\016DB\026j\212\224\010P\262\332\367fz\364\221G\034q\344\221G\035u\314QG\035\363\047\370Ox\273 \245\330N\246\036\213\\\000\213\335\375\276\375\000\222\306@2A\322\247\337$\224\270>\365\320\"~@h\020\320\201\231\227-\226\256\320\200\021\356\221P\260\035\0220\227Q\301p\261M\232<\020\222l8\314\335$\222\036a8\217\2216\023\202\0362B%\204\226\274\3156d\300\030i\006\364\260\315<\271y\217t\302\206\313E\2139\230\320\t\374N\2079\225\357xO\264\332\254]\261[\324\363\230[\3715\253\352\373\037\236A\330g\276\304\254\020to [\276G\270 \220\2307X@%s\007D\310\200\333\222\005\350\344\221\375\047\373_\327\036\325\010\365\034\250\371\017fKAD\330\260]*D\n\273\021rW\002,9\3500Q!?7\311\300\017\211\307\240*\351\223\016\370\235\335\000x=\"\2304\254\334\205\002}I%\367=\013\266s\357\360.qx\000Ix\217\341\356\247\324\025\254B\211\201`\033o\322`\304\366;<\005\335\341\366\221\313\034\3528\026\254\261\0142\004\021\264\3412\346\341\363\320\346\"\265\234)5,\010\374@LG\222\035\313\314\376&\213\360M?\340\300\201\250t\006\307\236?kE\213\n\022\370}\261\003\035i\204\315&\260\204\r\356\373\220\021z\"\000\210@B\021=s\356\2316\202?iB\251\214\332\255i \301\334f%Mq\016\226\327c\201L\211\243d?\355\217\337@\326M\010\203\026X\232)\252\017\365\274O\004\250\026?\224\246\024\037\345\343\205mh\360^\n\356\000:\365\004\031\330s}\301\034c\"\303\370\253X\026h\213\005\2265\035\035s9\033\004\314\tm\226\r1\2271\262\n\316\332\026\025\003\317~e\020\246\317\267\273m\203\313\262f\363 \007\001*xg\005!ff\047\224gC\232q\207\006R\\\034\277\343\205\355\2720L},k\177p\014\277\307\240v\353\031H\3409kZV\246H\3008#b\312\201e5C\334fY\207\323\202\341\257M\271g\336\276\023\272f\306\243m\363\006\351X\231\033\232=\211\022\304\205nH\335\251\323\224\321w\330\231M\260c\034\000G\263\300\342L\372w\270\263,\270\216\260Z.,\333\017@\005\334c\34622\250\271_\231\315\n*S\021\013\233\271\256\335b\366\221%\370\237\314\006\2151\013`""\311\200\332\254A\355#\333w\230\355\207\2364\017\3468TRl?\363p%}\032j\315\301JOW3\360\333ix\316=\007(\364\244\017mh\213\213\367Sv\324\216\300\313e\036\374\203\276\261\365m\332\0017?\030\3648\353{p\300@\304\235\001$\205\213\312\017\260\333\246\343\035P|*\272s\332\203f\317D3S\307\005\231L\005q^\030h\341\001\005j\035\326\244\241+E\213\302\335\006\314\010\270\243D\330\306\013\003\217Xv\314B\200\366\250G\335\220\t,\265\337\362]\226\202\332\037\374;=\275[\033o\315{\360\021\220$\323\307\021\357Xp[u\250\264[\2339\\8\347\371\326\376\307\305\213\266\225]N\357\3375[5\225l\346\260\376\2075\013\374z>w6sM\227\312\\*\007\020A\307\005\021\344\360\263\204w4sR\263\317An@[z;\211\\\233\003o\002D\3429\342\014j\370\230\204\366\024,\370Z\333Y\367\255\355\254\375V\215\301\026+\273\232\236\300g\346\037\221\275\265\317\207\356@\253\203C\361\236\370\325\232\200/\001~\\,I\305\221\260@\301\3345\362\206\366\221\255Y\000\270\274\251k\242\000%g}\376\316O\346>:\371*\252\377\275;\231\377\370\244v\"\243\352d\341\n\332\017\242\017\321.F\363*?\271R\212\326\324mU\307\361\245\324\373\352\t\217\272*\217\346\265\223.\274n\254\235\336\312\025\256\234<\215\3128%\243Gj[o\306;\311\213\341\355\341\357\243\343\327\275\361\213\227\343\227\257\322\340\037\200\327\302b\264\245v\307\237Ub\032w\247\323\353QK\035\352\337b\212\313\353\021W]\235O\343U\243\247\252\014\211\356\334O\252\247$W\270\245\352\247\227s\2055\225\1773\277\022\325#:\231_\215h$!\355\272\246)\236^\364J\355N\026\226\242Z\024\252_\343|\\\232\314\027\243\217TYU\323\204\227\243\006\340K+\001|f\323q$\324\272j\351\303\370\267\2449\334\033va}\274\370\205.\353\235\270\036;I\031c\\\212^\252*\304\236_J\013S\0175\304. C\227\241\224,\345\236\032\304\037\047\300\343\265\2230\372W\344\250\r}7^\203\010\305U\030l\352\2526\325}\247z\372 \276\231\030\202M9_\2007\235\024\257\217\257\177\025W\343\335\370 )M\212K\321\003\365!T\276|=\352Nn\334T?\353\372d\371SUS\241\3365\224\301\002\346\204\305O\301\355\346m]\235\334\270\245\034\275\021\227\343*\356\207\275\237\0006f\022""\02711\320\253\227q3\264`\371\206\272\246\341\265\202\345!\223\367\025U}\355%\217\207\227\206\317\207\301hq\364\3605\324\201TT\365\343\270\220\254&\177\216VG\275\327\365Iq9\372EI\275\035\0036\350\006\002)\250\022\202\253\276Y\270\211\344*\n\315\273\373 \251\237^\315\025\226\2422\020\324U\227\323\352\322\016?Py\265\004\256\377\201\232V\260\205\205I\t\200\030\234&($\371\t8\207:\363jE\331zQ\337\327T\017\222<\302\272\215)&\327\212\231H\215\216S\035b\204\0271h\347t!w\365K`\272\204\r\221X\300\244XB\377\253\2603\323\272Y\331V\000\243\254K\000\264\246\3731O\344\260:\236\273\245\274\370\227\244\233\212\357\000\373\3759@\256\276\271r\047\215\231\265>\013\207-\377Q\031\332kQ\000\300~\002\312L\245[\320\256\347\272;\336\330\035\225F\353#\350\363\2322%\365@T\333\332\250\203\251o\001Z\027\t|\010X)\010)\237\306\334\303\252W\243&\304\333\005b`.\033?\301z/V\221\201Z\214\356\000\333s\352G\375\010\224`\202^\327\371\361\334\272~\226\224\337\000O\377\003\336\017\364Z\274\036\3771,\214VF\255\327t<\367\245\246\323\265\227@D/\376=\351\216\347@\221gg\377J\266\206\273\343\271\257\343\372\331\331\377&;\303\372\377\001:\022\300+";
+    PyObject *data = __Pyx_DecompressString(cstring, 1757, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2149 bytes) */
-static const char cstring[] = "\277 bytes\000\003 \377of a loa\375n\006\001 or ar\357rays\024\001the\376\024\003are in \377use: rel\337ease \032\000m \377first (d\177el) takR\000\377one mess\277age atX\000t\377ime(tree\377 fragmen\377t), publ\337ishedm\001dr\377opped.<i\377vshmem.c\377hannel.L\356\217\004>?NT\000Not\374r\001R\000Cython\357 is v\000ibe\377rately s\177tricter\230\000\376\313\000PEP-484\357 and\261\000jec\377ts subcl\367ass\244\001f bu\367ilt\324\000type\377s. If yo\357u ne\223\000to \361p%\000%\t\212 n se\355t\365\001 \047\236\000ota\337tion_<\000in\277g\047 dirb\000i\375v\230 o Fals\257e.a \276\002c)\002 \177be copi\357\003\377pickleda\217dd_n\326\000\354\004B\000s\277ableen\002\001g\327cis\004\003d\223%er\357rors\241%tex\365t\256$/\256$/wri\376\201 s.pyxno\376\202Fhas row{s:\352@buff\243 N\366@two\264\000\221@s\306\000ys\315!\372\001ed, \303A\366-\000 f\216`each\276\314Eself.]\003 \276\313\tnvert\263#a\033 P\232Cob\362!>\002\351\002d\243 \311fw\215\000\361QBC\366C\365T\221@E\350\001Clos\343ed\006\002\213a\217a.__\336\303`er__\006\005xi\375t\004\006reduce\340\025\004\327a.\002\352d\000\t_as\017yncW\252\"\000\003V\0007\004Mc\335b__\017\006\366@s\355@\343e_\013\014\265\205\0016\004put\372G\t.\014\001parts\200\025\010\013\002\025\016\225A:\010\244A\227\003_\357_Pyx\001\000Dic\367t_N\352@Ref_\301_\365d\341\000\200&\217 \377\002__\377func____\347get\253\003\n\000mai}n\020\001modul2\002\047nam:\002\242`_ \004\007\001\363vt\371a;\001qual\314\035\005\312%__\217,\010\006ex^o\001set_Q\005st\010\276\253.__tes\257@_\377is_corou\317tine\362\207\002\216Bio\335.\r\006sat\251\204\003sc\377astcellc\365l*\000_\316\000trac\377ebackcod\277ecount\000\002e\337ddata\320\207\001enx\026\001\255\205\002\261\205\003from\367\204\003\377iindexin\177toitems\351\207\r\272\275\205\004k#\000len\000\000g\373th\237\211\001mapme\377moryview\377ndimnump7yop\376\207\001or\351A\354B\007pop\332\210\004\341\210\004\345c\236`\233f\010\224f\235f\033\006_\244\206\001\311a\376G\266\206\001\376\366\205\001setdefa\377ultshape""\377sizespin\207sum\206\207\001\346\211\001\352\211\001\315 u\376\330\0008values\376\247\001wantedw\357hole\231\207\003PyO\376\227\206\003*(struc\357t __\210aobj\333_7\200\212\004_7\201\212\004_4\337ends_\223\206\004En\037d *, 8\007\000\t\n\013\376M\013pt_args~M\02014slee\306\000\377g_tasks_\366\311@il\337Bime \265*\225\004p\353\211\001alA\002)\371\000\027\n\354\00164_t \377(void)\000m\237icros\223`\266\000\200\377\001\330\004\n\210+\220Q\377\200A\330\010\013\2104\210\277t\2201\330\014\r\010\0015\373\220\003\010\001\020\220\010\230\001\377\330\r\021\220\031\230#\230\277Q\330\014\020\220\005(\003\016\277\210i\220q\230\0015\001\017\373\210q=\000\030\031\360\036\000\377\t\r\210F\220!\330\010\375\017G\0008\2307\240)\250\377:\260U\270#\270Z\300\377x\310v\320UV\320V\365WW\003\002#\000\014\022\220*\377\230A\320\035.\250a\250\377q\330\010\024\220A\220X\374a\000\206\0007\220\"\220D\230\377\010\240\007\240y\260\001\330\376%\000$\220i\230q\240\001\276S\0031\220F\230!\257\000%\3773\2601\360 \000\t\036\177\230Q\360\006\000\t\031\246\000\377\010\034\230J\240a\240q\036\274\003\006\220b\230:\002d\000S\003\3774\210x\220s\230$\230\377h\240g\250Y\260f\270\367C\270q\\\000\320\022\"\240\377!\240:\250Q\250d\260\274\272\000\340\001V\2301\230\221 \032\377\230!\2306\240\021\240&\365\250y\000\t\373\001\006\220a\330\377\014\023\2204\220u\230C\337\230y\250\013\260\256 \017\210\377u\220B\220d\230(\240\267\047\250\031?\000\020\026\n\000)\357\2401\240A\047\001<\230v\237\240T\250\034\260\271\"\311\002\"\376+\000a\330\020\027\320\027+\377\2501\250A\250T\260\021\377\330\020\023\2205\230\003\230\3771\330\024\027\220q\330\030\377\034\230I\240Q\330\024\033\377\2304\230u\240A\240Y\243\250a\025\001p\001\032\000\033$\000\034\377#\2401\330\030\036\230d?\240(\250!\2501<\0019\000\245\032\331\000et\002M\000<\257!\240y\0249\001\335 \024\030\230\017\226 \367\024\025\330\234\000a\220t\230\3773\230a\230w\240n\260\377D\270\005\270R\270r\300\317\022\3006\310\205\000\207!1\240\377D\250\t\260\026\260z\300\377\026""\300v\310Q\330\020\024\377\220K\230t\2407\250!\357\330\020\025\220\202b\t\230\021\376\204!1\340\014\034\230A\230wQ\230a\300`\0475\260\205B\337\023\220!\220:\021\000e\240\3375\250\001\250\025\323 (\270\276\216d5\230\001\230\023.\000S\377\240\001\240\025\240a\330\010\207\t\330\021\314\000\351\002V\002h\000H\374\367 \253\000\001\230\025\230c\240g\022\2403\316@\203a\024\032\377a\037\230a\330\017\020\201\204\004\246\204\002\345c\3551\255 U\250\223`\360\014\000\243\016&\355 \233\000\201\204\0014\312 \020\256\247\000\020\220\0167\000\014\311\204\003\014\326\233\204\0017\230\312\000!\331@!\240\3774\240w\250i\260t\270\3771\320\004\036\230n\250K\373\260q\307\204\001\036\230T\240\021\367\330\010\037\366\0001\340\r%\306N\003\020\220\374BH\004\365AG\230\256\370\"4\220r\326\000H\266 \001\365\330\247\000*\262@R\240q\320\177(A\300\021\300$\300\353@\325\031\253#6\323\000a\266`\001\330\356\203\000u\220C\234\001\026\220f\253\230H\343@Q\020\001q\234Af\343\230E\226\001\350f\261\013\022\220%\377\220q\230\004\230G\2408\376\367@\014\023\2206\230\027\240\377\001\320\004$\240N\260!\337\340\010\017\210}\220@T\240\377\031\250$\250j\270\t\300\377\025\300h\310a\320\004&\353\240a\024\005V\360\000v\250Z\317\260q\320\004\377`\n\t{\260\377*\270A\320\004-\250Q> \t|\260:\270Q";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2149, 2843);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2289 bytes) */
+static const char cstring[] = "\277 bytes\000\003 \377of a loa\375n\006\001 or ar\357rays\024\001the\376\024\003are in \377use: rel\337ease \032\000m \377first (d\177el) takR\000\377one mess\277age atX\000t\377ime(tree\377 fragmen\377t), publ\337ishedm\001dr\377opped.<i\377vshmem.c\377hannel.L\356\217\004>?NT\000Not\374r\001R\000Cython\357 is v\000ibe\377rately s\177tricter\230\000\376\313\000PEP-484\357 and\261\000jec\377ts subcl\367ass\244\001f bu\367ilt\324\000type\377s. If yo\357u ne\223\000to \361p%\000%\t\212 n se\355t\365\001 \047\236\000ota\337tion_<\000in\277g\047 dirb\000i\375v\230 o Fals\257e.a \276\002c)\002 \177be copi\357\003\377pickleda\217dd_n\326\000\354\004B\000s\277ableen\002\001g\327cis\004\003d\223%er\357rors\241%tex\365t\256$/\256$/wri\376\201 s.pyxno\376\202Fhas row{s:\352@buff\243 N\366@two\264\000\221@s\306\000ys\315!\372\001ed, \303A\366-\000 f\216`each\276\314Eself.]\003 \276\313\tnvert\263#a\033 P\232Cob\362!>\002\351\002\304\243 \311fw\215\000\361Q\252aouut\206\002o\273anum\336@\325C\214cT\247@E\376\001Cl\217osed\006\002\241a\245a.{__\331`er__\006\005\367xit\004\006redu\203ce\025\004\355a.\002\200\204\004\000\t_?asyncW\300\"\000\0034V\0007\004c\363b__\017\006\214`\215s\203`e_\013\014\313\205\0016\004p\353utG\t.\014\001par\003ts\025\010\013\002\025\016\253A:\010\272A\276\227\003__Pyx\001\000D\337ict_N\200`Re\007f__\213\204\004\341\000\200&\217 \377\002\377__func__\237__get\253\003\n\000m\367ain\020\001modu\235l2\002nam:\002\270`_\314 \004\007\001vt\217\204\001;\001qu3al\035\005\312%__\217,\010\006{exo\001set_Q\005\371st\010\253.__tes\376\257@_is_cor\316\203`ine\210\210\002\216Bio\335.\r\006sat\277\204\003sc\377ellcheck\177_sizecl0\000\375_\324\000traceb\377ackcodec\357ount\000\002edd7ata\354\207\001en\026\001\000\003\361_\225\205\001\324\205\002\330\205\003from\376\236\205\003iindexi\377ntoitemst\220\210\r\344\205\004k#\000len\000\000\367gth\306\211\001mapm\377emoryvie\377wndimnumopyop\245\210\001or\372A\016\375Bpop\201\211\004\210\211\004\366c\257`\000\254f\245f\256f""\033\006\261\002\332a\217g\335\206\001\376\235\206\001setdefa\377ultshape\376\226!spinsum\350\255\207\001\215\212\001\340\205\004u\330\0008va\357lues\247\001who\273le\272\207\003PyO\270\206\003*\355(\001\007, \210  __\376\233bkip_dis\177patch)\000\025\001\330\035\n7\007\000\032, S\tPy\305_\226\210\004*>\022\025\006\205\002)\000\376\274\00164_t (v\377oid)\000fla\373t\000\211cin_pl\262\202`\000\223\214\001\240\212\001ed\005\003w\177ithout_\230\210\003\377s\000micros\356\242`nds\353\010str\367uct\346\004obj_\3557\227\214\004_7\230\214\004_4e\3720\000_\224\210\004End *\360\276\r\274%\330\013M\013pt_a\367rgsM\02014sl\373ee\266@g_tas\377ks_until\276\332\204\002ime *\203Co\215p\202\214\001alA\002\220 \030\t\200\377\001\330\004\n\210+\220Q\377\200A\330\010\013\2104\210\277t\2201\330\014\r\010\0015\373\220\003\010\001\020\220\010\230\001\377\330\r\021\220\031\230#\230\277Q\330\014\020\220\005(\003\016\277\210i\220q\230\0015\001\017\373\210q=\000\030\031\360\036\000\377\t\r\210F\220!\330\010\375\017G\0008\2307\240)\250\377:\260U\270#\270Z\300\377x\310v\320UV\320V\365WW\003\002#\000\014\022\220*\377\230A\320\035.\250a\250\375q\017\005$\220h\230g\240\357Y\250a\330\034\000$\220i\357\230q\240\001J\0031\220F\373\230!\246\000%3\2601\360\377 \000\t\036\230Q\360\006\377\000\t\031\230\001\340\010\025\377\220Q\220a\330\010\026\220wa\220tt\000$\240a\312\003\377v\220W\230A\330\014\023\377\2204\220u\230L\250\001\377\250\021\330\010\020\220\n\230w!\2301\337\003\006\220b\335\000\370\204\003\335\000\200\"x\220s\230$\377\230h\240g\250Y\260f\357\270C\270q\210\000\320\022\"\377\240!\240:\250Q\250d\271\260\335\000\203!V\2301Y\000\010\273\023\220\224\002\2306\240Y\000\t\362\236!\006\210\000l\004C\230y\250\373\013\260\321 \017\210u\220B\377\220d\230(\240\047\250\031\366?\000\020\026\n\000)\2401\240\376\231\002<\230v\240T\250\034\325\260\334\"\001\366\001\"+\000a\330\377\020\027\320\027+\2501\250\377A\250T\260\021\330\020\023\357\2205\230\003\267\000\024\027\220\377q\330\030\034\230I\240Q\377\330""\024\033\2304\230u\240yA\256\"\026\000u\230C\230\032\000\375\033\336\000\034#\2401\330\030\377\036\230d\240(\250!\250\2751<\0011\330\024\032\331\000e4t\002M\000<\333!\240\024\354!\200@\377\024\030\230\017\240q\330\024\367\025\330\020\304#3\230a\230\377w\240n\260D\270\005\270\377R\270r\300\022\3006\310\374\205\000\207!1\240D\250\t\260\377\026\260z\300\026\300v\310\377Q\330\020\024\220K\230t?\2407\250!\330\020\213@\246a\367\t\230\021\367!1\340\014\034\277\230A\230Q\230a\343`\047\3775\260Q\360\016\000\t\023;\220!\221@q\230\006\230\003\254c\3375\230\001\230\023(\000S\240w\001\240\025\277A\t\330\021\306\000\310\343\002P\002b\000H\315@\245\000\001\230\377\025\230c\240\022\2403\240_a\240y\260\001\323\001#_\001G\330\017\020\236\204\004\303\204\002\202\204\0031\247 \373U\250\271`\360\014\000\016&\250\347 \225\000\236\204\0014\304 \020\241\000\020\247\220\016\230\355`\346\204\003\014\270\204\0017\335\230\304\000!\240\021\361@4\240\377w\250i\260t\2701\320\377\004\036\230n\250K\260q\352\367cT\354A\037\360\0001\340\r\215%N\003\020\220\366BH\004\357AG]\230\362\"4\220r\326\000H\260 \372\245\002*\254@R\240q\320(\277A\300\021\300$\300\345@\031\376\247!\017\210v\220V\2307}\240\277 \026\220e\230;\330\000.\370`\023\2206\351\000a\306`\226`\372\303aC\262\001\026\220f\230H\326\363@Q\330\255\000q\254Af\230\361E\254\001\370f\307\013\022\220%\220\177q\230\004\230G\2408\207`\375\014Q\001\027\240\001\320\004$\377\240N\260!\340\010\017\210\375}\240@T\240\031\250$\250\377j\270\t\300\025\300h\310\277a\320\004&\240a\024\005V\377\2404\240v\250Z\260q\337\320\004+\2501\n\t{\260\377*\270A\320\004-\250Q> \t|\260:\270Q";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2289, 3145);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (2843 bytes) */
-static const char bytes[] = " bytes bytes of a loan of  or arrays of the loan are in use: release them first (del) takes one message at a time(tree fragment), published or dropped.<ivshmem.channel.Loan of >?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a Loan cannot be copied or pickledadd_notechannel disableenablegcisenabledivshmem.errorsivshmem.textivshmem/channel/writers.pyxno message has rows: a buffer of two dimensions is needed, one row for each messageself.writer cannot be converted to a Python object for picklingthe loan was published or droppedBChannelTypeErrorClosedErrorLoanLoan.__enter__Loan.__exit__Loan.__reduce__Loan.dropLoan.publishLoan.publish_asyncWriterWriter.__reduce_cython__Writer.__setstate_cython__Writer.loanWriter.put_asyncWriter.put_partsWriter.put_parts_asyncWriter.put_rowsWriter.put_rows_async__Pyx_PyDict_NextRef__annotate____enter____exit____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutinearrayasyncio.coroutinesatbufferscastcellcline_in_tracebackcodecountcounteddatadropencodeerrorerrorsfrombufferiindexintoitemsivshmem.channel.writerskindlenlengthloanmapmemoryviewndimnumpyoperatorpartpartspoppublishpublish_asyncputput_asyncput_partsput_parts_asyncput_rowsput_rows_asyncrowsselfsetdefaultshapesizespinsumtexttimetimeoutuint8valuesviewwantedwholewriterPyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *, struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time *__pyx_optional_args)\000until_in_timeuint64_t (void)\000microseconds\200\001\330\004\n\210+\220Q\200A\330\010\013\2104\210t\2201\330\014\r\330\010\013\2105\220\003\2201\330\014\020\220\010\230\001\330\r\021\220\031\230#\230Q\330\014\020\220\005\220Q\200A\330\010\016\210i\220q\230""\001\200A\330\010\017\210q\200A\330\030\031\360\036\000\t\r\210F\220!\330\010\017\210t\2208\2307\240)\250:\260U\270#\270Z\300x\310v\320UV\320VW\330\010\013\2105\220\002\220!\330\014\022\220*\230A\320\035.\250a\250q\330\010\024\220A\220X\230Q\330\010\013\2107\220\"\220D\230\010\240\007\240y\260\001\330\014\022\220$\220i\230q\240\001\330\010\017\210t\2201\220F\230!\200A\330%3\2601\360 \000\t\036\230Q\360\006\000\t\031\230\001\330\010\034\230J\240a\240q\330\010\013\2105\220\006\220b\230\001\330\014\022\220*\230A\230Q\330\010\013\2104\210x\220s\230$\230h\240g\250Y\260f\270C\270q\330\014\022\320\022\"\240!\240:\250Q\250d\260!\330\010\020\220\005\220V\2301\230A\330\010\032\230!\2306\240\021\240&\250\001\330\010\t\330\014\020\220\006\220a\330\014\023\2204\220u\230C\230y\250\013\2601\330\014\017\210u\220B\220d\230(\240\047\250\031\260!\330\020\026\220d\230)\2401\240A\330\014\023\220<\230v\240T\250\034\260Q\330\014\020\220\001\330\014\022\220\"\220B\220a\330\020\027\320\027+\2501\250A\250T\260\021\330\020\023\2205\230\003\2301\330\024\027\220q\330\030\034\230I\240Q\330\024\033\2304\230u\240A\240Y\250a\330\024\027\220u\230C\230q\330\030\033\2301\330\034#\2401\330\030\036\230d\240(\250!\2501\330\020\023\2201\330\024\032\230$\230e\2401\240A\330\020\023\220<\230q\240\001\240\024\240Y\250a\250q\330\024\030\230\017\240q\330\024\025\330\020\026\220a\220t\2303\230a\230w\240n\260D\270\005\270R\270r\300\022\3006\310\021\330\020\"\240!\2401\240D\250\t\260\026\260z\300\026\300v\310Q\330\020\024\220K\230t\2407\250!\330\020\025\220Q\330\014\020\220\t\230\021\330\014\023\2201\340\014\034\230A\230Q\230a\200A\330\0475\260Q\360\006\000\t\023\220!\220:\230Q\230e\2405\250\001\250\025\250d\260(\270!\330\010\017\210t\2205\230\001\230\023\230A\230S\240\001\240\025\240a\330\010\t\330\021\033\2301\230I\240Q\330\020\025\220Q\330\020\024\220H\230A\330\024\030\230\001\230\025\230c\240\022\2403\240a\240y\260\001\330\024\032\230#\230Q\230a\330\017\020\330\014\020\220\005\220Q\330\014\r\330\010\017\210t""\2208\2301\230I\240U\250!\200A\360\014\000\016&\240T\250\021\330\014\017\210t\2204\220q\330\020\021\330\014\020\220\016\230a\330\014\020\220\010\230\001\330\014\017\210t\2207\230!\330\020!\240\021\240!\2404\240w\250i\260t\2701\320\004\036\230n\250K\260q\360\036\000\t\036\230T\240\021\330\010\037\230t\2401\340\r%\240T\250\021\330\014\020\220\006\220a\330\014\020\220\016\230a\330\014\017\210u\220G\2301\330\020\023\2204\220r\230\023\230H\240D\250\001\330\024\032\230*\240A\240R\240q\320(A\300\021\300$\300a\330\020\031\230\021\330\014\023\2206\230\025\230a\230y\250\001\330\014\017\210u\220C\220q\330\020\026\220f\230H\240A\240Q\330\014\017\210q\330\020\026\220f\230E\240\021\240!\330\014\020\220\006\220a\330\014\020\220\016\230a\330\014\020\220\010\230\001\330\014\022\220%\220q\230\004\230G\2408\2501\330\014\023\2206\230\027\240\001\320\004$\240N\260!\340\010\017\210}\230A\230T\240\031\250$\250j\270\t\300\025\300h\310a\320\004&\240a\340\010\017\210}\230A\230V\2404\240v\250Z\260q\320\004+\2501\340\010\017\210}\230A\230V\2404\240{\260*\270A\320\004-\250Q\340\010\017\210}\230A\230V\2404\240|\260:\270Q";
+    #else /* compression: none (3145 bytes) */
+static const char bytes[] = " bytes bytes of a loan of  or arrays of the loan are in use: release them first (del) takes one message at a time(tree fragment), published or dropped.<ivshmem.channel.Loan of >?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a Loan cannot be copied or pickledadd_notechannel disableenablegcisenabledivshmem.errorsivshmem.textivshmem/channel/writers.pyxno message has rows: a buffer of two dimensions is needed, one row for each messageself.writer cannot be converted to a Python object for picklingthe loan was published or droppedtimeout is not a numberChannelTypeErrorClosedErrorLoanLoan.__enter__Loan.__exit__Loan.__reduce__Loan.dropLoan.publishLoan.publish_asyncWriterWriter.__reduce_cython__Writer.__setstate_cython__Writer.loanWriter.put_asyncWriter.put_partsWriter.put_parts_asyncWriter.put_rowsWriter.put_rows_async__Pyx_PyDict_NextRef__annotate____enter____exit____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutinearrayasyncio.coroutinesatbufferscellcheck_sizecline_in_tracebackcodecountcounteddatadropencodeencode_rowserrorerrorsfrombufferiindexintoitemsivshmem.channel.writerskindlenlengthloanmapmemoryviewndimnumpyoperatorpartpartspoppublishpublish_asyncputput_asyncput_partsput_parts_asyncput_rowsput_rows_asyncrowsselfsetdefaultshapesizespinsumtexttimetimeoutuint8valuesviewwholewriterPyObject *(PyObject *, int __pyx_skip_dispatch)\000int (PyObject *, PyObject *)\000int (PyObject *, PyObject *, PyObject *, Py_buffer *)\000int (PyObject *, Py_buffer *, int)\000uint64_t (void)\000flat\000check_in_place\000take_typed\000take_without_objects\000microsecondsPyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *, struct __pyx_opt_args_7ivshmem_7channel_14sleepi""ng_tasks_until_in_time *__pyx_optional_args)\000until_in_time\200\001\330\004\n\210+\220Q\200A\330\010\013\2104\210t\2201\330\014\r\330\010\013\2105\220\003\2201\330\014\020\220\010\230\001\330\r\021\220\031\230#\230Q\330\014\020\220\005\220Q\200A\330\010\016\210i\220q\230\001\200A\330\010\017\210q\200A\330\030\031\360\036\000\t\r\210F\220!\330\010\017\210t\2208\2307\240)\250:\260U\270#\270Z\300x\310v\320UV\320VW\330\010\013\2105\220\002\220!\330\014\022\220*\230A\320\035.\250a\250q\330\010\013\2105\220\002\220$\220h\230g\240Y\250a\330\014\022\220$\220i\230q\240\001\330\010\017\210t\2201\220F\230!\200A\330%3\2601\360 \000\t\036\230Q\360\006\000\t\031\230\001\340\010\025\220Q\220a\330\010\026\220a\220t\2307\240$\240a\330\010\013\2104\210v\220W\230A\330\014\023\2204\220u\230L\250\001\250\021\330\010\020\220\n\230!\2301\330\010\013\2105\220\006\220b\230\001\330\014\022\220*\230A\230Q\330\010\013\2104\210x\220s\230$\230h\240g\250Y\260f\270C\270q\330\014\022\320\022\"\240!\240:\250Q\250d\260!\330\010\020\220\005\220V\2301\230A\330\010\023\2201\220F\230!\2306\240\021\330\010\t\330\014\020\220\006\220a\330\014\023\2204\220u\230C\230y\250\013\2601\330\014\017\210u\220B\220d\230(\240\047\250\031\260!\330\020\026\220d\230)\2401\240A\330\014\023\220<\230v\240T\250\034\260Q\330\014\020\220\001\330\014\022\220\"\220B\220a\330\020\027\320\027+\2501\250A\250T\260\021\330\020\023\2205\230\003\2301\330\024\027\220q\330\030\034\230I\240Q\330\024\033\2304\230u\240A\240Y\250a\330\024\027\220u\230C\230q\330\030\033\2301\330\034#\2401\330\030\036\230d\240(\250!\2501\330\020\023\2201\330\024\032\230$\230e\2401\240A\330\020\023\220<\230q\240\001\240\024\240Y\250a\250q\330\024\030\230\017\240q\330\024\025\330\020\026\220a\220t\2303\230a\230w\240n\260D\270\005\270R\270r\300\022\3006\310\021\330\020\"\240!\2401\240D\250\t\260\026\260z\300\026\300v\310Q\330\020\024\220K\230t\2407\250!\330\020\025\220Q\330\014\020\220\t\230\021\330\014\023\2201\340\014\034\230A\230Q\230a\200A\330\0475\260Q\360""\016\000\t\023\220!\2204\220q\230\006\230d\240(\250!\330\010\017\210t\2205\230\001\230\023\230A\230S\240\001\240\025\240a\330\010\t\330\021\033\2301\230I\240Q\330\020\025\220Q\330\020\024\220H\230A\330\024\030\230\001\230\025\230c\240\022\2403\240a\240y\260\001\330\024\032\230#\230Q\230a\330\017\020\330\014\020\220\005\220Q\330\014\r\330\010\017\210t\2208\2301\230I\240U\250!\200A\360\014\000\016&\240T\250\021\330\014\017\210t\2204\220q\330\020\021\330\014\020\220\016\230a\330\014\020\220\010\230\001\330\014\017\210t\2207\230!\330\020!\240\021\240!\2404\240w\250i\260t\2701\320\004\036\230n\250K\260q\360 \000\t\036\230T\240\021\330\010\037\230t\2401\340\r%\240T\250\021\330\014\020\220\006\220a\330\014\020\220\016\230a\330\014\017\210u\220G\2301\330\020\023\2204\220r\230\023\230H\240D\250\001\330\024\032\230*\240A\240R\240q\320(A\300\021\300$\300a\330\020\031\230\021\330\014\017\210v\220V\2307\240!\330\020\026\220e\230;\240a\240q\330\014\023\2206\230\025\230a\230y\250\001\330\014\017\210u\220C\220q\330\020\026\220f\230H\240A\240Q\330\014\017\210q\330\020\026\220f\230E\240\021\240!\330\014\020\220\006\220a\330\014\020\220\016\230a\330\014\020\220\010\230\001\330\014\022\220%\220q\230\004\230G\2408\2501\330\014\023\2206\230\027\240\001\320\004$\240N\260!\340\010\017\210}\230A\230T\240\031\250$\250j\270\t\300\025\300h\310a\320\004&\240a\340\010\017\210}\230A\230V\2404\240v\250Z\260q\320\004+\2501\340\010\017\210}\230A\230V\2404\240{\260*\270A\320\004-\250Q\340\010\017\210}\230A\230V\2404\240|\260:\270Q";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
@@ -13154,7 +13688,7 @@ static const char bytes[] = " bytes bytes of a loan of  or arrays of the loan ar
     for (int i = 0; i < 123; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 27) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 28) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)
@@ -13205,16 +13739,15 @@ static const char bytes[] = " bytes bytes of a loan of  or arrays of the loan ar
   {
     PyObject **numbertab = __pyx_mstate->__pyx_number_tab + 0;
     int8_t const cint_constants_1[] = {0,2};
-    int64_t const cint_constants_8[] = {1099511627776LL};
-    for (int i = 0; i < 3; i++) {
-      numbertab[i] = PyLong_FromLongLong((i < 2 ? cint_constants_1[i - 0] : cint_constants_8[i - 2]));
+    for (int i = 0; i < 2; i++) {
+      numbertab[i] = PyLong_FromLong(cint_constants_1[i - 0]);
       if (unlikely(!numbertab[i])) __PYX_ERR(0, 1, __pyx_L1_error)
     }
   }
   #if CYTHON_IMMORTAL_CONSTANTS
   {
     PyObject **table = __pyx_mstate->__pyx_number_tab;
-    for (Py_ssize_t i=0; i<3; ++i) {
+    for (Py_ssize_t i=0; i<2; ++i) {
       #if PY_VERSION_HEX >= 0x030F0000
       PyUnstable_SetImmortal(table[i]);
       #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -13268,34 +13801,34 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 10, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 84};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 10, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 83};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_parts, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_loan, __pyx_mstate->__pyx_n_u_buffers, __pyx_mstate->__pyx_n_u_into, __pyx_mstate->__pyx_n_u_at, __pyx_mstate->__pyx_n_u_part, __pyx_mstate->__pyx_n_u_part};
-    __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_put_parts, __pyx_mstate->__pyx_kp_b_iso88591_A_5Q_Qe5_d_t5_AS_a_1IQ_Q_HA_c_3a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_put_parts, __pyx_mstate->__pyx_kp_b_iso88591_A_5Q_4q_d_t5_AS_a_1IQ_Q_HA_c_3ay, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 12, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 101};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 12, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 104};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_rows, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_cell, __pyx_mstate->__pyx_n_u_size, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_time, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_whole};
-    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_put_rows, __pyx_mstate->__pyx_kp_b_iso88591_A_31_Q_Jaq_5_b_AQ_4xs_hgYfCq_Qd, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_put_rows, __pyx_mstate->__pyx_kp_b_iso88591_A_31_Q_Qa_at7_a_4vWA_4uL_1_5_b_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 160};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 168};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_put_async, __pyx_mstate->__pyx_kp_b_iso88591_a_AV4vZq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 164};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 172};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_parts, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_put_parts_async, __pyx_mstate->__pyx_kp_b_iso88591_Q_AV4_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 168};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 176};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_rows, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_put_rows_async, __pyx_mstate->__pyx_kp_b_iso88591_1_AV4_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 176};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_size, __pyx_mstate->__pyx_n_u_wanted};
-    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_loan, __pyx_mstate->__pyx_kp_b_iso88591_A_F_t87_U_ZxvUVVW_5_A_aq_AXQ_7_D, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 184};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_size};
+    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_loan, __pyx_mstate->__pyx_kp_b_iso88591_A_F_t87_U_ZxvUVVW_5_A_aq_5_hgYa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
@@ -13308,32 +13841,32 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 240};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 248};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 2, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 272};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 2, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 280};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_size, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_writer, __pyx_mstate->__pyx_n_u_length, __pyx_mstate->__pyx_n_u_code};
     __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_publish, __pyx_mstate->__pyx_kp_b_iso88591_nKq_T_t1_T_a_a_uG1_4r_HD_ARq_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 308};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 319};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_size};
     __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_publish_async, __pyx_mstate->__pyx_kp_b_iso88591_N_AT_j_ha, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 312};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 323};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_drop, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t4q_a_t7_4wit1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 326};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 337};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_enter, __pyx_mstate->__pyx_kp_b_iso88591_A_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 329};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 340};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_kind, __pyx_mstate->__pyx_n_u_error};
     __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_5_1_Q_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
@@ -13689,6 +14222,231 @@ static PyObject *__Pyx_GetBuiltinName(PyObject *name) {
     return result;
 }
 
+/* PyObjectCall (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw) {
+    PyObject *result;
+    ternaryfunc call = Py_TYPE(func)->tp_call;
+    if (unlikely(!call))
+        return PyObject_Call(func, arg, kw);
+    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
+        return NULL;
+    result = (*call)(func, arg, kw);
+    Py_LeaveRecursiveCall();
+    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
+        PyErr_SetString(
+            PyExc_SystemError,
+            "NULL result without error in PyObject_Call");
+    }
+    return result;
+}
+#endif
+
+/* PyObjectCallMethO (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg) {
+    PyObject *self, *result;
+    PyCFunction cfunc;
+    cfunc = __Pyx_CyOrPyCFunction_GET_FUNCTION(func);
+    self = __Pyx_CyOrPyCFunction_GET_SELF(func);
+    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
+        return NULL;
+    result = cfunc(self, arg);
+    Py_LeaveRecursiveCall();
+    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
+        PyErr_SetString(
+            PyExc_SystemError,
+            "NULL result without error in PyObject_Call");
+    }
+    return result;
+}
+#endif
+
+/* PyObjectFastCall */
+#if CYTHON_COMPILING_IN_LIMITED_API
+static PyObject* __Pyx_PyObject_FastCall_fallback(PyObject *func, PyObject * const*args, size_t nargs, PyObject *kwargs) {
+    PyObject *argstuple;
+    PyObject *result = 0;
+    size_t i;
+    argstuple = PyTuple_New((Py_ssize_t)nargs);
+    if (unlikely(!argstuple)) return NULL;
+    for (i = 0; i < nargs; i++) {
+        Py_INCREF(args[i]);
+        if (__Pyx_PyTuple_SET_ITEM(argstuple, (Py_ssize_t)i, args[i]) != (0)) goto bad;
+    }
+    result = __Pyx_PyObject_Call(func, argstuple, kwargs);
+  bad:
+    Py_DECREF(argstuple);
+    return result;
+}
+#endif
+#if CYTHON_VECTORCALL && !(CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY)
+  #if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE vectorcallfunc __Pyx_PyVectorcall_Function(PyObject *callable) {
+    PyTypeObject *tp = Py_TYPE(callable);
+    #if defined(__Pyx_CyFunction_USED)
+    if (__Pyx_CyFunction_CheckExact(callable)) {
+        return __Pyx_CyFunction_func_vectorcall(callable);
+    }
+    #endif
+    if (!PyType_HasFeature(tp, Py_TPFLAGS_HAVE_VECTORCALL)) {
+        return NULL;
+    }
+    assert(PyCallable_Check(callable));
+    Py_ssize_t offset = tp->tp_vectorcall_offset;
+    assert(offset > 0);
+    vectorcallfunc ptr;
+    memcpy(&ptr, (char *) callable + offset, sizeof(ptr));
+    return ptr;
+}
+  #else
+    #define __Pyx_PyVectorcall_Function(callable) PyVectorcall_Function(callable)
+  #endif
+#endif
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwargs) {
+    Py_ssize_t nargs = __Pyx_PyVectorcall_NARGS(nargsf);
+#if CYTHON_COMPILING_IN_CPYTHON
+    if (nargs == 0 && kwargs == NULL) {
+        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_NOARGS))
+            return __Pyx_PyObject_CallMethO(func, NULL);
+    }
+    else if (nargs == 1 && kwargs == NULL) {
+        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_O))
+            return __Pyx_PyObject_CallMethO(func, args[0]);
+    }
+#endif
+    if (kwargs == NULL) {
+        #if CYTHON_VECTORCALL
+          #if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY
+            return PyObject_Vectorcall(func, args, nargsf, NULL);
+          #else
+            vectorcallfunc f = __Pyx_PyVectorcall_Function(func);
+            if (f) {
+                return f(func, args, nargsf, NULL);
+            }
+          #endif
+        #endif
+    }
+    if (nargs == 0) {
+        return __Pyx_PyObject_Call(func, __pyx_mstate_global->__pyx_empty_tuple, kwargs);
+    }
+    #if CYTHON_COMPILING_IN_LIMITED_API
+    return __Pyx_PyObject_FastCall_fallback(func, args, (size_t)nargs, kwargs);
+    #elif CYTHON_COMPILING_IN_PYPY
+    return PyObject_VectorcallDict(func, args, (size_t) nargs, kwargs);
+    #else
+    return PyObject_VectorcallDict(func, args, nargsf, kwargs);
+    #endif
+}
+
+/* RaiseException */
+static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause) {
+    PyObject* owned_instance = NULL;
+    if (tb == Py_None) {
+        tb = 0;
+    } else if (tb && !PyTraceBack_Check(tb)) {
+        PyErr_SetString(PyExc_TypeError,
+            "raise: arg 3 must be a traceback or None");
+        goto bad;
+    }
+    if (value == Py_None)
+        value = 0;
+    if (PyExceptionInstance_Check(type)) {
+        if (value) {
+            PyErr_SetString(PyExc_TypeError,
+                "instance exception may not have a separate value");
+            goto bad;
+        }
+        value = type;
+        type = (PyObject*) Py_TYPE(value);
+    } else if (PyExceptionClass_Check(type)) {
+        PyObject *instance_class = NULL;
+        if (value && PyExceptionInstance_Check(value)) {
+            instance_class = (PyObject*) Py_TYPE(value);
+            if (instance_class != type) {
+                int is_subclass = PyObject_IsSubclass(instance_class, type);
+                if (!is_subclass) {
+                    instance_class = NULL;
+                } else if (unlikely(is_subclass == -1)) {
+                    goto bad;
+                } else {
+                    type = instance_class;
+                }
+            }
+        }
+        if (!instance_class) {
+            PyObject *args;
+            if (!value)
+                args = PyTuple_New(0);
+            else if (PyTuple_Check(value)) {
+                Py_INCREF(value);
+                args = value;
+            } else
+                args = PyTuple_Pack(1, value);
+            if (!args)
+                goto bad;
+            owned_instance = PyObject_Call(type, args, NULL);
+            Py_DECREF(args);
+            if (!owned_instance)
+                goto bad;
+            value = owned_instance;
+            if (!PyExceptionInstance_Check(value)) {
+                PyErr_Format(PyExc_TypeError,
+                             "calling %R should have returned an instance of "
+                             "BaseException, not %R",
+                             type, Py_TYPE(value));
+                goto bad;
+            }
+        }
+    } else {
+        PyErr_SetString(PyExc_TypeError,
+            "raise: exception class must be a subclass of BaseException");
+        goto bad;
+    }
+    if (cause) {
+        PyObject *fixed_cause;
+        if (cause == Py_None) {
+            fixed_cause = NULL;
+        } else if (PyExceptionClass_Check(cause)) {
+            fixed_cause = PyObject_CallObject(cause, NULL);
+            if (fixed_cause == NULL)
+                goto bad;
+        } else if (PyExceptionInstance_Check(cause)) {
+            fixed_cause = cause;
+            Py_INCREF(fixed_cause);
+        } else {
+            PyErr_SetString(PyExc_TypeError,
+                            "exception causes must derive from "
+                            "BaseException");
+            goto bad;
+        }
+        PyException_SetCause(value, fixed_cause);
+    }
+    PyErr_SetObject(type, value);
+    if (tb) {
+#if PY_VERSION_HEX >= 0x030C00A6
+        PyException_SetTraceback(value, tb);
+#elif CYTHON_FAST_THREAD_STATE
+        PyThreadState *tstate = __Pyx_PyThreadState_Current;
+        PyObject* tmp_tb = tstate->curexc_traceback;
+        if (tb != tmp_tb) {
+            Py_INCREF(tb);
+            tstate->curexc_traceback = tb;
+            Py_XDECREF(tmp_tb);
+        }
+#else
+        PyObject *tmp_type, *tmp_value, *tmp_tb;
+        PyErr_Fetch(&tmp_type, &tmp_value, &tmp_tb);
+        Py_INCREF(tb);
+        PyErr_Restore(tmp_type, tmp_value, tb);
+        Py_XDECREF(tmp_tb);
+#endif
+    }
+bad:
+    Py_XDECREF(owned_instance);
+    return;
+}
+
 /* DivInt[int64_t] */
 static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t a, int64_t b, int b_is_constant) {
     int64_t q = a / b;
@@ -13709,6 +14467,31 @@ static CYTHON_INLINE int64_t __Pyx_mod_int64_t(int64_t a, int64_t b, int b_is_co
     );
     return r + adapt_python * b;
 }
+
+/* PyObjectFastCallMethod */
+#if !CYTHON_VECTORCALL
+static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf) {
+    PyObject *result;
+    switch (__Pyx_PyVectorcall_NARGS(nargsf)) {
+        case 1:
+            return PyObject_CallMethodObjArgs(args[0], name, NULL);
+        case 2:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], NULL);
+        case 3:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], NULL);
+        case 4:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], NULL);
+        case 5:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], args[4], NULL);
+    }
+    PyObject *attr = PyObject_GetAttr(args[0], name);
+    if (unlikely(!attr))
+        return NULL;
+    result = __Pyx_PyObject_FastCall(attr, args+1, nargsf - 1);
+    Py_DECREF(attr);
+    return result;
+}
+#endif
 
 /* CopyObjectArray (used by TupleOrListFromArrayImpl) */
 #if CYTHON_COMPILING_IN_CPYTHON
@@ -13856,123 +14639,6 @@ bad:
 }
 #endif
 #endif
-
-/* PyObjectCall (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw) {
-    PyObject *result;
-    ternaryfunc call = Py_TYPE(func)->tp_call;
-    if (unlikely(!call))
-        return PyObject_Call(func, arg, kw);
-    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
-        return NULL;
-    result = (*call)(func, arg, kw);
-    Py_LeaveRecursiveCall();
-    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
-        PyErr_SetString(
-            PyExc_SystemError,
-            "NULL result without error in PyObject_Call");
-    }
-    return result;
-}
-#endif
-
-/* PyObjectCallMethO (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg) {
-    PyObject *self, *result;
-    PyCFunction cfunc;
-    cfunc = __Pyx_CyOrPyCFunction_GET_FUNCTION(func);
-    self = __Pyx_CyOrPyCFunction_GET_SELF(func);
-    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
-        return NULL;
-    result = cfunc(self, arg);
-    Py_LeaveRecursiveCall();
-    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
-        PyErr_SetString(
-            PyExc_SystemError,
-            "NULL result without error in PyObject_Call");
-    }
-    return result;
-}
-#endif
-
-/* PyObjectFastCall (used by PyObjectCallOneArg) */
-#if CYTHON_COMPILING_IN_LIMITED_API
-static PyObject* __Pyx_PyObject_FastCall_fallback(PyObject *func, PyObject * const*args, size_t nargs, PyObject *kwargs) {
-    PyObject *argstuple;
-    PyObject *result = 0;
-    size_t i;
-    argstuple = PyTuple_New((Py_ssize_t)nargs);
-    if (unlikely(!argstuple)) return NULL;
-    for (i = 0; i < nargs; i++) {
-        Py_INCREF(args[i]);
-        if (__Pyx_PyTuple_SET_ITEM(argstuple, (Py_ssize_t)i, args[i]) != (0)) goto bad;
-    }
-    result = __Pyx_PyObject_Call(func, argstuple, kwargs);
-  bad:
-    Py_DECREF(argstuple);
-    return result;
-}
-#endif
-#if CYTHON_VECTORCALL && !(CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY)
-  #if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE vectorcallfunc __Pyx_PyVectorcall_Function(PyObject *callable) {
-    PyTypeObject *tp = Py_TYPE(callable);
-    #if defined(__Pyx_CyFunction_USED)
-    if (__Pyx_CyFunction_CheckExact(callable)) {
-        return __Pyx_CyFunction_func_vectorcall(callable);
-    }
-    #endif
-    if (!PyType_HasFeature(tp, Py_TPFLAGS_HAVE_VECTORCALL)) {
-        return NULL;
-    }
-    assert(PyCallable_Check(callable));
-    Py_ssize_t offset = tp->tp_vectorcall_offset;
-    assert(offset > 0);
-    vectorcallfunc ptr;
-    memcpy(&ptr, (char *) callable + offset, sizeof(ptr));
-    return ptr;
-}
-  #else
-    #define __Pyx_PyVectorcall_Function(callable) PyVectorcall_Function(callable)
-  #endif
-#endif
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwargs) {
-    Py_ssize_t nargs = __Pyx_PyVectorcall_NARGS(nargsf);
-#if CYTHON_COMPILING_IN_CPYTHON
-    if (nargs == 0 && kwargs == NULL) {
-        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_NOARGS))
-            return __Pyx_PyObject_CallMethO(func, NULL);
-    }
-    else if (nargs == 1 && kwargs == NULL) {
-        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_O))
-            return __Pyx_PyObject_CallMethO(func, args[0]);
-    }
-#endif
-    if (kwargs == NULL) {
-        #if CYTHON_VECTORCALL
-          #if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY
-            return PyObject_Vectorcall(func, args, nargsf, NULL);
-          #else
-            vectorcallfunc f = __Pyx_PyVectorcall_Function(func);
-            if (f) {
-                return f(func, args, nargsf, NULL);
-            }
-          #endif
-        #endif
-    }
-    if (nargs == 0) {
-        return __Pyx_PyObject_Call(func, __pyx_mstate_global->__pyx_empty_tuple, kwargs);
-    }
-    #if CYTHON_COMPILING_IN_LIMITED_API
-    return __Pyx_PyObject_FastCall_fallback(func, args, (size_t)nargs, kwargs);
-    #elif CYTHON_COMPILING_IN_PYPY
-    return PyObject_VectorcallDict(func, args, (size_t) nargs, kwargs);
-    #else
-    return PyObject_VectorcallDict(func, args, nargsf, kwargs);
-    #endif
-}
 
 /* PyObjectCallOneArg (used by CallUnboundCMethod0) */
 static CYTHON_INLINE PyObject* __Pyx_PyObject_CallOneArg(PyObject *func, PyObject *arg) {
@@ -14645,139 +15311,6 @@ static void __Pyx_RaiseArgtupleInvalid(
                  (num_expected == 1) ? "" : "s", num_found);
 }
 
-/* PyObjectFastCallMethod */
-#if !CYTHON_VECTORCALL
-static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf) {
-    PyObject *result;
-    switch (__Pyx_PyVectorcall_NARGS(nargsf)) {
-        case 1:
-            return PyObject_CallMethodObjArgs(args[0], name, NULL);
-        case 2:
-            return PyObject_CallMethodObjArgs(args[0], name, args[1], NULL);
-        case 3:
-            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], NULL);
-        case 4:
-            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], NULL);
-        case 5:
-            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], args[4], NULL);
-    }
-    PyObject *attr = PyObject_GetAttr(args[0], name);
-    if (unlikely(!attr))
-        return NULL;
-    result = __Pyx_PyObject_FastCall(attr, args+1, nargsf - 1);
-    Py_DECREF(attr);
-    return result;
-}
-#endif
-
-/* RaiseException */
-static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause) {
-    PyObject* owned_instance = NULL;
-    if (tb == Py_None) {
-        tb = 0;
-    } else if (tb && !PyTraceBack_Check(tb)) {
-        PyErr_SetString(PyExc_TypeError,
-            "raise: arg 3 must be a traceback or None");
-        goto bad;
-    }
-    if (value == Py_None)
-        value = 0;
-    if (PyExceptionInstance_Check(type)) {
-        if (value) {
-            PyErr_SetString(PyExc_TypeError,
-                "instance exception may not have a separate value");
-            goto bad;
-        }
-        value = type;
-        type = (PyObject*) Py_TYPE(value);
-    } else if (PyExceptionClass_Check(type)) {
-        PyObject *instance_class = NULL;
-        if (value && PyExceptionInstance_Check(value)) {
-            instance_class = (PyObject*) Py_TYPE(value);
-            if (instance_class != type) {
-                int is_subclass = PyObject_IsSubclass(instance_class, type);
-                if (!is_subclass) {
-                    instance_class = NULL;
-                } else if (unlikely(is_subclass == -1)) {
-                    goto bad;
-                } else {
-                    type = instance_class;
-                }
-            }
-        }
-        if (!instance_class) {
-            PyObject *args;
-            if (!value)
-                args = PyTuple_New(0);
-            else if (PyTuple_Check(value)) {
-                Py_INCREF(value);
-                args = value;
-            } else
-                args = PyTuple_Pack(1, value);
-            if (!args)
-                goto bad;
-            owned_instance = PyObject_Call(type, args, NULL);
-            Py_DECREF(args);
-            if (!owned_instance)
-                goto bad;
-            value = owned_instance;
-            if (!PyExceptionInstance_Check(value)) {
-                PyErr_Format(PyExc_TypeError,
-                             "calling %R should have returned an instance of "
-                             "BaseException, not %R",
-                             type, Py_TYPE(value));
-                goto bad;
-            }
-        }
-    } else {
-        PyErr_SetString(PyExc_TypeError,
-            "raise: exception class must be a subclass of BaseException");
-        goto bad;
-    }
-    if (cause) {
-        PyObject *fixed_cause;
-        if (cause == Py_None) {
-            fixed_cause = NULL;
-        } else if (PyExceptionClass_Check(cause)) {
-            fixed_cause = PyObject_CallObject(cause, NULL);
-            if (fixed_cause == NULL)
-                goto bad;
-        } else if (PyExceptionInstance_Check(cause)) {
-            fixed_cause = cause;
-            Py_INCREF(fixed_cause);
-        } else {
-            PyErr_SetString(PyExc_TypeError,
-                            "exception causes must derive from "
-                            "BaseException");
-            goto bad;
-        }
-        PyException_SetCause(value, fixed_cause);
-    }
-    PyErr_SetObject(type, value);
-    if (tb) {
-#if PY_VERSION_HEX >= 0x030C00A6
-        PyException_SetTraceback(value, tb);
-#elif CYTHON_FAST_THREAD_STATE
-        PyThreadState *tstate = __Pyx_PyThreadState_Current;
-        PyObject* tmp_tb = tstate->curexc_traceback;
-        if (tb != tmp_tb) {
-            Py_INCREF(tb);
-            tstate->curexc_traceback = tb;
-            Py_XDECREF(tmp_tb);
-        }
-#else
-        PyObject *tmp_type, *tmp_value, *tmp_tb;
-        PyErr_Fetch(&tmp_type, &tmp_value, &tmp_tb);
-        Py_INCREF(tb);
-        PyErr_Restore(tmp_type, tmp_value, tb);
-        Py_XDECREF(tmp_tb);
-#endif
-    }
-bad:
-    Py_XDECREF(owned_instance);
-    return;
-}
-
 /* GetTopmostException (used by SaveResetException) */
 #if CYTHON_USE_EXC_INFO_STACK && CYTHON_FAST_THREAD_STATE
 static _PyErr_StackItem *
@@ -15017,7 +15550,7 @@ static CYTHON_INLINE void __Pyx_ExceptionSwap(PyObject **type, PyObject **value,
 }
 #endif
 
-/* ListAppendAndDecrefInternal (used by ListCompAppend) */
+/* ListAppendAndDecrefInternal (used by ListCompAppendAndDecref) */
 #if CYTHON_USE_PYLIST_INTERNALS && CYTHON_ASSUME_SAFE_MACROS && CYTHON_ASSUME_SAFE_SIZE
 static CYTHON_INLINE void __Pyx__ListComp_AppendAndDecref(PyObject* list, Py_ssize_t len, PyObject* x) {
     PyList_SET_ITEM(list, len, x);
@@ -15025,21 +15558,28 @@ static CYTHON_INLINE void __Pyx__ListComp_AppendAndDecref(PyObject* list, Py_ssi
 }
 #endif
 
-/* ListCompAppend */
+/* ListCompAppendAndDecref */
 #if CYTHON_USE_PYLIST_INTERNALS && CYTHON_ASSUME_SAFE_MACROS && CYTHON_ASSUME_SAFE_SIZE
-static CYTHON_INLINE int __Pyx_ListComp_Append(PyObject* list, PyObject* x) {
+static CYTHON_INLINE int __Pyx_ListComp_AppendAndDecref(PyObject* list, PyObject* x) {
     PyListObject* L = (PyListObject*) list;
     Py_ssize_t len = Py_SIZE(list);
     if (likely(L->allocated > len)) {
-        Py_INCREF(x);
         __Pyx__ListComp_AppendAndDecref(list, len, x);
         return 0;
     }
-    return PyList_Append(list, x);
+    int result = PyList_Append(list, x);
+    Py_DECREF(x);
+    return result;
+}
+#else
+static CYTHON_INLINE int __Pyx_ListComp_AppendAndDecref(PyObject* list, PyObject* x) {
+    int result = PyList_Append(list, x);
+    Py_DECREF(x);
+    return result;
 }
 #endif
 
-/* FormatTypeName (used by RaiseErrorWithObjectType1) */
+/* FormatTypeName (used by RaiseErrorWithObjectTypes) */
 #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
 static __Pyx_TypeName
 __Pyx_PyType_GetFullyQualifiedName(PyTypeObject* tp)
@@ -15077,24 +15617,6 @@ __Pyx_PyType_GetFullyQualifiedName(PyTypeObject* tp)
     goto done;
 }
 #endif
-
-/* RaiseErrorWithObjectType1 (used by RaiseUnexpectedTypeError) */
-static void __Pyx_RaiseErrorWithType1(PyObject* exc_type, const char* message, const char *arg, PyTypeObject *type_obj) {
-    __Pyx_TypeName type_name = __Pyx_PyType_GetFullyQualifiedName(type_obj);
-    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
-    if (unlikely(!type_name)) return;
-    #endif
-    PyErr_Format(exc_type, message, arg, type_name);
-    __Pyx_DECREF_TypeName(type_name);
-}
-
-/* RaiseUnexpectedTypeError */
-static int __Pyx_RaiseUnexpectedTypeError(const char *expected, PyObject *obj) {
-    __Pyx_RaiseTypeErrorWithObjectType1(
-        "Expected %.42s, got " __Pyx_FMT_TYPENAME,
-        expected, obj);
-    return 0;
-}
 
 /* RaiseErrorWithObjectTypes (used by ExtTypeTest) */
 static void __Pyx_RaiseErrorWithTypes1(PyObject* exc_type, const char *message, const char *arg, PyTypeObject *type_obj1, PyTypeObject *type_obj2) {
@@ -15806,177 +16328,9 @@ static CYTHON_INLINE PyObject *__Pyx_GetItemInt_Fast(PyObject *o, Py_ssize_t i,
 }
 
 /* PyObjectCompare */
-#ifndef __Pyx_DEFINED_PyObject_CompareStrStrBoolLt
-#define __Pyx_DEFINED_PyObject_CompareStrStrBoolLt
-static CYTHON_INLINE int __Pyx_PyObject_CompareStrStrBoolLt(PyObject* s1, PyObject* s2) {
-    int result = PyUnicode_Compare(s1, s2);
-    if (unlikely((result == -1) && PyErr_Occurred())) return -1;
-    if (result < 0) goto __pyx_return_true; else goto __pyx_return_false;
-__pyx_return_true:
-    return 1;
-__pyx_return_false:
-    return 0;
-}
-#endif
-#if !(CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_GRAAL)
-#ifndef __Pyx_DEFINED_PyObject_ComparePyBytesPyBytesBoolLt
-#define __Pyx_DEFINED_PyObject_ComparePyBytesPyBytesBoolLt
-static CYTHON_INLINE int __Pyx_PyObject_ComparePyBytesPyBytesBoolLt(PyObject* s1, PyObject* s2) {
-    Py_ssize_t cmp;
-    Py_ssize_t length1, length2, short_length;
-    #if CYTHON_ASSUME_SAFE_SIZE && CYTHON_ASSUME_SAFE_MACROS
-    const char *ps1, *ps2;
-    length1 = __Pyx_PyBytes_GET_SIZE(s1);
-    length2 = __Pyx_PyBytes_GET_SIZE(s2);
-    short_length = (length1 < length2) ? length1 : length2;
-    if (short_length == 0) {
-        if (length1 == 0) goto __pyx_return_true; else goto __pyx_return_false;
-    }
-    ps1 = PyBytes_AS_STRING(s1);
-    ps2 = PyBytes_AS_STRING(s2);
-    #else
-    char *ps1, *ps2;
-    if (unlikely(PyBytes_AsStringAndSize(s1, &ps1, &length1) == -1)) return -1;
-    if (unlikely(PyBytes_AsStringAndSize(s2, &ps2, &length2) == -1)) return -1;
-    short_length = (length1 < length2) ? length1 : length2;
-    if (short_length == 0) {
-        if (length1 == 0) goto __pyx_return_true; else goto __pyx_return_false;
-    }
-    #endif
-    cmp = (Py_ssize_t) ((const unsigned char*) ps1)[0] - (Py_ssize_t) ((const unsigned char*) ps2)[0];
-    if (cmp == 0 && short_length > 1) {
-        cmp = memcmp(ps1, ps2, (size_t)short_length);
-    }
-    if (cmp == 0) cmp = (length1 - length2);
-    if (cmp < 0) goto __pyx_return_true; else goto __pyx_return_false;
-__pyx_return_true:
-    return 1;
-__pyx_return_false:
-    return 0;
-}
-#endif
-#endif
-#if !(CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_GRAAL)
-#ifndef __Pyx_DEFINED_PyObject_ComparePyBytesPyByteArrayBoolLt
-#define __Pyx_DEFINED_PyObject_ComparePyBytesPyByteArrayBoolLt
-static CYTHON_INLINE int __Pyx_PyObject_ComparePyBytesPyByteArrayBoolLt(PyObject* s1, PyObject* s2) {
-    Py_ssize_t cmp;
-    Py_ssize_t length1, length2, short_length;
-    #if CYTHON_ASSUME_SAFE_SIZE && CYTHON_ASSUME_SAFE_MACROS
-    const char *ps1, *ps2;
-    length1 = __Pyx_PyBytes_GET_SIZE(s1);
-    length2 = __Pyx_PyByteArray_GET_SIZE(s2);
-    short_length = (length1 < length2) ? length1 : length2;
-    if (short_length == 0) {
-        if (length1 == 0) goto __pyx_return_true; else goto __pyx_return_false;
-    }
-    ps1 = PyBytes_AS_STRING(s1);
-    ps2 = PyByteArray_AS_STRING(s2);
-    #else
-    char *ps1, *ps2;
-    if (unlikely(PyBytes_AsStringAndSize(s1, &ps1, &length1) == -1)) return -1;
-    ps2 = __Pyx_PyByteArray_AsString(s2); if (unlikely(!ps2)) return -1;
-    length2 = __Pyx_PyByteArray_GET_SIZE(s2); if (unlikely(length2 == -1)) return -1;
-    short_length = (length1 < length2) ? length1 : length2;
-    if (short_length == 0) {
-        if (length1 == 0) goto __pyx_return_true; else goto __pyx_return_false;
-    }
-    #endif
-    cmp = (Py_ssize_t) ((const unsigned char*) ps1)[0] - (Py_ssize_t) ((const unsigned char*) ps2)[0];
-    if (cmp == 0 && short_length > 1) {
-        cmp = memcmp(ps1, ps2, (size_t)short_length);
-    }
-    if (cmp == 0) cmp = (length1 - length2);
-    if (cmp < 0) goto __pyx_return_true; else goto __pyx_return_false;
-__pyx_return_true:
-    return 1;
-__pyx_return_false:
-    return 0;
-}
-#endif
-#endif
-#if !(CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_GRAAL)
-#ifndef __Pyx_DEFINED_PyObject_ComparePyByteArrayPyBytesBoolLt
-#define __Pyx_DEFINED_PyObject_ComparePyByteArrayPyBytesBoolLt
-static CYTHON_INLINE int __Pyx_PyObject_ComparePyByteArrayPyBytesBoolLt(PyObject* s1, PyObject* s2) {
-    Py_ssize_t cmp;
-    Py_ssize_t length1, length2, short_length;
-    #if CYTHON_ASSUME_SAFE_SIZE && CYTHON_ASSUME_SAFE_MACROS
-    const char *ps1, *ps2;
-    length1 = __Pyx_PyByteArray_GET_SIZE(s1);
-    length2 = __Pyx_PyBytes_GET_SIZE(s2);
-    short_length = (length1 < length2) ? length1 : length2;
-    if (short_length == 0) {
-        if (length1 == 0) goto __pyx_return_true; else goto __pyx_return_false;
-    }
-    ps1 = PyByteArray_AS_STRING(s1);
-    ps2 = PyBytes_AS_STRING(s2);
-    #else
-    char *ps1, *ps2;
-    ps1 = __Pyx_PyByteArray_AsString(s1); if (unlikely(!ps1)) return -1;
-    length1 = __Pyx_PyByteArray_GET_SIZE(s1); if (unlikely(length1 == -1)) return -1;
-    if (unlikely(PyBytes_AsStringAndSize(s2, &ps2, &length2) == -1)) return -1;
-    short_length = (length1 < length2) ? length1 : length2;
-    if (short_length == 0) {
-        if (length1 == 0) goto __pyx_return_true; else goto __pyx_return_false;
-    }
-    #endif
-    cmp = (Py_ssize_t) ((const unsigned char*) ps1)[0] - (Py_ssize_t) ((const unsigned char*) ps2)[0];
-    if (cmp == 0 && short_length > 1) {
-        cmp = memcmp(ps1, ps2, (size_t)short_length);
-    }
-    if (cmp == 0) cmp = (length1 - length2);
-    if (cmp < 0) goto __pyx_return_true; else goto __pyx_return_false;
-__pyx_return_true:
-    return 1;
-__pyx_return_false:
-    return 0;
-}
-#endif
-#endif
-#if !(CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_GRAAL)
-#ifndef __Pyx_DEFINED_PyObject_ComparePyByteArrayPyByteArrayBoolLt
-#define __Pyx_DEFINED_PyObject_ComparePyByteArrayPyByteArrayBoolLt
-static CYTHON_INLINE int __Pyx_PyObject_ComparePyByteArrayPyByteArrayBoolLt(PyObject* s1, PyObject* s2) {
-    Py_ssize_t cmp;
-    Py_ssize_t length1, length2, short_length;
-    #if CYTHON_ASSUME_SAFE_SIZE && CYTHON_ASSUME_SAFE_MACROS
-    const char *ps1, *ps2;
-    length1 = __Pyx_PyByteArray_GET_SIZE(s1);
-    length2 = __Pyx_PyByteArray_GET_SIZE(s2);
-    short_length = (length1 < length2) ? length1 : length2;
-    if (short_length == 0) {
-        if (length1 == 0) goto __pyx_return_true; else goto __pyx_return_false;
-    }
-    ps1 = PyByteArray_AS_STRING(s1);
-    ps2 = PyByteArray_AS_STRING(s2);
-    #else
-    char *ps1, *ps2;
-    ps1 = __Pyx_PyByteArray_AsString(s1); if (unlikely(!ps1)) return -1;
-    length1 = __Pyx_PyByteArray_GET_SIZE(s1); if (unlikely(length1 == -1)) return -1;
-    ps2 = __Pyx_PyByteArray_AsString(s2); if (unlikely(!ps2)) return -1;
-    length2 = __Pyx_PyByteArray_GET_SIZE(s2); if (unlikely(length2 == -1)) return -1;
-    short_length = (length1 < length2) ? length1 : length2;
-    if (short_length == 0) {
-        if (length1 == 0) goto __pyx_return_true; else goto __pyx_return_false;
-    }
-    #endif
-    cmp = (Py_ssize_t) ((const unsigned char*) ps1)[0] - (Py_ssize_t) ((const unsigned char*) ps2)[0];
-    if (cmp == 0 && short_length > 1) {
-        cmp = memcmp(ps1, ps2, (size_t)short_length);
-    }
-    if (cmp == 0) cmp = (length1 - length2);
-    if (cmp < 0) goto __pyx_return_true; else goto __pyx_return_false;
-__pyx_return_true:
-    return 1;
-__pyx_return_false:
-    return 0;
-}
-#endif
-#endif
-#ifndef __Pyx_DEFINED_PyObject_CompareFloatIntBoolLt
-#define __Pyx_DEFINED_PyObject_CompareFloatIntBoolLt
-static int __Pyx_PyObject_CompareFloatIntBoolLt(PyObject *op1, PyObject *op2) {
+#ifndef __Pyx_DEFINED_PyObject_CompareFloatIntBoolGt
+#define __Pyx_DEFINED_PyObject_CompareFloatIntBoolGt
+static int __Pyx_PyObject_CompareFloatIntBoolGt(PyObject *op1, PyObject *op2) {
     double float_op1 = __Pyx_PyFloat_AS_DOUBLE(op1);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (unlikely(float_op1 == -1. && PyErr_Occurred())) return -1;
@@ -15984,23 +16338,23 @@ static int __Pyx_PyObject_CompareFloatIntBoolLt(PyObject *op1, PyObject *op2) {
     #if CYTHON_USE_PYLONG_INTERNALS
     if (__Pyx_PyLong_IsCompact(op2)) {
         Py_ssize_t iop2 = __Pyx_PyLong_CompactValue(op2);
-        if (float_op1 < ((double)iop2)) goto __pyx_return_true; else goto __pyx_return_false;
+        if (float_op1 > ((double)iop2)) goto __pyx_return_true; else goto __pyx_return_false;
     }
     if (unlikely(!__Pyx_isfinite(float_op1))) {
-        if (float_op1 < 0.0) goto __pyx_return_true; else goto __pyx_return_false;
+        if (float_op1 > 0.0) goto __pyx_return_true; else goto __pyx_return_false;
     } else {
         int sign2 = __Pyx_PyLong_Sign(op2);
         if (float_op1 >= 0.) {
-            if (sign2 < 0) goto __pyx_return_false;
-            if (float_op1 < (double) (1L << PyLong_SHIFT)) goto __pyx_return_true;
+            if (sign2 < 0) goto __pyx_return_true;
+            if (float_op1 < (double) (1L << PyLong_SHIFT)) goto __pyx_return_false;
         } else {
-            if (sign2 > 0) goto __pyx_return_true;
-            if (float_op1 > -(double) (1L << PyLong_SHIFT)) goto __pyx_return_false;
+            if (sign2 > 0) goto __pyx_return_false;
+            if (float_op1 > -(double) (1L << PyLong_SHIFT)) goto __pyx_return_true;
         }
     }
     #else
     if (unlikely(!__Pyx_isfinite(float_op1))) {
-        if (float_op1 < 0.0) goto __pyx_return_true; else goto __pyx_return_false;
+        if (float_op1 > 0.0) goto __pyx_return_true; else goto __pyx_return_false;
     } else {
         int overflow2;
         long iop2 = PyLong_AsLongAndOverflow(op2, &overflow2);
@@ -16010,70 +16364,17 @@ static int __Pyx_PyObject_CompareFloatIntBoolLt(PyObject *op1, PyObject *op2) {
             } else if ((long long) iop2 <= - (1LL << 53)) {
                 overflow2 = -1;
             } else {
-                if (float_op1 < ((double) iop2)) goto __pyx_return_true; else goto __pyx_return_false;
+                if (float_op1 > ((double) iop2)) goto __pyx_return_true; else goto __pyx_return_false;
             }
         }
         if (overflow2 > 0) {
-            if (float_op1 < ((double) (1LL << 53))) goto __pyx_return_true;
+            if (float_op1 < ((double) (1LL << 53))) goto __pyx_return_false;
         } else {
-            if (float_op1 > - ((double) (1LL << 53))) goto __pyx_return_false;
+            if (float_op1 > - ((double) (1LL << 53))) goto __pyx_return_true;
         }
     }
     #endif
-    return __Pyx_PyObject_RichCompareBool(op1, op2, Py_LT);
-__pyx_return_true:
-    return 1;
-__pyx_return_false:
-    return 0;
-}
-#endif
-#ifndef __Pyx_DEFINED_PyObject_CompareIntFloatBoolLt
-#define __Pyx_DEFINED_PyObject_CompareIntFloatBoolLt
-static int __Pyx_PyObject_CompareIntFloatBoolLt(PyObject *op1, PyObject *op2) {
-    double float_op2 = __Pyx_PyFloat_AS_DOUBLE(op2);
-    #if !CYTHON_ASSUME_SAFE_MACROS
-    if (unlikely(float_op2 == -1. && PyErr_Occurred())) return -1;
-    #endif
-    #if CYTHON_USE_PYLONG_INTERNALS
-    if (__Pyx_PyLong_IsCompact(op1)) {
-        Py_ssize_t iop1 = __Pyx_PyLong_CompactValue(op1);
-        if (((double)iop1) < float_op2) goto __pyx_return_true; else goto __pyx_return_false;
-    }
-    if (unlikely(!__Pyx_isfinite(float_op2))) {
-        if (0.0 < float_op2) goto __pyx_return_true; else goto __pyx_return_false;
-    } else {
-        int sign1 = __Pyx_PyLong_Sign(op1);
-        if (float_op2 >= 0.) {
-            if (sign1 < 0) goto __pyx_return_true;
-            if (float_op2 < (double) (1L << PyLong_SHIFT)) goto __pyx_return_false;
-        } else {
-            if (sign1 > 0) goto __pyx_return_false;
-            if (float_op2 > -(double) (1L << PyLong_SHIFT)) goto __pyx_return_true;
-        }
-    }
-    #else
-    if (unlikely(!__Pyx_isfinite(float_op2))) {
-        if (0.0 < float_op2) goto __pyx_return_true; else goto __pyx_return_false;
-    } else {
-        int overflow1;
-        long iop1 = PyLong_AsLongAndOverflow(op1, &overflow1);
-        if (likely(!overflow1)) {
-            if ((long long) iop1 >= (1LL << 53)) {
-                overflow1 = 1;
-            } else if ((long long) iop1 <= - (1LL << 53)) {
-                overflow1 = -1;
-            } else {
-                if (((double) iop1) < float_op2) goto __pyx_return_true; else goto __pyx_return_false;
-            }
-        }
-        if (overflow1 < 0) {
-            if (float_op2 > ((double) (1LL << 53))) goto __pyx_return_true;
-        } else {
-            if (float_op2 < - ((double) (1LL << 53))) goto __pyx_return_false;
-        }
-    }
-    #endif
-    return __Pyx_PyObject_RichCompareBool(op1, op2, Py_LT);
+    return __Pyx_PyObject_RichCompareBool(op1, op2, Py_GT);
 __pyx_return_true:
     return 1;
 __pyx_return_false:
@@ -16081,9 +16382,9 @@ __pyx_return_false:
 }
 #endif
 #if CYTHON_USE_PYLONG_INTERNALS
-#ifndef __Pyx_DEFINED_PyObject_CompareIntIntBoolLt
-#define __Pyx_DEFINED_PyObject_CompareIntIntBoolLt
-static int __Pyx_PyObject_CompareIntIntBoolLt(PyObject *op1, PyObject *op2) {
+#ifndef __Pyx_DEFINED_PyObject_CompareIntIntBoolGt
+#define __Pyx_DEFINED_PyObject_CompareIntIntBoolGt
+static int __Pyx_PyObject_CompareIntIntBoolGt(PyObject *op1, PyObject *op2) {
     Py_ssize_t cmp = __Pyx_PyLong_CompareSignAndSize(op1, op2);
     if (cmp == 0) {
         Py_ssize_t size = __Pyx_PyLong_DigitCount(op1);
@@ -16103,30 +16404,30 @@ static int __Pyx_PyObject_CompareIntIntBoolLt(PyObject *op1, PyObject *op2) {
         if (cmp == 0) return 0;
         if (__Pyx_PyLong_IsNeg(op1)) cmp = -cmp;
     }
-    return (cmp < 0);
+    return (cmp > 0);
 }
 #endif
-#ifndef __Pyx_DEFINED_PyObject_CompareIntIntBoolLt
-#define __Pyx_DEFINED_PyObject_CompareIntIntBoolLt
-static CYTHON_INLINE PyObject* __Pyx_PyObject_CompareIntIntLt(PyObject *op1, PyObject *op2) {
-    int result = __Pyx_PyObject_CompareIntIntBoolLt(op1, op2);
+#ifndef __Pyx_DEFINED_PyObject_CompareIntIntBoolGt
+#define __Pyx_DEFINED_PyObject_CompareIntIntBoolGt
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CompareIntIntGt(PyObject *op1, PyObject *op2) {
+    int result = __Pyx_PyObject_CompareIntIntBoolGt(op1, op2);
     if (unlikely(result == -1)) return NULL;
     return __Pyx_NewRef(result ? Py_True : Py_False);
 }
 #endif
 #else
-#ifndef __Pyx_DEFINED_PyObject_CompareIntIntBoolLt
-#define __Pyx_DEFINED_PyObject_CompareIntIntBoolLt
-static int __Pyx_PyObject_CompareIntIntBoolLt(PyObject *op1, PyObject *op2) {
+#ifndef __Pyx_DEFINED_PyObject_CompareIntIntBoolGt
+#define __Pyx_DEFINED_PyObject_CompareIntIntBoolGt
+static int __Pyx_PyObject_CompareIntIntBoolGt(PyObject *op1, PyObject *op2) {
     int overflow1, overflow2;
     long long iop1 = PyLong_AsLongLongAndOverflow(op1, &overflow1);
     long long iop2 = PyLong_AsLongLongAndOverflow(op2, &overflow2);
     if (likely(!(overflow1 | overflow2))) {
-        if (iop1 < iop2) goto __pyx_return_true; else goto __pyx_return_false;
+        if (iop1 > iop2) goto __pyx_return_true; else goto __pyx_return_false;
     } else if (overflow1 != overflow2) {
-        if (overflow1 < overflow2) goto __pyx_return_true; else goto __pyx_return_false;
+        if (overflow1 > overflow2) goto __pyx_return_true; else goto __pyx_return_false;
     } else {
-        return __Pyx_PyObject_RichCompareBool(op1, op2, Py_LT);
+        return __Pyx_PyObject_RichCompareBool(op1, op2, Py_GT);
     }
 __pyx_return_true:
     return 1;
@@ -16135,73 +16436,30 @@ __pyx_return_false:
 }
 #endif
 #endif
-static CYTHON_INLINE int __Pyx_PyObject_CompareBoolLt_object_object(PyObject *op1, PyObject *op2, int pyop) {
+static CYTHON_INLINE int __Pyx_PyObject_CompareBoolGt_object_int(PyObject *op1, PyObject *op2, int pyop) {
     CYTHON_UNUSED_VAR(pyop);
+    if (unlikely(op2 == Py_None)) {
+        goto __pyx_richcmp;
+    }
+    if (op1 == op2) goto __pyx_return_false;
     if (PyFloat_CheckExact(op1)) {
-        if (PyFloat_CheckExact(op2)) {
-            double float_op1 = __Pyx_PyFloat_AS_DOUBLE(op1);
-            #if !CYTHON_ASSUME_SAFE_MACROS
-            if (unlikely(float_op1 == -1. && PyErr_Occurred())) return -1;
-            #endif
-            double float_op2 = __Pyx_PyFloat_AS_DOUBLE(op2);
-            #if !CYTHON_ASSUME_SAFE_MACROS
-            if (unlikely(float_op2 == -1. && PyErr_Occurred())) return -1;
-            #endif
-            if (float_op1 < float_op2) goto __pyx_return_true; else goto __pyx_return_false;
-        }
-        if (PyLong_CheckExact(op2)) {
-            return __Pyx_PyObject_CompareFloatIntBoolLt(op1, op2);
+        if (likely(op2 != Py_None)) {
+            return __Pyx_PyObject_CompareFloatIntBoolGt(op1, op2);
         }
         goto __pyx_richcmp;
     }
-    if (PyLong_CheckExact(op1)) {
+    if (likely(PyLong_CheckExact(op1))) {
         if (op1 == op2) goto __pyx_return_false;
-        if (PyLong_CheckExact(op2)) {
-            return __Pyx_PyObject_CompareIntIntBoolLt(op1, op2);
-        }
-        if (PyFloat_CheckExact(op2)) {
-            return __Pyx_PyObject_CompareIntFloatBoolLt(op1, op2);
+        if (likely(op2 != Py_None)) {
+            return __Pyx_PyObject_CompareIntIntBoolGt(op1, op2);
         }
         goto __pyx_richcmp;
     }
-    
-    if (PyUnicode_CheckExact(op1)) {
-        if (op1 == op2) goto __pyx_return_false;
-        if (PyUnicode_CheckExact(op2)) {
-            return __Pyx_PyObject_CompareStrStrBoolLt(op1, op2);
-        }
-        goto __pyx_richcmp;
-    }
-    
-    #if !(CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_GRAAL)
-    if (PyBytes_CheckExact(op1)) {
-        if (op1 == op2) goto __pyx_return_false;
-        if (PyBytes_CheckExact(op2)) {
-            return __Pyx_PyObject_ComparePyBytesPyBytesBoolLt(op1, op2);
-        }
-        if (PyByteArray_CheckExact(op2)) {
-            return __Pyx_PyObject_ComparePyBytesPyByteArrayBoolLt(op1, op2);
-        }
-        goto __pyx_richcmp;
-    }
-    #endif
-    #if !(CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_GRAAL)
-    if (PyByteArray_CheckExact(op1)) {
-        if (op1 == op2) goto __pyx_return_false;
-        if (PyByteArray_CheckExact(op2)) {
-            return __Pyx_PyObject_ComparePyByteArrayPyByteArrayBoolLt(op1, op2);
-        }
-        if (PyBytes_CheckExact(op2)) {
-            return __Pyx_PyObject_ComparePyByteArrayPyBytesBoolLt(op1, op2);
-        }
-        goto __pyx_richcmp;
-    }
-    #endif
     if ((0)) goto __pyx_richcmp;
     if ((0)) goto __pyx_return_true;
     if ((0)) goto __pyx_return_false;
 __pyx_richcmp:
-    return __Pyx_PyObject_RichCompareBool(op1, op2, Py_LT);
+    return __Pyx_PyObject_RichCompareBool(op1, op2, Py_GT);
 __pyx_return_true:
     return 1;
 __pyx_return_false:
@@ -17433,6 +17691,16 @@ CYTHON_UNUSED static Py_ssize_t __Pyx_GetTypeDictOffset(PyObject *tp, int requir
     return tp_dictoffset;
 }
 #endif
+
+/* RaiseErrorWithObjectType1 (used by ValidateBasesTuple) */
+static void __Pyx_RaiseErrorWithType1(PyObject* exc_type, const char* message, const char *arg, PyTypeObject *type_obj) {
+    __Pyx_TypeName type_name = __Pyx_PyType_GetFullyQualifiedName(type_obj);
+    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+    if (unlikely(!type_name)) return;
+    #endif
+    PyErr_Format(exc_type, message, arg, type_name);
+    __Pyx_DECREF_TypeName(type_name);
+}
 
 /* ValidateBasesTuple (used by PyType_Ready) */
 #if CYTHON_COMPILING_IN_CPYTHON || CYTHON_COMPILING_IN_LIMITED_API || CYTHON_USE_TYPE_SPECS
