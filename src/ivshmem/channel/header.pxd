@@ -200,6 +200,7 @@ cdef extern from "ivshmem_channel.h" nogil:
         unsigned epoch
         ivshmem_overflow overflow
         ivshmem_source *sources
+        unsigned turn
         ivshmem_sleep sleep
         ivshmem_rung rung
 
@@ -319,6 +320,7 @@ cdef extern from "ivshmem_channel.h" nogil:
     uint64_t ivshmem_claim_word(
         uint64_t position, unsigned reader, ivshmem_claim claim, unsigned epoch
     )
+    void ivshmem_load_barrier(const ivshmem_memory *memory)
     int ivshmem_claim_exchange(
         const ivshmem_channel *channel, uint64_t at, uint64_t expected, uint64_t desired
     )

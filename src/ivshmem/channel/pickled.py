@@ -28,6 +28,7 @@ class Pickled:
     """What stands for a type where both ends said pickle=True."""
 
     in_place = False  # what lies in memory is not the object
+    undecodable = (Exception,)  # what `decode` raises again for the same message
 
     def encode(self, thing: object) -> bytearray:
         """Return a message.

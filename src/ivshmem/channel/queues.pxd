@@ -19,7 +19,11 @@ cdef class ClaimingEnd(ReaderEnd):
 
 
 cdef class QueueReader(ClaimingEnd):
-    cdef int finish(self, const ivshmem_taken *taken, char *into) except -1
+    cdef object got(self, object timeout, object spin, object absent)
+    cdef object decoded(self, const ivshmem_taken *taken)
+    cdef object too_late(self)
+    cdef int copy(self, const ivshmem_taken *taken, char *into) except -1
+    cdef int acknowledge(self, const ivshmem_taken *taken) except -1
 
 
 cdef class Taken(Received):

@@ -132,19 +132,49 @@ cdef class QueueReader(ClaimingEnd):
             Redelivered: this process was taken for gone during the copy: the message is lost.
             RegionError: the region is mapped for reading only.
             ChannelError: this mapping of the memory has no compare-exchange.
+            ChannelTypeError: the message does not fit the channel's type; it is lost. After other
+                exceptions, as of Reader.get, a reader gets it.
             ChannelCorrupt, ClosedError: as of Reader.get.
         """
+        return self.got(timeout, spin, None)
+
+    cdef object got(self, object timeout, object spin, object absent):
+        """Return a copy of the next message; `absent`: none came in time."""
         cdef ivshmem_taken taken
         cdef bytes data
         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
-            return None
+            return absent
+        if self.type is not None:
+            return self.decoded(&taken)
         try:
             data = PyBytes_FromStringAndSize(NULL, taken.message.length)
         except MemoryError:
             self.undo(&taken)
             raise
-        self.finish(&taken, PyBytes_AS_STRING(data))
-        return data if self.type is None else self.type.decode(data)
+        self.copy(&taken, PyBytes_AS_STRING(data))
+        self.acknowledge(&taken)
+        return data
+
+    cdef object decoded(self, const ivshmem_taken *taken):
+        """Return what the type makes of a message, and be done with it; or give it back."""
+        cdef bytes data
+        cdef object found
+        try:
+            data = PyBytes_FromStringAndSize(NULL, taken.message.length)
+            self.copy(taken, PyBytes_AS_STRING(data))
+            ivshmem_load_barrier(&self.channel.area.memory)
+            if ivshmem_get(&self.channel, taken.claim_at) != taken.claim:
+                raise self.too_late()  # what was copied may be torn: it is not decoded
+            found = self.type.decode(data)
+            self.enter()
+        except BaseException as error:
+            if not self.is_for_ever(error):
+                self.undo(taken)
+            elif self.usable():
+                self.acknowledge(taken)
+            raise
+        self.acknowledge(taken)
+        return found
 
     @cython.critical_section
     def get_into(self, buffer, timeout=None, *, spin=None):
@@ -168,13 +198,13 @@ cdef class QueueReader(ClaimingEnd):
                 raise MessageTooLong(
                     f"a message of {taken.message.length} bytes, and the buffer has {view.len}"
                 )
-            self.finish(&taken, <char *>view.buf)
+            self.copy(&taken, <char *>view.buf)
+            self.acknowledge(&taken)
             return taken.message.length
         finally:
             PyBuffer_Release(&view)
 
-    cdef int finish(self, const ivshmem_taken *taken, char *into) except -1:
-        """Copy a message out, and give its memory back."""
+    cdef int copy(self, const ivshmem_taken *taken, char *into) except -1:
         cdef const char *at = <const char *>self.channel.area.memory.start + taken.message.offset
         if taken.message.length < LARGE:
             ivshmem_copy_payload(into, at, taken.message.length)
@@ -186,12 +216,21 @@ cdef class QueueReader(ClaimingEnd):
                 self.enter()
             finally:
                 self.membership.mapping.unpin()
+        return 0
+
+    cdef int acknowledge(self, const ivshmem_taken *taken) except -1:
+        """Give a message's memory back after it was copied."""
         if ivshmem_queue_done(&self.reader, taken):
-            raise Redelivered(
-                f"queue {self.name!r}: this process was taken for gone while it copied a message,"
-                " which is lost"
-            )
-        return self.membership.flush()
+            raise self.too_late()
+        if self.membership.rings.count:
+            self.membership.flush()
+        return 0
+
+    cdef object too_late(self):
+        return Redelivered(
+            f"queue {self.name!r}: this process was taken for gone while it copied a message,"
+            " which is lost"
+        )
 
     @cython.critical_section
     def take(self, timeout=None, *, spin=None):
@@ -321,7 +360,12 @@ cdef class Taken(Received):
 
 
 cdef Taken taken_of(type kind, ClaimingEnd reader, const ivshmem_taken *taken):
-    cdef Taken made = kind.__new__(kind)
+    cdef Taken made
+    try:
+        made = kind.__new__(kind)
+    except BaseException:
+        reader.undo(taken)
+        raise
     made.reader = reader
     made.taken = taken[0]
     made.message = taken.message

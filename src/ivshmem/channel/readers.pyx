@@ -9,7 +9,7 @@ which is in ivshmem_channel.h.
 cimport cython
 from cpython.buffer cimport PyBuffer_Release
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from libc.stdint cimport int64_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from ..native.descriptors cimport check_timeout
 from ..native.spin cimport Probe
@@ -20,6 +20,9 @@ from .views cimport view_of
 
 from ..errors import ChannelError, MessagesLost, MessageTooLong
 from ..text import counted
+
+# In the place of what a message is decoded to: its writer overwrote it during the copy.
+cdef object OVERWRITTEN = object()
 
 # -- messages -------------------------------------------------------------------------------------
 
@@ -50,11 +53,11 @@ cdef class Reader(ReaderEnd):
     # As a ChannelEnd.
 
     cdef int attempt(self) except? -2:
-        return 0 if self.pending else ivshmem_take(&self.reader, &self.message)
+        return 0 if self.kept else self.take_new()
 
     cdef int begin_sleep(self) except? -2:
         cdef int code = ivshmem_reader_sleep(&self.reader)
-        if self.pending or self.reader.slot == IVSHMEM_NO_SLOT and probe_reader(&self.reader):
+        if self.kept or self.reader.slot == IVSHMEM_NO_SLOT and probe_reader(&self.reader):
             return 0
         return code
 
@@ -69,7 +72,7 @@ cdef class Reader(ReaderEnd):
 
     cdef int restore(self) except -1:
         ivshmem_reader_beat(&self.reader)
-        if self.awaited and (self.pending or probe_reader(&self.reader)):
+        if self.awaited and (self.kept or probe_reader(&self.reader)):
             self.membership.kick_all()
         return 0
 
@@ -81,9 +84,9 @@ cdef class Reader(ReaderEnd):
         cdef ivshmem_message message
         check_timeout(timeout)
         self.enter()
-        if self.take_pending():
+        if self.take_kept():
             return self.tell_lost()
-        code = ivshmem_take(&self.reader, &self.message)
+        code = self.take_new()
         if code == IVSHMEM_AGAIN:
             if timeout is not None and timeout == 0 and not self.watched:
                 ivshmem_reader_settle(&self.reader)
@@ -92,16 +95,26 @@ cdef class Reader(ReaderEnd):
             code = self.wait(timeout, spin)
             if code == IVSHMEM_AGAIN:
                 return code
-            if self.take_pending():  # another thread left it
+            if self.take_kept():  # another thread left it
                 return self.tell_lost()
         if self.membership.rings.count:
             message = self.message  # another thread may take one during the flush
-            self.membership.flush()
+            try:
+                self.membership.flush()
+            except BaseException:
+                if code == 0:
+                    self.keep(&message)
+                raise
             self.enter()
             self.message = message
         if code:
             raise self.fail(code)
         return self.tell_lost()
+
+    cdef int take_new(self) except? -2:
+        if self.holding == self.holds:
+            self.make_room()
+        return ivshmem_take(&self.reader, &self.message)
 
     cdef int tell_lost(self) except -1:
         """Raise MessagesLost if a reader that blocks lost messages before this one."""
@@ -109,30 +122,55 @@ cdef class Reader(ReaderEnd):
         if lost == 0 or self.reader.overflow != IVSHMEM_BLOCK:
             return 0
         self.message.lost = 0
-        self.keep()
+        self.keep(&self.message)
         raise MessagesLost(
             f"channel {self.name!r}: this process was stopped, and writers continued without it:"
             f" {counted(lost, 'message')} of a writer were lost",
             lost,
         )
 
-    cdef bint take_pending(self) noexcept:
-        if not self.pending:
+    cdef bint take_kept(self) noexcept:
+        """Take a message that a call before this one left."""
+        cdef uint32_t i
+        if not self.kept:
             return False
-        self.pending = False
-        self.forget(self.message.writer, self.message.position)
+        for i in range(self.holding):
+            if self.held[i].kept:
+                self.message = self.held[i].message
+                self.holding -= 1
+                self.held[i] = self.held[self.holding]
+                break
+        self.kept -= 1
         return True
 
-    cdef int keep(self) except -1:
-        """Leave the message that was taken for the next call."""
-        self.pending = True
-        return self.hold(&self.message)
+    cdef int keep(self, const ivshmem_message *message) except -1:
+        """Leave a message that was taken for the next call."""
+        self.hold(message)
+        return self.put_back(message)
+
+    cdef int put_back(self, const ivshmem_message *message) except -1:
+        cdef uint32_t i
+        for i in range(self.holding):
+            if (
+                self.held[i].message.writer == message.writer
+                and self.held[i].message.position == message.position
+            ):
+                self.held[i].kept = True
+                self.kept += 1
+                break
+        return 0
 
     cdef object copy_out(self):
         """Copy the message that was taken; None: it was overwritten."""
         cdef ivshmem_message message = self.message
-        cdef bytes data = PyBytes_FromStringAndSize(NULL, message.length)
-        cdef int code = self.copy_to(&message, PyBytes_AS_STRING(data))
+        cdef bytes data
+        cdef int code
+        try:
+            data = PyBytes_FromStringAndSize(NULL, message.length)
+        except MemoryError:
+            self.keep(&message)
+            raise
+        code = self.copy_to(&message, PyBytes_AS_STRING(data))
         return data if code == 0 else None
 
     @cython.binding(False)
@@ -154,17 +192,53 @@ cdef class Reader(ReaderEnd):
             MessagesLost: of a reader that blocks: this process was stopped or was silent, and
                 writers continued without it. The next call returns the next message.
             ChannelCorrupt: a shared word is impossible. The next call looks at the next writer.
+            ChannelTypeError: the message does not fit the channel's type; it is lost. If any other
+                exception comes out of a call (MemoryError, or a signal handler's), the next call
+                gets the message. Of an end that says pickle=True: if what a pickle raises is an
+                Exception, its message is lost.
             Overtaken: the writer overwrote 64 messages in a row while they were copied.
             ClosedError: the reader, the channels or the region is closed.
         """
+        return self.got(timeout, spin, None)
+
+    cdef object got(self, object timeout, object spin, object absent):
+        """Return a copy of the next message; `absent`: none came in time."""
         cdef object data
         for _ in range(TRIES):
             if self.take(timeout, spin):
-                return None
-            data = self.copy_out()
-            if data is not None:
-                return data if self.type is None else self.type.decode(data)
+                return absent
+            if self.type is not None:
+                data = self.decoded()
+                if data is not OVERWRITTEN:
+                    return data
+            else:
+                data = self.copy_out()
+                if data is not None:
+                    return data
         raise self.starved()
+
+    cdef object decoded(self):
+        """Return what the type makes of the message that was taken, or OVERWRITTEN.
+
+        The message is held until it is decoded: if a signal handler raises during that, it is the
+        next call's.
+        """
+        cdef ivshmem_message message = self.message
+        cdef object found = OVERWRITTEN
+        cdef bytes data
+        self.hold(&message)
+        try:
+            data = PyBytes_FromStringAndSize(NULL, message.length)
+            if self.copy_to(&message, PyBytes_AS_STRING(data)) == 0:
+                found = self.type.decode(data)
+        except BaseException as error:
+            if self.is_for_ever(error):
+                self.let_go(message.writer, message.position)
+            else:
+                self.put_back(&message)
+            raise
+        self.let_go(message.writer, message.position)
+        return found
 
     @cython.critical_section
     def get_into(self, buffer, timeout=None, *, spin=None):
@@ -188,8 +262,8 @@ cdef class Reader(ReaderEnd):
                     return None
                 message = self.message
                 if message.length > <uint64_t>view.len:
-                    self.message.lost = 0
-                    self.keep()
+                    message.lost = 0
+                    self.keep(&message)
                     raise MessageTooLong(
                         f"a message of {message.length} bytes, and the buffer has {view.len}"
                     )
@@ -234,19 +308,22 @@ cdef class Reader(ReaderEnd):
                 if i == 0:
                     if self.take(timeout, spin):
                         return 0
-                else:
-                    code = ivshmem_take(&self.reader, &self.message)
+                elif not self.take_kept():
+                    code = self.take_new()
                     if code == IVSHMEM_AGAIN:
                         break
-                    if code:
-                        raise self.fail(code)
+                    if code:  # how many rows were filled comes first: the next call raises it
+                        self.reader.turn = (
+                            self.reader.turn or self.channel.record.geometry.writers
+                        ) - 1
+                        break
                     if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
-                        self.keep()
+                        self.keep(&self.message)
                         break
                 message = self.message
                 if message.length > size:
-                    self.message.lost = 0
-                    self.keep()
+                    message.lost = 0
+                    self.keep(&message)
                     if i:
                         break
                     raise MessageTooLong(
@@ -345,7 +422,16 @@ cdef class ValueReader(ReaderEnd):
         """Look for a content that this reader has not seen."""
         if not probe_value(&self.reader):
             return IVSHMEM_AGAIN
+        return self.look()
+
+    cdef int look(self) noexcept:
+        self.seen = self.reader.sources[0].next
         return ivshmem_value_look(&self.reader, &self.message)
+
+    cdef int put_back(self, const ivshmem_message *message) except -1:
+        """Undo that a content was seen, which is held."""
+        self.reader.sources[0].next = self.seen
+        return ReaderEnd.put_back(self, message)
 
     cdef int begin_sleep(self) except? -2:
         if self.reader.slot != IVSHMEM_NO_SLOT:
@@ -369,21 +455,34 @@ cdef class ValueReader(ReaderEnd):
     cdef object latest(self, int code):
         """Copy the content that was looked at, or a later one."""
         cdef bytes data
+        cdef uint64_t seen = self.seen
         for _ in range(TRIES):
             if code == IVSHMEM_AGAIN:
                 return None
             if code:
                 raise self.fail(code)
-            data = PyBytes_FromStringAndSize(NULL, self.message.length)
+            try:
+                data = PyBytes_FromStringAndSize(NULL, self.message.length)
+            except MemoryError:
+                self.reader.sources[0].next = seen  # it was not seen
+                raise
             ivshmem_copy_payload(
                 PyBytes_AS_STRING(data),
                 self.channel.area.memory.start + self.message.offset,
                 self.message.length,
             )
             if ivshmem_check(&self.channel, &self.message) == 0:
-                return data if self.type is None else self.type.decode(data)
+                return data if self.type is None else self.decoded(data, seen)
             code = ivshmem_value_look(&self.reader, &self.message)
         raise self.starved()
+
+    cdef object decoded(self, bytes data, uint64_t seen):
+        try:
+            return self.type.decode(data)
+        except BaseException as error:
+            if not self.is_for_ever(error):
+                self.reader.sources[0].next = seen
+            raise
 
     @cython.critical_section
     def get(self):
@@ -397,7 +496,7 @@ cdef class ValueReader(ReaderEnd):
             ChannelCorrupt, ClosedError: as of Reader.get.
         """
         self.enter()
-        return self.latest(ivshmem_value_look(&self.reader, &self.message))
+        return self.latest(self.look())
 
     @cython.critical_section
     def wait_changed(self, timeout=None, *, spin=None):
@@ -428,7 +527,7 @@ cdef class ValueReader(ReaderEnd):
         cdef int code
         check_in_place(self.type, self.name)
         self.enter()
-        code = ivshmem_value_look(&self.reader, &self.message)
+        code = self.look()
         if code == IVSHMEM_AGAIN:
             return None
         if code:

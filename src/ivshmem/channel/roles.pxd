@@ -49,8 +49,8 @@ cdef int open_channel(
 
 
 cdef struct Held:
-    unsigned writer
-    uint64_t position
+    ivshmem_message message
+    bint kept  # by nobody: it is for the next call
 
 
 cdef class WriterEnd(ChannelEnd):
@@ -81,8 +81,11 @@ cdef class ReaderEnd(ChannelEnd):
     cdef uint32_t holding, holds  # how many are held, and how many `held` has room for
     cdef readonly uint32_t views  # Views that are alive
 
+    cdef int make_room(self) except -1
     cdef int hold(self, const ivshmem_message *message) except -1
     cdef int forget(self, unsigned writer, uint64_t position) except -1
     cdef int let_go(self, unsigned writer, uint64_t position) except -1
+    cdef int put_back(self, const ivshmem_message *message) except -1
+    cdef bint is_for_ever(self, object error) except -1
     cdef int copy_to(self, const ivshmem_message *message, char *into) except? -2
     cdef object starved(self)

@@ -381,25 +381,48 @@ cdef class ReaderEnd(ChannelEnd):
     cdef bint is_rung(self) noexcept:
         return self.usable() and ivshmem_is_rung_always(&self.membership.member, &self.channel)
 
-    cdef int hold(self, const ivshmem_message *message) except -1:
-        """Note that a message is being looked at."""
+    cdef int make_room(self) except -1:
+        """See to it that `hold` has memory for one more message.
+
+        Each thread that copies a large message holds it. What takes a message calls this before:
+        afterwards nothing may fail.
+        """
         cdef Held *grown
-        if self.holding == self.holds:  # each thread that copies a large message holds it
+        if self.holding == self.holds:
             grown = <Held *>realloc(self.held, 2 * <size_t>self.holds * sizeof(Held))
             if grown == NULL:
                 raise MemoryError
             self.held = grown
             self.holds *= 2
-        self.held[self.holding].writer = message.writer
-        self.held[self.holding].position = message.position
+        return 0
+
+    cdef int hold(self, const ivshmem_message *message) except -1:
+        """Note that a message is being looked at."""
+        self.make_room()
+        self.held[self.holding].message = message[0]
+        self.held[self.holding].kept = False
         self.holding += 1
         return 0
+
+    cdef int put_back(self, const ivshmem_message *message) except -1:
+        """Undo that a message was taken, which is held: what took it failed."""
+        return self.let_go(message.writer, message.position)
+
+    cdef bint is_for_ever(self, object error) except -1:
+        """Whether a message that its type cannot decode will never be decoded.
+
+        Other exceptions are those of a moment: of a signal handler, or for lack of memory.
+        """
+        return isinstance(error, self.type.undecodable) and not isinstance(error, MemoryError)
 
     cdef int forget(self, unsigned writer, uint64_t position) except -1:
         """Note that a message is not looked at any more; its writer hears of it later."""
         cdef uint32_t i
         for i in range(self.holding):
-            if self.held[i].writer == writer and self.held[i].position == position:
+            if (
+                self.held[i].message.writer == writer
+                and self.held[i].message.position == position
+            ):
                 self.holding -= 1
                 self.held[i] = self.held[self.holding]
                 break
@@ -411,10 +434,10 @@ cdef class ReaderEnd(ChannelEnd):
         cdef uint32_t i
         self.forget(writer, position)
         for i in range(self.holding):
-            if self.held[i].writer == writer and (
-                ivshmem_ahead(oldest, self.held[i].position) < <uint64_t>1 << 39
+            if self.held[i].message.writer == writer and (
+                ivshmem_ahead(oldest, self.held[i].message.position) < <uint64_t>1 << 39
             ):
-                oldest = self.held[i].position
+                oldest = self.held[i].message.position
         if self.usable():
             ivshmem_release(&self.reader, writer, oldest)
             if self.membership.rings.count:

@@ -40,6 +40,7 @@ class ArrayType:
     """
 
     in_place = True  # what lies in memory is the message: it can be looked at where it lies
+    undecodable = (ChannelTypeError,)  # what `decode` raises again for the same message
 
     def __init__(self, dtype: str, shape: tuple[int | None, ...]) -> None:
         self.dtype = dtype

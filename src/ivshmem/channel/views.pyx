@@ -243,7 +243,7 @@ cdef View view_of(ReaderEnd reader, ivshmem_message message):
     try:
         view = View.__new__(View)
     except BaseException:
-        reader.let_go(message.writer, message.position)
+        reader.put_back(&message)
         raise
     reader.views += 1
     view.message = message
