@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import contextlib
+import functools
 import gc
+import operator
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -13,6 +17,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +25,7 @@ from support.waiting import until
 
 from ivshmem import ClosedError, Directory, Region, channel
 from ivshmem.channel import Channels
+from ivshmem.channel.types import ArrayType
 
 PATIENCE = 30.0
 LARGE = 1 << 20  # of which a copy releases the GIL
@@ -237,6 +243,116 @@ def test_nothing_is_lost_by_a_signal(channels: Channels) -> None:
             with interrupted():
                 stream.sendall(bytes(100))
             assert other.recv(100) == bytes(64)  # what had room; as of a socket
+
+
+class Late(Exception):
+    """What a signal handler raises."""
+
+
+@contextlib.contextmanager
+def decoding(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> Iterator[None]:
+    """Let a handler raise while a message is decoded, as one does in the middle of Python code."""
+
+    def raise_it(*_: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch, pytest.raises(type(error)):
+        patch.setattr(ArrayType, "array", raise_it)
+        yield
+
+
+@pytest.mark.parametrize("error", [Late(), KeyboardInterrupt(), MemoryError()])
+def test_what_was_not_decoded_is_the_next_calls(
+    channels: Channels, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    numpy = pytest.importorskip("numpy")
+
+    def content(values: list[int]) -> Any:
+        return numpy.array(values, "u1")
+
+    typed: dict[str, Any] = {"dtype": "|u1", "shape": (2,)}
+    messages = channels.create_messages("a", slots=2, writers=1, **typed)
+    with messages.reader("block") as reader, messages.writer() as writer:
+        for each in ([1, 2], [3, 4]):
+            writer.put(content(each))
+        with decoding(monkeypatch, error):
+            reader.get(0)
+        with pytest.raises(TimeoutError):
+            writer.put(content([0, 0]), 0)  # no room was given back
+        with decoding(monkeypatch, error):
+            reader.get(0)
+        assert [list(reader.get(0)) for _ in range(2)] == [[1, 2], [3, 4]]
+        assert reader.get(0) is None
+        for _ in range(2):
+            writer.put(content([0, 0]), 0)  # all room was given back
+    queue = channels.create_queue("b", **typed)
+    with queue.reader() as worker, queue.writer() as writer:
+        writer.put(content([1, 2]))
+        with decoding(monkeypatch, error):
+            worker.get(0)
+        assert list(worker.get(0)) == [1, 2]
+        assert worker.get(0) is None
+    value = channels.create_value("c", **typed)
+    with value.reader() as changes, value.writer() as setter:
+        setter.put(content([1, 2]))
+        with decoding(monkeypatch, error):
+            changes.wait_changed(0)
+        assert list(changes.wait_changed(0)) == [1, 2]
+        assert changes.wait_changed(0) is None
+
+
+def test_what_can_never_be_decoded_is_lost(channels: Channels) -> None:
+    """The next call does not raise the same again, for ever."""
+    for make in (channels.create_messages, channels.create_queue):
+        made = make(make.__name__, limit=100)
+        with made.reader(pickle=True) as reader, made.writer() as writer:
+            writer.put(b"no pickle")
+            with pytest.raises(channel.ChannelTypeError):
+                reader.get(0)
+            assert reader.get(0) is None
+
+
+def test_what_had_no_memory_is_the_next_calls(channels: Channels) -> None:
+    size = 7 << 20
+    messages = channels.create_messages("a", limit=size, slots=1, writers=1, readers=1)
+    with messages.writer() as writer, messages.reader() as reader:
+        with writer.loan() as loan:
+            memoryview(loan)[0] = 7
+        before = resource.getrlimit(resource.RLIMIT_AS)
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        try:
+            resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + size // 2, before[1]))
+            with pytest.raises(MemoryError):
+                reader.get(0)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, before)
+        assert reader.get(0)[0] == 7
+        assert reader.lost == 0
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_signal_during_a_cancel_leaves_no_call(channels: Channels, taken: bool) -> None:
+    # The handler runs in the first code of Python's that cancel() calls, if there is any.
+    calls = channels.create_calls("a", limit=8, slots=1)
+
+    def late(*_: object) -> None:
+        raise Late
+
+    before = signal.signal(signal.SIGUSR1, late)
+    try:
+        with calls.caller() as caller, calls.server() as server:
+            pending = caller.submit(b"x", 0)
+            call = server.take(0) if taken else None
+            steps = [functools.partial(_thread.interrupt_main, signal.SIGUSR1), pending.cancel]
+            with pytest.raises(Late):
+                list(map(operator.methodcaller("__call__"), steps))  # no bytecode between them
+            with pytest.raises(channel.CallFailed, match="it was cancelled"):
+                pending.result(0)
+            if call is not None:
+                call.reply(b"y")
+            caller.submit(b"z", 0)  # its slot is free
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_another_threads_close_of_an_end(channels: Channels) -> None:

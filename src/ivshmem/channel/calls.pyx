@@ -22,7 +22,14 @@ from .sleeping_tasks cimport until_in_time, until_something
 import weakref
 from time import monotonic
 
-from ..errors import CallFailed, ClosedError, MessageTooLong, ServerLost
+from ..errors import (
+    CallFailed,
+    ChannelTypeError,
+    ClosedError,
+    IvshmemError,
+    MessageTooLong,
+    ServerLost,
+)
 from ..text import plain
 
 cdef enum:
@@ -55,10 +62,15 @@ cdef class PendingCall(ChannelEnd):
     cdef bytes reply
     cdef object error
     cdef bint over
+    cdef bint lost  # the server that had begun is gone
+    cdef bint cancelled
     cdef Probed probed
 
-    # Invariant: while a program watches the descriptor of a call that is not over, the call is one
-    # of those that sleep at its caller.
+    # Invariants:
+    # 1. While a program watches the descriptor of a call that is not over, the call is one of those
+    #    that sleep at its caller.
+    # 2. No code of Python's, which lets signal handlers run, stands between two steps of a call's
+    #    end: a handler that raises would leave its slot taken. (Even repr() of a str is such code.)
 
     cdef int attempt(self) except? -2:
         cdef uint32_t length = 0
@@ -84,20 +96,24 @@ cdef class PendingCall(ChannelEnd):
                 why = plain(data[:SHOWN].decode(errors="replace"))
                 self.error = CallFailed(f"call of {self.name!r}: the server failed: {why}")
         elif code == IVSHMEM_CLOSED:
-            self.error = ServerLost(
-                f"call of {self.name!r}: the server that had begun with it is gone; whether it did"
-                " the work is not known"
-            )
+            self.lost = True
         else:
             self.error = self.caller.fail(code)
-        self.end_call()
+        self.over = True
         ivshmem_call_end(&self.caller.writer, self.position, &never)
+        self.end_watch()
         return 0
 
-    cdef int end_call(self) except -1:
-        """Note that there is nothing to wait for any more."""
-        self.over = True
-        return self.end_watch()
+    cdef object why_not(self):
+        """Return the exception that says why a call that is over has no reply."""
+        if self.error is not None:
+            return self.error
+        if self.cancelled:
+            return CallFailed(f"call of {self.name!r}: it was cancelled")
+        return ServerLost(
+            f"call of {self.name!r}: the server that had begun with it is gone; whether it did"
+            " the work is not known"
+        )
 
     cdef int begin_watch(self) except -1:
         self.caller.asleep += 1
@@ -188,8 +204,8 @@ cdef class PendingCall(ChannelEnd):
         with cython.critical_section(self.caller):
             if self.wait(timeout, spin) == IVSHMEM_AGAIN:
                 raise TimeoutError(f"call of {self.name!r}: no reply in {timeout:g} s")
-            if self.error is not None:
-                raise self.error
+            if self.reply is None:
+                raise self.why_not()
             return self.reply if self.caller.type is None else self.caller.type.decode(self.reply)
 
     def result_async(self, timeout=None):
@@ -208,10 +224,11 @@ cdef class PendingCall(ChannelEnd):
             if not self.caller.usable():
                 self.end_watch()
                 return False
-            self.end_call()
-            self.error = CallFailed(f"call of {self.name!r}: it was cancelled")
-            if not ivshmem_call_end(&self.caller.writer, self.position, &never):
-                self.caller.given_up.append(self.position)
+            self.caller.given_up.append(self.position)  # first: it alone can fail
+            self.over = self.cancelled = True
+            if ivshmem_call_end(&self.caller.writer, self.position, &never):
+                self.caller.given_up.pop()
+            self.end_watch()
             return never != 0
 
     def close(self):
@@ -363,7 +380,7 @@ cdef class CallServer(ClaimingEnd):
 
         What it raises is told to the caller, whose `result` raises CallFailed; it ends this call
         only if it is no Exception (KeyboardInterrupt, SystemExit). The caller is told of a reply
-        that is too long, or no buffer, in the same way; this call continues.
+        that is too long, no buffer, or cannot be pickled, in the same way; this call continues.
 
         Args:
             function: takes a request (bytes, or what the type makes of them), returns a reply.
@@ -430,7 +447,11 @@ cdef int reply_or_fail(Call call, object reply) except -1:
     """Send a reply, or tell the caller that it cannot be sent. The server continues."""
     try:
         call.reply(reply)
-    except (MessageTooLong, TypeError, ValueError, BufferError) as error:
+    except (ChannelTypeError, MessageTooLong) as error:
+        call.fail(explained(error))
+    except IvshmemError:  # the channel is closed, or spoiled
+        raise
+    except Exception as error:  # whatever a pickle raises
         call.fail(explained(error))
     return 0
 
@@ -482,9 +503,9 @@ cdef class Call(Taken):
                     view.len,
                 )
                 code = ivshmem_reply(&self.reader.reader, &self.taken, view.len, status)
+                self.live = False
             finally:
                 PyBuffer_Release(&view)
-            self.live = False
             self.reader.membership.flush()
             return code == 0
 
