@@ -23,7 +23,8 @@ from .sleeping_tasks cimport until_in_time
 
 import operator
 
-from ..errors import ChannelTypeError, ClosedError
+from ..errors import ChannelCorrupt, ChannelTypeError, ClosedError
+from ..system.time_limits import deadline_of, left_until
 from ..text import counted
 
 
@@ -115,7 +116,8 @@ cdef class Writer(WriterEnd):
 
         Raises:
             TimeoutError: not one was published.
-            MessageTooLong, ChannelTypeError, ChannelCorrupt, ClosedError: as of `put`.
+            MessageTooLong, ChannelTypeError, ChannelCorrupt, ClosedError: as of `put`. (A
+                ChannelCorrupt after the first row ends the call, and the next one raises it.)
         """
         cdef Py_buffer view
         cdef uint32_t cell = 0
@@ -140,20 +142,30 @@ cdef class Writer(WriterEnd):
             if size > self.channel.record.geometry.limit:
                 raise self.too_long(size)
             time = microseconds() if self.times else 0
+            left = timeout
+            deadline = None
             i = 0
             while i < count:
                 code = ivshmem_writer_ready(&self.writer)
                 if code == IVSHMEM_AGAIN:
                     if i:
                         self.announce()
-                    code = self.wait(timeout, spin)
+                    if deadline is None:
+                        deadline = deadline_of(timeout)
+                    else:
+                        left = left_until(deadline)
+                    code = self.wait(left, spin)
                     if code == IVSHMEM_AGAIN:
                         if i:
                             return i
                         raise self.blocked(timeout)
                 if code:
+                    if i:
+                        break
                     raise self.fail(code)
                 if ivshmem_loan(&self.writer, &cell):
+                    if i:
+                        self.announce()
                     self.pause_for_cell()
                     continue  # look again whether there is room
                 memcpy(self.at(cell), <const char *>view.buf + i * size, size)
@@ -171,11 +183,29 @@ cdef class Writer(WriterEnd):
 
     def put_parts_async(self, parts, timeout=None):
         """The twin of `put_parts` for asyncio: a coroutine. To cancel it takes nothing."""
-        return until_in_time(self, self.put_parts, timeout, (parts,))
+        # A tuple: each attempt goes through all of them.
+        return until_in_time(self, self.put_parts, timeout, (tuple(parts),))
 
-    def put_rows_async(self, rows, timeout=None):
-        """The twin of `put_rows` for asyncio: a coroutine. To cancel it takes nothing."""
-        return until_in_time(self, self.put_rows, timeout, (rows,))
+    async def put_rows_async(self, rows, timeout=None):
+        """The twin of `put_rows` for asyncio.
+
+        After a cancellation it is unknown how many rows were published.
+        """
+        deadline = deadline_of(timeout)
+        rest = memoryview(rows)
+        done = 0
+        while True:
+            left = None if deadline is None else left_until(deadline)
+            try:
+                put = await until_in_time(self, self.put_rows, left, (rest,))
+            except (TimeoutError, ChannelCorrupt):
+                if not done:
+                    raise
+                return done
+            done += put
+            rest = rest[put:]
+            if not rest.shape[0]:
+                return done
 
     cdef int announce(self) except -1:
         ivshmem_writer_announce(&self.writer)
