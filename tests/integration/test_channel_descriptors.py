@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -92,6 +94,33 @@ def test_a_descriptor_that_would_wait(ends: tuple[Stream, Stream], pipe: tuple[i
     one.send(b"x")
     assert other.write_to(pipe[1]) is None
     assert other.recv(10) == b"x"
+
+
+def test_signals_while_a_descriptor_waits() -> None:
+    # Each interrupts the system call: with a stack of 512 KiB, 5000 at once would have no room.
+    script = """
+import os, signal
+from ivshmem import Directory, Region, channel
+count = 0
+source, target = os.pipe()
+def tick(*_):
+    global count
+    count += 1
+    if count == 5000:
+        os.write(target, b"x")
+with Region.create("4M") as region:
+    Directory.create(region, channels="2M").close()
+    with channel.open(region) as channels:
+        room = channels.create_bytes("b", buffer=4096)
+        with room.listen(), room.connect() as stream:
+            signal.signal(signal.SIGALRM, tick)
+            signal.setitimer(signal.ITIMER_REAL, 5e-5, 5e-5)
+            assert stream.read_from(source) == 1
+            signal.setitimer(signal.ITIMER_REAL, 0)
+"""
+    limited = 'ulimit -s 512 && exec "$0" -c "$1"'
+    ended = subprocess.run(["sh", "-c", limited, sys.executable, script], check=False, timeout=60)
+    assert ended.returncode == 0
 
 
 def test_the_end_of_a_file(ends: tuple[Stream, Stream]) -> None:

@@ -11,6 +11,7 @@ cdef enum:
     ENDED = 2  # no direction: the other end receives no more
     ABORTED = 3  # .. it is gone, and has not said that it sends no more
     FD_WAITS = -99  # no error of the header
+    INTERRUPTED = -98  # by a signal, whose handler has run
 
 cdef int look_both(ivshmem_stream *stream) noexcept nogil
 
@@ -39,4 +40,5 @@ cdef class Stream(ChannelEnd):
     cdef int64_t pull(self, char *into, uint64_t room, object timeout) except -1
     cdef bytes receive(self, Py_ssize_t size, object timeout)
     cdef int64_t move(self, int direction, int fd, uint64_t most) except -100
+    cdef int64_t move_once(self, int direction, int fd, uint64_t most) except -100
     cdef object move_in_time(self, int direction, object fd, object size)

@@ -534,6 +534,12 @@ cdef class Stream(ChannelEnd):
         IVSHMEM_CLOSED: the other end does nothing more in this direction. It raises the
         descriptor's errors, and those of a spoiled ring.
         """
+        cdef int64_t n = INTERRUPTED
+        while n == INTERRUPTED:
+            n = self.move_once(direction, fd, most)
+        return n
+
+    cdef int64_t move_once(self, int direction, int fd, uint64_t most) except -100:
         cdef ivshmem_pieces pieces
         cdef iovec vector[2]
         cdef int64_t n, found
@@ -572,7 +578,7 @@ cdef class Stream(ChannelEnd):
                 return FD_WAITS
             if code == EINTR:
                 PyErr_CheckSignals()
-                return self.move(direction, fd, most)
+                return INTERRUPTED
             raise OSError(code, os.strerror(code), f"descriptor {fd}")
         self.enter()  # another thread can have closed it
         self.partly = n < found
