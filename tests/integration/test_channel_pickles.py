@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import pickle
 import struct
 from collections.abc import Iterator
 
 import pytest
+from support.waiting import PATIENCE
 
 from ivshmem import Directory, Region, channel
 from ivshmem.channel import Channels
@@ -44,6 +46,23 @@ def test_objects_pass_each_kind(channels: Channels) -> None:
         assert call.get() == {"x": 2}
         call.reply([call.size])
         assert pending.result(1) == [call.size]
+
+
+def test_asyncio_gets_none_as_any_other_object(channels: Channels) -> None:
+    async def work() -> None:
+        for make in (channels.create_messages, channels.create_queue):
+            made = make(make.__name__, limit=100)
+            with made.writer(pickle=True) as writer, made.reader(pickle=True) as reader:
+                for thing in (1, None, 2):
+                    writer.put(thing)
+                assert [await reader.get_async(0.01) for _ in range(4)] == [1, None, 2, None]
+        value = channels.create_value("value", limit=100)
+        with value.writer(pickle=True) as writer, value.reader(pickle=True) as changes:
+            writer.put(None)
+            changed = asyncio.wait_for(changes.wait_changed_async(), PATIENCE)
+            assert await changed is None
+
+    asyncio.run(work())
 
 
 def test_arrays_are_copied_once_and_can_be_changed(channels: Channels) -> None:

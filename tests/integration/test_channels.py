@@ -252,6 +252,57 @@ def test_rows(channels: Channels) -> None:
         assert writer.put_rows(memoryview(bytes(48)).cast("B", (12, 4)), 0) == 8
 
 
+def table(rows: int) -> memoryview:
+    data = b"".join(i.to_bytes(4, "little") for i in range(rows))
+    return memoryview(data).cast("B", (rows, 4))
+
+
+def test_rows_have_one_time_limit(channels: Channels) -> None:
+    messages = channels.create_messages("a", limit=4, slots=4)
+    with messages.writer() as writer, messages.reader("block") as reader:
+
+        def read_slowly() -> None:
+            for _ in range(8):
+                time.sleep(0.1)
+                reader.get(0)
+
+        reading = Background(read_slowly)
+        assert 4 <= writer.put_rows(table(12), 0.25) < 9  # each room came in 0.1 s
+        reading.result()
+
+
+def test_rows_of_asyncio_are_all_published(channels: Channels) -> None:
+    messages = channels.create_messages("a", limit=4, slots=4)
+    got = bytearray(80)
+
+    async def work() -> None:
+        with messages.writer() as writer, messages.reader("block") as reader:
+            putting = asyncio.ensure_future(writer.put_rows_async(table(20), PATIENCE))
+            into = memoryview(got).cast("B", (20, 4))
+            done = 0
+            while done < 20:
+                done += await reader.get_rows_async(into[done:], PATIENCE)
+            assert await putting == 20
+            assert got == table(20).tobytes()
+            assert await writer.put_rows_async(table(20), 0.01) == 4
+            with pytest.raises(TimeoutError):
+                await writer.put_rows_async(table(20), 0.01)
+            none: Any = into[20:]
+            assert await asyncio.wait_for(reader.get_rows_async(none), PATIENCE) == 0
+            while reader.get(0):
+                pass
+            parts = (part for part in (b"a", b"b"))
+            writer.put_rows(table(4), 0)
+            putting = asyncio.ensure_future(writer.put_parts_async(parts, PATIENCE))
+            await asyncio.sleep(0)  # it has no room yet
+            for _ in range(4):
+                reader.get(0)
+            await putting
+            assert reader.get(0) == b"ab"
+
+    asyncio.run(work())
+
+
 def test_a_message_that_does_not_fit_waits(channels: Channels) -> None:
     messages = channels.create_messages("a", limit=100)
     with messages.writer() as writer, messages.reader() as reader:
@@ -751,6 +802,27 @@ def test_as_many_ends_as_there_can_be(region: Region, channels: Channels) -> Non
             messages.writer()
         with pytest.raises(channel.ChannelError, match="64 readers are open"):
             messages.reader()
+
+
+@pytest.mark.parametrize("by", ["serve", "serve_async"])
+def test_a_reply_that_cannot_be_pickled(channels: Channels, by: str) -> None:
+    class Unpicklable:
+        def __reduce__(self) -> Any:
+            raise AttributeError("no pickle of it")
+
+    def work(request: int) -> Any:
+        return request if request else Unpicklable()
+
+    room = channels.create_calls("calls", limit=200)
+    with room.server(pickle=True) as server, room.caller(pickle=True) as caller:
+        if by == "serve":
+            serving = Background(lambda: server.serve(work, timeout=1))
+        else:
+            serving = Background(lambda: asyncio.run(server.serve_async(work, timeout=1)))
+        with pytest.raises(channel.CallFailed, match="AttributeError: no pickle of it"):
+            caller.call(0, timeout=PATIENCE)
+        assert caller.call(1, timeout=PATIENCE) == 1
+        serving.result()
 
 
 class Unspeakable(Exception):

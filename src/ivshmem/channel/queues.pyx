@@ -15,7 +15,7 @@ from ..native.descriptors cimport check_timeout
 from ..native.spin cimport Probe
 from .header cimport *
 from .roles cimport LARGE, ReaderEnd, take_target
-from .sleeping_tasks cimport until_something
+from .sleeping_tasks cimport until_content, until_something
 from .views cimport Received
 
 from ..errors import MessageTooLong, Redelivered
@@ -126,7 +126,8 @@ cdef class QueueReader(ClaimingEnd):
             spin: as of `Endpoint.wait`.
 
         Returns:
-            bytes, or what the channel's type makes of them; None: no message came in time.
+            bytes, or what the channel's type makes of them; None: no message came in time. (With
+            pickle=True a message can be None, too. To tell them apart, put it into a tuple.)
 
         Raises:
             Redelivered: this process was taken for gone during the copy: the message is lost.
@@ -256,7 +257,13 @@ cdef class QueueReader(ClaimingEnd):
 
     def get_async(self, timeout=None):
         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
-        return until_something(self, self.get, timeout, ())
+        return until_content(self, "get", self._get_or, timeout)
+
+    @cython.binding(False)
+    @cython.critical_section
+    def _get_or(self, absent, timeout):
+        """Do what `get` does; return `absent` if no message came."""
+        return self.got(timeout, None, absent)
 
     def get_into_async(self, buffer, timeout=None):
         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""

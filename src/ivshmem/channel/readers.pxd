@@ -25,5 +25,5 @@ cdef class ValueReader(ReaderEnd):
     cdef uint64_t seen  # what `next` of its source was before the last look
 
     cdef int look(self) noexcept
-    cdef object latest(self, int code)
+    cdef object latest(self, int code, object absent)
     cdef object decoded(self, bytes data, uint64_t seen)

@@ -15,7 +15,7 @@ from ..native.descriptors cimport check_timeout
 from ..native.spin cimport Probe
 from .header cimport *
 from .roles cimport check_in_place, ReaderEnd, take_target, TRIES
-from .sleeping_tasks cimport until_something
+from .sleeping_tasks cimport until_content, until_something
 from .views cimport view_of
 
 from ..errors import ChannelError, MessagesLost, MessageTooLong
@@ -186,7 +186,8 @@ cdef class Reader(ReaderEnd):
             spin: as of `Endpoint.wait`.
 
         Returns:
-            bytes, or what the channel's type makes of them; None: no message came in time.
+            bytes, or what the channel's type makes of them; None: no message came in time. (With
+            pickle=True a message can be None, too. To tell them apart, put it into a tuple.)
 
         Raises:
             MessagesLost: of a reader that blocks: this process was stopped or was silent, and
@@ -372,7 +373,13 @@ cdef class Reader(ReaderEnd):
 
     def get_async(self, timeout=None):
         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
-        return until_something(self, self.get, timeout, ())
+        return until_content(self, "get", self._get_or, timeout)
+
+    @cython.binding(False)
+    @cython.critical_section
+    def _get_or(self, absent, timeout):
+        """Do what `get` does; return `absent` if no message came."""
+        return self.got(timeout, None, absent)
 
     def get_into_async(self, buffer, timeout=None):
         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
@@ -380,6 +387,8 @@ cdef class Reader(ReaderEnd):
 
     async def get_rows_async(self, rows, timeout=None):
         """The twin of `get_rows` for asyncio. To cancel it takes nothing."""
+        if memoryview(rows).shape[:1] == (0,):
+            return self.get_rows(rows, 0)
         found = await until_something(self, self._rows_or_none, timeout, (rows,))
         return found or 0
 
@@ -452,20 +461,20 @@ cdef class ValueReader(ReaderEnd):
             self.membership.kick_all()
         return 0
 
-    cdef object latest(self, int code):
-        """Copy the content that was looked at, or a later one."""
+    cdef object latest(self, int code, object absent):
+        """Copy the content that was looked at, or a later one; `absent`: there is none."""
         cdef bytes data
+        cdef uint64_t newest
         cdef uint64_t seen = self.seen
         for _ in range(TRIES):
             if code == IVSHMEM_AGAIN:
-                return None
+                return absent
             if code:
                 raise self.fail(code)
-            try:
-                data = PyBytes_FromStringAndSize(NULL, self.message.length)
-            except MemoryError:
-                self.reader.sources[0].next = seen  # it was not seen
-                raise
+            newest = self.reader.sources[0].next
+            self.reader.sources[0].next = seen  # without memory for a copy, it was not seen
+            data = PyBytes_FromStringAndSize(NULL, self.message.length)
+            self.reader.sources[0].next = newest
             ivshmem_copy_payload(
                 PyBytes_AS_STRING(data),
                 self.channel.area.memory.start + self.message.offset,
@@ -489,14 +498,15 @@ cdef class ValueReader(ReaderEnd):
         """Return a copy of the latest content, which is never torn. Never waits.
 
         Returns:
-            bytes, or what the channel's type makes of them; None: it was never set.
+            bytes, or what the channel's type makes of them; None: it was never set. (With
+            pickle=True a content can be None, too.)
 
         Raises:
             Overtaken: the writer sets it faster than it can be copied.
             ChannelCorrupt, ClosedError: as of Reader.get.
         """
         self.enter()
-        return self.latest(self.look())
+        return self.latest(self.look(), None)
 
     @cython.critical_section
     def wait_changed(self, timeout=None, *, spin=None):
@@ -506,13 +516,20 @@ cdef class ValueReader(ReaderEnd):
             timeout, spin: as of Reader.get.
 
         Returns:
-            The content; None: it was not set in time. Contents that came in between are skipped.
+            The content; None: it was not set in time, or the content is None, as of `get`.
+            Contents that came in between are skipped.
 
         Raises:
             As of `get`.
         """
         self.enter()
-        return self.latest(self.wait(timeout, spin))
+        return self.latest(self.wait(timeout, spin), None)
+
+    @cython.critical_section
+    def _changed_or(self, absent, timeout):
+        """Do what `wait_changed` does; return `absent` if the value was not set."""
+        self.enter()
+        return self.latest(self.wait(timeout, None), absent)
 
     @cython.critical_section
     def view(self):
@@ -536,7 +553,7 @@ cdef class ValueReader(ReaderEnd):
 
     def wait_changed_async(self, timeout=None):
         """The twin of `wait_changed` for asyncio: a coroutine. To cancel it takes nothing."""
-        return until_something(self, self.wait_changed, timeout, ())
+        return until_content(self, "wait_changed", self._changed_or, timeout)
 
     def __iter__(self):
         return self

@@ -3,6 +3,7 @@
 from .ends cimport ChannelEnd
 
 cdef object until_something(ChannelEnd end, object call, object timeout, tuple arguments)
+cdef object until_content(ChannelEnd end, str name, object call, object timeout)
 cdef object until_in_time(
     ChannelEnd end, object call, object timeout, tuple arguments, dict options=*
 )

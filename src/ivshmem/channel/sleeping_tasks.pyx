@@ -56,6 +56,7 @@ cdef object CancelledError = None
 cdef object ABSENT = object()
 
 cdef tuple DO_NOT_WAIT = (0,)
+cdef tuple ABSENT_AND_DO_NOT_WAIT = (ABSENT, 0)
 
 # What comes just before a sleep is taken at once. A hostile peer can say again and again that there
 # is something: after so many looks other tasks have their turn.
@@ -281,7 +282,9 @@ cdef class Waiting:
     cdef object call
     cdef tuple arguments
     cdef dict options
-    cdef object failure  # the exception that says that it is not there yet; None: a result of None
+    cdef object failure  # the exception that says that it is not there yet; None: `absent` does
+    cdef object absent  # the result that says so: None, or ABSENT
+    cdef str name  # of the method that a program called; None: the name of `call`
     cdef object timeout  # seconds, or None
     cdef object loop
     cdef object deadline  # by the loop's clock, or None
@@ -297,11 +300,11 @@ cdef class Waiting:
 
     @property
     def __name__(self):
-        return self.call.__name__
+        return self.call.__name__ if self.name is None else self.name
 
     @property
     def __qualname__(self):
-        return f"{type(self.end).__name__}.{self.call.__name__}"
+        return f"{type(self.end).__name__}.{self.__name__}"
 
     def __await__(self):
         return self
@@ -375,7 +378,9 @@ cdef class Waiting:
         """Return what the call returns: None if the time is over; ABSENT: wait."""
         if self.failure is None:
             found = self.call(*self.arguments)
-            return ABSENT if found is None and not self.is_late() else found
+            if found is not self.absent:
+                return found
+            return None if self.is_late() else ABSENT
         try:
             if self.options is None:
                 return self.call(*self.arguments)
@@ -426,6 +431,19 @@ cdef object until_something(ChannelEnd end, object call, object timeout, tuple a
         call: takes `arguments`, and after them a time limit: 0, with which it does not wait.
     """
     return waiting_for(end, call, timeout, arguments + DO_NOT_WAIT if arguments else DO_NOT_WAIT)
+
+
+cdef object until_content(ChannelEnd end, str name, object call, object timeout):
+    """Return a coroutine that calls until there is a content, which can be None: see pickled.py.
+
+    Args:
+        name: of what a program called.
+        call: takes what it returns if there is none, and a time limit: 0.
+    """
+    cdef Waiting waiting = waiting_for(end, call, timeout, ABSENT_AND_DO_NOT_WAIT)
+    waiting.absent = ABSENT
+    waiting.name = name
+    return waiting
 
 
 cdef object until_in_time(

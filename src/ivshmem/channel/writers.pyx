@@ -192,7 +192,10 @@ cdef class Writer(WriterEnd):
         After a cancellation it is unknown how many rows were published.
         """
         deadline = deadline_of(timeout)
-        rest = memoryview(rows)
+        try:
+            rest = memoryview(rows)
+        except ValueError:  # an array of dates, for which there is no format
+            rest = rows
         done = 0
         while True:
             left = None if deadline is None else left_until(deadline)
