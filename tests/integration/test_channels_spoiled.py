@@ -216,7 +216,9 @@ def test_what_a_reader_keeps_for_long_is_unfinished(region: Region, distance: in
         jobs = channels.create_queue("jobs", limit=8, slots=4)
         with jobs.writer() as writer, jobs.reader() as reader:
             writer.put(b"long")
-            with reader.take():
+            taken = reader.take()
+            assert taken is not None
+            with taken:
                 for _ in range(6):
                     writer.put(b"short")
                     assert reader.get(0) == b"short"

@@ -2307,18 +2307,18 @@ enum  {
  * 
  * 
  * cdef struct Held:             # <<<<<<<<<<<<<<
- *     unsigned writer
- *     uint64_t position
+ *     ivshmem_message message
+ *     bint kept  # by nobody: it is for the next call
 */
 struct __pyx_t_7ivshmem_7channel_5roles_Held {
-  unsigned int writer;
-  uint64_t position;
+  struct ivshmem_message message;
+  int kept;
 };
 struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time;
 
-/* "sleeping_tasks.pxd":6
- * 
+/* "sleeping_tasks.pxd":7
  * cdef object until_something(ChannelEnd end, object call, object timeout, tuple arguments)
+ * cdef object until_content(ChannelEnd end, str name, object call, object timeout)
  * cdef object until_in_time(             # <<<<<<<<<<<<<<
  *     ChannelEnd end, object call, object timeout, tuple arguments, dict options=*
  * )
@@ -2329,7 +2329,7 @@ struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time {
 };
 struct __pyx_t_7ivshmem_7channel_5calls_Probed;
 
-/* "ivshmem/channel/calls.pyx":28
+/* "ivshmem/channel/calls.pyx":35
  * from ..text import plain
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -2342,7 +2342,7 @@ enum  {
   __pyx_e_7ivshmem_7channel_5calls_SHOWN = 0x3E8
 };
 
-/* "ivshmem/channel/calls.pyx":35
+/* "ivshmem/channel/calls.pyx":42
  * 
  * 
  * cdef struct Probed:             # <<<<<<<<<<<<<<
@@ -2759,15 +2759,15 @@ struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd {
  * 
  * 
  * cdef class QueueReader(ClaimingEnd):             # <<<<<<<<<<<<<<
- *     cdef int finish(self, const ivshmem_taken *taken, char *into) except -1
- * 
+ *     cdef object got(self, object timeout, object spin, object absent)
+ *     cdef object decoded(self, const ivshmem_taken *taken)
 */
 struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader {
   struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd __pyx_base;
 };
 
 
-/* "queues.pxd":25
+/* "queues.pxd":29
  * 
  * 
  * cdef class Taken(Received):             # <<<<<<<<<<<<<<
@@ -2780,7 +2780,7 @@ struct __pyx_obj_7ivshmem_7channel_6queues_Taken {
 };
 
 
-/* "ivshmem/channel/calls.pyx":45
+/* "ivshmem/channel/calls.pyx":52
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -2794,11 +2794,13 @@ struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall {
   PyObject *reply;
   PyObject *error;
   int over;
+  int lost;
+  int cancelled;
   struct __pyx_t_7ivshmem_7channel_5calls_Probed probed;
 };
 
 
-/* "ivshmem/channel/calls.pyx":230
+/* "ivshmem/channel/calls.pyx":247
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -2811,7 +2813,7 @@ struct __pyx_obj_7ivshmem_7channel_5calls_Caller {
 };
 
 
-/* "ivshmem/channel/calls.pyx":338
+/* "ivshmem/channel/calls.pyx":355
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -2823,7 +2825,7 @@ struct __pyx_obj_7ivshmem_7channel_5calls_CallServer {
 };
 
 
-/* "ivshmem/channel/calls.pyx":438
+/* "ivshmem/channel/calls.pyx":459
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -2835,7 +2837,7 @@ struct __pyx_obj_7ivshmem_7channel_5calls_Call {
 };
 
 
-/* "ivshmem/channel/calls.pyx":320
+/* "ivshmem/channel/calls.pyx":337
  *         return until_in_time(self, self.submit, timeout, (data,))
  * 
  *     async def call_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -2857,7 +2859,7 @@ struct __pyx_obj_7ivshmem_7channel_5calls___pyx_scope_struct__call_async {
 };
 
 
-/* "ivshmem/channel/calls.pyx":386
+/* "ivshmem/channel/calls.pyx":403
  *                 reply_or_fail(call, reply)
  * 
  *     async def serve_async(self, function, timeout=None):             # <<<<<<<<<<<<<<
@@ -3230,9 +3232,12 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *__pyx_vtabptr
 
 struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd {
   struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
+  int (*make_room)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *);
   int (*hold)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message const *);
   int (*forget)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, unsigned int, uint64_t);
   int (*let_go)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, unsigned int, uint64_t);
+  int (*put_back)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message const *);
+  int (*is_for_ever)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, PyObject *);
   int (*copy_to)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message const *, char *);
   PyObject *(*starved)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *);
 };
@@ -3293,18 +3298,22 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_vtab
  * 
  * 
  * cdef class QueueReader(ClaimingEnd):             # <<<<<<<<<<<<<<
- *     cdef int finish(self, const ivshmem_taken *taken, char *into) except -1
- * 
+ *     cdef object got(self, object timeout, object spin, object absent)
+ *     cdef object decoded(self, const ivshmem_taken *taken)
 */
 
 struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader {
   struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd __pyx_base;
-  int (*finish)(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *, struct ivshmem_taken const *, char *);
+  PyObject *(*got)(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *, PyObject *, PyObject *, PyObject *);
+  PyObject *(*decoded)(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *, struct ivshmem_taken const *);
+  PyObject *(*too_late)(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *);
+  int (*copy)(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *, struct ivshmem_taken const *, char *);
+  int (*acknowledge)(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *, struct ivshmem_taken const *);
 };
 static struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *__pyx_vtabptr_7ivshmem_7channel_6queues_QueueReader;
 
 
-/* "queues.pxd":25
+/* "queues.pxd":29
  * 
  * 
  * cdef class Taken(Received):             # <<<<<<<<<<<<<<
@@ -3318,7 +3327,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken {
 static struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *__pyx_vtabptr_7ivshmem_7channel_6queues_Taken;
 
 
-/* "ivshmem/channel/calls.pyx":45
+/* "ivshmem/channel/calls.pyx":52
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3328,15 +3337,15 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *__pyx_vtabptr_7i
 
 struct __pyx_vtabstruct_7ivshmem_7channel_5calls_PendingCall {
   struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
-  int (*end_call)(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *);
+  PyObject *(*why_not)(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *);
   int (*end_watch)(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *);
 };
 static struct __pyx_vtabstruct_7ivshmem_7channel_5calls_PendingCall *__pyx_vtabptr_7ivshmem_7channel_5calls_PendingCall;
-static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_call(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *);
+static PyObject *__pyx_f_7ivshmem_7channel_5calls_11PendingCall_why_not(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *);
 static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_watch(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *);
 
 
-/* "ivshmem/channel/calls.pyx":230
+/* "ivshmem/channel/calls.pyx":247
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3350,7 +3359,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *__pyx_vtabptr_7ivshmem_7channel_5calls_Caller;
 
 
-/* "ivshmem/channel/calls.pyx":338
+/* "ivshmem/channel/calls.pyx":355
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3364,7 +3373,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5calls_CallServer {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5calls_CallServer *__pyx_vtabptr_7ivshmem_7channel_5calls_CallServer;
 
 
-/* "ivshmem/channel/calls.pyx":438
+/* "ivshmem/channel/calls.pyx":459
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3936,6 +3945,20 @@ static CYTHON_INLINE int __Pyx_PyList_Append(PyObject* list, PyObject* x);
 #define __Pyx_PyList_Append(L,x) PyList_Append(L,x)
 #endif
 
+/* PyObjectCallMethod0.proto (used by pop) */
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethod0(PyObject* obj, PyObject* method_name);
+
+/* pop.proto */
+static CYTHON_INLINE PyObject* __Pyx__PyObject_Pop(PyObject* L);
+#if CYTHON_USE_PYLIST_INTERNALS && CYTHON_ASSUME_SAFE_MACROS && CYTHON_ASSUME_SAFE_SIZE
+static CYTHON_INLINE PyObject* __Pyx_PyList_Pop(PyObject* L);
+#define __Pyx_PyObject_Pop(L) (likely(PyList_CheckExact(L)) ?\
+    __Pyx_PyList_Pop(L) : __Pyx__PyObject_Pop(L))
+#else
+#define __Pyx_PyList_Pop(L)  __Pyx__PyObject_Pop(L)
+#define __Pyx_PyObject_Pop(L)  __Pyx__PyObject_Pop(L)
+#endif
+
 /* py_dict_pop_ignore.proto */
 static CYTHON_INLINE int __Pyx_PyDict_Pop_ignore(PyObject *d, PyObject *key, PyObject *default_value);
 
@@ -4266,9 +4289,6 @@ static void __Pyx_Generator_Replace_StopIteration(int in_async_gen);
 static CYTHON_INLINE int __Pyx_HasAttr(PyObject *, PyObject *);
 #endif
 
-/* PyBufferError_Check.proto */
-#define __Pyx_PyExc_BufferError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_BufferError)
-
 /* PyObject_Unicode.proto */
 #define __Pyx_PyObject_Unicode(obj)\
     (likely(PyUnicode_CheckExact(obj)) ? __Pyx_NewRef(obj) : PyObject_Str(obj))
@@ -4362,9 +4382,6 @@ static PyTypeObject *__Pyx_ImportType_3_3_1(PyObject* module, const char *module
 
 /* GetVTable.proto */
 static int __Pyx_GetVtable(PyTypeObject *type, void** table);
-
-/* PyObjectCallMethod0.proto (used by PyType_Ready) */
-static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethod0(PyObject* obj, PyObject* method_name);
 
 /* GetTypeDictOffset.proto (used by ValidateBasesTuple) */
 #if !CYTHON_USE_TYPE_SLOTS
@@ -4690,7 +4707,7 @@ static int __Pyx_State_RemoveModule(void*);
 #define __PYX_TYPE_MODULE_PREFIX __PYX_ABI_MODULE_NAME "."
 
 static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto*/
-static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_call(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto*/
+static PyObject *__pyx_f_7ivshmem_7channel_5calls_11PendingCall_why_not(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_begin_watch(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_watch(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_beat(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto*/
@@ -4930,9 +4947,10 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_items;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
+    __Pyx_CachedCFunction __pyx_umethod_PyList_Type_pop;
     PyObject *__pyx_tuple[4];
     PyObject *__pyx_codeobj_tab[27];
-    PyObject *__pyx_string_tab[170];
+    PyObject *__pyx_string_tab[172];
     PyObject *__pyx_number_tab[1];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
@@ -5063,119 +5081,121 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_Caller_call_async __pyx_string_tab[54]
 #define __pyx_n_u_Caller_submit __pyx_string_tab[55]
 #define __pyx_n_u_Caller_submit_async __pyx_string_tab[56]
-#define __pyx_n_u_ClosedError __pyx_string_tab[57]
-#define __pyx_n_u_MessageTooLong __pyx_string_tab[58]
-#define __pyx_n_u_PendingCall __pyx_string_tab[59]
-#define __pyx_n_u_PendingCall___reduce_cython __pyx_string_tab[60]
-#define __pyx_n_u_PendingCall___setstate_cython __pyx_string_tab[61]
-#define __pyx_n_u_PendingCall_cancel __pyx_string_tab[62]
-#define __pyx_n_u_PendingCall_close __pyx_string_tab[63]
-#define __pyx_n_u_PendingCall_done __pyx_string_tab[64]
-#define __pyx_n_u_PendingCall_fileno __pyx_string_tab[65]
-#define __pyx_n_u_PendingCall_result __pyx_string_tab[66]
-#define __pyx_n_u_PendingCall_result_async __pyx_string_tab[67]
-#define __pyx_n_u_ServerLost __pyx_string_tab[68]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[69]
-#define __pyx_n_u_annotate __pyx_string_tab[70]
-#define __pyx_n_u_await __pyx_string_tab[71]
-#define __pyx_n_u_exit __pyx_string_tab[72]
-#define __pyx_n_u_func __pyx_string_tab[73]
-#define __pyx_n_u_getstate __pyx_string_tab[74]
-#define __pyx_n_u_main __pyx_string_tab[75]
-#define __pyx_n_u_module __pyx_string_tab[76]
-#define __pyx_n_u_name __pyx_string_tab[77]
-#define __pyx_n_u_pyx_state __pyx_string_tab[78]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[79]
-#define __pyx_n_u_qualname __pyx_string_tab[80]
-#define __pyx_n_u_reduce __pyx_string_tab[81]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[82]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[83]
-#define __pyx_n_u_set_name __pyx_string_tab[84]
-#define __pyx_n_u_setstate __pyx_string_tab[85]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[86]
-#define __pyx_n_u_test __pyx_string_tab[87]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[88]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[89]
-#define __pyx_n_u_backslashreplace __pyx_string_tab[90]
-#define __pyx_n_u_begun __pyx_string_tab[91]
-#define __pyx_n_u_call __pyx_string_tab[92]
-#define __pyx_n_u_call_async __pyx_string_tab[93]
-#define __pyx_n_u_cancel __pyx_string_tab[94]
-#define __pyx_n_u_cell __pyx_string_tab[95]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[96]
-#define __pyx_n_u_close __pyx_string_tab[97]
-#define __pyx_n_u_data __pyx_string_tab[98]
-#define __pyx_n_u_decode __pyx_string_tab[99]
-#define __pyx_n_u_done __pyx_string_tab[100]
-#define __pyx_n_u_encode __pyx_string_tab[101]
-#define __pyx_n_u_error __pyx_string_tab[102]
-#define __pyx_n_u_errors __pyx_string_tab[103]
-#define __pyx_n_u_fail __pyx_string_tab[104]
-#define __pyx_n_u_fileno __pyx_string_tab[105]
-#define __pyx_n_u_function __pyx_string_tab[106]
-#define __pyx_n_u_g __pyx_string_tab[107]
-#define __pyx_n_u_get __pyx_string_tab[108]
-#define __pyx_n_u_give_back __pyx_string_tab[109]
-#define __pyx_n_u_how __pyx_string_tab[110]
-#define __pyx_n_u_id __pyx_string_tab[111]
-#define __pyx_n_u_items __pyx_string_tab[112]
-#define __pyx_n_u_ivshmem_channel_calls __pyx_string_tab[113]
-#define __pyx_n_u_kind __pyx_string_tab[114]
-#define __pyx_n_u_left __pyx_string_tab[115]
-#define __pyx_n_u_limit __pyx_string_tab[116]
-#define __pyx_n_u_monotonic __pyx_string_tab[117]
-#define __pyx_n_u_never __pyx_string_tab[118]
-#define __pyx_n_u_next __pyx_string_tab[119]
-#define __pyx_n_u_plain __pyx_string_tab[120]
-#define __pyx_n_u_pop __pyx_string_tab[121]
-#define __pyx_n_u_ref __pyx_string_tab[122]
-#define __pyx_n_u_replace __pyx_string_tab[123]
-#define __pyx_n_u_reply __pyx_string_tab[124]
-#define __pyx_n_u_result __pyx_string_tab[125]
-#define __pyx_n_u_result_async __pyx_string_tab[126]
-#define __pyx_n_u_self __pyx_string_tab[127]
-#define __pyx_n_u_send __pyx_string_tab[128]
-#define __pyx_n_u_serve __pyx_string_tab[129]
-#define __pyx_n_u_serve_async __pyx_string_tab[130]
-#define __pyx_n_u_setdefault __pyx_string_tab[131]
-#define __pyx_n_u_spin __pyx_string_tab[132]
-#define __pyx_n_u_submit __pyx_string_tab[133]
-#define __pyx_n_u_submit_async __pyx_string_tab[134]
-#define __pyx_n_u_take __pyx_string_tab[135]
-#define __pyx_n_u_take_async __pyx_string_tab[136]
-#define __pyx_n_u_taken __pyx_string_tab[137]
-#define __pyx_n_u_text __pyx_string_tab[138]
-#define __pyx_n_u_throw __pyx_string_tab[139]
-#define __pyx_n_u_time __pyx_string_tab[140]
-#define __pyx_n_u_timeout __pyx_string_tab[141]
-#define __pyx_n_u_value __pyx_string_tab[142]
-#define __pyx_n_u_values __pyx_string_tab[143]
-#define __pyx_n_u_view __pyx_string_tab[144]
-#define __pyx_n_u_weakref __pyx_string_tab[145]
-#define __pyx_n_u_why __pyx_string_tab[146]
-#define __pyx_kp_b__3 __pyx_string_tab[147]
-#define __pyx_kp_b_PyObject_struct___pyx_obj_7ivshm __pyx_string_tab[148]
-#define __pyx_kp_b_int_PyObject_PyObject_PyObject_P __pyx_string_tab[149]
-#define __pyx_kp_b_struct___pyx_obj_7ivshmem_7chann __pyx_string_tab[150]
-#define __pyx_kp_b_iso88591_Q_2 __pyx_string_tab[151]
-#define __pyx_kp_b_iso88591_A_4vT_Yc_Q_e3j_qPQ __pyx_string_tab[152]
-#define __pyx_kp_b_iso88591_A_4vQ_9F_1_1_xq_fAQ __pyx_string_tab[153]
-#define __pyx_kp_b_iso88591_A_1_Q_1_HA_AT_aq_a_z_U_D_y_d_1D __pyx_string_tab[154]
-#define __pyx_kp_b_iso88591_A_F_1D_xwixq_t5_s_4waw6I_8ST __pyx_string_tab[155]
-#define __pyx_kp_b_iso88591_A_G1_T_l_t_wa_KuD_1G1 __pyx_string_tab[156]
-#define __pyx_kp_b_iso88591_A_iq __pyx_string_tab[157]
-#define __pyx_kp_b_iso88591_A_T_t6_D_1_q_t4wgQ_Ja_q_1Jat1_t __pyx_string_tab[158]
-#define __pyx_kp_b_iso88591_A_T_a_4xs_Q __pyx_string_tab[159]
-#define __pyx_kp_b_iso88591_A_T_t87_t4t1_k_8_Q_t83a_F_JfAT_K __pyx_string_tab[160]
-#define __pyx_kp_b_iso88591_F_t5_WG6 __pyx_string_tab[161]
-#define __pyx_kp_b_iso88591_1_T_t5_1_l_Qd2H_PQ_t7_d_4z_WF_Z __pyx_string_tab[162]
-#define __pyx_kp_b_iso88591_avT __pyx_string_tab[163]
-#define __pyx_kp_b_iso88591_q_A_t7_6_q_4xs_3b_m1_4wavU_34wh __pyx_string_tab[164]
-#define __pyx_kp_b_iso88591_1_AV4y __pyx_string_tab[165]
-#define __pyx_kp_b_iso88591_nA_4uAYe1_uCq_T_E_1A_E_QfA __pyx_string_tab[166]
-#define __pyx_kp_b_iso88591_AV4y __pyx_string_tab[167]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[168]
-#define __pyx_kp_b_iso88591_2 __pyx_string_tab[169]
+#define __pyx_n_u_ChannelTypeError __pyx_string_tab[57]
+#define __pyx_n_u_ClosedError __pyx_string_tab[58]
+#define __pyx_n_u_IvshmemError __pyx_string_tab[59]
+#define __pyx_n_u_MessageTooLong __pyx_string_tab[60]
+#define __pyx_n_u_PendingCall __pyx_string_tab[61]
+#define __pyx_n_u_PendingCall___reduce_cython __pyx_string_tab[62]
+#define __pyx_n_u_PendingCall___setstate_cython __pyx_string_tab[63]
+#define __pyx_n_u_PendingCall_cancel __pyx_string_tab[64]
+#define __pyx_n_u_PendingCall_close __pyx_string_tab[65]
+#define __pyx_n_u_PendingCall_done __pyx_string_tab[66]
+#define __pyx_n_u_PendingCall_fileno __pyx_string_tab[67]
+#define __pyx_n_u_PendingCall_result __pyx_string_tab[68]
+#define __pyx_n_u_PendingCall_result_async __pyx_string_tab[69]
+#define __pyx_n_u_ServerLost __pyx_string_tab[70]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[71]
+#define __pyx_n_u_annotate __pyx_string_tab[72]
+#define __pyx_n_u_await __pyx_string_tab[73]
+#define __pyx_n_u_exit __pyx_string_tab[74]
+#define __pyx_n_u_func __pyx_string_tab[75]
+#define __pyx_n_u_getstate __pyx_string_tab[76]
+#define __pyx_n_u_main __pyx_string_tab[77]
+#define __pyx_n_u_module __pyx_string_tab[78]
+#define __pyx_n_u_name __pyx_string_tab[79]
+#define __pyx_n_u_pyx_state __pyx_string_tab[80]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[81]
+#define __pyx_n_u_qualname __pyx_string_tab[82]
+#define __pyx_n_u_reduce __pyx_string_tab[83]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[84]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[85]
+#define __pyx_n_u_set_name __pyx_string_tab[86]
+#define __pyx_n_u_setstate __pyx_string_tab[87]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[88]
+#define __pyx_n_u_test __pyx_string_tab[89]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[90]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[91]
+#define __pyx_n_u_backslashreplace __pyx_string_tab[92]
+#define __pyx_n_u_begun __pyx_string_tab[93]
+#define __pyx_n_u_call __pyx_string_tab[94]
+#define __pyx_n_u_call_async __pyx_string_tab[95]
+#define __pyx_n_u_cancel __pyx_string_tab[96]
+#define __pyx_n_u_cell __pyx_string_tab[97]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[98]
+#define __pyx_n_u_close __pyx_string_tab[99]
+#define __pyx_n_u_data __pyx_string_tab[100]
+#define __pyx_n_u_decode __pyx_string_tab[101]
+#define __pyx_n_u_done __pyx_string_tab[102]
+#define __pyx_n_u_encode __pyx_string_tab[103]
+#define __pyx_n_u_error __pyx_string_tab[104]
+#define __pyx_n_u_errors __pyx_string_tab[105]
+#define __pyx_n_u_fail __pyx_string_tab[106]
+#define __pyx_n_u_fileno __pyx_string_tab[107]
+#define __pyx_n_u_function __pyx_string_tab[108]
+#define __pyx_n_u_g __pyx_string_tab[109]
+#define __pyx_n_u_get __pyx_string_tab[110]
+#define __pyx_n_u_give_back __pyx_string_tab[111]
+#define __pyx_n_u_how __pyx_string_tab[112]
+#define __pyx_n_u_id __pyx_string_tab[113]
+#define __pyx_n_u_items __pyx_string_tab[114]
+#define __pyx_n_u_ivshmem_channel_calls __pyx_string_tab[115]
+#define __pyx_n_u_kind __pyx_string_tab[116]
+#define __pyx_n_u_left __pyx_string_tab[117]
+#define __pyx_n_u_limit __pyx_string_tab[118]
+#define __pyx_n_u_monotonic __pyx_string_tab[119]
+#define __pyx_n_u_never __pyx_string_tab[120]
+#define __pyx_n_u_next __pyx_string_tab[121]
+#define __pyx_n_u_plain __pyx_string_tab[122]
+#define __pyx_n_u_pop __pyx_string_tab[123]
+#define __pyx_n_u_ref __pyx_string_tab[124]
+#define __pyx_n_u_replace __pyx_string_tab[125]
+#define __pyx_n_u_reply __pyx_string_tab[126]
+#define __pyx_n_u_result __pyx_string_tab[127]
+#define __pyx_n_u_result_async __pyx_string_tab[128]
+#define __pyx_n_u_self __pyx_string_tab[129]
+#define __pyx_n_u_send __pyx_string_tab[130]
+#define __pyx_n_u_serve __pyx_string_tab[131]
+#define __pyx_n_u_serve_async __pyx_string_tab[132]
+#define __pyx_n_u_setdefault __pyx_string_tab[133]
+#define __pyx_n_u_spin __pyx_string_tab[134]
+#define __pyx_n_u_submit __pyx_string_tab[135]
+#define __pyx_n_u_submit_async __pyx_string_tab[136]
+#define __pyx_n_u_take __pyx_string_tab[137]
+#define __pyx_n_u_take_async __pyx_string_tab[138]
+#define __pyx_n_u_taken __pyx_string_tab[139]
+#define __pyx_n_u_text __pyx_string_tab[140]
+#define __pyx_n_u_throw __pyx_string_tab[141]
+#define __pyx_n_u_time __pyx_string_tab[142]
+#define __pyx_n_u_timeout __pyx_string_tab[143]
+#define __pyx_n_u_value __pyx_string_tab[144]
+#define __pyx_n_u_values __pyx_string_tab[145]
+#define __pyx_n_u_view __pyx_string_tab[146]
+#define __pyx_n_u_weakref __pyx_string_tab[147]
+#define __pyx_n_u_why __pyx_string_tab[148]
+#define __pyx_kp_b__3 __pyx_string_tab[149]
+#define __pyx_kp_b_PyObject_struct___pyx_obj_7ivshm __pyx_string_tab[150]
+#define __pyx_kp_b_int_PyObject_PyObject_PyObject_P __pyx_string_tab[151]
+#define __pyx_kp_b_struct___pyx_obj_7ivshmem_7chann __pyx_string_tab[152]
+#define __pyx_kp_b_iso88591_Q_2 __pyx_string_tab[153]
+#define __pyx_kp_b_iso88591_A_4vT_Yc_Q_e3j_qPQ __pyx_string_tab[154]
+#define __pyx_kp_b_iso88591_A_4vQ_9F_1_1_xq_fAQ __pyx_string_tab[155]
+#define __pyx_kp_b_iso88591_A_1_Q_1_HA_AT_aq_a_z_U_D_y_d_1D __pyx_string_tab[156]
+#define __pyx_kp_b_iso88591_A_F_1D_xwixq_t5_s_4waw6I_8ST __pyx_string_tab[157]
+#define __pyx_kp_b_iso88591_A_G1_T_l_t_wa_KuD_1G1 __pyx_string_tab[158]
+#define __pyx_kp_b_iso88591_A_iq __pyx_string_tab[159]
+#define __pyx_kp_b_iso88591_A_T_t6_D_1_q_t4wgQ_Ja_q_y_q_A_M __pyx_string_tab[160]
+#define __pyx_kp_b_iso88591_A_T_a_4xs_Q __pyx_string_tab[161]
+#define __pyx_kp_b_iso88591_A_T_t87_t4t1_k_8_Q_t83a_F_JfAT_K __pyx_string_tab[162]
+#define __pyx_kp_b_iso88591_F_t5_WG6 __pyx_string_tab[163]
+#define __pyx_kp_b_iso88591_1_T_t5_1_l_Qd2H_PQ_t7_Q_d_4z_WF __pyx_string_tab[164]
+#define __pyx_kp_b_iso88591_avT __pyx_string_tab[165]
+#define __pyx_kp_b_iso88591_q_A_t7_6_q_4xs_3b_m1_4wavU_34wh __pyx_string_tab[166]
+#define __pyx_kp_b_iso88591_1_AV4y __pyx_string_tab[167]
+#define __pyx_kp_b_iso88591_nA_4uAYe1_uCq_T_E_1A_E_QfA __pyx_string_tab[168]
+#define __pyx_kp_b_iso88591_AV4y __pyx_string_tab[169]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[170]
+#define __pyx_kp_b_iso88591_2 __pyx_string_tab[171]
 #define __pyx_float_0_0 __pyx_number_tab[0]
 /* #### Code section: module_state_clear ### */
 #if CYTHON_USE_MODULE_STATE
@@ -5231,9 +5251,10 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_items.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
+  Py_CLEAR(clear_module_state->__pyx_umethod_PyList_Type_pop.method);
   for (int i=0; i<4; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
   for (int i=0; i<27; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<170; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<172; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<1; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -5301,9 +5322,10 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_items.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
+  Py_VISIT(traverse_module_state->__pyx_umethod_PyList_Type_pop.method);
   for (int i=0; i<4; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
   for (int i=0; i<27; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<170; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<172; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<1; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -6522,7 +6544,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_7channel_5roles_take_target(PyObject *
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":40
+/* "ivshmem/channel/calls.pyx":47
  * 
  * 
  * cdef int64_t probe_call(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -6534,7 +6556,7 @@ static int64_t __pyx_f_7ivshmem_7channel_5calls_probe_call(void *__pyx_v_what) {
   struct __pyx_t_7ivshmem_7channel_5calls_Probed *__pyx_v_call;
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/calls.pyx":41
+  /* "ivshmem/channel/calls.pyx":48
  * 
  * cdef int64_t probe_call(void *what) noexcept nogil:
  *     cdef Probed *call = <Probed *>what             # <<<<<<<<<<<<<<
@@ -6543,7 +6565,7 @@ static int64_t __pyx_f_7ivshmem_7channel_5calls_probe_call(void *__pyx_v_what) {
 */
   __pyx_v_call = ((struct __pyx_t_7ivshmem_7channel_5calls_Probed *)__pyx_v_what);
 
-  /* "ivshmem/channel/calls.pyx":42
+  /* "ivshmem/channel/calls.pyx":49
  * cdef int64_t probe_call(void *what) noexcept nogil:
  *     cdef Probed *call = <Probed *>what
  *     return not ivshmem_call_waits(call.caller, call.position)             # <<<<<<<<<<<<<<
@@ -6556,7 +6578,7 @@ static int64_t __pyx_f_7ivshmem_7channel_5calls_probe_call(void *__pyx_v_what) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":40
+  /* "ivshmem/channel/calls.pyx":47
  * 
  * 
  * cdef int64_t probe_call(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -6570,8 +6592,8 @@ static int64_t __pyx_f_7ivshmem_7channel_5calls_probe_call(void *__pyx_v_what) {
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":63
- *     # of those that sleep at its caller.
+/* "ivshmem/channel/calls.pyx":75
+ *     #    end: a handler that raises would leave its slot taken. (Even repr() of a str is such code.)
  * 
  *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
  *         cdef uint32_t length = 0
@@ -6599,13 +6621,12 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
   PyObject *__pyx_t_10[4];
   Py_ssize_t __pyx_t_11;
   int __pyx_t_12;
-  PyObject *__pyx_t_13[3];
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("attempt", 0);
 
-  /* "ivshmem/channel/calls.pyx":64
+  /* "ivshmem/channel/calls.pyx":76
  * 
  *     cdef int attempt(self) except? -2:
  *         cdef uint32_t length = 0             # <<<<<<<<<<<<<<
@@ -6614,7 +6635,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
 */
   __pyx_v_length = 0;
 
-  /* "ivshmem/channel/calls.pyx":65
+  /* "ivshmem/channel/calls.pyx":77
  *     cdef int attempt(self) except? -2:
  *         cdef uint32_t length = 0
  *         cdef unsigned status = 0             # <<<<<<<<<<<<<<
@@ -6623,7 +6644,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
 */
   __pyx_v_status = 0;
 
-  /* "ivshmem/channel/calls.pyx":66
+  /* "ivshmem/channel/calls.pyx":78
  *         cdef uint32_t length = 0
  *         cdef unsigned status = 0
  *         cdef int code, never = 0             # <<<<<<<<<<<<<<
@@ -6632,7 +6653,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
 */
   __pyx_v_never = 0;
 
-  /* "ivshmem/channel/calls.pyx":68
+  /* "ivshmem/channel/calls.pyx":80
  *         cdef int code, never = 0
  *         cdef bytes data
  *         if self.over:             # <<<<<<<<<<<<<<
@@ -6641,7 +6662,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
 */
   if (__pyx_v_self->over) {
 
-    /* "ivshmem/channel/calls.pyx":69
+    /* "ivshmem/channel/calls.pyx":81
  *         cdef bytes data
  *         if self.over:
  *             return 0             # <<<<<<<<<<<<<<
@@ -6654,7 +6675,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/calls.pyx":68
+    /* "ivshmem/channel/calls.pyx":80
  *         cdef int code, never = 0
  *         cdef bytes data
  *         if self.over:             # <<<<<<<<<<<<<<
@@ -6663,7 +6684,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/calls.pyx":70
+  /* "ivshmem/channel/calls.pyx":82
  *         if self.over:
  *             return 0
  *         code = ivshmem_call_look(&self.caller.writer, self.position, &length, &status)             # <<<<<<<<<<<<<<
@@ -6672,7 +6693,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
 */
   __pyx_v_code = ivshmem_call_look((&__pyx_v_self->caller->__pyx_base.writer), __pyx_v_self->position, (&__pyx_v_length), (&__pyx_v_status));
 
-  /* "ivshmem/channel/calls.pyx":71
+  /* "ivshmem/channel/calls.pyx":83
  *             return 0
  *         code = ivshmem_call_look(&self.caller.writer, self.position, &length, &status)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6684,7 +6705,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/calls.pyx":72
+    /* "ivshmem/channel/calls.pyx":84
  *         code = ivshmem_call_look(&self.caller.writer, self.position, &length, &status)
  *         if code == IVSHMEM_AGAIN:
  *             return code             # <<<<<<<<<<<<<<
@@ -6697,7 +6718,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/calls.pyx":71
+    /* "ivshmem/channel/calls.pyx":83
  *             return 0
  *         code = ivshmem_call_look(&self.caller.writer, self.position, &length, &status)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6706,7 +6727,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/calls.pyx":73
+  /* "ivshmem/channel/calls.pyx":85
  *         if code == IVSHMEM_AGAIN:
  *             return code
  *         if code == 0:             # <<<<<<<<<<<<<<
@@ -6716,19 +6737,19 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
   switch (__pyx_v_code) {
     case 0:
 
-    /* "ivshmem/channel/calls.pyx":74
+    /* "ivshmem/channel/calls.pyx":86
  *             return code
  *         if code == 0:
  *             data = PyBytes_FromStringAndSize(NULL, length)             # <<<<<<<<<<<<<<
  *             ivshmem_copy_payload(
  *                 PyBytes_AS_STRING(data),
 */
-    __pyx_t_2 = PyBytes_FromStringAndSize(NULL, __pyx_v_length); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 74, __pyx_L1_error)
+    __pyx_t_2 = PyBytes_FromStringAndSize(NULL, __pyx_v_length); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 86, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __pyx_v_data = ((PyObject*)__pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/calls.pyx":75
+    /* "ivshmem/channel/calls.pyx":87
  *         if code == 0:
  *             data = PyBytes_FromStringAndSize(NULL, length)
  *             ivshmem_copy_payload(             # <<<<<<<<<<<<<<
@@ -6737,7 +6758,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
 */
     ivshmem_copy_payload(PyBytes_AS_STRING(__pyx_v_data), (__pyx_v_self->__pyx_base.channel.area.memory.start + ivshmem_reply_offset((&__pyx_v_self->__pyx_base.channel), __pyx_v_self->caller->__pyx_base.writer.slot, __pyx_v_self->position)), __pyx_v_length);
 
-    /* "ivshmem/channel/calls.pyx":81
+    /* "ivshmem/channel/calls.pyx":93
  *                 length,
  *             )
  *             if status == REPLY:             # <<<<<<<<<<<<<<
@@ -6749,7 +6770,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/calls.pyx":82
+      /* "ivshmem/channel/calls.pyx":94
  *             )
  *             if status == REPLY:
  *                 self.reply = data             # <<<<<<<<<<<<<<
@@ -6761,7 +6782,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
       __Pyx_GOTREF(__pyx_v_self->reply);
       __Pyx_DECREF_SET(__pyx_v_self->reply, __pyx_v_data);
 
-      /* "ivshmem/channel/calls.pyx":81
+      /* "ivshmem/channel/calls.pyx":93
  *                 length,
  *             )
  *             if status == REPLY:             # <<<<<<<<<<<<<<
@@ -6771,7 +6792,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
       goto __pyx_L5;
     }
 
-    /* "ivshmem/channel/calls.pyx":84
+    /* "ivshmem/channel/calls.pyx":96
  *                 self.reply = data
  *             else:
  *                 why = plain(data[:SHOWN].decode(errors="replace"))             # <<<<<<<<<<<<<<
@@ -6780,13 +6801,13 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
 */
     /*else*/ {
       __pyx_t_3 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_plain); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 84, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_plain); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 96, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       if (unlikely(__pyx_v_data == Py_None)) {
         PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-        __PYX_ERR(0, 84, __pyx_L1_error)
+        __PYX_ERR(0, 96, __pyx_L1_error)
       }
-      __pyx_t_7 = PySequence_GetSlice(__pyx_v_data, 0, __pyx_e_7ivshmem_7channel_5calls_SHOWN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 84, __pyx_L1_error)
+      __pyx_t_7 = PySequence_GetSlice(__pyx_v_data, 0, __pyx_e_7ivshmem_7channel_5calls_SHOWN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 96, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_6 = __pyx_t_7;
       __Pyx_INCREF(__pyx_t_6);
@@ -6797,13 +6818,13 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
         PyObject *__pyx_callargs[2] = {__pyx_t_6, __pyx_mstate_global->__pyx_n_u_replace};
         #if CYTHON_VECTORCALL
         __pyx_t_9 = __pyx_mstate_global->__pyx_tuple[0];
-        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 84, __pyx_L1_error)
+        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 96, __pyx_L1_error)
         __Pyx_INCREF(__pyx_t_9);
         #else
         {
           PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
           __pyx_t_9 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-          if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 84, __pyx_L1_error)
+          if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 96, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_9);
         }
         #endif
@@ -6813,10 +6834,10 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
         #endif
         __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 84, __pyx_L1_error)
+        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 96, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_5);
       }
-      if (!(likely(PyUnicode_CheckExact(__pyx_t_5))||((__pyx_t_5) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_5))) __PYX_ERR(0, 84, __pyx_L1_error)
+      if (!(likely(PyUnicode_CheckExact(__pyx_t_5))||((__pyx_t_5) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_5))) __PYX_ERR(0, 96, __pyx_L1_error)
       __pyx_t_8 = 1;
       #if CYTHON_UNPACK_METHODS
       if (unlikely(PyMethod_Check(__pyx_t_4))) {
@@ -6835,25 +6856,25 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
         __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 84, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 96, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __pyx_v_why = __pyx_t_2;
       __pyx_t_2 = 0;
 
-      /* "ivshmem/channel/calls.pyx":85
+      /* "ivshmem/channel/calls.pyx":97
  *             else:
  *                 why = plain(data[:SHOWN].decode(errors="replace"))
  *                 self.error = CallFailed(f"call of {self.name!r}: the server failed: {why}")             # <<<<<<<<<<<<<<
  *         elif code == IVSHMEM_CLOSED:
- *             self.error = ServerLost(
+ *             self.lost = True
 */
       __pyx_t_4 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_CallFailed); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 85, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_CallFailed); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 97, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
-      __pyx_t_3 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 85, __pyx_L1_error)
+      __pyx_t_3 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 97, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
-      __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_why, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 85, __pyx_L1_error)
+      __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_why, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 97, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_10[0] = __pyx_mstate_global->__pyx_kp_u_call_of;
       __pyx_t_10[1] = __pyx_t_3;
@@ -6868,7 +6889,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
       __pyx_t_12 |= __Pyx_PyUnicode_KIND_04(__pyx_t_10[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_10[3]);
       #endif
       __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_10, 4, __pyx_t_11, __pyx_t_12);
-      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 85, __pyx_L1_error)
+      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 97, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_9);
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -6890,7 +6911,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
         __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 85, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 97, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_GIVEREF(__pyx_t_2);
@@ -6900,7 +6921,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
     }
     __pyx_L5:;
 
-    /* "ivshmem/channel/calls.pyx":73
+    /* "ivshmem/channel/calls.pyx":85
  *         if code == IVSHMEM_AGAIN:
  *             return code
  *         if code == 0:             # <<<<<<<<<<<<<<
@@ -6910,93 +6931,33 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
     break;
     case IVSHMEM_CLOSED:
 
-    /* "ivshmem/channel/calls.pyx":87
+    /* "ivshmem/channel/calls.pyx":99
  *                 self.error = CallFailed(f"call of {self.name!r}: the server failed: {why}")
  *         elif code == IVSHMEM_CLOSED:
- *             self.error = ServerLost(             # <<<<<<<<<<<<<<
- *                 f"call of {self.name!r}: the server that had begun with it is gone; whether it did"
- *                 " the work is not known"
+ *             self.lost = True             # <<<<<<<<<<<<<<
+ *         else:
+ *             self.error = self.caller.fail(code)
 */
-    __pyx_t_5 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_ServerLost); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 87, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_9);
+    __pyx_v_self->lost = 1;
 
-    /* "ivshmem/channel/calls.pyx":88
- *         elif code == IVSHMEM_CLOSED:
- *             self.error = ServerLost(
- *                 f"call of {self.name!r}: the server that had begun with it is gone; whether it did"             # <<<<<<<<<<<<<<
- *                 " the work is not known"
- *             )
-*/
-    __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 88, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_13[0] = __pyx_mstate_global->__pyx_kp_u_call_of;
-    __pyx_t_13[1] = __pyx_t_4;
-    __pyx_t_13[2] = __pyx_mstate_global->__pyx_kp_u_the_server_that_had_begun_with;
-    __pyx_t_11 = 89;
-    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_11 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_13[1]);
-    #endif
-    __pyx_t_12 = 0;
-    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_12 |= __Pyx_PyUnicode_KIND_04(__pyx_t_13[1]);
-    #endif
-    __pyx_t_7 = __Pyx_PyUnicode_Join(__pyx_t_13, 3, __pyx_t_11, __pyx_t_12);
-    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 88, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_7);
-    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __pyx_t_8 = 1;
-    #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_9))) {
-      __pyx_t_5 = PyMethod_GET_SELF(__pyx_t_9);
-      assert(__pyx_t_5);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_9);
-      __Pyx_INCREF(__pyx_t_5);
-      __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_9, __pyx__function);
-      __pyx_t_8 = 0;
-    }
-    #endif
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_t_7};
-      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_9, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 87, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_2);
-    }
-
-    /* "ivshmem/channel/calls.pyx":87
- *                 self.error = CallFailed(f"call of {self.name!r}: the server failed: {why}")
- *         elif code == IVSHMEM_CLOSED:
- *             self.error = ServerLost(             # <<<<<<<<<<<<<<
- *                 f"call of {self.name!r}: the server that had begun with it is gone; whether it did"
- *                 " the work is not known"
-*/
-    __Pyx_GIVEREF(__pyx_t_2);
-    __Pyx_GOTREF(__pyx_v_self->error);
-    __Pyx_DECREF_SET(__pyx_v_self->error, __pyx_t_2);
-    __pyx_t_2 = 0;
-
-    /* "ivshmem/channel/calls.pyx":86
+    /* "ivshmem/channel/calls.pyx":98
  *                 why = plain(data[:SHOWN].decode(errors="replace"))
  *                 self.error = CallFailed(f"call of {self.name!r}: the server failed: {why}")
  *         elif code == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
- *             self.error = ServerLost(
- *                 f"call of {self.name!r}: the server that had begun with it is gone; whether it did"
+ *             self.lost = True
+ *         else:
 */
     break;
     default:
 
-    /* "ivshmem/channel/calls.pyx":92
- *             )
+    /* "ivshmem/channel/calls.pyx":101
+ *             self.lost = True
  *         else:
  *             self.error = self.caller.fail(code)             # <<<<<<<<<<<<<<
- *         self.end_call()
+ *         self.over = True
  *         ivshmem_call_end(&self.caller.writer, self.position, &never)
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->caller->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->caller), __pyx_v_code); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 92, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->caller->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->caller), __pyx_v_code); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 101, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_GIVEREF(__pyx_t_2);
     __Pyx_GOTREF(__pyx_v_self->error);
@@ -7005,31 +6966,40 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
     break;
   }
 
-  /* "ivshmem/channel/calls.pyx":93
+  /* "ivshmem/channel/calls.pyx":102
  *         else:
  *             self.error = self.caller.fail(code)
- *         self.end_call()             # <<<<<<<<<<<<<<
+ *         self.over = True             # <<<<<<<<<<<<<<
  *         ivshmem_call_end(&self.caller.writer, self.position, &never)
- *         return 0
+ *         self.end_watch()
 */
-  __pyx_t_12 = __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_call(__pyx_v_self); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 93, __pyx_L1_error)
+  __pyx_v_self->over = 1;
 
-
-  /* "ivshmem/channel/calls.pyx":94
+  /* "ivshmem/channel/calls.pyx":103
  *             self.error = self.caller.fail(code)
- *         self.end_call()
+ *         self.over = True
  *         ivshmem_call_end(&self.caller.writer, self.position, &never)             # <<<<<<<<<<<<<<
+ *         self.end_watch()
  *         return 0
- * 
 */
   (void)(ivshmem_call_end((&__pyx_v_self->caller->__pyx_base.writer), __pyx_v_self->position, (&__pyx_v_never)));
 
-  /* "ivshmem/channel/calls.pyx":95
- *         self.end_call()
+  /* "ivshmem/channel/calls.pyx":104
+ *         self.over = True
  *         ivshmem_call_end(&self.caller.writer, self.position, &never)
+ *         self.end_watch()             # <<<<<<<<<<<<<<
+ *         return 0
+ * 
+*/
+  __pyx_t_12 = __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_watch(__pyx_v_self); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 104, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/calls.pyx":105
+ *         ivshmem_call_end(&self.caller.writer, self.position, &never)
+ *         self.end_watch()
  *         return 0             # <<<<<<<<<<<<<<
  * 
- *     cdef int end_call(self) except -1:
+ *     cdef object why_not(self):
 */
   {
 
@@ -7037,8 +7007,8 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":63
- *     # of those that sleep at its caller.
+  /* "ivshmem/channel/calls.pyx":75
+ *     #    end: a handler that raises would leave its slot taken. (Even repr() of a str is such code.)
  * 
  *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
  *         cdef uint32_t length = 0
@@ -7068,62 +7038,239 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":97
+/* "ivshmem/channel/calls.pyx":107
  *         return 0
  * 
- *     cdef int end_call(self) except -1:             # <<<<<<<<<<<<<<
- *         """Note that there is nothing to wait for any more."""
- *         self.over = True
+ *     cdef object why_not(self):             # <<<<<<<<<<<<<<
+ *         """Return the exception that says why a call that is over has no reply."""
+ *         if self.error is not None:
 */
 
-static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_call(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self) {
-  int __pyx_r;
+static PyObject *__pyx_f_7ivshmem_7channel_5calls_11PendingCall_why_not(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
   int __pyx_t_1;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6[3];
+  Py_ssize_t __pyx_t_7;
+  int __pyx_t_8;
+  PyObject *__pyx_t_9 = NULL;
+  size_t __pyx_t_10;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("why_not", 0);
 
-  /* "ivshmem/channel/calls.pyx":99
- *     cdef int end_call(self) except -1:
- *         """Note that there is nothing to wait for any more."""
- *         self.over = True             # <<<<<<<<<<<<<<
- *         return self.end_watch()
- * 
+  /* "ivshmem/channel/calls.pyx":109
+ *     cdef object why_not(self):
+ *         """Return the exception that says why a call that is over has no reply."""
+ *         if self.error is not None:             # <<<<<<<<<<<<<<
+ *             return self.error
+ *         if self.cancelled:
 */
-  __pyx_v_self->over = 1;
+  __pyx_t_1 = (__pyx_v_self->error != Py_None);
+  if (__pyx_t_1) {
 
-  /* "ivshmem/channel/calls.pyx":100
- *         """Note that there is nothing to wait for any more."""
- *         self.over = True
- *         return self.end_watch()             # <<<<<<<<<<<<<<
- * 
- *     cdef int begin_watch(self) except -1:
+
+    /* "ivshmem/channel/calls.pyx":110
+ *         """Return the exception that says why a call that is over has no reply."""
+ *         if self.error is not None:
+ *             return self.error             # <<<<<<<<<<<<<<
+ *         if self.cancelled:
+ *             return CallFailed(f"call of {self.name!r}: it was cancelled")
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_watch(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 100, __pyx_L1_error)
-  {
-    __pyx_r = __pyx_t_1;
+    {
+      PyObject *__pyx_temp;
+      {
+        __pyx_temp = __pyx_r;
+        __Pyx_INCREF(__pyx_v_self->error);
+        __pyx_r = __pyx_v_self->error;
+      }
+      __Pyx_XDECREF(__pyx_temp);
+    }
+    goto __pyx_L0;
+
+    /* "ivshmem/channel/calls.pyx":109
+ *     cdef object why_not(self):
+ *         """Return the exception that says why a call that is over has no reply."""
+ *         if self.error is not None:             # <<<<<<<<<<<<<<
+ *             return self.error
+ *         if self.cancelled:
+*/
   }
+
+  /* "ivshmem/channel/calls.pyx":111
+ *         if self.error is not None:
+ *             return self.error
+ *         if self.cancelled:             # <<<<<<<<<<<<<<
+ *             return CallFailed(f"call of {self.name!r}: it was cancelled")
+ *         return ServerLost(
+*/
+  if (__pyx_v_self->cancelled) {
+
+    /* "ivshmem/channel/calls.pyx":112
+ *             return self.error
+ *         if self.cancelled:
+ *             return CallFailed(f"call of {self.name!r}: it was cancelled")             # <<<<<<<<<<<<<<
+ *         return ServerLost(
+ *             f"call of {self.name!r}: the server that had begun with it is gone; whether it did"
+*/
+    __pyx_t_3 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_CallFailed); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 112, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 112, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_5);
+    __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_call_of;
+    __pyx_t_6[1] = __pyx_t_5;
+    __pyx_t_6[2] = __pyx_mstate_global->__pyx_kp_u_it_was_cancelled;
+    __pyx_t_7 = 26;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_7 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_6[1]);
+    #endif
+    __pyx_t_8 = 0;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_8 |= __Pyx_PyUnicode_KIND_04(__pyx_t_6[1]);
+    #endif
+    __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_6, 3, __pyx_t_7, __pyx_t_8);
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 112, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_9);
+    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+    __pyx_t_10 = 1;
+    #if CYTHON_UNPACK_METHODS
+    if (unlikely(PyMethod_Check(__pyx_t_4))) {
+      __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_4);
+      assert(__pyx_t_3);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
+      __Pyx_INCREF(__pyx_t_3);
+      __Pyx_INCREF(__pyx__function);
+      __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
+      __pyx_t_10 = 0;
+    }
+    #endif
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_t_9};
+      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 112, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_2);
+    }
+    {
+      PyObject *__pyx_temp;
+      {
+        __pyx_temp = __pyx_r;
+        __pyx_r = __pyx_t_2;
+      }
+      __Pyx_XDECREF(__pyx_temp);
+    }
+    __pyx_t_2 = 0;
+    goto __pyx_L0;
+
+    /* "ivshmem/channel/calls.pyx":111
+ *         if self.error is not None:
+ *             return self.error
+ *         if self.cancelled:             # <<<<<<<<<<<<<<
+ *             return CallFailed(f"call of {self.name!r}: it was cancelled")
+ *         return ServerLost(
+*/
+  }
+
+  /* "ivshmem/channel/calls.pyx":113
+ *         if self.cancelled:
+ *             return CallFailed(f"call of {self.name!r}: it was cancelled")
+ *         return ServerLost(             # <<<<<<<<<<<<<<
+ *             f"call of {self.name!r}: the server that had begun with it is gone; whether it did"
+ *             " the work is not known"
+*/
+  __pyx_t_4 = NULL;
+  __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_ServerLost); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 113, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_9);
+
+  /* "ivshmem/channel/calls.pyx":114
+ *             return CallFailed(f"call of {self.name!r}: it was cancelled")
+ *         return ServerLost(
+ *             f"call of {self.name!r}: the server that had begun with it is gone; whether it did"             # <<<<<<<<<<<<<<
+ *             " the work is not known"
+ *         )
+*/
+  __pyx_t_3 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 114, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_call_of;
+  __pyx_t_6[1] = __pyx_t_3;
+  __pyx_t_6[2] = __pyx_mstate_global->__pyx_kp_u_the_server_that_had_begun_with;
+  __pyx_t_7 = 89;
+  #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+  __pyx_t_7 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_6[1]);
+  #endif
+  __pyx_t_8 = 0;
+  #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+  __pyx_t_8 |= __Pyx_PyUnicode_KIND_04(__pyx_t_6[1]);
+  #endif
+  __pyx_t_5 = __Pyx_PyUnicode_Join(__pyx_t_6, 3, __pyx_t_7, __pyx_t_8);
+  if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 114, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+  __pyx_t_10 = 1;
+  #if CYTHON_UNPACK_METHODS
+  if (unlikely(PyMethod_Check(__pyx_t_9))) {
+    __pyx_t_4 = PyMethod_GET_SELF(__pyx_t_9);
+    assert(__pyx_t_4);
+    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_9);
+    __Pyx_INCREF(__pyx_t_4);
+    __Pyx_INCREF(__pyx__function);
+    __Pyx_DECREF_SET(__pyx_t_9, __pyx__function);
+    __pyx_t_10 = 0;
+  }
+  #endif
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_5};
+    __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_9, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+    __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 113, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_2);
+  }
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_2;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":97
+  /* "ivshmem/channel/calls.pyx":107
  *         return 0
  * 
- *     cdef int end_call(self) except -1:             # <<<<<<<<<<<<<<
- *         """Note that there is nothing to wait for any more."""
- *         self.over = True
+ *     cdef object why_not(self):             # <<<<<<<<<<<<<<
+ *         """Return the exception that says why a call that is over has no reply."""
+ *         if self.error is not None:
 */
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem.channel.calls.PendingCall.end_call", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = -1;
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_9);
+  __Pyx_AddTraceback("ivshmem.channel.calls.PendingCall.why_not", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = 0;
   __pyx_L0:;
-
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":102
- *         return self.end_watch()
+/* "ivshmem/channel/calls.pyx":118
+ *         )
  * 
  *     cdef int begin_watch(self) except -1:             # <<<<<<<<<<<<<<
  *         self.caller.asleep += 1
@@ -7137,7 +7284,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_begin_watch(struct __p
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/calls.pyx":103
+  /* "ivshmem/channel/calls.pyx":119
  * 
  *     cdef int begin_watch(self) except -1:
  *         self.caller.asleep += 1             # <<<<<<<<<<<<<<
@@ -7146,7 +7293,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_begin_watch(struct __p
 */
   __pyx_v_self->caller->__pyx_base.__pyx_base.asleep = (__pyx_v_self->caller->__pyx_base.__pyx_base.asleep + 1);
 
-  /* "ivshmem/channel/calls.pyx":104
+  /* "ivshmem/channel/calls.pyx":120
  *     cdef int begin_watch(self) except -1:
  *         self.caller.asleep += 1
  *         self.membership.watch(1)             # <<<<<<<<<<<<<<
@@ -7155,21 +7302,21 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_begin_watch(struct __p
 */
   ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->watch(__pyx_v_self->__pyx_base.membership, 1);
 
-  /* "ivshmem/channel/calls.pyx":105
+  /* "ivshmem/channel/calls.pyx":121
  *         self.caller.asleep += 1
  *         self.membership.watch(1)
  *         return self.membership.hurry()             # <<<<<<<<<<<<<<
  * 
  *     cdef int end_watch(self) except -1:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->hurry(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 105, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->hurry(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 121, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":102
- *         return self.end_watch()
+  /* "ivshmem/channel/calls.pyx":118
+ *         )
  * 
  *     cdef int begin_watch(self) except -1:             # <<<<<<<<<<<<<<
  *         self.caller.asleep += 1
@@ -7185,7 +7332,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_begin_watch(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":107
+/* "ivshmem/channel/calls.pyx":123
  *         return self.membership.hurry()
  * 
  *     cdef int end_watch(self) except -1:             # <<<<<<<<<<<<<<
@@ -7202,7 +7349,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_watch(struct __pyx
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/calls.pyx":109
+  /* "ivshmem/channel/calls.pyx":125
  *     cdef int end_watch(self) except -1:
  *         """Wake who watches the descriptor, for the last time."""
  *         if not self.watched:             # <<<<<<<<<<<<<<
@@ -7214,7 +7361,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_watch(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/calls.pyx":110
+    /* "ivshmem/channel/calls.pyx":126
  *         """Wake who watches the descriptor, for the last time."""
  *         if not self.watched:
  *             return 0             # <<<<<<<<<<<<<<
@@ -7227,7 +7374,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_watch(struct __pyx
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/calls.pyx":109
+    /* "ivshmem/channel/calls.pyx":125
  *     cdef int end_watch(self) except -1:
  *         """Wake who watches the descriptor, for the last time."""
  *         if not self.watched:             # <<<<<<<<<<<<<<
@@ -7236,7 +7383,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_watch(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/calls.pyx":111
+  /* "ivshmem/channel/calls.pyx":127
  *         if not self.watched:
  *             return 0
  *         self.watched = False             # <<<<<<<<<<<<<<
@@ -7245,7 +7392,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_watch(struct __pyx
 */
   __pyx_v_self->__pyx_base.watched = 0;
 
-  /* "ivshmem/channel/calls.pyx":112
+  /* "ivshmem/channel/calls.pyx":128
  *             return 0
  *         self.watched = False
  *         self.membership.watch(-1)             # <<<<<<<<<<<<<<
@@ -7254,17 +7401,17 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_watch(struct __pyx
 */
   ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->watch(__pyx_v_self->__pyx_base.membership, -1);
 
-  /* "ivshmem/channel/calls.pyx":113
+  /* "ivshmem/channel/calls.pyx":129
  *         self.watched = False
  *         self.membership.watch(-1)
  *         self.caller.one_awake()             # <<<<<<<<<<<<<<
  *         return self.membership.kick_all() if self.membership.is_own() else 0
  * 
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->caller->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.one_awake(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->caller)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 113, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->caller->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.one_awake(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->caller)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 129, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/calls.pyx":114
+  /* "ivshmem/channel/calls.pyx":130
  *         self.membership.watch(-1)
  *         self.caller.one_awake()
  *         return self.membership.kick_all() if self.membership.is_own() else 0             # <<<<<<<<<<<<<<
@@ -7274,7 +7421,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_watch(struct __pyx
   __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->is_own(__pyx_v_self->__pyx_base.membership);
 
   if (__pyx_t_1) {
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 114, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 130, __pyx_L1_error)
     __pyx_t_2 = __pyx_t_3;
   } else {
 
@@ -7286,7 +7433,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_watch(struct __pyx
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":107
+  /* "ivshmem/channel/calls.pyx":123
  *         return self.membership.hurry()
  * 
  *     cdef int end_watch(self) except -1:             # <<<<<<<<<<<<<<
@@ -7303,7 +7450,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_watch(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":116
+/* "ivshmem/channel/calls.pyx":132
  *         return self.membership.kick_all() if self.membership.is_own() else 0
  * 
  *     cdef int beat(self) except -1:             # <<<<<<<<<<<<<<
@@ -7322,7 +7469,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_beat(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("beat", 0);
 
-  /* "ivshmem/channel/calls.pyx":117
+  /* "ivshmem/channel/calls.pyx":133
  * 
  *     cdef int beat(self) except -1:
  *         with cython.critical_section(self.caller):             # <<<<<<<<<<<<<<
@@ -7336,7 +7483,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_beat(struct __pyx_obj_
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/calls.pyx":118
+        /* "ivshmem/channel/calls.pyx":134
  *     cdef int beat(self) except -1:
  *         with cython.critical_section(self.caller):
  *             if not self.watched:             # <<<<<<<<<<<<<<
@@ -7348,7 +7495,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_beat(struct __pyx_obj_
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/calls.pyx":119
+          /* "ivshmem/channel/calls.pyx":135
  *         with cython.critical_section(self.caller):
  *             if not self.watched:
  *                 return 0             # <<<<<<<<<<<<<<
@@ -7362,7 +7509,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_beat(struct __pyx_obj_
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/calls.pyx":118
+          /* "ivshmem/channel/calls.pyx":134
  *     cdef int beat(self) except -1:
  *         with cython.critical_section(self.caller):
  *             if not self.watched:             # <<<<<<<<<<<<<<
@@ -7371,7 +7518,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_beat(struct __pyx_obj_
 */
         }
 
-        /* "ivshmem/channel/calls.pyx":120
+        /* "ivshmem/channel/calls.pyx":136
  *             if not self.watched:
  *                 return 0
  *             if not self.caller.usable():  # to ask for the result raises that             # <<<<<<<<<<<<<<
@@ -7383,17 +7530,17 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_beat(struct __pyx_obj_
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/calls.pyx":121
+          /* "ivshmem/channel/calls.pyx":137
  *                 return 0
  *             if not self.caller.usable():  # to ask for the result raises that
  *                 self.end_watch()             # <<<<<<<<<<<<<<
  *             elif not ivshmem_call_waits(&self.caller.writer, self.position):
  *                 self.membership.kick_all()
 */
-          __pyx_t_3 = __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_watch(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 121, __pyx_L4_error)
+          __pyx_t_3 = __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_watch(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 137, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/calls.pyx":120
+          /* "ivshmem/channel/calls.pyx":136
  *             if not self.watched:
  *                 return 0
  *             if not self.caller.usable():  # to ask for the result raises that             # <<<<<<<<<<<<<<
@@ -7403,7 +7550,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_beat(struct __pyx_obj_
           goto __pyx_L7;
         }
 
-        /* "ivshmem/channel/calls.pyx":122
+        /* "ivshmem/channel/calls.pyx":138
  *             if not self.caller.usable():  # to ask for the result raises that
  *                 self.end_watch()
  *             elif not ivshmem_call_waits(&self.caller.writer, self.position):             # <<<<<<<<<<<<<<
@@ -7415,17 +7562,17 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_beat(struct __pyx_obj_
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/calls.pyx":123
+          /* "ivshmem/channel/calls.pyx":139
  *                 self.end_watch()
  *             elif not ivshmem_call_waits(&self.caller.writer, self.position):
  *                 self.membership.kick_all()             # <<<<<<<<<<<<<<
  *             return 0
  * 
 */
-          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 123, __pyx_L4_error)
+          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 139, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/calls.pyx":122
+          /* "ivshmem/channel/calls.pyx":138
  *             if not self.caller.usable():  # to ask for the result raises that
  *                 self.end_watch()
  *             elif not ivshmem_call_waits(&self.caller.writer, self.position):             # <<<<<<<<<<<<<<
@@ -7435,7 +7582,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_beat(struct __pyx_obj_
         }
         __pyx_L7:;
 
-        /* "ivshmem/channel/calls.pyx":124
+        /* "ivshmem/channel/calls.pyx":140
  *             elif not ivshmem_call_waits(&self.caller.writer, self.position):
  *                 self.membership.kick_all()
  *             return 0             # <<<<<<<<<<<<<<
@@ -7450,7 +7597,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_beat(struct __pyx_obj_
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/calls.pyx":117
+      /* "ivshmem/channel/calls.pyx":133
  * 
  *     cdef int beat(self) except -1:
  *         with cython.critical_section(self.caller):             # <<<<<<<<<<<<<<
@@ -7472,7 +7619,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_beat(struct __pyx_obj_
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/calls.pyx":116
+  /* "ivshmem/channel/calls.pyx":132
  *         return self.membership.kick_all() if self.membership.is_own() else 0
  * 
  *     cdef int beat(self) except -1:             # <<<<<<<<<<<<<<
@@ -7491,7 +7638,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_beat(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":126
+/* "ivshmem/channel/calls.pyx":142
  *             return 0
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
@@ -7513,7 +7660,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_enter(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("enter", 0);
 
-  /* "ivshmem/channel/calls.pyx":127
+  /* "ivshmem/channel/calls.pyx":143
  * 
  *     cdef int enter(self) except -1:
  *         if self.caller is None:             # <<<<<<<<<<<<<<
@@ -7524,7 +7671,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_enter(struct __pyx_obj
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/calls.pyx":128
+    /* "ivshmem/channel/calls.pyx":144
  *     cdef int enter(self) except -1:
  *         if self.caller is None:
  *             raise TypeError("a PendingCall is made by Caller.submit")             # <<<<<<<<<<<<<<
@@ -7537,14 +7684,14 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_enter(struct __pyx_obj
       PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_a_PendingCall_is_made_by_Caller};
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 128, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 144, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 128, __pyx_L1_error)
+    __PYX_ERR(0, 144, __pyx_L1_error)
 
-    /* "ivshmem/channel/calls.pyx":127
+    /* "ivshmem/channel/calls.pyx":143
  * 
  *     cdef int enter(self) except -1:
  *         if self.caller is None:             # <<<<<<<<<<<<<<
@@ -7553,7 +7700,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_enter(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/channel/calls.pyx":129
+  /* "ivshmem/channel/calls.pyx":145
  *         if self.caller is None:
  *             raise TypeError("a PendingCall is made by Caller.submit")
  *         return 0 if self.over else self.caller.enter()             # <<<<<<<<<<<<<<
@@ -7564,7 +7711,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_enter(struct __pyx_obj
 
     __pyx_t_5 = 0;
   } else {
-    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->caller->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->caller)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 129, __pyx_L1_error)
+    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->caller->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->caller)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 145, __pyx_L1_error)
     __pyx_t_5 = __pyx_t_6;
   }
   {
@@ -7572,7 +7719,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_enter(struct __pyx_obj
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":126
+  /* "ivshmem/channel/calls.pyx":142
  *             return 0
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
@@ -7592,7 +7739,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_enter(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":131
+/* "ivshmem/channel/calls.pyx":147
  *         return 0 if self.over else self.caller.enter()
  * 
  *     cdef ChannelEnd sleeper(self):             # <<<<<<<<<<<<<<
@@ -7605,7 +7752,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("sleeper", 0);
 
-  /* "ivshmem/channel/calls.pyx":132
+  /* "ivshmem/channel/calls.pyx":148
  * 
  *     cdef ChannelEnd sleeper(self):
  *         return self.caller             # <<<<<<<<<<<<<<
@@ -7623,7 +7770,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":131
+  /* "ivshmem/channel/calls.pyx":147
  *         return 0 if self.over else self.caller.enter()
  * 
  *     cdef ChannelEnd sleeper(self):             # <<<<<<<<<<<<<<
@@ -7638,7 +7785,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":134
+/* "ivshmem/channel/calls.pyx":150
  *         return self.caller
  * 
  *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
@@ -7653,7 +7800,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_begin_sleep(struct __p
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/calls.pyx":135
+  /* "ivshmem/channel/calls.pyx":151
  * 
  *     cdef int begin_sleep(self) except? -2:
  *         ivshmem_queue_writer_sleep(&self.caller.writer)             # <<<<<<<<<<<<<<
@@ -7662,20 +7809,20 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_begin_sleep(struct __p
 */
   ivshmem_queue_writer_sleep((&__pyx_v_self->caller->__pyx_base.writer));
 
-  /* "ivshmem/channel/calls.pyx":136
+  /* "ivshmem/channel/calls.pyx":152
  *     cdef int begin_sleep(self) except? -2:
  *         ivshmem_queue_writer_sleep(&self.caller.writer)
  *         return self.attempt()             # <<<<<<<<<<<<<<
  * 
  *     cdef void end_sleep(self) noexcept:
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 136, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 152, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":134
+  /* "ivshmem/channel/calls.pyx":150
  *         return self.caller
  * 
  *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
@@ -7692,7 +7839,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_begin_sleep(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":138
+/* "ivshmem/channel/calls.pyx":154
  *         return self.attempt()
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -7702,7 +7849,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_begin_sleep(struct __p
 
 static void __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_sleep(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self) {
 
-  /* "ivshmem/channel/calls.pyx":139
+  /* "ivshmem/channel/calls.pyx":155
  * 
  *     cdef void end_sleep(self) noexcept:
  *         ivshmem_sleep_end(&self.channel, &self.caller.writer.sleep)             # <<<<<<<<<<<<<<
@@ -7711,7 +7858,7 @@ static void __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_sleep(struct __py
 */
   ivshmem_sleep_end((&__pyx_v_self->__pyx_base.channel), (&__pyx_v_self->caller->__pyx_base.writer.sleep));
 
-  /* "ivshmem/channel/calls.pyx":138
+  /* "ivshmem/channel/calls.pyx":154
  *         return self.attempt()
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -7723,7 +7870,7 @@ static void __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_sleep(struct __py
 
 }
 
-/* "ivshmem/channel/calls.pyx":141
+/* "ivshmem/channel/calls.pyx":157
  *         ivshmem_sleep_end(&self.channel, &self.caller.writer.sleep)
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -7735,7 +7882,7 @@ static int64_t __pyx_f_7ivshmem_7channel_5calls_11PendingCall_probe(struct __pyx
   int64_t __pyx_r;
   uint64_t __pyx_t_1;
 
-  /* "ivshmem/channel/calls.pyx":142
+  /* "ivshmem/channel/calls.pyx":158
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         self.probed.caller = &self.caller.writer             # <<<<<<<<<<<<<<
@@ -7744,7 +7891,7 @@ static int64_t __pyx_f_7ivshmem_7channel_5calls_11PendingCall_probe(struct __pyx
 */
   __pyx_v_self->probed.caller = (&__pyx_v_self->caller->__pyx_base.writer);
 
-  /* "ivshmem/channel/calls.pyx":143
+  /* "ivshmem/channel/calls.pyx":159
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         self.probed.caller = &self.caller.writer
  *         self.probed.position = self.position             # <<<<<<<<<<<<<<
@@ -7755,7 +7902,7 @@ static int64_t __pyx_f_7ivshmem_7channel_5calls_11PendingCall_probe(struct __pyx
 
   __pyx_v_self->probed.position = __pyx_t_1;
 
-  /* "ivshmem/channel/calls.pyx":144
+  /* "ivshmem/channel/calls.pyx":160
  *         self.probed.caller = &self.caller.writer
  *         self.probed.position = self.position
  *         what[0] = &self.probed             # <<<<<<<<<<<<<<
@@ -7764,7 +7911,7 @@ static int64_t __pyx_f_7ivshmem_7channel_5calls_11PendingCall_probe(struct __pyx
 */
   (__pyx_v_what[0]) = (&__pyx_v_self->probed);
 
-  /* "ivshmem/channel/calls.pyx":145
+  /* "ivshmem/channel/calls.pyx":161
  *         self.probed.position = self.position
  *         what[0] = &self.probed
  *         probe[0] = probe_call             # <<<<<<<<<<<<<<
@@ -7773,7 +7920,7 @@ static int64_t __pyx_f_7ivshmem_7channel_5calls_11PendingCall_probe(struct __pyx
 */
   (__pyx_v_probe[0]) = __pyx_f_7ivshmem_7channel_5calls_probe_call;
 
-  /* "ivshmem/channel/calls.pyx":146
+  /* "ivshmem/channel/calls.pyx":162
  *         what[0] = &self.probed
  *         probe[0] = probe_call
  *         return 1             # <<<<<<<<<<<<<<
@@ -7786,7 +7933,7 @@ static int64_t __pyx_f_7ivshmem_7channel_5calls_11PendingCall_probe(struct __pyx
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":141
+  /* "ivshmem/channel/calls.pyx":157
  *         ivshmem_sleep_end(&self.channel, &self.caller.writer.sleep)
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -7800,7 +7947,7 @@ static int64_t __pyx_f_7ivshmem_7channel_5calls_11PendingCall_probe(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":148
+/* "ivshmem/channel/calls.pyx":164
  *         return 1
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -7872,7 +8019,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_fileno(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/channel/calls.pyx":158
+  /* "ivshmem/channel/calls.pyx":174
  *             ClosedError: the call, its caller or the channels are closed.
  *         """
  *         with cython.critical_section(self.caller):             # <<<<<<<<<<<<<<
@@ -7886,7 +8033,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_fileno(struct _
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/calls.pyx":159
+        /* "ivshmem/channel/calls.pyx":175
  *         """
  *         with cython.critical_section(self.caller):
  *             if self.caller is not None and not self.open:             # <<<<<<<<<<<<<<
@@ -7911,7 +8058,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_fileno(struct _
         if (unlikely(__pyx_t_2)) {
 
 
-          /* "ivshmem/channel/calls.pyx":160
+          /* "ivshmem/channel/calls.pyx":176
  *         with cython.critical_section(self.caller):
  *             if self.caller is not None and not self.open:
  *                 raise ClosedError(f"this PendingCall of {self.name!r} is closed")             # <<<<<<<<<<<<<<
@@ -7919,9 +8066,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_fileno(struct _
  *                 self.enter()
 */
           __pyx_t_5 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 160, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 176, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
-          __pyx_t_7 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 160, __pyx_L4_error)
+          __pyx_t_7 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 176, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
           __pyx_t_8[0] = __pyx_mstate_global->__pyx_kp_u_this_PendingCall_of;
           __pyx_t_8[1] = __pyx_t_7;
@@ -7935,7 +8082,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_fileno(struct _
           __pyx_t_10 |= __Pyx_PyUnicode_KIND_04(__pyx_t_8[1]);
           #endif
           __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_8, 3, __pyx_t_9, __pyx_t_10);
-          if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 160, __pyx_L4_error)
+          if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 176, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_11);
           __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
           __pyx_t_12 = 1;
@@ -7956,14 +8103,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_fileno(struct _
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
             __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 160, __pyx_L4_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 176, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
           __Pyx_Raise(__pyx_t_4, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __PYX_ERR(0, 160, __pyx_L4_error)
+          __PYX_ERR(0, 176, __pyx_L4_error)
 
-          /* "ivshmem/channel/calls.pyx":159
+          /* "ivshmem/channel/calls.pyx":175
  *         """
  *         with cython.critical_section(self.caller):
  *             if self.caller is not None and not self.open:             # <<<<<<<<<<<<<<
@@ -7972,7 +8119,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_fileno(struct _
 */
         }
 
-        /* "ivshmem/channel/calls.pyx":161
+        /* "ivshmem/channel/calls.pyx":177
  *             if self.caller is not None and not self.open:
  *                 raise ClosedError(f"this PendingCall of {self.name!r} is closed")
  *             if self.wakeup is None:             # <<<<<<<<<<<<<<
@@ -7983,17 +8130,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_fileno(struct _
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/calls.pyx":162
+          /* "ivshmem/channel/calls.pyx":178
  *                 raise ClosedError(f"this PendingCall of {self.name!r} is closed")
  *             if self.wakeup is None:
  *                 self.enter()             # <<<<<<<<<<<<<<
  *                 self.wakeup = Wakeup(self.membership)
  *                 self.membership.ends[id(self)] = weakref.ref(self)
 */
-          __pyx_t_10 = __pyx_f_7ivshmem_7channel_5calls_11PendingCall_enter(__pyx_v_self); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 162, __pyx_L4_error)
+          __pyx_t_10 = __pyx_f_7ivshmem_7channel_5calls_11PendingCall_enter(__pyx_v_self); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 178, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/calls.pyx":163
+          /* "ivshmem/channel/calls.pyx":179
  *             if self.wakeup is None:
  *                 self.enter()
  *                 self.wakeup = Wakeup(self.membership)             # <<<<<<<<<<<<<<
@@ -8006,7 +8153,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_fileno(struct _
             PyObject *__pyx_callargs[2] = {__pyx_t_6, ((PyObject *)__pyx_v_self->__pyx_base.membership)};
             __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 163, __pyx_L4_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 179, __pyx_L4_error)
             __Pyx_GOTREF((PyObject *)__pyx_t_4);
           }
           __Pyx_GIVEREF((PyObject *)__pyx_t_4);
@@ -8014,7 +8161,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_fileno(struct _
           __Pyx_DECREF_SET(__pyx_v_self->__pyx_base.wakeup, ((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)__pyx_t_4));
           __pyx_t_4 = 0;
 
-          /* "ivshmem/channel/calls.pyx":164
+          /* "ivshmem/channel/calls.pyx":180
  *                 self.enter()
  *                 self.wakeup = Wakeup(self.membership)
  *                 self.membership.ends[id(self)] = weakref.ref(self)             # <<<<<<<<<<<<<<
@@ -8022,9 +8169,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_fileno(struct _
  *                     self.membership.kick_all()
 */
           __pyx_t_6 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 164, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 180, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_11);
-          __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 164, __pyx_L4_error)
+          __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 180, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_5);
           __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
           __pyx_t_12 = 1;
@@ -8044,12 +8191,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_fileno(struct _
             __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 164, __pyx_L4_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 180, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
           if (unlikely(__pyx_v_self->__pyx_base.membership->ends == Py_None)) {
             PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-            __PYX_ERR(0, 164, __pyx_L4_error)
+            __PYX_ERR(0, 180, __pyx_L4_error)
           }
           __pyx_t_6 = NULL;
           __pyx_t_12 = 1;
@@ -8057,14 +8204,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_fileno(struct _
             PyObject *__pyx_callargs[2] = {__pyx_t_6, ((PyObject *)__pyx_v_self)};
             __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_id, __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
-            if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 164, __pyx_L4_error)
+            if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 180, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_5);
           }
-          if (unlikely((PyDict_SetItem(__pyx_v_self->__pyx_base.membership->ends, __pyx_t_5, __pyx_t_4) < 0))) __PYX_ERR(0, 164, __pyx_L4_error)
+          if (unlikely((PyDict_SetItem(__pyx_v_self->__pyx_base.membership->ends, __pyx_t_5, __pyx_t_4) < 0))) __PYX_ERR(0, 180, __pyx_L4_error)
           __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-          /* "ivshmem/channel/calls.pyx":165
+          /* "ivshmem/channel/calls.pyx":181
  *                 self.wakeup = Wakeup(self.membership)
  *                 self.membership.ends[id(self)] = weakref.ref(self)
  *                 if self.over:             # <<<<<<<<<<<<<<
@@ -8073,17 +8220,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_fileno(struct _
 */
           if (__pyx_v_self->over) {
 
-            /* "ivshmem/channel/calls.pyx":166
+            /* "ivshmem/channel/calls.pyx":182
  *                 self.membership.ends[id(self)] = weakref.ref(self)
  *                 if self.over:
  *                     self.membership.kick_all()             # <<<<<<<<<<<<<<
  *             return self.wakeup.epoll.epfd if self.over else ChannelEnd.fileno(self)
  * 
 */
-            __pyx_t_10 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 166, __pyx_L4_error)
+            __pyx_t_10 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 182, __pyx_L4_error)
 
 
-            /* "ivshmem/channel/calls.pyx":165
+            /* "ivshmem/channel/calls.pyx":181
  *                 self.wakeup = Wakeup(self.membership)
  *                 self.membership.ends[id(self)] = weakref.ref(self)
  *                 if self.over:             # <<<<<<<<<<<<<<
@@ -8092,7 +8239,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_fileno(struct _
 */
           }
 
-          /* "ivshmem/channel/calls.pyx":161
+          /* "ivshmem/channel/calls.pyx":177
  *             if self.caller is not None and not self.open:
  *                 raise ClosedError(f"this PendingCall of {self.name!r} is closed")
  *             if self.wakeup is None:             # <<<<<<<<<<<<<<
@@ -8101,7 +8248,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_fileno(struct _
 */
         }
 
-        /* "ivshmem/channel/calls.pyx":167
+        /* "ivshmem/channel/calls.pyx":183
  *                 if self.over:
  *                     self.membership.kick_all()
  *             return self.wakeup.epoll.epfd if self.over else ChannelEnd.fileno(self)             # <<<<<<<<<<<<<<
@@ -8109,7 +8256,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_fileno(struct _
  *     def done(self):
 */
         if (__pyx_v_self->over) {
-          __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_self->__pyx_base.wakeup->epoll->epfd); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 167, __pyx_L4_error)
+          __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_self->__pyx_base.wakeup->epoll->epfd); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 183, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_5);
           __pyx_t_4 = __pyx_t_5;
           __pyx_t_5 = 0;
@@ -8121,7 +8268,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_fileno(struct _
             PyObject *__pyx_callargs[2] = {__pyx_t_6, ((PyObject *)__pyx_v_self)};
             __pyx_t_5 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
-            if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 167, __pyx_L4_error)
+            if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 183, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_5);
           }
           __pyx_t_4 = __pyx_t_5;
@@ -8140,7 +8287,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_fileno(struct _
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/calls.pyx":158
+      /* "ivshmem/channel/calls.pyx":174
  *             ClosedError: the call, its caller or the channels are closed.
  *         """
  *         with cython.critical_section(self.caller):             # <<<<<<<<<<<<<<
@@ -8164,7 +8311,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_fileno(struct _
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/calls.pyx":148
+  /* "ivshmem/channel/calls.pyx":164
  *         return 1
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -8188,7 +8335,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_fileno(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":169
+/* "ivshmem/channel/calls.pyx":185
  *             return self.wakeup.epoll.epfd if self.over else ChannelEnd.fileno(self)
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
@@ -8251,7 +8398,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_2done(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("done", 0);
 
-  /* "ivshmem/channel/calls.pyx":171
+  /* "ivshmem/channel/calls.pyx":187
  *     def done(self):
  *         """Whether `result` would return, or raise, at once."""
  *         with cython.critical_section(self.caller):             # <<<<<<<<<<<<<<
@@ -8265,25 +8412,25 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_2done(struct __
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/calls.pyx":172
+        /* "ivshmem/channel/calls.pyx":188
  *         """Whether `result` would return, or raise, at once."""
  *         with cython.critical_section(self.caller):
  *             self.enter()             # <<<<<<<<<<<<<<
  *             return self.attempt() == 0
  * 
 */
-        __pyx_t_2 = __pyx_f_7ivshmem_7channel_5calls_11PendingCall_enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 172, __pyx_L4_error)
+        __pyx_t_2 = __pyx_f_7ivshmem_7channel_5calls_11PendingCall_enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 188, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/calls.pyx":173
+        /* "ivshmem/channel/calls.pyx":189
  *         with cython.critical_section(self.caller):
  *             self.enter()
  *             return self.attempt() == 0             # <<<<<<<<<<<<<<
  * 
  *     def result(self, timeout=None, *, spin=None):
 */
-        __pyx_t_2 = __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 173, __pyx_L4_error)
-        __pyx_t_3 = __Pyx_PyBool_FromLong((__pyx_t_2 == 0)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 173, __pyx_L4_error)
+        __pyx_t_2 = __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 189, __pyx_L4_error)
+        __pyx_t_3 = __Pyx_PyBool_FromLong((__pyx_t_2 == 0)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 189, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
 
         {
@@ -8299,7 +8446,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_2done(struct __
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/calls.pyx":171
+      /* "ivshmem/channel/calls.pyx":187
  *     def done(self):
  *         """Whether `result` would return, or raise, at once."""
  *         with cython.critical_section(self.caller):             # <<<<<<<<<<<<<<
@@ -8323,7 +8470,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_2done(struct __
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/calls.pyx":169
+  /* "ivshmem/channel/calls.pyx":185
  *             return self.wakeup.epoll.epfd if self.over else ChannelEnd.fileno(self)
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
@@ -8343,7 +8490,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_2done(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":175
+/* "ivshmem/channel/calls.pyx":191
  *             return self.attempt() == 0
  * 
  *     def result(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -8392,25 +8539,25 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 175, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 191, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 175, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 191, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "result", 0) < (0)) __PYX_ERR(0, 175, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "result", 0) < (0)) __PYX_ERR(0, 191, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 175, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 191, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -8423,7 +8570,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("result", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 175, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("result", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 191, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8464,7 +8611,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_4result(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("result", 0);
 
-  /* "ivshmem/channel/calls.pyx":188
+  /* "ivshmem/channel/calls.pyx":204
  *             ChannelCorrupt, ClosedError: as of all calls.
  *         """
  *         with cython.critical_section(self.caller):             # <<<<<<<<<<<<<<
@@ -8478,31 +8625,31 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_4result(struct 
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/calls.pyx":189
+        /* "ivshmem/channel/calls.pyx":205
  *         """
  *         with cython.critical_section(self.caller):
  *             if self.wait(timeout, spin) == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *                 raise TimeoutError(f"call of {self.name!r}: no reply in {timeout:g} s")
- *             if self.error is not None:
+ *             if self.reply is None:
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_PendingCall *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 189, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_PendingCall *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 205, __pyx_L4_error)
         __pyx_t_3 = (__pyx_t_2 == IVSHMEM_AGAIN);
 
 
         if (unlikely(__pyx_t_3)) {
 
 
-          /* "ivshmem/channel/calls.pyx":190
+          /* "ivshmem/channel/calls.pyx":206
  *         with cython.critical_section(self.caller):
  *             if self.wait(timeout, spin) == IVSHMEM_AGAIN:
  *                 raise TimeoutError(f"call of {self.name!r}: no reply in {timeout:g} s")             # <<<<<<<<<<<<<<
- *             if self.error is not None:
- *                 raise self.error
+ *             if self.reply is None:
+ *                 raise self.why_not()
 */
           __pyx_t_5 = NULL;
-          __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 190, __pyx_L4_error)
+          __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 206, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
-          __pyx_t_7 = __Pyx_PyObject_Format(__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 190, __pyx_L4_error)
+          __pyx_t_7 = __Pyx_PyObject_Format(__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 206, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
           __pyx_t_8[0] = __pyx_mstate_global->__pyx_kp_u_call_of;
           __pyx_t_8[1] = __pyx_t_6;
@@ -8518,7 +8665,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_4result(struct 
           __pyx_t_2 |= __Pyx_PyUnicode_KIND_04(__pyx_t_8[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_8[3]);
           #endif
           __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_8, 5, __pyx_t_9, __pyx_t_2);
-          if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 190, __pyx_L4_error)
+          if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 206, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_10);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
           __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -8528,55 +8675,58 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_4result(struct 
             __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TimeoutError)), __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
             __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 190, __pyx_L4_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 206, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
           __Pyx_Raise(__pyx_t_4, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __PYX_ERR(0, 190, __pyx_L4_error)
+          __PYX_ERR(0, 206, __pyx_L4_error)
 
-          /* "ivshmem/channel/calls.pyx":189
+          /* "ivshmem/channel/calls.pyx":205
  *         """
  *         with cython.critical_section(self.caller):
  *             if self.wait(timeout, spin) == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *                 raise TimeoutError(f"call of {self.name!r}: no reply in {timeout:g} s")
- *             if self.error is not None:
+ *             if self.reply is None:
 */
         }
 
-        /* "ivshmem/channel/calls.pyx":191
+        /* "ivshmem/channel/calls.pyx":207
  *             if self.wait(timeout, spin) == IVSHMEM_AGAIN:
  *                 raise TimeoutError(f"call of {self.name!r}: no reply in {timeout:g} s")
- *             if self.error is not None:             # <<<<<<<<<<<<<<
- *                 raise self.error
+ *             if self.reply is None:             # <<<<<<<<<<<<<<
+ *                 raise self.why_not()
  *             return self.reply if self.caller.type is None else self.caller.type.decode(self.reply)
 */
-        __pyx_t_3 = (__pyx_v_self->error != Py_None);
+        __pyx_t_3 = (__pyx_v_self->reply == ((PyObject*)Py_None));
         if (unlikely(__pyx_t_3)) {
 
 
-          /* "ivshmem/channel/calls.pyx":192
+          /* "ivshmem/channel/calls.pyx":208
  *                 raise TimeoutError(f"call of {self.name!r}: no reply in {timeout:g} s")
- *             if self.error is not None:
- *                 raise self.error             # <<<<<<<<<<<<<<
+ *             if self.reply is None:
+ *                 raise self.why_not()             # <<<<<<<<<<<<<<
  *             return self.reply if self.caller.type is None else self.caller.type.decode(self.reply)
  * 
 */
-          __Pyx_Raise(__pyx_v_self->error, 0, 0, 0);
-          __PYX_ERR(0, 192, __pyx_L4_error)
+          __pyx_t_4 = __pyx_f_7ivshmem_7channel_5calls_11PendingCall_why_not(__pyx_v_self); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 208, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_4);
+          __Pyx_Raise(__pyx_t_4, 0, 0, 0);
+          __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+          __PYX_ERR(0, 208, __pyx_L4_error)
 
-          /* "ivshmem/channel/calls.pyx":191
+          /* "ivshmem/channel/calls.pyx":207
  *             if self.wait(timeout, spin) == IVSHMEM_AGAIN:
  *                 raise TimeoutError(f"call of {self.name!r}: no reply in {timeout:g} s")
- *             if self.error is not None:             # <<<<<<<<<<<<<<
- *                 raise self.error
+ *             if self.reply is None:             # <<<<<<<<<<<<<<
+ *                 raise self.why_not()
  *             return self.reply if self.caller.type is None else self.caller.type.decode(self.reply)
 */
         }
 
-        /* "ivshmem/channel/calls.pyx":193
- *             if self.error is not None:
- *                 raise self.error
+        /* "ivshmem/channel/calls.pyx":209
+ *             if self.reply is None:
+ *                 raise self.why_not()
  *             return self.reply if self.caller.type is None else self.caller.type.decode(self.reply)             # <<<<<<<<<<<<<<
  * 
  *     def result_async(self, timeout=None):
@@ -8593,7 +8743,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_4result(struct 
             PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_v_self->reply};
             __pyx_t_10 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 193, __pyx_L4_error)
+            if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 209, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_10);
           }
           __pyx_t_4 = __pyx_t_10;
@@ -8613,7 +8763,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_4result(struct 
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/calls.pyx":188
+      /* "ivshmem/channel/calls.pyx":204
  *             ChannelCorrupt, ClosedError: as of all calls.
  *         """
  *         with cython.critical_section(self.caller):             # <<<<<<<<<<<<<<
@@ -8637,7 +8787,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_4result(struct 
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/calls.pyx":175
+  /* "ivshmem/channel/calls.pyx":191
  *             return self.attempt() == 0
  * 
  *     def result(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -8661,7 +8811,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_4result(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":195
+/* "ivshmem/channel/calls.pyx":211
  *             return self.reply if self.caller.type is None else self.caller.type.decode(self.reply)
  * 
  *     def result_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -8709,24 +8859,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 195, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 211, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 195, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 211, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "result_async", 0) < (0)) __PYX_ERR(0, 195, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "result_async", 0) < (0)) __PYX_ERR(0, 211, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 195, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 211, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -8737,7 +8887,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("result_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 195, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("result_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 211, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8768,16 +8918,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_6result_async(s
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("result_async", 0);
 
-  /* "ivshmem/channel/calls.pyx":197
+  /* "ivshmem/channel/calls.pyx":213
  *     def result_async(self, timeout=None):
  *         """The twin of `result` for asyncio: a coroutine. `await call` does the same."""
  *         return until_in_time(self, self.result, timeout, ())             # <<<<<<<<<<<<<<
  * 
  *     def __await__(self):
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_result); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 197, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_result); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 213, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple, NULL); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 197, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple, NULL); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 213, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
@@ -8791,7 +8941,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_6result_async(s
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":195
+  /* "ivshmem/channel/calls.pyx":211
  *             return self.reply if self.caller.type is None else self.caller.type.decode(self.reply)
  * 
  *     def result_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -8811,7 +8961,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_6result_async(s
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":199
+/* "ivshmem/channel/calls.pyx":215
  *         return until_in_time(self, self.result, timeout, ())
  * 
  *     def __await__(self):             # <<<<<<<<<<<<<<
@@ -8847,7 +8997,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_8__await__(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__await__", 0);
 
-  /* "ivshmem/channel/calls.pyx":200
+  /* "ivshmem/channel/calls.pyx":216
  * 
  *     def __await__(self):
  *         return self.result_async().__await__()             # <<<<<<<<<<<<<<
@@ -8861,7 +9011,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_8__await__(stru
     PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
     __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_result_async, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 200, __pyx_L1_error)
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 216, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
   }
   __pyx_t_2 = __pyx_t_3;
@@ -8872,7 +9022,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_8__await__(stru
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_await, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 200, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 216, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -8886,7 +9036,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_8__await__(stru
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":199
+  /* "ivshmem/channel/calls.pyx":215
  *         return until_in_time(self, self.result, timeout, ())
  * 
  *     def __await__(self):             # <<<<<<<<<<<<<<
@@ -8908,7 +9058,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_8__await__(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":202
+/* "ivshmem/channel/calls.pyx":218
  *         return self.result_async().__await__()
  * 
  *     def cancel(self):             # <<<<<<<<<<<<<<
@@ -8968,21 +9118,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_10cancel(struct
   int __pyx_t_3;
   int __pyx_t_4;
   PyObject *__pyx_t_5 = NULL;
-  PyObject *__pyx_t_6 = NULL;
+  int __pyx_t_6;
   PyObject *__pyx_t_7 = NULL;
-  PyObject *__pyx_t_8 = NULL;
-  PyObject *__pyx_t_9[3];
-  Py_ssize_t __pyx_t_10;
-  PyObject *__pyx_t_11 = NULL;
-  size_t __pyx_t_12;
-  int __pyx_t_13;
-  PyObject *__pyx_t_14 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("cancel", 0);
 
-  /* "ivshmem/channel/calls.pyx":204
+  /* "ivshmem/channel/calls.pyx":220
  *     def cancel(self):
  *         """Give the call up; return whether it is certain that no server began with it."""
  *         cdef int never = 0             # <<<<<<<<<<<<<<
@@ -8991,7 +9134,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_10cancel(struct
 */
   __pyx_v_never = 0;
 
-  /* "ivshmem/channel/calls.pyx":205
+  /* "ivshmem/channel/calls.pyx":221
  *         """Give the call up; return whether it is certain that no server began with it."""
  *         cdef int never = 0
  *         with cython.critical_section(self.caller):             # <<<<<<<<<<<<<<
@@ -9005,7 +9148,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_10cancel(struct
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/calls.pyx":206
+        /* "ivshmem/channel/calls.pyx":222
  *         cdef int never = 0
  *         with cython.critical_section(self.caller):
  *             if self.over or self.caller is None:             # <<<<<<<<<<<<<<
@@ -9026,7 +9169,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_10cancel(struct
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/calls.pyx":207
+          /* "ivshmem/channel/calls.pyx":223
  *         with cython.critical_section(self.caller):
  *             if self.over or self.caller is None:
  *                 return False             # <<<<<<<<<<<<<<
@@ -9045,7 +9188,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_10cancel(struct
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/calls.pyx":206
+          /* "ivshmem/channel/calls.pyx":222
  *         cdef int never = 0
  *         with cython.critical_section(self.caller):
  *             if self.over or self.caller is None:             # <<<<<<<<<<<<<<
@@ -9054,7 +9197,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_10cancel(struct
 */
         }
 
-        /* "ivshmem/channel/calls.pyx":208
+        /* "ivshmem/channel/calls.pyx":224
  *             if self.over or self.caller is None:
  *                 return False
  *             if not self.caller.usable():             # <<<<<<<<<<<<<<
@@ -9066,22 +9209,22 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_10cancel(struct
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/calls.pyx":209
+          /* "ivshmem/channel/calls.pyx":225
  *                 return False
  *             if not self.caller.usable():
  *                 self.end_watch()             # <<<<<<<<<<<<<<
  *                 return False
- *             self.end_call()
+ *             self.caller.given_up.append(self.position)  # first: it alone can fail
 */
-          __pyx_t_4 = __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_watch(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 209, __pyx_L4_error)
+          __pyx_t_4 = __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_watch(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 225, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/calls.pyx":210
+          /* "ivshmem/channel/calls.pyx":226
  *             if not self.caller.usable():
  *                 self.end_watch()
  *                 return False             # <<<<<<<<<<<<<<
- *             self.end_call()
- *             self.error = CallFailed(f"call of {self.name!r}: it was cancelled")
+ *             self.caller.given_up.append(self.position)  # first: it alone can fail
+ *             self.over = self.cancelled = True
 */
           {
             PyObject *__pyx_temp;
@@ -9095,7 +9238,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_10cancel(struct
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/calls.pyx":208
+          /* "ivshmem/channel/calls.pyx":224
  *             if self.over or self.caller is None:
  *                 return False
  *             if not self.caller.usable():             # <<<<<<<<<<<<<<
@@ -9104,115 +9247,87 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_10cancel(struct
 */
         }
 
-        /* "ivshmem/channel/calls.pyx":211
+        /* "ivshmem/channel/calls.pyx":227
  *                 self.end_watch()
  *                 return False
- *             self.end_call()             # <<<<<<<<<<<<<<
- *             self.error = CallFailed(f"call of {self.name!r}: it was cancelled")
- *             if not ivshmem_call_end(&self.caller.writer, self.position, &never):
+ *             self.caller.given_up.append(self.position)  # first: it alone can fail             # <<<<<<<<<<<<<<
+ *             self.over = self.cancelled = True
+ *             if ivshmem_call_end(&self.caller.writer, self.position, &never):
 */
-        __pyx_t_4 = __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_call(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 211, __pyx_L4_error)
+        if (unlikely(__pyx_v_self->caller->given_up == Py_None)) {
+          PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "append");
+          __PYX_ERR(0, 227, __pyx_L4_error)
+        }
+        __pyx_t_5 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->position); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 227, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_5);
+        __pyx_t_6 = __Pyx_PyList_Append(__pyx_v_self->caller->given_up, __pyx_t_5); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 227, __pyx_L4_error)
+        __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
 
-        /* "ivshmem/channel/calls.pyx":212
+        /* "ivshmem/channel/calls.pyx":228
  *                 return False
- *             self.end_call()
- *             self.error = CallFailed(f"call of {self.name!r}: it was cancelled")             # <<<<<<<<<<<<<<
- *             if not ivshmem_call_end(&self.caller.writer, self.position, &never):
- *                 self.caller.given_up.append(self.position)
+ *             self.caller.given_up.append(self.position)  # first: it alone can fail
+ *             self.over = self.cancelled = True             # <<<<<<<<<<<<<<
+ *             if ivshmem_call_end(&self.caller.writer, self.position, &never):
+ *                 self.caller.given_up.pop()
 */
-        __pyx_t_6 = NULL;
-        __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_CallFailed); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 212, __pyx_L4_error)
-        __Pyx_GOTREF(__pyx_t_7);
-        __pyx_t_8 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 212, __pyx_L4_error)
-        __Pyx_GOTREF(__pyx_t_8);
-        __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_call_of;
-        __pyx_t_9[1] = __pyx_t_8;
-        __pyx_t_9[2] = __pyx_mstate_global->__pyx_kp_u_it_was_cancelled;
-        __pyx_t_10 = 26;
-        #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-        __pyx_t_10 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_9[1]);
-        #endif
-        __pyx_t_4 = 0;
-        #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-        __pyx_t_4 |= __Pyx_PyUnicode_KIND_04(__pyx_t_9[1]);
-        #endif
-        __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_9, 3, __pyx_t_10, __pyx_t_4);
-        if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 212, __pyx_L4_error)
-        __Pyx_GOTREF(__pyx_t_11);
-        __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-        __pyx_t_12 = 1;
-        #if CYTHON_UNPACK_METHODS
-        if (unlikely(PyMethod_Check(__pyx_t_7))) {
-          __pyx_t_6 = PyMethod_GET_SELF(__pyx_t_7);
-          assert(__pyx_t_6);
-          PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_7);
-          __Pyx_INCREF(__pyx_t_6);
-          __Pyx_INCREF(__pyx__function);
-          __Pyx_DECREF_SET(__pyx_t_7, __pyx__function);
-          __pyx_t_12 = 0;
-        }
-        #endif
-        {
-          PyObject *__pyx_callargs[2] = {__pyx_t_6, __pyx_t_11};
-          __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-          __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
-          __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-          __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-          if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 212, __pyx_L4_error)
-          __Pyx_GOTREF(__pyx_t_5);
-        }
-        __Pyx_GIVEREF(__pyx_t_5);
-        __Pyx_GOTREF(__pyx_v_self->error);
-        __Pyx_DECREF_SET(__pyx_v_self->error, __pyx_t_5);
-        __pyx_t_5 = 0;
+        __pyx_v_self->over = 1;
+        __pyx_v_self->cancelled = 1;
 
-        /* "ivshmem/channel/calls.pyx":213
- *             self.end_call()
- *             self.error = CallFailed(f"call of {self.name!r}: it was cancelled")
- *             if not ivshmem_call_end(&self.caller.writer, self.position, &never):             # <<<<<<<<<<<<<<
- *                 self.caller.given_up.append(self.position)
- *             return never != 0
+        /* "ivshmem/channel/calls.pyx":229
+ *             self.caller.given_up.append(self.position)  # first: it alone can fail
+ *             self.over = self.cancelled = True
+ *             if ivshmem_call_end(&self.caller.writer, self.position, &never):             # <<<<<<<<<<<<<<
+ *                 self.caller.given_up.pop()
+ *             self.end_watch()
 */
-        __pyx_t_2 = (!(ivshmem_call_end((&__pyx_v_self->caller->__pyx_base.writer), __pyx_v_self->position, (&__pyx_v_never)) != 0));
+        __pyx_t_2 = (ivshmem_call_end((&__pyx_v_self->caller->__pyx_base.writer), __pyx_v_self->position, (&__pyx_v_never)) != 0);
 
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/calls.pyx":214
- *             self.error = CallFailed(f"call of {self.name!r}: it was cancelled")
- *             if not ivshmem_call_end(&self.caller.writer, self.position, &never):
- *                 self.caller.given_up.append(self.position)             # <<<<<<<<<<<<<<
+          /* "ivshmem/channel/calls.pyx":230
+ *             self.over = self.cancelled = True
+ *             if ivshmem_call_end(&self.caller.writer, self.position, &never):
+ *                 self.caller.given_up.pop()             # <<<<<<<<<<<<<<
+ *             self.end_watch()
  *             return never != 0
- * 
 */
           if (unlikely(__pyx_v_self->caller->given_up == Py_None)) {
-            PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "append");
-            __PYX_ERR(0, 214, __pyx_L4_error)
+            PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "pop");
+            __PYX_ERR(0, 230, __pyx_L4_error)
           }
-          __pyx_t_5 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->position); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 214, __pyx_L4_error)
+          __pyx_t_5 = __Pyx_PyList_Pop(__pyx_v_self->caller->given_up); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 230, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_5);
-          __pyx_t_13 = __Pyx_PyList_Append(__pyx_v_self->caller->given_up, __pyx_t_5); if (unlikely(__pyx_t_13 == ((int)-1))) __PYX_ERR(0, 214, __pyx_L4_error)
           __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-
-          /* "ivshmem/channel/calls.pyx":213
- *             self.end_call()
- *             self.error = CallFailed(f"call of {self.name!r}: it was cancelled")
- *             if not ivshmem_call_end(&self.caller.writer, self.position, &never):             # <<<<<<<<<<<<<<
- *                 self.caller.given_up.append(self.position)
- *             return never != 0
+          /* "ivshmem/channel/calls.pyx":229
+ *             self.caller.given_up.append(self.position)  # first: it alone can fail
+ *             self.over = self.cancelled = True
+ *             if ivshmem_call_end(&self.caller.writer, self.position, &never):             # <<<<<<<<<<<<<<
+ *                 self.caller.given_up.pop()
+ *             self.end_watch()
 */
         }
 
-        /* "ivshmem/channel/calls.pyx":215
- *             if not ivshmem_call_end(&self.caller.writer, self.position, &never):
- *                 self.caller.given_up.append(self.position)
+        /* "ivshmem/channel/calls.pyx":231
+ *             if ivshmem_call_end(&self.caller.writer, self.position, &never):
+ *                 self.caller.given_up.pop()
+ *             self.end_watch()             # <<<<<<<<<<<<<<
+ *             return never != 0
+ * 
+*/
+        __pyx_t_4 = __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_watch(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 231, __pyx_L4_error)
+
+
+        /* "ivshmem/channel/calls.pyx":232
+ *                 self.caller.given_up.pop()
+ *             self.end_watch()
  *             return never != 0             # <<<<<<<<<<<<<<
  * 
  *     def close(self):
 */
-        __pyx_t_5 = __Pyx_PyBool_FromLong((__pyx_v_never != 0)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 215, __pyx_L4_error)
+        __pyx_t_5 = __Pyx_PyBool_FromLong((__pyx_v_never != 0)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 232, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_5);
         {
           PyObject *__pyx_temp;
@@ -9227,7 +9342,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_10cancel(struct
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/calls.pyx":205
+      /* "ivshmem/channel/calls.pyx":221
  *         """Give the call up; return whether it is certain that no server began with it."""
  *         cdef int never = 0
  *         with cython.critical_section(self.caller):             # <<<<<<<<<<<<<<
@@ -9236,11 +9351,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_10cancel(struct
 */
       /*finally:*/ {
         __pyx_L3_return: {
-          __pyx_t_14 = __pyx_r;
+          __pyx_t_7 = __pyx_r;
           __pyx_r = 0;
           __Pyx_PyCriticalSection_End(&__pyx_cs);
-          __pyx_r = __pyx_t_14;
-          __pyx_t_14 = 0;
+          __pyx_r = __pyx_t_7;
+          __pyx_t_7 = 0;
           goto __pyx_L0;
         }
         __pyx_L4_error: {
@@ -9251,7 +9366,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_10cancel(struct
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/calls.pyx":202
+  /* "ivshmem/channel/calls.pyx":218
  *         return self.result_async().__await__()
  * 
  *     def cancel(self):             # <<<<<<<<<<<<<<
@@ -9263,10 +9378,6 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_10cancel(struct
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_5);
-  __Pyx_XDECREF(__pyx_t_6);
-  __Pyx_XDECREF(__pyx_t_7);
-  __Pyx_XDECREF(__pyx_t_8);
-  __Pyx_XDECREF(__pyx_t_11);
   __Pyx_AddTraceback("ivshmem.channel.calls.PendingCall.cancel", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -9276,7 +9387,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_10cancel(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":217
+/* "ivshmem/channel/calls.pyx":234
  *             return never != 0
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -9341,7 +9452,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_12close(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/channel/calls.pyx":219
+  /* "ivshmem/channel/calls.pyx":236
  *     def close(self):
  *         """Give the call up, and close its descriptor; may be called twice."""
  *         self.cancel()             # <<<<<<<<<<<<<<
@@ -9355,12 +9466,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_12close(struct 
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_cancel, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 219, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 236, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/calls.pyx":220
+  /* "ivshmem/channel/calls.pyx":237
  *         """Give the call up, and close its descriptor; may be called twice."""
  *         self.cancel()
  *         with cython.critical_section(self.caller):             # <<<<<<<<<<<<<<
@@ -9374,7 +9485,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_12close(struct 
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/calls.pyx":221
+        /* "ivshmem/channel/calls.pyx":238
  *         self.cancel()
  *         with cython.critical_section(self.caller):
  *             self.open = False             # <<<<<<<<<<<<<<
@@ -9383,7 +9494,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_12close(struct 
 */
         __pyx_v_self->__pyx_base.open = 0;
 
-        /* "ivshmem/channel/calls.pyx":222
+        /* "ivshmem/channel/calls.pyx":239
  *         with cython.critical_section(self.caller):
  *             self.open = False
  *             self.wakeup = self.slept_on = None             # <<<<<<<<<<<<<<
@@ -9399,7 +9510,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_12close(struct 
         __Pyx_GOTREF((PyObject *)__pyx_v_self->__pyx_base.slept_on);
         __Pyx_DECREF_SET(__pyx_v_self->__pyx_base.slept_on, ((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)Py_None));
 
-        /* "ivshmem/channel/calls.pyx":223
+        /* "ivshmem/channel/calls.pyx":240
  *             self.open = False
  *             self.wakeup = self.slept_on = None
  *             if self.membership is not None:             # <<<<<<<<<<<<<<
@@ -9410,7 +9521,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_12close(struct 
         if (__pyx_t_4) {
 
 
-          /* "ivshmem/channel/calls.pyx":224
+          /* "ivshmem/channel/calls.pyx":241
  *             self.wakeup = self.slept_on = None
  *             if self.membership is not None:
  *                 self.membership.ends.pop(id(self), None)             # <<<<<<<<<<<<<<
@@ -9419,7 +9530,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_12close(struct 
 */
           if (unlikely(__pyx_v_self->__pyx_base.membership->ends == Py_None)) {
             PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "pop");
-            __PYX_ERR(0, 224, __pyx_L4_error)
+            __PYX_ERR(0, 241, __pyx_L4_error)
           }
           __pyx_t_5 = NULL;
           __pyx_t_3 = 1;
@@ -9427,14 +9538,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_12close(struct 
             PyObject *__pyx_callargs[2] = {__pyx_t_5, ((PyObject *)__pyx_v_self)};
             __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_id, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 224, __pyx_L4_error)
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 241, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_2);
           }
-          __pyx_t_6 = __Pyx_PyDict_Pop_ignore(__pyx_v_self->__pyx_base.membership->ends, __pyx_t_2, Py_None); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 224, __pyx_L4_error)
+          __pyx_t_6 = __Pyx_PyDict_Pop_ignore(__pyx_v_self->__pyx_base.membership->ends, __pyx_t_2, Py_None); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 241, __pyx_L4_error)
           __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
 
-          /* "ivshmem/channel/calls.pyx":223
+          /* "ivshmem/channel/calls.pyx":240
  *             self.open = False
  *             self.wakeup = self.slept_on = None
  *             if self.membership is not None:             # <<<<<<<<<<<<<<
@@ -9444,7 +9555,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_12close(struct 
         }
       }
 
-      /* "ivshmem/channel/calls.pyx":220
+      /* "ivshmem/channel/calls.pyx":237
  *         """Give the call up, and close its descriptor; may be called twice."""
  *         self.cancel()
  *         with cython.critical_section(self.caller):             # <<<<<<<<<<<<<<
@@ -9465,7 +9576,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_12close(struct 
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/calls.pyx":217
+  /* "ivshmem/channel/calls.pyx":234
  *             return never != 0
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -9488,7 +9599,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_12close(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":226
+/* "ivshmem/channel/calls.pyx":243
  *                 self.membership.ends.pop(id(self), None)
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -9519,7 +9630,7 @@ static void __pyx_pf_7ivshmem_7channel_5calls_11PendingCall_14__del__(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__del__", 0);
 
-  /* "ivshmem/channel/calls.pyx":227
+  /* "ivshmem/channel/calls.pyx":244
  * 
  *     def __del__(self):
  *         self.close()             # <<<<<<<<<<<<<<
@@ -9533,12 +9644,12 @@ static void __pyx_pf_7ivshmem_7channel_5calls_11PendingCall_14__del__(struct __p
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 227, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 244, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/calls.pyx":226
+  /* "ivshmem/channel/calls.pyx":243
  *                 self.membership.ends.pop(id(self), None)
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -9763,7 +9874,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_18__setstate_cy
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":236
+/* "ivshmem/channel/calls.pyx":253
  *     cdef list given_up  # positions of calls that were cancelled while a server had them
  * 
  *     def __init__(self, *args):             # <<<<<<<<<<<<<<
@@ -9808,21 +9919,21 @@ static int __pyx_pf_7ivshmem_7channel_5calls_6Caller___init__(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__init__", 0);
 
-  /* "ivshmem/channel/calls.pyx":237
+  /* "ivshmem/channel/calls.pyx":254
  * 
  *     def __init__(self, *args):
  *         self.given_up = []             # <<<<<<<<<<<<<<
  * 
  *     cdef int restore(self) except -1:
 */
-  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 237, __pyx_L1_error)
+  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 254, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF(__pyx_v_self->given_up);
   __Pyx_DECREF_SET(__pyx_v_self->given_up, ((PyObject*)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/calls.pyx":236
+  /* "ivshmem/channel/calls.pyx":253
  *     cdef list given_up  # positions of calls that were cancelled while a server had them
  * 
  *     def __init__(self, *args):             # <<<<<<<<<<<<<<
@@ -9843,7 +9954,7 @@ static int __pyx_pf_7ivshmem_7channel_5calls_6Caller___init__(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":239
+/* "ivshmem/channel/calls.pyx":256
  *         self.given_up = []
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -9859,7 +9970,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_6Caller_restore(struct __pyx_obj_7iv
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/calls.pyx":240
+  /* "ivshmem/channel/calls.pyx":257
  * 
  *     cdef int restore(self) except -1:
  *         ivshmem_writer_beat(&self.writer)             # <<<<<<<<<<<<<<
@@ -9868,7 +9979,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_6Caller_restore(struct __pyx_obj_7iv
 */
   ivshmem_writer_beat((&__pyx_v_self->__pyx_base.writer));
 
-  /* "ivshmem/channel/calls.pyx":241
+  /* "ivshmem/channel/calls.pyx":258
  *     cdef int restore(self) except -1:
  *         ivshmem_writer_beat(&self.writer)
  *         if self.awaited:  # for a reply, or for room             # <<<<<<<<<<<<<<
@@ -9880,17 +9991,17 @@ static int __pyx_f_7ivshmem_7channel_5calls_6Caller_restore(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/calls.pyx":242
+    /* "ivshmem/channel/calls.pyx":259
  *         ivshmem_writer_beat(&self.writer)
  *         if self.awaited:  # for a reply, or for room
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 242, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 259, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/calls.pyx":241
+    /* "ivshmem/channel/calls.pyx":258
  *     cdef int restore(self) except -1:
  *         ivshmem_writer_beat(&self.writer)
  *         if self.awaited:  # for a reply, or for room             # <<<<<<<<<<<<<<
@@ -9899,7 +10010,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_6Caller_restore(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/channel/calls.pyx":243
+  /* "ivshmem/channel/calls.pyx":260
  *         if self.awaited:  # for a reply, or for room
  *             self.membership.kick_all()
  *         return 0             # <<<<<<<<<<<<<<
@@ -9912,7 +10023,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_6Caller_restore(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":239
+  /* "ivshmem/channel/calls.pyx":256
  *         self.given_up = []
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -9929,7 +10040,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_6Caller_restore(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":245
+/* "ivshmem/channel/calls.pyx":262
  *         return 0
  * 
  *     cdef int ready(self) noexcept:             # <<<<<<<<<<<<<<
@@ -9952,7 +10063,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_6Caller_ready(struct __pyx_obj_7ivsh
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ready", 0);
 
-  /* "ivshmem/channel/calls.pyx":246
+  /* "ivshmem/channel/calls.pyx":263
  * 
  *     cdef int ready(self) noexcept:
  *         cdef int never = 0             # <<<<<<<<<<<<<<
@@ -9961,7 +10072,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_6Caller_ready(struct __pyx_obj_7ivsh
 */
   __pyx_v_never = 0;
 
-  /* "ivshmem/channel/calls.pyx":247
+  /* "ivshmem/channel/calls.pyx":264
  *     cdef int ready(self) noexcept:
  *         cdef int never = 0
  *         cdef Py_ssize_t i = 0 if self.given_up is None else len(self.given_up)             # <<<<<<<<<<<<<<
@@ -9977,16 +10088,16 @@ static int __pyx_f_7ivshmem_7channel_5calls_6Caller_ready(struct __pyx_obj_7ivsh
     __Pyx_INCREF(__pyx_t_3);
     if (unlikely(__pyx_t_3 == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "object of type \047NoneType\047 has no len()");
-      __PYX_ERR(0, 247, __pyx_L1_error)
+      __PYX_ERR(0, 264, __pyx_L1_error)
     }
-    __pyx_t_4 = __Pyx_PyList_GET_SIZE(__pyx_t_3); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 247, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyList_GET_SIZE(__pyx_t_3); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 264, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_1 = __pyx_t_4;
   }
 
   __pyx_v_i = __pyx_t_1;
 
-  /* "ivshmem/channel/calls.pyx":248
+  /* "ivshmem/channel/calls.pyx":265
  *         cdef int never = 0
  *         cdef Py_ssize_t i = 0 if self.given_up is None else len(self.given_up)
  *         while i > 0:  # in place: a call that is collected during this adds itself             # <<<<<<<<<<<<<<
@@ -9999,7 +10110,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_6Caller_ready(struct __pyx_obj_7ivsh
 
     if (!__pyx_t_2) break;
 
-    /* "ivshmem/channel/calls.pyx":249
+    /* "ivshmem/channel/calls.pyx":266
  *         cdef Py_ssize_t i = 0 if self.given_up is None else len(self.given_up)
  *         while i > 0:  # in place: a call that is collected during this adds itself
  *             i -= 1             # <<<<<<<<<<<<<<
@@ -10008,7 +10119,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_6Caller_ready(struct __pyx_obj_7ivsh
 */
     __pyx_v_i = (__pyx_v_i - 1);
 
-    /* "ivshmem/channel/calls.pyx":250
+    /* "ivshmem/channel/calls.pyx":267
  *         while i > 0:  # in place: a call that is collected during this adds itself
  *             i -= 1
  *             if ivshmem_call_end(&self.writer, self.given_up[i], &never):             # <<<<<<<<<<<<<<
@@ -10017,11 +10128,11 @@ static int __pyx_f_7ivshmem_7channel_5calls_6Caller_ready(struct __pyx_obj_7ivsh
 */
     if (unlikely(__pyx_v_self->given_up == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-      __PYX_ERR(0, 250, __pyx_L1_error)
+      __PYX_ERR(0, 267, __pyx_L1_error)
     }
-    __pyx_t_3 = __Pyx_GetItemInt_List(__pyx_v_self->given_up, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_SharedReference); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 250, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_GetItemInt_List(__pyx_v_self->given_up, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_SharedReference); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 267, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_5 = __Pyx_PyLong_As_uint64_t(__pyx_t_3); if (unlikely((__pyx_t_5 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 250, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyLong_As_uint64_t(__pyx_t_3); if (unlikely((__pyx_t_5 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 267, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_2 = (ivshmem_call_end((&__pyx_v_self->__pyx_base.writer), __pyx_t_5, (&__pyx_v_never)) != 0);
 
@@ -10029,7 +10140,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_6Caller_ready(struct __pyx_obj_7ivsh
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/calls.pyx":251
+      /* "ivshmem/channel/calls.pyx":268
  *             i -= 1
  *             if ivshmem_call_end(&self.writer, self.given_up[i], &never):
  *                 del self.given_up[i]             # <<<<<<<<<<<<<<
@@ -10038,11 +10149,11 @@ static int __pyx_f_7ivshmem_7channel_5calls_6Caller_ready(struct __pyx_obj_7ivsh
 */
       if (unlikely(__pyx_v_self->given_up == Py_None)) {
         PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-        __PYX_ERR(0, 251, __pyx_L1_error)
+        __PYX_ERR(0, 268, __pyx_L1_error)
       }
-      if (unlikely((__Pyx_DelItemInt(__pyx_v_self->given_up, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_SharedReference) < 0))) __PYX_ERR(0, 251, __pyx_L1_error)
+      if (unlikely((__Pyx_DelItemInt(__pyx_v_self->given_up, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_SharedReference) < 0))) __PYX_ERR(0, 268, __pyx_L1_error)
 
-      /* "ivshmem/channel/calls.pyx":250
+      /* "ivshmem/channel/calls.pyx":267
  *         while i > 0:  # in place: a call that is collected during this adds itself
  *             i -= 1
  *             if ivshmem_call_end(&self.writer, self.given_up[i], &never):             # <<<<<<<<<<<<<<
@@ -10052,7 +10163,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_6Caller_ready(struct __pyx_obj_7ivsh
     }
   }
 
-  /* "ivshmem/channel/calls.pyx":252
+  /* "ivshmem/channel/calls.pyx":269
  *             if ivshmem_call_end(&self.writer, self.given_up[i], &never):
  *                 del self.given_up[i]
  *         return ivshmem_queue_ready(&self.writer)             # <<<<<<<<<<<<<<
@@ -10065,7 +10176,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_6Caller_ready(struct __pyx_obj_7ivsh
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":245
+  /* "ivshmem/channel/calls.pyx":262
  *         return 0
  * 
  *     cdef int ready(self) noexcept:             # <<<<<<<<<<<<<<
@@ -10086,7 +10197,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_6Caller_ready(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":254
+/* "ivshmem/channel/calls.pyx":271
  *         return ivshmem_queue_ready(&self.writer)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -10136,24 +10247,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 254, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 271, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 254, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 271, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 254, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 271, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "submit", 0) < (0)) __PYX_ERR(0, 254, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "submit", 0) < (0)) __PYX_ERR(0, 271, __pyx_L3_error)
 
-      /* "ivshmem/channel/calls.pyx":255
+      /* "ivshmem/channel/calls.pyx":272
  * 
  *     @cython.critical_section
  *     def submit(self, data, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -10163,17 +10274,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("submit", 0, 1, 2, i); __PYX_ERR(0, 254, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("submit", 0, 1, 2, i); __PYX_ERR(0, 271, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 254, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 271, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 254, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 271, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -10186,7 +10297,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("submit", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 254, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("submit", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 271, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10199,7 +10310,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(((struct __pyx_obj_7ivshmem_7channel_5calls_Caller *)__pyx_v_self), __pyx_v_data, __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/calls.pyx":254
+  /* "ivshmem/channel/calls.pyx":271
  *         return ivshmem_queue_ready(&self.writer)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -10247,7 +10358,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/calls.pyx":268
+        /* "ivshmem/channel/calls.pyx":285
  *         cdef PendingCall call
  *         cdef Py_buffer view
  *         cdef uint32_t cell = 0             # <<<<<<<<<<<<<<
@@ -10256,19 +10367,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
 */
         __pyx_v_cell = 0;
 
-        /* "ivshmem/channel/calls.pyx":269
+        /* "ivshmem/channel/calls.pyx":286
  *         cdef Py_buffer view
  *         cdef uint32_t cell = 0
  *         call = PendingCall.__new__(PendingCall)  # first: once it is sent, nothing may fail             # <<<<<<<<<<<<<<
  *         call.over = True
  *         take_payload(self.type, data, &view)
 */
-        __pyx_t_2 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_5calls_PendingCall(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 269, __pyx_L4_error)
+        __pyx_t_2 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_5calls_PendingCall(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 286, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         __pyx_v_call = ((struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *)__pyx_t_2);
         __pyx_t_2 = 0;
 
-        /* "ivshmem/channel/calls.pyx":270
+        /* "ivshmem/channel/calls.pyx":287
  *         cdef uint32_t cell = 0
  *         call = PendingCall.__new__(PendingCall)  # first: once it is sent, nothing may fail
  *         call.over = True             # <<<<<<<<<<<<<<
@@ -10277,7 +10388,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
 */
         __pyx_v_call->over = 1;
 
-        /* "ivshmem/channel/calls.pyx":271
+        /* "ivshmem/channel/calls.pyx":288
  *         call = PendingCall.__new__(PendingCall)  # first: once it is sent, nothing may fail
  *         call.over = True
  *         take_payload(self.type, data, &view)             # <<<<<<<<<<<<<<
@@ -10286,11 +10397,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
 */
         __pyx_t_2 = __pyx_v_self->__pyx_base.type;
         __Pyx_INCREF(__pyx_t_2);
-        __pyx_t_3 = __pyx_f_7ivshmem_7channel_5roles_take_payload(__pyx_t_2, __pyx_v_data, (&__pyx_v_view)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 271, __pyx_L4_error)
+        __pyx_t_3 = __pyx_f_7ivshmem_7channel_5roles_take_payload(__pyx_t_2, __pyx_v_data, (&__pyx_v_view)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 288, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
 
-        /* "ivshmem/channel/calls.pyx":272
+        /* "ivshmem/channel/calls.pyx":289
  *         call.over = True
  *         take_payload(self.type, data, &view)
  *         try:             # <<<<<<<<<<<<<<
@@ -10299,17 +10410,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/calls.pyx":273
+          /* "ivshmem/channel/calls.pyx":290
  *         take_payload(self.type, data, &view)
  *         try:
  *             self.enter()             # <<<<<<<<<<<<<<
  *             if <uint64_t>view.len > self.channel.record.geometry.limit:
  *                 raise self.too_long(view.len)
 */
-          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 273, __pyx_L7_error)
+          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 290, __pyx_L7_error)
 
 
-          /* "ivshmem/channel/calls.pyx":274
+          /* "ivshmem/channel/calls.pyx":291
  *         try:
  *             self.enter()
  *             if <uint64_t>view.len > self.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
@@ -10321,23 +10432,23 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
           if (unlikely(__pyx_t_4)) {
 
 
-            /* "ivshmem/channel/calls.pyx":275
+            /* "ivshmem/channel/calls.pyx":292
  *             self.enter()
  *             if <uint64_t>view.len > self.channel.record.geometry.limit:
  *                 raise self.too_long(view.len)             # <<<<<<<<<<<<<<
  *             self.find_room(&cell, timeout, spin)
  *             memcpy(self.at(cell), view.buf, view.len)
 */
-            __pyx_t_2 = PyLong_FromSsize_t(__pyx_v_view.len); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 275, __pyx_L7_error)
+            __pyx_t_2 = PyLong_FromSsize_t(__pyx_v_view.len); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 292, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_2);
-            __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.too_long(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_t_2); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 275, __pyx_L7_error)
+            __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.too_long(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_t_2); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 292, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_5);
             __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
             __Pyx_Raise(__pyx_t_5, 0, 0, 0);
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            __PYX_ERR(0, 275, __pyx_L7_error)
+            __PYX_ERR(0, 292, __pyx_L7_error)
 
-            /* "ivshmem/channel/calls.pyx":274
+            /* "ivshmem/channel/calls.pyx":291
  *         try:
  *             self.enter()
  *             if <uint64_t>view.len > self.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
@@ -10346,17 +10457,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
 */
           }
 
-          /* "ivshmem/channel/calls.pyx":276
+          /* "ivshmem/channel/calls.pyx":293
  *             if <uint64_t>view.len > self.channel.record.geometry.limit:
  *                 raise self.too_long(view.len)
  *             self.find_room(&cell, timeout, spin)             # <<<<<<<<<<<<<<
  *             memcpy(self.at(cell), view.buf, view.len)
  *             call.caller = self
 */
-          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.find_room(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), (&__pyx_v_cell), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 276, __pyx_L7_error)
+          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.find_room(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), (&__pyx_v_cell), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 293, __pyx_L7_error)
 
 
-          /* "ivshmem/channel/calls.pyx":277
+          /* "ivshmem/channel/calls.pyx":294
  *                 raise self.too_long(view.len)
  *             self.find_room(&cell, timeout, spin)
  *             memcpy(self.at(cell), view.buf, view.len)             # <<<<<<<<<<<<<<
@@ -10365,7 +10476,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
 */
           (void)(memcpy(((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.at(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_cell), __pyx_v_view.buf, __pyx_v_view.len));
 
-          /* "ivshmem/channel/calls.pyx":278
+          /* "ivshmem/channel/calls.pyx":295
  *             self.find_room(&cell, timeout, spin)
  *             memcpy(self.at(cell), view.buf, view.len)
  *             call.caller = self             # <<<<<<<<<<<<<<
@@ -10377,7 +10488,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
           __Pyx_GOTREF((PyObject *)__pyx_v_call->caller);
           __Pyx_DECREF_SET(__pyx_v_call->caller, __pyx_v_self);
 
-          /* "ivshmem/channel/calls.pyx":279
+          /* "ivshmem/channel/calls.pyx":296
  *             memcpy(self.at(cell), view.buf, view.len)
  *             call.caller = self
  *             call.membership = self.membership             # <<<<<<<<<<<<<<
@@ -10391,7 +10502,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
           __Pyx_DECREF_SET(__pyx_v_call->__pyx_base.membership, ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_t_5));
           __pyx_t_5 = 0;
 
-          /* "ivshmem/channel/calls.pyx":280
+          /* "ivshmem/channel/calls.pyx":297
  *             call.caller = self
  *             call.membership = self.membership
  *             call.channel = self.channel             # <<<<<<<<<<<<<<
@@ -10402,7 +10513,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
 
           __pyx_v_call->__pyx_base.channel = __pyx_t_6;
 
-          /* "ivshmem/channel/calls.pyx":281
+          /* "ivshmem/channel/calls.pyx":298
  *             call.membership = self.membership
  *             call.channel = self.channel
  *             call.name = self.name             # <<<<<<<<<<<<<<
@@ -10416,7 +10527,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
           __Pyx_DECREF_SET(__pyx_v_call->__pyx_base.name, ((PyObject*)__pyx_t_5));
           __pyx_t_5 = 0;
 
-          /* "ivshmem/channel/calls.pyx":282
+          /* "ivshmem/channel/calls.pyx":299
  *             call.channel = self.channel
  *             call.name = self.name
  *             call.open = True             # <<<<<<<<<<<<<<
@@ -10425,7 +10536,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
 */
           __pyx_v_call->__pyx_base.open = 1;
 
-          /* "ivshmem/channel/calls.pyx":283
+          /* "ivshmem/channel/calls.pyx":300
  *             call.name = self.name
  *             call.open = True
  *             call.position = self.writer.next             # <<<<<<<<<<<<<<
@@ -10436,7 +10547,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
 
           __pyx_v_call->position = __pyx_t_7;
 
-          /* "ivshmem/channel/calls.pyx":284
+          /* "ivshmem/channel/calls.pyx":301
  *             call.open = True
  *             call.position = self.writer.next
  *             call.over = False             # <<<<<<<<<<<<<<
@@ -10445,17 +10556,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
 */
           __pyx_v_call->over = 0;
 
-          /* "ivshmem/channel/calls.pyx":285
+          /* "ivshmem/channel/calls.pyx":302
  *             call.position = self.writer.next
  *             call.over = False
  *             self.send(cell, view.len, 0)             # <<<<<<<<<<<<<<
  *             return call
  *         finally:
 */
-          __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.send(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_cell, __pyx_v_view.len, 0); if (unlikely(__pyx_t_7 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 285, __pyx_L7_error)
+          __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.send(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_cell, __pyx_v_view.len, 0); if (unlikely(__pyx_t_7 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 302, __pyx_L7_error)
 
 
-          /* "ivshmem/channel/calls.pyx":286
+          /* "ivshmem/channel/calls.pyx":303
  *             call.over = False
  *             self.send(cell, view.len, 0)
  *             return call             # <<<<<<<<<<<<<<
@@ -10475,7 +10586,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
           goto __pyx_L6_return;
         }
 
-        /* "ivshmem/channel/calls.pyx":288
+        /* "ivshmem/channel/calls.pyx":305
  *             return call
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -10525,7 +10636,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
         }
       }
 
-      /* "ivshmem/channel/calls.pyx":254
+      /* "ivshmem/channel/calls.pyx":271
  *         return ivshmem_queue_ready(&self.writer)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -10567,7 +10678,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":290
+/* "ivshmem/channel/calls.pyx":307
  *             PyBuffer_Release(&view)
  * 
  *     def call(self, data, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -10617,36 +10728,36 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 290, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 307, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 290, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 307, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 290, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 307, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "call", 0) < (0)) __PYX_ERR(0, 290, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "call", 0) < (0)) __PYX_ERR(0, 307, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("call", 0, 1, 2, i); __PYX_ERR(0, 290, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("call", 0, 1, 2, i); __PYX_ERR(0, 307, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 290, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 307, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 290, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 307, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -10659,7 +10770,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("call", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 290, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("call", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 307, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10711,17 +10822,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("call", 0);
 
-  /* "ivshmem/channel/calls.pyx":302
+  /* "ivshmem/channel/calls.pyx":319
  *         """
  *         cdef PendingCall call
  *         begun = monotonic() if timeout else 0.0             # <<<<<<<<<<<<<<
  *         call = self.submit(data, timeout, spin=spin)
  *         try:
 */
-  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_v_timeout); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 302, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_v_timeout); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 319, __pyx_L1_error)
   if (__pyx_t_2) {
     __pyx_t_4 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 302, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 319, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -10740,7 +10851,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 302, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 319, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __pyx_t_1 = __pyx_t_3;
@@ -10753,7 +10864,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
   __pyx_v_begun = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/calls.pyx":303
+  /* "ivshmem/channel/calls.pyx":320
  *         cdef PendingCall call
  *         begun = monotonic() if timeout else 0.0
  *         call = self.submit(data, timeout, spin=spin)             # <<<<<<<<<<<<<<
@@ -10769,13 +10880,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
     PyObject *__pyx_callargs[4] = {__pyx_t_3, __pyx_v_data, __pyx_v_timeout, __pyx_v_spin};
     #if CYTHON_VECTORCALL
     __pyx_t_5 = __pyx_mstate_global->__pyx_tuple[1];
-    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 303, __pyx_L1_error)
+    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 320, __pyx_L1_error)
     __Pyx_INCREF(__pyx_t_5);
     #else
     {
       PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_spin};
       __pyx_t_5 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+3, 1);
-      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 303, __pyx_L1_error)
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 320, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
     }
     #endif
@@ -10784,14 +10895,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
     #if CYTHON_VECTORCALL
     #endif
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 303, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 320, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall))))) __PYX_ERR(0, 303, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall))))) __PYX_ERR(0, 320, __pyx_L1_error)
   __pyx_v_call = ((struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/calls.pyx":304
+  /* "ivshmem/channel/calls.pyx":321
  *         begun = monotonic() if timeout else 0.0
  *         call = self.submit(data, timeout, spin=spin)
  *         try:             # <<<<<<<<<<<<<<
@@ -10807,19 +10918,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
     __Pyx_XGOTREF(__pyx_t_9);
     /*try:*/ {
 
-      /* "ivshmem/channel/calls.pyx":305
+      /* "ivshmem/channel/calls.pyx":322
  *         call = self.submit(data, timeout, spin=spin)
  *         try:
  *             left = max(timeout - (monotonic() - begun), 0) if timeout else timeout             # <<<<<<<<<<<<<<
  *             return call.result(left, spin=spin)
  *         except TimeoutError:
 */
-      __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_v_timeout); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 305, __pyx_L3_error)
+      __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_v_timeout); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 322, __pyx_L3_error)
       if (__pyx_t_2) {
 
         __pyx_t_10 = 0;
         __pyx_t_3 = NULL;
-        __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 305, __pyx_L3_error)
+        __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 322, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_4);
         __pyx_t_6 = 1;
         #if CYTHON_UNPACK_METHODS
@@ -10838,21 +10949,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
           __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 305, __pyx_L3_error)
+          if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 322, __pyx_L3_error)
           __Pyx_GOTREF(__pyx_t_5);
         }
-        __pyx_t_4 = __Pyx_PyNumber_Subtract_object_object(__pyx_t_5, __pyx_v_begun); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 305, __pyx_L3_error)
+        __pyx_t_4 = __Pyx_PyNumber_Subtract_object_object(__pyx_t_5, __pyx_v_begun); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 322, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_4);
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-        __pyx_t_5 = __Pyx_PyNumber_Subtract_object_object(__pyx_v_timeout, __pyx_t_4); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 305, __pyx_L3_error)
+        __pyx_t_5 = __Pyx_PyNumber_Subtract_object_object(__pyx_v_timeout, __pyx_t_4); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 322, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_5);
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-        __pyx_t_3 = __Pyx_PyLong_From_long(__pyx_t_10); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 305, __pyx_L3_error)
+        __pyx_t_3 = __Pyx_PyLong_From_long(__pyx_t_10); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 322, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_3);
-        __pyx_t_11 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_3, __pyx_t_5, Py_GT); if (unlikely((__pyx_t_11 < 0))) __PYX_ERR(0, 305, __pyx_L3_error)
+        __pyx_t_11 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_3, __pyx_t_5, Py_GT); if (unlikely((__pyx_t_11 < 0))) __PYX_ERR(0, 322, __pyx_L3_error)
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
         if (__pyx_t_11) {
-          __pyx_t_3 = __Pyx_PyLong_From_long(__pyx_t_10); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 305, __pyx_L3_error)
+          __pyx_t_3 = __Pyx_PyLong_From_long(__pyx_t_10); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 322, __pyx_L3_error)
           __Pyx_GOTREF(__pyx_t_3);
           __pyx_t_4 = __pyx_t_3;
           __pyx_t_3 = 0;
@@ -10873,7 +10984,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
       __pyx_v_left = __pyx_t_1;
       __pyx_t_1 = 0;
 
-      /* "ivshmem/channel/calls.pyx":306
+      /* "ivshmem/channel/calls.pyx":323
  *         try:
  *             left = max(timeout - (monotonic() - begun), 0) if timeout else timeout
  *             return call.result(left, spin=spin)             # <<<<<<<<<<<<<<
@@ -10889,13 +11000,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
         PyObject *__pyx_callargs[3] = {__pyx_t_4, __pyx_v_left, __pyx_v_spin};
         #if CYTHON_VECTORCALL
         __pyx_t_5 = __pyx_mstate_global->__pyx_tuple[1];
-        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 306, __pyx_L3_error)
+        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 323, __pyx_L3_error)
         __Pyx_INCREF(__pyx_t_5);
         #else
         {
           PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_spin};
           __pyx_t_5 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+2, 1);
-          if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 306, __pyx_L3_error)
+          if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 323, __pyx_L3_error)
           __Pyx_GOTREF(__pyx_t_5);
         }
         #endif
@@ -10904,7 +11015,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
         #if CYTHON_VECTORCALL
         #endif
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 306, __pyx_L3_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 323, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       {
@@ -10918,7 +11029,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
       __pyx_t_1 = 0;
       goto __pyx_L7_try_return;
 
-      /* "ivshmem/channel/calls.pyx":304
+      /* "ivshmem/channel/calls.pyx":321
  *         begun = monotonic() if timeout else 0.0
  *         call = self.submit(data, timeout, spin=spin)
  *         try:             # <<<<<<<<<<<<<<
@@ -10932,7 +11043,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-    /* "ivshmem/channel/calls.pyx":307
+    /* "ivshmem/channel/calls.pyx":324
  *             left = max(timeout - (monotonic() - begun), 0) if timeout else timeout
  *             return call.result(left, spin=spin)
  *         except TimeoutError:             # <<<<<<<<<<<<<<
@@ -10942,12 +11053,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
     __pyx_t_12 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_TimeoutError))));
     if (__pyx_t_12) {
       __Pyx_AddTraceback("ivshmem.channel.calls.Caller.call", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_5, &__pyx_t_4) < 0) __PYX_ERR(0, 307, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_5, &__pyx_t_4) < 0) __PYX_ERR(0, 324, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_1);
       __Pyx_XGOTREF(__pyx_t_5);
       __Pyx_XGOTREF(__pyx_t_4);
 
-      /* "ivshmem/channel/calls.pyx":308
+      /* "ivshmem/channel/calls.pyx":325
  *             return call.result(left, spin=spin)
  *         except TimeoutError:
  *             how = "no server has begun with it" if call.cancel() else "a server has begun with it"             # <<<<<<<<<<<<<<
@@ -10961,10 +11072,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
         PyObject *__pyx_callargs[2] = {__pyx_t_14, NULL};
         __pyx_t_13 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_cancel, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_14); __pyx_t_14 = 0;
-        if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 308, __pyx_L5_except_error)
+        if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 325, __pyx_L5_except_error)
         __Pyx_GOTREF(__pyx_t_13);
       }
-      __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_13); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 308, __pyx_L5_except_error)
+      __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_13); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 325, __pyx_L5_except_error)
       __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
       if (__pyx_t_2) {
         __Pyx_INCREF(__pyx_mstate_global->__pyx_kp_u_no_server_has_begun_with_it);
@@ -10977,7 +11088,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
       __pyx_v_how = ((PyObject*)__pyx_t_3);
       __pyx_t_3 = 0;
 
-      /* "ivshmem/channel/calls.pyx":309
+      /* "ivshmem/channel/calls.pyx":326
  *         except TimeoutError:
  *             how = "no server has begun with it" if call.cancel() else "a server has begun with it"
  *             raise TimeoutError(             # <<<<<<<<<<<<<<
@@ -10986,18 +11097,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
 */
       __pyx_t_13 = NULL;
 
-      /* "ivshmem/channel/calls.pyx":310
+      /* "ivshmem/channel/calls.pyx":327
  *             how = "no server has begun with it" if call.cancel() else "a server has begun with it"
  *             raise TimeoutError(
  *                 f"call of {self.name!r}: no reply in {timeout:g} s; {how}"             # <<<<<<<<<<<<<<
  *             ) from None
  *         except BaseException:
 */
-      __pyx_t_14 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 310, __pyx_L5_except_error)
+      __pyx_t_14 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 327, __pyx_L5_except_error)
       __Pyx_GOTREF(__pyx_t_14);
-      __pyx_t_15 = __Pyx_PyObject_Format(__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 310, __pyx_L5_except_error)
+      __pyx_t_15 = __Pyx_PyObject_Format(__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 327, __pyx_L5_except_error)
       __Pyx_GOTREF(__pyx_t_15);
-      __pyx_t_16 = __Pyx_PyUnicode_Unicode(__pyx_v_how); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 310, __pyx_L5_except_error)
+      __pyx_t_16 = __Pyx_PyUnicode_Unicode(__pyx_v_how); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 327, __pyx_L5_except_error)
       __Pyx_GOTREF(__pyx_t_16);
       __pyx_t_17[0] = __pyx_mstate_global->__pyx_kp_u_call_of;
       __pyx_t_17[1] = __pyx_t_14;
@@ -11014,7 +11125,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
       __pyx_t_12 |= __Pyx_PyUnicode_KIND_04(__pyx_t_17[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_17[3]) | __Pyx_PyUnicode_KIND_04(__pyx_t_17[5]);
       #endif
       __pyx_t_19 = __Pyx_PyUnicode_Join(__pyx_t_17, 6, __pyx_t_18, __pyx_t_12);
-      if (unlikely(!__pyx_t_19)) __PYX_ERR(0, 310, __pyx_L5_except_error)
+      if (unlikely(!__pyx_t_19)) __PYX_ERR(0, 327, __pyx_L5_except_error)
       __Pyx_GOTREF(__pyx_t_19);
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
       __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
@@ -11025,11 +11136,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
         __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TimeoutError)), __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_13); __pyx_t_13 = 0;
         __Pyx_DECREF(__pyx_t_19); __pyx_t_19 = 0;
-        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 309, __pyx_L5_except_error)
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 326, __pyx_L5_except_error)
         __Pyx_GOTREF(__pyx_t_3);
       }
 
-      /* "ivshmem/channel/calls.pyx":311
+      /* "ivshmem/channel/calls.pyx":328
  *             raise TimeoutError(
  *                 f"call of {self.name!r}: no reply in {timeout:g} s; {how}"
  *             ) from None             # <<<<<<<<<<<<<<
@@ -11038,10 +11149,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
 */
       __Pyx_Raise(__pyx_t_3, 0, 0, Py_None);
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __PYX_ERR(0, 309, __pyx_L5_except_error)
+      __PYX_ERR(0, 326, __pyx_L5_except_error)
     }
 
-    /* "ivshmem/channel/calls.pyx":312
+    /* "ivshmem/channel/calls.pyx":329
  *                 f"call of {self.name!r}: no reply in {timeout:g} s; {how}"
  *             ) from None
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -11051,12 +11162,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
     __pyx_t_12 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_12) {
       __Pyx_AddTraceback("ivshmem.channel.calls.Caller.call", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_5, &__pyx_t_1) < 0) __PYX_ERR(0, 312, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_5, &__pyx_t_1) < 0) __PYX_ERR(0, 329, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_4);
       __Pyx_XGOTREF(__pyx_t_5);
       __Pyx_XGOTREF(__pyx_t_1);
 
-      /* "ivshmem/channel/calls.pyx":313
+      /* "ivshmem/channel/calls.pyx":330
  *             ) from None
  *         except BaseException:
  *             call.cancel()             # <<<<<<<<<<<<<<
@@ -11070,12 +11181,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
         PyObject *__pyx_callargs[2] = {__pyx_t_19, NULL};
         __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_cancel, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_19); __pyx_t_19 = 0;
-        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 313, __pyx_L5_except_error)
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 330, __pyx_L5_except_error)
         __Pyx_GOTREF(__pyx_t_3);
       }
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-      /* "ivshmem/channel/calls.pyx":314
+      /* "ivshmem/channel/calls.pyx":331
  *         except BaseException:
  *             call.cancel()
  *             raise             # <<<<<<<<<<<<<<
@@ -11087,11 +11198,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
       __Pyx_XGIVEREF(__pyx_t_1);
       __Pyx_ErrRestoreWithState(__pyx_t_4, __pyx_t_5, __pyx_t_1);
       __pyx_t_4 = 0;  __pyx_t_5 = 0;  __pyx_t_1 = 0; 
-      __PYX_ERR(0, 314, __pyx_L5_except_error)
+      __PYX_ERR(0, 331, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/channel/calls.pyx":304
+    /* "ivshmem/channel/calls.pyx":321
  *         begun = monotonic() if timeout else 0.0
  *         call = self.submit(data, timeout, spin=spin)
  *         try:             # <<<<<<<<<<<<<<
@@ -11112,7 +11223,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
     goto __pyx_L0;
   }
 
-  /* "ivshmem/channel/calls.pyx":290
+  /* "ivshmem/channel/calls.pyx":307
  *             PyBuffer_Release(&view)
  * 
  *     def call(self, data, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -11143,7 +11254,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":316
+/* "ivshmem/channel/calls.pyx":333
  *             raise
  * 
  *     def submit_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -11192,35 +11303,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 316, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 333, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 316, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 333, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 316, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 333, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "submit_async", 0) < (0)) __PYX_ERR(0, 316, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "submit_async", 0) < (0)) __PYX_ERR(0, 333, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("submit_async", 0, 1, 2, i); __PYX_ERR(0, 316, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("submit_async", 0, 1, 2, i); __PYX_ERR(0, 333, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 316, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 333, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 316, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 333, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -11231,7 +11342,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("submit_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 316, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("submit_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 333, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11263,21 +11374,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_6submit_async(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("submit_async", 0);
 
-  /* "ivshmem/channel/calls.pyx":318
+  /* "ivshmem/channel/calls.pyx":335
  *     def submit_async(self, data, timeout=None):
  *         """The twin of `submit` for asyncio: a coroutine."""
  *         return until_in_time(self, self.submit, timeout, (data,))             # <<<<<<<<<<<<<<
  * 
  *     async def call_async(self, data, timeout=None):
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_submit); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 318, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_submit); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 335, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 318, __pyx_L1_error)
+  __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 335, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_INCREF(__pyx_v_data);
   __Pyx_GIVEREF(__pyx_v_data);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_v_data) != (0)) __PYX_ERR(0, 318, __pyx_L1_error);
-  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, ((PyObject*)__pyx_t_2), NULL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 318, __pyx_L1_error)
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_v_data) != (0)) __PYX_ERR(0, 335, __pyx_L1_error);
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, ((PyObject*)__pyx_t_2), NULL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 335, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -11292,7 +11403,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_6submit_async(struct 
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":316
+  /* "ivshmem/channel/calls.pyx":333
  *             raise
  * 
  *     def submit_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -11314,7 +11425,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_6submit_async(struct 
 }
 static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
 
-/* "ivshmem/channel/calls.pyx":320
+/* "ivshmem/channel/calls.pyx":337
  *         return until_in_time(self, self.submit, timeout, (data,))
  * 
  *     async def call_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -11363,35 +11474,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 320, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 337, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 320, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 337, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 320, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 337, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "call_async", 0) < (0)) __PYX_ERR(0, 320, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "call_async", 0) < (0)) __PYX_ERR(0, 337, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("call_async", 0, 1, 2, i); __PYX_ERR(0, 320, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("call_async", 0, 1, 2, i); __PYX_ERR(0, 337, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 320, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 337, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 320, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 337, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -11402,7 +11513,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("call_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 320, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("call_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 337, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11435,7 +11546,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_8call_async(struct __
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_5calls___pyx_scope_struct__call_async *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 320, __pyx_L1_error)
+    __PYX_ERR(0, 337, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
@@ -11449,7 +11560,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_8call_async(struct __
   __Pyx_INCREF(__pyx_cur_scope->__pyx_v_timeout);
   __Pyx_GIVEREF(__pyx_cur_scope->__pyx_v_timeout);
   {
-    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_call_async, __pyx_mstate_global->__pyx_n_u_Caller_call_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls); if (unlikely(!gen)) __PYX_ERR(0, 320, __pyx_L1_error)
+    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_call_async, __pyx_mstate_global->__pyx_n_u_Caller_call_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls); if (unlikely(!gen)) __PYX_ERR(0, 337, __pyx_L1_error)
     __Pyx_DECREF(__pyx_cur_scope);
     __Pyx_RefNannyFinishContext();
     return (PyObject *) gen;
@@ -11505,20 +11616,20 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
   __pyx_L3_first_run:;
   if (unlikely(__pyx_sent_value != Py_None)) {
     if (unlikely(__pyx_sent_value)) PyErr_SetString(PyExc_TypeError, "can't send non-None value to a just-started coroutine");
-    __PYX_ERR(0, 320, __pyx_L1_error)
+    __PYX_ERR(0, 337, __pyx_L1_error)
   }
 
-  /* "ivshmem/channel/calls.pyx":323
+  /* "ivshmem/channel/calls.pyx":340
  *         """The twin of `call` for asyncio. If it is cancelled, the call is given up."""
  *         cdef PendingCall call
  *         begun = monotonic() if timeout else 0.0             # <<<<<<<<<<<<<<
  *         call = await self.submit_async(data, timeout)
  *         try:
 */
-  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_timeout); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 323, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_timeout); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 340, __pyx_L1_error)
   if (__pyx_t_2) {
     __pyx_t_4 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 323, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 340, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -11537,7 +11648,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 323, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 340, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __pyx_t_1 = __pyx_t_3;
@@ -11551,7 +11662,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
   __pyx_cur_scope->__pyx_v_begun = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/calls.pyx":324
+  /* "ivshmem/channel/calls.pyx":341
  *         cdef PendingCall call
  *         begun = monotonic() if timeout else 0.0
  *         call = await self.submit_async(data, timeout)             # <<<<<<<<<<<<<<
@@ -11565,7 +11676,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
     PyObject *__pyx_callargs[3] = {__pyx_t_3, __pyx_cur_scope->__pyx_v_data, __pyx_cur_scope->__pyx_v_timeout};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_submit_async, __pyx_callargs+__pyx_t_6, (3-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 324, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 341, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __pyx_t_7 = __Pyx_Coroutine_Yield_From(__pyx_generator, __pyx_t_1, &__pyx_r);
@@ -11579,21 +11690,21 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
     __pyx_generator->resume_label = 1;
     return __pyx_r;
     __pyx_L4_resume_from_await:;
-    if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 324, __pyx_L1_error)
+    if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 341, __pyx_L1_error)
     __pyx_t_1 = __pyx_sent_value; __Pyx_INCREF(__pyx_t_1);
   } else if (likely(__pyx_t_7 == PYGEN_RETURN)) {
     __Pyx_GOTREF(__pyx_r);
     __pyx_t_1 = __pyx_r; __pyx_r = NULL;
   } else {
     __Pyx_XGOTREF(__pyx_r);
-    __PYX_ERR(0, 324, __pyx_L1_error)
+    __PYX_ERR(0, 341, __pyx_L1_error)
   }
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall))))) __PYX_ERR(0, 324, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall))))) __PYX_ERR(0, 341, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __pyx_cur_scope->__pyx_v_call = ((struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/calls.pyx":325
+  /* "ivshmem/channel/calls.pyx":342
  *         begun = monotonic() if timeout else 0.0
  *         call = await self.submit_async(data, timeout)
  *         try:             # <<<<<<<<<<<<<<
@@ -11607,19 +11718,19 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
     __Pyx_XGOTREF(__pyx_t_10);
     /*try:*/ {
 
-      /* "ivshmem/channel/calls.pyx":326
+      /* "ivshmem/channel/calls.pyx":343
  *         call = await self.submit_async(data, timeout)
  *         try:
  *             left = max(timeout - (monotonic() - begun), 0) if timeout else timeout             # <<<<<<<<<<<<<<
  *             return await call.result_async(left)
  *         except TimeoutError:
 */
-      __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_timeout); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 326, __pyx_L5_error)
+      __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_timeout); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 343, __pyx_L5_error)
       if (__pyx_t_2) {
 
         __pyx_t_11 = 0;
         __pyx_t_5 = NULL;
-        __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 326, __pyx_L5_error)
+        __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 343, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_4);
         __pyx_t_6 = 1;
         #if CYTHON_UNPACK_METHODS
@@ -11638,21 +11749,21 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
           __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 326, __pyx_L5_error)
+          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 343, __pyx_L5_error)
           __Pyx_GOTREF(__pyx_t_3);
         }
-        __pyx_t_4 = __Pyx_PyNumber_Subtract_object_object(__pyx_t_3, __pyx_cur_scope->__pyx_v_begun); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 326, __pyx_L5_error)
+        __pyx_t_4 = __Pyx_PyNumber_Subtract_object_object(__pyx_t_3, __pyx_cur_scope->__pyx_v_begun); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 343, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_4);
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-        __pyx_t_3 = __Pyx_PyNumber_Subtract_object_object(__pyx_cur_scope->__pyx_v_timeout, __pyx_t_4); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 326, __pyx_L5_error)
+        __pyx_t_3 = __Pyx_PyNumber_Subtract_object_object(__pyx_cur_scope->__pyx_v_timeout, __pyx_t_4); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 343, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_3);
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-        __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 326, __pyx_L5_error)
+        __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 343, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_5);
-        __pyx_t_12 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_5, __pyx_t_3, Py_GT); if (unlikely((__pyx_t_12 < 0))) __PYX_ERR(0, 326, __pyx_L5_error)
+        __pyx_t_12 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_5, __pyx_t_3, Py_GT); if (unlikely((__pyx_t_12 < 0))) __PYX_ERR(0, 343, __pyx_L5_error)
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
         if (__pyx_t_12) {
-          __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 326, __pyx_L5_error)
+          __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 343, __pyx_L5_error)
           __Pyx_GOTREF(__pyx_t_5);
           __pyx_t_4 = __pyx_t_5;
           __pyx_t_5 = 0;
@@ -11674,7 +11785,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
       __pyx_cur_scope->__pyx_v_left = __pyx_t_1;
       __pyx_t_1 = 0;
 
-      /* "ivshmem/channel/calls.pyx":327
+      /* "ivshmem/channel/calls.pyx":344
  *         try:
  *             left = max(timeout - (monotonic() - begun), 0) if timeout else timeout
  *             return await call.result_async(left)             # <<<<<<<<<<<<<<
@@ -11688,7 +11799,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
         PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_cur_scope->__pyx_v_left};
         __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_result_async, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 327, __pyx_L5_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 344, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __pyx_t_7 = __Pyx_Coroutine_Yield_From(__pyx_generator, __pyx_t_1, &__pyx_r);
@@ -11717,14 +11828,14 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
         __pyx_t_10 = __pyx_cur_scope->__pyx_t_2;
         __pyx_cur_scope->__pyx_t_2 = 0;
         __Pyx_XGOTREF(__pyx_t_10);
-        if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 327, __pyx_L5_error)
+        if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 344, __pyx_L5_error)
         __pyx_t_1 = __pyx_sent_value; __Pyx_INCREF(__pyx_t_1);
       } else if (likely(__pyx_t_7 == PYGEN_RETURN)) {
         __Pyx_GOTREF(__pyx_r);
         __pyx_t_1 = __pyx_r; __pyx_r = NULL;
       } else {
         __Pyx_XGOTREF(__pyx_r);
-        __PYX_ERR(0, 327, __pyx_L5_error)
+        __PYX_ERR(0, 344, __pyx_L5_error)
       }
       {
         PyObject *__pyx_temp;
@@ -11737,7 +11848,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
       __pyx_t_1 = 0;
       goto __pyx_L9_try_return;
 
-      /* "ivshmem/channel/calls.pyx":325
+      /* "ivshmem/channel/calls.pyx":342
  *         begun = monotonic() if timeout else 0.0
  *         call = await self.submit_async(data, timeout)
  *         try:             # <<<<<<<<<<<<<<
@@ -11751,7 +11862,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-    /* "ivshmem/channel/calls.pyx":328
+    /* "ivshmem/channel/calls.pyx":345
  *             left = max(timeout - (monotonic() - begun), 0) if timeout else timeout
  *             return await call.result_async(left)
  *         except TimeoutError:             # <<<<<<<<<<<<<<
@@ -11761,12 +11872,12 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
     __pyx_t_13 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_TimeoutError))));
     if (__pyx_t_13) {
       __Pyx_AddTraceback("ivshmem.channel.calls.Caller.call_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_4, &__pyx_t_3) < 0) __PYX_ERR(0, 328, __pyx_L7_except_error)
+      if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_4, &__pyx_t_3) < 0) __PYX_ERR(0, 345, __pyx_L7_except_error)
       __Pyx_XGOTREF(__pyx_t_1);
       __Pyx_XGOTREF(__pyx_t_4);
       __Pyx_XGOTREF(__pyx_t_3);
 
-      /* "ivshmem/channel/calls.pyx":329
+      /* "ivshmem/channel/calls.pyx":346
  *             return await call.result_async(left)
  *         except TimeoutError:
  *             how = "no server has begun with it" if call.cancel() else "a server has begun with it"             # <<<<<<<<<<<<<<
@@ -11780,10 +11891,10 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
         PyObject *__pyx_callargs[2] = {__pyx_t_15, NULL};
         __pyx_t_14 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_cancel, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_15); __pyx_t_15 = 0;
-        if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 329, __pyx_L7_except_error)
+        if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 346, __pyx_L7_except_error)
         __Pyx_GOTREF(__pyx_t_14);
       }
-      __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_14); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 329, __pyx_L7_except_error)
+      __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_14); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 346, __pyx_L7_except_error)
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
       if (__pyx_t_2) {
         __Pyx_INCREF(__pyx_mstate_global->__pyx_kp_u_no_server_has_begun_with_it);
@@ -11797,7 +11908,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
       __pyx_cur_scope->__pyx_v_how = ((PyObject*)__pyx_t_5);
       __pyx_t_5 = 0;
 
-      /* "ivshmem/channel/calls.pyx":330
+      /* "ivshmem/channel/calls.pyx":347
  *         except TimeoutError:
  *             how = "no server has begun with it" if call.cancel() else "a server has begun with it"
  *             raise TimeoutError(             # <<<<<<<<<<<<<<
@@ -11806,18 +11917,18 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
 */
       __pyx_t_14 = NULL;
 
-      /* "ivshmem/channel/calls.pyx":331
+      /* "ivshmem/channel/calls.pyx":348
  *             how = "no server has begun with it" if call.cancel() else "a server has begun with it"
  *             raise TimeoutError(
  *                 f"call of {self.name!r}: no reply in {timeout:g} s; {how}"             # <<<<<<<<<<<<<<
  *             ) from None
  *         except BaseException:
 */
-      __pyx_t_15 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_cur_scope->__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 331, __pyx_L7_except_error)
+      __pyx_t_15 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_cur_scope->__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 348, __pyx_L7_except_error)
       __Pyx_GOTREF(__pyx_t_15);
-      __pyx_t_16 = __Pyx_PyObject_Format(__pyx_cur_scope->__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 331, __pyx_L7_except_error)
+      __pyx_t_16 = __Pyx_PyObject_Format(__pyx_cur_scope->__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 348, __pyx_L7_except_error)
       __Pyx_GOTREF(__pyx_t_16);
-      __pyx_t_17 = __Pyx_PyUnicode_Unicode(__pyx_cur_scope->__pyx_v_how); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 331, __pyx_L7_except_error)
+      __pyx_t_17 = __Pyx_PyUnicode_Unicode(__pyx_cur_scope->__pyx_v_how); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 348, __pyx_L7_except_error)
       __Pyx_GOTREF(__pyx_t_17);
       __pyx_t_18[0] = __pyx_mstate_global->__pyx_kp_u_call_of;
       __pyx_t_18[1] = __pyx_t_15;
@@ -11834,7 +11945,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
       __pyx_t_13 |= __Pyx_PyUnicode_KIND_04(__pyx_t_18[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_18[3]) | __Pyx_PyUnicode_KIND_04(__pyx_t_18[5]);
       #endif
       __pyx_t_20 = __Pyx_PyUnicode_Join(__pyx_t_18, 6, __pyx_t_19, __pyx_t_13);
-      if (unlikely(!__pyx_t_20)) __PYX_ERR(0, 331, __pyx_L7_except_error)
+      if (unlikely(!__pyx_t_20)) __PYX_ERR(0, 348, __pyx_L7_except_error)
       __Pyx_GOTREF(__pyx_t_20);
       __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
       __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
@@ -11845,11 +11956,11 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
         __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TimeoutError)), __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_14); __pyx_t_14 = 0;
         __Pyx_DECREF(__pyx_t_20); __pyx_t_20 = 0;
-        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 330, __pyx_L7_except_error)
+        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 347, __pyx_L7_except_error)
         __Pyx_GOTREF(__pyx_t_5);
       }
 
-      /* "ivshmem/channel/calls.pyx":332
+      /* "ivshmem/channel/calls.pyx":349
  *             raise TimeoutError(
  *                 f"call of {self.name!r}: no reply in {timeout:g} s; {how}"
  *             ) from None             # <<<<<<<<<<<<<<
@@ -11858,10 +11969,10 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
 */
       __Pyx_Raise(__pyx_t_5, 0, 0, Py_None);
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      __PYX_ERR(0, 330, __pyx_L7_except_error)
+      __PYX_ERR(0, 347, __pyx_L7_except_error)
     }
 
-    /* "ivshmem/channel/calls.pyx":333
+    /* "ivshmem/channel/calls.pyx":350
  *                 f"call of {self.name!r}: no reply in {timeout:g} s; {how}"
  *             ) from None
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -11871,12 +11982,12 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
     __pyx_t_13 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_13) {
       __Pyx_AddTraceback("ivshmem.channel.calls.Caller.call_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_4, &__pyx_t_1) < 0) __PYX_ERR(0, 333, __pyx_L7_except_error)
+      if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_4, &__pyx_t_1) < 0) __PYX_ERR(0, 350, __pyx_L7_except_error)
       __Pyx_XGOTREF(__pyx_t_3);
       __Pyx_XGOTREF(__pyx_t_4);
       __Pyx_XGOTREF(__pyx_t_1);
 
-      /* "ivshmem/channel/calls.pyx":334
+      /* "ivshmem/channel/calls.pyx":351
  *             ) from None
  *         except BaseException:
  *             call.cancel()             # <<<<<<<<<<<<<<
@@ -11890,12 +12001,12 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
         PyObject *__pyx_callargs[2] = {__pyx_t_20, NULL};
         __pyx_t_5 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_cancel, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_20); __pyx_t_20 = 0;
-        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 334, __pyx_L7_except_error)
+        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 351, __pyx_L7_except_error)
         __Pyx_GOTREF(__pyx_t_5);
       }
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-      /* "ivshmem/channel/calls.pyx":335
+      /* "ivshmem/channel/calls.pyx":352
  *         except BaseException:
  *             call.cancel()
  *             raise             # <<<<<<<<<<<<<<
@@ -11907,11 +12018,11 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
       __Pyx_XGIVEREF(__pyx_t_1);
       __Pyx_ErrRestoreWithState(__pyx_t_3, __pyx_t_4, __pyx_t_1);
       __pyx_t_3 = 0;  __pyx_t_4 = 0;  __pyx_t_1 = 0; 
-      __PYX_ERR(0, 335, __pyx_L7_except_error)
+      __PYX_ERR(0, 352, __pyx_L7_except_error)
     }
     goto __pyx_L7_except_error;
 
-    /* "ivshmem/channel/calls.pyx":325
+    /* "ivshmem/channel/calls.pyx":342
  *         begun = monotonic() if timeout else 0.0
  *         call = await self.submit_async(data, timeout)
  *         try:             # <<<<<<<<<<<<<<
@@ -11933,7 +12044,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
   }
   CYTHON_MAYBE_UNUSED_VAR(__pyx_cur_scope);
 
-  /* "ivshmem/channel/calls.pyx":320
+  /* "ivshmem/channel/calls.pyx":337
  *         return until_in_time(self, self.submit, timeout, (data,))
  * 
  *     async def call_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -12173,7 +12284,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_13__setstate_cython__
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":342
+/* "ivshmem/channel/calls.pyx":359
  *     """One server of a channel of calls; made by its `server()`. It iterates over calls."""
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -12222,20 +12333,20 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 342, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 359, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 342, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 359, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take", 0) < (0)) __PYX_ERR(0, 342, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take", 0) < (0)) __PYX_ERR(0, 359, __pyx_L3_error)
 
-      /* "ivshmem/channel/calls.pyx":343
+      /* "ivshmem/channel/calls.pyx":360
  * 
  *     @cython.critical_section
  *     def take(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -12248,7 +12359,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 342, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 359, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -12261,7 +12372,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("take", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 342, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("take", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 359, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12274,7 +12385,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_5calls_10CallServer_take(((struct __pyx_obj_7ivshmem_7channel_5calls_CallServer *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/calls.pyx":342
+  /* "ivshmem/channel/calls.pyx":359
  *     """One server of a channel of calls; made by its `server()`. It iterates over calls."""
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -12310,21 +12421,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_take(struct __py
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/calls.pyx":357
+        /* "ivshmem/channel/calls.pyx":374
  *         """
  *         cdef ivshmem_taken taken
  *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin, &taken):             # <<<<<<<<<<<<<<
  *             return None
  *         return taken_of(Call, self, &taken)
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_CallServer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_TAKEN, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 357, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_CallServer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_TAKEN, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 374, __pyx_L4_error)
         __pyx_t_3 = (__pyx_t_2 != 0);
 
 
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/calls.pyx":358
+          /* "ivshmem/channel/calls.pyx":375
  *         cdef ivshmem_taken taken
  *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin, &taken):
  *             return None             # <<<<<<<<<<<<<<
@@ -12342,7 +12453,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_take(struct __py
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/calls.pyx":357
+          /* "ivshmem/channel/calls.pyx":374
  *         """
  *         cdef ivshmem_taken taken
  *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin, &taken):             # <<<<<<<<<<<<<<
@@ -12351,14 +12462,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_take(struct __py
 */
         }
 
-        /* "ivshmem/channel/calls.pyx":359
+        /* "ivshmem/channel/calls.pyx":376
  *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin, &taken):
  *             return None
  *         return taken_of(Call, self, &taken)             # <<<<<<<<<<<<<<
  * 
  *     def serve(self, function, timeout=None, *, spin=None):
 */
-        __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_6queues_taken_of(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, ((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), (&__pyx_v_taken))); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 359, __pyx_L4_error)
+        __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_6queues_taken_of(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, ((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), (&__pyx_v_taken))); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 376, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
         {
           PyObject *__pyx_temp;
@@ -12373,7 +12484,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_take(struct __py
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/calls.pyx":342
+      /* "ivshmem/channel/calls.pyx":359
  *     """One server of a channel of calls; made by its `server()`. It iterates over calls."""
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -12412,7 +12523,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_take(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":361
+/* "ivshmem/channel/calls.pyx":378
  *         return taken_of(Call, self, &taken)
  * 
  *     def serve(self, function, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -12428,7 +12539,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5calls_10CallServer_2serve, "Reply to calls with what `function` returns, one after the other.\n\n        What it raises is told to the caller, whose `result` raises CallFailed; it ends this call\n        only if it is no Exception (KeyboardInterrupt, SystemExit). The caller is told of a reply\n        that is too long, or no buffer, in the same way; this call continues.\n\n        Args:\n            function: takes a request (bytes, or what the type makes of them), returns a reply.\n            timeout: seconds without a call after which this returns; None: for ever.\n        ");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5calls_10CallServer_2serve, "Reply to calls with what `function` returns, one after the other.\n\n        What it raises is told to the caller, whose `result` raises CallFailed; it ends this call\n        only if it is no Exception (KeyboardInterrupt, SystemExit). The caller is told of a reply\n        that is too long, no buffer, or cannot be pickled, in the same way; this call continues.\n\n        Args:\n            function: takes a request (bytes, or what the type makes of them), returns a reply.\n            timeout: seconds without a call after which this returns; None: for ever.\n        ");
 static PyMethodDef __pyx_mdef_7ivshmem_7channel_5calls_10CallServer_3serve = {"serve", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_10CallServer_3serve, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_10CallServer_2serve};
 static PyObject *__pyx_pw_7ivshmem_7channel_5calls_10CallServer_3serve(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -12462,36 +12573,36 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_function,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 361, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 378, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 361, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 378, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 361, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 378, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "serve", 0) < (0)) __PYX_ERR(0, 361, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "serve", 0) < (0)) __PYX_ERR(0, 378, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("serve", 0, 1, 2, i); __PYX_ERR(0, 361, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("serve", 0, 1, 2, i); __PYX_ERR(0, 378, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 361, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 378, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 361, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 378, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -12504,7 +12615,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("serve", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 361, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("serve", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 378, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12556,7 +12667,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("serve", 0);
 
-  /* "ivshmem/channel/calls.pyx":372
+  /* "ivshmem/channel/calls.pyx":389
  *             timeout: seconds without a call after which this returns; None: for ever.
  *         """
  *         while True:             # <<<<<<<<<<<<<<
@@ -12565,7 +12676,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
 */
   while (1) {
 
-    /* "ivshmem/channel/calls.pyx":373
+    /* "ivshmem/channel/calls.pyx":390
  *         """
  *         while True:
  *             call = self.take(timeout, spin=spin)             # <<<<<<<<<<<<<<
@@ -12581,13 +12692,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
       PyObject *__pyx_callargs[3] = {__pyx_t_2, __pyx_v_timeout, __pyx_v_spin};
       #if CYTHON_VECTORCALL
       __pyx_t_4 = __pyx_mstate_global->__pyx_tuple[1];
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 373, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 390, __pyx_L1_error)
       __Pyx_INCREF(__pyx_t_4);
       #else
       {
         PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_spin};
         __pyx_t_4 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+2, 1);
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 373, __pyx_L1_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 390, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_4);
       }
       #endif
@@ -12596,13 +12707,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
       #if CYTHON_VECTORCALL
       #endif
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 373, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 390, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_XDECREF_SET(__pyx_v_call, __pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/calls.pyx":374
+    /* "ivshmem/channel/calls.pyx":391
  *         while True:
  *             call = self.take(timeout, spin=spin)
  *             if call is None:             # <<<<<<<<<<<<<<
@@ -12613,7 +12724,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/channel/calls.pyx":375
+      /* "ivshmem/channel/calls.pyx":392
  *             call = self.take(timeout, spin=spin)
  *             if call is None:
  *                 return             # <<<<<<<<<<<<<<
@@ -12630,7 +12741,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/calls.pyx":374
+      /* "ivshmem/channel/calls.pyx":391
  *         while True:
  *             call = self.take(timeout, spin=spin)
  *             if call is None:             # <<<<<<<<<<<<<<
@@ -12639,7 +12750,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
 */
     }
 
-    /* "ivshmem/channel/calls.pyx":376
+    /* "ivshmem/channel/calls.pyx":393
  *             if call is None:
  *                 return
  *             try:             # <<<<<<<<<<<<<<
@@ -12655,7 +12766,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
       __Pyx_XGOTREF(__pyx_t_8);
       /*try:*/ {
 
-        /* "ivshmem/channel/calls.pyx":377
+        /* "ivshmem/channel/calls.pyx":394
  *                 return
  *             try:
  *                 reply = function(call.get())             # <<<<<<<<<<<<<<
@@ -12672,7 +12783,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
           PyObject *__pyx_callargs[2] = {__pyx_t_10, NULL};
           __pyx_t_9 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-          if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 377, __pyx_L6_error)
+          if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 394, __pyx_L6_error)
           __Pyx_GOTREF(__pyx_t_9);
         }
         __pyx_t_3 = 1;
@@ -12693,13 +12804,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
           __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
           __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
           __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 377, __pyx_L6_error)
+          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 394, __pyx_L6_error)
           __Pyx_GOTREF(__pyx_t_1);
         }
         __Pyx_XDECREF_SET(__pyx_v_reply, __pyx_t_1);
         __pyx_t_1 = 0;
 
-        /* "ivshmem/channel/calls.pyx":376
+        /* "ivshmem/channel/calls.pyx":393
  *             if call is None:
  *                 return
  *             try:             # <<<<<<<<<<<<<<
@@ -12708,7 +12819,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
 */
       }
 
-      /* "ivshmem/channel/calls.pyx":384
+      /* "ivshmem/channel/calls.pyx":401
  *                 raise
  *             else:
  *                 reply_or_fail(call, reply)             # <<<<<<<<<<<<<<
@@ -12716,8 +12827,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
  *     async def serve_async(self, function, timeout=None):
 */
       /*else:*/ {
-        if (!(likely(((__pyx_v_call) == Py_None) || likely(__Pyx_TypeTest(__pyx_v_call, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call))))) __PYX_ERR(0, 384, __pyx_L8_except_error)
-        __pyx_t_11 = __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(((struct __pyx_obj_7ivshmem_7channel_5calls_Call *)__pyx_v_call), __pyx_v_reply); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 384, __pyx_L8_except_error)
+        if (!(likely(((__pyx_v_call) == Py_None) || likely(__Pyx_TypeTest(__pyx_v_call, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call))))) __PYX_ERR(0, 401, __pyx_L8_except_error)
+        __pyx_t_11 = __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(((struct __pyx_obj_7ivshmem_7channel_5calls_Call *)__pyx_v_call), __pyx_v_reply); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 401, __pyx_L8_except_error)
 
       }
       __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -12731,7 +12842,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-      /* "ivshmem/channel/calls.pyx":378
+      /* "ivshmem/channel/calls.pyx":395
  *             try:
  *                 reply = function(call.get())
  *             except Exception as error:             # <<<<<<<<<<<<<<
@@ -12741,7 +12852,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
       __pyx_t_11 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_Exception))));
       if (__pyx_t_11) {
         __Pyx_AddTraceback("ivshmem.channel.calls.CallServer.serve", __pyx_clineno, __pyx_lineno, __pyx_filename);
-        if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_2, &__pyx_t_9) < 0) __PYX_ERR(0, 378, __pyx_L8_except_error)
+        if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_2, &__pyx_t_9) < 0) __PYX_ERR(0, 395, __pyx_L8_except_error)
         __Pyx_XGOTREF(__pyx_t_1);
         __Pyx_XGOTREF(__pyx_t_2);
         __Pyx_XGOTREF(__pyx_t_9);
@@ -12749,7 +12860,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
         __pyx_v_error = __pyx_t_2;
         /*try:*/ {
 
-          /* "ivshmem/channel/calls.pyx":379
+          /* "ivshmem/channel/calls.pyx":396
  *                 reply = function(call.get())
  *             except Exception as error:
  *                 call.fail(explained(error))             # <<<<<<<<<<<<<<
@@ -12758,7 +12869,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
 */
           __pyx_t_10 = __pyx_v_call;
           __Pyx_INCREF(__pyx_t_10);
-          __pyx_t_12 = __pyx_f_7ivshmem_7channel_5calls_explained(__pyx_v_error); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 379, __pyx_L19_error)
+          __pyx_t_12 = __pyx_f_7ivshmem_7channel_5calls_explained(__pyx_v_error); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 396, __pyx_L19_error)
           __Pyx_GOTREF(__pyx_t_12);
           __pyx_t_3 = 0;
           {
@@ -12766,13 +12877,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
             __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fail, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
             __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 379, __pyx_L19_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 396, __pyx_L19_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
         }
 
-        /* "ivshmem/channel/calls.pyx":378
+        /* "ivshmem/channel/calls.pyx":395
  *             try:
  *                 reply = function(call.get())
  *             except Exception as error:             # <<<<<<<<<<<<<<
@@ -12824,7 +12935,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
         goto __pyx_L7_exception_handled;
       }
 
-      /* "ivshmem/channel/calls.pyx":380
+      /* "ivshmem/channel/calls.pyx":397
  *             except Exception as error:
  *                 call.fail(explained(error))
  *             except BaseException:             # <<<<<<<<<<<<<<
@@ -12834,12 +12945,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
       __pyx_t_13 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
       if (__pyx_t_13) {
         __Pyx_AddTraceback("ivshmem.channel.calls.CallServer.serve", __pyx_clineno, __pyx_lineno, __pyx_filename);
-        if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_2, &__pyx_t_1) < 0) __PYX_ERR(0, 380, __pyx_L8_except_error)
+        if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_2, &__pyx_t_1) < 0) __PYX_ERR(0, 397, __pyx_L8_except_error)
         __Pyx_XGOTREF(__pyx_t_9);
         __Pyx_XGOTREF(__pyx_t_2);
         __Pyx_XGOTREF(__pyx_t_1);
 
-        /* "ivshmem/channel/calls.pyx":381
+        /* "ivshmem/channel/calls.pyx":398
  *                 call.fail(explained(error))
  *             except BaseException:
  *                 call.fail("the server ends")             # <<<<<<<<<<<<<<
@@ -12853,12 +12964,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
           PyObject *__pyx_callargs[2] = {__pyx_t_12, __pyx_mstate_global->__pyx_kp_u_the_server_ends};
           __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fail, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_12); __pyx_t_12 = 0;
-          if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 381, __pyx_L8_except_error)
+          if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 398, __pyx_L8_except_error)
           __Pyx_GOTREF(__pyx_t_4);
         }
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-        /* "ivshmem/channel/calls.pyx":382
+        /* "ivshmem/channel/calls.pyx":399
  *             except BaseException:
  *                 call.fail("the server ends")
  *                 raise             # <<<<<<<<<<<<<<
@@ -12870,11 +12981,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
         __Pyx_XGIVEREF(__pyx_t_1);
         __Pyx_ErrRestoreWithState(__pyx_t_9, __pyx_t_2, __pyx_t_1);
         __pyx_t_9 = 0;  __pyx_t_2 = 0;  __pyx_t_1 = 0; 
-        __PYX_ERR(0, 382, __pyx_L8_except_error)
+        __PYX_ERR(0, 399, __pyx_L8_except_error)
       }
       goto __pyx_L8_except_error;
 
-      /* "ivshmem/channel/calls.pyx":376
+      /* "ivshmem/channel/calls.pyx":393
  *             if call is None:
  *                 return
  *             try:             # <<<<<<<<<<<<<<
@@ -12896,7 +13007,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
     }
   }
 
-  /* "ivshmem/channel/calls.pyx":361
+  /* "ivshmem/channel/calls.pyx":378
  *         return taken_of(Call, self, &taken)
  * 
  *     def serve(self, function, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -12926,7 +13037,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
 }
 static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
 
-/* "ivshmem/channel/calls.pyx":386
+/* "ivshmem/channel/calls.pyx":403
  *                 reply_or_fail(call, reply)
  * 
  *     async def serve_async(self, function, timeout=None):             # <<<<<<<<<<<<<<
@@ -12975,35 +13086,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_function,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 386, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 403, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 386, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 403, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 386, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 403, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "serve_async", 0) < (0)) __PYX_ERR(0, 386, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "serve_async", 0) < (0)) __PYX_ERR(0, 403, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("serve_async", 0, 1, 2, i); __PYX_ERR(0, 386, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("serve_async", 0, 1, 2, i); __PYX_ERR(0, 403, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 386, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 403, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 386, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 403, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -13014,7 +13125,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("serve_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 386, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("serve_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 403, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13047,7 +13158,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_4serve_async(str
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 386, __pyx_L1_error)
+    __PYX_ERR(0, 403, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
@@ -13061,7 +13172,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_4serve_async(str
   __Pyx_INCREF(__pyx_cur_scope->__pyx_v_timeout);
   __Pyx_GIVEREF(__pyx_cur_scope->__pyx_v_timeout);
   {
-    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_serve_async, __pyx_mstate_global->__pyx_n_u_CallServer_serve_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls); if (unlikely(!gen)) __PYX_ERR(0, 386, __pyx_L1_error)
+    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_serve_async, __pyx_mstate_global->__pyx_n_u_CallServer_serve_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls); if (unlikely(!gen)) __PYX_ERR(0, 403, __pyx_L1_error)
     __Pyx_DECREF(__pyx_cur_scope);
     __Pyx_RefNannyFinishContext();
     return (PyObject *) gen;
@@ -13118,10 +13229,10 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
   __pyx_L3_first_run:;
   if (unlikely(__pyx_sent_value != Py_None)) {
     if (unlikely(__pyx_sent_value)) PyErr_SetString(PyExc_TypeError, "can't send non-None value to a just-started coroutine");
-    __PYX_ERR(0, 386, __pyx_L1_error)
+    __PYX_ERR(0, 403, __pyx_L1_error)
   }
 
-  /* "ivshmem/channel/calls.pyx":388
+  /* "ivshmem/channel/calls.pyx":405
  *     async def serve_async(self, function, timeout=None):
  *         """The twin of `serve` for asyncio; `function` may be a coroutine function."""
  *         while True:             # <<<<<<<<<<<<<<
@@ -13130,7 +13241,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
 */
   while (1) {
 
-    /* "ivshmem/channel/calls.pyx":389
+    /* "ivshmem/channel/calls.pyx":406
  *         """The twin of `serve` for asyncio; `function` may be a coroutine function."""
  *         while True:
  *             call = await self.take_async(timeout)             # <<<<<<<<<<<<<<
@@ -13144,7 +13255,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
       PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_cur_scope->__pyx_v_timeout};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take_async, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 389, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 406, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __pyx_t_4 = __Pyx_Coroutine_Yield_From(__pyx_generator, __pyx_t_1, &__pyx_r);
@@ -13158,21 +13269,21 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
       __pyx_generator->resume_label = 1;
       return __pyx_r;
       __pyx_L6_resume_from_await:;
-      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 389, __pyx_L1_error)
+      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 406, __pyx_L1_error)
       __pyx_t_1 = __pyx_sent_value; __Pyx_INCREF(__pyx_t_1);
     } else if (likely(__pyx_t_4 == PYGEN_RETURN)) {
       __Pyx_GOTREF(__pyx_r);
       __pyx_t_1 = __pyx_r; __pyx_r = NULL;
     } else {
       __Pyx_XGOTREF(__pyx_r);
-      __PYX_ERR(0, 389, __pyx_L1_error)
+      __PYX_ERR(0, 406, __pyx_L1_error)
     }
     __Pyx_XGOTREF(__pyx_cur_scope->__pyx_v_call);
     __Pyx_XDECREF_SET(__pyx_cur_scope->__pyx_v_call, __pyx_t_1);
     __Pyx_GIVEREF(__pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/calls.pyx":390
+    /* "ivshmem/channel/calls.pyx":407
  *         while True:
  *             call = await self.take_async(timeout)
  *             if call is None:             # <<<<<<<<<<<<<<
@@ -13183,7 +13294,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/channel/calls.pyx":391
+      /* "ivshmem/channel/calls.pyx":408
  *             call = await self.take_async(timeout)
  *             if call is None:
  *                 return             # <<<<<<<<<<<<<<
@@ -13200,7 +13311,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/calls.pyx":390
+      /* "ivshmem/channel/calls.pyx":407
  *         while True:
  *             call = await self.take_async(timeout)
  *             if call is None:             # <<<<<<<<<<<<<<
@@ -13209,7 +13320,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
 */
     }
 
-    /* "ivshmem/channel/calls.pyx":392
+    /* "ivshmem/channel/calls.pyx":409
  *             if call is None:
  *                 return
  *             try:             # <<<<<<<<<<<<<<
@@ -13223,7 +13334,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
       __Pyx_XGOTREF(__pyx_t_8);
       /*try:*/ {
 
-        /* "ivshmem/channel/calls.pyx":393
+        /* "ivshmem/channel/calls.pyx":410
  *                 return
  *             try:
  *                 reply = function(call.get())             # <<<<<<<<<<<<<<
@@ -13240,7 +13351,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
           PyObject *__pyx_callargs[2] = {__pyx_t_11, NULL};
           __pyx_t_10 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
-          if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 393, __pyx_L8_error)
+          if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 410, __pyx_L8_error)
           __Pyx_GOTREF(__pyx_t_10);
         }
         __pyx_t_3 = 1;
@@ -13261,7 +13372,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
           __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
           __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
           __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 393, __pyx_L8_error)
+          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 410, __pyx_L8_error)
           __Pyx_GOTREF(__pyx_t_1);
         }
         __Pyx_XGOTREF(__pyx_cur_scope->__pyx_v_reply);
@@ -13269,18 +13380,18 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
         __Pyx_GIVEREF(__pyx_t_1);
         __pyx_t_1 = 0;
 
-        /* "ivshmem/channel/calls.pyx":394
+        /* "ivshmem/channel/calls.pyx":411
  *             try:
  *                 reply = function(call.get())
  *                 if hasattr(reply, "__await__"):             # <<<<<<<<<<<<<<
  *                     reply = await reply
  *             except Exception as error:
 */
-        __pyx_t_5 = __Pyx_HasAttr(__pyx_cur_scope->__pyx_v_reply, __pyx_mstate_global->__pyx_n_u_await); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 394, __pyx_L8_error)
+        __pyx_t_5 = __Pyx_HasAttr(__pyx_cur_scope->__pyx_v_reply, __pyx_mstate_global->__pyx_n_u_await); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 411, __pyx_L8_error)
         if (__pyx_t_5) {
 
 
-          /* "ivshmem/channel/calls.pyx":395
+          /* "ivshmem/channel/calls.pyx":412
  *                 reply = function(call.get())
  *                 if hasattr(reply, "__await__"):
  *                     reply = await reply             # <<<<<<<<<<<<<<
@@ -13312,21 +13423,21 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
             __pyx_t_8 = __pyx_cur_scope->__pyx_t_2;
             __pyx_cur_scope->__pyx_t_2 = 0;
             __Pyx_XGOTREF(__pyx_t_8);
-            if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 395, __pyx_L8_error)
+            if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 412, __pyx_L8_error)
             __pyx_t_1 = __pyx_sent_value; __Pyx_INCREF(__pyx_t_1);
           } else if (likely(__pyx_t_4 == PYGEN_RETURN)) {
             __Pyx_GOTREF(__pyx_r);
             __pyx_t_1 = __pyx_r; __pyx_r = NULL;
           } else {
             __Pyx_XGOTREF(__pyx_r);
-            __PYX_ERR(0, 395, __pyx_L8_error)
+            __PYX_ERR(0, 412, __pyx_L8_error)
           }
           __Pyx_GOTREF(__pyx_cur_scope->__pyx_v_reply);
           __Pyx_DECREF_SET(__pyx_cur_scope->__pyx_v_reply, __pyx_t_1);
           __Pyx_GIVEREF(__pyx_t_1);
           __pyx_t_1 = 0;
 
-          /* "ivshmem/channel/calls.pyx":394
+          /* "ivshmem/channel/calls.pyx":411
  *             try:
  *                 reply = function(call.get())
  *                 if hasattr(reply, "__await__"):             # <<<<<<<<<<<<<<
@@ -13335,7 +13446,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
 */
         }
 
-        /* "ivshmem/channel/calls.pyx":392
+        /* "ivshmem/channel/calls.pyx":409
  *             if call is None:
  *                 return
  *             try:             # <<<<<<<<<<<<<<
@@ -13344,7 +13455,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
 */
       }
 
-      /* "ivshmem/channel/calls.pyx":402
+      /* "ivshmem/channel/calls.pyx":419
  *                 raise
  *             else:
  *                 reply_or_fail(call, reply)             # <<<<<<<<<<<<<<
@@ -13352,8 +13463,8 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
  *     def take_async(self, timeout=None):
 */
       /*else:*/ {
-        if (!(likely(((__pyx_cur_scope->__pyx_v_call) == Py_None) || likely(__Pyx_TypeTest(__pyx_cur_scope->__pyx_v_call, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call))))) __PYX_ERR(0, 402, __pyx_L10_except_error)
-        __pyx_t_12 = __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(((struct __pyx_obj_7ivshmem_7channel_5calls_Call *)__pyx_cur_scope->__pyx_v_call), __pyx_cur_scope->__pyx_v_reply); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 402, __pyx_L10_except_error)
+        if (!(likely(((__pyx_cur_scope->__pyx_v_call) == Py_None) || likely(__Pyx_TypeTest(__pyx_cur_scope->__pyx_v_call, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call))))) __PYX_ERR(0, 419, __pyx_L10_except_error)
+        __pyx_t_12 = __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(((struct __pyx_obj_7ivshmem_7channel_5calls_Call *)__pyx_cur_scope->__pyx_v_call), __pyx_cur_scope->__pyx_v_reply); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 419, __pyx_L10_except_error)
 
       }
       __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -13367,7 +13478,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-      /* "ivshmem/channel/calls.pyx":396
+      /* "ivshmem/channel/calls.pyx":413
  *                 if hasattr(reply, "__await__"):
  *                     reply = await reply
  *             except Exception as error:             # <<<<<<<<<<<<<<
@@ -13377,7 +13488,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
       __pyx_t_12 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_Exception))));
       if (__pyx_t_12) {
         __Pyx_AddTraceback("ivshmem.channel.calls.CallServer.serve_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
-        if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_9, &__pyx_t_10) < 0) __PYX_ERR(0, 396, __pyx_L10_except_error)
+        if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_9, &__pyx_t_10) < 0) __PYX_ERR(0, 413, __pyx_L10_except_error)
         __Pyx_XGOTREF(__pyx_t_1);
         __Pyx_XGOTREF(__pyx_t_9);
         __Pyx_XGOTREF(__pyx_t_10);
@@ -13386,7 +13497,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
         __pyx_cur_scope->__pyx_v_error = __pyx_t_9;
         /*try:*/ {
 
-          /* "ivshmem/channel/calls.pyx":397
+          /* "ivshmem/channel/calls.pyx":414
  *                     reply = await reply
  *             except Exception as error:
  *                 call.fail(explained(error))             # <<<<<<<<<<<<<<
@@ -13395,7 +13506,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
 */
           __pyx_t_11 = __pyx_cur_scope->__pyx_v_call;
           __Pyx_INCREF(__pyx_t_11);
-          __pyx_t_13 = __pyx_f_7ivshmem_7channel_5calls_explained(__pyx_cur_scope->__pyx_v_error); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 397, __pyx_L23_error)
+          __pyx_t_13 = __pyx_f_7ivshmem_7channel_5calls_explained(__pyx_cur_scope->__pyx_v_error); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 414, __pyx_L23_error)
           __Pyx_GOTREF(__pyx_t_13);
           __pyx_t_3 = 0;
           {
@@ -13403,13 +13514,13 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
             __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fail, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
             __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 397, __pyx_L23_error)
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 414, __pyx_L23_error)
             __Pyx_GOTREF(__pyx_t_2);
           }
           __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
         }
 
-        /* "ivshmem/channel/calls.pyx":396
+        /* "ivshmem/channel/calls.pyx":413
  *                 if hasattr(reply, "__await__"):
  *                     reply = await reply
  *             except Exception as error:             # <<<<<<<<<<<<<<
@@ -13462,7 +13573,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
         goto __pyx_L9_exception_handled;
       }
 
-      /* "ivshmem/channel/calls.pyx":398
+      /* "ivshmem/channel/calls.pyx":415
  *             except Exception as error:
  *                 call.fail(explained(error))
  *             except BaseException:             # <<<<<<<<<<<<<<
@@ -13472,12 +13583,12 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
       __pyx_t_14 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
       if (__pyx_t_14) {
         __Pyx_AddTraceback("ivshmem.channel.calls.CallServer.serve_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
-        if (__Pyx_GetException(&__pyx_t_10, &__pyx_t_9, &__pyx_t_1) < 0) __PYX_ERR(0, 398, __pyx_L10_except_error)
+        if (__Pyx_GetException(&__pyx_t_10, &__pyx_t_9, &__pyx_t_1) < 0) __PYX_ERR(0, 415, __pyx_L10_except_error)
         __Pyx_XGOTREF(__pyx_t_10);
         __Pyx_XGOTREF(__pyx_t_9);
         __Pyx_XGOTREF(__pyx_t_1);
 
-        /* "ivshmem/channel/calls.pyx":399
+        /* "ivshmem/channel/calls.pyx":416
  *                 call.fail(explained(error))
  *             except BaseException:
  *                 call.fail("the server ends")             # <<<<<<<<<<<<<<
@@ -13491,12 +13602,12 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
           PyObject *__pyx_callargs[2] = {__pyx_t_13, __pyx_mstate_global->__pyx_kp_u_the_server_ends};
           __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fail, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_13); __pyx_t_13 = 0;
-          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 399, __pyx_L10_except_error)
+          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 416, __pyx_L10_except_error)
           __Pyx_GOTREF(__pyx_t_2);
         }
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-        /* "ivshmem/channel/calls.pyx":400
+        /* "ivshmem/channel/calls.pyx":417
  *             except BaseException:
  *                 call.fail("the server ends")
  *                 raise             # <<<<<<<<<<<<<<
@@ -13508,11 +13619,11 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
         __Pyx_XGIVEREF(__pyx_t_1);
         __Pyx_ErrRestoreWithState(__pyx_t_10, __pyx_t_9, __pyx_t_1);
         __pyx_t_10 = 0;  __pyx_t_9 = 0;  __pyx_t_1 = 0; 
-        __PYX_ERR(0, 400, __pyx_L10_except_error)
+        __PYX_ERR(0, 417, __pyx_L10_except_error)
       }
       goto __pyx_L10_except_error;
 
-      /* "ivshmem/channel/calls.pyx":392
+      /* "ivshmem/channel/calls.pyx":409
  *             if call is None:
  *                 return
  *             try:             # <<<<<<<<<<<<<<
@@ -13535,7 +13646,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
   }
   CYTHON_MAYBE_UNUSED_VAR(__pyx_cur_scope);
 
-  /* "ivshmem/channel/calls.pyx":386
+  /* "ivshmem/channel/calls.pyx":403
  *                 reply_or_fail(call, reply)
  * 
  *     async def serve_async(self, function, timeout=None):             # <<<<<<<<<<<<<<
@@ -13568,7 +13679,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":404
+/* "ivshmem/channel/calls.pyx":421
  *                 reply_or_fail(call, reply)
  * 
  *     def take_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -13616,24 +13727,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 404, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 421, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 404, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 421, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take_async", 0) < (0)) __PYX_ERR(0, 404, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take_async", 0) < (0)) __PYX_ERR(0, 421, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 404, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 421, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -13644,7 +13755,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("take_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 404, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("take_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 421, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13675,16 +13786,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_7take_async(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("take_async", 0);
 
-  /* "ivshmem/channel/calls.pyx":406
+  /* "ivshmem/channel/calls.pyx":423
  *     def take_async(self, timeout=None):
  *         """The twin of `take` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.take, timeout, ())             # <<<<<<<<<<<<<<
  * 
  *     def __iter__(self):
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_take); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 406, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_take); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 423, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 406, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 423, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
@@ -13698,7 +13809,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_7take_async(stru
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":404
+  /* "ivshmem/channel/calls.pyx":421
  *                 reply_or_fail(call, reply)
  * 
  *     def take_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -13718,7 +13829,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_7take_async(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":408
+/* "ivshmem/channel/calls.pyx":425
  *         return until_something(self, self.take, timeout, ())
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -13746,7 +13857,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_9__iter__(struct
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__iter__", 0);
 
-  /* "ivshmem/channel/calls.pyx":409
+  /* "ivshmem/channel/calls.pyx":426
  * 
  *     def __iter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -13764,7 +13875,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_9__iter__(struct
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":408
+  /* "ivshmem/channel/calls.pyx":425
  *         return until_something(self, self.take, timeout, ())
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -13779,7 +13890,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_9__iter__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":411
+/* "ivshmem/channel/calls.pyx":428
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -13813,7 +13924,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_11__next__(struc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__next__", 0);
 
-  /* "ivshmem/channel/calls.pyx":412
+  /* "ivshmem/channel/calls.pyx":429
  * 
  *     def __next__(self):
  *         return self.take()             # <<<<<<<<<<<<<<
@@ -13827,7 +13938,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_11__next__(struc
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 412, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 429, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -13841,7 +13952,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_11__next__(struc
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":411
+  /* "ivshmem/channel/calls.pyx":428
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -13861,7 +13972,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_11__next__(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":414
+/* "ivshmem/channel/calls.pyx":431
  *         return self.take()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -13889,7 +14000,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_13__aiter__(stru
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__aiter__", 0);
 
-  /* "ivshmem/channel/calls.pyx":415
+  /* "ivshmem/channel/calls.pyx":432
  * 
  *     def __aiter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -13907,7 +14018,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_13__aiter__(stru
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":414
+  /* "ivshmem/channel/calls.pyx":431
  *         return self.take()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -13922,7 +14033,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_13__aiter__(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":417
+/* "ivshmem/channel/calls.pyx":434
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -13956,7 +14067,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_15__anext__(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__anext__", 0);
 
-  /* "ivshmem/channel/calls.pyx":418
+  /* "ivshmem/channel/calls.pyx":435
  * 
  *     def __anext__(self):
  *         return self.take_async()             # <<<<<<<<<<<<<<
@@ -13970,7 +14081,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_15__anext__(stru
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take_async, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 418, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 435, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -13984,7 +14095,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_15__anext__(stru
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":417
+  /* "ivshmem/channel/calls.pyx":434
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -14210,7 +14321,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_19__setstate_cyt
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":421
+/* "ivshmem/channel/calls.pyx":438
  * 
  * 
  * cdef str explained(object error):             # <<<<<<<<<<<<<<
@@ -14236,7 +14347,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_explained(PyObject *__pyx_v_er
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("explained", 0);
 
-  /* "ivshmem/channel/calls.pyx":423
+  /* "ivshmem/channel/calls.pyx":440
  * cdef str explained(object error):
  *     """Return what a caller is told of an exception."""
  *     try:             # <<<<<<<<<<<<<<
@@ -14252,19 +14363,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_explained(PyObject *__pyx_v_er
     __Pyx_XGOTREF(__pyx_t_3);
     /*try:*/ {
 
-      /* "ivshmem/channel/calls.pyx":424
+      /* "ivshmem/channel/calls.pyx":441
  *     """Return what a caller is told of an exception."""
  *     try:
  *         return f"{type(error).__name__}: {error}"             # <<<<<<<<<<<<<<
  *     except Exception:  # of its __str__
  *         return type(error).__name__
 */
-      __pyx_t_4 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(__pyx_v_error)), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 424, __pyx_L3_error)
+      __pyx_t_4 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(__pyx_v_error)), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 441, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_4);
-      __pyx_t_5 = __Pyx_PyObject_FormatSimple(__pyx_t_4, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 424, __pyx_L3_error)
+      __pyx_t_5 = __Pyx_PyObject_FormatSimple(__pyx_t_4, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 441, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_5);
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_v_error, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 424, __pyx_L3_error)
+      __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_v_error, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 441, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_4);
       __pyx_t_6[0] = __pyx_t_5;
       __pyx_t_6[1] = __pyx_mstate_global->__pyx_kp_u__2;
@@ -14278,7 +14389,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_explained(PyObject *__pyx_v_er
       __pyx_t_8 |= __Pyx_PyUnicode_KIND_04(__pyx_t_6[0]) | __Pyx_PyUnicode_KIND_04(__pyx_t_6[2]);
       #endif
       __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_6, 3, __pyx_t_7, __pyx_t_8);
-      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 424, __pyx_L3_error)
+      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 441, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_9);
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
@@ -14293,7 +14404,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_explained(PyObject *__pyx_v_er
       __pyx_t_9 = 0;
       goto __pyx_L7_try_return;
 
-      /* "ivshmem/channel/calls.pyx":423
+      /* "ivshmem/channel/calls.pyx":440
  * cdef str explained(object error):
  *     """Return what a caller is told of an exception."""
  *     try:             # <<<<<<<<<<<<<<
@@ -14306,7 +14417,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_explained(PyObject *__pyx_v_er
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-    /* "ivshmem/channel/calls.pyx":425
+    /* "ivshmem/channel/calls.pyx":442
  *     try:
  *         return f"{type(error).__name__}: {error}"
  *     except Exception:  # of its __str__             # <<<<<<<<<<<<<<
@@ -14316,21 +14427,21 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_explained(PyObject *__pyx_v_er
     __pyx_t_8 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_Exception))));
     if (__pyx_t_8) {
       __Pyx_AddTraceback("ivshmem.channel.calls.explained", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_4, &__pyx_t_5) < 0) __PYX_ERR(0, 425, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_4, &__pyx_t_5) < 0) __PYX_ERR(0, 442, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_9);
       __Pyx_XGOTREF(__pyx_t_4);
       __Pyx_XGOTREF(__pyx_t_5);
 
-      /* "ivshmem/channel/calls.pyx":426
+      /* "ivshmem/channel/calls.pyx":443
  *         return f"{type(error).__name__}: {error}"
  *     except Exception:  # of its __str__
  *         return type(error).__name__             # <<<<<<<<<<<<<<
  * 
  * 
 */
-      __pyx_t_10 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(__pyx_v_error)), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 426, __pyx_L5_except_error)
+      __pyx_t_10 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(__pyx_v_error)), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 443, __pyx_L5_except_error)
       __Pyx_GOTREF(__pyx_t_10);
-      if (!(likely(PyUnicode_CheckExact(__pyx_t_10))||((__pyx_t_10) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_10))) __PYX_ERR(0, 426, __pyx_L5_except_error)
+      if (!(likely(PyUnicode_CheckExact(__pyx_t_10))||((__pyx_t_10) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_10))) __PYX_ERR(0, 443, __pyx_L5_except_error)
       {
         PyObject *__pyx_temp;
         {
@@ -14347,7 +14458,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_explained(PyObject *__pyx_v_er
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/channel/calls.pyx":423
+    /* "ivshmem/channel/calls.pyx":440
  * cdef str explained(object error):
  *     """Return what a caller is told of an exception."""
  *     try:             # <<<<<<<<<<<<<<
@@ -14374,7 +14485,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_explained(PyObject *__pyx_v_er
     goto __pyx_L0;
   }
 
-  /* "ivshmem/channel/calls.pyx":421
+  /* "ivshmem/channel/calls.pyx":438
  * 
  * 
  * cdef str explained(object error):             # <<<<<<<<<<<<<<
@@ -14396,7 +14507,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_explained(PyObject *__pyx_v_er
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":429
+/* "ivshmem/channel/calls.pyx":446
  * 
  * 
  * cdef int reply_or_fail(Call call, object reply) except -1:             # <<<<<<<<<<<<<<
@@ -14416,8 +14527,8 @@ static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivsh
   size_t __pyx_t_6;
   PyObject *__pyx_t_7 = NULL;
   PyObject *__pyx_t_8 = NULL;
-  int __pyx_t_9;
-  PyObject *__pyx_t_10 = NULL;
+  PyObject *__pyx_t_9 = NULL;
+  int __pyx_t_10;
   PyObject *__pyx_t_11 = NULL;
   int __pyx_t_12;
   char const *__pyx_t_13;
@@ -14432,12 +14543,12 @@ static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivsh
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("reply_or_fail", 0);
 
-  /* "ivshmem/channel/calls.pyx":431
+  /* "ivshmem/channel/calls.pyx":448
  * cdef int reply_or_fail(Call call, object reply) except -1:
  *     """Send a reply, or tell the caller that it cannot be sent. The server continues."""
  *     try:             # <<<<<<<<<<<<<<
  *         call.reply(reply)
- *     except (MessageTooLong, TypeError, ValueError, BufferError) as error:
+ *     except (ChannelTypeError, MessageTooLong) as error:
 */
   {
     __Pyx_PyThreadState_declare
@@ -14448,11 +14559,11 @@ static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivsh
     __Pyx_XGOTREF(__pyx_t_3);
     /*try:*/ {
 
-      /* "ivshmem/channel/calls.pyx":432
+      /* "ivshmem/channel/calls.pyx":449
  *     """Send a reply, or tell the caller that it cannot be sent. The server continues."""
  *     try:
  *         call.reply(reply)             # <<<<<<<<<<<<<<
- *     except (MessageTooLong, TypeError, ValueError, BufferError) as error:
+ *     except (ChannelTypeError, MessageTooLong) as error:
  *         call.fail(explained(error))
 */
       __pyx_t_5 = ((PyObject *)__pyx_v_call);
@@ -14462,17 +14573,17 @@ static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivsh
         PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_v_reply};
         __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_reply, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 432, __pyx_L3_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 449, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_4);
       }
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-      /* "ivshmem/channel/calls.pyx":431
+      /* "ivshmem/channel/calls.pyx":448
  * cdef int reply_or_fail(Call call, object reply) except -1:
  *     """Send a reply, or tell the caller that it cannot be sent. The server continues."""
  *     try:             # <<<<<<<<<<<<<<
  *         call.reply(reply)
- *     except (MessageTooLong, TypeError, ValueError, BufferError) as error:
+ *     except (ChannelTypeError, MessageTooLong) as error:
 */
     }
     __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -14483,23 +14594,26 @@ static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivsh
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-    /* "ivshmem/channel/calls.pyx":433
+    /* "ivshmem/channel/calls.pyx":450
  *     try:
  *         call.reply(reply)
- *     except (MessageTooLong, TypeError, ValueError, BufferError) as error:             # <<<<<<<<<<<<<<
+ *     except (ChannelTypeError, MessageTooLong) as error:             # <<<<<<<<<<<<<<
  *         call.fail(explained(error))
- *     return 0
+ *     except IvshmemError:  # the channel is closed, or spoiled
 */
     __Pyx_ErrFetch(&__pyx_t_4, &__pyx_t_5, &__pyx_t_7);
-    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 433, __pyx_L5_except_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_ChannelTypeError); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 450, __pyx_L5_except_error)
     __Pyx_GOTREF(__pyx_t_8);
-    __pyx_t_9 = __Pyx_PyErr_GivenExceptionMatches(__pyx_t_4, __pyx_t_8) || __Pyx_PyErr_GivenExceptionMatches(__pyx_t_4, ((PyObject *)(((PyTypeObject*)PyExc_TypeError)))) || __Pyx_PyErr_GivenExceptionMatches(__pyx_t_4, ((PyObject *)(((PyTypeObject*)PyExc_ValueError)))) || __Pyx_PyErr_GivenExceptionMatches(__pyx_t_4, ((PyObject *)(((PyTypeObject*)PyExc_BufferError))));
+    __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 450, __pyx_L5_except_error)
+    __Pyx_GOTREF(__pyx_t_9);
+    __pyx_t_10 = __Pyx_PyErr_GivenExceptionMatches2(__pyx_t_4, __pyx_t_8, __pyx_t_9);
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+    __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
     __Pyx_ErrRestore(__pyx_t_4, __pyx_t_5, __pyx_t_7);
     __pyx_t_4 = 0; __pyx_t_5 = 0; __pyx_t_7 = 0;
-    if (__pyx_t_9) {
+    if (__pyx_t_10) {
       __Pyx_AddTraceback("ivshmem.channel.calls.reply_or_fail", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_7, &__pyx_t_5, &__pyx_t_4) < 0) __PYX_ERR(0, 433, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_7, &__pyx_t_5, &__pyx_t_4) < 0) __PYX_ERR(0, 450, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_7);
       __Pyx_XGOTREF(__pyx_t_5);
       __Pyx_XGOTREF(__pyx_t_4);
@@ -14507,35 +14621,35 @@ static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivsh
       __pyx_v_error = __pyx_t_5;
       /*try:*/ {
 
-        /* "ivshmem/channel/calls.pyx":434
+        /* "ivshmem/channel/calls.pyx":451
  *         call.reply(reply)
- *     except (MessageTooLong, TypeError, ValueError, BufferError) as error:
+ *     except (ChannelTypeError, MessageTooLong) as error:
  *         call.fail(explained(error))             # <<<<<<<<<<<<<<
- *     return 0
- * 
+ *     except IvshmemError:  # the channel is closed, or spoiled
+ *         raise
 */
-        __pyx_t_10 = ((PyObject *)__pyx_v_call);
-        __Pyx_INCREF(__pyx_t_10);
-        __pyx_t_11 = __pyx_f_7ivshmem_7channel_5calls_explained(__pyx_v_error); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 434, __pyx_L14_error)
+        __pyx_t_8 = ((PyObject *)__pyx_v_call);
+        __Pyx_INCREF(__pyx_t_8);
+        __pyx_t_11 = __pyx_f_7ivshmem_7channel_5calls_explained(__pyx_v_error); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 451, __pyx_L14_error)
         __Pyx_GOTREF(__pyx_t_11);
         __pyx_t_6 = 0;
         {
-          PyObject *__pyx_callargs[2] = {__pyx_t_10, __pyx_t_11};
-          __pyx_t_8 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fail, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-          __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
+          PyObject *__pyx_callargs[2] = {__pyx_t_8, __pyx_t_11};
+          __pyx_t_9 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fail, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+          __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
           __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 434, __pyx_L14_error)
-          __Pyx_GOTREF(__pyx_t_8);
+          if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 451, __pyx_L14_error)
+          __Pyx_GOTREF(__pyx_t_9);
         }
-        __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+        __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
       }
 
-      /* "ivshmem/channel/calls.pyx":433
+      /* "ivshmem/channel/calls.pyx":450
  *     try:
  *         call.reply(reply)
- *     except (MessageTooLong, TypeError, ValueError, BufferError) as error:             # <<<<<<<<<<<<<<
+ *     except (ChannelTypeError, MessageTooLong) as error:             # <<<<<<<<<<<<<<
  *         call.fail(explained(error))
- *     return 0
+ *     except IvshmemError:  # the channel is closed, or spoiled
 */
       /*finally:*/ {
         /*normal exit:*/{
@@ -14547,9 +14661,9 @@ static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivsh
           __Pyx_PyThreadState_declare
           __Pyx_PyThreadState_assign
           __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0; __pyx_t_19 = 0;
-          __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
           __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
           __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
+          __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
            __Pyx_ExceptionSwap(&__pyx_t_17, &__pyx_t_18, &__pyx_t_19);
           if ( unlikely(__Pyx_GetException(&__pyx_t_14, &__pyx_t_15, &__pyx_t_16) < 0)) __Pyx_ErrFetch(&__pyx_t_14, &__pyx_t_15, &__pyx_t_16);
           __Pyx_XGOTREF(__pyx_t_14);
@@ -14558,7 +14672,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivsh
           __Pyx_XGOTREF(__pyx_t_17);
           __Pyx_XGOTREF(__pyx_t_18);
           __Pyx_XGOTREF(__pyx_t_19);
-          __pyx_t_9 = __pyx_lineno; __pyx_t_12 = __pyx_clineno; __pyx_t_13 = __pyx_filename;
+          __pyx_t_10 = __pyx_lineno; __pyx_t_12 = __pyx_clineno; __pyx_t_13 = __pyx_filename;
           {
             __Pyx_DECREF(__pyx_v_error); __pyx_v_error = 0;
           }
@@ -14571,7 +14685,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivsh
           __Pyx_XGIVEREF(__pyx_t_16);
           __Pyx_ErrRestore(__pyx_t_14, __pyx_t_15, __pyx_t_16);
           __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0; __pyx_t_19 = 0;
-          __pyx_lineno = __pyx_t_9; __pyx_clineno = __pyx_t_12; __pyx_filename = __pyx_t_13;
+          __pyx_lineno = __pyx_t_10; __pyx_clineno = __pyx_t_12; __pyx_filename = __pyx_t_13;
           goto __pyx_L5_except_error;
         }
         __pyx_L15:;
@@ -14581,14 +14695,143 @@ static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivsh
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       goto __pyx_L4_exception_handled;
     }
+
+    /* "ivshmem/channel/calls.pyx":452
+ *     except (ChannelTypeError, MessageTooLong) as error:
+ *         call.fail(explained(error))
+ *     except IvshmemError:  # the channel is closed, or spoiled             # <<<<<<<<<<<<<<
+ *         raise
+ *     except Exception as error:  # whatever a pickle raises
+*/
+    __Pyx_ErrFetch(&__pyx_t_4, &__pyx_t_5, &__pyx_t_7);
+    __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 452, __pyx_L5_except_error)
+    __Pyx_GOTREF(__pyx_t_9);
+    __pyx_t_12 = __Pyx_PyErr_GivenExceptionMatches(__pyx_t_4, __pyx_t_9);
+    __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+    __Pyx_ErrRestore(__pyx_t_4, __pyx_t_5, __pyx_t_7);
+    __pyx_t_4 = 0; __pyx_t_5 = 0; __pyx_t_7 = 0;
+    if (__pyx_t_12) {
+      __Pyx_AddTraceback("ivshmem.channel.calls.reply_or_fail", __pyx_clineno, __pyx_lineno, __pyx_filename);
+      if (__Pyx_GetException(&__pyx_t_7, &__pyx_t_5, &__pyx_t_4) < 0) __PYX_ERR(0, 452, __pyx_L5_except_error)
+      __Pyx_XGOTREF(__pyx_t_7);
+      __Pyx_XGOTREF(__pyx_t_5);
+      __Pyx_XGOTREF(__pyx_t_4);
+
+      /* "ivshmem/channel/calls.pyx":453
+ *         call.fail(explained(error))
+ *     except IvshmemError:  # the channel is closed, or spoiled
+ *         raise             # <<<<<<<<<<<<<<
+ *     except Exception as error:  # whatever a pickle raises
+ *         call.fail(explained(error))
+*/
+      __Pyx_GIVEREF(__pyx_t_7);
+      __Pyx_GIVEREF(__pyx_t_5);
+      __Pyx_XGIVEREF(__pyx_t_4);
+      __Pyx_ErrRestoreWithState(__pyx_t_7, __pyx_t_5, __pyx_t_4);
+      __pyx_t_7 = 0;  __pyx_t_5 = 0;  __pyx_t_4 = 0; 
+      __PYX_ERR(0, 453, __pyx_L5_except_error)
+    }
+
+    /* "ivshmem/channel/calls.pyx":454
+ *     except IvshmemError:  # the channel is closed, or spoiled
+ *         raise
+ *     except Exception as error:  # whatever a pickle raises             # <<<<<<<<<<<<<<
+ *         call.fail(explained(error))
+ *     return 0
+*/
+    __pyx_t_12 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_Exception))));
+    if (__pyx_t_12) {
+      __Pyx_AddTraceback("ivshmem.channel.calls.reply_or_fail", __pyx_clineno, __pyx_lineno, __pyx_filename);
+      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_5, &__pyx_t_7) < 0) __PYX_ERR(0, 454, __pyx_L5_except_error)
+      __Pyx_XGOTREF(__pyx_t_4);
+      __Pyx_XGOTREF(__pyx_t_5);
+      __Pyx_XGOTREF(__pyx_t_7);
+      __Pyx_INCREF(__pyx_t_5);
+      __pyx_v_error = ((PyObject*)__pyx_t_5);
+      /*try:*/ {
+
+        /* "ivshmem/channel/calls.pyx":455
+ *         raise
+ *     except Exception as error:  # whatever a pickle raises
+ *         call.fail(explained(error))             # <<<<<<<<<<<<<<
+ *     return 0
+ * 
+*/
+        __pyx_t_11 = ((PyObject *)__pyx_v_call);
+        __Pyx_INCREF(__pyx_t_11);
+        __pyx_t_8 = __pyx_f_7ivshmem_7channel_5calls_explained(__pyx_v_error); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 455, __pyx_L27_error)
+        __Pyx_GOTREF(__pyx_t_8);
+        __pyx_t_6 = 0;
+        {
+          PyObject *__pyx_callargs[2] = {__pyx_t_11, __pyx_t_8};
+          __pyx_t_9 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fail, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+          __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
+          __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+          if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 455, __pyx_L27_error)
+          __Pyx_GOTREF(__pyx_t_9);
+        }
+        __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+      }
+
+      /* "ivshmem/channel/calls.pyx":454
+ *     except IvshmemError:  # the channel is closed, or spoiled
+ *         raise
+ *     except Exception as error:  # whatever a pickle raises             # <<<<<<<<<<<<<<
+ *         call.fail(explained(error))
+ *     return 0
+*/
+      /*finally:*/ {
+        /*normal exit:*/{
+          __Pyx_DECREF(__pyx_v_error); __pyx_v_error = 0;
+          goto __pyx_L28;
+        }
+        __pyx_L27_error:;
+        /*exception exit:*/{
+          __Pyx_PyThreadState_declare
+          __Pyx_PyThreadState_assign
+          __pyx_t_19 = 0; __pyx_t_18 = 0; __pyx_t_17 = 0; __pyx_t_16 = 0; __pyx_t_15 = 0; __pyx_t_14 = 0;
+          __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
+          __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
+          __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
+           __Pyx_ExceptionSwap(&__pyx_t_16, &__pyx_t_15, &__pyx_t_14);
+          if ( unlikely(__Pyx_GetException(&__pyx_t_19, &__pyx_t_18, &__pyx_t_17) < 0)) __Pyx_ErrFetch(&__pyx_t_19, &__pyx_t_18, &__pyx_t_17);
+          __Pyx_XGOTREF(__pyx_t_19);
+          __Pyx_XGOTREF(__pyx_t_18);
+          __Pyx_XGOTREF(__pyx_t_17);
+          __Pyx_XGOTREF(__pyx_t_16);
+          __Pyx_XGOTREF(__pyx_t_15);
+          __Pyx_XGOTREF(__pyx_t_14);
+          __pyx_t_12 = __pyx_lineno; __pyx_t_10 = __pyx_clineno; __pyx_t_13 = __pyx_filename;
+          {
+            __Pyx_DECREF(__pyx_v_error); __pyx_v_error = 0;
+          }
+          __Pyx_XGIVEREF(__pyx_t_16);
+          __Pyx_XGIVEREF(__pyx_t_15);
+          __Pyx_XGIVEREF(__pyx_t_14);
+          __Pyx_ExceptionReset(__pyx_t_16, __pyx_t_15, __pyx_t_14);
+          __Pyx_XGIVEREF(__pyx_t_19);
+          __Pyx_XGIVEREF(__pyx_t_18);
+          __Pyx_XGIVEREF(__pyx_t_17);
+          __Pyx_ErrRestore(__pyx_t_19, __pyx_t_18, __pyx_t_17);
+          __pyx_t_19 = 0; __pyx_t_18 = 0; __pyx_t_17 = 0; __pyx_t_16 = 0; __pyx_t_15 = 0; __pyx_t_14 = 0;
+          __pyx_lineno = __pyx_t_12; __pyx_clineno = __pyx_t_10; __pyx_filename = __pyx_t_13;
+          goto __pyx_L5_except_error;
+        }
+        __pyx_L28:;
+      }
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+      __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+      goto __pyx_L4_exception_handled;
+    }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/channel/calls.pyx":431
+    /* "ivshmem/channel/calls.pyx":448
  * cdef int reply_or_fail(Call call, object reply) except -1:
  *     """Send a reply, or tell the caller that it cannot be sent. The server continues."""
  *     try:             # <<<<<<<<<<<<<<
  *         call.reply(reply)
- *     except (MessageTooLong, TypeError, ValueError, BufferError) as error:
+ *     except (ChannelTypeError, MessageTooLong) as error:
 */
     __pyx_L5_except_error:;
     __Pyx_XGIVEREF(__pyx_t_1);
@@ -14604,8 +14847,8 @@ static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivsh
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/channel/calls.pyx":435
- *     except (MessageTooLong, TypeError, ValueError, BufferError) as error:
+  /* "ivshmem/channel/calls.pyx":456
+ *     except Exception as error:  # whatever a pickle raises
  *         call.fail(explained(error))
  *     return 0             # <<<<<<<<<<<<<<
  * 
@@ -14617,7 +14860,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivsh
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":429
+  /* "ivshmem/channel/calls.pyx":446
  * 
  * 
  * cdef int reply_or_fail(Call call, object reply) except -1:             # <<<<<<<<<<<<<<
@@ -14631,7 +14874,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivsh
   __Pyx_XDECREF(__pyx_t_5);
   __Pyx_XDECREF(__pyx_t_7);
   __Pyx_XDECREF(__pyx_t_8);
-  __Pyx_XDECREF(__pyx_t_10);
+  __Pyx_XDECREF(__pyx_t_9);
   __Pyx_XDECREF(__pyx_t_11);
   __Pyx_AddTraceback("ivshmem.channel.calls.reply_or_fail", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
@@ -14642,7 +14885,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":445
+/* "ivshmem/channel/calls.pyx":466
  *     """
  * 
  *     def reply(self, data=b""):             # <<<<<<<<<<<<<<
@@ -14690,24 +14933,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 445, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 466, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 445, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 466, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "reply", 0) < (0)) __PYX_ERR(0, 445, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "reply", 0) < (0)) __PYX_ERR(0, 466, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_kp_b__3));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 445, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 466, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -14718,7 +14961,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("reply", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 445, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("reply", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 466, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -14750,17 +14993,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_reply(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("reply", 0);
 
-  /* "ivshmem/channel/calls.pyx":454
+  /* "ivshmem/channel/calls.pyx":475
  *             MessageTooLong: it is longer than the channel's limit. The call can still be replied to.
  *         """
  *         self.enter()             # <<<<<<<<<<<<<<
  *         return self.send(self.reader.type, data, REPLY)
  * 
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 454, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 475, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/calls.pyx":455
+  /* "ivshmem/channel/calls.pyx":476
  *         """
  *         self.enter()
  *         return self.send(self.reader.type, data, REPLY)             # <<<<<<<<<<<<<<
@@ -14769,7 +15012,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_reply(struct __pyx_obj_
 */
   __pyx_t_2 = __pyx_v_self->__pyx_base.__pyx_base.reader->type;
   __Pyx_INCREF(__pyx_t_2);
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->send(__pyx_v_self, __pyx_t_2, __pyx_v_data, __pyx_e_7ivshmem_7channel_5calls_REPLY); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 455, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->send(__pyx_v_self, __pyx_t_2, __pyx_v_data, __pyx_e_7ivshmem_7channel_5calls_REPLY); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 476, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   {
@@ -14783,7 +15026,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_reply(struct __pyx_obj_
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":445
+  /* "ivshmem/channel/calls.pyx":466
  *     """
  * 
  *     def reply(self, data=b""):             # <<<<<<<<<<<<<<
@@ -14803,7 +15046,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_reply(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":457
+/* "ivshmem/channel/calls.pyx":478
  *         return self.send(self.reader.type, data, REPLY)
  * 
  *     def fail(self, why):             # <<<<<<<<<<<<<<
@@ -14851,32 +15094,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_why,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 457, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 478, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 457, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 478, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fail", 0) < (0)) __PYX_ERR(0, 457, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fail", 0) < (0)) __PYX_ERR(0, 478, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fail", 1, 1, 1, i); __PYX_ERR(0, 457, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fail", 1, 1, 1, i); __PYX_ERR(0, 478, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 457, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 478, __pyx_L3_error)
     }
     __pyx_v_why = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("fail", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 457, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("fail", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 478, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -14916,17 +15159,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_2fail(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fail", 0);
 
-  /* "ivshmem/channel/calls.pyx":459
+  /* "ivshmem/channel/calls.pyx":480
  *     def fail(self, why):
  *         """Tell the caller that there is no reply, and why: its `result` raises CallFailed."""
  *         self.enter()             # <<<<<<<<<<<<<<
  *         limit = min(self.reader.channel.record.geometry.limit, SHOWN)
  *         return self.send(None, str(why).encode(errors="backslashreplace")[:limit], FAILURE)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 459, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 480, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/calls.pyx":460
+  /* "ivshmem/channel/calls.pyx":481
  *         """Tell the caller that there is no reply, and why: its `result` raises CallFailed."""
  *         self.enter()
  *         limit = min(self.reader.channel.record.geometry.limit, SHOWN)             # <<<<<<<<<<<<<<
@@ -14950,14 +15193,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_2fail(struct __pyx_obj_
   __pyx_v_limit = __pyx_t_4;
 
 
-  /* "ivshmem/channel/calls.pyx":461
+  /* "ivshmem/channel/calls.pyx":482
  *         self.enter()
  *         limit = min(self.reader.channel.record.geometry.limit, SHOWN)
  *         return self.send(None, str(why).encode(errors="backslashreplace")[:limit], FAILURE)             # <<<<<<<<<<<<<<
  * 
  *     cdef object send(self, object message_type, object data, unsigned status):
 */
-  __pyx_t_8 = __Pyx_PyObject_Unicode(__pyx_v_why); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 461, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_PyObject_Unicode(__pyx_v_why); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 482, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   __pyx_t_7 = __pyx_t_8;
   __Pyx_INCREF(__pyx_t_7);
@@ -14968,13 +15211,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_2fail(struct __pyx_obj_
     PyObject *__pyx_callargs[2] = {__pyx_t_7, __pyx_mstate_global->__pyx_n_u_backslashreplace};
     #if CYTHON_VECTORCALL
     __pyx_t_10 = __pyx_mstate_global->__pyx_tuple[0];
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 461, __pyx_L1_error)
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 482, __pyx_L1_error)
     __Pyx_INCREF(__pyx_t_10);
     #else
     {
       PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
       __pyx_t_10 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 461, __pyx_L1_error)
+      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 482, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
     }
     #endif
@@ -14984,14 +15227,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_2fail(struct __pyx_obj_
     #endif
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 461, __pyx_L1_error)
+    if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 482, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
   }
-  if (!(likely(PyBytes_CheckExact(__pyx_t_6))||((__pyx_t_6) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_6))) __PYX_ERR(0, 461, __pyx_L1_error)
-  __pyx_t_8 = PySequence_GetSlice(__pyx_t_6, 0, __pyx_v_limit); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 461, __pyx_L1_error)
+  if (!(likely(PyBytes_CheckExact(__pyx_t_6))||((__pyx_t_6) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_6))) __PYX_ERR(0, 482, __pyx_L1_error)
+  __pyx_t_8 = PySequence_GetSlice(__pyx_t_6, 0, __pyx_v_limit); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 482, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->send(__pyx_v_self, Py_None, __pyx_t_8, __pyx_e_7ivshmem_7channel_5calls_FAILURE); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 461, __pyx_L1_error)
+  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->send(__pyx_v_self, Py_None, __pyx_t_8, __pyx_e_7ivshmem_7channel_5calls_FAILURE); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 482, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
   {
@@ -15005,7 +15248,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_2fail(struct __pyx_obj_
   __pyx_t_6 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":457
+  /* "ivshmem/channel/calls.pyx":478
  *         return self.send(self.reader.type, data, REPLY)
  * 
  *     def fail(self, why):             # <<<<<<<<<<<<<<
@@ -15028,7 +15271,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_2fail(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":463
+/* "ivshmem/channel/calls.pyx":484
  *         return self.send(None, str(why).encode(errors="backslashreplace")[:limit], FAILURE)
  * 
  *     cdef object send(self, object message_type, object data, unsigned status):             # <<<<<<<<<<<<<<
@@ -15066,7 +15309,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("send", 0);
 
-  /* "ivshmem/channel/calls.pyx":466
+  /* "ivshmem/channel/calls.pyx":487
  *         cdef Py_buffer view
  *         cdef int code
  *         with cython.critical_section(self.reader):             # <<<<<<<<<<<<<<
@@ -15080,17 +15323,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/calls.pyx":467
+        /* "ivshmem/channel/calls.pyx":488
  *         cdef int code
  *         with cython.critical_section(self.reader):
  *             take_payload(message_type, data, &view)             # <<<<<<<<<<<<<<
  *             try:
  *                 self.enter()
 */
-        __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_take_payload(__pyx_v_message_type, __pyx_v_data, (&__pyx_v_view)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 467, __pyx_L4_error)
+        __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_take_payload(__pyx_v_message_type, __pyx_v_data, (&__pyx_v_view)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 488, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/calls.pyx":468
+        /* "ivshmem/channel/calls.pyx":489
  *         with cython.critical_section(self.reader):
  *             take_payload(message_type, data, &view)
  *             try:             # <<<<<<<<<<<<<<
@@ -15099,27 +15342,27 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/calls.pyx":469
+          /* "ivshmem/channel/calls.pyx":490
  *             take_payload(message_type, data, &view)
  *             try:
  *                 self.enter()             # <<<<<<<<<<<<<<
  *                 self.check_exports()
  *                 if <uint64_t>view.len > self.reader.channel.record.geometry.limit:
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 469, __pyx_L7_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 490, __pyx_L7_error)
 
 
-          /* "ivshmem/channel/calls.pyx":470
+          /* "ivshmem/channel/calls.pyx":491
  *             try:
  *                 self.enter()
  *                 self.check_exports()             # <<<<<<<<<<<<<<
  *                 if <uint64_t>view.len > self.reader.channel.record.geometry.limit:
  *                     raise MessageTooLong(
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.check_exports(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 470, __pyx_L7_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.check_exports(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 491, __pyx_L7_error)
 
 
-          /* "ivshmem/channel/calls.pyx":471
+          /* "ivshmem/channel/calls.pyx":492
  *                 self.enter()
  *                 self.check_exports()
  *                 if <uint64_t>view.len > self.reader.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
@@ -15131,7 +15374,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
           if (unlikely(__pyx_t_3)) {
 
 
-            /* "ivshmem/channel/calls.pyx":472
+            /* "ivshmem/channel/calls.pyx":493
  *                 self.check_exports()
  *                 if <uint64_t>view.len > self.reader.channel.record.geometry.limit:
  *                     raise MessageTooLong(             # <<<<<<<<<<<<<<
@@ -15139,34 +15382,34 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
  *                         f" {self.reader.channel.record.geometry.limit}"
 */
             __pyx_t_5 = NULL;
-            __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 472, __pyx_L7_error)
+            __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 493, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_6);
 
-            /* "ivshmem/channel/calls.pyx":473
+            /* "ivshmem/channel/calls.pyx":494
  *                 if <uint64_t>view.len > self.reader.channel.record.geometry.limit:
  *                     raise MessageTooLong(
  *                         f"a reply of {view.len} bytes, and the channel's limit is"             # <<<<<<<<<<<<<<
  *                         f" {self.reader.channel.record.geometry.limit}"
  *                     )
 */
-            __pyx_t_7 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 473, __pyx_L7_error)
+            __pyx_t_7 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 494, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_7);
 
-            /* "ivshmem/channel/calls.pyx":474
+            /* "ivshmem/channel/calls.pyx":495
  *                     raise MessageTooLong(
  *                         f"a reply of {view.len} bytes, and the channel's limit is"
  *                         f" {self.reader.channel.record.geometry.limit}"             # <<<<<<<<<<<<<<
  *                     )
  *                 memcpy(
 */
-            __pyx_t_8 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->__pyx_base.__pyx_base.reader->__pyx_base.channel.record.geometry.limit, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 474, __pyx_L7_error)
+            __pyx_t_8 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->__pyx_base.__pyx_base.reader->__pyx_base.channel.record.geometry.limit, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 495, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_8);
             __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_a_reply_of;
             __pyx_t_9[1] = __pyx_t_7;
             __pyx_t_9[2] = __pyx_mstate_global->__pyx_kp_u_bytes_and_the_channel_s_limit_i;
             __pyx_t_9[3] = __pyx_t_8;
 
-            /* "ivshmem/channel/calls.pyx":473
+            /* "ivshmem/channel/calls.pyx":494
  *                 if <uint64_t>view.len > self.reader.channel.record.geometry.limit:
  *                     raise MessageTooLong(
  *                         f"a reply of {view.len} bytes, and the channel's limit is"             # <<<<<<<<<<<<<<
@@ -15179,7 +15422,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
             #endif
             __pyx_t_2 = 0;
             __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_9, 4, __pyx_t_10, __pyx_t_2);
-            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 473, __pyx_L7_error)
+            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 494, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_11);
             __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
@@ -15201,14 +15444,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
               __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
               __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
               __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 472, __pyx_L7_error)
+              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 493, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_4);
             }
             __Pyx_Raise(__pyx_t_4, 0, 0, 0);
             __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-            __PYX_ERR(0, 472, __pyx_L7_error)
+            __PYX_ERR(0, 493, __pyx_L7_error)
 
-            /* "ivshmem/channel/calls.pyx":471
+            /* "ivshmem/channel/calls.pyx":492
  *                 self.enter()
  *                 self.check_exports()
  *                 if <uint64_t>view.len > self.reader.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
@@ -15217,7 +15460,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
 */
           }
 
-          /* "ivshmem/channel/calls.pyx":476
+          /* "ivshmem/channel/calls.pyx":497
  *                         f" {self.reader.channel.record.geometry.limit}"
  *                     )
  *                 memcpy(             # <<<<<<<<<<<<<<
@@ -15226,22 +15469,31 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
 */
           (void)(memcpy((__pyx_v_self->__pyx_base.__pyx_base.reader->__pyx_base.channel.area.memory.start + ivshmem_reply_offset((&__pyx_v_self->__pyx_base.__pyx_base.reader->__pyx_base.channel), __pyx_v_self->__pyx_base.taken.message.writer, __pyx_v_self->__pyx_base.taken.message.position)), __pyx_v_view.buf, __pyx_v_view.len));
 
-          /* "ivshmem/channel/calls.pyx":484
+          /* "ivshmem/channel/calls.pyx":505
  *                     view.len,
  *                 )
  *                 code = ivshmem_reply(&self.reader.reader, &self.taken, view.len, status)             # <<<<<<<<<<<<<<
+ *                 self.live = False
+ *             finally:
+*/
+          __pyx_v_code = ivshmem_reply((&__pyx_v_self->__pyx_base.__pyx_base.reader->reader), (&__pyx_v_self->__pyx_base.taken), __pyx_v_view.len, __pyx_v_status);
+
+          /* "ivshmem/channel/calls.pyx":506
+ *                 )
+ *                 code = ivshmem_reply(&self.reader.reader, &self.taken, view.len, status)
+ *                 self.live = False             # <<<<<<<<<<<<<<
  *             finally:
  *                 PyBuffer_Release(&view)
 */
-          __pyx_v_code = ivshmem_reply((&__pyx_v_self->__pyx_base.__pyx_base.reader->reader), (&__pyx_v_self->__pyx_base.taken), __pyx_v_view.len, __pyx_v_status);
+          __pyx_v_self->__pyx_base.__pyx_base.live = 0;
         }
 
-        /* "ivshmem/channel/calls.pyx":486
- *                 code = ivshmem_reply(&self.reader.reader, &self.taken, view.len, status)
+        /* "ivshmem/channel/calls.pyx":508
+ *                 self.live = False
  *             finally:
  *                 PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
- *             self.live = False
  *             self.reader.membership.flush()
+ *             return code == 0
 */
         /*finally:*/ {
           /*normal exit:*/{
@@ -15286,33 +15538,24 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
           __pyx_L8:;
         }
 
-        /* "ivshmem/channel/calls.pyx":487
+        /* "ivshmem/channel/calls.pyx":509
  *             finally:
  *                 PyBuffer_Release(&view)
- *             self.live = False             # <<<<<<<<<<<<<<
- *             self.reader.membership.flush()
- *             return code == 0
-*/
-        __pyx_v_self->__pyx_base.__pyx_base.live = 0;
-
-        /* "ivshmem/channel/calls.pyx":488
- *                 PyBuffer_Release(&view)
- *             self.live = False
  *             self.reader.membership.flush()             # <<<<<<<<<<<<<<
  *             return code == 0
  * 
 */
-        __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.reader->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.reader->__pyx_base.membership); if (unlikely(__pyx_t_13 == ((int)-1))) __PYX_ERR(0, 488, __pyx_L4_error)
+        __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.reader->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.reader->__pyx_base.membership); if (unlikely(__pyx_t_13 == ((int)-1))) __PYX_ERR(0, 509, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/calls.pyx":489
- *             self.live = False
+        /* "ivshmem/channel/calls.pyx":510
+ *                 PyBuffer_Release(&view)
  *             self.reader.membership.flush()
  *             return code == 0             # <<<<<<<<<<<<<<
  * 
  *     def done(self):
 */
-        __pyx_t_4 = __Pyx_PyBool_FromLong((__pyx_v_code == 0)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 489, __pyx_L4_error)
+        __pyx_t_4 = __Pyx_PyBool_FromLong((__pyx_v_code == 0)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 510, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
         {
           PyObject *__pyx_temp;
@@ -15327,7 +15570,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/calls.pyx":466
+      /* "ivshmem/channel/calls.pyx":487
  *         cdef Py_buffer view
  *         cdef int code
  *         with cython.critical_section(self.reader):             # <<<<<<<<<<<<<<
@@ -15351,7 +15594,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/calls.pyx":463
+  /* "ivshmem/channel/calls.pyx":484
  *         return self.send(None, str(why).encode(errors="backslashreplace")[:limit], FAILURE)
  * 
  *     cdef object send(self, object message_type, object data, unsigned status):             # <<<<<<<<<<<<<<
@@ -15378,7 +15621,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":491
+/* "ivshmem/channel/calls.pyx":512
  *             return code == 0
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
@@ -15440,7 +15683,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_4done(CYTHON_UNUSED str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("done", 0);
 
-  /* "ivshmem/channel/calls.pyx":493
+  /* "ivshmem/channel/calls.pyx":514
  *     def done(self):
  *         """A call is replied to."""
  *         raise TypeError("a call ends with `reply` or `fail`")             # <<<<<<<<<<<<<<
@@ -15453,14 +15696,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_4done(CYTHON_UNUSED str
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_a_call_ends_with_reply_or_fail};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 493, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 514, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 493, __pyx_L1_error)
+  __PYX_ERR(0, 514, __pyx_L1_error)
 
-  /* "ivshmem/channel/calls.pyx":491
+  /* "ivshmem/channel/calls.pyx":512
  *             return code == 0
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
@@ -15479,7 +15722,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_4done(CYTHON_UNUSED str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":495
+/* "ivshmem/channel/calls.pyx":516
  *         raise TypeError("a call ends with `reply` or `fail`")
  * 
  *     def give_back(self):             # <<<<<<<<<<<<<<
@@ -15541,7 +15784,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_6give_back(CYTHON_UNUSE
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("give_back", 0);
 
-  /* "ivshmem/channel/calls.pyx":497
+  /* "ivshmem/channel/calls.pyx":518
  *     def give_back(self):
  *         """No other server may get a call: what this one did would be repeated."""
  *         raise TypeError("a call ends with `reply` or `fail`")             # <<<<<<<<<<<<<<
@@ -15554,14 +15797,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_6give_back(CYTHON_UNUSE
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_a_call_ends_with_reply_or_fail};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 497, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 518, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 497, __pyx_L1_error)
+  __PYX_ERR(0, 518, __pyx_L1_error)
 
-  /* "ivshmem/channel/calls.pyx":495
+  /* "ivshmem/channel/calls.pyx":516
  *         raise TypeError("a call ends with `reply` or `fail`")
  * 
  *     def give_back(self):             # <<<<<<<<<<<<<<
@@ -15580,7 +15823,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_6give_back(CYTHON_UNUSE
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":499
+/* "ivshmem/channel/calls.pyx":520
  *         raise TypeError("a call ends with `reply` or `fail`")
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -15635,33 +15878,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_kind,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 499, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 520, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         default:
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 499, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 520, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
       const Py_ssize_t used_pos_args = (kwd_pos_args < 1) ? kwd_pos_args : 1;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 499, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 520, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 499, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 520, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs < 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 499, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 520, __pyx_L3_error)
     }
     __pyx_v_kind = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 499, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 520, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15700,7 +15943,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_8__exit__(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__exit__", 0);
 
-  /* "ivshmem/channel/calls.pyx":500
+  /* "ivshmem/channel/calls.pyx":521
  * 
  *     def __exit__(self, kind, *error):
  *         if self.live and self.exports == 0:             # <<<<<<<<<<<<<<
@@ -15722,7 +15965,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_8__exit__(struct __pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/calls.pyx":501
+    /* "ivshmem/channel/calls.pyx":522
  *     def __exit__(self, kind, *error):
  *         if self.live and self.exports == 0:
  *             self.fail(             # <<<<<<<<<<<<<<
@@ -15732,7 +15975,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_8__exit__(struct __pyx_
     __pyx_t_4 = ((PyObject *)__pyx_v_self);
     __Pyx_INCREF(__pyx_t_4);
 
-    /* "ivshmem/channel/calls.pyx":502
+    /* "ivshmem/channel/calls.pyx":523
  *         if self.live and self.exports == 0:
  *             self.fail(
  *                 "the server gave no reply" if kind is None else explained(error[0])             # <<<<<<<<<<<<<<
@@ -15744,9 +15987,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_8__exit__(struct __pyx_
       __Pyx_INCREF(__pyx_mstate_global->__pyx_kp_u_the_server_gave_no_reply);
       __pyx_t_5 = __pyx_mstate_global->__pyx_kp_u_the_server_gave_no_reply;
     } else {
-      __pyx_t_6 = __Pyx_GetItemInt_Tuple(__pyx_v_error, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_FunctionArgument); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 502, __pyx_L1_error)
+      __pyx_t_6 = __Pyx_GetItemInt_Tuple(__pyx_v_error, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_FunctionArgument); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 523, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
-      __pyx_t_7 = __pyx_f_7ivshmem_7channel_5calls_explained(__pyx_t_6); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 502, __pyx_L1_error)
+      __pyx_t_7 = __pyx_f_7ivshmem_7channel_5calls_explained(__pyx_t_6); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 523, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
       __pyx_t_5 = __pyx_t_7;
@@ -15759,12 +16002,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_8__exit__(struct __pyx_
       __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fail, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 501, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 522, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-    /* "ivshmem/channel/calls.pyx":500
+    /* "ivshmem/channel/calls.pyx":521
  * 
  *     def __exit__(self, kind, *error):
  *         if self.live and self.exports == 0:             # <<<<<<<<<<<<<<
@@ -15773,7 +16016,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_8__exit__(struct __pyx_
 */
   }
 
-  /* "ivshmem/channel/calls.pyx":499
+  /* "ivshmem/channel/calls.pyx":520
  *         raise TypeError("a call ends with `reply` or `fail`")
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -15798,7 +16041,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_8__exit__(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":505
+/* "ivshmem/channel/calls.pyx":526
  *             )
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -15831,7 +16074,7 @@ static void __pyx_pf_7ivshmem_7channel_5calls_4Call_10__del__(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__del__", 0);
 
-  /* "ivshmem/channel/calls.pyx":506
+  /* "ivshmem/channel/calls.pyx":527
  * 
  *     def __del__(self):
  *         if self.live and self.exports == 0 and self.reader.usable():             # <<<<<<<<<<<<<<
@@ -15862,7 +16105,7 @@ static void __pyx_pf_7ivshmem_7channel_5calls_4Call_10__del__(struct __pyx_obj_7
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/calls.pyx":507
+    /* "ivshmem/channel/calls.pyx":528
  *     def __del__(self):
  *         if self.live and self.exports == 0 and self.reader.usable():
  *             self.fail("the server gave no reply")             # <<<<<<<<<<<<<<
@@ -15874,12 +16117,12 @@ static void __pyx_pf_7ivshmem_7channel_5calls_4Call_10__del__(struct __pyx_obj_7
       PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_the_server_gave_no_reply};
       __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fail, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 507, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 528, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-    /* "ivshmem/channel/calls.pyx":506
+    /* "ivshmem/channel/calls.pyx":527
  * 
  *     def __del__(self):
  *         if self.live and self.exports == 0 and self.reader.usable():             # <<<<<<<<<<<<<<
@@ -15887,7 +16130,7 @@ static void __pyx_pf_7ivshmem_7channel_5calls_4Call_10__del__(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/channel/calls.pyx":505
+  /* "ivshmem/channel/calls.pyx":526
  *             )
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -17426,14 +17669,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_PendingCall(
   __pyx_vtable_7ivshmem_7channel_5calls_PendingCall.__pyx_base.sleeper = (struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *(*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_5calls_11PendingCall_sleeper;
   __pyx_vtable_7ivshmem_7channel_5calls_PendingCall.__pyx_base.probe = (int64_t (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *))__pyx_f_7ivshmem_7channel_5calls_11PendingCall_probe;
   __pyx_vtable_7ivshmem_7channel_5calls_PendingCall.__pyx_base.begin_watch = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_5calls_11PendingCall_begin_watch;
-  __pyx_vtable_7ivshmem_7channel_5calls_PendingCall.end_call = (int (*)(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *))__pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_call;
+  __pyx_vtable_7ivshmem_7channel_5calls_PendingCall.why_not = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *))__pyx_f_7ivshmem_7channel_5calls_11PendingCall_why_not;
   __pyx_vtable_7ivshmem_7channel_5calls_PendingCall.end_watch = (int (*)(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *))__pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_watch;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 45, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 52, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5calls_PendingCall_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall)) __PYX_ERR(0, 45, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall)) __PYX_ERR(0, 52, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall = &__pyx_type_7ivshmem_7channel_5calls_PendingCall;
   #endif
@@ -17441,7 +17684,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_PendingCall(
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall) < (0)) __PYX_ERR(0, 45, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall) < (0)) __PYX_ERR(0, 52, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall);
@@ -17451,12 +17694,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_PendingCall(
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall, __pyx_vtabptr_7ivshmem_7channel_5calls_PendingCall) < (0)) __PYX_ERR(0, 45, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_PendingCall, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall) < (0)) __PYX_ERR(0, 45, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall, __pyx_vtabptr_7ivshmem_7channel_5calls_PendingCall) < (0)) __PYX_ERR(0, 52, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_PendingCall, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall) < (0)) __PYX_ERR(0, 52, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall, __pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall) < (0)) __PYX_ERR(0, 45, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall) < (0)) __PYX_ERR(0, 52, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -17479,11 +17722,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_Caller(__pyx
   __pyx_vtable_7ivshmem_7channel_5calls_Caller.__pyx_base.__pyx_base.restore = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_5calls_6Caller_restore;
   __pyx_vtable_7ivshmem_7channel_5calls_Caller.__pyx_base.ready = (int (*)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *))__pyx_f_7ivshmem_7channel_5calls_6Caller_ready;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 230, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 247, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5calls_Caller_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller)) __PYX_ERR(0, 230, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller)) __PYX_ERR(0, 247, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller = &__pyx_type_7ivshmem_7channel_5calls_Caller;
   #endif
@@ -17491,7 +17734,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_Caller(__pyx
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Caller->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller) < (0)) __PYX_ERR(0, 230, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller) < (0)) __PYX_ERR(0, 247, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller);
@@ -17501,12 +17744,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_Caller(__pyx
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller, __pyx_vtabptr_7ivshmem_7channel_5calls_Caller) < (0)) __PYX_ERR(0, 230, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Caller, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller) < (0)) __PYX_ERR(0, 230, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller, __pyx_vtabptr_7ivshmem_7channel_5calls_Caller) < (0)) __PYX_ERR(0, 247, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Caller, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller) < (0)) __PYX_ERR(0, 247, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_5calls_Caller, __pyx_base.__pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller) < (0)) __PYX_ERR(0, 230, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller) < (0)) __PYX_ERR(0, 247, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -17527,11 +17770,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_CallServer(_
   __pyx_vtabptr_7ivshmem_7channel_5calls_CallServer = &__pyx_vtable_7ivshmem_7channel_5calls_CallServer;
   __pyx_vtable_7ivshmem_7channel_5calls_CallServer.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_6queues_ClaimingEnd;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 338, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 355, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5calls_CallServer_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer)) __PYX_ERR(0, 338, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer)) __PYX_ERR(0, 355, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer = &__pyx_type_7ivshmem_7channel_5calls_CallServer;
   #endif
@@ -17539,7 +17782,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_CallServer(_
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer) < (0)) __PYX_ERR(0, 338, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer) < (0)) __PYX_ERR(0, 355, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer);
@@ -17549,12 +17792,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_CallServer(_
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer, __pyx_vtabptr_7ivshmem_7channel_5calls_CallServer) < (0)) __PYX_ERR(0, 338, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_CallServer, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer) < (0)) __PYX_ERR(0, 338, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer, __pyx_vtabptr_7ivshmem_7channel_5calls_CallServer) < (0)) __PYX_ERR(0, 355, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_CallServer, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer) < (0)) __PYX_ERR(0, 355, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_5calls_CallServer, __pyx_base.__pyx_base.__pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer) < (0)) __PYX_ERR(0, 338, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer) < (0)) __PYX_ERR(0, 355, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -17576,11 +17819,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_Call(__pyx_m
   __pyx_vtable_7ivshmem_7channel_5calls_Call.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_6queues_Taken;
   __pyx_vtable_7ivshmem_7channel_5calls_Call.send = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_5calls_Call *, PyObject *, PyObject *, unsigned int))__pyx_f_7ivshmem_7channel_5calls_4Call_send;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 438, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 459, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5calls_Call_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call)) __PYX_ERR(0, 438, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call)) __PYX_ERR(0, 459, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call = &__pyx_type_7ivshmem_7channel_5calls_Call;
   #endif
@@ -17588,7 +17831,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_Call(__pyx_m
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call) < (0)) __PYX_ERR(0, 438, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call) < (0)) __PYX_ERR(0, 459, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call);
@@ -17598,9 +17841,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_Call(__pyx_m
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_vtabptr_7ivshmem_7channel_5calls_Call) < (0)) __PYX_ERR(0, 438, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Call, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call) < (0)) __PYX_ERR(0, 438, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call) < (0)) __PYX_ERR(0, 438, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_vtabptr_7ivshmem_7channel_5calls_Call) < (0)) __PYX_ERR(0, 459, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Call, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call) < (0)) __PYX_ERR(0, 459, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call) < (0)) __PYX_ERR(0, 459, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -17618,14 +17861,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls___pyx_scope_
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls___pyx_scope_struct__call_async", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_5calls___pyx_scope_struct__call_async ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct__call_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5calls___pyx_scope_struct__call_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct__call_async)) __PYX_ERR(0, 320, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct__call_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5calls___pyx_scope_struct__call_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct__call_async)) __PYX_ERR(0, 337, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct__call_async = &__pyx_type_7ivshmem_7channel_5calls___pyx_scope_struct__call_async;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct__call_async) < (0)) __PYX_ERR(0, 320, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct__call_async) < (0)) __PYX_ERR(0, 337, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct__call_async);
@@ -17651,14 +17894,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls___pyx_scope_
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async)) __PYX_ERR(0, 386, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async)) __PYX_ERR(0, 403, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async = &__pyx_type_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async) < (0)) __PYX_ERR(0, 386, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async) < (0)) __PYX_ERR(0, 403, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async);
@@ -18375,7 +18618,7 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
  * import weakref
  * from time import monotonic             # <<<<<<<<<<<<<<
  * 
- * from ..errors import CallFailed, ClosedError, MessageTooLong, ServerLost
+ * from ..errors import (
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_monotonic};
@@ -18397,19 +18640,19 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
   /* "ivshmem/channel/calls.pyx":25
  * from time import monotonic
  * 
- * from ..errors import CallFailed, ClosedError, MessageTooLong, ServerLost             # <<<<<<<<<<<<<<
- * from ..text import plain
- * 
+ * from ..errors import (             # <<<<<<<<<<<<<<
+ *     CallFailed,
+ *     ChannelTypeError,
 */
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_CallFailed,__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_MessageTooLong,__pyx_mstate_global->__pyx_n_u_ServerLost};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 4, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 25, __pyx_L1_error)
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_CallFailed,__pyx_mstate_global->__pyx_n_u_ChannelTypeError,__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_IvshmemError,__pyx_mstate_global->__pyx_n_u_MessageTooLong,__pyx_mstate_global->__pyx_n_u_ServerLost};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 6, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 25, __pyx_L1_error)
   }
   __pyx_t_4 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_4);
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_CallFailed,__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_MessageTooLong,__pyx_mstate_global->__pyx_n_u_ServerLost};
-    for (__pyx_t_5=0; __pyx_t_5 < 4; __pyx_t_5++) {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_CallFailed,__pyx_mstate_global->__pyx_n_u_ChannelTypeError,__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_IvshmemError,__pyx_mstate_global->__pyx_n_u_MessageTooLong,__pyx_mstate_global->__pyx_n_u_ServerLost};
+    for (__pyx_t_5=0; __pyx_t_5 < 6; __pyx_t_5++) {
       __pyx_t_3 = __Pyx_ImportFrom(__pyx_t_4, __pyx_imported_names[__pyx_t_5]); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 25, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
       if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_5], __pyx_t_3) < (0)) __PYX_ERR(0, 25, __pyx_L1_error)
@@ -18418,71 +18661,71 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
   }
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/calls.pyx":26
- * 
- * from ..errors import CallFailed, ClosedError, MessageTooLong, ServerLost
+  /* "ivshmem/channel/calls.pyx":33
+ *     ServerLost,
+ * )
  * from ..text import plain             # <<<<<<<<<<<<<<
  * 
  * cdef enum:
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_plain};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 26, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 33, __pyx_L1_error)
   }
   __pyx_t_4 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_4);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_plain};
     __pyx_t_5 = 0; {
-      __pyx_t_3 = __Pyx_ImportFrom(__pyx_t_4, __pyx_imported_names[__pyx_t_5]); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 26, __pyx_L1_error)
+      __pyx_t_3 = __Pyx_ImportFrom(__pyx_t_4, __pyx_imported_names[__pyx_t_5]); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 33, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_5], __pyx_t_3) < (0)) __PYX_ERR(0, 26, __pyx_L1_error)
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_5], __pyx_t_3) < (0)) __PYX_ERR(0, 33, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     }
   }
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/calls.pyx":148
+  /* "ivshmem/channel/calls.pyx":164
  *         return 1
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         """Return a descriptor, which becomes readable when `result` has something, and stays so.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_1fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_PendingCall_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 148, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_1fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_PendingCall_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 164, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_4) < (0)) __PYX_ERR(0, 148, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_4) < (0)) __PYX_ERR(0, 164, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/calls.pyx":169
+  /* "ivshmem/channel/calls.pyx":185
  *             return self.wakeup.epoll.epfd if self.over else ChannelEnd.fileno(self)
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
  *         """Whether `result` would return, or raise, at once."""
  *         with cython.critical_section(self.caller):
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_3done, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_PendingCall_done, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 169, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_3done, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_PendingCall_done, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 185, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall, __pyx_mstate_global->__pyx_n_u_done, __pyx_t_4) < (0)) __PYX_ERR(0, 169, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall, __pyx_mstate_global->__pyx_n_u_done, __pyx_t_4) < (0)) __PYX_ERR(0, 185, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/calls.pyx":175
+  /* "ivshmem/channel/calls.pyx":191
  *             return self.attempt() == 0
  * 
  *     def result(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Return the reply.
  * 
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 175, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 191, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 175, __pyx_L1_error)
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_5result, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_PendingCall_result, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 175, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 191, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_5result, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_PendingCall_result, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 191, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
@@ -18490,53 +18733,53 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[2]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_3, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall, __pyx_mstate_global->__pyx_n_u_result, __pyx_t_3) < (0)) __PYX_ERR(0, 175, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall, __pyx_mstate_global->__pyx_n_u_result, __pyx_t_3) < (0)) __PYX_ERR(0, 191, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":195
+  /* "ivshmem/channel/calls.pyx":211
  *             return self.reply if self.caller.type is None else self.caller.type.decode(self.reply)
  * 
  *     def result_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `result` for asyncio: a coroutine. `await call` does the same."""
  *         return until_in_time(self, self.result, timeout, ())
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_7result_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_PendingCall_result_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 195, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_7result_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_PendingCall_result_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 211, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall, __pyx_mstate_global->__pyx_n_u_result_async, __pyx_t_3) < (0)) __PYX_ERR(0, 195, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall, __pyx_mstate_global->__pyx_n_u_result_async, __pyx_t_3) < (0)) __PYX_ERR(0, 211, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":202
+  /* "ivshmem/channel/calls.pyx":218
  *         return self.result_async().__await__()
  * 
  *     def cancel(self):             # <<<<<<<<<<<<<<
  *         """Give the call up; return whether it is certain that no server began with it."""
  *         cdef int never = 0
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_11cancel, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_PendingCall_cancel, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 202, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_11cancel, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_PendingCall_cancel, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 218, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall, __pyx_mstate_global->__pyx_n_u_cancel, __pyx_t_3) < (0)) __PYX_ERR(0, 202, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall, __pyx_mstate_global->__pyx_n_u_cancel, __pyx_t_3) < (0)) __PYX_ERR(0, 218, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":217
+  /* "ivshmem/channel/calls.pyx":234
  *             return never != 0
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Give the call up, and close its descriptor; may be called twice."""
  *         self.cancel()
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_PendingCall_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 217, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_PendingCall_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 234, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_3) < (0)) __PYX_ERR(0, 217, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_3) < (0)) __PYX_ERR(0, 234, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "(tree fragment)":1
@@ -18566,33 +18809,33 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_3) < (0)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":254
+  /* "ivshmem/channel/calls.pyx":271
  *         return ivshmem_queue_ready(&self.writer)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def submit(self, data, timeout=None, *, spin=None):
  *         """Send a request, and return a PendingCall.
 */
-  __pyx_t_3 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 254, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 271, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
-  /* "ivshmem/channel/calls.pyx":255
+  /* "ivshmem/channel/calls.pyx":272
  * 
  *     @cython.critical_section
  *     def submit(self, data, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Send a request, and return a PendingCall.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 254, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 271, __pyx_L1_error)
 
-  /* "ivshmem/channel/calls.pyx":254
+  /* "ivshmem/channel/calls.pyx":271
  *         return ivshmem_queue_ready(&self.writer)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def submit(self, data, timeout=None, *, spin=None):
  *         """Send a request, and return a PendingCall.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_6Caller_3submit, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Caller_submit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 254, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_6Caller_3submit, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Caller_submit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 271, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -18600,20 +18843,20 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[2]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_3);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Caller, __pyx_mstate_global->__pyx_n_u_submit, __pyx_t_4) < (0)) __PYX_ERR(0, 254, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Caller, __pyx_mstate_global->__pyx_n_u_submit, __pyx_t_4) < (0)) __PYX_ERR(0, 271, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/calls.pyx":290
+  /* "ivshmem/channel/calls.pyx":307
  *             PyBuffer_Release(&view)
  * 
  *     def call(self, data, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Send a request, wait for the reply and return it.
  * 
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 290, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 307, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 290, __pyx_L1_error)
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_6Caller_5call, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Caller_call, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 290, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 307, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_6Caller_5call, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Caller_call, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 307, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
@@ -18621,39 +18864,39 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[2]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_3, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Caller, __pyx_mstate_global->__pyx_n_u_call, __pyx_t_3) < (0)) __PYX_ERR(0, 290, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Caller, __pyx_mstate_global->__pyx_n_u_call, __pyx_t_3) < (0)) __PYX_ERR(0, 307, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":316
+  /* "ivshmem/channel/calls.pyx":333
  *             raise
  * 
  *     def submit_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `submit` for asyncio: a coroutine."""
  *         return until_in_time(self, self.submit, timeout, (data,))
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_6Caller_7submit_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Caller_submit_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 316, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_6Caller_7submit_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Caller_submit_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 333, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Caller, __pyx_mstate_global->__pyx_n_u_submit_async, __pyx_t_3) < (0)) __PYX_ERR(0, 316, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Caller, __pyx_mstate_global->__pyx_n_u_submit_async, __pyx_t_3) < (0)) __PYX_ERR(0, 333, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":320
+  /* "ivshmem/channel/calls.pyx":337
  *         return until_in_time(self, self.submit, timeout, (data,))
  * 
  *     async def call_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `call` for asyncio. If it is cancelled, the call is given up."""
  *         cdef PendingCall call
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_6Caller_9call_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_Caller_call_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 320, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_6Caller_9call_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_Caller_call_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 337, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Caller, __pyx_mstate_global->__pyx_n_u_call_async, __pyx_t_3) < (0)) __PYX_ERR(0, 320, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Caller, __pyx_mstate_global->__pyx_n_u_call_async, __pyx_t_3) < (0)) __PYX_ERR(0, 337, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "(tree fragment)":1
@@ -18683,33 +18926,33 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_3) < (0)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":342
+  /* "ivshmem/channel/calls.pyx":359
  *     """One server of a channel of calls; made by its `server()`. It iterates over calls."""
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def take(self, timeout=None, *, spin=None):
  *         """Take the next call, which no other server gets.
 */
-  __pyx_t_3 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 342, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 359, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
-  /* "ivshmem/channel/calls.pyx":343
+  /* "ivshmem/channel/calls.pyx":360
  * 
  *     @cython.critical_section
  *     def take(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Take the next call, which no other server gets.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 342, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 359, __pyx_L1_error)
 
-  /* "ivshmem/channel/calls.pyx":342
+  /* "ivshmem/channel/calls.pyx":359
  *     """One server of a channel of calls; made by its `server()`. It iterates over calls."""
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def take(self, timeout=None, *, spin=None):
  *         """Take the next call, which no other server gets.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_1take, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_CallServer_take, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 342, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_1take, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_CallServer_take, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 359, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -18717,20 +18960,20 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[2]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_3);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer, __pyx_mstate_global->__pyx_n_u_take, __pyx_t_4) < (0)) __PYX_ERR(0, 342, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer, __pyx_mstate_global->__pyx_n_u_take, __pyx_t_4) < (0)) __PYX_ERR(0, 359, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/calls.pyx":361
+  /* "ivshmem/channel/calls.pyx":378
  *         return taken_of(Call, self, &taken)
  * 
  *     def serve(self, function, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Reply to calls with what `function` returns, one after the other.
  * 
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 361, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 378, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 361, __pyx_L1_error)
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_3serve, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_CallServer_serve, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 361, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 378, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_3serve, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_CallServer_serve, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 378, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
@@ -18738,39 +18981,39 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[2]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_3, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer, __pyx_mstate_global->__pyx_n_u_serve, __pyx_t_3) < (0)) __PYX_ERR(0, 361, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer, __pyx_mstate_global->__pyx_n_u_serve, __pyx_t_3) < (0)) __PYX_ERR(0, 378, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":386
+  /* "ivshmem/channel/calls.pyx":403
  *                 reply_or_fail(call, reply)
  * 
  *     async def serve_async(self, function, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `serve` for asyncio; `function` may be a coroutine function."""
  *         while True:
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_5serve_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_CallServer_serve_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 386, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_5serve_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_CallServer_serve_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 403, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer, __pyx_mstate_global->__pyx_n_u_serve_async, __pyx_t_3) < (0)) __PYX_ERR(0, 386, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer, __pyx_mstate_global->__pyx_n_u_serve_async, __pyx_t_3) < (0)) __PYX_ERR(0, 403, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":404
+  /* "ivshmem/channel/calls.pyx":421
  *                 reply_or_fail(call, reply)
  * 
  *     def take_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `take` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.take, timeout, ())
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_8take_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_CallServer_take_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 404, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_8take_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_CallServer_take_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 421, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer, __pyx_mstate_global->__pyx_n_u_take_async, __pyx_t_3) < (0)) __PYX_ERR(0, 404, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer, __pyx_mstate_global->__pyx_n_u_take_async, __pyx_t_3) < (0)) __PYX_ERR(0, 421, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "(tree fragment)":1
@@ -18800,80 +19043,80 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_3) < (0)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":445
+  /* "ivshmem/channel/calls.pyx":466
  *     """
  * 
  *     def reply(self, data=b""):             # <<<<<<<<<<<<<<
  *         """Send the reply.
  * 
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_1reply, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call_reply, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 445, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_1reply, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call_reply, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 466, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[3]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_reply, __pyx_t_3) < (0)) __PYX_ERR(0, 445, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_reply, __pyx_t_3) < (0)) __PYX_ERR(0, 466, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":457
+  /* "ivshmem/channel/calls.pyx":478
  *         return self.send(self.reader.type, data, REPLY)
  * 
  *     def fail(self, why):             # <<<<<<<<<<<<<<
  *         """Tell the caller that there is no reply, and why: its `result` raises CallFailed."""
  *         self.enter()
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_3fail, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call_fail, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 457, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_3fail, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call_fail, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 478, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_fail, __pyx_t_3) < (0)) __PYX_ERR(0, 457, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_fail, __pyx_t_3) < (0)) __PYX_ERR(0, 478, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":491
+  /* "ivshmem/channel/calls.pyx":512
  *             return code == 0
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
  *         """A call is replied to."""
  *         raise TypeError("a call ends with `reply` or `fail`")
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_5done, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call_done, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 491, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_5done, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call_done, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 512, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_done, __pyx_t_3) < (0)) __PYX_ERR(0, 491, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_done, __pyx_t_3) < (0)) __PYX_ERR(0, 512, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":495
+  /* "ivshmem/channel/calls.pyx":516
  *         raise TypeError("a call ends with `reply` or `fail`")
  * 
  *     def give_back(self):             # <<<<<<<<<<<<<<
  *         """No other server may get a call: what this one did would be repeated."""
  *         raise TypeError("a call ends with `reply` or `fail`")
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_7give_back, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call_give_back, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 495, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_7give_back, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call_give_back, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 516, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_give_back, __pyx_t_3) < (0)) __PYX_ERR(0, 495, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_give_back, __pyx_t_3) < (0)) __PYX_ERR(0, 516, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":499
+  /* "ivshmem/channel/calls.pyx":520
  *         raise TypeError("a call ends with `reply` or `fail`")
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
  *         if self.live and self.exports == 0:
  *             self.fail(
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_9__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 499, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_9__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 520, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_3) < (0)) __PYX_ERR(0, 499, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_3) < (0)) __PYX_ERR(0, 520, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "(tree fragment)":1
@@ -18954,7 +19197,7 @@ static int __Pyx_InitCachedBuiltins(__pyx_mstatetype *__pyx_mstate) {
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __pyx_builtin_id = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_id); if (!__pyx_builtin_id) __PYX_ERR(0, 164, __pyx_L1_error)
+  __pyx_builtin_id = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_id); if (!__pyx_builtin_id) __PYX_ERR(0, 180, __pyx_L1_error)
 
   /* Cached unbound methods */
   __pyx_mstate->__pyx_umethod_PyDict_Type_items.type = (PyObject*)&PyDict_Type;
@@ -18963,6 +19206,8 @@ static int __Pyx_InitCachedBuiltins(__pyx_mstatetype *__pyx_mstate) {
   __pyx_mstate->__pyx_umethod_PyDict_Type_pop.method_name = &__pyx_mstate->__pyx_n_u_pop;
   __pyx_mstate->__pyx_umethod_PyDict_Type_values.type = (PyObject*)&PyDict_Type;
   __pyx_mstate->__pyx_umethod_PyDict_Type_values.method_name = &__pyx_mstate->__pyx_n_u_values;
+  __pyx_mstate->__pyx_umethod_PyList_Type_pop.type = (PyObject*)&PyList_Type;
+  __pyx_mstate->__pyx_umethod_PyList_Type_pop.method_name = &__pyx_mstate->__pyx_n_u_pop;
   return 0;
   __pyx_L1_error:;
   return -1;
@@ -18977,7 +19222,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/channel/calls.pyx":84
+  /* "ivshmem/channel/calls.pyx":96
  *                 self.reply = data
  *             else:
  *                 why = plain(data[:SHOWN].decode(errors="replace"))             # <<<<<<<<<<<<<<
@@ -18986,12 +19231,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 84, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 96, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
 
-  /* "ivshmem/channel/calls.pyx":303
+  /* "ivshmem/channel/calls.pyx":320
  *         cdef PendingCall call
  *         begun = monotonic() if timeout else 0.0
  *         call = self.submit(data, timeout, spin=spin)             # <<<<<<<<<<<<<<
@@ -19000,12 +19245,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_spin};
-    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 303, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 320, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "ivshmem/channel/calls.pyx":175
+  /* "ivshmem/channel/calls.pyx":191
  *             return self.attempt() == 0
  * 
  *     def result(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -19014,12 +19259,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 175, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 191, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
 
-  /* "ivshmem/channel/calls.pyx":445
+  /* "ivshmem/channel/calls.pyx":466
  *     """
  * 
  *     def reply(self, data=b""):             # <<<<<<<<<<<<<<
@@ -19028,7 +19273,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_kp_b__3};
-    __pyx_mstate_global->__pyx_tuple[3] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[3])) __PYX_ERR(0, 445, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[3] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[3])) __PYX_ERR(0, 466, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[3]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[3]);
@@ -19069,38 +19314,38 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 7; } str_length_index[] = {{35},{10},{2},{4},{15},{1},{2},{18},{14},{21},{81},{1},{4},{111},{38},{34},{11},{26},{8},{7},{6},{2},{9},{14},{12},{25},{27},{73},{63},{63},{15},{24},{20},{23},{4},{13},{22},{24},{9},{9},{14},{10},{10},{10},{28},{30},{16},{22},{15},{21},{6},{24},{26},{11},{17},{13},{19},{11},{14},{11},{29},{31},{18},{17},{16},{18},{18},{24},{10},{20},{12},{9},{8},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{18},{16},{5},{4},{10},{6},{4},{18},{5},{4},{6},{4},{6},{5},{6},{4},{6},{8},{1},{3},{9},{3},{2},{5},{21},{4},{4},{5},{9},{5},{4},{5},{3},{3},{7},{5},{6},{12},{4},{4},{5},{11},{10},{4},{6},{12},{4},{10},{5},{4},{5},{4},{7},{5},{6},{4},{7},{3}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{0},{326},{120},{163},{9},{46},{49},{215},{61},{64},{11},{135},{29},{139},{33},{108},{22},{138},{22},{99},{22},{5},{5}};
+    const struct { const unsigned int length: 7; } str_length_index[] = {{35},{10},{2},{4},{15},{1},{2},{18},{14},{21},{81},{1},{4},{111},{38},{34},{11},{26},{8},{7},{6},{2},{9},{14},{12},{25},{27},{73},{63},{63},{15},{24},{20},{23},{4},{13},{22},{24},{9},{9},{14},{10},{10},{10},{28},{30},{16},{22},{15},{21},{6},{24},{26},{11},{17},{13},{19},{16},{11},{12},{14},{11},{29},{31},{18},{17},{16},{18},{18},{24},{10},{20},{12},{9},{8},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{18},{16},{5},{4},{10},{6},{4},{18},{5},{4},{6},{4},{6},{5},{6},{4},{6},{8},{1},{3},{9},{3},{2},{5},{21},{4},{4},{5},{9},{5},{4},{5},{3},{3},{7},{5},{6},{12},{4},{4},{5},{11},{10},{4},{6},{12},{4},{10},{5},{4},{5},{4},{7},{5},{6},{4},{7},{3}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{0},{326},{120},{163},{9},{46},{49},{215},{61},{64},{11},{138},{29},{139},{33},{110},{22},{138},{22},{99},{22},{5},{5}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1924 bytes) */
-static const char cstring[] = "x\332\275V\315s\3336\026\227f\335Dr\234D\262=v\222~,\3244\251\235\272\356\250Q\355$\335\235]M\034\247\315v\273V\353\326\323fg\031\210\204$V\024)\021\240)u\247\2639\372\310#\216<\362\310\243\216>\352\310\243\216\371\023\374\047\364\001\240d9\216w:=\3243\262\200\207\207\367~\357\367> T\0370B7\020\266\r\304Z\004\351-l\333\304\372\220\"\313\354\230\014\231\024\211\217n9\224\030\210\"\3729Zc.!\250\341\342f\207\330l}\363\021z\204@\323\307\240\206m\235X\0261\036!\333A.\351Z\003d\332p.LS\342\036\022\0275\260)\025\316\010Y\0133\324\302\006\252\223\246g#\337d-\244\2747\035\233|\216\374\026\001mW\310\014S!\365\035\267-\024l\207\241\266\355\370\366\337\276\006\325=So[\246\335DN\003Q\346z:C\035\322\251\023\027\240{z\013\001HJ\254\306f\207P\212\233dCn\030n\023\033u<\312\300?\"\375\256e\352&\003\354.\351y\2042\210\\\"\372;\366\230\243u\205\013\262\266\357zd\035\243=b\033\340\3571\266,\201\246\203\r\202\352\003$\366\304\335\244^\035X\304@\014\034\203&U\206^Hj^ \307E/\004\037/pJ\026\240\306\023NZ\200\365\014\035\322\010h\030&\305u\213\020[\374o\352&U+\303<\244-\010v\223\270\256\343\322\311\216\221>K\327\237\244\331\375DX\242\233\335A\037\262t\2217\311L\213X\206\342\310%\020\231+2,\010\007\232t\307\206{\202\033\346\000\350\275\001k96r\352?\021\340\274\001\221u\323T\310\353]\327\251\203\352\357\275\356\273&\373}\336g\212L\360?\263m\342C2-S\326\202\344\315\346\022xff\2078\036\233\024\031F\266\047*I\034\213\317\246\246\221\276\3114-\335\270\304\360t\242\351\022\312TJ\t\243\014\263\327\344\006\224\252\\\210\354\313E\323<$Z\035\353m\271\223\230\304jWv\213X}+Q\237\256\336\354qz\366F\277\351\251$\340\365\275\206\351\300\326g\244\242+^\333\236\352($\027\241\270\030\001\234\350)\177\351r\326f\332/g6\351\271\034@ODe\377S\265\356\276\343|\345\330\315\231\234\315,\317\303:{x\016\333\354\261\232bg$\302\373\254@\344ov\337\200,\331\316\254\304%\324\263\330y\211\nGq\372\225C\241|\366\006}\370\354\230:\323\276\206^\375\20644M\326\271\300\007\177\330\307\242\312&\325\246i\r\317\326\305ws\022\004\374u""\260i\313o\307\360,)\261qG~C\227k\251\232X\03621+\304A\317\303\326D)%K;G\333T@\372b\003\274M\r\323\031\367\347\370\3244xV\004Z\223j\272\343B\033\2316\221\241\233\316\346T@E\301S\013\323\226(x\254\0239\201DU\234V\206\312\206xVt\350g\242A\234\314\025\252pU=K\230\301h\322\035\203\210\254\020[\254\344\010TsPt\230J\217\340\215\231P3@\334\264\335Z\216o\0320\\:\323\201\231\016IY\234\264m\332\206E\032L\276\206\035\007\262\342\330\246n\023\310\236\r\311\002\320\246\335u\272.i\244\021\310\316U\251\236M\270\230bT\014 \221\370\231~\003\342\014\322\300\240G\273\246\255*~\266\356E\327\235v\236|\250\304@g-\327\361\305|Jg\324!\266<\"\377\321C\223\370>\301m\200\344\267\006{\203\177\251\231xo-}\016U\031\300\244\324\266\323\210\265\3554d\255\"\020j\217\325\356\t\374$\270\267\201N-\\\264^\317\374\021^6\320Y\323]`\310m\3227\330/W(\274\216@gSc\230\266\251\346\331\314\264d\341\000[\350\336\324\000\324\002\266\244\225\365\214\322\241\016P\332\202\233\2313wL\233\241\265\337\002qo\240\325\275F\003^\027`\345\r\267\246\247\033\360\273\210\255gdj\331\240K\014\265\024o/\244SS\017\031\375\rdn\301/\024\310\272\266/\177\303\334\003\177\373`\356\"\322\376\257\211\307P\314\035\210=MIzs\242\256~$\301\273Ke\312\345Vs\032/\263\343\271\371\243\217\202\332\313\3528w\345\250rt\030\354\363e\376C\250G\305\361B!x+\250\215\013\233\021\211\357\307?\035\347G\305\321\235Q/\331\023\332o\257G\305\223w2\371\005y\251\226\254|\024=\214w\207\245ay\274\260\024\224\307\271\353G\375\240\307/\361FX\r\305\205\333\345\270xr+\223\177\217\327\304\341\177\371ZX\nAo\341\350\213\000\234/\007Up\275\032^\nq\330\033\347\362\302\373\245\000\217\027\256\037\375\014\210\276\013\337\017w\242\\|9\036\034g\307\205\225\300\340\353a\031DY\2418\317K\274\314w\303\365\010\274/\006\245\240\022P\020m\207\037\204\215h\047\236\350\210\257k\334\010\345\342\n\257\360\236X\344\370\034\257\252\205T\\\340;\341\345\2607#\001\026\202\006H\001\233\014\356\325\302;\274\312k\034\277\254\276\002\374\273Ai\234\003q\260\303/\363~\350Gf\334\037\366D\220,\370""\214g\371\n\247\020j\005\016p\344\047[_\216\026G\017\222o\367\325\345\247\300\325\325;\341\276\342;u8\317?\340VT\022\301\263\340/\334\007\277\205\345\340\037\334\023\001G\213Q9z\032\227\305\375kG&\220\234\025\313\233\27485$\256m\361%\200\234\213\376\004\234\024V\203\236\222V\002\2377\303\2320\367\214\343\364\240\020\344yQ}\335\002R\237\001N\026\227\345\205d\3516H\252`v5\316\017\227\207\317G\331QQ\334~\312\037\206O\001\210dwIz\253\002\214\323Pd\362\226\300a\037\302\277-J\340d9s\355\356)\300\007\220\237;!\213*\322\031\244\264\035\026\223\367\037\014\263\340\2466Q\271\317e\350\273\220<\t\271!\261\024\047tT\303o\302^\224\217W\207s\303*\334*\010\207\275\361\362\r~%|\030U\025\000\037n}\031\355\307o\017\237\0357G\265\021N\346\200\254\223\305L\376\252\312\335$Q\313\374\000b\332\212\213\311\334\273\374?Q\031\312u\026\260P\271\031\336U\214\256\004\026$\365QT\213\214\344\323/\200\225U\350\013\245\267\315?\014\213\252FK\n\301\317\341rx\020\355\306\267\343\037\207\354x\033\272\310O\276?H\016\236\047\317\377\235\314\225\302\342+\300\360?\216\371aJtQH\337\213z\04772\371\"\244e\205\377\002\321\344\224\365\022\337\noFw\"\325&\023\212\327\243\373Q=\316\r/\r;\243\362$pa\361;(\244\353\005\350\213d\361~\\\211\375a\353\030\213.\331\020\324\336\002k\225\344\317\237\305\265\2709<8\256\036\327\306K\313R\275\020\\\026\265q5\231\203\n\020\370~\201\232\377\036\312x\240\360\335\r\355\270z\262\222\311\317+g\036\034\377\020\222H\326\215\027<\206\313\005 \356\352\270p\203\347\302,0 \211\\\n\376\032fE\372\236\360\242l\341\252p\230\356!\311\305W\205w\241\265 \317\311\034\214\230\263\216\347\207\245d\376\343\250\226\314\177\032\227~\005\333y\307N";
-    PyObject *data = __Pyx_DecompressString(cstring, 1924, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1938 bytes) */
+static const char cstring[] = "x\332\275V\315s\333\306\025\247\246\252M\312\262MJ\032\311\216\363\261\214bGrTe\0303\222\355\264\323r,\313q\232\244b\242D\223\246Sx\t,ID @b\027\"\231N\246>\352\210\343\036q\304\021G\036u\344\021G\036\375\047\350O\350{\013\220\242,\253\223\311!\232\241\370v\367\355{\277\367{\037KR\353\013\3067\010\265\r\"\232\214\350Mj\333\314\372\220\023\313l\231\202\230\234\340G\267\034\316\014\302\t\377\214\254\t\2271Rwi\243\305l\261\276\371\230<&\240\331\245\240Fm\235Y\0263\036\023\333!.k[}b\332p\216\2469s\217\230K\352\324T\n\3476E\223\n\322\244\006\251\261\206g\223\256)\232$\361\336pl\366\031\3516\031h\273\270g\230\t\322\256\343\036\242\202\355\010rh;]\373\257_\203\352\236\251\037Z\246\335 N\235p\341z\272 -\326\2521\027\240{z\223\000H\316\254\372f\213qN\033lC-\004=d6iy\\\200\177\302zm\313\324M\001\330]\326\361\030\027\020\271B\3647\352\tGk\243\013\266\266\357zl\235\222=f\033\340\357\t\265,D\323\242\006#\265>\3015s7\271W\003\026)\020\003\307\240\311\023C/\0245/\210\343\222\027\310\307\013\232\222\005\250\351\230\223&`=G\2072\002\032\206\311i\315b\314\306\377\r\335\344\211d\230G\274\t\301n2\327u\\>^\t\326\023\251\374q\232\335\217\321\022\337l\367{\220\245\313\274)f\232\3142\022\216\\\006\221\271\230a$\034h\322\035\033\356!7\302\001\320{}\321tl\342\324~b\300y\035\"k\247\251P\327\333\256S\003\325\337z\275\353\232\342\267y\237*2\344\177j\331\240GlR\246\242\t\311\233\316%\360,\314\026s<1.2Jl\017+\t\217\361\263\251i\254g\nMK\027.3<\235i\272\2022\331\345LpA\305k\373\006\224\252\0220\373Jh\230GL\253Q\375P\255\024&\224vU\267\240\364\255B}&\275\331\343\344\354\215~\323SE\300\353k\215\362\276\255O\355bW\274\266<\323I\220\\\206\342r\004p\242\247\374\245\342\264\315\264_\316-\322\363\244r\367\373m\366\024\313\373\211\032HJ|\236\024\267\222\277J\332z\337q\276t\354\306T>\247\304\213\220\317\037^\300=}\234L\270s;\210dz\003s;\275\256C\006mgz\307e\334\263\304\305\235$\324\204\357/\035\016\245\265\327\357\301g\307\324\205\3665\364\3617\254\256i\252\007\020\037\374\321.\305\n\034W\242\246\325=[\307""\357\3068\010\370kQ\323V\337\216\341Yj\307\246-\365\r\023@K\325P<\0228G\360\240\343Qk\254\224\222\245]\240m\262\301z\270\000\336&\206\371\224\373\013|j\032<9\210\326\344\232\356\270\320b\246\315T\350\246\2639\331\340\330\014\334\242\274\211\315@u\246\246\023V\314Y\325$\331\300\047G\207^g\032\304)\\T\205\253\311\223E\005\214-\3351\030f\205\331(\251\361\230\314H\354\276$=\310\2330\241f\200\270I+6\235\256i\300\340iM\206i:@U\341\362C\3236,V\027\352\245l9\220\025\3076u\233A\366lH\026\2006\355\266\323vY=\215@uu\222\352\351\204\343\204\3438\2340\361S\275\010\304\031\254NA\217\267M;\351\206\351\236\300\216<\353J\365\210\341\260\027M\327\351\342\354J\347\327\021\265<\246\376\361#\223u\273\214\036\002\244n\263\277\327\377G2/\357\257\245OeR\0060E\265\3554bm;\rY+#B-\355\303\247\360s\341\376\0069\263p\231\274\236\371=\274l\220\363\246\333\300\220\333\340o\260_*sx9\201\316\206&(?\344\232g\013\323R\205\003l\221\373\023\003P\013\324RV\3263\211\016w\200\322&\334\314\234\273c\332\202\254\375\032\210{}\255\346\325\353\360\362\000+o\27059\335\200\337Lb=\243R+`\340\031\211\210\3572\244SK\0369\376+\310\334\202_/\220um_\375\276\271\017\376p~^F\332\3775\361\004\212\271\005\261\247)Io\216\325\223\037P\360&s\225r\265\324\234\372\313\231\321\354\334\361G~\365ee\224\275v\\>>\362\367\345\222\374!\320\303\302h>\357\377\321\257\216\362\233!\213\036D?\235\344\206\205\341\335a\047\336C\355;\353a\341\364\355Ln^]\252\306\313\037\205\217\242\335AqP\032\315/\372\245Q\366\346q\317\357\310+\262\036T\002\274\260Z\212\n\247oer\357\312*\036\376G\256\005\305\000\364\346\217?\367\301\371\222_\001\327+\301\225\200\006\235Q6\207\336\257\370t4\177\363\370g@\364]\360~\260\023f\243\253Q\377df\224_\366\r\271\036\224`k\006\025\347dQ\226\344n\260\036\202\367\005\277\350\227}\016[\333\301\007A=\334\211\306:\370uC\032\201\022\256\311\262\354\240\220\225\263\262\222\010Jq^\356\004W\203\316\324\016\260\340\327a\027\260\251\340^\315\277-+\262*\351\313\312+\300\277\353\027GY\330\366w\344U\331\013\272\241\031\365\006\035""\014R\370\237\312\031\271,9\204Z\206\003\032v\343\255\347\303\205\341\303\370\333\375\344\3623\340\352\372\335`?\341;u8\047?\220VX\304\340\205\377g\331\005\277\371%\377\357\322\303\200\303\205\260\024>\213Jx\377\306\261\t$\317\240x[\026&\206\360\332\226\\\004\310\331\360\017\300I~\305\357$\273e\277+\033A\025\315}!iz\220\367\257\372}\2149\234\r+cJ\276R\206\342\233\357\311N0\023,\005\007\341\363h\177p\347\244r\242n?\223\217\246\330GZ\320a\005\220\234E\243\362\267\010>{\300\300*V\301\351R\346\306\2753\214\017!Ew\003\021\226C\021\2250\253\207A!~\377\341`f\2604\250\216U\036H\025\375.xQ\250\261\240\320B\312H%\370\006\200\347\242\225\301\354\240\002\267\362\350\2603Z\272%\257\005\2170\234E\025t=x\036\356Gw\006_\2344\206\325!\215g\201\257\323\205L\356z\222\276q\256\226\344A\360,\334\212\n\361\354;\362\337a\t*v\0320\252\334\016\356%\244.\373\026\344\365qX\r\215\370\223\317\2073\303\025h\215Do[\256B\231\2532]\013\212\t\206\237\025\211\273\321j\364\317\2018\331\206V\352\306\337\037\304\007?\306?\376+\236-\006\205W\200\342\277\222\312#\360\267\022\345\006\005\334}7\354\234\336\312\344\n~\016\352\350\027\210\047\233\330/\312\255\340vx7LzeL\362z\370 \254E\331\301\225AkX\032\207\216\026\277\203j\272\231\207\346\210\027\036D\345\250;h\236Pl\225\r$\367-\260V\216\337\3734\252F\215\301\201\312\360\342\222R\307\312\200\002\271\036\317\256\006%\304\367\013\024\376\367P\313\375\004\337\275\300\216*\247\313\231\334\\\342\314\203\343\037\002\206mx\363\330\363\237\300\345<Pw}\224\277%\263\252\214\024\225\213\376_\202\031L\340SYP}\\A\207\351\032\322\\x\225\177\007\372\0132\035\317\302\2349\357xnP\214\347\376\024V\343\271O\242\342\377\000O?\324\006";
+    PyObject *data = __Pyx_DecompressString(cstring, 1938, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2492 bytes) */
-static const char cstring[] = "\377 bytes, \377and the \377channel\047\377s limit \367is \000\001clos\377ed s s; \377(tree fr\377agment).\357: : \047\000was\377 cancell\377ed: no r\177eply in\035\000\376W\001server \267fai\034\002: \n\010t\377hat had \377begun wi\367th x\003gone_; whe\233\000rd\001{di\244\003work\233\001\377not know\367n?N(\000Pick\377ling of \377struct m\337ember\270\000uc\373h \242\000self.\377message,\376\010\002taken m\367ust}\000 exp\337licit\271\000re\237quest\367\000\215\002@\277auto_p_\001e\377(True)a \357Pendm\000Cal\275l\251!made\321  ~\014\001er.sub\303 Qa\226 \034\000\047\000s\325\003`\226\"\277` or `\214!`Ya\246$\263\000a \242$h\316 \362\202*c`\001\325\000disa\337bleen\002\001gc\373is\004\003divsh\376\352\000.errors^\006\005text\023\004/\327D}/F\001s.pyx\243@\274V\025\242\"held\236#r\245e\327\000r\336A\355!b\247`o\271n\314@\230!to \205 y\377thon obj\225e\361 f\327\000p\204D\353\"p\307rob\276`\236`\n2wr\207iteI2\357h\374!\376hg\367ave\236\204\006this\374\277J\275`timeou=t\335ea nu\306a\347A\376\353A.__exit\373__\006\004reduc\347e_c\204\"\r\006set\357stat\t\014don\361e?\002\212\205\001H\002give\037_backV\002\266\205\002\320a\tF\251\205\002\332aS\272\205\002\000\007|\000_\020\200 \003\230\000c\022\027\004\205\206\002?\010\225\206\002_\037asyncU\010\222\205\001\000\014\266\032\007er\333\204\004__\345\020e\035rj\025er.\303\204\001\230\205\004\316\204\001\240H\t\251\205\004\260\205\n\221\004\374\207\002E\326\204\001M\376\265\206\003TooLong\000\365\205\010\200\206\010\213/\017\013\205N0\t\300\210\003\005\n\360\373\210\001S\t\274Ac\tfile\373nou\tresulqt\000\017\341#\307CLos\274`\377Pyx_PyDi\377ct_NextR\377ef__anno\232\261b_\t\000wa\342a\346e_\337_func\025\000_g\274\323e\"\000main\020\001m\337odule\032\001na\245m\003\002p\\\000\374c_\007\001vyt\270\207\001;\001qual\035\005\262\265\204\004_\275N\326Fexo\001s\227et_Q\005st\010\325\204\016_\367_te\331\001_is_\377coroutin]e\335bio.\010\006s\355\204\001\337slash\250\213\001ac\301e\372\212\002\344\210\001\220g\316\213\003\323\213""\001cl\332A\000_\345\000tr\047\001ac\375k\221\214\003atadec7ode\322\205\001en\006\001\376\210\0020\202\211\003\354\213\001\231C\264!ti\261`\266 \376\346\205\006howidit\343em\250\211\006\374\214\004\243\204\002ski\277ndleft\211\215\002m\377onotonic\377nevernex\367tpl\365 popr\003ef\273\004\360\214\002\367C\375C\322\205\003\361\213\001\361s\375\212\001\201\215\001\345\205\010setd\367efa\250`spin@\251\213\003\257\213\003\212\206\003\227\214\001\233\214\001\004\007n\315\212\001\237throw\234\210\001\235\210\004v\357alue\000\002svi\277ewweak\220\000w\337hyPyO\214\212\003*(\372\210\215\004_\202bobj_7\266\252\213\004_7\357\216\004_4\237\214\001_\375C\376\216\003End *,\261 8\007\000\t\014\t)\000\002a,\375 \263\013pt_arg\375s\263\02014slee\376\314 g_tasks\277_until\264bi\257me *\373\004p\210aa\355lA\002)\000\036\003som\177ething\000\047\n\237int (\347\037\251!_\377buffer *\263)\000#\020\025\006, Q\000)}\000\326Btyped\005\003^\365\220\001out_\301\215\003s\220\202 \3776queues_\025T\277\220\002*\243\000TL\000\355E\245-\374\341R;\005Claimi\303ng\362D\270\221\004\235e\237\221\003co\347nst\331\001\257\221\002_of\377\200\001\330\004\n\210+\220\377Q\200A\330\010\013\2104\377\210v\220T\230\024\230Y\377\240c\250\021\330\014\020\220\377\005\220Q\330\020.\250e\377\2603\260j\300\t\310\021\277\310%\310q\320P*\001\033\377)\250\021\360\034\000\t\014\3760\002Q\320\026+\2509\260\377F\270!\2701\330\014\023\377\2201\330\010\017\210x\220\377q\230\006\230f\240A\240\376[\001#1\260\021\360\032\000\357\t\036\230Q\031\001{\230(\367\240!\240%\000\014\210H\220\356z\000\024\220Ax\000\027\240\006\177\240a\240q\330\010\tz\001\377\006\220a\330\014\017\210z\376\217\000U\240\"\240D\250\010\377\260\007\260y\300\001\330\020\177\026\220d\230)\2401\020\000\375\001\243\001\n\230!\2301\230\357F\240)\250{\000\022\220!\357\2204\220s\020\0007\240$\237\240f\250D\260\034\005\316\001\016\357\230d\240!\327\001\013\2304\373\230q\340\001\010\230\004\230A\374\003\003H\002\014\230D\240\007\240\031q\007\010\203 \220f\023\000""\231\000\330\002\377\340\014\034\230A\230Q\230\377a\200A\340\010\014\210F\357\220!\330\010\361\000\220D\230\377\007\230x\240w\250i\260\373x\270\301\000\017\210t\2205\277\230\001\230\026\230s\350\0004\376\026\000a\250w\3206I\310\277\022\3108\320ST7\003G\336\251 \r%\240T\352#\010\230\236\311\004$\230l\250\244\000?\001<\377\230w\240a\330\020\024\220\367K\230u\355\001\250\022\2501\357\250G\2601y\001\016\210iz\342 \001\204\001\031\230\021\330A\005\356v\0016\230\023\306\000\010\250\003\316\221 \020\027\220\350\000\214\0014\220\357w\230g\240\322@\024\220Jy\230S\000\024\002\020\220\t\230\352B\367\t\230\032\322 J\250a\250st\260\305@\276\000\320\023#\344 \375A\235\000\027\260\t\270\024\270\337[\310\001\310\021\211\001G\230g9\240G\206\000\331\"\023\220j\001QA\214 \301\007\270B\023\207@x\374\000}#\377A\360\024\000\016&\344\003\376\227!8\2307\240%\240t\363\2504h\002\320@k\240\021\320\257\"8\270\001d\000Q\364At\357\2208\2303\241\001\024\220F\213\230!\376\001J\311b\250!\210$A\377\240R\240q\250\t\260\027\377\270\004\270A\270Q\330\020\376m\001q\330\024\030\230\013\240\3639\250\323@}\001w\230f\240\377I\250T\260\033\270J\300\177g\310Q\310a\320\004\252 \237\360\022\000\t\r\266C\241E\024\373\230W\321\0006\260\021\320\004\177\035\230^\2501\360\032\244\n\356\310A\031\240&\314#\026\220l\377\240!\240:\250Q\250dw\3202H\223 \027\320P\257\004\0377\230\047\240\021\236\204\003\347`\377\001\377z\240\024\240W\250F\260\377#\260Z\270t\3007\310\377%\310w\320VW\320W\377[\320[\\\320\004!\240\377\021\340\010\017\210\177\230a\363\230v\342$\177\000!\240\036\250\277q\360\030\000\t\021\233@\026\353\230}\313\000\010\316a7\230!\177\2306\240\031\250%\250\241\205\003\376\333%)\2503\250b\260\010\037\270\006\270m\310\377\205\002\347AN\001\375U\306`\017\020\330\014\022\320\377\0223\2604\260w\270h\333\300a\013\000\220,\374A\032\230\377!\2304\320\0375\260Q\377\260g\270W\300A\300Q\357\330\023\024\330+\001\020\220\007\316\261a\r\320\004\377@\234\001}\230\177A\230V\2404\240y\206`\376\237 &\240n\260A\360\026\367\000""\t\n\355\206\0014\220u\230\337A\230Y\240e\376\205\001\017\210\367u\220C\357`\020\021\330\014\377\r\330\020\030\230\010\240\001|\377\000\337\204\002\023\220=\240\001\312\204\001\327E\230\021\276\206\002Am\001\020\024\371\220\014\001\342@\021\340\020\035\230}Q\262\207\001\320\004)\250\021k\013\377\n\270!\320\n-\250Q\037\320\n2\260!";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2492, 3837);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2504 bytes) */
+static const char cstring[] = "\377 bytes, \377and the \377channel\047\377s limit \367is \000\001clos\377ed s s; \377(tree fr\377agment).\357: : \047\000was\377 cancell\377ed: no r\177eply in\035\000\376W\001server \267fai\034\002: \n\010t\377hat had \377begun wi\367th x\003gone_; whe\233\000rd\001{di\244\003work\233\001\377not know\367n?N(\000Pick\377ling of \377struct m\337ember\270\000uc\373h \242\000self.\377message,\376\010\002taken m\367ust}\000 exp\337licit\271\000re\237quest\367\000\215\002@\277auto_p_\001e\377(True)a \357Pendm\000Cal\275l\251!made\321  ~\014\001er.sub\303 Qa\226 \034\000\047\000s\325\003`\226\"\277` or `\214!`Ya\246$\263\000a \242$h\316 \362\202*c`\001\325\000disa\337bleen\002\001gc\373is\004\003divsh\376\352\000.errors^\006\005text\023\004/\327D}/F\001s.pyx\243@\274V\025\242\"held\236#r\245e\327\000r\336A\355!b\247`o\271n\314@\230!to \205 y\377thon obj\225e\361 f\327\000p\204D\353\"p\307rob\276`\236`\n2wr\207iteI2\357h\374!\376hg\367ave\236\204\006this\374\277J\275`timeou=t\335ea nu\306a\347A\376\353A.__exit\373__\006\004reduc\347e_c\204\"\r\006set\357stat\t\014don\361e?\002\212\205\001H\002give\037_backV\002\266\205\002\320a\tF\251\205\002\332aS\272\205\002\000\007|\000_\020\200 \003\230\000c\022\027\004\205\206\002?\010\225\206\002_\037asyncU\010\222\205\001\000\014\266\032\007er\333\204\004__\345\020e\035rj\025er.\303\204\001\230\205\004\316\204\001\340H\t\251\205\004\260\205\n\221\004\222\210\003TypKeE\333\204\001C\214\210\002\006\002I\361\204\003\372\022\002M\321\206\003TooLo\003ng\221\206\010\234\206\010\247/\017\013\241N0\t\300\334\210\003\005\n\227\211\001S\t\330Ac\tfi\357lenou\tres\307ult\000\017\375#\343CLo\375s\330`Pyx_Py\377Dict_Nex\377tRef__ankno\315b_\t\000wa\376a~\202\204\005__func\025\000\363_g\357e\"\000main~\020\001module\032\001\227nam\003\002p\\\000\230\204\003_\346\007\001vt\324\207\001;\001qua\311l\035\005\321\204\004_\331N\362Fex^o\001set_Q\005st\010\336\361\204\016__te\331\001_i\377s_coroutwine\371bio.\010\006}s\211\205\001slash\304\213\001\007ac""e\226\213\002\200\211\001\254g\352\213\003\357\213\001kclA\000_\345\000tr\047\001\367ack\255\214\003atad\337ecode\356\205\001en\300\006\001\232\211\002\236\211\003\210\214\001\231C\264!ti\370\261`\266 \202\206\006howid\217item\304\211\006\230\215\004\277\204\002s\377kindleft\376\245\215\002monoton\377icnevern\337extpl\365 po\017pref\273\004\214\215\002\367C\375C\304\356\205\003\215\214\001s\231\213\001\235\215\001\201\206\010se\337tdefa\250`sp\003in\305\213\003\313\213\003\246\206\003\263\214\001\267\214\001\004\007}n\351\212\001throw\270\210\001\276\271\210\004value\000\002s\377viewweak~\220\000whyPyO\250\212\003\353*(\244\215\004_\202bobj\333_7\306\213\004_7\213\217\004_4\366\273\214\001_C\232\217\003End \307*, 8\007\000\t\014\t)\000\366\002a, \263\013pt_a\367rgs\263\02014sl\373ee\314 g_tas\377ks_until\276\264bime *\373\004p\266\210aalA\002)\000\036\003s\377omething}\000\047\nint (\347\037\376\251!_buffer\317 *)\000#\020\025\006, \366Q\000)\000\326Btypeyd\005\003\221\221\001out_\335\215\003\375s\220\202 6queue\027s_T\333\220\002*\243\000\274\211\001\355E\370\245-\341R;\005Claim\207ing\362D\324\221\004\235e\273\221\003c\317onst\331\001\313\221\002_o\377f\200\001\330\004\n\210+\377\220Q\200A\330\010\013\210\3774\210v\220T\230\024\230\377Y\240c\250\021\330\014\020\377\220\005\220Q\330\020.\250\377e\2603\260j\300\t\310\177\021\310%\310q\320P*\001\377\033)\250\021\360\034\000\t\375\0140\002Q\320\026+\2509\377\260F\270!\2701\330\014\377\023\2201\330\010\017\210x\377\220q\230\006\230f\240A\375\240[\001#1\260\021\360\032\337\000\t\036\230Q\031\001{\230\357(\240!\240%\000\014\210H\335\220z\000\024\220Ax\000\027\240\377\006\240a\240q\330\010\t\376z\001\006\220a\330\014\017\210\375z\217\000U\240\"\240D\250\377\010\260\007\260y\300\001\330\377\020\026\220d\230)\2401\372\020\000\001\243\001\n\230!\2301\337\230F\240)\250{\000\022\220\337!\2204\220s\020\0007\240?$\240f\250D\260\034\005\316\001\337\016\230d\240!\327\001\013\230\3674\230q\340\001\010\230\004\230\371A\003\003H\002""\014\230D\240\0073\240q\007\010\203 \220f\023\000\231\000\376\330\002\340\014\034\230A\230Q\377\230a\200A\340\010\014\210\337F\220!\330\010\361\000\220D\377\230\007\230x\240w\250i\367\260x\270\301\000\017\210t\220\1775\230\001\230\026\230s\350\000\3754\026\000a\250w\3206I\177\310\022\3108\320ST7\003\275G\251 \r%\240T\352#\010=\230\311\004$\230l\250\244\000?\001\377<\230w\240a\330\020\024\357\220K\230u\355\001\250\022\250\3371\250G\2601y\001\016\210\365i\342 \001\204\001\031\230\021\330\334A\005v\0016\230\023\306\000\010\250\235\003\221 \020\027\220\350\000\214\0014\337\220w\230g\240\322@\024\220\363J\230S\000\024\002\020\220\007\220\335y\360\001\250\004\250\203$\004\230\375M\376A\017\320\017\037\230q\377\240\001\240\024\240W\250I\177\260T\270\033\300A\3009\002GG\2309\363(\360Am\001A\217 T\304\007\273B\023\212@x\377\000#\202a\237\360\024\000\016&\347\003\232!8\377\2307\240%\240t\2504\357\250t\2601\322Ak\240\021\377\320\"8\270\001\270\024\270}Q\367At\2208\2303\244\001_\024\220F\230!\201!J\314b\374\253!\213$A\240R\240q\250\177\t\260\027\270\004\270A3\000\375\020m\001q\330\024\030\230\013\363\2409\313\001}\001w\230f\240\377I\250T\260\033\270J\300\177g\310Q\310a\320\004\255 \237\360\022\000\t\r\271C\244E\024\377\230W\240G\2506\260\021\377\320\004\035\230^\2501\360\271\032\244\n\313A\031\240&\317#\026\377\220l\240!\240:\250Q\377\250d\3202H\310\001\310\367\027\320P\257\0047\230#\230\245Q\241\204\003(\353a\201!z\300\"F\377\260#\260Z\270t\3007\377\310%\310w\320VW\320\377W[\320[\\\320\004!\377\240\021\340\010\017\210\177\230\367a\230v\213`\027\260\t\270\376\201\000!\240\036\250q\360\030_\000\t\021\220\t\305`}\234@\375\010\323a7\230!\2306\240\317\031\250%\250\246\205\003\335%)\250\3773\250b\260\010\270\006\270\243m\310\204\206\002\354AN\001U\313`\017\377\020\330\014\022\320\0223\260\1774\260w\270h\300a\013\000\373\220,\201a\032\230!\2304\377\320\0375\260Q\260g\270\235W\335B\023\024\330+\001\226aq\377\330\014\r\320\004#\2401\376\234\001}\230A\230V\2404\373\240y\232\003&\240n""\260A\337\360\026\000\t\n\362\206\0014\220\177u\230A\230Y\240e\203\206\001\337\017\210u\220C\364`\020\021>=\000\330\020\030\230\010\302b\344\204\002\337\023\220=\240\001\317\204\001E\230\355\021\303\206\002A\330n\000\020\024\220\374\014\001\344@\021\340\020\035\230Q\276\267\207\001\320\004)\250\021k\013\n\377\270!\320\n-\250Q\320\017\n2\260!";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2504, 3870);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (3837 bytes) */
-static const char bytes[] = " bytes, and the channel\047s limit is  is closed s s; (tree fragment).: : it was cancelled: no reply in : the server failed: : the server that had begun with it is gone; whether it did the work is not known?NonePickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)a PendingCall is made by Caller.submita call ends with `reply` or `fail`a reply of a server has begun with itcall of disableenablegcisenabledivshmem.errorsivshmem.textivshmem/channel/calls.pyxno server has begun with itself.held,self.reader cannot be converted to a Python object for picklingself.probed cannot be converted to a Python object for picklingself.writer cannot be converted to a Python object for picklingthe server endsthe server gave no replythis PendingCall of timeout is not a numberCallCall.__exit__Call.__reduce_cython__Call.__setstate_cython__Call.doneCall.failCall.give_backCall.replyCallFailedCallServerCallServer.__reduce_cython__CallServer.__setstate_cython__CallServer.serveCallServer.serve_asyncCallServer.takeCallServer.take_asyncCallerCaller.__reduce_cython__Caller.__setstate_cython__Caller.callCaller.call_asyncCaller.submitCaller.submit_asyncClosedErrorMessageTooLongPendingCallPendingCall.__reduce_cython__PendingCall.__setstate_cython__PendingCall.cancelPendingCall.closePendingCall.donePendingCall.filenoPendingCall.resultPendingCall.result_asyncServerLost__Pyx_PyDict_NextRef__annotate____await____exit____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineasyncio.coroutinesbackslashreplacebeguncallcall_asynccancelcellcline_in_tracebackclosedatadecodedoneencodeerrorerrorsfailfilenofunctionggetgive_backhowiditemsivshmem.channel.callskindleftlimitmonotonicnevernextplainpoprefreplacereplyresultresult_asyncselfsendserveserve_asyncsetdefaultspinsubmitsubmit_asynctaketake_asynctakentextthrowtimetimeoutvaluev""aluesviewweakrefwhyPyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *)\000PyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *, struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time *__pyx_optional_args)\000until_something\000until_in_timeint (PyObject *, PyObject *, PyObject *, Py_buffer *)\000int (PyObject *, Py_buffer *, int)\000take_typed\000take_without_objectsstruct __pyx_obj_7ivshmem_7channel_6queues_Taken *(PyTypeObject *, struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, struct ivshmem_taken const *)\000taken_of\200\001\330\004\n\210+\220Q\200A\330\010\013\2104\210v\220T\230\024\230Y\240c\250\021\330\014\020\220\005\220Q\330\020.\250e\2603\260j\300\t\310\021\310%\310q\320PQ\200A\330\033)\250\021\360\034\000\t\014\2104\210v\220Q\320\026+\2509\260F\270!\2701\330\014\023\2201\330\010\017\210x\220q\230\006\230f\240A\240Q\200A\330#1\260\021\360\032\000\t\036\230Q\330\010\017\210{\230(\240!\2401\330\010\014\210H\220A\330\010\024\220A\220T\230\027\240\006\240a\240q\330\010\t\330\014\020\220\006\220a\330\014\017\210z\230\024\230U\240\"\240D\250\010\260\007\260y\300\001\330\020\026\220d\230)\2401\240D\250\001\330\014\020\220\n\230!\2301\230F\240)\2501\330\014\022\220!\2204\220s\230!\2307\240$\240f\250D\260\001\330\014\020\220\n\230!\330\014\020\220\016\230d\240!\330\014\020\220\013\2304\230q\330\014\020\220\010\230\004\230A\330\014\020\220\010\230\001\330\014\020\220\014\230D\240\007\240q\330\014\020\220\010\230\001\330\014\020\220\005\220Q\220f\230D\240\006\240a\330\014\023\2201\340\014\034\230A\230Q\230a\200A\340\010\014\210F\220!\330\010\023\2201\220D\230\007\230x\240w\250i\260x\270q\330\010\017\210t\2205\230\001\230\026\230s\240!\2404\240w\250a\250w\3206I\310\022\3108\320ST\200A\340\010\014\210G\2201\330\r%\240T\250\021\330\014\020\220\010\230\001\330\014\020\220\n\230$\230l\250!\330\014\017\210t\220<\230w\240a\330\020\024\220K\230u\240D""\250\001\250\022\2501\250G\2601\200A\340\010\016\210i\220q\230\001\200A\340\010\031\230\021\330\r%\240T\250\021\330\014\017\210t\2206\230\023\230D\240\010\250\003\2501\330\020\027\220q\330\014\017\210t\2204\220w\230g\240Q\330\020\024\220J\230a\330\020\027\220q\330\014\020\220\t\230\021\330\014\020\220\t\230\032\2401\240J\250a\250t\2601\330\014\017\210t\320\023#\2401\240A\240T\250\027\260\t\270\024\270[\310\001\310\021\330\020\024\220G\2309\240G\2501\250D\260\001\330\014\023\2206\230\023\230A\200A\340\r%\240T\250\021\330\014\020\220\006\220a\330\014\023\2204\220x\230s\240#\240Q\200A\360\024\000\016&\240T\250\021\330\014\017\210t\2208\2307\240%\240t\2504\250t\2601\330\020\026\220k\240\021\320\"8\270\001\270\024\270Q\330\014\017\210t\2208\2303\230a\330\020\024\220F\230!\330\020\024\220J\230f\240A\240T\250\021\330\020\024\220K\230u\240A\240R\240q\250\t\260\027\270\004\270A\270Q\330\020\023\2204\220q\330\024\030\230\013\2409\250A\330\014\023\2204\220w\230f\240I\250T\260\033\270J\300g\310Q\310a\320\004\031\230\021\360\022\000\t\r\210F\220!\330\010\017\210t\2205\230\001\230\024\230W\240G\2506\260\021\320\004\035\230^\2501\360\032\000\016&\240T\250\021\330\014\017\210t\2205\230\001\230\031\240&\250\003\2501\330\020\026\220l\240!\240:\250Q\250d\3202H\310\001\310\027\320PQ\330\014\017\210t\2207\230\047\240\021\330\020\026\220d\230!\330\014\023\2204\220z\240\024\240W\250F\260#\260Z\270t\3007\310%\310w\320VW\320W[\320[\\\320\004!\240\021\340\010\017\210\177\230a\230v\240T\250\027\260\t\270\021\320\004!\240\036\250q\360\030\000\t\021\220\t\230\026\230}\250A\330\010\017\210t\2207\230!\2306\240\031\250%\250q\330\010\t\330\014\023\2204\220x\230s\240)\2503\250b\260\010\270\006\270m\3101\330\014\023\2204\220w\230a\230v\240U\250!\330\017\020\330\014\022\320\0223\2604\260w\270h\300a\330\014\022\220,\230a\330\020\032\230!\2304\320\0375\260Q\260g\270W\300A\300Q\330\023\024\330\017\020\330\014\020\220\007\220q\330\014\r\320\004#\2401\340\010\017\210}\230A\230V\2404\240y\260\t\270\021\320""\004&\240n\260A\360\026\000\t\n\330\014\023\2204\220u\230A\230Y\240e\2501\330\014\017\210u\220C\220q\330\020\021\330\014\r\330\020\030\230\010\240\001\240\024\240T\250\021\330\014\023\220=\240\001\330\020\024\220E\230\021\230)\2401\240A\330\023\024\330\020\024\220E\230\021\230!\330\020\021\340\020\035\230Q\230f\240A\320\004)\250\021\340\010\017\210}\230A\230V\2404\240y\260\n\270!\320\n-\250Q\320\n2\260!";
+    #else /* compression: none (3870 bytes) */
+static const char bytes[] = " bytes, and the channel\047s limit is  is closed s s; (tree fragment).: : it was cancelled: no reply in : the server failed: : the server that had begun with it is gone; whether it did the work is not known?NonePickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)a PendingCall is made by Caller.submita call ends with `reply` or `fail`a reply of a server has begun with itcall of disableenablegcisenabledivshmem.errorsivshmem.textivshmem/channel/calls.pyxno server has begun with itself.held,self.reader cannot be converted to a Python object for picklingself.probed cannot be converted to a Python object for picklingself.writer cannot be converted to a Python object for picklingthe server endsthe server gave no replythis PendingCall of timeout is not a numberCallCall.__exit__Call.__reduce_cython__Call.__setstate_cython__Call.doneCall.failCall.give_backCall.replyCallFailedCallServerCallServer.__reduce_cython__CallServer.__setstate_cython__CallServer.serveCallServer.serve_asyncCallServer.takeCallServer.take_asyncCallerCaller.__reduce_cython__Caller.__setstate_cython__Caller.callCaller.call_asyncCaller.submitCaller.submit_asyncChannelTypeErrorClosedErrorIvshmemErrorMessageTooLongPendingCallPendingCall.__reduce_cython__PendingCall.__setstate_cython__PendingCall.cancelPendingCall.closePendingCall.donePendingCall.filenoPendingCall.resultPendingCall.result_asyncServerLost__Pyx_PyDict_NextRef__annotate____await____exit____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineasyncio.coroutinesbackslashreplacebeguncallcall_asynccancelcellcline_in_tracebackclosedatadecodedoneencodeerrorerrorsfailfilenofunctionggetgive_backhowiditemsivshmem.channel.callskindleftlimitmonotonicnevernextplainpoprefreplacereplyresultresult_asyncselfsendserveserve_asyncsetdefaultspinsubmitsubmit_asynctaketake_asynctak""entextthrowtimetimeoutvaluevaluesviewweakrefwhyPyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *)\000PyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *, struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time *__pyx_optional_args)\000until_something\000until_in_timeint (PyObject *, PyObject *, PyObject *, Py_buffer *)\000int (PyObject *, Py_buffer *, int)\000take_typed\000take_without_objectsstruct __pyx_obj_7ivshmem_7channel_6queues_Taken *(PyTypeObject *, struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, struct ivshmem_taken const *)\000taken_of\200\001\330\004\n\210+\220Q\200A\330\010\013\2104\210v\220T\230\024\230Y\240c\250\021\330\014\020\220\005\220Q\330\020.\250e\2603\260j\300\t\310\021\310%\310q\320PQ\200A\330\033)\250\021\360\034\000\t\014\2104\210v\220Q\320\026+\2509\260F\270!\2701\330\014\023\2201\330\010\017\210x\220q\230\006\230f\240A\240Q\200A\330#1\260\021\360\032\000\t\036\230Q\330\010\017\210{\230(\240!\2401\330\010\014\210H\220A\330\010\024\220A\220T\230\027\240\006\240a\240q\330\010\t\330\014\020\220\006\220a\330\014\017\210z\230\024\230U\240\"\240D\250\010\260\007\260y\300\001\330\020\026\220d\230)\2401\240D\250\001\330\014\020\220\n\230!\2301\230F\240)\2501\330\014\022\220!\2204\220s\230!\2307\240$\240f\250D\260\001\330\014\020\220\n\230!\330\014\020\220\016\230d\240!\330\014\020\220\013\2304\230q\330\014\020\220\010\230\004\230A\330\014\020\220\010\230\001\330\014\020\220\014\230D\240\007\240q\330\014\020\220\010\230\001\330\014\020\220\005\220Q\220f\230D\240\006\240a\330\014\023\2201\340\014\034\230A\230Q\230a\200A\340\010\014\210F\220!\330\010\023\2201\220D\230\007\230x\240w\250i\260x\270q\330\010\017\210t\2205\230\001\230\026\230s\240!\2404\240w\250a\250w\3206I\310\022\3108\320ST\200A\340\010\014\210G\2201\330\r%\240T\250\021\330\014\020\220\010\230\001\330\014\020\220\n\230$\230l\250!\330\014\017\210t\220<\230w\240a""\330\020\024\220K\230u\240D\250\001\250\022\2501\250G\2601\200A\340\010\016\210i\220q\230\001\200A\340\010\031\230\021\330\r%\240T\250\021\330\014\017\210t\2206\230\023\230D\240\010\250\003\2501\330\020\027\220q\330\014\017\210t\2204\220w\230g\240Q\330\020\024\220J\230a\330\020\027\220q\330\014\020\220\007\220y\240\007\240q\250\004\250A\330\014\020\220\010\230\004\230M\250\021\330\014\017\320\017\037\230q\240\001\240\024\240W\250I\260T\270\033\300A\300Q\330\020\024\220G\2309\240D\250\001\330\014\020\220\n\230!\330\014\023\2206\230\023\230A\200A\340\r%\240T\250\021\330\014\020\220\006\220a\330\014\023\2204\220x\230s\240#\240Q\200A\360\024\000\016&\240T\250\021\330\014\017\210t\2208\2307\240%\240t\2504\250t\2601\330\020\026\220k\240\021\320\"8\270\001\270\024\270Q\330\014\017\210t\2208\2303\230a\330\020\024\220F\230!\330\020\024\220J\230f\240A\240T\250\021\330\020\024\220K\230u\240A\240R\240q\250\t\260\027\270\004\270A\270Q\330\020\023\2204\220q\330\024\030\230\013\2409\250A\330\014\023\2204\220w\230f\240I\250T\260\033\270J\300g\310Q\310a\320\004\031\230\021\360\022\000\t\r\210F\220!\330\010\017\210t\2205\230\001\230\024\230W\240G\2506\260\021\320\004\035\230^\2501\360\032\000\016&\240T\250\021\330\014\017\210t\2205\230\001\230\031\240&\250\003\2501\330\020\026\220l\240!\240:\250Q\250d\3202H\310\001\310\027\320PQ\330\014\017\210t\2207\230#\230Q\330\020\026\220d\230(\240!\330\014\023\2204\220z\240\024\240W\250F\260#\260Z\270t\3007\310%\310w\320VW\320W[\320[\\\320\004!\240\021\340\010\017\210\177\230a\230v\240T\250\027\260\t\270\021\320\004!\240\036\250q\360\030\000\t\021\220\t\230\026\230}\250A\330\010\017\210t\2207\230!\2306\240\031\250%\250q\330\010\t\330\014\023\2204\220x\230s\240)\2503\250b\260\010\270\006\270m\3101\330\014\023\2204\220w\230a\230v\240U\250!\330\017\020\330\014\022\320\0223\2604\260w\270h\300a\330\014\022\220,\230a\330\020\032\230!\2304\320\0375\260Q\260g\270W\300A\300Q\330\023\024\330\017\020\330\014\020\220\007\220q\330\014\r\320\004#\2401\340""\010\017\210}\230A\230V\2404\240y\260\t\270\021\320\004&\240n\260A\360\026\000\t\n\330\014\023\2204\220u\230A\230Y\240e\2501\330\014\017\210u\220C\220q\330\020\021\330\014\r\330\020\030\230\010\240\001\240\024\240T\250\021\330\014\023\220=\240\001\330\020\024\220E\230\021\230)\2401\240A\330\023\024\330\020\024\220E\230\021\230!\330\020\021\340\020\035\230Q\230f\240A\320\004)\250\021\340\010\017\210}\230A\230V\2404\240y\260\n\270!\320\n-\250Q\320\n2\260!";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 147; i++) {
+    for (int i = 0; i < 149; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
       if (likely(string) && i >= 34) PyUnicode_InternInPlace(&string);
@@ -19111,8 +19356,8 @@ static const char bytes[] = " bytes, and the channel\047s limit is  is closed s 
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 147; i < 170; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-147].length;
+    for (int i = 149; i < 172; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-149].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -19122,14 +19367,14 @@ static const char bytes[] = " bytes, and the channel\047s limit is  is closed s 
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 170; i++) {
+    for (Py_ssize_t i = 0; i < 172; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 147;
+      PyObject **table = stringtab + 149;
       for (Py_ssize_t i=0; i<23; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
@@ -19196,7 +19441,7 @@ typedef struct {
     unsigned int num_kwonly_args : 1;
     unsigned int nlocals : 4;
     unsigned int flags : 10;
-    unsigned int first_line : 9;
+    unsigned int first_line : 10;
 } __Pyx_PyCode_New_function_description;
 #ifdef __cplusplus
 } /* anonymous namespace */
@@ -19216,42 +19461,42 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 320};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 337};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_call, __pyx_mstate->__pyx_n_u_begun, __pyx_mstate->__pyx_n_u_left, __pyx_mstate->__pyx_n_u_how};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_call_async, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 386};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 403};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_function, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_call, __pyx_mstate->__pyx_n_u_reply, __pyx_mstate->__pyx_n_u_error};
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_serve_async, __pyx_mstate->__pyx_kp_b_iso88591_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 148};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 164};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t87_t4t1_k_8_Q_t83a_F_JfAT_K, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 169};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 185};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_kp_b_iso88591_A_T_a_4xs_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 175};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 191};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin};
-    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_result, __pyx_mstate->__pyx_kp_b_iso88591_1_T_t5_1_l_Qd2H_PQ_t7_d_4z_WF_Z, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_result, __pyx_mstate->__pyx_kp_b_iso88591_1_T_t5_1_l_Qd2H_PQ_t7_Q_d_4z_WF, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 195};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 211};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_result_async, __pyx_mstate->__pyx_kp_b_iso88591_1_AV4y, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 202};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 218};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_never};
-    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_cancel, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t6_D_1_q_t4wgQ_Ja_q_1Jat1_t, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_cancel, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t6_D_1_q_t4wgQ_Ja_q_y_q_A_M, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 217};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 234};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_G1_T_l_t_wa_KuD_1G1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
@@ -19266,17 +19511,17 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 254};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 271};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_call, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_cell};
     __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_submit, __pyx_mstate->__pyx_kp_b_iso88591_A_1_Q_1_HA_AT_aq_a_z_U_D_y_d_1D, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 290};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 307};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_call, __pyx_mstate->__pyx_n_u_begun, __pyx_mstate->__pyx_n_u_left, __pyx_mstate->__pyx_n_u_how};
     __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_call, __pyx_mstate->__pyx_kp_b_iso88591_q_A_t7_6_q_4xs_3b_m1_4wavU_34wh, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 316};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 333};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_submit_async, __pyx_mstate->__pyx_kp_b_iso88591_AV4y, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
   }
@@ -19291,17 +19536,17 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 342};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 359};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_taken};
     __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_take, __pyx_mstate->__pyx_kp_b_iso88591_A_4vQ_9F_1_1_xq_fAQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 361};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 378};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_function, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_call, __pyx_mstate->__pyx_n_u_reply, __pyx_mstate->__pyx_n_u_error};
     __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_serve, __pyx_mstate->__pyx_kp_b_iso88591_nA_4uAYe1_uCq_T_E_1A_E_QfA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 404};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 421};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_take_async, __pyx_mstate->__pyx_kp_b_iso88591_avT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
   }
@@ -19316,27 +19561,27 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 445};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 466};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data};
     __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_reply, __pyx_mstate->__pyx_kp_b_iso88591_F_t5_WG6, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 457};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 478};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_why, __pyx_mstate->__pyx_n_u_limit};
     __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_fail, __pyx_mstate->__pyx_kp_b_iso88591_A_F_1D_xwixq_t5_s_4waw6I_8ST, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 491};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 512};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_kp_b_iso88591_A_iq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 495};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 516};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[23] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_give_back, __pyx_mstate->__pyx_kp_b_iso88591_A_iq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[23])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 499};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 520};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_kind, __pyx_mstate->__pyx_n_u_error};
     __pyx_mstate_global->__pyx_codeobj_tab[24] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_4vT_Yc_Q_e3j_qPQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[24])) goto bad;
   }
@@ -21151,6 +21396,34 @@ static CYTHON_INLINE int __Pyx_PyList_Append(PyObject* list, PyObject* x) {
         return 0;
     }
     return PyList_Append(list, x);
+}
+#endif
+
+/* PyObjectCallMethod0 (used by pop) */
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethod0(PyObject* obj, PyObject* method_name) {
+#if CYTHON_VECTORCALL && (__PYX_LIMITED_VERSION_HEX >= 0x030C0000 || !CYTHON_COMPILING_IN_LIMITED_API)
+    return PyObject_VectorcallMethod(method_name, &obj, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
+#elif CYTHON_COMPILING_IN_LIMITED_API
+    return PyObject_CallMethodObjArgs(obj, method_name, NULL);
+#else
+    return PyObject_CallMethodNoArgs(obj, method_name);
+#endif
+}
+
+/* pop */
+static CYTHON_INLINE PyObject* __Pyx__PyObject_Pop(PyObject* L) {
+    if (Py_IS_TYPE(L, &PySet_Type)) {
+        return PySet_Pop(L);
+    }
+    return __Pyx_PyObject_CallMethod0(L, __pyx_mstate_global->__pyx_n_u_pop);
+}
+#if CYTHON_USE_PYLIST_INTERNALS && CYTHON_ASSUME_SAFE_MACROS && CYTHON_ASSUME_SAFE_SIZE
+static CYTHON_INLINE PyObject* __Pyx_PyList_Pop(PyObject* L) {
+    if (likely(PyList_GET_SIZE(L) > (((PyListObject*)L)->allocated >> 1))) {
+        Py_SET_SIZE(L, Py_SIZE(L) - 1);
+        return PyList_GET_ITEM(L, PyList_GET_SIZE(L));
+    }
+    return __Pyx_CallUnboundCMethod0(&__pyx_mstate_global->__pyx_umethod_PyList_Type_pop, L);
 }
 #endif
 
@@ -24425,17 +24698,6 @@ no_attr:
     }
     Py_XDECREF(ob);
     return -1;
-}
-
-/* PyObjectCallMethod0 (used by PyType_Ready) */
-static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethod0(PyObject* obj, PyObject* method_name) {
-#if CYTHON_VECTORCALL && (__PYX_LIMITED_VERSION_HEX >= 0x030C0000 || !CYTHON_COMPILING_IN_LIMITED_API)
-    return PyObject_VectorcallMethod(method_name, &obj, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
-#elif CYTHON_COMPILING_IN_LIMITED_API
-    return PyObject_CallMethodObjArgs(obj, method_name, NULL);
-#else
-    return PyObject_CallMethodNoArgs(obj, method_name);
-#endif
 }
 
 /* GetTypeDictOffset (used by ValidateBasesTuple) */

@@ -3426,19 +3426,6 @@ static PyObject *__Pyx_Object_VectorcallMethodKwds(PyObject *name, PyObject *con
 /* PyRuntimeError_Check.proto */
 #define __Pyx_PyExc_RuntimeError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_RuntimeError)
 
-/* PyOSError_Check.proto */
-#define __Pyx_PyExc_OSError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_OSError)
-
-/* PyObjectLookupSpecial.proto */
-#if CYTHON_USE_PYTYPE_LOOKUP && CYTHON_USE_TYPE_SLOTS
-#define __Pyx_PyObject_LookupSpecialNoError(obj, attr_name)  __Pyx__PyObject_LookupSpecial(obj, attr_name, 0)
-#define __Pyx_PyObject_LookupSpecial(obj, attr_name)  __Pyx__PyObject_LookupSpecial(obj, attr_name, 1)
-static CYTHON_INLINE PyObject* __Pyx__PyObject_LookupSpecial(PyObject* obj, PyObject* attr_name, int with_error);
-#else
-#define __Pyx_PyObject_LookupSpecialNoError(o,n) __Pyx_PyObject_GetAttrStrNoError(o,n)
-#define __Pyx_PyObject_LookupSpecial(o,n) __Pyx_PyObject_GetAttrStr(o,n)
-#endif
-
 /* GetTopmostException.proto (used by SaveResetException) */
 #if CYTHON_USE_EXC_INFO_STACK && CYTHON_FAST_THREAD_STATE
 static _PyErr_StackItem * __Pyx_PyErr_GetTopmostException(PyThreadState *tstate);
@@ -3455,13 +3442,8 @@ static CYTHON_INLINE void __Pyx__ExceptionReset(PyThreadState *tstate, PyObject 
 #define __Pyx_ExceptionReset(type, value, tb)  PyErr_SetExcInfo(type, value, tb)
 #endif
 
-/* GetException.proto */
-#if CYTHON_FAST_THREAD_STATE
-#define __Pyx_GetException(type, value, tb)  __Pyx__GetException(__pyx_tstate, type, value, tb)
-static int __Pyx__GetException(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb);
-#else
-static int __Pyx_GetException(PyObject **type, PyObject **value, PyObject **tb);
-#endif
+/* PyOSError_Check.proto */
+#define __Pyx_PyExc_OSError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_OSError)
 
 /* dict_getitem_default.proto */
 static PyObject* __Pyx_PyDict_GetItemDefault(PyObject* d, PyObject* key, PyObject* default_value);
@@ -3481,6 +3463,14 @@ static CYTHON_INLINE PyObject* __Pyx_CallUnboundCMethod1(__Pyx_CachedCFunction* 
 /* py_dict_pop_ignore.proto */
 static CYTHON_INLINE int __Pyx_PyDict_Pop_ignore(PyObject *d, PyObject *key, PyObject *default_value);
 
+/* GetException.proto */
+#if CYTHON_FAST_THREAD_STATE
+#define __Pyx_GetException(type, value, tb)  __Pyx__GetException(__pyx_tstate, type, value, tb)
+static int __Pyx__GetException(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb);
+#else
+static int __Pyx_GetException(PyObject **type, PyObject **value, PyObject **tb);
+#endif
+
 /* SwapException.proto */
 #if CYTHON_FAST_THREAD_STATE
 #define __Pyx_ExceptionSwap(type, value, tb)  __Pyx__ExceptionSwap(__pyx_tstate, type, value, tb)
@@ -3497,6 +3487,16 @@ static CYTHON_INLINE int __Pyx_ListComp_AppendAndDecref(PyObject* list, PyObject
 static CYTHON_INLINE int __Pyx_ListComp_Append(PyObject* list, PyObject* x);
 #else
 #define __Pyx_ListComp_Append(L,x) PyList_Append(L,x)
+#endif
+
+/* PyObjectLookupSpecial.proto */
+#if CYTHON_USE_PYTYPE_LOOKUP && CYTHON_USE_TYPE_SLOTS
+#define __Pyx_PyObject_LookupSpecialNoError(obj, attr_name)  __Pyx__PyObject_LookupSpecial(obj, attr_name, 0)
+#define __Pyx_PyObject_LookupSpecial(obj, attr_name)  __Pyx__PyObject_LookupSpecial(obj, attr_name, 1)
+static CYTHON_INLINE PyObject* __Pyx__PyObject_LookupSpecial(PyObject* obj, PyObject* attr_name, int with_error);
+#else
+#define __Pyx_PyObject_LookupSpecialNoError(o,n) __Pyx_PyObject_GetAttrStrNoError(o,n)
+#define __Pyx_PyObject_LookupSpecial(o,n) __Pyx_PyObject_GetAttrStr(o,n)
 #endif
 
 /* ListAppend.proto */
@@ -8639,16 +8639,13 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
   PyObject *__pyx_t_3 = NULL;
   PyObject *__pyx_t_4 = NULL;
   PyObject *__pyx_t_5 = NULL;
-  size_t __pyx_t_6;
+  PyObject *__pyx_t_6 = NULL;
   PyObject *__pyx_t_7 = NULL;
-  PyObject *__pyx_t_8 = NULL;
+  size_t __pyx_t_8;
   PyObject *__pyx_t_9 = NULL;
-  PyObject *__pyx_t_10 = NULL;
-  PyObject *__pyx_t_11 = NULL;
+  int __pyx_t_10;
+  long __pyx_t_11;
   int __pyx_t_12;
-  long __pyx_t_13;
-  int __pyx_t_14;
-  int __pyx_t_15;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -8658,7 +8655,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
  *         cdef Doorbell bell
  *         cdef int code
  *         if target == <uint32_t>EVERY_PEER:             # <<<<<<<<<<<<<<
- *             with contextlib.suppress(IvshmemError, OSError):
+ *             try:
  *                 if self.doorbells.registers is None:  # a guest's device knows no peers
 */
   __pyx_t_1 = (__pyx_v_target == ((uint32_t)__pyx_e_7ivshmem_7channel_10membership_EVERY_PEER));
@@ -8669,209 +8666,122 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
     /* "ivshmem/channel/membership.pyx":283
  *         cdef int code
  *         if target == <uint32_t>EVERY_PEER:
- *             with contextlib.suppress(IvshmemError, OSError):             # <<<<<<<<<<<<<<
+ *             try:             # <<<<<<<<<<<<<<
  *                 if self.doorbells.registers is None:  # a guest's device knows no peers
  *                     self.doorbells.ring_all_nowait(None, self.vector)
 */
-    /*with:*/ {
-      __pyx_t_3 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_contextlib); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 283, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_4);
-      __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_suppress); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 283, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_5);
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 283, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_4);
-      __pyx_t_6 = 1;
-      #if CYTHON_UNPACK_METHODS
-      if (unlikely(PyMethod_Check(__pyx_t_5))) {
-        __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_5);
-        assert(__pyx_t_3);
-        PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_5);
-        __Pyx_INCREF(__pyx_t_3);
-        __Pyx_INCREF(__pyx__function);
-        __Pyx_DECREF_SET(__pyx_t_5, __pyx__function);
-        __pyx_t_6 = 0;
-      }
-      #endif
-      {
-        PyObject *__pyx_callargs[3] = {__pyx_t_3, __pyx_t_4, ((PyObject *)(((PyTypeObject*)PyExc_OSError)))};
-        __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (3-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-        __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-        __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-        __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 283, __pyx_L1_error)
-        __Pyx_GOTREF(__pyx_t_2);
-      }
-      __pyx_t_7 = __Pyx_PyObject_LookupSpecial(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 283, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_7);
-      __pyx_t_4 = NULL;
-      __pyx_t_3 = __Pyx_PyObject_LookupSpecial(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 283, __pyx_L4_error)
-      __Pyx_GOTREF(__pyx_t_3);
-      __pyx_t_6 = 1;
-      #if CYTHON_UNPACK_METHODS
-      if (likely(PyMethod_Check(__pyx_t_3))) {
-        __pyx_t_4 = PyMethod_GET_SELF(__pyx_t_3);
-        assert(__pyx_t_4);
-        PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_3);
-        __Pyx_INCREF(__pyx_t_4);
-        __Pyx_INCREF(__pyx__function);
-        __Pyx_DECREF_SET(__pyx_t_3, __pyx__function);
-        __pyx_t_6 = 0;
-      }
-      #endif
-      {
-        PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
-        __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-        __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-        __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 283, __pyx_L4_error)
-        __Pyx_GOTREF(__pyx_t_5);
-      }
-      __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    {
+      __Pyx_PyThreadState_declare
+      __Pyx_PyThreadState_assign
+      __Pyx_ExceptionSave(&__pyx_t_2, &__pyx_t_3, &__pyx_t_4);
+      __Pyx_XGOTREF(__pyx_t_2);
+      __Pyx_XGOTREF(__pyx_t_3);
+      __Pyx_XGOTREF(__pyx_t_4);
       /*try:*/ {
-        {
-          __Pyx_PyThreadState_declare
-          __Pyx_PyThreadState_assign
-          __Pyx_ExceptionSave(&__pyx_t_8, &__pyx_t_9, &__pyx_t_10);
-          __Pyx_XGOTREF(__pyx_t_8);
-          __Pyx_XGOTREF(__pyx_t_9);
-          __Pyx_XGOTREF(__pyx_t_10);
-          /*try:*/ {
 
-            /* "ivshmem/channel/membership.pyx":284
+        /* "ivshmem/channel/membership.pyx":284
  *         if target == <uint32_t>EVERY_PEER:
- *             with contextlib.suppress(IvshmemError, OSError):
+ *             try:
  *                 if self.doorbells.registers is None:  # a guest's device knows no peers             # <<<<<<<<<<<<<<
  *                     self.doorbells.ring_all_nowait(None, self.vector)
- *             return 0
+ *             except (IvshmemError, OSError):
 */
-            __pyx_t_1 = (((PyObject *)__pyx_v_self->doorbells->registers) == Py_None);
-            if (__pyx_t_1) {
+        __pyx_t_1 = (((PyObject *)__pyx_v_self->doorbells->registers) == Py_None);
+        if (__pyx_t_1) {
 
 
-              /* "ivshmem/channel/membership.pyx":285
- *             with contextlib.suppress(IvshmemError, OSError):
+          /* "ivshmem/channel/membership.pyx":285
+ *             try:
  *                 if self.doorbells.registers is None:  # a guest's device knows no peers
  *                     self.doorbells.ring_all_nowait(None, self.vector)             # <<<<<<<<<<<<<<
- *             return 0
- *         bell = self.bells.get(target)
+ *             except (IvshmemError, OSError):
+ *                 pass
 */
-              __pyx_t_5 = ((PyObject *)__pyx_v_self->doorbells);
-              __Pyx_INCREF(__pyx_t_5);
-              __pyx_t_3 = PyLong_FromSsize_t(__pyx_v_self->vector); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 285, __pyx_L8_error)
-              __Pyx_GOTREF(__pyx_t_3);
-              __pyx_t_6 = 0;
-              {
-                PyObject *__pyx_callargs[3] = {__pyx_t_5, Py_None, __pyx_t_3};
-                __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_ring_all_nowait, __pyx_callargs+__pyx_t_6, (3-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-                __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-                __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-                if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 285, __pyx_L8_error)
-                __Pyx_GOTREF(__pyx_t_2);
-              }
-              __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+          __pyx_t_6 = ((PyObject *)__pyx_v_self->doorbells);
+          __Pyx_INCREF(__pyx_t_6);
+          __pyx_t_7 = PyLong_FromSsize_t(__pyx_v_self->vector); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 285, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_7);
+          __pyx_t_8 = 0;
+          {
+            PyObject *__pyx_callargs[3] = {__pyx_t_6, Py_None, __pyx_t_7};
+            __pyx_t_5 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_ring_all_nowait, __pyx_callargs+__pyx_t_8, (3-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+            __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+            __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+            if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 285, __pyx_L4_error)
+            __Pyx_GOTREF(__pyx_t_5);
+          }
+          __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-              /* "ivshmem/channel/membership.pyx":284
+          /* "ivshmem/channel/membership.pyx":284
  *         if target == <uint32_t>EVERY_PEER:
- *             with contextlib.suppress(IvshmemError, OSError):
+ *             try:
  *                 if self.doorbells.registers is None:  # a guest's device knows no peers             # <<<<<<<<<<<<<<
  *                     self.doorbells.ring_all_nowait(None, self.vector)
- *             return 0
+ *             except (IvshmemError, OSError):
 */
-            }
+        }
 
-            /* "ivshmem/channel/membership.pyx":283
+        /* "ivshmem/channel/membership.pyx":283
  *         cdef int code
  *         if target == <uint32_t>EVERY_PEER:
- *             with contextlib.suppress(IvshmemError, OSError):             # <<<<<<<<<<<<<<
+ *             try:             # <<<<<<<<<<<<<<
  *                 if self.doorbells.registers is None:  # a guest's device knows no peers
  *                     self.doorbells.ring_all_nowait(None, self.vector)
 */
-          }
-          __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
-          __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
-          __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-          goto __pyx_L13_try_end;
-          __pyx_L8_error:;
-          __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-          __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-          __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-          /*except:*/ {
-            __Pyx_AddTraceback("ivshmem.channel.membership.Membership.ring", __pyx_clineno, __pyx_lineno, __pyx_filename);
-            if (__Pyx_GetException(&__pyx_t_2, &__pyx_t_3, &__pyx_t_5) < 0) __PYX_ERR(0, 283, __pyx_L10_except_error)
-            __Pyx_XGOTREF(__pyx_t_2);
-            __Pyx_XGOTREF(__pyx_t_3);
-            __Pyx_XGOTREF(__pyx_t_5);
-            {
-              PyObject* __pyx_temp[3] = {__pyx_t_2, __pyx_t_3, __pyx_t_5};
-              __pyx_t_4 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 283, __pyx_L10_except_error)
-              __Pyx_GOTREF(__pyx_t_4);
-            }
-            __pyx_t_11 = __Pyx_PyObject_Call(__pyx_t_7, __pyx_t_4, NULL);
-            __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-            __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 283, __pyx_L10_except_error)
-            __Pyx_GOTREF(__pyx_t_11);
-            __pyx_t_1 = __Pyx_PyObject_IsTrue(__pyx_t_11);
-            __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-            if (__pyx_t_1 < (0)) __PYX_ERR(0, 283, __pyx_L10_except_error)
-            __pyx_t_12 = (!__pyx_t_1);
-
-
-            if (unlikely(__pyx_t_12)) {
-
-              __Pyx_GIVEREF(__pyx_t_2);
-              __Pyx_GIVEREF(__pyx_t_3);
-              __Pyx_XGIVEREF(__pyx_t_5);
-              __Pyx_ErrRestoreWithState(__pyx_t_2, __pyx_t_3, __pyx_t_5);
-              __pyx_t_2 = 0;  __pyx_t_3 = 0;  __pyx_t_5 = 0; 
-              __PYX_ERR(0, 283, __pyx_L10_except_error)
-            }
-            __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-            __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-            __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-            goto __pyx_L9_exception_handled;
-          }
-          __pyx_L10_except_error:;
-          __Pyx_XGIVEREF(__pyx_t_8);
-          __Pyx_XGIVEREF(__pyx_t_9);
-          __Pyx_XGIVEREF(__pyx_t_10);
-          __Pyx_ExceptionReset(__pyx_t_8, __pyx_t_9, __pyx_t_10);
-          goto __pyx_L1_error;
-          __pyx_L9_exception_handled:;
-          __Pyx_XGIVEREF(__pyx_t_8);
-          __Pyx_XGIVEREF(__pyx_t_9);
-          __Pyx_XGIVEREF(__pyx_t_10);
-          __Pyx_ExceptionReset(__pyx_t_8, __pyx_t_9, __pyx_t_10);
-          __pyx_L13_try_end:;
-        }
       }
-      /*finally:*/ {
-        /*normal exit:*/{
-          if (__pyx_t_7) {
-            __pyx_t_10 = __Pyx_PyObject_Call(__pyx_t_7, __pyx_mstate_global->__pyx_tuple[1], NULL);
-            __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-            if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 283, __pyx_L1_error)
-            __Pyx_GOTREF(__pyx_t_10);
-            __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-          }
-          goto __pyx_L7;
-        }
-        __pyx_L7:;
-      }
-      goto __pyx_L18;
+      __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      goto __pyx_L9_try_end;
       __pyx_L4_error:;
-      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      goto __pyx_L1_error;
-      __pyx_L18:;
-    }
+      __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+      __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+      __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
 
-    /* "ivshmem/channel/membership.pyx":286
+      /* "ivshmem/channel/membership.pyx":286
  *                 if self.doorbells.registers is None:  # a guest's device knows no peers
  *                     self.doorbells.ring_all_nowait(None, self.vector)
+ *             except (IvshmemError, OSError):             # <<<<<<<<<<<<<<
+ *                 pass
+ *             return 0
+*/
+      __Pyx_ErrFetch(&__pyx_t_5, &__pyx_t_7, &__pyx_t_6);
+      __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 286, __pyx_L6_except_error)
+      __Pyx_GOTREF(__pyx_t_9);
+      __pyx_t_10 = __Pyx_PyErr_GivenExceptionMatches2(__pyx_t_5, __pyx_t_9, ((PyObject *)(((PyTypeObject*)PyExc_OSError))));
+      __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+      __Pyx_ErrRestore(__pyx_t_5, __pyx_t_7, __pyx_t_6);
+      __pyx_t_5 = 0; __pyx_t_7 = 0; __pyx_t_6 = 0;
+      if (__pyx_t_10) {
+        __Pyx_ErrRestore(0,0,0);
+        goto __pyx_L5_exception_handled;
+      }
+      goto __pyx_L6_except_error;
+
+      /* "ivshmem/channel/membership.pyx":283
+ *         cdef int code
+ *         if target == <uint32_t>EVERY_PEER:
+ *             try:             # <<<<<<<<<<<<<<
+ *                 if self.doorbells.registers is None:  # a guest's device knows no peers
+ *                     self.doorbells.ring_all_nowait(None, self.vector)
+*/
+      __pyx_L6_except_error:;
+      __Pyx_XGIVEREF(__pyx_t_2);
+      __Pyx_XGIVEREF(__pyx_t_3);
+      __Pyx_XGIVEREF(__pyx_t_4);
+      __Pyx_ExceptionReset(__pyx_t_2, __pyx_t_3, __pyx_t_4);
+      goto __pyx_L1_error;
+      __pyx_L5_exception_handled:;
+      __Pyx_XGIVEREF(__pyx_t_2);
+      __Pyx_XGIVEREF(__pyx_t_3);
+      __Pyx_XGIVEREF(__pyx_t_4);
+      __Pyx_ExceptionReset(__pyx_t_2, __pyx_t_3, __pyx_t_4);
+      __pyx_L9_try_end:;
+    }
+
+    /* "ivshmem/channel/membership.pyx":288
+ *             except (IvshmemError, OSError):
+ *                 pass
  *             return 0             # <<<<<<<<<<<<<<
  *         bell = self.bells.get(target)
  *         for _ in range(2):
@@ -8886,13 +8796,13 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
  *         cdef Doorbell bell
  *         cdef int code
  *         if target == <uint32_t>EVERY_PEER:             # <<<<<<<<<<<<<<
- *             with contextlib.suppress(IvshmemError, OSError):
+ *             try:
  *                 if self.doorbells.registers is None:  # a guest's device knows no peers
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":287
- *                     self.doorbells.ring_all_nowait(None, self.vector)
+  /* "ivshmem/channel/membership.pyx":289
+ *                 pass
  *             return 0
  *         bell = self.bells.get(target)             # <<<<<<<<<<<<<<
  *         for _ in range(2):
@@ -8900,39 +8810,39 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
 */
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "get");
-    __PYX_ERR(0, 287, __pyx_L1_error)
+    __PYX_ERR(0, 289, __pyx_L1_error)
   }
-  __pyx_t_5 = __Pyx_PyLong_From_uint32_t(__pyx_v_target); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 287, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_3 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_t_5, Py_None); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 287, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-  if (!(likely(((__pyx_t_3) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_3, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell))))) __PYX_ERR(0, 287, __pyx_L1_error)
-  __pyx_v_bell = ((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_t_3);
-  __pyx_t_3 = 0;
+  __pyx_t_6 = __Pyx_PyLong_From_uint32_t(__pyx_v_target); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 289, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_6);
+  __pyx_t_7 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_t_6, Py_None); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 289, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_7);
+  __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+  if (!(likely(((__pyx_t_7) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_7, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell))))) __PYX_ERR(0, 289, __pyx_L1_error)
+  __pyx_v_bell = ((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_t_7);
+  __pyx_t_7 = 0;
 
-  /* "ivshmem/channel/membership.pyx":288
+  /* "ivshmem/channel/membership.pyx":290
  *             return 0
  *         bell = self.bells.get(target)
  *         for _ in range(2):             # <<<<<<<<<<<<<<
  *             if bell is None:
  *                 try:
 */
-  for (__pyx_t_13 = 0; __pyx_t_13 < 2; __pyx_t_13+=1) {
-    __pyx_v__ = __pyx_t_13;
+  for (__pyx_t_11 = 0; __pyx_t_11 < 2; __pyx_t_11+=1) {
+    __pyx_v__ = __pyx_t_11;
 
-    /* "ivshmem/channel/membership.pyx":289
+    /* "ivshmem/channel/membership.pyx":291
  *         bell = self.bells.get(target)
  *         for _ in range(2):
  *             if bell is None:             # <<<<<<<<<<<<<<
  *                 try:
  *                     bell = self.doorbells._doorbell_nowait(target >> 16, target & 0xffff)
 */
-    __pyx_t_12 = (((PyObject *)__pyx_v_bell) == Py_None);
-    if (__pyx_t_12) {
+    __pyx_t_1 = (((PyObject *)__pyx_v_bell) == Py_None);
+    if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/membership.pyx":290
+      /* "ivshmem/channel/membership.pyx":292
  *         for _ in range(2):
  *             if bell is None:
  *                 try:             # <<<<<<<<<<<<<<
@@ -8942,40 +8852,40 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
       {
         __Pyx_PyThreadState_declare
         __Pyx_PyThreadState_assign
-        __Pyx_ExceptionSave(&__pyx_t_7, &__pyx_t_10, &__pyx_t_9);
-        __Pyx_XGOTREF(__pyx_t_7);
-        __Pyx_XGOTREF(__pyx_t_10);
-        __Pyx_XGOTREF(__pyx_t_9);
+        __Pyx_ExceptionSave(&__pyx_t_4, &__pyx_t_3, &__pyx_t_2);
+        __Pyx_XGOTREF(__pyx_t_4);
+        __Pyx_XGOTREF(__pyx_t_3);
+        __Pyx_XGOTREF(__pyx_t_2);
         /*try:*/ {
 
-          /* "ivshmem/channel/membership.pyx":291
+          /* "ivshmem/channel/membership.pyx":293
  *             if bell is None:
  *                 try:
  *                     bell = self.doorbells._doorbell_nowait(target >> 16, target & 0xffff)             # <<<<<<<<<<<<<<
  *                 except NoInterrupts:
  *                     self.doorbells = None  # a plain device rings nobody
 */
-          __pyx_t_5 = ((PyObject *)__pyx_v_self->doorbells);
-          __Pyx_INCREF(__pyx_t_5);
-          __pyx_t_2 = __Pyx_PyLong_From_long((__pyx_v_target >> 16)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 291, __pyx_L22_error)
-          __Pyx_GOTREF(__pyx_t_2);
-          __pyx_t_4 = __Pyx_PyLong_From_long((__pyx_v_target & 0xffff)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 291, __pyx_L22_error)
-          __Pyx_GOTREF(__pyx_t_4);
-          __pyx_t_6 = 0;
+          __pyx_t_6 = ((PyObject *)__pyx_v_self->doorbells);
+          __Pyx_INCREF(__pyx_t_6);
+          __pyx_t_5 = __Pyx_PyLong_From_long((__pyx_v_target >> 16)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 293, __pyx_L16_error)
+          __Pyx_GOTREF(__pyx_t_5);
+          __pyx_t_9 = __Pyx_PyLong_From_long((__pyx_v_target & 0xffff)); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 293, __pyx_L16_error)
+          __Pyx_GOTREF(__pyx_t_9);
+          __pyx_t_8 = 0;
           {
-            PyObject *__pyx_callargs[3] = {__pyx_t_5, __pyx_t_2, __pyx_t_4};
-            __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_doorbell_nowait, __pyx_callargs+__pyx_t_6, (3-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-            __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-            __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-            __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 291, __pyx_L22_error)
-            __Pyx_GOTREF(__pyx_t_3);
+            PyObject *__pyx_callargs[3] = {__pyx_t_6, __pyx_t_5, __pyx_t_9};
+            __pyx_t_7 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_doorbell_nowait, __pyx_callargs+__pyx_t_8, (3-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+            __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+            __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+            __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+            if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 293, __pyx_L16_error)
+            __Pyx_GOTREF(__pyx_t_7);
           }
-          if (!(likely(((__pyx_t_3) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_3, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell))))) __PYX_ERR(0, 291, __pyx_L22_error)
-          __Pyx_DECREF_SET(__pyx_v_bell, ((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_t_3));
-          __pyx_t_3 = 0;
+          if (!(likely(((__pyx_t_7) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_7, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell))))) __PYX_ERR(0, 293, __pyx_L16_error)
+          __Pyx_DECREF_SET(__pyx_v_bell, ((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_t_7));
+          __pyx_t_7 = 0;
 
-          /* "ivshmem/channel/membership.pyx":290
+          /* "ivshmem/channel/membership.pyx":292
  *         for _ in range(2):
  *             if bell is None:
  *                 try:             # <<<<<<<<<<<<<<
@@ -8983,34 +8893,34 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
  *                 except NoInterrupts:
 */
         }
-        __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-        __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-        __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
-        goto __pyx_L29_try_end;
-        __pyx_L22_error:;
-        __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-        __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+        __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+        __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+        goto __pyx_L23_try_end;
+        __pyx_L16_error:;
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+        __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+        __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+        __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-        /* "ivshmem/channel/membership.pyx":292
+        /* "ivshmem/channel/membership.pyx":294
  *                 try:
  *                     bell = self.doorbells._doorbell_nowait(target >> 16, target & 0xffff)
  *                 except NoInterrupts:             # <<<<<<<<<<<<<<
  *                     self.doorbells = None  # a plain device rings nobody
  *                     return 0
 */
-        __Pyx_ErrFetch(&__pyx_t_3, &__pyx_t_4, &__pyx_t_2);
-        __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_NoInterrupts); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 292, __pyx_L24_except_error)
-        __Pyx_GOTREF(__pyx_t_5);
-        __pyx_t_14 = __Pyx_PyErr_GivenExceptionMatches(__pyx_t_3, __pyx_t_5);
-        __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-        __Pyx_ErrRestore(__pyx_t_3, __pyx_t_4, __pyx_t_2);
-        __pyx_t_3 = 0; __pyx_t_4 = 0; __pyx_t_2 = 0;
-        if (__pyx_t_14) {
+        __Pyx_ErrFetch(&__pyx_t_7, &__pyx_t_9, &__pyx_t_5);
+        __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_NoInterrupts); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 294, __pyx_L18_except_error)
+        __Pyx_GOTREF(__pyx_t_6);
+        __pyx_t_10 = __Pyx_PyErr_GivenExceptionMatches(__pyx_t_7, __pyx_t_6);
+        __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+        __Pyx_ErrRestore(__pyx_t_7, __pyx_t_9, __pyx_t_5);
+        __pyx_t_7 = 0; __pyx_t_9 = 0; __pyx_t_5 = 0;
+        if (__pyx_t_10) {
           __Pyx_ErrRestore(0,0,0);
 
-          /* "ivshmem/channel/membership.pyx":293
+          /* "ivshmem/channel/membership.pyx":295
  *                     bell = self.doorbells._doorbell_nowait(target >> 16, target & 0xffff)
  *                 except NoInterrupts:
  *                     self.doorbells = None  # a plain device rings nobody             # <<<<<<<<<<<<<<
@@ -9022,7 +8932,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
           __Pyx_GOTREF((PyObject *)__pyx_v_self->doorbells);
           __Pyx_DECREF_SET(__pyx_v_self->doorbells, ((struct __pyx_obj_7ivshmem_5_core_Doorbells *)Py_None));
 
-          /* "ivshmem/channel/membership.pyx":294
+          /* "ivshmem/channel/membership.pyx":296
  *                 except NoInterrupts:
  *                     self.doorbells = None  # a plain device rings nobody
  *                     return 0             # <<<<<<<<<<<<<<
@@ -9033,27 +8943,27 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
 
             __pyx_r = 0;
           }
-          goto __pyx_L25_except_return;
+          goto __pyx_L19_except_return;
         }
 
-        /* "ivshmem/channel/membership.pyx":295
+        /* "ivshmem/channel/membership.pyx":297
  *                     self.doorbells = None  # a plain device rings nobody
  *                     return 0
  *                 except IvshmemError:             # <<<<<<<<<<<<<<
  *                     return 0  # the peer has left: it looks at its next beat
  *                 self.bells[target] = bell
 */
-        __Pyx_ErrFetch(&__pyx_t_2, &__pyx_t_4, &__pyx_t_3);
-        __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 295, __pyx_L24_except_error)
-        __Pyx_GOTREF(__pyx_t_5);
-        __pyx_t_14 = __Pyx_PyErr_GivenExceptionMatches(__pyx_t_2, __pyx_t_5);
-        __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-        __Pyx_ErrRestore(__pyx_t_2, __pyx_t_4, __pyx_t_3);
-        __pyx_t_2 = 0; __pyx_t_4 = 0; __pyx_t_3 = 0;
-        if (__pyx_t_14) {
+        __Pyx_ErrFetch(&__pyx_t_5, &__pyx_t_9, &__pyx_t_7);
+        __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 297, __pyx_L18_except_error)
+        __Pyx_GOTREF(__pyx_t_6);
+        __pyx_t_10 = __Pyx_PyErr_GivenExceptionMatches(__pyx_t_5, __pyx_t_6);
+        __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+        __Pyx_ErrRestore(__pyx_t_5, __pyx_t_9, __pyx_t_7);
+        __pyx_t_5 = 0; __pyx_t_9 = 0; __pyx_t_7 = 0;
+        if (__pyx_t_10) {
           __Pyx_ErrRestore(0,0,0);
 
-          /* "ivshmem/channel/membership.pyx":296
+          /* "ivshmem/channel/membership.pyx":298
  *                     return 0
  *                 except IvshmemError:
  *                     return 0  # the peer has left: it looks at its next beat             # <<<<<<<<<<<<<<
@@ -9064,33 +8974,33 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
 
             __pyx_r = 0;
           }
-          goto __pyx_L25_except_return;
+          goto __pyx_L19_except_return;
         }
-        goto __pyx_L24_except_error;
+        goto __pyx_L18_except_error;
 
-        /* "ivshmem/channel/membership.pyx":290
+        /* "ivshmem/channel/membership.pyx":292
  *         for _ in range(2):
  *             if bell is None:
  *                 try:             # <<<<<<<<<<<<<<
  *                     bell = self.doorbells._doorbell_nowait(target >> 16, target & 0xffff)
  *                 except NoInterrupts:
 */
-        __pyx_L24_except_error:;
-        __Pyx_XGIVEREF(__pyx_t_7);
-        __Pyx_XGIVEREF(__pyx_t_10);
-        __Pyx_XGIVEREF(__pyx_t_9);
-        __Pyx_ExceptionReset(__pyx_t_7, __pyx_t_10, __pyx_t_9);
+        __pyx_L18_except_error:;
+        __Pyx_XGIVEREF(__pyx_t_4);
+        __Pyx_XGIVEREF(__pyx_t_3);
+        __Pyx_XGIVEREF(__pyx_t_2);
+        __Pyx_ExceptionReset(__pyx_t_4, __pyx_t_3, __pyx_t_2);
         goto __pyx_L1_error;
-        __pyx_L25_except_return:;
-        __Pyx_XGIVEREF(__pyx_t_7);
-        __Pyx_XGIVEREF(__pyx_t_10);
-        __Pyx_XGIVEREF(__pyx_t_9);
-        __Pyx_ExceptionReset(__pyx_t_7, __pyx_t_10, __pyx_t_9);
+        __pyx_L19_except_return:;
+        __Pyx_XGIVEREF(__pyx_t_4);
+        __Pyx_XGIVEREF(__pyx_t_3);
+        __Pyx_XGIVEREF(__pyx_t_2);
+        __Pyx_ExceptionReset(__pyx_t_4, __pyx_t_3, __pyx_t_2);
         goto __pyx_L0;
-        __pyx_L29_try_end:;
+        __pyx_L23_try_end:;
       }
 
-      /* "ivshmem/channel/membership.pyx":297
+      /* "ivshmem/channel/membership.pyx":299
  *                 except IvshmemError:
  *                     return 0  # the peer has left: it looks at its next beat
  *                 self.bells[target] = bell             # <<<<<<<<<<<<<<
@@ -9099,14 +9009,14 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
 */
       if (unlikely(__pyx_v_self->bells == Py_None)) {
         PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-        __PYX_ERR(0, 297, __pyx_L1_error)
+        __PYX_ERR(0, 299, __pyx_L1_error)
       }
-      __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_v_target); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 297, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_3);
-      if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_t_3, ((PyObject *)__pyx_v_bell)) < 0))) __PYX_ERR(0, 297, __pyx_L1_error)
-      __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __pyx_t_7 = __Pyx_PyLong_From_uint32_t(__pyx_v_target); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 299, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_7);
+      if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_t_7, ((PyObject *)__pyx_v_bell)) < 0))) __PYX_ERR(0, 299, __pyx_L1_error)
+      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
 
-      /* "ivshmem/channel/membership.pyx":289
+      /* "ivshmem/channel/membership.pyx":291
  *         bell = self.bells.get(target)
  *         for _ in range(2):
  *             if bell is None:             # <<<<<<<<<<<<<<
@@ -9115,7 +9025,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":298
+    /* "ivshmem/channel/membership.pyx":300
  *                     return 0  # the peer has left: it looks at its next beat
  *                 self.bells[target] = bell
  *             try:             # <<<<<<<<<<<<<<
@@ -9125,13 +9035,13 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
     {
       __Pyx_PyThreadState_declare
       __Pyx_PyThreadState_assign
-      __Pyx_ExceptionSave(&__pyx_t_9, &__pyx_t_10, &__pyx_t_7);
-      __Pyx_XGOTREF(__pyx_t_9);
-      __Pyx_XGOTREF(__pyx_t_10);
-      __Pyx_XGOTREF(__pyx_t_7);
+      __Pyx_ExceptionSave(&__pyx_t_2, &__pyx_t_3, &__pyx_t_4);
+      __Pyx_XGOTREF(__pyx_t_2);
+      __Pyx_XGOTREF(__pyx_t_3);
+      __Pyx_XGOTREF(__pyx_t_4);
       /*try:*/ {
 
-        /* "ivshmem/channel/membership.pyx":299
+        /* "ivshmem/channel/membership.pyx":301
  *                 self.bells[target] = bell
  *             try:
  *                 code = bell.ring_gently() if bell.nowait else ring_bell(&bell.bell, 1)             # <<<<<<<<<<<<<<
@@ -9139,15 +9049,15 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
  *                 return 0
 */
         if (__pyx_v_bell->nowait) {
-          __pyx_t_15 = ((struct __pyx_vtabstruct_7ivshmem_6native_4bell_Doorbell *)__pyx_v_bell->__pyx_vtab)->ring_gently(__pyx_v_bell); if (unlikely(__pyx_t_15 == ((int)-1))) __PYX_ERR(0, 299, __pyx_L34_error)
-          __pyx_t_14 = __pyx_t_15;
+          __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_6native_4bell_Doorbell *)__pyx_v_bell->__pyx_vtab)->ring_gently(__pyx_v_bell); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 301, __pyx_L28_error)
+          __pyx_t_10 = __pyx_t_12;
         } else {
 
-          __pyx_t_14 = __pyx_f_7ivshmem_6native_4bell_ring_bell((&__pyx_v_bell->bell), 1);
+          __pyx_t_10 = __pyx_f_7ivshmem_6native_4bell_ring_bell((&__pyx_v_bell->bell), 1);
         }
-        __pyx_v_code = __pyx_t_14;
+        __pyx_v_code = __pyx_t_10;
 
-        /* "ivshmem/channel/membership.pyx":298
+        /* "ivshmem/channel/membership.pyx":300
  *                     return 0  # the peer has left: it looks at its next beat
  *                 self.bells[target] = bell
  *             try:             # <<<<<<<<<<<<<<
@@ -9155,28 +9065,28 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
  *             except OSError:
 */
       }
-      __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
-      __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-      __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-      goto __pyx_L41_try_end;
-      __pyx_L34_error:;
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      goto __pyx_L35_try_end;
+      __pyx_L28_error:;
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+      __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+      __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+      __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-      /* "ivshmem/channel/membership.pyx":300
+      /* "ivshmem/channel/membership.pyx":302
  *             try:
  *                 code = bell.ring_gently() if bell.nowait else ring_bell(&bell.bell, 1)
  *             except OSError:             # <<<<<<<<<<<<<<
  *                 return 0
  *             if code != ESHUTDOWN:
 */
-      __pyx_t_14 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_OSError))));
-      if (__pyx_t_14) {
+      __pyx_t_10 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_OSError))));
+      if (__pyx_t_10) {
         __Pyx_ErrRestore(0,0,0);
 
-        /* "ivshmem/channel/membership.pyx":301
+        /* "ivshmem/channel/membership.pyx":303
  *                 code = bell.ring_gently() if bell.nowait else ring_bell(&bell.bell, 1)
  *             except OSError:
  *                 return 0             # <<<<<<<<<<<<<<
@@ -9187,45 +9097,45 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
 
           __pyx_r = 0;
         }
-        goto __pyx_L37_except_return;
+        goto __pyx_L31_except_return;
       }
-      goto __pyx_L36_except_error;
+      goto __pyx_L30_except_error;
 
-      /* "ivshmem/channel/membership.pyx":298
+      /* "ivshmem/channel/membership.pyx":300
  *                     return 0  # the peer has left: it looks at its next beat
  *                 self.bells[target] = bell
  *             try:             # <<<<<<<<<<<<<<
  *                 code = bell.ring_gently() if bell.nowait else ring_bell(&bell.bell, 1)
  *             except OSError:
 */
-      __pyx_L36_except_error:;
-      __Pyx_XGIVEREF(__pyx_t_9);
-      __Pyx_XGIVEREF(__pyx_t_10);
-      __Pyx_XGIVEREF(__pyx_t_7);
-      __Pyx_ExceptionReset(__pyx_t_9, __pyx_t_10, __pyx_t_7);
+      __pyx_L30_except_error:;
+      __Pyx_XGIVEREF(__pyx_t_2);
+      __Pyx_XGIVEREF(__pyx_t_3);
+      __Pyx_XGIVEREF(__pyx_t_4);
+      __Pyx_ExceptionReset(__pyx_t_2, __pyx_t_3, __pyx_t_4);
       goto __pyx_L1_error;
-      __pyx_L37_except_return:;
-      __Pyx_XGIVEREF(__pyx_t_9);
-      __Pyx_XGIVEREF(__pyx_t_10);
-      __Pyx_XGIVEREF(__pyx_t_7);
-      __Pyx_ExceptionReset(__pyx_t_9, __pyx_t_10, __pyx_t_7);
+      __pyx_L31_except_return:;
+      __Pyx_XGIVEREF(__pyx_t_2);
+      __Pyx_XGIVEREF(__pyx_t_3);
+      __Pyx_XGIVEREF(__pyx_t_4);
+      __Pyx_ExceptionReset(__pyx_t_2, __pyx_t_3, __pyx_t_4);
       goto __pyx_L0;
-      __pyx_L41_try_end:;
+      __pyx_L35_try_end:;
     }
 
-    /* "ivshmem/channel/membership.pyx":302
+    /* "ivshmem/channel/membership.pyx":304
  *             except OSError:
  *                 return 0
  *             if code != ESHUTDOWN:             # <<<<<<<<<<<<<<
  *                 return 0
  *             self.bells.pop(target, None)  # perhaps another thread did that
 */
-    __pyx_t_12 = (__pyx_v_code != ESHUTDOWN);
+    __pyx_t_1 = (__pyx_v_code != ESHUTDOWN);
 
-    if (__pyx_t_12) {
+    if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/membership.pyx":303
+      /* "ivshmem/channel/membership.pyx":305
  *                 return 0
  *             if code != ESHUTDOWN:
  *                 return 0             # <<<<<<<<<<<<<<
@@ -9238,7 +9148,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/membership.pyx":302
+      /* "ivshmem/channel/membership.pyx":304
  *             except OSError:
  *                 return 0
  *             if code != ESHUTDOWN:             # <<<<<<<<<<<<<<
@@ -9247,7 +9157,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":304
+    /* "ivshmem/channel/membership.pyx":306
  *             if code != ESHUTDOWN:
  *                 return 0
  *             self.bells.pop(target, None)  # perhaps another thread did that             # <<<<<<<<<<<<<<
@@ -9256,15 +9166,15 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
 */
     if (unlikely(__pyx_v_self->bells == Py_None)) {
       PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "pop");
-      __PYX_ERR(0, 304, __pyx_L1_error)
+      __PYX_ERR(0, 306, __pyx_L1_error)
     }
-    __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_v_target); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 304, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_14 = __Pyx_PyDict_Pop_ignore(__pyx_v_self->bells, __pyx_t_3, Py_None); if (unlikely(__pyx_t_14 == ((int)-1))) __PYX_ERR(0, 304, __pyx_L1_error)
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __pyx_t_7 = __Pyx_PyLong_From_uint32_t(__pyx_v_target); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 306, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_7);
+    __pyx_t_10 = __Pyx_PyDict_Pop_ignore(__pyx_v_self->bells, __pyx_t_7, Py_None); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 306, __pyx_L1_error)
+    __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
 
 
-    /* "ivshmem/channel/membership.pyx":305
+    /* "ivshmem/channel/membership.pyx":307
  *                 return 0
  *             self.bells.pop(target, None)  # perhaps another thread did that
  *             bell = None             # <<<<<<<<<<<<<<
@@ -9275,7 +9185,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
     __Pyx_DECREF_SET(__pyx_v_bell, ((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)Py_None));
   }
 
-  /* "ivshmem/channel/membership.pyx":306
+  /* "ivshmem/channel/membership.pyx":308
  *             self.bells.pop(target, None)  # perhaps another thread did that
  *             bell = None
  *         return 0             # <<<<<<<<<<<<<<
@@ -9298,10 +9208,10 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_4);
   __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_9);
   __Pyx_AddTraceback("ivshmem.channel.membership.Membership.ring", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
@@ -9313,7 +9223,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":308
+/* "ivshmem/channel/membership.pyx":310
  *         return 0
  * 
  *     cdef int kick_all(self) except -1:             # <<<<<<<<<<<<<<
@@ -9334,7 +9244,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("kick_all", 0);
 
-  /* "ivshmem/channel/membership.pyx":310
+  /* "ivshmem/channel/membership.pyx":312
  *     cdef int kick_all(self) except -1:
  *         """Wake what sleeps in this process: it looks again."""
  *         cdef FdArray kick = self.kick             # <<<<<<<<<<<<<<
@@ -9346,7 +9256,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(struct _
   __pyx_v_kick = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":311
+  /* "ivshmem/channel/membership.pyx":313
  *         """Wake what sleeps in this process: it looks again."""
  *         cdef FdArray kick = self.kick
  *         if kick is not None:             # <<<<<<<<<<<<<<
@@ -9357,7 +9267,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(struct _
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":312
+    /* "ivshmem/channel/membership.pyx":314
  *         cdef FdArray kick = self.kick
  *         if kick is not None:
  *             kick.signal(0)             # <<<<<<<<<<<<<<
@@ -9371,12 +9281,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(struct _
       PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_int_0};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 312, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 314, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":311
+    /* "ivshmem/channel/membership.pyx":313
  *         """Wake what sleeps in this process: it looks again."""
  *         cdef FdArray kick = self.kick
  *         if kick is not None:             # <<<<<<<<<<<<<<
@@ -9385,7 +9295,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(struct _
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":313
+  /* "ivshmem/channel/membership.pyx":315
  *         if kick is not None:
  *             kick.signal(0)
  *         return 0             # <<<<<<<<<<<<<<
@@ -9398,7 +9308,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(struct _
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":308
+  /* "ivshmem/channel/membership.pyx":310
  *         return 0
  * 
  *     cdef int kick_all(self) except -1:             # <<<<<<<<<<<<<<
@@ -9419,7 +9329,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":315
+/* "ivshmem/channel/membership.pyx":317
  *         return 0
  * 
  *     cdef int hurry(self) except -1:             # <<<<<<<<<<<<<<
@@ -9441,7 +9351,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_hurry(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("hurry", 0);
 
-  /* "ivshmem/channel/membership.pyx":317
+  /* "ivshmem/channel/membership.pyx":319
  *     cdef int hurry(self) except -1:
  *         """Let the thread of the beat look now, and from now on often, if nothing rings."""
  *         cdef FdArray ending = self.ending             # <<<<<<<<<<<<<<
@@ -9453,7 +9363,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_hurry(struct __py
   __pyx_v_ending = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":318
+  /* "ivshmem/channel/membership.pyx":320
  *         """Let the thread of the beat look now, and from now on often, if nothing rings."""
  *         cdef FdArray ending = self.ending
  *         if self.polls and self.watchers == 1:             # <<<<<<<<<<<<<<
@@ -9475,7 +9385,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_hurry(struct __py
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":319
+    /* "ivshmem/channel/membership.pyx":321
  *         cdef FdArray ending = self.ending
  *         if self.polls and self.watchers == 1:
  *             ending.signal(0)             # <<<<<<<<<<<<<<
@@ -9489,12 +9399,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_hurry(struct __py
       PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_int_0};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 319, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 321, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":318
+    /* "ivshmem/channel/membership.pyx":320
  *         """Let the thread of the beat look now, and from now on often, if nothing rings."""
  *         cdef FdArray ending = self.ending
  *         if self.polls and self.watchers == 1:             # <<<<<<<<<<<<<<
@@ -9503,7 +9413,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_hurry(struct __py
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":320
+  /* "ivshmem/channel/membership.pyx":322
  *         if self.polls and self.watchers == 1:
  *             ending.signal(0)
  *         return 0             # <<<<<<<<<<<<<<
@@ -9516,7 +9426,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_hurry(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":315
+  /* "ivshmem/channel/membership.pyx":317
  *         return 0
  * 
  *     cdef int hurry(self) except -1:             # <<<<<<<<<<<<<<
@@ -9537,7 +9447,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_hurry(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":322
+/* "ivshmem/channel/membership.pyx":324
  *         return 0
  * 
  *     cdef void watch(self, int count) noexcept:             # <<<<<<<<<<<<<<
@@ -9547,7 +9457,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_hurry(struct __py
 
 static void __pyx_f_7ivshmem_7channel_10membership_10Membership_watch(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self, int __pyx_v_count) {
 
-  /* "ivshmem/channel/membership.pyx":324
+  /* "ivshmem/channel/membership.pyx":326
  *     cdef void watch(self, int count) noexcept:
  *         """Count ends whose descriptor a program watches."""
  *         ivshmem_count(&self.watchers, count)             # <<<<<<<<<<<<<<
@@ -9556,7 +9466,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_watch(struct __p
 */
   (void)(ivshmem_count((&__pyx_v_self->watchers), __pyx_v_count));
 
-  /* "ivshmem/channel/membership.pyx":322
+  /* "ivshmem/channel/membership.pyx":324
  *         return 0
  * 
  *     cdef void watch(self, int count) noexcept:             # <<<<<<<<<<<<<<
@@ -9568,7 +9478,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_watch(struct __p
 
 }
 
-/* "ivshmem/channel/membership.pyx":328
+/* "ivshmem/channel/membership.pyx":330
  *     # -- the beat ---------------------------------------------------------------------------------
  * 
  *     def run(self):             # <<<<<<<<<<<<<<
@@ -9650,7 +9560,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("run", 0);
 
-  /* "ivshmem/channel/membership.pyx":332
+  /* "ivshmem/channel/membership.pyx":334
  *         cdef pollfd one
  *         cdef timespec left
  *         cdef int64_t next_beat = now()             # <<<<<<<<<<<<<<
@@ -9659,7 +9569,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
   __pyx_v_next_beat = __pyx_f_7ivshmem_6native_11descriptors_now();
 
-  /* "ivshmem/channel/membership.pyx":337
+  /* "ivshmem/channel/membership.pyx":339
  *         cdef int code
  *         cdef bint due
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -9671,7 +9581,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":338
+    /* "ivshmem/channel/membership.pyx":340
  *         cdef bint due
  *         if not ivshmem_enter(&self.state):
  *             return             # <<<<<<<<<<<<<<
@@ -9688,7 +9598,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":337
+    /* "ivshmem/channel/membership.pyx":339
  *         cdef int code
  *         cdef bint due
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -9697,7 +9607,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":339
+  /* "ivshmem/channel/membership.pyx":341
  *         if not ivshmem_enter(&self.state):
  *             return
  *         one.fd = place_of(self.ending, 0)[0]             # <<<<<<<<<<<<<<
@@ -9709,7 +9619,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
   __pyx_v_one.fd = (__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_2), 0)[0]);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":340
+  /* "ivshmem/channel/membership.pyx":342
  *             return
  *         one.fd = place_of(self.ending, 0)[0]
  *         one.events = _POLLIN             # <<<<<<<<<<<<<<
@@ -9718,7 +9628,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
   __pyx_v_one.events = POLLIN;
 
-  /* "ivshmem/channel/membership.pyx":341
+  /* "ivshmem/channel/membership.pyx":343
  *         one.fd = place_of(self.ending, 0)[0]
  *         one.events = _POLLIN
  *         try:             # <<<<<<<<<<<<<<
@@ -9727,7 +9637,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
   /*try:*/ {
 
-    /* "ivshmem/channel/membership.pyx":342
+    /* "ivshmem/channel/membership.pyx":344
  *         one.events = _POLLIN
  *         try:
  *             while not self.closed:             # <<<<<<<<<<<<<<
@@ -9735,9 +9645,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
  *                 with nogil:
 */
     while (1) {
-      __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 342, __pyx_L5_error)
+      __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 344, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_2);
-      __pyx_t_1 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 342, __pyx_L5_error)
+      __pyx_t_1 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 344, __pyx_L5_error)
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       __pyx_t_3 = (!__pyx_t_1);
 
@@ -9745,7 +9655,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 
       if (!__pyx_t_3) break;
 
-      /* "ivshmem/channel/membership.pyx":343
+      /* "ivshmem/channel/membership.pyx":345
  *         try:
  *             while not self.closed:
  *                 code = 0             # <<<<<<<<<<<<<<
@@ -9754,7 +9664,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
       __pyx_v_code = 0;
 
-      /* "ivshmem/channel/membership.pyx":344
+      /* "ivshmem/channel/membership.pyx":346
  *             while not self.closed:
  *                 code = 0
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -9767,7 +9677,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/channel/membership.pyx":345
+            /* "ivshmem/channel/membership.pyx":347
  *                 code = 0
  *                 with nogil:
  *                     limit = next_beat             # <<<<<<<<<<<<<<
@@ -9776,7 +9686,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
             __pyx_v_limit = __pyx_v_next_beat;
 
-            /* "ivshmem/channel/membership.pyx":346
+            /* "ivshmem/channel/membership.pyx":348
  *                 with nogil:
  *                     limit = next_beat
  *                     if self.watchers and self.polls:             # <<<<<<<<<<<<<<
@@ -9799,7 +9709,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/membership.pyx":347
+              /* "ivshmem/channel/membership.pyx":349
  *                     limit = next_beat
  *                     if self.watchers and self.polls:
  *                         limit = min(limit, now() + PAUSE)             # <<<<<<<<<<<<<<
@@ -9823,7 +9733,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
               __pyx_v_limit = __pyx_t_6;
 
 
-              /* "ivshmem/channel/membership.pyx":346
+              /* "ivshmem/channel/membership.pyx":348
  *                 with nogil:
  *                     limit = next_beat
  *                     if self.watchers and self.polls:             # <<<<<<<<<<<<<<
@@ -9832,7 +9742,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
             }
 
-            /* "ivshmem/channel/membership.pyx":348
+            /* "ivshmem/channel/membership.pyx":350
  *                     if self.watchers and self.polls:
  *                         limit = min(limit, now() + PAUSE)
  *                     if ppoll(&one, 1, time_left(limit, &left), NULL) > 0:             # <<<<<<<<<<<<<<
@@ -9844,7 +9754,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/membership.pyx":349
+              /* "ivshmem/channel/membership.pyx":351
  *                         limit = min(limit, now() + PAUSE)
  *                     if ppoll(&one, 1, time_left(limit, &left), NULL) > 0:
  *                         eventfd_read(one.fd, &count)             # <<<<<<<<<<<<<<
@@ -9853,7 +9763,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
               (void)(eventfd_read(__pyx_v_one.fd, (&__pyx_v_count)));
 
-              /* "ivshmem/channel/membership.pyx":348
+              /* "ivshmem/channel/membership.pyx":350
  *                     if self.watchers and self.polls:
  *                         limit = min(limit, now() + PAUSE)
  *                     if ppoll(&one, 1, time_left(limit, &left), NULL) > 0:             # <<<<<<<<<<<<<<
@@ -9862,7 +9772,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
             }
 
-            /* "ivshmem/channel/membership.pyx":350
+            /* "ivshmem/channel/membership.pyx":352
  *                     if ppoll(&one, 1, time_left(limit, &left), NULL) > 0:
  *                         eventfd_read(one.fd, &count)
  *                     due = now() >= next_beat             # <<<<<<<<<<<<<<
@@ -9871,7 +9781,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
             __pyx_v_due = (__pyx_f_7ivshmem_6native_11descriptors_now() >= __pyx_v_next_beat);
 
-            /* "ivshmem/channel/membership.pyx":351
+            /* "ivshmem/channel/membership.pyx":353
  *                         eventfd_read(one.fd, &count)
  *                     due = now() >= next_beat
  *                     if due and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -9893,7 +9803,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/membership.pyx":352
+              /* "ivshmem/channel/membership.pyx":354
  *                     due = now() >= next_beat
  *                     if due and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                         next_beat = now() + self.beat             # <<<<<<<<<<<<<<
@@ -9902,7 +9812,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
               __pyx_v_next_beat = (__pyx_f_7ivshmem_6native_11descriptors_now() + __pyx_v_self->beat);
 
-              /* "ivshmem/channel/membership.pyx":353
+              /* "ivshmem/channel/membership.pyx":355
  *                     if due and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                         next_beat = now() + self.beat
  *                         if not self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -9914,7 +9824,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/membership.pyx":354
+                /* "ivshmem/channel/membership.pyx":356
  *                         next_beat = now() + self.beat
  *                         if not self.mapping.fixed:
  *                             code = ivshmem_beat(&self.member)             # <<<<<<<<<<<<<<
@@ -9923,7 +9833,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
                 __pyx_v_code = ivshmem_beat((&__pyx_v_self->member));
 
-                /* "ivshmem/channel/membership.pyx":353
+                /* "ivshmem/channel/membership.pyx":355
  *                     if due and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                         next_beat = now() + self.beat
  *                         if not self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -9932,7 +9842,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
               }
 
-              /* "ivshmem/channel/membership.pyx":355
+              /* "ivshmem/channel/membership.pyx":357
  *                         if not self.mapping.fixed:
  *                             code = ivshmem_beat(&self.member)
  *                         self.look_for_mutes()             # <<<<<<<<<<<<<<
@@ -9941,7 +9851,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
               __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(__pyx_v_self);
 
-              /* "ivshmem/channel/membership.pyx":351
+              /* "ivshmem/channel/membership.pyx":353
  *                         eventfd_read(one.fd, &count)
  *                     due = now() >= next_beat
  *                     if due and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -9951,7 +9861,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
             }
           }
 
-          /* "ivshmem/channel/membership.pyx":344
+          /* "ivshmem/channel/membership.pyx":346
  *             while not self.closed:
  *                 code = 0
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -9968,16 +9878,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
           }
       }
 
-      /* "ivshmem/channel/membership.pyx":356
+      /* "ivshmem/channel/membership.pyx":358
  *                             code = ivshmem_beat(&self.member)
  *                         self.look_for_mutes()
  *                 if not self.closed:             # <<<<<<<<<<<<<<
  *                     self.after_beat(code)
  *                     if due and self.sleepers:
 */
-      __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 356, __pyx_L5_error)
+      __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 358, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_2);
-      __pyx_t_3 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 356, __pyx_L5_error)
+      __pyx_t_3 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 358, __pyx_L5_error)
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       __pyx_t_1 = (!__pyx_t_3);
 
@@ -9985,17 +9895,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/channel/membership.pyx":357
+        /* "ivshmem/channel/membership.pyx":359
  *                         self.look_for_mutes()
  *                 if not self.closed:
  *                     self.after_beat(code)             # <<<<<<<<<<<<<<
  *                     if due and self.sleepers:
  *                         self.kick_all()
 */
-        __pyx_t_7 = __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(__pyx_v_self, __pyx_v_code); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 357, __pyx_L5_error)
+        __pyx_t_7 = __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(__pyx_v_self, __pyx_v_code); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 359, __pyx_L5_error)
 
 
-        /* "ivshmem/channel/membership.pyx":358
+        /* "ivshmem/channel/membership.pyx":360
  *                 if not self.closed:
  *                     self.after_beat(code)
  *                     if due and self.sleepers:             # <<<<<<<<<<<<<<
@@ -10017,17 +9927,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
         if (__pyx_t_1) {
 
 
-          /* "ivshmem/channel/membership.pyx":359
+          /* "ivshmem/channel/membership.pyx":361
  *                     self.after_beat(code)
  *                     if due and self.sleepers:
  *                         self.kick_all()             # <<<<<<<<<<<<<<
  *         finally:
  *             if ivshmem_leave(&self.state):
 */
-          __pyx_t_7 = __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 359, __pyx_L5_error)
+          __pyx_t_7 = __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 361, __pyx_L5_error)
 
 
-          /* "ivshmem/channel/membership.pyx":358
+          /* "ivshmem/channel/membership.pyx":360
  *                 if not self.closed:
  *                     self.after_beat(code)
  *                     if due and self.sleepers:             # <<<<<<<<<<<<<<
@@ -10036,7 +9946,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
         }
 
-        /* "ivshmem/channel/membership.pyx":356
+        /* "ivshmem/channel/membership.pyx":358
  *                             code = ivshmem_beat(&self.member)
  *                         self.look_for_mutes()
  *                 if not self.closed:             # <<<<<<<<<<<<<<
@@ -10047,7 +9957,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
     }
   }
 
-  /* "ivshmem/channel/membership.pyx":361
+  /* "ivshmem/channel/membership.pyx":363
  *                         self.kick_all()
  *         finally:
  *             if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -10061,17 +9971,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/channel/membership.pyx":362
+        /* "ivshmem/channel/membership.pyx":364
  *         finally:
  *             if ivshmem_leave(&self.state):
  *                 self.release()             # <<<<<<<<<<<<<<
  * 
  *     cdef void look_for_mutes(self) noexcept nogil:
 */
-        __pyx_t_7 = __pyx_f_7ivshmem_7channel_10membership_10Membership_release(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 362, __pyx_L1_error)
+        __pyx_t_7 = __pyx_f_7ivshmem_7channel_10membership_10Membership_release(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 364, __pyx_L1_error)
 
 
-        /* "ivshmem/channel/membership.pyx":361
+        /* "ivshmem/channel/membership.pyx":363
  *                         self.kick_all()
  *         finally:
  *             if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -10102,17 +10012,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
         if (__pyx_t_1) {
 
 
-          /* "ivshmem/channel/membership.pyx":362
+          /* "ivshmem/channel/membership.pyx":364
  *         finally:
  *             if ivshmem_leave(&self.state):
  *                 self.release()             # <<<<<<<<<<<<<<
  * 
  *     cdef void look_for_mutes(self) noexcept nogil:
 */
-          __pyx_t_16 = __pyx_f_7ivshmem_7channel_10membership_10Membership_release(__pyx_v_self); if (unlikely(__pyx_t_16 == ((int)-1))) __PYX_ERR(0, 362, __pyx_L28_error)
+          __pyx_t_16 = __pyx_f_7ivshmem_7channel_10membership_10Membership_release(__pyx_v_self); if (unlikely(__pyx_t_16 == ((int)-1))) __PYX_ERR(0, 364, __pyx_L28_error)
 
 
-          /* "ivshmem/channel/membership.pyx":361
+          /* "ivshmem/channel/membership.pyx":363
  *                         self.kick_all()
  *         finally:
  *             if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -10146,7 +10056,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
     __pyx_L6:;
   }
 
-  /* "ivshmem/channel/membership.pyx":328
+  /* "ivshmem/channel/membership.pyx":330
  *     # -- the beat ---------------------------------------------------------------------------------
  * 
  *     def run(self):             # <<<<<<<<<<<<<<
@@ -10174,7 +10084,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":364
+/* "ivshmem/channel/membership.pyx":366
  *                 self.release()
  * 
  *     cdef void look_for_mutes(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -10196,7 +10106,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
   unsigned int __pyx_t_4;
   int __pyx_t_5;
 
-  /* "ivshmem/channel/membership.pyx":369
+  /* "ivshmem/channel/membership.pyx":371
  *         A process that can only read polls, unless all its ends are rung always.
  *         """
  *         cdef ivshmem_memory *memory = &self.member.area.memory             # <<<<<<<<<<<<<<
@@ -10205,7 +10115,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
   __pyx_v_memory = (&__pyx_v_self->member.area.memory);
 
-  /* "ivshmem/channel/membership.pyx":371
+  /* "ivshmem/channel/membership.pyx":373
  *         cdef ivshmem_memory *memory = &self.member.area.memory
  *         cdef uint64_t at, peer, process, machine
  *         cdef bint polls = self.vector < 0             # <<<<<<<<<<<<<<
@@ -10214,7 +10124,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
   __pyx_v_polls = (__pyx_v_self->vector < 0);
 
-  /* "ivshmem/channel/membership.pyx":373
+  /* "ivshmem/channel/membership.pyx":375
  *         cdef bint polls = self.vector < 0
  *         cdef unsigned i
  *         if memory.readonly:             # <<<<<<<<<<<<<<
@@ -10226,7 +10136,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":374
+    /* "ivshmem/channel/membership.pyx":376
  *         cdef unsigned i
  *         if memory.readonly:
  *             return  # `after_beat` asks the ends             # <<<<<<<<<<<<<<
@@ -10237,7 +10147,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":373
+    /* "ivshmem/channel/membership.pyx":375
  *         cdef bint polls = self.vector < 0
  *         cdef unsigned i
  *         if memory.readonly:             # <<<<<<<<<<<<<<
@@ -10246,7 +10156,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":375
+  /* "ivshmem/channel/membership.pyx":377
  *         if memory.readonly:
  *             return  # `after_beat` asks the ends
  *         for i in range(self.member.area.places):             # <<<<<<<<<<<<<<
@@ -10260,7 +10170,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
   for (__pyx_t_4 = 0; __pyx_t_4 < __pyx_t_3; __pyx_t_4+=1) {
     __pyx_v_i = __pyx_t_4;
 
-    /* "ivshmem/channel/membership.pyx":376
+    /* "ivshmem/channel/membership.pyx":378
  *             return  # `after_beat` asks the ends
  *         for i in range(self.member.area.places):
  *             if polls:             # <<<<<<<<<<<<<<
@@ -10269,7 +10179,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
     if (__pyx_v_polls) {
 
-      /* "ivshmem/channel/membership.pyx":377
+      /* "ivshmem/channel/membership.pyx":379
  *         for i in range(self.member.area.places):
  *             if polls:
  *                 break             # <<<<<<<<<<<<<<
@@ -10278,7 +10188,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
       goto __pyx_L5_break;
 
-      /* "ivshmem/channel/membership.pyx":376
+      /* "ivshmem/channel/membership.pyx":378
  *             return  # `after_beat` asks the ends
  *         for i in range(self.member.area.places):
  *             if polls:             # <<<<<<<<<<<<<<
@@ -10287,7 +10197,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":378
+    /* "ivshmem/channel/membership.pyx":380
  *             if polls:
  *                 break
  *             if i == self.member.place.index:             # <<<<<<<<<<<<<<
@@ -10299,7 +10209,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/membership.pyx":379
+      /* "ivshmem/channel/membership.pyx":381
  *                 break
  *             if i == self.member.place.index:
  *                 continue             # <<<<<<<<<<<<<<
@@ -10308,7 +10218,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
       goto __pyx_L4_continue;
 
-      /* "ivshmem/channel/membership.pyx":378
+      /* "ivshmem/channel/membership.pyx":380
  *             if polls:
  *                 break
  *             if i == self.member.place.index:             # <<<<<<<<<<<<<<
@@ -10317,7 +10227,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":380
+    /* "ivshmem/channel/membership.pyx":382
  *             if i == self.member.place.index:
  *                 continue
  *             at = ivshmem_place_at(&self.member.area, i)             # <<<<<<<<<<<<<<
@@ -10326,7 +10236,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
     __pyx_v_at = ivshmem_place_at((&__pyx_v_self->member.area), __pyx_v_i);
 
-    /* "ivshmem/channel/membership.pyx":381
+    /* "ivshmem/channel/membership.pyx":383
  *                 continue
  *             at = ivshmem_place_at(&self.member.area, i)
  *             peer = ivshmem_peer_at(&self.member.area, i)             # <<<<<<<<<<<<<<
@@ -10335,7 +10245,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
     __pyx_v_peer = ivshmem_peer_at((&__pyx_v_self->member.area), __pyx_v_i);
 
-    /* "ivshmem/channel/membership.pyx":382
+    /* "ivshmem/channel/membership.pyx":384
  *             at = ivshmem_place_at(&self.member.area, i)
  *             peer = ivshmem_peer_at(&self.member.area, i)
  *             if peer == IVSHMEM_NO_PEER:             # <<<<<<<<<<<<<<
@@ -10347,7 +10257,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/membership.pyx":383
+      /* "ivshmem/channel/membership.pyx":385
  *             peer = ivshmem_peer_at(&self.member.area, i)
  *             if peer == IVSHMEM_NO_PEER:
  *                 continue             # <<<<<<<<<<<<<<
@@ -10356,7 +10266,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
       goto __pyx_L4_continue;
 
-      /* "ivshmem/channel/membership.pyx":382
+      /* "ivshmem/channel/membership.pyx":384
  *             at = ivshmem_place_at(&self.member.area, i)
  *             peer = ivshmem_peer_at(&self.member.area, i)
  *             if peer == IVSHMEM_NO_PEER:             # <<<<<<<<<<<<<<
@@ -10365,7 +10275,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":384
+    /* "ivshmem/channel/membership.pyx":386
  *             if peer == IVSHMEM_NO_PEER:
  *                 continue
  *             if peer & IVSHMEM_PEER_MUTE:             # <<<<<<<<<<<<<<
@@ -10377,7 +10287,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/membership.pyx":385
+      /* "ivshmem/channel/membership.pyx":387
  *                 continue
  *             if peer & IVSHMEM_PEER_MUTE:
  *                 polls = True             # <<<<<<<<<<<<<<
@@ -10386,7 +10296,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
       __pyx_v_polls = 1;
 
-      /* "ivshmem/channel/membership.pyx":384
+      /* "ivshmem/channel/membership.pyx":386
  *             if peer == IVSHMEM_NO_PEER:
  *                 continue
  *             if peer & IVSHMEM_PEER_MUTE:             # <<<<<<<<<<<<<<
@@ -10396,7 +10306,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
       goto __pyx_L9;
     }
 
-    /* "ivshmem/channel/membership.pyx":386
+    /* "ivshmem/channel/membership.pyx":388
  *             if peer & IVSHMEM_PEER_MUTE:
  *                 polls = True
  *             elif (peer ^ self.member.peer) & 0xffff == 0:             # <<<<<<<<<<<<<<
@@ -10408,7 +10318,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/membership.pyx":388
+      /* "ivshmem/channel/membership.pyx":390
  *             elif (peer ^ self.member.peer) & 0xffff == 0:
  *                 # Clients of one broker have one id: they cannot ring one another.
  *                 process = ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)             # <<<<<<<<<<<<<<
@@ -10417,7 +10327,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
       __pyx_v_process = ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_PROCESS));
 
-      /* "ivshmem/channel/membership.pyx":389
+      /* "ivshmem/channel/membership.pyx":391
  *                 # Clients of one broker have one id: they cannot ring one another.
  *                 process = ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)
  *                 machine = ivshmem_load(memory, at + IVSHMEM_PLACE_MACHINE)             # <<<<<<<<<<<<<<
@@ -10426,7 +10336,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
       __pyx_v_machine = ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_MACHINE));
 
-      /* "ivshmem/channel/membership.pyx":391
+      /* "ivshmem/channel/membership.pyx":393
  *                 machine = ivshmem_load(memory, at + IVSHMEM_PLACE_MACHINE)
  *                 polls = (
  *                     ivshmem_value(process) != self.member.process             # <<<<<<<<<<<<<<
@@ -10444,7 +10354,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
         goto __pyx_L10_bool_binop_done;
       }
 
-      /* "ivshmem/channel/membership.pyx":392
+      /* "ivshmem/channel/membership.pyx":394
  *                 polls = (
  *                     ivshmem_value(process) != self.member.process
  *                     or ivshmem_value(machine) != self.member.machine             # <<<<<<<<<<<<<<
@@ -10459,7 +10369,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
       __pyx_L10_bool_binop_done:;
       __pyx_v_polls = __pyx_t_1;
 
-      /* "ivshmem/channel/membership.pyx":386
+      /* "ivshmem/channel/membership.pyx":388
  *             if peer & IVSHMEM_PEER_MUTE:
  *                 polls = True
  *             elif (peer ^ self.member.peer) & 0xffff == 0:             # <<<<<<<<<<<<<<
@@ -10473,7 +10383,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
   __pyx_L5_break:;
 
 
-  /* "ivshmem/channel/membership.pyx":394
+  /* "ivshmem/channel/membership.pyx":396
  *                     or ivshmem_value(machine) != self.member.machine
  *                 )
  *         self.polls = polls             # <<<<<<<<<<<<<<
@@ -10482,7 +10392,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
   __pyx_v_self->polls = __pyx_v_polls;
 
-  /* "ivshmem/channel/membership.pyx":364
+  /* "ivshmem/channel/membership.pyx":366
  *                 self.release()
  * 
  *     cdef void look_for_mutes(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -10501,7 +10411,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 
 }
 
-/* "ivshmem/channel/membership.pyx":396
+/* "ivshmem/channel/membership.pyx":398
  *         self.polls = polls
  * 
  *     cdef list open_ends(self):             # <<<<<<<<<<<<<<
@@ -10528,7 +10438,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(s
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("open_ends", 0);
 
-  /* "ivshmem/channel/membership.pyx":398
+  /* "ivshmem/channel/membership.pyx":400
  *     cdef list open_ends(self):
  *         # Other threads open and close ends: values() alone would find the dictionary changed.
  *         found = [end() for end in list(self.ends.values())]             # <<<<<<<<<<<<<<
@@ -10536,15 +10446,15 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(s
  * 
 */
   { /* enter inner scope */
-    __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 398, __pyx_L5_error)
+    __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 400, __pyx_L5_error)
     __Pyx_GOTREF(__pyx_t_1);
     if (unlikely(__pyx_v_self->ends == Py_None)) {
       PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "values");
-      __PYX_ERR(0, 398, __pyx_L5_error)
+      __PYX_ERR(0, 400, __pyx_L5_error)
     }
-    __pyx_t_2 = __Pyx_PyDict_Values(__pyx_v_self->ends); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 398, __pyx_L5_error)
+    __pyx_t_2 = __Pyx_PyDict_Values(__pyx_v_self->ends); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 400, __pyx_L5_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_3 = PySequence_List(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 398, __pyx_L5_error)
+    __pyx_t_3 = PySequence_List(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 400, __pyx_L5_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     __pyx_t_2 = __pyx_t_3; __Pyx_INCREF(__pyx_t_2);
@@ -10554,13 +10464,13 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(s
       {
         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_2);
         #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 398, __pyx_L5_error)
+        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 400, __pyx_L5_error)
         #endif
         if (__pyx_t_4 >= __pyx_temp) break;
       }
       __pyx_t_3 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_2, __pyx_t_4, __Pyx_ReferenceSharing_OwnStrongReference);
       ++__pyx_t_4;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 398, __pyx_L5_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 400, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_3);
       __Pyx_XDECREF_SET(__pyx_7genexpr__pyx_v_end, __pyx_t_3);
       __pyx_t_3 = 0;
@@ -10584,11 +10494,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(s
         __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_7, (1-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 398, __pyx_L5_error)
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 400, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_3);
       }
       __Pyx_GIVEREF(__pyx_t_3);
-      if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_1, __pyx_t_3))) __PYX_ERR(0, 398, __pyx_L5_error)
+      if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_1, __pyx_t_3))) __PYX_ERR(0, 400, __pyx_L5_error)
       __pyx_t_3 = 0;
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -10602,7 +10512,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(s
   __pyx_v_found = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":399
+  /* "ivshmem/channel/membership.pyx":401
  *         # Other threads open and close ends: values() alone would find the dictionary changed.
  *         found = [end() for end in list(self.ends.values())]
  *         return [end for end in found if end is not None]             # <<<<<<<<<<<<<<
@@ -10610,7 +10520,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(s
  *     cdef int look_for_quiet_ends(self) except -1:
 */
   { /* enter inner scope */
-    __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 399, __pyx_L12_error)
+    __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 401, __pyx_L12_error)
     __Pyx_GOTREF(__pyx_t_1);
     __pyx_t_2 = __pyx_v_found; __Pyx_INCREF(__pyx_t_2);
     __pyx_t_4 = 0;
@@ -10618,20 +10528,20 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(s
       {
         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_2);
         #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 399, __pyx_L12_error)
+        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 401, __pyx_L12_error)
         #endif
         if (__pyx_t_4 >= __pyx_temp) break;
       }
       __pyx_t_3 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_2, __pyx_t_4, __Pyx_ReferenceSharing_OwnStrongReference);
       ++__pyx_t_4;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 399, __pyx_L12_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 401, __pyx_L12_error)
       __Pyx_GOTREF(__pyx_t_3);
       __Pyx_XDECREF_SET(__pyx_8genexpr1__pyx_v_end, __pyx_t_3);
       __pyx_t_3 = 0;
       __pyx_t_8 = (__pyx_8genexpr1__pyx_v_end != Py_None);
       if (__pyx_t_8) {
 
-        if (unlikely(__Pyx_ListComp_Append(__pyx_t_1, __pyx_8genexpr1__pyx_v_end))) __PYX_ERR(0, 399, __pyx_L12_error)
+        if (unlikely(__Pyx_ListComp_Append(__pyx_t_1, __pyx_8genexpr1__pyx_v_end))) __PYX_ERR(0, 401, __pyx_L12_error)
       }
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -10653,7 +10563,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(s
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":396
+  /* "ivshmem/channel/membership.pyx":398
  *         self.polls = polls
  * 
  *     cdef list open_ends(self):             # <<<<<<<<<<<<<<
@@ -10679,7 +10589,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(s
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":401
+/* "ivshmem/channel/membership.pyx":403
  *         return [end for end in found if end is not None]
  * 
  *     cdef int look_for_quiet_ends(self) except -1:             # <<<<<<<<<<<<<<
@@ -10705,7 +10615,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_en
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("look_for_quiet_ends", 0);
 
-  /* "ivshmem/channel/membership.pyx":403
+  /* "ivshmem/channel/membership.pyx":405
  *     cdef int look_for_quiet_ends(self) except -1:
  *         """Find out, where memory can only be read, whether peers ring for each end."""
  *         rung = [(<Dependent>end).is_rung() for end in self.open_ends()]             # <<<<<<<<<<<<<<
@@ -10713,13 +10623,13 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_en
  *         return 0
 */
   { /* enter inner scope */
-    __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 403, __pyx_L5_error)
+    __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 405, __pyx_L5_error)
     __Pyx_GOTREF(__pyx_t_1);
-    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(__pyx_v_self); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 403, __pyx_L5_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(__pyx_v_self); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 405, __pyx_L5_error)
     __Pyx_GOTREF(__pyx_t_2);
     if (unlikely(__pyx_t_2 == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-      __PYX_ERR(0, 403, __pyx_L5_error)
+      __PYX_ERR(0, 405, __pyx_L5_error)
     }
     __pyx_t_3 = __pyx_t_2; __Pyx_INCREF(__pyx_t_3);
     __pyx_t_4 = 0;
@@ -10728,20 +10638,20 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_en
       {
         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_3);
         #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 403, __pyx_L5_error)
+        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 405, __pyx_L5_error)
         #endif
         if (__pyx_t_4 >= __pyx_temp) break;
       }
       __pyx_t_2 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_3, __pyx_t_4, __Pyx_ReferenceSharing_OwnStrongReference);
       ++__pyx_t_4;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 403, __pyx_L5_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 405, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_2);
       __Pyx_XDECREF_SET(__pyx_8genexpr2__pyx_v_end, __pyx_t_2);
       __pyx_t_2 = 0;
-      __pyx_t_2 = __Pyx_PyBool_FromLong(((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent *)((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_8genexpr2__pyx_v_end)->__pyx_vtab)->is_rung(((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_8genexpr2__pyx_v_end))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 403, __pyx_L5_error)
+      __pyx_t_2 = __Pyx_PyBool_FromLong(((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent *)((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_8genexpr2__pyx_v_end)->__pyx_vtab)->is_rung(((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_8genexpr2__pyx_v_end))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 405, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_2);
       __Pyx_GIVEREF(__pyx_t_2);
-      if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_1, __pyx_t_2))) __PYX_ERR(0, 403, __pyx_L5_error)
+      if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_1, __pyx_t_2))) __PYX_ERR(0, 405, __pyx_L5_error)
       __pyx_t_2 = 0;
     }
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
@@ -10755,7 +10665,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_en
   __pyx_v_rung = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":404
+  /* "ivshmem/channel/membership.pyx":406
  *         """Find out, where memory can only be read, whether peers ring for each end."""
  *         rung = [(<Dependent>end).is_rung() for end in self.open_ends()]
  *         self.polls = self.vector < 0 or not all(rung)             # <<<<<<<<<<<<<<
@@ -10778,10 +10688,10 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_en
     PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_v_rung};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_all, __pyx_callargs+__pyx_t_7, (2-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 404, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 406, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_6 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_6 < 0))) __PYX_ERR(0, 404, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_6 < 0))) __PYX_ERR(0, 406, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_8 = (!__pyx_t_6);
 
@@ -10792,7 +10702,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_en
   __pyx_L10_bool_binop_done:;
   __pyx_v_self->polls = __pyx_t_5;
 
-  /* "ivshmem/channel/membership.pyx":405
+  /* "ivshmem/channel/membership.pyx":407
  *         rung = [(<Dependent>end).is_rung() for end in self.open_ends()]
  *         self.polls = self.vector < 0 or not all(rung)
  *         return 0             # <<<<<<<<<<<<<<
@@ -10805,7 +10715,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_en
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":401
+  /* "ivshmem/channel/membership.pyx":403
  *         return [end for end in found if end is not None]
  * 
  *     cdef int look_for_quiet_ends(self) except -1:             # <<<<<<<<<<<<<<
@@ -10828,7 +10738,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_en
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":407
+/* "ivshmem/channel/membership.pyx":409
  *         return 0
  * 
  *     cdef int after_beat(self, int code) except -1:             # <<<<<<<<<<<<<<
@@ -10854,7 +10764,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("after_beat", 0);
 
-  /* "ivshmem/channel/membership.pyx":409
+  /* "ivshmem/channel/membership.pyx":411
  *     cdef int after_beat(self, int code) except -1:
  *         """Do, with the GIL, what a beat showed to be necessary."""
  *         if code == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -10866,20 +10776,20 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":410
+    /* "ivshmem/channel/membership.pyx":412
  *         """Do, with the GIL, what a beat showed to be necessary."""
  *         if code == IVSHMEM_CLOSED:
  *             return self.lose_place()             # <<<<<<<<<<<<<<
  *         if self.mapping.closed:
  *             return self.abandon()
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_lose_place(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 410, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_lose_place(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 412, __pyx_L1_error)
     {
       __pyx_r = __pyx_t_2;
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":409
+    /* "ivshmem/channel/membership.pyx":411
  *     cdef int after_beat(self, int code) except -1:
  *         """Do, with the GIL, what a beat showed to be necessary."""
  *         if code == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -10888,34 +10798,34 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":411
+  /* "ivshmem/channel/membership.pyx":413
  *         if code == IVSHMEM_CLOSED:
  *             return self.lose_place()
  *         if self.mapping.closed:             # <<<<<<<<<<<<<<
  *             return self.abandon()
  *         try:
 */
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 411, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 413, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_1 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 411, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 413, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":412
+    /* "ivshmem/channel/membership.pyx":414
  *             return self.lose_place()
  *         if self.mapping.closed:
  *             return self.abandon()             # <<<<<<<<<<<<<<
  *         try:
  *             if self.endpoint is not None and not self.mapping.fixed:
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 412, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 414, __pyx_L1_error)
     {
       __pyx_r = __pyx_t_2;
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":411
+    /* "ivshmem/channel/membership.pyx":413
  *         if code == IVSHMEM_CLOSED:
  *             return self.lose_place()
  *         if self.mapping.closed:             # <<<<<<<<<<<<<<
@@ -10924,7 +10834,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":413
+  /* "ivshmem/channel/membership.pyx":415
  *         if self.mapping.closed:
  *             return self.abandon()
  *         try:             # <<<<<<<<<<<<<<
@@ -10940,7 +10850,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
     __Pyx_XGOTREF(__pyx_t_6);
     /*try:*/ {
 
-      /* "ivshmem/channel/membership.pyx":414
+      /* "ivshmem/channel/membership.pyx":416
  *             return self.abandon()
  *         try:
  *             if self.endpoint is not None and not self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -10965,17 +10875,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/channel/membership.pyx":415
+        /* "ivshmem/channel/membership.pyx":417
  *         try:
  *             if self.endpoint is not None and not self.mapping.fixed:
  *                 self.name_peer()             # <<<<<<<<<<<<<<
  *         except (IvshmemError, OSError):
  *             pass  # a device's register that cannot be read now, or an endpoint that is closed
 */
-        __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 415, __pyx_L5_error)
+        __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 417, __pyx_L5_error)
 
 
-        /* "ivshmem/channel/membership.pyx":414
+        /* "ivshmem/channel/membership.pyx":416
  *             return self.abandon()
  *         try:
  *             if self.endpoint is not None and not self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -10984,7 +10894,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
       }
 
-      /* "ivshmem/channel/membership.pyx":413
+      /* "ivshmem/channel/membership.pyx":415
  *         if self.mapping.closed:
  *             return self.abandon()
  *         try:             # <<<<<<<<<<<<<<
@@ -10999,7 +10909,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
     __pyx_L5_error:;
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-    /* "ivshmem/channel/membership.pyx":416
+    /* "ivshmem/channel/membership.pyx":418
  *             if self.endpoint is not None and not self.mapping.fixed:
  *                 self.name_peer()
  *         except (IvshmemError, OSError):             # <<<<<<<<<<<<<<
@@ -11007,7 +10917,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
  *         if code > 0:
 */
     __Pyx_ErrFetch(&__pyx_t_3, &__pyx_t_8, &__pyx_t_9);
-    __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 416, __pyx_L7_except_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 418, __pyx_L7_except_error)
     __Pyx_GOTREF(__pyx_t_10);
     __pyx_t_2 = __Pyx_PyErr_GivenExceptionMatches2(__pyx_t_3, __pyx_t_10, ((PyObject *)(((PyTypeObject*)PyExc_OSError))));
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
@@ -11019,7 +10929,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
     }
     goto __pyx_L7_except_error;
 
-    /* "ivshmem/channel/membership.pyx":413
+    /* "ivshmem/channel/membership.pyx":415
  *         if self.mapping.closed:
  *             return self.abandon()
  *         try:             # <<<<<<<<<<<<<<
@@ -11040,7 +10950,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
     __pyx_L10_try_end:;
   }
 
-  /* "ivshmem/channel/membership.pyx":418
+  /* "ivshmem/channel/membership.pyx":420
  *         except (IvshmemError, OSError):
  *             pass  # a device's register that cannot be read now, or an endpoint that is closed
  *         if code > 0:             # <<<<<<<<<<<<<<
@@ -11052,7 +10962,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":419
+    /* "ivshmem/channel/membership.pyx":421
  *             pass  # a device's register that cannot be read now, or an endpoint that is closed
  *         if code > 0:
  *             ivshmem_ring_places(&self.member)  # it freed places             # <<<<<<<<<<<<<<
@@ -11061,7 +10971,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
     ivshmem_ring_places((&__pyx_v_self->member));
 
-    /* "ivshmem/channel/membership.pyx":418
+    /* "ivshmem/channel/membership.pyx":420
  *         except (IvshmemError, OSError):
  *             pass  # a device's register that cannot be read now, or an endpoint that is closed
  *         if code > 0:             # <<<<<<<<<<<<<<
@@ -11070,7 +10980,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":420
+  /* "ivshmem/channel/membership.pyx":422
  *         if code > 0:
  *             ivshmem_ring_places(&self.member)  # it freed places
  *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -11079,17 +10989,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
   if (__pyx_v_self->mapping->fixed) {
 
-    /* "ivshmem/channel/membership.pyx":421
+    /* "ivshmem/channel/membership.pyx":423
  *             ivshmem_ring_places(&self.member)  # it freed places
  *         if self.mapping.fixed:
  *             self.look_for_quiet_ends()             # <<<<<<<<<<<<<<
  *         self.look_after_ends()
  *         return self.flush()
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_ends(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 421, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_ends(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 423, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":420
+    /* "ivshmem/channel/membership.pyx":422
  *         if code > 0:
  *             ivshmem_ring_places(&self.member)  # it freed places
  *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -11098,30 +11008,30 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":422
+  /* "ivshmem/channel/membership.pyx":424
  *         if self.mapping.fixed:
  *             self.look_for_quiet_ends()
  *         self.look_after_ends()             # <<<<<<<<<<<<<<
  *         return self.flush()
  * 
 */
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_look_after_ends(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 422, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_look_after_ends(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 424, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":423
+  /* "ivshmem/channel/membership.pyx":425
  *             self.look_for_quiet_ends()
  *         self.look_after_ends()
  *         return self.flush()             # <<<<<<<<<<<<<<
  * 
  *     cdef int look_after_ends(self) except -1:
 */
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 423, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 425, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_2;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":407
+  /* "ivshmem/channel/membership.pyx":409
  *         return 0
  * 
  *     cdef int after_beat(self, int code) except -1:             # <<<<<<<<<<<<<<
@@ -11143,7 +11053,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":425
+/* "ivshmem/channel/membership.pyx":427
  *         return self.flush()
  * 
  *     cdef int look_after_ends(self) except -1:             # <<<<<<<<<<<<<<
@@ -11175,18 +11085,18 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_after_ends(s
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("look_after_ends", 0);
 
-  /* "ivshmem/channel/membership.pyx":427
+  /* "ivshmem/channel/membership.pyx":429
  *     cdef int look_after_ends(self) except -1:
  *         """Let each end do what it does once a beat."""
  *         for end in self.open_ends():             # <<<<<<<<<<<<<<
  *             with contextlib.suppress(IvshmemError, OSError):
  *                 (<Dependent>end).beat()
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(__pyx_v_self); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 427, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(__pyx_v_self); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 429, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   if (unlikely(__pyx_t_1 == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-    __PYX_ERR(0, 427, __pyx_L1_error)
+    __PYX_ERR(0, 429, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1; __Pyx_INCREF(__pyx_t_2);
   __pyx_t_3 = 0;
@@ -11195,18 +11105,18 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_after_ends(s
     {
       Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_2);
       #if !CYTHON_ASSUME_SAFE_SIZE
-      if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 427, __pyx_L1_error)
+      if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 429, __pyx_L1_error)
       #endif
       if (__pyx_t_3 >= __pyx_temp) break;
     }
     __pyx_t_1 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_2, __pyx_t_3, __Pyx_ReferenceSharing_OwnStrongReference);
     ++__pyx_t_3;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 427, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 429, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
     __Pyx_XDECREF_SET(__pyx_v_end, __pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":428
+    /* "ivshmem/channel/membership.pyx":430
  *         """Let each end do what it does once a beat."""
  *         for end in self.open_ends():
  *             with contextlib.suppress(IvshmemError, OSError):             # <<<<<<<<<<<<<<
@@ -11215,12 +11125,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_after_ends(s
 */
     /*with:*/ {
       __pyx_t_4 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_contextlib); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 428, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_contextlib); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 430, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
-      __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_suppress); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 428, __pyx_L1_error)
+      __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_suppress); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 430, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 428, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 430, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
       __pyx_t_7 = 1;
       #if CYTHON_UNPACK_METHODS
@@ -11240,13 +11150,13 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_after_ends(s
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 428, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 430, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
-      __pyx_t_8 = __Pyx_PyObject_LookupSpecial(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 428, __pyx_L1_error)
+      __pyx_t_8 = __Pyx_PyObject_LookupSpecial(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 430, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_8);
       __pyx_t_5 = NULL;
-      __pyx_t_4 = __Pyx_PyObject_LookupSpecial(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 428, __pyx_L5_error)
+      __pyx_t_4 = __Pyx_PyObject_LookupSpecial(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 430, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_4);
       __pyx_t_7 = 1;
       #if CYTHON_UNPACK_METHODS
@@ -11265,7 +11175,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_after_ends(s
         __pyx_t_6 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_7, (1-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 428, __pyx_L5_error)
+        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 430, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_6);
       }
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -11280,17 +11190,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_after_ends(s
           __Pyx_XGOTREF(__pyx_t_11);
           /*try:*/ {
 
-            /* "ivshmem/channel/membership.pyx":429
+            /* "ivshmem/channel/membership.pyx":431
  *         for end in self.open_ends():
  *             with contextlib.suppress(IvshmemError, OSError):
  *                 (<Dependent>end).beat()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-            __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent *)((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_v_end)->__pyx_vtab)->beat(((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_v_end)); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 429, __pyx_L11_error)
+            __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent *)((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_v_end)->__pyx_vtab)->beat(((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_v_end)); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 431, __pyx_L11_error)
 
 
-            /* "ivshmem/channel/membership.pyx":428
+            /* "ivshmem/channel/membership.pyx":430
  *         """Let each end do what it does once a beat."""
  *         for end in self.open_ends():
  *             with contextlib.suppress(IvshmemError, OSError):             # <<<<<<<<<<<<<<
@@ -11309,23 +11219,23 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_after_ends(s
           __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
           /*except:*/ {
             __Pyx_AddTraceback("ivshmem.channel.membership.Membership.look_after_ends", __pyx_clineno, __pyx_lineno, __pyx_filename);
-            if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_6, &__pyx_t_4) < 0) __PYX_ERR(0, 428, __pyx_L13_except_error)
+            if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_6, &__pyx_t_4) < 0) __PYX_ERR(0, 430, __pyx_L13_except_error)
             __Pyx_XGOTREF(__pyx_t_1);
             __Pyx_XGOTREF(__pyx_t_6);
             __Pyx_XGOTREF(__pyx_t_4);
             {
               PyObject* __pyx_temp[3] = {__pyx_t_1, __pyx_t_6, __pyx_t_4};
-              __pyx_t_5 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 428, __pyx_L13_except_error)
+              __pyx_t_5 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 430, __pyx_L13_except_error)
               __Pyx_GOTREF(__pyx_t_5);
             }
             __pyx_t_13 = __Pyx_PyObject_Call(__pyx_t_8, __pyx_t_5, NULL);
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 428, __pyx_L13_except_error)
+            if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 430, __pyx_L13_except_error)
             __Pyx_GOTREF(__pyx_t_13);
             __pyx_t_14 = __Pyx_PyObject_IsTrue(__pyx_t_13);
             __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-            if (__pyx_t_14 < (0)) __PYX_ERR(0, 428, __pyx_L13_except_error)
+            if (__pyx_t_14 < (0)) __PYX_ERR(0, 430, __pyx_L13_except_error)
             __pyx_t_15 = (!__pyx_t_14);
 
 
@@ -11336,7 +11246,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_after_ends(s
               __Pyx_XGIVEREF(__pyx_t_4);
               __Pyx_ErrRestoreWithState(__pyx_t_1, __pyx_t_6, __pyx_t_4);
               __pyx_t_1 = 0;  __pyx_t_6 = 0;  __pyx_t_4 = 0; 
-              __PYX_ERR(0, 428, __pyx_L13_except_error)
+              __PYX_ERR(0, 430, __pyx_L13_except_error)
             }
             __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
             __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -11362,7 +11272,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_after_ends(s
           if (__pyx_t_8) {
             __pyx_t_11 = __Pyx_PyObject_Call(__pyx_t_8, __pyx_mstate_global->__pyx_tuple[1], NULL);
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 428, __pyx_L1_error)
+            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 430, __pyx_L1_error)
             __Pyx_GOTREF(__pyx_t_11);
             __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
           }
@@ -11377,7 +11287,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_after_ends(s
       __pyx_L22:;
     }
 
-    /* "ivshmem/channel/membership.pyx":427
+    /* "ivshmem/channel/membership.pyx":429
  *     cdef int look_after_ends(self) except -1:
  *         """Let each end do what it does once a beat."""
  *         for end in self.open_ends():             # <<<<<<<<<<<<<<
@@ -11387,7 +11297,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_after_ends(s
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":430
+  /* "ivshmem/channel/membership.pyx":432
  *             with contextlib.suppress(IvshmemError, OSError):
  *                 (<Dependent>end).beat()
  *         return 0             # <<<<<<<<<<<<<<
@@ -11400,7 +11310,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_after_ends(s
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":425
+  /* "ivshmem/channel/membership.pyx":427
  *         return self.flush()
  * 
  *     cdef int look_after_ends(self) except -1:             # <<<<<<<<<<<<<<
@@ -11424,7 +11334,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_after_ends(s
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":432
+/* "ivshmem/channel/membership.pyx":434
  *         return 0
  * 
  *     def places(self):             # <<<<<<<<<<<<<<
@@ -11510,7 +11420,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("places", 0);
 
-  /* "ivshmem/channel/membership.pyx":434
+  /* "ivshmem/channel/membership.pyx":436
  *     def places(self):
  *         """Return a list of (index, epoch, state, id, vector, process, name) of all places."""
  *         cdef ivshmem_memory *memory = &self.member.area.memory             # <<<<<<<<<<<<<<
@@ -11519,29 +11429,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
   __pyx_v_memory = (&__pyx_v_self->member.area.memory);
 
-  /* "ivshmem/channel/membership.pyx":439
+  /* "ivshmem/channel/membership.pyx":441
  *         cdef unsigned i
  *         cdef char text[33]
  *         self.check()             # <<<<<<<<<<<<<<
  *         found = []
  *         for i in range(self.member.area.places):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 439, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 441, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":440
+  /* "ivshmem/channel/membership.pyx":442
  *         cdef char text[33]
  *         self.check()
  *         found = []             # <<<<<<<<<<<<<<
  *         for i in range(self.member.area.places):
  *             at = ivshmem_place_at(&self.member.area, i)
 */
-  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 440, __pyx_L1_error)
+  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 442, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_v_found = ((PyObject*)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":441
+  /* "ivshmem/channel/membership.pyx":443
  *         self.check()
  *         found = []
  *         for i in range(self.member.area.places):             # <<<<<<<<<<<<<<
@@ -11555,7 +11465,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
   for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
     __pyx_v_i = __pyx_t_5;
 
-    /* "ivshmem/channel/membership.pyx":442
+    /* "ivshmem/channel/membership.pyx":444
  *         found = []
  *         for i in range(self.member.area.places):
  *             at = ivshmem_place_at(&self.member.area, i)             # <<<<<<<<<<<<<<
@@ -11564,7 +11474,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_at = ivshmem_place_at((&__pyx_v_self->member.area), __pyx_v_i);
 
-    /* "ivshmem/channel/membership.pyx":443
+    /* "ivshmem/channel/membership.pyx":445
  *         for i in range(self.member.area.places):
  *             at = ivshmem_place_at(&self.member.area, i)
  *             number = ivshmem_load(memory, at)             # <<<<<<<<<<<<<<
@@ -11573,7 +11483,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_number = ivshmem_load(__pyx_v_memory, __pyx_v_at);
 
-    /* "ivshmem/channel/membership.pyx":444
+    /* "ivshmem/channel/membership.pyx":446
  *             at = ivshmem_place_at(&self.member.area, i)
  *             number = ivshmem_load(memory, at)
  *             if ivshmem_value(number) == 0 or ivshmem_flags(number) != IVSHMEM_LIVE:             # <<<<<<<<<<<<<<
@@ -11599,7 +11509,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/channel/membership.pyx":445
+      /* "ivshmem/channel/membership.pyx":447
  *             number = ivshmem_load(memory, at)
  *             if ivshmem_value(number) == 0 or ivshmem_flags(number) != IVSHMEM_LIVE:
  *                 continue             # <<<<<<<<<<<<<<
@@ -11608,7 +11518,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
       goto __pyx_L3_continue;
 
-      /* "ivshmem/channel/membership.pyx":444
+      /* "ivshmem/channel/membership.pyx":446
  *             at = ivshmem_place_at(&self.member.area, i)
  *             number = ivshmem_load(memory, at)
  *             if ivshmem_value(number) == 0 or ivshmem_flags(number) != IVSHMEM_LIVE:             # <<<<<<<<<<<<<<
@@ -11617,7 +11527,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":446
+    /* "ivshmem/channel/membership.pyx":448
  *             if ivshmem_value(number) == 0 or ivshmem_flags(number) != IVSHMEM_LIVE:
  *                 continue
  *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)             # <<<<<<<<<<<<<<
@@ -11626,7 +11536,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_peer = ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_PEER));
 
-    /* "ivshmem/channel/membership.pyx":447
+    /* "ivshmem/channel/membership.pyx":449
  *                 continue
  *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)
  *             place.index = i             # <<<<<<<<<<<<<<
@@ -11635,7 +11545,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_place.index = __pyx_v_i;
 
-    /* "ivshmem/channel/membership.pyx":448
+    /* "ivshmem/channel/membership.pyx":450
  *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)
  *             place.index = i
  *             place.epoch = ivshmem_epoch(number)             # <<<<<<<<<<<<<<
@@ -11644,7 +11554,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_place.epoch = ivshmem_epoch(__pyx_v_number);
 
-    /* "ivshmem/channel/membership.pyx":449
+    /* "ivshmem/channel/membership.pyx":451
  *             place.index = i
  *             place.epoch = ivshmem_epoch(number)
  *             memset(text, 0, sizeof(text))             # <<<<<<<<<<<<<<
@@ -11653,7 +11563,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     (void)(memset(__pyx_v_text, 0, (sizeof(__pyx_v_text))));
 
-    /* "ivshmem/channel/membership.pyx":450
+    /* "ivshmem/channel/membership.pyx":452
  *             place.epoch = ivshmem_epoch(number)
  *             memset(text, 0, sizeof(text))
  *             ivshmem_load_bytes(memory, at + IVSHMEM_PLACE_NAME, text, 32)             # <<<<<<<<<<<<<<
@@ -11662,46 +11572,46 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     ivshmem_load_bytes(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_NAME), __pyx_v_text, 32);
 
-    /* "ivshmem/channel/membership.pyx":451
+    /* "ivshmem/channel/membership.pyx":453
  *             memset(text, 0, sizeof(text))
  *             ivshmem_load_bytes(memory, at + IVSHMEM_PLACE_NAME, text, 32)
  *             mute = ivshmem_value(peer) & IVSHMEM_PEER_MUTE != 0             # <<<<<<<<<<<<<<
  *             found.append((
  *                 i,
 */
-    __pyx_t_2 = __Pyx_PyBool_FromLong(((ivshmem_value(__pyx_v_peer) & IVSHMEM_PEER_MUTE) != 0)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 451, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyBool_FromLong(((ivshmem_value(__pyx_v_peer) & IVSHMEM_PEER_MUTE) != 0)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 453, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_XDECREF_SET(__pyx_v_mute, __pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/membership.pyx":453
+    /* "ivshmem/channel/membership.pyx":455
  *             mute = ivshmem_value(peer) & IVSHMEM_PEER_MUTE != 0
  *             found.append((
  *                 i,             # <<<<<<<<<<<<<<
  *                 place.epoch,
  *                 "silent" if self.is_silent(place) else "at work",
 */
-    __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_i); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 453, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_i); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 455, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
 
-    /* "ivshmem/channel/membership.pyx":454
+    /* "ivshmem/channel/membership.pyx":456
  *             found.append((
  *                 i,
  *                 place.epoch,             # <<<<<<<<<<<<<<
  *                 "silent" if self.is_silent(place) else "at work",
  *                 ivshmem_value(peer) & 0xffff,
 */
-    __pyx_t_8 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.epoch); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 454, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.epoch); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 456, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
 
-    /* "ivshmem/channel/membership.pyx":455
+    /* "ivshmem/channel/membership.pyx":457
  *                 i,
  *                 place.epoch,
  *                 "silent" if self.is_silent(place) else "at work",             # <<<<<<<<<<<<<<
  *                 ivshmem_value(peer) & 0xffff,
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,
 */
-    __pyx_t_6 = __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(__pyx_v_self, __pyx_v_place); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 455, __pyx_L1_error)
+    __pyx_t_6 = __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(__pyx_v_self, __pyx_v_place); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 457, __pyx_L1_error)
     if (__pyx_t_6) {
       __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_silent);
       __pyx_t_9 = __pyx_mstate_global->__pyx_n_u_silent;
@@ -11711,53 +11621,53 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
     }
 
 
-    /* "ivshmem/channel/membership.pyx":456
+    /* "ivshmem/channel/membership.pyx":458
  *                 place.epoch,
  *                 "silent" if self.is_silent(place) else "at work",
  *                 ivshmem_value(peer) & 0xffff,             # <<<<<<<<<<<<<<
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,
  *                 ivshmem_value(ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)),
 */
-    __pyx_t_10 = __Pyx_PyLong_From_uint64_t((ivshmem_value(__pyx_v_peer) & 0xffff)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 456, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyLong_From_uint64_t((ivshmem_value(__pyx_v_peer) & 0xffff)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 458, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
 
-    /* "ivshmem/channel/membership.pyx":457
+    /* "ivshmem/channel/membership.pyx":459
  *                 "silent" if self.is_silent(place) else "at work",
  *                 ivshmem_value(peer) & 0xffff,
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,             # <<<<<<<<<<<<<<
  *                 ivshmem_value(ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)),
  *                 text.decode(errors="replace"),
 */
-    __pyx_t_6 = __Pyx_PyObject_IsTrue(__pyx_v_mute); if (unlikely((__pyx_t_6 < 0))) __PYX_ERR(0, 457, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_IsTrue(__pyx_v_mute); if (unlikely((__pyx_t_6 < 0))) __PYX_ERR(0, 459, __pyx_L1_error)
     if (__pyx_t_6) {
       __Pyx_INCREF(Py_None);
       __pyx_t_11 = Py_None;
     } else {
-      __pyx_t_12 = __Pyx_PyLong_From_uint64_t(((ivshmem_value(__pyx_v_peer) >> 16) & 0xffff)); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 457, __pyx_L1_error)
+      __pyx_t_12 = __Pyx_PyLong_From_uint64_t(((ivshmem_value(__pyx_v_peer) >> 16) & 0xffff)); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 459, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
       __pyx_t_11 = __pyx_t_12;
       __pyx_t_12 = 0;
     }
 
 
-    /* "ivshmem/channel/membership.pyx":458
+    /* "ivshmem/channel/membership.pyx":460
  *                 ivshmem_value(peer) & 0xffff,
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,
  *                 ivshmem_value(ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)),             # <<<<<<<<<<<<<<
  *                 text.decode(errors="replace"),
  *             ))
 */
-    __pyx_t_12 = __Pyx_PyLong_From_uint64_t(ivshmem_value(ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_PROCESS)))); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 458, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyLong_From_uint64_t(ivshmem_value(ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_PROCESS)))); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 460, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
 
-    /* "ivshmem/channel/membership.pyx":459
+    /* "ivshmem/channel/membership.pyx":461
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,
  *                 ivshmem_value(ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)),
  *                 text.decode(errors="replace"),             # <<<<<<<<<<<<<<
  *             ))
  *         return found
 */
-    __pyx_t_15 = __Pyx_PyBytes_FromString(__pyx_v_text); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 459, __pyx_L1_error)
+    __pyx_t_15 = __Pyx_PyBytes_FromString(__pyx_v_text); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 461, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __pyx_t_14 = __pyx_t_15;
     __Pyx_INCREF(__pyx_t_14);
@@ -11768,13 +11678,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
       PyObject *__pyx_callargs[2] = {__pyx_t_14, __pyx_mstate_global->__pyx_n_u_replace};
       #if CYTHON_VECTORCALL
       __pyx_t_17 = __pyx_mstate_global->__pyx_tuple[0];
-      if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 459, __pyx_L1_error)
+      if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 461, __pyx_L1_error)
       __Pyx_INCREF(__pyx_t_17);
       #else
       {
         PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
         __pyx_t_17 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-        if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 459, __pyx_L1_error)
+        if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 461, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_17);
       }
       #endif
@@ -11784,34 +11694,34 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
       #endif
       __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
       __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-      if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 459, __pyx_L1_error)
+      if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 461, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_13);
     }
-    if (!(likely(PyUnicode_CheckExact(__pyx_t_13))||((__pyx_t_13) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_13))) __PYX_ERR(0, 459, __pyx_L1_error)
+    if (!(likely(PyUnicode_CheckExact(__pyx_t_13))||((__pyx_t_13) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_13))) __PYX_ERR(0, 461, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":453
+    /* "ivshmem/channel/membership.pyx":455
  *             mute = ivshmem_value(peer) & IVSHMEM_PEER_MUTE != 0
  *             found.append((
  *                 i,             # <<<<<<<<<<<<<<
  *                 place.epoch,
  *                 "silent" if self.is_silent(place) else "at work",
 */
-    __pyx_t_15 = PyTuple_New(7); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 453, __pyx_L1_error)
+    __pyx_t_15 = PyTuple_New(7); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 455, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __Pyx_GIVEREF(__pyx_t_2);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 0, __pyx_t_2) != (0)) __PYX_ERR(0, 453, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 0, __pyx_t_2) != (0)) __PYX_ERR(0, 455, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_8);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 1, __pyx_t_8) != (0)) __PYX_ERR(0, 453, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 1, __pyx_t_8) != (0)) __PYX_ERR(0, 455, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_9);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 2, __pyx_t_9) != (0)) __PYX_ERR(0, 453, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 2, __pyx_t_9) != (0)) __PYX_ERR(0, 455, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_10);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 3, __pyx_t_10) != (0)) __PYX_ERR(0, 453, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 3, __pyx_t_10) != (0)) __PYX_ERR(0, 455, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_11);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 4, __pyx_t_11) != (0)) __PYX_ERR(0, 453, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 4, __pyx_t_11) != (0)) __PYX_ERR(0, 455, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_12);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 5, __pyx_t_12) != (0)) __PYX_ERR(0, 453, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 5, __pyx_t_12) != (0)) __PYX_ERR(0, 455, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_13);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 6, __pyx_t_13) != (0)) __PYX_ERR(0, 453, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 6, __pyx_t_13) != (0)) __PYX_ERR(0, 455, __pyx_L1_error);
     __pyx_t_2 = 0;
     __pyx_t_8 = 0;
     __pyx_t_9 = 0;
@@ -11820,21 +11730,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
     __pyx_t_12 = 0;
     __pyx_t_13 = 0;
 
-    /* "ivshmem/channel/membership.pyx":452
+    /* "ivshmem/channel/membership.pyx":454
  *             ivshmem_load_bytes(memory, at + IVSHMEM_PLACE_NAME, text, 32)
  *             mute = ivshmem_value(peer) & IVSHMEM_PEER_MUTE != 0
  *             found.append((             # <<<<<<<<<<<<<<
  *                 i,
  *                 place.epoch,
 */
-    __pyx_t_18 = __Pyx_PyList_Append(__pyx_v_found, __pyx_t_15); if (unlikely(__pyx_t_18 == ((int)-1))) __PYX_ERR(0, 452, __pyx_L1_error)
+    __pyx_t_18 = __Pyx_PyList_Append(__pyx_v_found, __pyx_t_15); if (unlikely(__pyx_t_18 == ((int)-1))) __PYX_ERR(0, 454, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
 
     __pyx_L3_continue:;
   }
 
 
-  /* "ivshmem/channel/membership.pyx":461
+  /* "ivshmem/channel/membership.pyx":463
  *                 text.decode(errors="replace"),
  *             ))
  *         return found             # <<<<<<<<<<<<<<
@@ -11852,7 +11762,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":432
+  /* "ivshmem/channel/membership.pyx":434
  *         return 0
  * 
  *     def places(self):             # <<<<<<<<<<<<<<
@@ -11889,7 +11799,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":463
+/* "ivshmem/channel/membership.pyx":465
  *         return found
  * 
  *     def has_foreign_places(self):             # <<<<<<<<<<<<<<
@@ -11960,7 +11870,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("has_foreign_places", 0);
 
-  /* "ivshmem/channel/membership.pyx":465
+  /* "ivshmem/channel/membership.pyx":467
  *     def has_foreign_places(self):
  *         """Return whether a process of another machine, a virtual one for instance, is at work."""
  *         cdef ivshmem_memory *memory = &self.member.area.memory             # <<<<<<<<<<<<<<
@@ -11969,17 +11879,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
 */
   __pyx_v_memory = (&__pyx_v_self->member.area.memory);
 
-  /* "ivshmem/channel/membership.pyx":469
+  /* "ivshmem/channel/membership.pyx":471
  *         cdef ivshmem_place place
  *         cdef unsigned i
  *         self.check()             # <<<<<<<<<<<<<<
  *         for i in range(self.member.area.places):
  *             number = ivshmem_load(memory, ivshmem_place_at(&self.member.area, i))
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 469, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 471, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":470
+  /* "ivshmem/channel/membership.pyx":472
  *         cdef unsigned i
  *         self.check()
  *         for i in range(self.member.area.places):             # <<<<<<<<<<<<<<
@@ -11993,7 +11903,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
   for (__pyx_t_4 = 0; __pyx_t_4 < __pyx_t_3; __pyx_t_4+=1) {
     __pyx_v_i = __pyx_t_4;
 
-    /* "ivshmem/channel/membership.pyx":471
+    /* "ivshmem/channel/membership.pyx":473
  *         self.check()
  *         for i in range(self.member.area.places):
  *             number = ivshmem_load(memory, ivshmem_place_at(&self.member.area, i))             # <<<<<<<<<<<<<<
@@ -12002,7 +11912,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
 */
     __pyx_v_number = ivshmem_load(__pyx_v_memory, ivshmem_place_at((&__pyx_v_self->member.area), __pyx_v_i));
 
-    /* "ivshmem/channel/membership.pyx":472
+    /* "ivshmem/channel/membership.pyx":474
  *         for i in range(self.member.area.places):
  *             number = ivshmem_load(memory, ivshmem_place_at(&self.member.area, i))
  *             machine = ivshmem_load(             # <<<<<<<<<<<<<<
@@ -12011,7 +11921,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
 */
     __pyx_v_machine = ivshmem_load(__pyx_v_memory, (ivshmem_place_at((&__pyx_v_self->member.area), __pyx_v_i) + IVSHMEM_PLACE_MACHINE));
 
-    /* "ivshmem/channel/membership.pyx":475
+    /* "ivshmem/channel/membership.pyx":477
  *                 memory, ivshmem_place_at(&self.member.area, i) + IVSHMEM_PLACE_MACHINE
  *             )
  *             place.index = i             # <<<<<<<<<<<<<<
@@ -12020,7 +11930,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
 */
     __pyx_v_place.index = __pyx_v_i;
 
-    /* "ivshmem/channel/membership.pyx":476
+    /* "ivshmem/channel/membership.pyx":478
  *             )
  *             place.index = i
  *             place.epoch = ivshmem_epoch(number)             # <<<<<<<<<<<<<<
@@ -12029,7 +11939,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
 */
     __pyx_v_place.epoch = ivshmem_epoch(__pyx_v_number);
 
-    /* "ivshmem/channel/membership.pyx":478
+    /* "ivshmem/channel/membership.pyx":480
  *             place.epoch = ivshmem_epoch(number)
  *             if (
  *                 ivshmem_value(number) != 0             # <<<<<<<<<<<<<<
@@ -12047,7 +11957,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
       goto __pyx_L6_bool_binop_done;
     }
 
-    /* "ivshmem/channel/membership.pyx":479
+    /* "ivshmem/channel/membership.pyx":481
  *             if (
  *                 ivshmem_value(number) != 0
  *                 and ivshmem_flags(number) == IVSHMEM_LIVE             # <<<<<<<<<<<<<<
@@ -12065,7 +11975,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
       goto __pyx_L6_bool_binop_done;
     }
 
-    /* "ivshmem/channel/membership.pyx":480
+    /* "ivshmem/channel/membership.pyx":482
  *                 ivshmem_value(number) != 0
  *                 and ivshmem_flags(number) == IVSHMEM_LIVE
  *                 and ivshmem_value(machine) != self.member.machine             # <<<<<<<<<<<<<<
@@ -12083,14 +11993,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
       goto __pyx_L6_bool_binop_done;
     }
 
-    /* "ivshmem/channel/membership.pyx":481
+    /* "ivshmem/channel/membership.pyx":483
  *                 and ivshmem_flags(number) == IVSHMEM_LIVE
  *                 and ivshmem_value(machine) != self.member.machine
  *                 and not self.is_silent(place)             # <<<<<<<<<<<<<<
  *             ):
  *                 return True
 */
-    __pyx_t_6 = __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(__pyx_v_self, __pyx_v_place); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 481, __pyx_L1_error)
+    __pyx_t_6 = __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(__pyx_v_self, __pyx_v_place); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 483, __pyx_L1_error)
     __pyx_t_7 = (!__pyx_t_6);
 
 
@@ -12099,7 +12009,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
 
     __pyx_L6_bool_binop_done:;
 
-    /* "ivshmem/channel/membership.pyx":477
+    /* "ivshmem/channel/membership.pyx":479
  *             place.index = i
  *             place.epoch = ivshmem_epoch(number)
  *             if (             # <<<<<<<<<<<<<<
@@ -12109,7 +12019,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/channel/membership.pyx":483
+      /* "ivshmem/channel/membership.pyx":485
  *                 and not self.is_silent(place)
  *             ):
  *                 return True             # <<<<<<<<<<<<<<
@@ -12127,7 +12037,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/membership.pyx":477
+      /* "ivshmem/channel/membership.pyx":479
  *             place.index = i
  *             place.epoch = ivshmem_epoch(number)
  *             if (             # <<<<<<<<<<<<<<
@@ -12138,7 +12048,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
   }
 
 
-  /* "ivshmem/channel/membership.pyx":484
+  /* "ivshmem/channel/membership.pyx":486
  *             ):
  *                 return True
  *         return False             # <<<<<<<<<<<<<<
@@ -12156,7 +12066,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":463
+  /* "ivshmem/channel/membership.pyx":465
  *         return found
  * 
  *     def has_foreign_places(self):             # <<<<<<<<<<<<<<
@@ -12179,7 +12089,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":486
+/* "ivshmem/channel/membership.pyx":488
  *         return False
  * 
  *     cdef bint is_silent(self, ivshmem_place place):             # <<<<<<<<<<<<<<
@@ -12192,7 +12102,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(struct 
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/membership.pyx":487
+  /* "ivshmem/channel/membership.pyx":489
  * 
  *     cdef bint is_silent(self, ivshmem_place place):
  *         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)             # <<<<<<<<<<<<<<
@@ -12220,7 +12130,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(struct 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":486
+  /* "ivshmem/channel/membership.pyx":488
  *         return False
  * 
  *     cdef bint is_silent(self, ivshmem_place place):             # <<<<<<<<<<<<<<
@@ -12234,7 +12144,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":489
+/* "ivshmem/channel/membership.pyx":491
  *         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)
  * 
  *     def free_place(self, unsigned index):             # <<<<<<<<<<<<<<
@@ -12282,32 +12192,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_index,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 489, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 491, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 489, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 491, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "free_place", 0) < (0)) __PYX_ERR(0, 489, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "free_place", 0) < (0)) __PYX_ERR(0, 491, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("free_place", 1, 1, 1, i); __PYX_ERR(0, 489, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("free_place", 1, 1, 1, i); __PYX_ERR(0, 491, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 489, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 491, __pyx_L3_error)
     }
-    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[0]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 489, __pyx_L3_error)
+    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[0]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 491, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("free_place", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 489, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("free_place", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 491, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12349,17 +12259,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("free_place", 0);
 
-  /* "ivshmem/channel/membership.pyx":492
+  /* "ivshmem/channel/membership.pyx":494
  *         """Free a place at a user's word; whether it had an owner."""
  *         cdef uint64_t number
  *         self.check()             # <<<<<<<<<<<<<<
  *         if index >= self.member.area.places:
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 492, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 494, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":493
+  /* "ivshmem/channel/membership.pyx":495
  *         cdef uint64_t number
  *         self.check()
  *         if index >= self.member.area.places:             # <<<<<<<<<<<<<<
@@ -12371,7 +12281,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/membership.pyx":494
+    /* "ivshmem/channel/membership.pyx":496
  *         self.check()
  *         if index >= self.member.area.places:
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")             # <<<<<<<<<<<<<<
@@ -12379,9 +12289,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
  *             raise RegionError("the region is mapped for reading only: no place can be freed")
 */
     __pyx_t_4 = NULL;
-    __pyx_t_5 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 494, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 496, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->member.area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 494, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->member.area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 496, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_place;
     __pyx_t_7[1] = __pyx_t_5;
@@ -12393,7 +12303,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
     #endif
     __pyx_t_1 = 0;
     __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_7, 4, __pyx_t_8, __pyx_t_1);
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 494, __pyx_L1_error)
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 496, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -12403,14 +12313,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 494, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 496, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 494, __pyx_L1_error)
+    __PYX_ERR(0, 496, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":493
+    /* "ivshmem/channel/membership.pyx":495
  *         cdef uint64_t number
  *         self.check()
  *         if index >= self.member.area.places:             # <<<<<<<<<<<<<<
@@ -12419,7 +12329,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":495
+  /* "ivshmem/channel/membership.pyx":497
  *         if index >= self.member.area.places:
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")
  *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -12428,7 +12338,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
 */
   if (unlikely(__pyx_v_self->mapping->fixed)) {
 
-    /* "ivshmem/channel/membership.pyx":496
+    /* "ivshmem/channel/membership.pyx":498
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")
  *         if self.mapping.fixed:
  *             raise RegionError("the region is mapped for reading only: no place can be freed")             # <<<<<<<<<<<<<<
@@ -12436,7 +12346,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
  *             &self.member.area.memory, ivshmem_place_at(&self.member.area, index)
 */
     __pyx_t_9 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 496, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 498, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_10 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -12455,14 +12365,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 496, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 498, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 496, __pyx_L1_error)
+    __PYX_ERR(0, 498, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":495
+    /* "ivshmem/channel/membership.pyx":497
  *         if index >= self.member.area.places:
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")
  *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -12471,7 +12381,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":497
+  /* "ivshmem/channel/membership.pyx":499
  *         if self.mapping.fixed:
  *             raise RegionError("the region is mapped for reading only: no place can be freed")
  *         number = ivshmem_load(             # <<<<<<<<<<<<<<
@@ -12480,7 +12390,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
 */
   __pyx_v_number = ivshmem_load((&__pyx_v_self->member.area.memory), ivshmem_place_at((&__pyx_v_self->member.area), __pyx_v_index));
 
-  /* "ivshmem/channel/membership.pyx":500
+  /* "ivshmem/channel/membership.pyx":502
  *             &self.member.area.memory, ivshmem_place_at(&self.member.area, index)
  *         )
  *         if ivshmem_value(number) == 0 or not ivshmem_place_free(             # <<<<<<<<<<<<<<
@@ -12498,7 +12408,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
     goto __pyx_L6_bool_binop_done;
   }
 
-  /* "ivshmem/channel/membership.pyx":501
+  /* "ivshmem/channel/membership.pyx":503
  *         )
  *         if ivshmem_value(number) == 0 or not ivshmem_place_free(
  *             &self.member.area, index, number             # <<<<<<<<<<<<<<
@@ -12512,7 +12422,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
 
   __pyx_L6_bool_binop_done:;
 
-  /* "ivshmem/channel/membership.pyx":500
+  /* "ivshmem/channel/membership.pyx":502
  *             &self.member.area.memory, ivshmem_place_at(&self.member.area, index)
  *         )
  *         if ivshmem_value(number) == 0 or not ivshmem_place_free(             # <<<<<<<<<<<<<<
@@ -12522,7 +12432,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":503
+    /* "ivshmem/channel/membership.pyx":505
  *             &self.member.area, index, number
  *         ):
  *             return False             # <<<<<<<<<<<<<<
@@ -12540,7 +12450,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":500
+    /* "ivshmem/channel/membership.pyx":502
  *             &self.member.area.memory, ivshmem_place_at(&self.member.area, index)
  *         )
  *         if ivshmem_value(number) == 0 or not ivshmem_place_free(             # <<<<<<<<<<<<<<
@@ -12549,7 +12459,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":504
+  /* "ivshmem/channel/membership.pyx":506
  *         ):
  *             return False
  *         ivshmem_ring_places(&self.member)             # <<<<<<<<<<<<<<
@@ -12558,17 +12468,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
 */
   ivshmem_ring_places((&__pyx_v_self->member));
 
-  /* "ivshmem/channel/membership.pyx":505
+  /* "ivshmem/channel/membership.pyx":507
  *             return False
  *         ivshmem_ring_places(&self.member)
  *         self.flush()             # <<<<<<<<<<<<<<
  *         return True
  * 
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 505, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 507, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":506
+  /* "ivshmem/channel/membership.pyx":508
  *         ivshmem_ring_places(&self.member)
  *         self.flush()
  *         return True             # <<<<<<<<<<<<<<
@@ -12586,7 +12496,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":489
+  /* "ivshmem/channel/membership.pyx":491
  *         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)
  * 
  *     def free_place(self, unsigned index):             # <<<<<<<<<<<<<<
@@ -12610,7 +12520,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":510
+/* "ivshmem/channel/membership.pyx":512
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -12685,7 +12595,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/channel/membership.pyx":516
+  /* "ivshmem/channel/membership.pyx":518
  *             BufferError: a View of a message is alive. All else is closed.
  *         """
  *         error = None             # <<<<<<<<<<<<<<
@@ -12695,7 +12605,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
   __Pyx_INCREF(Py_None);
   __pyx_v_error = ((PyObject*)Py_None);
 
-  /* "ivshmem/channel/membership.pyx":517
+  /* "ivshmem/channel/membership.pyx":519
  *         """
  *         error = None
  *         if self.is_own() and not self.closed and not self.mapping.closed:             # <<<<<<<<<<<<<<
@@ -12712,9 +12622,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 517, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 519, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 517, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 519, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_4 = (!__pyx_t_2);
 
@@ -12727,9 +12637,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 517, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 519, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 517, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 519, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_2 = (!__pyx_t_4);
 
@@ -12741,18 +12651,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":518
+    /* "ivshmem/channel/membership.pyx":520
  *         error = None
  *         if self.is_own() and not self.closed and not self.mapping.closed:
  *             for end in self.open_ends():             # <<<<<<<<<<<<<<
  *                 try:
  *                     end.close()
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(__pyx_v_self); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 518, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(__pyx_v_self); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 520, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     if (unlikely(__pyx_t_3 == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-      __PYX_ERR(0, 518, __pyx_L1_error)
+      __PYX_ERR(0, 520, __pyx_L1_error)
     }
     __pyx_t_5 = __pyx_t_3; __Pyx_INCREF(__pyx_t_5);
     __pyx_t_6 = 0;
@@ -12761,18 +12671,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
       {
         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_5);
         #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 518, __pyx_L1_error)
+        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 520, __pyx_L1_error)
         #endif
         if (__pyx_t_6 >= __pyx_temp) break;
       }
       __pyx_t_3 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_5, __pyx_t_6, __Pyx_ReferenceSharing_OwnStrongReference);
       ++__pyx_t_6;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 518, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 520, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
       __Pyx_XDECREF_SET(__pyx_v_end, __pyx_t_3);
       __pyx_t_3 = 0;
 
-      /* "ivshmem/channel/membership.pyx":519
+      /* "ivshmem/channel/membership.pyx":521
  *         if self.is_own() and not self.closed and not self.mapping.closed:
  *             for end in self.open_ends():
  *                 try:             # <<<<<<<<<<<<<<
@@ -12788,7 +12698,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
         __Pyx_XGOTREF(__pyx_t_9);
         /*try:*/ {
 
-          /* "ivshmem/channel/membership.pyx":520
+          /* "ivshmem/channel/membership.pyx":522
  *             for end in self.open_ends():
  *                 try:
  *                     end.close()             # <<<<<<<<<<<<<<
@@ -12802,12 +12712,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
             PyObject *__pyx_callargs[2] = {__pyx_t_10, NULL};
             __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_11, (1-__pyx_t_11) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 520, __pyx_L9_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 522, __pyx_L9_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/membership.pyx":519
+          /* "ivshmem/channel/membership.pyx":521
  *         if self.is_own() and not self.closed and not self.mapping.closed:
  *             for end in self.open_ends():
  *                 try:             # <<<<<<<<<<<<<<
@@ -12823,7 +12733,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
         __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
         __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-        /* "ivshmem/channel/membership.pyx":521
+        /* "ivshmem/channel/membership.pyx":523
  *                 try:
  *                     end.close()
  *                 except BufferError as one:             # <<<<<<<<<<<<<<
@@ -12833,7 +12743,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
         __pyx_t_12 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BufferError))));
         if (__pyx_t_12) {
           __Pyx_AddTraceback("ivshmem.channel.membership.Membership.close", __pyx_clineno, __pyx_lineno, __pyx_filename);
-          if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_10, &__pyx_t_13) < 0) __PYX_ERR(0, 521, __pyx_L11_except_error)
+          if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_10, &__pyx_t_13) < 0) __PYX_ERR(0, 523, __pyx_L11_except_error)
           __Pyx_XGOTREF(__pyx_t_3);
           __Pyx_XGOTREF(__pyx_t_10);
           __Pyx_XGOTREF(__pyx_t_13);
@@ -12841,7 +12751,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
           __pyx_v_one = __pyx_t_10;
           /*try:*/ {
 
-            /* "ivshmem/channel/membership.pyx":522
+            /* "ivshmem/channel/membership.pyx":524
  *                     end.close()
  *                 except BufferError as one:
  *                     error = one             # <<<<<<<<<<<<<<
@@ -12852,7 +12762,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
             __Pyx_DECREF_SET(__pyx_v_error, __pyx_v_one);
           }
 
-          /* "ivshmem/channel/membership.pyx":521
+          /* "ivshmem/channel/membership.pyx":523
  *                 try:
  *                     end.close()
  *                 except BufferError as one:             # <<<<<<<<<<<<<<
@@ -12873,7 +12783,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
         }
         goto __pyx_L11_except_error;
 
-        /* "ivshmem/channel/membership.pyx":519
+        /* "ivshmem/channel/membership.pyx":521
  *         if self.is_own() and not self.closed and not self.mapping.closed:
  *             for end in self.open_ends():
  *                 try:             # <<<<<<<<<<<<<<
@@ -12894,7 +12804,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
         __pyx_L16_try_end:;
       }
 
-      /* "ivshmem/channel/membership.pyx":518
+      /* "ivshmem/channel/membership.pyx":520
  *         error = None
  *         if self.is_own() and not self.closed and not self.mapping.closed:
  *             for end in self.open_ends():             # <<<<<<<<<<<<<<
@@ -12904,7 +12814,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
     }
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-    /* "ivshmem/channel/membership.pyx":517
+    /* "ivshmem/channel/membership.pyx":519
  *         """
  *         error = None
  *         if self.is_own() and not self.closed and not self.mapping.closed:             # <<<<<<<<<<<<<<
@@ -12913,17 +12823,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":523
+  /* "ivshmem/channel/membership.pyx":525
  *                 except BufferError as one:
  *                     error = one
  *         self.abandon()             # <<<<<<<<<<<<<<
  *         if error is not None:
  *             raise error
 */
-  __pyx_t_12 = __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(__pyx_v_self); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 523, __pyx_L1_error)
+  __pyx_t_12 = __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(__pyx_v_self); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 525, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":524
+  /* "ivshmem/channel/membership.pyx":526
  *                     error = one
  *         self.abandon()
  *         if error is not None:             # <<<<<<<<<<<<<<
@@ -12934,7 +12844,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/membership.pyx":525
+    /* "ivshmem/channel/membership.pyx":527
  *         self.abandon()
  *         if error is not None:
  *             raise error             # <<<<<<<<<<<<<<
@@ -12942,9 +12852,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
  *     cdef int abandon(self) except -1:
 */
     __Pyx_Raise(__pyx_v_error, 0, 0, 0);
-    __PYX_ERR(0, 525, __pyx_L1_error)
+    __PYX_ERR(0, 527, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":524
+    /* "ivshmem/channel/membership.pyx":526
  *                     error = one
  *         self.abandon()
  *         if error is not None:             # <<<<<<<<<<<<<<
@@ -12953,7 +12863,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":510
+  /* "ivshmem/channel/membership.pyx":512
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -12980,7 +12890,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":527
+/* "ivshmem/channel/membership.pyx":529
  *             raise error
  * 
  *     cdef int abandon(self) except -1:             # <<<<<<<<<<<<<<
@@ -13003,7 +12913,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("abandon", 0);
 
-  /* "ivshmem/channel/membership.pyx":529
+  /* "ivshmem/channel/membership.pyx":531
  *     cdef int abandon(self) except -1:
  *         """Admit no more calls; the last user of the memory lets it go."""
  *         cdef FdArray ending = self.ending             # <<<<<<<<<<<<<<
@@ -13015,7 +12925,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   __pyx_v_ending = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":530
+  /* "ivshmem/channel/membership.pyx":532
  *         """Admit no more calls; the last user of the memory lets it go."""
  *         cdef FdArray ending = self.ending
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -13027,7 +12937,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":531
+    /* "ivshmem/channel/membership.pyx":533
  *         cdef FdArray ending = self.ending
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return 0             # <<<<<<<<<<<<<<
@@ -13040,7 +12950,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":530
+    /* "ivshmem/channel/membership.pyx":532
  *         """Admit no more calls; the last user of the memory lets it go."""
  *         cdef FdArray ending = self.ending
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -13049,7 +12959,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":532
+  /* "ivshmem/channel/membership.pyx":534
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return 0
  *         if self.is_own():             # <<<<<<<<<<<<<<
@@ -13061,17 +12971,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":533
+    /* "ivshmem/channel/membership.pyx":535
  *             return 0
  *         if self.is_own():
  *             self.kick_all()             # <<<<<<<<<<<<<<
  *             ending.signal(0)
  *         if ivshmem_shut(&self.state) or not self.is_own():
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 533, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 535, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":534
+    /* "ivshmem/channel/membership.pyx":536
  *         if self.is_own():
  *             self.kick_all()
  *             ending.signal(0)             # <<<<<<<<<<<<<<
@@ -13085,12 +12995,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
       PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_int_0};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 534, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 536, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":532
+    /* "ivshmem/channel/membership.pyx":534
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return 0
  *         if self.is_own():             # <<<<<<<<<<<<<<
@@ -13099,7 +13009,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":535
+  /* "ivshmem/channel/membership.pyx":537
  *             self.kick_all()
  *             ending.signal(0)
  *         if ivshmem_shut(&self.state) or not self.is_own():             # <<<<<<<<<<<<<<
@@ -13125,17 +13035,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":536
+    /* "ivshmem/channel/membership.pyx":538
  *             ending.signal(0)
  *         if ivshmem_shut(&self.state) or not self.is_own():
  *             self.release()  # a forked child has only one thread             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_7channel_10membership_10Membership_release(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 536, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_7channel_10membership_10Membership_release(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 538, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":535
+    /* "ivshmem/channel/membership.pyx":537
  *             self.kick_all()
  *             ending.signal(0)
  *         if ivshmem_shut(&self.state) or not self.is_own():             # <<<<<<<<<<<<<<
@@ -13144,7 +13054,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":537
+  /* "ivshmem/channel/membership.pyx":539
  *         if ivshmem_shut(&self.state) or not self.is_own():
  *             self.release()  # a forked child has only one thread
  *         return 0             # <<<<<<<<<<<<<<
@@ -13157,7 +13067,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":527
+  /* "ivshmem/channel/membership.pyx":529
  *             raise error
  * 
  *     cdef int abandon(self) except -1:             # <<<<<<<<<<<<<<
@@ -13178,7 +13088,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":539
+/* "ivshmem/channel/membership.pyx":541
  *         return 0
  * 
  *     cdef int release(self) except -1:             # <<<<<<<<<<<<<<
@@ -13198,7 +13108,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("release", 0);
 
-  /* "ivshmem/channel/membership.pyx":542
+  /* "ivshmem/channel/membership.pyx":544
  *         """Leave the area and let the memory go."""
  *         # What still sleeps has the eventfd, too: to close it would take the wake-up back.
  *         self.kick = None             # <<<<<<<<<<<<<<
@@ -13210,7 +13120,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   __Pyx_GOTREF((PyObject *)__pyx_v_self->kick);
   __Pyx_DECREF_SET(__pyx_v_self->kick, ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)Py_None));
 
-  /* "ivshmem/channel/membership.pyx":543
+  /* "ivshmem/channel/membership.pyx":545
  *         # What still sleeps has the eventfd, too: to close it would take the wake-up back.
  *         self.kick = None
  *         if self.ending is not None:             # <<<<<<<<<<<<<<
@@ -13221,7 +13131,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":544
+    /* "ivshmem/channel/membership.pyx":546
  *         self.kick = None
  *         if self.ending is not None:
  *             self.ending.close()             # <<<<<<<<<<<<<<
@@ -13235,12 +13145,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 544, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 546, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/membership.pyx":543
+    /* "ivshmem/channel/membership.pyx":545
  *         # What still sleeps has the eventfd, too: to close it would take the wake-up back.
  *         self.kick = None
  *         if self.ending is not None:             # <<<<<<<<<<<<<<
@@ -13249,7 +13159,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":545
+  /* "ivshmem/channel/membership.pyx":547
  *         if self.ending is not None:
  *             self.ending.close()
  *         self.threads = None             # <<<<<<<<<<<<<<
@@ -13261,7 +13171,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   __Pyx_GOTREF(__pyx_v_self->threads);
   __Pyx_DECREF_SET(__pyx_v_self->threads, Py_None);
 
-  /* "ivshmem/channel/membership.pyx":546
+  /* "ivshmem/channel/membership.pyx":548
  *             self.ending.close()
  *         self.threads = None
  *         self.loops = None             # <<<<<<<<<<<<<<
@@ -13273,21 +13183,21 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   __Pyx_GOTREF(__pyx_v_self->loops);
   __Pyx_DECREF_SET(__pyx_v_self->loops, Py_None);
 
-  /* "ivshmem/channel/membership.pyx":547
+  /* "ivshmem/channel/membership.pyx":549
  *         self.threads = None
  *         self.loops = None
  *         self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive             # <<<<<<<<<<<<<<
  *         if self.pinned:
  *             self.leave()
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 547, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 549, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_GIVEREF(__pyx_t_2);
   __Pyx_GOTREF(__pyx_v_self->bells);
   __Pyx_DECREF_SET(__pyx_v_self->bells, ((PyObject*)__pyx_t_2));
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":548
+  /* "ivshmem/channel/membership.pyx":550
  *         self.loops = None
  *         self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive
  *         if self.pinned:             # <<<<<<<<<<<<<<
@@ -13296,7 +13206,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
   if (__pyx_v_self->pinned) {
 
-    /* "ivshmem/channel/membership.pyx":549
+    /* "ivshmem/channel/membership.pyx":551
  *         self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive
  *         if self.pinned:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -13305,7 +13215,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
     __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(__pyx_v_self);
 
-    /* "ivshmem/channel/membership.pyx":550
+    /* "ivshmem/channel/membership.pyx":552
  *         if self.pinned:
  *             self.leave()
  *             self.pinned = False             # <<<<<<<<<<<<<<
@@ -13314,7 +13224,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
     __pyx_v_self->pinned = 0;
 
-    /* "ivshmem/channel/membership.pyx":551
+    /* "ivshmem/channel/membership.pyx":553
  *             self.leave()
  *             self.pinned = False
  *             self.mapping.give_back()             # <<<<<<<<<<<<<<
@@ -13323,7 +13233,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
     ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->mapping->__pyx_vtab)->give_back(__pyx_v_self->mapping);
 
-    /* "ivshmem/channel/membership.pyx":548
+    /* "ivshmem/channel/membership.pyx":550
  *         self.loops = None
  *         self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive
  *         if self.pinned:             # <<<<<<<<<<<<<<
@@ -13332,7 +13242,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":552
+  /* "ivshmem/channel/membership.pyx":554
  *             self.pinned = False
  *             self.mapping.give_back()
  *         return 0             # <<<<<<<<<<<<<<
@@ -13345,7 +13255,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":539
+  /* "ivshmem/channel/membership.pyx":541
  *         return 0
  * 
  *     cdef int release(self) except -1:             # <<<<<<<<<<<<<<
@@ -13365,7 +13275,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":554
+/* "ivshmem/channel/membership.pyx":556
  *         return 0
  * 
  *     cdef void leave(self) noexcept:             # <<<<<<<<<<<<<<
@@ -13377,7 +13287,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/membership.pyx":555
+  /* "ivshmem/channel/membership.pyx":557
  * 
  *     cdef void leave(self) noexcept:
  *         if self.joined and self.is_own():             # <<<<<<<<<<<<<<
@@ -13399,7 +13309,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":556
+    /* "ivshmem/channel/membership.pyx":558
  *     cdef void leave(self) noexcept:
  *         if self.joined and self.is_own():
  *             ivshmem_leave_area(&self.member)             # <<<<<<<<<<<<<<
@@ -13408,7 +13318,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
 */
     ivshmem_leave_area((&__pyx_v_self->member));
 
-    /* "ivshmem/channel/membership.pyx":555
+    /* "ivshmem/channel/membership.pyx":557
  * 
  *     cdef void leave(self) noexcept:
  *         if self.joined and self.is_own():             # <<<<<<<<<<<<<<
@@ -13417,7 +13327,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":557
+  /* "ivshmem/channel/membership.pyx":559
  *         if self.joined and self.is_own():
  *             ivshmem_leave_area(&self.member)
  *         self.joined = False             # <<<<<<<<<<<<<<
@@ -13426,7 +13336,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
 */
   __pyx_v_self->joined = 0;
 
-  /* "ivshmem/channel/membership.pyx":554
+  /* "ivshmem/channel/membership.pyx":556
  *         return 0
  * 
  *     cdef void leave(self) noexcept:             # <<<<<<<<<<<<<<
@@ -13438,7 +13348,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
 
 }
 
-/* "ivshmem/channel/membership.pyx":559
+/* "ivshmem/channel/membership.pyx":561
  *         self.joined = False
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -13461,7 +13371,7 @@ static void __pyx_pw_7ivshmem_7channel_10membership_10Membership_13__dealloc__(P
 
 static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_12__dealloc__(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self) {
 
-  /* "ivshmem/channel/membership.pyx":560
+  /* "ivshmem/channel/membership.pyx":562
  * 
  *     def __dealloc__(self):
  *         if self.pinned:             # <<<<<<<<<<<<<<
@@ -13470,7 +13380,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_12__dealloc__(s
 */
   if (__pyx_v_self->pinned) {
 
-    /* "ivshmem/channel/membership.pyx":561
+    /* "ivshmem/channel/membership.pyx":563
  *     def __dealloc__(self):
  *         if self.pinned:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -13479,7 +13389,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_12__dealloc__(s
 */
     __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(__pyx_v_self);
 
-    /* "ivshmem/channel/membership.pyx":562
+    /* "ivshmem/channel/membership.pyx":564
  *         if self.pinned:
  *             self.leave()
  *             self.mapping.give_back()             # <<<<<<<<<<<<<<
@@ -13488,7 +13398,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_12__dealloc__(s
 */
     ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->mapping->__pyx_vtab)->give_back(__pyx_v_self->mapping);
 
-    /* "ivshmem/channel/membership.pyx":560
+    /* "ivshmem/channel/membership.pyx":562
  * 
  *     def __dealloc__(self):
  *         if self.pinned:             # <<<<<<<<<<<<<<
@@ -13497,7 +13407,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_12__dealloc__(s
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":563
+  /* "ivshmem/channel/membership.pyx":565
  *             self.leave()
  *             self.mapping.give_back()
  *         free(self.pulses)             # <<<<<<<<<<<<<<
@@ -13506,7 +13416,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_12__dealloc__(s
 */
   free(__pyx_v_self->pulses);
 
-  /* "ivshmem/channel/membership.pyx":559
+  /* "ivshmem/channel/membership.pyx":561
  *         self.joined = False
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -13518,7 +13428,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_12__dealloc__(s
 
 }
 
-/* "ivshmem/channel/membership.pyx":565
+/* "ivshmem/channel/membership.pyx":567
  *         free(self.pulses)
  * 
  *     cdef str whose(self, uint64_t owner):             # <<<<<<<<<<<<<<
@@ -13559,7 +13469,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("whose", 0);
 
-  /* "ivshmem/channel/membership.pyx":567
+  /* "ivshmem/channel/membership.pyx":569
  *     cdef str whose(self, uint64_t owner):
  *         """Say to which place a word belongs, by the owner word of its slot."""
  *         cdef ivshmem_place place = ivshmem_place_of(owner)             # <<<<<<<<<<<<<<
@@ -13568,7 +13478,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
 */
   __pyx_v_place = ivshmem_place_of(__pyx_v_owner);
 
-  /* "ivshmem/channel/membership.pyx":568
+  /* "ivshmem/channel/membership.pyx":570
  *         """Say to which place a word belongs, by the owner word of its slot."""
  *         cdef ivshmem_place place = ivshmem_place_of(owner)
  *         if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:             # <<<<<<<<<<<<<<
@@ -13580,7 +13490,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":569
+    /* "ivshmem/channel/membership.pyx":571
  *         cdef ivshmem_place place = ivshmem_place_of(owner)
  *         if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:
  *             return "which belongs to no place"             # <<<<<<<<<<<<<<
@@ -13598,7 +13508,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":568
+    /* "ivshmem/channel/membership.pyx":570
  *         """Say to which place a word belongs, by the owner word of its slot."""
  *         cdef ivshmem_place place = ivshmem_place_of(owner)
  *         if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:             # <<<<<<<<<<<<<<
@@ -13607,7 +13517,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":570
+  /* "ivshmem/channel/membership.pyx":572
  *         if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:
  *             return "which belongs to no place"
  *         for index, epoch, _, _, _, process, name in self.places():             # <<<<<<<<<<<<<<
@@ -13621,7 +13531,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
     PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_places, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 570, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 572, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
   if (likely(PyList_CheckExact(__pyx_t_2)) || PyTuple_CheckExact(__pyx_t_2)) {
@@ -13629,9 +13539,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
     __pyx_t_5 = 0;
     __pyx_t_6 = NULL;
   } else {
-    __pyx_t_5 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 570, __pyx_L1_error)
+    __pyx_t_5 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 572, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_6 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 570, __pyx_L1_error)
+    __pyx_t_6 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 572, __pyx_L1_error)
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   for (;;) {
@@ -13640,7 +13550,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
         {
           Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_3);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 570, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 572, __pyx_L1_error)
           #endif
           if (__pyx_t_5 >= __pyx_temp) break;
         }
@@ -13650,7 +13560,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
         {
           Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_3);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 570, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 572, __pyx_L1_error)
           #endif
           if (__pyx_t_5 >= __pyx_temp) break;
         }
@@ -13661,13 +13571,13 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
         #endif
         ++__pyx_t_5;
       }
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 570, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 572, __pyx_L1_error)
     } else {
       __pyx_t_2 = __pyx_t_6(__pyx_t_3);
       if (unlikely(!__pyx_t_2)) {
         PyObject* exc_type = PyErr_Occurred();
         if (exc_type) {
-          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 570, __pyx_L1_error)
+          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 572, __pyx_L1_error)
           PyErr_Clear();
         }
         break;
@@ -13680,7 +13590,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
       if (unlikely(size != 7)) {
         if (size > 7) __Pyx_RaiseTooManyValuesError(7);
         else if (size >= 0) __Pyx_RaiseNeedMoreValuesError(size);
-        __PYX_ERR(0, 570, __pyx_L1_error)
+        __PYX_ERR(0, 572, __pyx_L1_error)
       }
       #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
       if (likely(PyTuple_CheckExact(sequence))) {
@@ -13700,25 +13610,25 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
         __Pyx_INCREF(__pyx_t_13);
       } else {
         __pyx_t_7 = __Pyx_PyList_GET_ITEM_REF(sequence, 0, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 570, __pyx_L1_error)
+        if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 572, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_7);
         __pyx_t_8 = __Pyx_PyList_GET_ITEM_REF(sequence, 1, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 570, __pyx_L1_error)
+        if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 572, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_8);
         __pyx_t_9 = __Pyx_PyList_GET_ITEM_REF(sequence, 2, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 570, __pyx_L1_error)
+        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 572, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_9);
         __pyx_t_10 = __Pyx_PyList_GET_ITEM_REF(sequence, 3, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 570, __pyx_L1_error)
+        if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 572, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_10);
         __pyx_t_11 = __Pyx_PyList_GET_ITEM_REF(sequence, 4, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 570, __pyx_L1_error)
+        if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 572, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_11);
         __pyx_t_12 = __Pyx_PyList_GET_ITEM_REF(sequence, 5, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 570, __pyx_L1_error)
+        if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 572, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_12);
         __pyx_t_13 = __Pyx_PyList_GET_ITEM_REF(sequence, 6, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 570, __pyx_L1_error)
+        if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 572, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_13);
       }
       #else
@@ -13726,7 +13636,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
         Py_ssize_t i;
         PyObject** temps[7] = {&__pyx_t_7,&__pyx_t_8,&__pyx_t_9,&__pyx_t_10,&__pyx_t_11,&__pyx_t_12,&__pyx_t_13};
         for (i=0; i < 7; i++) {
-          PyObject* item = __Pyx_PySequence_ITEM(sequence, i); if (unlikely(!item)) __PYX_ERR(0, 570, __pyx_L1_error)
+          PyObject* item = __Pyx_PySequence_ITEM(sequence, i); if (unlikely(!item)) __PYX_ERR(0, 572, __pyx_L1_error)
           __Pyx_GOTREF(item);
           *(temps[i]) = item;
         }
@@ -13736,7 +13646,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
     } else {
       Py_ssize_t index = -1;
       PyObject** temps[7] = {&__pyx_t_7,&__pyx_t_8,&__pyx_t_9,&__pyx_t_10,&__pyx_t_11,&__pyx_t_12,&__pyx_t_13};
-      __pyx_t_14 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 570, __pyx_L1_error)
+      __pyx_t_14 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 572, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_14);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       __pyx_t_15 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_14);
@@ -13745,7 +13655,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
         __Pyx_GOTREF(item);
         *(temps[index]) = item;
       }
-      if (__Pyx_IternextUnpackEndCheck(__pyx_t_15(__pyx_t_14), 7) < (0)) __PYX_ERR(0, 570, __pyx_L1_error)
+      if (__Pyx_IternextUnpackEndCheck(__pyx_t_15(__pyx_t_14), 7) < (0)) __PYX_ERR(0, 572, __pyx_L1_error)
       __pyx_t_15 = NULL;
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
       goto __pyx_L7_unpacking_done;
@@ -13753,7 +13663,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
       __pyx_t_15 = NULL;
       if (__Pyx_IterFinish() == 0) __Pyx_RaiseNeedMoreValuesError(index);
-      __PYX_ERR(0, 570, __pyx_L1_error)
+      __PYX_ERR(0, 572, __pyx_L1_error)
       __pyx_L7_unpacking_done:;
     }
     __Pyx_XDECREF_SET(__pyx_v_index, __pyx_t_7);
@@ -13771,16 +13681,16 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
     __Pyx_XDECREF_SET(__pyx_v_name, __pyx_t_13);
     __pyx_t_13 = 0;
 
-    /* "ivshmem/channel/membership.pyx":571
+    /* "ivshmem/channel/membership.pyx":573
  *             return "which belongs to no place"
  *         for index, epoch, _, _, _, process, name in self.places():
  *             if index == place.index and epoch == place.epoch:             # <<<<<<<<<<<<<<
  *                 return f"which belongs to place {index} (process {process}, {plain(name)!r})"
  *         return f"which belonged to place {place.index}"
 */
-    __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.index); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 571, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.index); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 573, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_16 = __Pyx_PyObject_CompareBoolEq_object_int(__pyx_v_index, __pyx_t_2, Py_EQ); if (unlikely((__pyx_t_16 < 0))) __PYX_ERR(0, 571, __pyx_L1_error)
+    __pyx_t_16 = __Pyx_PyObject_CompareBoolEq_object_int(__pyx_v_index, __pyx_t_2, Py_EQ); if (unlikely((__pyx_t_16 < 0))) __PYX_ERR(0, 573, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     if (__pyx_t_16) {
 
@@ -13790,9 +13700,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
 
       goto __pyx_L9_bool_binop_done;
     }
-    __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.epoch); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 571, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.epoch); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 573, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_16 = __Pyx_PyObject_CompareBoolEq_object_int(__pyx_v_epoch, __pyx_t_2, Py_EQ); if (unlikely((__pyx_t_16 < 0))) __PYX_ERR(0, 571, __pyx_L1_error)
+    __pyx_t_16 = __Pyx_PyObject_CompareBoolEq_object_int(__pyx_v_epoch, __pyx_t_2, Py_EQ); if (unlikely((__pyx_t_16 < 0))) __PYX_ERR(0, 573, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
     __pyx_t_1 = __pyx_t_16;
@@ -13801,23 +13711,23 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/membership.pyx":572
+      /* "ivshmem/channel/membership.pyx":574
  *         for index, epoch, _, _, _, process, name in self.places():
  *             if index == place.index and epoch == place.epoch:
  *                 return f"which belongs to place {index} (process {process}, {plain(name)!r})"             # <<<<<<<<<<<<<<
  *         return f"which belonged to place {place.index}"
  * 
 */
-      __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_v_index, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 572, __pyx_L1_error)
+      __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_v_index, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 574, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
-      __pyx_t_13 = __Pyx_PyObject_FormatSimple(__pyx_v_process, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 572, __pyx_L1_error)
+      __pyx_t_13 = __Pyx_PyObject_FormatSimple(__pyx_v_process, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 574, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_13);
-      __Pyx_GetModuleGlobalName(__pyx_t_12, __pyx_mstate_global->__pyx_n_u_plain); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 572, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_12, __pyx_mstate_global->__pyx_n_u_plain); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 574, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
-      __pyx_t_11 = __Pyx_PyObject_CallOneArg(__pyx_t_12, __pyx_v_name); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 572, __pyx_L1_error)
+      __pyx_t_11 = __Pyx_PyObject_CallOneArg(__pyx_t_12, __pyx_v_name); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 574, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_11);
       __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-      __pyx_t_12 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_t_11), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 572, __pyx_L1_error)
+      __pyx_t_12 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_t_11), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 574, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
       __pyx_t_17[0] = __pyx_mstate_global->__pyx_kp_u_which_belongs_to_place;
@@ -13836,7 +13746,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
       __pyx_t_19 |= __Pyx_PyUnicode_KIND_04(__pyx_t_17[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_17[3]) | __Pyx_PyUnicode_KIND_04(__pyx_t_17[5]);
       #endif
       __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_17, 7, __pyx_t_18, __pyx_t_19);
-      if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 572, __pyx_L1_error)
+      if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 574, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_11);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
@@ -13853,7 +13763,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/channel/membership.pyx":571
+      /* "ivshmem/channel/membership.pyx":573
  *             return "which belongs to no place"
  *         for index, epoch, _, _, _, process, name in self.places():
  *             if index == place.index and epoch == place.epoch:             # <<<<<<<<<<<<<<
@@ -13862,7 +13772,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":570
+    /* "ivshmem/channel/membership.pyx":572
  *         if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:
  *             return "which belongs to no place"
  *         for index, epoch, _, _, _, process, name in self.places():             # <<<<<<<<<<<<<<
@@ -13872,16 +13782,16 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
   }
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/membership.pyx":573
+  /* "ivshmem/channel/membership.pyx":575
  *             if index == place.index and epoch == place.epoch:
  *                 return f"which belongs to place {index} (process {process}, {plain(name)!r})"
  *         return f"which belonged to place {place.index}"             # <<<<<<<<<<<<<<
  * 
  *     cdef object fail(self, int code, ivshmem_channel *channel, str name):
 */
-  __pyx_t_3 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_place.index, 0, ' ', 'd'); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 573, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_place.index, 0, ' ', 'd'); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 575, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_11 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_which_belonged_to_place, __pyx_t_3); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 573, __pyx_L1_error)
+  __pyx_t_11 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_which_belonged_to_place, __pyx_t_3); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 575, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_11);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   {
@@ -13895,7 +13805,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
   __pyx_t_11 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":565
+  /* "ivshmem/channel/membership.pyx":567
  *         free(self.pulses)
  * 
  *     cdef str whose(self, uint64_t owner):             # <<<<<<<<<<<<<<
@@ -13929,7 +13839,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":575
+/* "ivshmem/channel/membership.pyx":577
  *         return f"which belonged to place {place.index}"
  * 
  *     cdef object fail(self, int code, ivshmem_channel *channel, str name):             # <<<<<<<<<<<<<<
@@ -13967,7 +13877,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fail", 0);
 
-  /* "ivshmem/channel/membership.pyx":577
+  /* "ivshmem/channel/membership.pyx":579
  *     cdef object fail(self, int code, ivshmem_channel *channel, str name):
  *         """Return the exception for a result of the header."""
  *         of = f"channel {name!r}: " if name else ""             # <<<<<<<<<<<<<<
@@ -13978,12 +13888,12 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   else
   {
     Py_ssize_t __pyx_temp = __Pyx_PyUnicode_IS_TRUE(__pyx_v_name);
-    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 577, __pyx_L1_error)
+    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 579, __pyx_L1_error)
     __pyx_t_2 = (__pyx_temp != 0);
   }
 
   if (__pyx_t_2) {
-    __pyx_t_3 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 577, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 579, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_4[0] = __pyx_mstate_global->__pyx_kp_u_channel;
     __pyx_t_4[1] = __pyx_t_3;
@@ -13997,7 +13907,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_4[1]);
     #endif
     __pyx_t_7 = __Pyx_PyUnicode_Join(__pyx_t_4, 3, __pyx_t_5, __pyx_t_6);
-    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 577, __pyx_L1_error)
+    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 579, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_1 = __pyx_t_7;
@@ -14010,7 +13920,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   __pyx_v_of = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":578
+  /* "ivshmem/channel/membership.pyx":580
  *         """Return the exception for a result of the header."""
  *         of = f"channel {name!r}: " if name else ""
  *         if channel != NULL and code in (IVSHMEM_CORRUPT, IVSHMEM_CLOSED):             # <<<<<<<<<<<<<<
@@ -14046,7 +13956,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":579
+    /* "ivshmem/channel/membership.pyx":581
  *         of = f"channel {name!r}: " if name else ""
  *         if channel != NULL and code in (IVSHMEM_CORRUPT, IVSHMEM_CLOSED):
  *             if not ivshmem_is_there(channel):             # <<<<<<<<<<<<<<
@@ -14058,7 +13968,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/membership.pyx":580
+      /* "ivshmem/channel/membership.pyx":582
  *         if channel != NULL and code in (IVSHMEM_CORRUPT, IVSHMEM_CLOSED):
  *             if not ivshmem_is_there(channel):
  *                 return ClosedError(f"channel {name!r} was removed")             # <<<<<<<<<<<<<<
@@ -14066,9 +13976,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"
 */
       __pyx_t_7 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 580, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 582, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
-      __pyx_t_10 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 580, __pyx_L1_error)
+      __pyx_t_10 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 582, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
       __pyx_t_4[0] = __pyx_mstate_global->__pyx_kp_u_channel;
       __pyx_t_4[1] = __pyx_t_10;
@@ -14082,7 +13992,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_4[1]);
       #endif
       __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_4, 3, __pyx_t_5, __pyx_t_6);
-      if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 580, __pyx_L1_error)
+      if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 582, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_11);
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
       __pyx_t_12 = 1;
@@ -14103,7 +14013,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
         __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
         __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 580, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 582, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       {
@@ -14117,7 +14027,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __pyx_t_1 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/channel/membership.pyx":579
+      /* "ivshmem/channel/membership.pyx":581
  *         of = f"channel {name!r}: " if name else ""
  *         if channel != NULL and code in (IVSHMEM_CORRUPT, IVSHMEM_CLOSED):
  *             if not ivshmem_is_there(channel):             # <<<<<<<<<<<<<<
@@ -14126,7 +14036,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":578
+    /* "ivshmem/channel/membership.pyx":580
  *         """Return the exception for a result of the header."""
  *         of = f"channel {name!r}: " if name else ""
  *         if channel != NULL and code in (IVSHMEM_CORRUPT, IVSHMEM_CLOSED):             # <<<<<<<<<<<<<<
@@ -14135,7 +14045,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":581
+  /* "ivshmem/channel/membership.pyx":583
  *             if not ivshmem_is_there(channel):
  *                 return ClosedError(f"channel {name!r} was removed")
  *         if code == IVSHMEM_CORRUPT and channel != NULL:             # <<<<<<<<<<<<<<
@@ -14161,7 +14071,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":582
+    /* "ivshmem/channel/membership.pyx":584
  *                 return ClosedError(f"channel {name!r} was removed")
  *         if code == IVSHMEM_CORRUPT and channel != NULL:
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"             # <<<<<<<<<<<<<<
@@ -14173,11 +14083,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     if (__pyx_t_2) {
 
       __pyx_t_13 = __pyx_v_channel->fault.word;
-      __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_13); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 582, __pyx_L1_error)
-      __pyx_t_3 = __Pyx_decode_c_string(__pyx_t_13, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 582, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_13); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 584, __pyx_L1_error)
+      __pyx_t_3 = __Pyx_decode_c_string(__pyx_t_13, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 584, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
 
-      if (!(likely(PyUnicode_CheckExact(__pyx_t_3)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_3))) __PYX_ERR(0, 582, __pyx_L1_error)
+      if (!(likely(PyUnicode_CheckExact(__pyx_t_3)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_3))) __PYX_ERR(0, 584, __pyx_L1_error)
       __Pyx_INCREF(__pyx_t_3);
       __pyx_t_1 = __pyx_t_3;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
@@ -14189,19 +14099,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_v_word = __pyx_t_1;
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":583
+    /* "ivshmem/channel/membership.pyx":585
  *         if code == IVSHMEM_CORRUPT and channel != NULL:
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"
  *             whose = self.whose(channel.fault.owner)             # <<<<<<<<<<<<<<
  *             return ChannelCorrupt(
  *                 f"{of}the {word} at {channel.fault.offset:#x}, {whose}, is"
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_whose(__pyx_v_self, __pyx_v_channel->fault.owner); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 583, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_whose(__pyx_v_self, __pyx_v_channel->fault.owner); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 585, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
     __pyx_v_whose = ((PyObject*)__pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":584
+    /* "ivshmem/channel/membership.pyx":586
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"
  *             whose = self.whose(channel.fault.owner)
  *             return ChannelCorrupt(             # <<<<<<<<<<<<<<
@@ -14209,38 +14119,38 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *                 f" impossible ({channel.fault.seen:#x}): some process that can write to the memory"
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_ChannelCorrupt); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 584, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_ChannelCorrupt); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 586, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
 
-    /* "ivshmem/channel/membership.pyx":585
+    /* "ivshmem/channel/membership.pyx":587
  *             whose = self.whose(channel.fault.owner)
  *             return ChannelCorrupt(
  *                 f"{of}the {word} at {channel.fault.offset:#x}, {whose}, is"             # <<<<<<<<<<<<<<
  *                 f" impossible ({channel.fault.seen:#x}): some process that can write to the memory"
  *                 " has spoiled it"
 */
-    __pyx_t_7 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 585, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 587, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_10 = __Pyx_PyObject_FormatSimple(__pyx_v_word, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 585, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyObject_FormatSimple(__pyx_v_word, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 587, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
-    __pyx_t_14 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.offset); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 585, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.offset); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 587, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
-    __pyx_t_15 = __Pyx_PyObject_Format(__pyx_t_14, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 585, __pyx_L1_error)
+    __pyx_t_15 = __Pyx_PyObject_Format(__pyx_t_14, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 587, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-    __pyx_t_14 = __Pyx_PyUnicode_Unicode(__pyx_v_whose); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 585, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyUnicode_Unicode(__pyx_v_whose); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 587, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
 
-    /* "ivshmem/channel/membership.pyx":586
+    /* "ivshmem/channel/membership.pyx":588
  *             return ChannelCorrupt(
  *                 f"{of}the {word} at {channel.fault.offset:#x}, {whose}, is"
  *                 f" impossible ({channel.fault.seen:#x}): some process that can write to the memory"             # <<<<<<<<<<<<<<
  *                 " has spoiled it"
  *             )
 */
-    __pyx_t_16 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.seen); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 586, __pyx_L1_error)
+    __pyx_t_16 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.seen); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 588, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_16);
-    __pyx_t_17 = __Pyx_PyObject_Format(__pyx_t_16, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 586, __pyx_L1_error)
+    __pyx_t_17 = __Pyx_PyObject_Format(__pyx_t_16, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 588, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_17);
     __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
     __pyx_t_18[0] = __pyx_t_7;
@@ -14254,7 +14164,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_18[8] = __pyx_t_17;
     __pyx_t_18[9] = __pyx_mstate_global->__pyx_kp_u_some_process_that_can_write_to;
 
-    /* "ivshmem/channel/membership.pyx":585
+    /* "ivshmem/channel/membership.pyx":587
  *             whose = self.whose(channel.fault.owner)
  *             return ChannelCorrupt(
  *                 f"{of}the {word} at {channel.fault.offset:#x}, {whose}, is"             # <<<<<<<<<<<<<<
@@ -14276,7 +14186,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     }
     #endif
     __pyx_t_16 = __Pyx_PyUnicode_Join(__pyx_t_18, 10, __pyx_t_5, __pyx_t_6);
-    if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 585, __pyx_L1_error)
+    if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 587, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_16);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
@@ -14301,7 +14211,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 584, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 586, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -14315,7 +14225,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":581
+    /* "ivshmem/channel/membership.pyx":583
  *             if not ivshmem_is_there(channel):
  *                 return ClosedError(f"channel {name!r} was removed")
  *         if code == IVSHMEM_CORRUPT and channel != NULL:             # <<<<<<<<<<<<<<
@@ -14324,7 +14234,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":589
+  /* "ivshmem/channel/membership.pyx":591
  *                 " has spoiled it"
  *             )
  *         if code == IVSHMEM_NO_AREA:             # <<<<<<<<<<<<<<
@@ -14336,7 +14246,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":590
+    /* "ivshmem/channel/membership.pyx":592
  *             )
  *         if code == IVSHMEM_NO_AREA:
  *             return NoChannels(NO_AREA)             # <<<<<<<<<<<<<<
@@ -14344,9 +14254,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *             return NoChannels("the region's channels are of a version that is not known here")
 */
     __pyx_t_11 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_16, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 590, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_16, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 592, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_16);
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_NO_AREA); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 590, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_NO_AREA); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 592, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_12 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -14366,7 +14276,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 590, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 592, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -14380,7 +14290,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":589
+    /* "ivshmem/channel/membership.pyx":591
  *                 " has spoiled it"
  *             )
  *         if code == IVSHMEM_NO_AREA:             # <<<<<<<<<<<<<<
@@ -14389,7 +14299,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":591
+  /* "ivshmem/channel/membership.pyx":593
  *         if code == IVSHMEM_NO_AREA:
  *             return NoChannels(NO_AREA)
  *         if code == IVSHMEM_VERSION:             # <<<<<<<<<<<<<<
@@ -14401,7 +14311,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":592
+    /* "ivshmem/channel/membership.pyx":594
  *             return NoChannels(NO_AREA)
  *         if code == IVSHMEM_VERSION:
  *             return NoChannels("the region's channels are of a version that is not known here")             # <<<<<<<<<<<<<<
@@ -14409,7 +14319,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *             return ChannelError(
 */
     __pyx_t_16 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 592, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 594, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_12 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -14428,7 +14338,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_16); __pyx_t_16 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 592, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 594, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -14442,7 +14352,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":591
+    /* "ivshmem/channel/membership.pyx":593
  *         if code == IVSHMEM_NO_AREA:
  *             return NoChannels(NO_AREA)
  *         if code == IVSHMEM_VERSION:             # <<<<<<<<<<<<<<
@@ -14451,7 +14361,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":593
+  /* "ivshmem/channel/membership.pyx":595
  *         if code == IVSHMEM_VERSION:
  *             return NoChannels("the region's channels are of a version that is not known here")
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -14463,7 +14373,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":594
+    /* "ivshmem/channel/membership.pyx":596
  *             return NoChannels("the region's channels are of a version that is not known here")
  *         if code == IVSHMEM_TAKEN:
  *             return ChannelError(             # <<<<<<<<<<<<<<
@@ -14471,17 +14381,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *                 " info` lists them"
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_16, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 594, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_16, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 596, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_16);
 
-    /* "ivshmem/channel/membership.pyx":595
+    /* "ivshmem/channel/membership.pyx":597
  *         if code == IVSHMEM_TAKEN:
  *             return ChannelError(
  *                 f"all {self.member.area.places} places of the area are taken; `ivshmem channel"             # <<<<<<<<<<<<<<
  *                 " info` lists them"
  *             )
 */
-    __pyx_t_11 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->member.area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 595, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->member.area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 597, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __pyx_t_4[0] = __pyx_mstate_global->__pyx_kp_u_all_2;
     __pyx_t_4[1] = __pyx_t_11;
@@ -14492,7 +14402,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     #endif
     __pyx_t_6 = 0;
     __pyx_t_17 = __Pyx_PyUnicode_Join(__pyx_t_4, 3, __pyx_t_5, __pyx_t_6);
-    if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 595, __pyx_L1_error)
+    if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 597, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_17);
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
     __pyx_t_12 = 1;
@@ -14513,7 +14423,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
       __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 594, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 596, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -14527,7 +14437,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":593
+    /* "ivshmem/channel/membership.pyx":595
  *         if code == IVSHMEM_VERSION:
  *             return NoChannels("the region's channels are of a version that is not known here")
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -14536,7 +14446,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":598
+  /* "ivshmem/channel/membership.pyx":600
  *                 " info` lists them"
  *             )
  *         if code == IVSHMEM_READ_ONLY:             # <<<<<<<<<<<<<<
@@ -14548,7 +14458,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":599
+    /* "ivshmem/channel/membership.pyx":601
  *             )
  *         if code == IVSHMEM_READ_ONLY:
  *             return RegionError(f"{of}the region is mapped for reading only")             # <<<<<<<<<<<<<<
@@ -14556,11 +14466,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *             return ClosedError(
 */
     __pyx_t_16 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_17, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 599, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_17, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 601, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_17);
-    __pyx_t_3 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 599, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 601, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_11 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_the_region_is_mapped_for_reading_2); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 599, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_the_region_is_mapped_for_reading_2); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 601, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_12 = 1;
@@ -14581,7 +14491,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_16); __pyx_t_16 = 0;
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
       __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 599, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 601, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -14595,7 +14505,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":598
+    /* "ivshmem/channel/membership.pyx":600
  *                 " info` lists them"
  *             )
  *         if code == IVSHMEM_READ_ONLY:             # <<<<<<<<<<<<<<
@@ -14604,7 +14514,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":600
+  /* "ivshmem/channel/membership.pyx":602
  *         if code == IVSHMEM_READ_ONLY:
  *             return RegionError(f"{of}the region is mapped for reading only")
  *         if code == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -14616,7 +14526,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":601
+    /* "ivshmem/channel/membership.pyx":603
  *             return RegionError(f"{of}the region is mapped for reading only")
  *         if code == IVSHMEM_CLOSED:
  *             return ClosedError(             # <<<<<<<<<<<<<<
@@ -14624,19 +14534,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *             )
 */
     __pyx_t_17 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 601, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 603, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
 
-    /* "ivshmem/channel/membership.pyx":602
+    /* "ivshmem/channel/membership.pyx":604
  *         if code == IVSHMEM_CLOSED:
  *             return ClosedError(
  *                 f"{of}another process freed the place of this process"             # <<<<<<<<<<<<<<
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:
 */
-    __pyx_t_16 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 602, __pyx_L1_error)
+    __pyx_t_16 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 604, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_16);
-    __pyx_t_3 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_16, __pyx_mstate_global->__pyx_kp_u_another_process_freed_the_place); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 602, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_16, __pyx_mstate_global->__pyx_kp_u_another_process_freed_the_place); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 604, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
     __pyx_t_12 = 1;
@@ -14657,7 +14567,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_17); __pyx_t_17 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 601, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 603, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -14671,7 +14581,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":600
+    /* "ivshmem/channel/membership.pyx":602
  *         if code == IVSHMEM_READ_ONLY:
  *             return RegionError(f"{of}the region is mapped for reading only")
  *         if code == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -14680,7 +14590,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":604
+  /* "ivshmem/channel/membership.pyx":606
  *                 f"{of}another process freed the place of this process"
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:             # <<<<<<<<<<<<<<
@@ -14692,7 +14602,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":605
+    /* "ivshmem/channel/membership.pyx":607
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:
  *             return ChannelError(             # <<<<<<<<<<<<<<
@@ -14700,19 +14610,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *                 " device, which queues and calls need: only a process of the host can take from it"
 */
     __pyx_t_11 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 605, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 607, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
 
-    /* "ivshmem/channel/membership.pyx":606
+    /* "ivshmem/channel/membership.pyx":608
  *         if code == IVSHMEM_NO_ATOMICS:
  *             return ChannelError(
  *                 f"{of}this processor may refuse a compare-exchange in a guest's mapping of the"             # <<<<<<<<<<<<<<
  *                 " device, which queues and calls need: only a process of the host can take from it"
  *             )
 */
-    __pyx_t_17 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 606, __pyx_L1_error)
+    __pyx_t_17 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 608, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_17);
-    __pyx_t_16 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_17, __pyx_mstate_global->__pyx_kp_u_this_processor_may_refuse_a_comp); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 606, __pyx_L1_error)
+    __pyx_t_16 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_17, __pyx_mstate_global->__pyx_kp_u_this_processor_may_refuse_a_comp); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 608, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_16);
     __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
     __pyx_t_12 = 1;
@@ -14733,7 +14643,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
       __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 605, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 607, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -14747,7 +14657,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":604
+    /* "ivshmem/channel/membership.pyx":606
  *                 f"{of}another process freed the place of this process"
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:             # <<<<<<<<<<<<<<
@@ -14756,17 +14666,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":609
+  /* "ivshmem/channel/membership.pyx":611
  *                 " device, which queues and calls need: only a process of the host can take from it"
  *             )
  *         return ChannelError(f"{of}error {-code} of ivshmem_channel.h")             # <<<<<<<<<<<<<<
 */
   __pyx_t_3 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_16, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 609, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_16, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 611, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_16);
-  __pyx_t_11 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 609, __pyx_L1_error)
+  __pyx_t_11 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 611, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_11);
-  __pyx_t_17 = __Pyx_PyUnicode_From_int((-__pyx_v_code), 0, ' ', 'd'); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 609, __pyx_L1_error)
+  __pyx_t_17 = __Pyx_PyUnicode_From_int((-__pyx_v_code), 0, ' ', 'd'); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 611, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_17);
   __pyx_t_19[0] = __pyx_t_11;
   __pyx_t_19[1] = __pyx_mstate_global->__pyx_kp_u_error;
@@ -14781,7 +14691,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_19[0]);
   #endif
   __pyx_t_14 = __Pyx_PyUnicode_Join(__pyx_t_19, 4, __pyx_t_5, __pyx_t_6);
-  if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 609, __pyx_L1_error)
+  if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 611, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_14);
   __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
   __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
@@ -14803,7 +14713,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
     __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 609, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 611, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -14817,7 +14727,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":575
+  /* "ivshmem/channel/membership.pyx":577
  *         return f"which belonged to place {place.index}"
  * 
  *     cdef object fail(self, int code, ivshmem_channel *channel, str name):             # <<<<<<<<<<<<<<
@@ -16926,79 +16836,79 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
   if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Dependent, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(2, 17, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":328
+  /* "ivshmem/channel/membership.pyx":330
  *     # -- the beat ---------------------------------------------------------------------------------
  * 
  *     def run(self):             # <<<<<<<<<<<<<<
  *         """Beat, until `close`: what the thread of the beat does."""
  *         cdef pollfd one
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_3run, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_run, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 328, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_3run, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_run, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 330, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_run, __pyx_t_2) < (0)) __PYX_ERR(0, 328, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_run, __pyx_t_2) < (0)) __PYX_ERR(0, 330, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":432
+  /* "ivshmem/channel/membership.pyx":434
  *         return 0
  * 
  *     def places(self):             # <<<<<<<<<<<<<<
  *         """Return a list of (index, epoch, state, id, vector, process, name) of all places."""
  *         cdef ivshmem_memory *memory = &self.member.area.memory
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_5places, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_places, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 432, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_5places, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_places, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 434, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_places, __pyx_t_2) < (0)) __PYX_ERR(0, 432, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_places, __pyx_t_2) < (0)) __PYX_ERR(0, 434, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":463
+  /* "ivshmem/channel/membership.pyx":465
  *         return found
  * 
  *     def has_foreign_places(self):             # <<<<<<<<<<<<<<
  *         """Return whether a process of another machine, a virtual one for instance, is at work."""
  *         cdef ivshmem_memory *memory = &self.member.area.memory
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_7has_foreign_places, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_has_foreign_places, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 463, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_7has_foreign_places, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_has_foreign_places, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 465, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_has_foreign_places, __pyx_t_2) < (0)) __PYX_ERR(0, 463, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_has_foreign_places, __pyx_t_2) < (0)) __PYX_ERR(0, 465, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":489
+  /* "ivshmem/channel/membership.pyx":491
  *         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)
  * 
  *     def free_place(self, unsigned index):             # <<<<<<<<<<<<<<
  *         """Free a place at a user's word; whether it had an owner."""
  *         cdef uint64_t number
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_9free_place, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_free_place, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 489, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_9free_place, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_free_place, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 491, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_free_place, __pyx_t_2) < (0)) __PYX_ERR(0, 489, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_free_place, __pyx_t_2) < (0)) __PYX_ERR(0, 491, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":510
+  /* "ivshmem/channel/membership.pyx":512
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Close all ends, and leave the area. A forked child only forgets what it has.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_11close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 510, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_11close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 512, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 510, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 512, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -17096,7 +17006,7 @@ static int __Pyx_InitCachedBuiltins(__pyx_mstatetype *__pyx_mstate) {
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __pyx_builtin_all = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_all); if (!__pyx_builtin_all) __PYX_ERR(0, 404, __pyx_L1_error)
+  __pyx_builtin_all = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_all); if (!__pyx_builtin_all) __PYX_ERR(0, 406, __pyx_L1_error)
 
   /* Cached unbound methods */
   __pyx_mstate->__pyx_umethod_PyDict_Type_get.type = (PyObject*)&PyDict_Type;
@@ -17135,16 +17045,16 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
 
-  /* "ivshmem/channel/membership.pyx":283
- *         cdef int code
- *         if target == <uint32_t>EVERY_PEER:
+  /* "ivshmem/channel/membership.pyx":430
+ *         """Let each end do what it does once a beat."""
+ *         for end in self.open_ends():
  *             with contextlib.suppress(IvshmemError, OSError):             # <<<<<<<<<<<<<<
- *                 if self.doorbells.registers is None:  # a guest's device knows no peers
- *                     self.doorbells.ring_all_nowait(None, self.vector)
+ *                 (<Dependent>end).beat()
+ *         return 0
 */
   {
     PyObject* __pyx_temp[3] = {Py_None, Py_None, Py_None};
-    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 283, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 430, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
@@ -17327,7 +17237,7 @@ typedef struct {
     unsigned int num_kwonly_args : 1;
     unsigned int nlocals : 4;
     unsigned int flags : 10;
-    unsigned int first_line : 9;
+    unsigned int first_line : 10;
 } __Pyx_PyCode_New_function_description;
 #ifdef __cplusplus
 } /* anonymous namespace */
@@ -17362,27 +17272,27 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_q_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 328};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 330};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_one, __pyx_mstate->__pyx_n_u_left, __pyx_mstate->__pyx_n_u_next_beat, __pyx_mstate->__pyx_n_u_limit, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_due};
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_run, __pyx_mstate->__pyx_kp_b_iso88591_A_A_4_AQd_6_ir_Q_d_q_A_t_T_Q_1G3, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 10, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 432};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 10, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 434};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_memory, __pyx_mstate->__pyx_n_u_at_2, __pyx_mstate->__pyx_n_u_number, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_place_2, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_text, __pyx_mstate->__pyx_n_u_found, __pyx_mstate->__pyx_n_u_mute};
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_places, __pyx_mstate->__pyx_kp_b_iso88591_A_at7_q_F_E_at7_q_4wgQ_AXS_83a_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 463};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 465};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_memory, __pyx_mstate->__pyx_n_u_number, __pyx_mstate->__pyx_n_u_machine, __pyx_mstate->__pyx_n_u_place_2, __pyx_mstate->__pyx_n_u_i};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_has_foreign_places, __pyx_mstate->__pyx_kp_b_iso88591_A_at7_q_F_E_at7_q_1D_wa_l_gWCr_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 489};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 491};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_index, __pyx_mstate->__pyx_n_u_number};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_free_place, __pyx_mstate->__pyx_kp_b_iso88591_A_F_6_D_uA_AXQ_1D_uA_4xq_Qa_Q_T, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 510};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 512};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_error_2, __pyx_mstate->__pyx_n_u_end, __pyx_mstate->__pyx_n_u_one};
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4wc_T_XT_T_t_Q_vQ_a_A_HA_6, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
@@ -19150,26 +19060,6 @@ static PyObject *__Pyx_Object_VectorcallMethodKwds(PyObject *name, PyObject *con
 }
 #endif
 
-/* PyObjectLookupSpecial */
-#if CYTHON_USE_PYTYPE_LOOKUP && CYTHON_USE_TYPE_SLOTS
-static CYTHON_INLINE PyObject* __Pyx__PyObject_LookupSpecial(PyObject* obj, PyObject* attr_name, int with_error) {
-    PyObject *res;
-    PyTypeObject *tp = Py_TYPE(obj);
-    res = _PyType_Lookup(tp, attr_name);
-    if (likely(res)) {
-        descrgetfunc f = Py_TYPE(res)->tp_descr_get;
-        if (!f) {
-            Py_INCREF(res);
-        } else {
-            res = f(res, obj, (PyObject *)tp);
-        }
-    } else if (with_error) {
-        PyErr_SetObject(PyExc_AttributeError, attr_name);
-    }
-    return res;
-}
-#endif
-
 /* GetTopmostException (used by SaveResetException) */
 #if CYTHON_USE_EXC_INFO_STACK && CYTHON_FAST_THREAD_STATE
 static _PyErr_StackItem *
@@ -19251,109 +19141,6 @@ static CYTHON_INLINE void __Pyx__ExceptionReset(PyThreadState *tstate, PyObject 
   #endif
 }
 #endif
-
-/* GetException */
-#if CYTHON_FAST_THREAD_STATE
-static int __Pyx__GetException(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb)
-#else
-static int __Pyx_GetException(PyObject **type, PyObject **value, PyObject **tb)
-#endif
-{
-    PyObject *local_type = NULL, *local_value, *local_tb = NULL;
-#if CYTHON_FAST_THREAD_STATE
-    PyObject *tmp_type, *tmp_value, *tmp_tb;
-  #if PY_VERSION_HEX >= 0x030C0000
-    local_value = tstate->current_exception;
-    tstate->current_exception = 0;
-  #else
-    local_type = tstate->curexc_type;
-    local_value = tstate->curexc_value;
-    local_tb = tstate->curexc_traceback;
-    tstate->curexc_type = 0;
-    tstate->curexc_value = 0;
-    tstate->curexc_traceback = 0;
-  #endif
-#elif __PYX_LIMITED_VERSION_HEX >= 0x030C0000
-    local_value = PyErr_GetRaisedException();
-#else
-    PyErr_Fetch(&local_type, &local_value, &local_tb);
-#endif
-#if __PYX_LIMITED_VERSION_HEX >= 0x030C0000
-    if (likely(local_value)) {
-        local_type = (PyObject*) Py_TYPE(local_value);
-        Py_INCREF(local_type);
-        local_tb = PyException_GetTraceback(local_value);
-    }
-#else
-    PyErr_NormalizeException(&local_type, &local_value, &local_tb);
-#if CYTHON_FAST_THREAD_STATE
-    if (unlikely(tstate->curexc_type))
-#else
-    if (unlikely(PyErr_Occurred()))
-#endif
-        goto bad;
-    if (local_tb) {
-        if (unlikely(PyException_SetTraceback(local_value, local_tb) < 0))
-            goto bad;
-    }
-#endif // __PYX_LIMITED_VERSION_HEX >= 0x030C0000
-    Py_XINCREF(local_tb);
-    Py_XINCREF(local_type);
-    Py_XINCREF(local_value);
-    *type = local_type;
-    *value = local_value;
-    *tb = local_tb;
-#if CYTHON_FAST_THREAD_STATE
-    #if CYTHON_USE_EXC_INFO_STACK
-    {
-        _PyErr_StackItem *exc_info = tstate->exc_info;
-      #if PY_VERSION_HEX >= 0x030B00a4
-        tmp_value = exc_info->exc_value;
-        exc_info->exc_value = local_value;
-        tmp_type = NULL;
-        tmp_tb = NULL;
-        Py_XDECREF(local_type);
-        Py_XDECREF(local_tb);
-      #else
-        tmp_type = exc_info->exc_type;
-        tmp_value = exc_info->exc_value;
-        tmp_tb = exc_info->exc_traceback;
-        exc_info->exc_type = local_type;
-        exc_info->exc_value = local_value;
-        exc_info->exc_traceback = local_tb;
-      #endif
-    }
-    #else
-    tmp_type = tstate->exc_type;
-    tmp_value = tstate->exc_value;
-    tmp_tb = tstate->exc_traceback;
-    tstate->exc_type = local_type;
-    tstate->exc_value = local_value;
-    tstate->exc_traceback = local_tb;
-    #endif
-    Py_XDECREF(tmp_type);
-    Py_XDECREF(tmp_value);
-    Py_XDECREF(tmp_tb);
-#elif __PYX_LIMITED_VERSION_HEX >= 0x030b0000
-    PyErr_SetHandledException(local_value);
-    Py_XDECREF(local_value);
-    Py_XDECREF(local_type);
-    Py_XDECREF(local_tb);
-#else
-    PyErr_SetExcInfo(local_type, local_value, local_tb);
-#endif
-    return 0;
-#if __PYX_LIMITED_VERSION_HEX < 0x030C0000
-bad:
-    *type = 0;
-    *value = 0;
-    *tb = 0;
-    Py_XDECREF(local_type);
-    Py_XDECREF(local_value);
-    Py_XDECREF(local_tb);
-    return -1;
-#endif
-}
 
 /* PyObjectCall2Args (used by CallUnboundCMethod1) */
 static CYTHON_INLINE PyObject* __Pyx_PyObject_Call2Args(PyObject* function, PyObject* arg1, PyObject* arg2) {
@@ -19465,6 +19252,109 @@ static CYTHON_INLINE int __Pyx_PyDict_Pop_ignore(PyObject *d, PyObject *key, PyO
 #endif
 }
 
+/* GetException */
+#if CYTHON_FAST_THREAD_STATE
+static int __Pyx__GetException(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb)
+#else
+static int __Pyx_GetException(PyObject **type, PyObject **value, PyObject **tb)
+#endif
+{
+    PyObject *local_type = NULL, *local_value, *local_tb = NULL;
+#if CYTHON_FAST_THREAD_STATE
+    PyObject *tmp_type, *tmp_value, *tmp_tb;
+  #if PY_VERSION_HEX >= 0x030C0000
+    local_value = tstate->current_exception;
+    tstate->current_exception = 0;
+  #else
+    local_type = tstate->curexc_type;
+    local_value = tstate->curexc_value;
+    local_tb = tstate->curexc_traceback;
+    tstate->curexc_type = 0;
+    tstate->curexc_value = 0;
+    tstate->curexc_traceback = 0;
+  #endif
+#elif __PYX_LIMITED_VERSION_HEX >= 0x030C0000
+    local_value = PyErr_GetRaisedException();
+#else
+    PyErr_Fetch(&local_type, &local_value, &local_tb);
+#endif
+#if __PYX_LIMITED_VERSION_HEX >= 0x030C0000
+    if (likely(local_value)) {
+        local_type = (PyObject*) Py_TYPE(local_value);
+        Py_INCREF(local_type);
+        local_tb = PyException_GetTraceback(local_value);
+    }
+#else
+    PyErr_NormalizeException(&local_type, &local_value, &local_tb);
+#if CYTHON_FAST_THREAD_STATE
+    if (unlikely(tstate->curexc_type))
+#else
+    if (unlikely(PyErr_Occurred()))
+#endif
+        goto bad;
+    if (local_tb) {
+        if (unlikely(PyException_SetTraceback(local_value, local_tb) < 0))
+            goto bad;
+    }
+#endif // __PYX_LIMITED_VERSION_HEX >= 0x030C0000
+    Py_XINCREF(local_tb);
+    Py_XINCREF(local_type);
+    Py_XINCREF(local_value);
+    *type = local_type;
+    *value = local_value;
+    *tb = local_tb;
+#if CYTHON_FAST_THREAD_STATE
+    #if CYTHON_USE_EXC_INFO_STACK
+    {
+        _PyErr_StackItem *exc_info = tstate->exc_info;
+      #if PY_VERSION_HEX >= 0x030B00a4
+        tmp_value = exc_info->exc_value;
+        exc_info->exc_value = local_value;
+        tmp_type = NULL;
+        tmp_tb = NULL;
+        Py_XDECREF(local_type);
+        Py_XDECREF(local_tb);
+      #else
+        tmp_type = exc_info->exc_type;
+        tmp_value = exc_info->exc_value;
+        tmp_tb = exc_info->exc_traceback;
+        exc_info->exc_type = local_type;
+        exc_info->exc_value = local_value;
+        exc_info->exc_traceback = local_tb;
+      #endif
+    }
+    #else
+    tmp_type = tstate->exc_type;
+    tmp_value = tstate->exc_value;
+    tmp_tb = tstate->exc_traceback;
+    tstate->exc_type = local_type;
+    tstate->exc_value = local_value;
+    tstate->exc_traceback = local_tb;
+    #endif
+    Py_XDECREF(tmp_type);
+    Py_XDECREF(tmp_value);
+    Py_XDECREF(tmp_tb);
+#elif __PYX_LIMITED_VERSION_HEX >= 0x030b0000
+    PyErr_SetHandledException(local_value);
+    Py_XDECREF(local_value);
+    Py_XDECREF(local_type);
+    Py_XDECREF(local_tb);
+#else
+    PyErr_SetExcInfo(local_type, local_value, local_tb);
+#endif
+    return 0;
+#if __PYX_LIMITED_VERSION_HEX < 0x030C0000
+bad:
+    *type = 0;
+    *value = 0;
+    *tb = 0;
+    Py_XDECREF(local_type);
+    Py_XDECREF(local_value);
+    Py_XDECREF(local_tb);
+    return -1;
+#endif
+}
+
 /* SwapException */
 #if CYTHON_FAST_THREAD_STATE
 static CYTHON_INLINE void __Pyx__ExceptionSwap(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb) {
@@ -19559,6 +19449,26 @@ static CYTHON_INLINE int __Pyx_ListComp_Append(PyObject* list, PyObject* x) {
         return 0;
     }
     return PyList_Append(list, x);
+}
+#endif
+
+/* PyObjectLookupSpecial */
+#if CYTHON_USE_PYTYPE_LOOKUP && CYTHON_USE_TYPE_SLOTS
+static CYTHON_INLINE PyObject* __Pyx__PyObject_LookupSpecial(PyObject* obj, PyObject* attr_name, int with_error) {
+    PyObject *res;
+    PyTypeObject *tp = Py_TYPE(obj);
+    res = _PyType_Lookup(tp, attr_name);
+    if (likely(res)) {
+        descrgetfunc f = Py_TYPE(res)->tp_descr_get;
+        if (!f) {
+            Py_INCREF(res);
+        } else {
+            res = f(res, obj, (PyObject *)tp);
+        }
+    } else if (with_error) {
+        PyErr_SetObject(PyExc_AttributeError, attr_name);
+    }
+    return res;
 }
 #endif
 

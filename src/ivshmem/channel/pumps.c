@@ -2300,7 +2300,8 @@ enum  {
   __pyx_e_7ivshmem_7channel_7streams_RECEIVE = 1,
   __pyx_e_7ivshmem_7channel_7streams_ENDED = 2,
   __pyx_e_7ivshmem_7channel_7streams_ABORTED = 3,
-  __pyx_e_7ivshmem_7channel_7streams_FD_WAITS = -99L
+  __pyx_e_7ivshmem_7channel_7streams_FD_WAITS = -99L,
+  __pyx_e_7ivshmem_7channel_7streams_INTERRUPTED = -98L
 };
 
 /* "ivshmem/channel/pumps.pyx":21
@@ -2680,7 +2681,7 @@ struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper {
 };
 
 
-/* "streams.pxd":18
+/* "streams.pxd":19
  * 
  * 
  * cdef class StreamListener(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2693,7 +2694,7 @@ struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener {
 };
 
 
-/* "streams.pxd":22
+/* "streams.pxd":23
  * 
  * 
  * cdef class Stream(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -3089,7 +3090,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_11stream_poll_Sleeper {
 static struct __pyx_vtabstruct_7ivshmem_7channel_11stream_poll_Sleeper *__pyx_vtabptr_7ivshmem_7channel_11stream_poll_Sleeper;
 
 
-/* "streams.pxd":18
+/* "streams.pxd":19
  * 
  * 
  * cdef class StreamListener(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -3103,7 +3104,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener {
 static struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *__pyx_vtabptr_7ivshmem_7channel_7streams_StreamListener;
 
 
-/* "streams.pxd":22
+/* "streams.pxd":23
  * 
  * 
  * cdef class Stream(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -3123,6 +3124,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream {
   int64_t (*pull)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, char *, uint64_t, PyObject *);
   PyObject *(*receive)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, Py_ssize_t, PyObject *);
   int64_t (*move)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int, int, uint64_t);
+  int64_t (*move_once)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int, int, uint64_t);
   PyObject *(*move_in_time)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int, PyObject *, PyObject *);
 };
 static struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *__pyx_vtabptr_7ivshmem_7channel_7streams_Stream;
@@ -9408,7 +9410,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper) __PYX_ERR(9, 25, __pyx_L1_error)
   if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper, (void**)&__pyx_vtabptr_7ivshmem_7channel_11stream_poll_Sleeper) != 1)) __PYX_ERR(9, 25, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.streams"); if (unlikely(!__pyx_t_1)) __PYX_ERR(10, 18, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.streams"); if (unlikely(!__pyx_t_1)) __PYX_ERR(10, 19, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.streams", "StreamListener",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -9418,8 +9420,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener) __PYX_ERR(10, 18, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener, (void**)&__pyx_vtabptr_7ivshmem_7channel_7streams_StreamListener) != 1)) __PYX_ERR(10, 18, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener) __PYX_ERR(10, 19, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener, (void**)&__pyx_vtabptr_7ivshmem_7channel_7streams_StreamListener) != 1)) __PYX_ERR(10, 19, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.streams", "Stream",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_7channel_7streams_Stream), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_7streams_Stream),
@@ -9428,8 +9430,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_7streams_Stream), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_7streams_Stream),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) __PYX_ERR(10, 22, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream, (void**)&__pyx_vtabptr_7ivshmem_7channel_7streams_Stream) != 1)) __PYX_ERR(10, 22, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) __PYX_ERR(10, 23, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream, (void**)&__pyx_vtabptr_7ivshmem_7channel_7streams_Stream) != 1)) __PYX_ERR(10, 23, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_RefNannyFinishContext();
   return 0;

@@ -2312,18 +2312,18 @@ enum  {
  * 
  * 
  * cdef struct Held:             # <<<<<<<<<<<<<<
- *     unsigned writer
- *     uint64_t position
+ *     ivshmem_message message
+ *     bint kept  # by nobody: it is for the next call
 */
 struct __pyx_t_7ivshmem_7channel_5roles_Held {
-  unsigned int writer;
-  uint64_t position;
+  struct ivshmem_message message;
+  int kept;
 };
 struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time;
 
-/* "sleeping_tasks.pxd":6
- * 
+/* "sleeping_tasks.pxd":7
  * cdef object until_something(ChannelEnd end, object call, object timeout, tuple arguments)
+ * cdef object until_content(ChannelEnd end, str name, object call, object timeout)
  * cdef object until_in_time(             # <<<<<<<<<<<<<<
  *     ChannelEnd end, object call, object timeout, tuple arguments, dict options=*
  * )
@@ -2738,15 +2738,15 @@ struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd {
  * 
  * 
  * cdef class QueueReader(ClaimingEnd):             # <<<<<<<<<<<<<<
- *     cdef int finish(self, const ivshmem_taken *taken, char *into) except -1
- * 
+ *     cdef object got(self, object timeout, object spin, object absent)
+ *     cdef object decoded(self, const ivshmem_taken *taken)
 */
 struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader {
   struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd __pyx_base;
 };
 
 
-/* "ivshmem/channel/queues.pxd":25
+/* "ivshmem/channel/queues.pxd":29
  * 
  * 
  * cdef class Taken(Received):             # <<<<<<<<<<<<<<
@@ -3111,9 +3111,12 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *__pyx_vtabptr
 
 struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd {
   struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
+  int (*make_room)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *);
   int (*hold)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message const *);
   int (*forget)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, unsigned int, uint64_t);
   int (*let_go)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, unsigned int, uint64_t);
+  int (*put_back)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message const *);
+  int (*is_for_ever)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, PyObject *);
   int (*copy_to)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message const *, char *);
   PyObject *(*starved)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *);
 };
@@ -3180,12 +3183,16 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_vtab
 
 struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader {
   struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd __pyx_base;
-  int (*finish)(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *, struct ivshmem_taken const *, char *);
+  PyObject *(*got)(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *, PyObject *, PyObject *, PyObject *);
+  PyObject *(*decoded)(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *, struct ivshmem_taken const *);
+  PyObject *(*too_late)(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *);
+  int (*copy)(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *, struct ivshmem_taken const *, char *);
+  int (*acknowledge)(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *, struct ivshmem_taken const *);
 };
 static struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *__pyx_vtabptr_7ivshmem_7channel_6queues_QueueReader;
 
 
-/* "ivshmem/channel/queues.pyx":243
+/* "ivshmem/channel/queues.pyx":289
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3647,6 +3654,9 @@ static CYTHON_INLINE int __Pyx_PyErr_ExceptionMatchesInState(PyThreadState* tsta
 #else
 #define __Pyx_PyErr_ExceptionMatches(err)  PyErr_ExceptionMatches(err)
 #endif
+
+/* PyBaseException_Check.proto */
+#define __Pyx_PyExc_BaseException_Check(obj)  PyExceptionInstance_Check(obj)
 
 /* PyObjectGetAttrStrNoError.proto (used by GetBuiltinName) */
 static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStrNoError(PyObject* obj, PyObject* attr_name);
@@ -4263,7 +4273,11 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim_as(struct __pyx
 static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_undo(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self, struct ivshmem_taken const *__pyx_v_taken); /* proto*/
 static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_after_sleep(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self, enum ivshmem_claim __pyx_v_how, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin, struct ivshmem_taken *__pyx_v_taken); /* proto*/
-static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, struct ivshmem_taken const *__pyx_v_taken, char *__pyx_v_into); /* proto*/
+static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_got(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin, PyObject *__pyx_v_absent); /* proto*/
+static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_decoded(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, struct ivshmem_taken const *__pyx_v_taken); /* proto*/
+static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_copy(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, struct ivshmem_taken const *__pyx_v_taken, char *__pyx_v_into); /* proto*/
+static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_acknowledge(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, struct ivshmem_taken const *__pyx_v_taken); /* proto*/
+static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_too_late(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self); /* proto*/
 
 /* Module declarations from "libc.stdint" */
 
@@ -4320,6 +4334,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_7channel_5roles_take_target(PyObject *
 
 /* Module declarations from "ivshmem.channel.sleeping_tasks" */
 static PyObject *(*__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *); /*proto*/
+static PyObject *(*__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_content)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *); /*proto*/
 
 /* Module declarations from "ivshmem.channel.queues" */
 static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7channel_6queues_taken_of(PyTypeObject *, struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, struct ivshmem_taken const *); /*proto*/
@@ -4341,14 +4356,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
 static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, PyObject *__pyx_v_buffer, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_6get_async(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, PyObject *__pyx_v_timeout); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_8get_into_async(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, PyObject *__pyx_v_buffer, PyObject *__pyx_v_timeout); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_10take_async(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, PyObject *__pyx_v_timeout); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_12__iter__(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_14__next__(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_16__aiter__(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_18__anext__(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_20__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_22__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_8_get_or(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, PyObject *__pyx_v_absent, PyObject *__pyx_v_timeout); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_10get_into_async(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, PyObject *__pyx_v_buffer, PyObject *__pyx_v_timeout); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_12take_async(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, PyObject *__pyx_v_timeout); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_14__iter__(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_16__next__(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_18__aiter__(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_20__anext__(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_22__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_24__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_11redelivered___get__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken___bytes__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_2get(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
@@ -4422,7 +4438,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[1];
     PyObject *__pyx_codeobj_tab[17];
-    PyObject *__pyx_string_tab[115];
+    PyObject *__pyx_string_tab[117];
 /* #### Code section: module_state_contents ### */
 /* CommonTypesMetaclass.module_state_decls */
 PyTypeObject *__pyx_CommonTypesMetaclassType;
@@ -4535,52 +4551,54 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_setstate __pyx_string_tab[66]
 #define __pyx_n_u_setstate_cython __pyx_string_tab[67]
 #define __pyx_n_u_test __pyx_string_tab[68]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[69]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[70]
-#define __pyx_n_u_buffer __pyx_string_tab[71]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[72]
-#define __pyx_n_u_code __pyx_string_tab[73]
-#define __pyx_n_u_data __pyx_string_tab[74]
-#define __pyx_n_u_decode __pyx_string_tab[75]
-#define __pyx_n_u_done __pyx_string_tab[76]
-#define __pyx_n_u_encode __pyx_string_tab[77]
-#define __pyx_n_u_error __pyx_string_tab[78]
-#define __pyx_n_u_errors __pyx_string_tab[79]
-#define __pyx_n_u_get __pyx_string_tab[80]
-#define __pyx_n_u_get_async __pyx_string_tab[81]
-#define __pyx_n_u_get_into __pyx_string_tab[82]
-#define __pyx_n_u_get_into_async __pyx_string_tab[83]
-#define __pyx_n_u_give_back __pyx_string_tab[84]
-#define __pyx_n_u_items __pyx_string_tab[85]
-#define __pyx_n_u_ivshmem_channel_queues __pyx_string_tab[86]
-#define __pyx_n_u_kind __pyx_string_tab[87]
-#define __pyx_n_u_pop __pyx_string_tab[88]
-#define __pyx_n_u_self __pyx_string_tab[89]
-#define __pyx_n_u_setdefault __pyx_string_tab[90]
-#define __pyx_n_u_size __pyx_string_tab[91]
-#define __pyx_n_u_spin __pyx_string_tab[92]
-#define __pyx_n_u_take __pyx_string_tab[93]
-#define __pyx_n_u_take_async __pyx_string_tab[94]
-#define __pyx_n_u_taken __pyx_string_tab[95]
-#define __pyx_n_u_timeout __pyx_string_tab[96]
-#define __pyx_n_u_tobytes __pyx_string_tab[97]
-#define __pyx_n_u_values __pyx_string_tab[98]
-#define __pyx_n_u_view __pyx_string_tab[99]
-#define __pyx_kp_b_PyObject_struct___pyx_obj_7ivshm __pyx_string_tab[100]
-#define __pyx_kp_b_int_PyObject_PyObject_PyObject_P __pyx_string_tab[101]
-#define __pyx_kp_b_struct___pyx_obj_7ivshmem_7chann __pyx_string_tab[102]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[103]
-#define __pyx_kp_b_iso88591_A_5_1_Q_Q __pyx_string_tab[104]
-#define __pyx_kp_b_iso88591_A_q __pyx_string_tab[105]
-#define __pyx_kp_b_iso88591_A_z_xq __pyx_string_tab[106]
-#define __pyx_kp_b_iso88591_A_4vQ_9F_1_1_xq_vQa __pyx_string_tab[107]
-#define __pyx_kp_b_iso88591_A_5Q_1D_t7_1_t6_ivQa_q_uHHBj_A_E __pyx_string_tab[108]
-#define __pyx_kp_b_iso88591_A_uAQ_xt7_T_WAQ __pyx_string_tab[109]
-#define __pyx_kp_b_iso88591_A_T_t4q_a_t7_AQd_4q_G_fA __pyx_string_tab[110]
-#define __pyx_kp_b_iso88591_A_T_t4q_a_a_Qat7_1D_q_k_AT_q_F_q __pyx_string_tab[111]
-#define __pyx_kp_b_iso88591_avT_y __pyx_string_tab[112]
-#define __pyx_kp_b_iso88591_avT __pyx_string_tab[113]
-#define __pyx_kp_b_iso88591_Q_avT_Ja __pyx_string_tab[114]
+#define __pyx_n_u_get_or __pyx_string_tab[69]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[70]
+#define __pyx_n_u_absent __pyx_string_tab[71]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[72]
+#define __pyx_n_u_buffer __pyx_string_tab[73]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[74]
+#define __pyx_n_u_code __pyx_string_tab[75]
+#define __pyx_n_u_data __pyx_string_tab[76]
+#define __pyx_n_u_decode __pyx_string_tab[77]
+#define __pyx_n_u_done __pyx_string_tab[78]
+#define __pyx_n_u_encode __pyx_string_tab[79]
+#define __pyx_n_u_error __pyx_string_tab[80]
+#define __pyx_n_u_errors __pyx_string_tab[81]
+#define __pyx_n_u_get __pyx_string_tab[82]
+#define __pyx_n_u_get_async __pyx_string_tab[83]
+#define __pyx_n_u_get_into __pyx_string_tab[84]
+#define __pyx_n_u_get_into_async __pyx_string_tab[85]
+#define __pyx_n_u_give_back __pyx_string_tab[86]
+#define __pyx_n_u_items __pyx_string_tab[87]
+#define __pyx_n_u_ivshmem_channel_queues __pyx_string_tab[88]
+#define __pyx_n_u_kind __pyx_string_tab[89]
+#define __pyx_n_u_pop __pyx_string_tab[90]
+#define __pyx_n_u_self __pyx_string_tab[91]
+#define __pyx_n_u_setdefault __pyx_string_tab[92]
+#define __pyx_n_u_size __pyx_string_tab[93]
+#define __pyx_n_u_spin __pyx_string_tab[94]
+#define __pyx_n_u_take __pyx_string_tab[95]
+#define __pyx_n_u_take_async __pyx_string_tab[96]
+#define __pyx_n_u_taken __pyx_string_tab[97]
+#define __pyx_n_u_timeout __pyx_string_tab[98]
+#define __pyx_n_u_tobytes __pyx_string_tab[99]
+#define __pyx_n_u_values __pyx_string_tab[100]
+#define __pyx_n_u_view __pyx_string_tab[101]
+#define __pyx_kp_b_PyObject_struct___pyx_obj_7ivshm __pyx_string_tab[102]
+#define __pyx_kp_b_int_PyObject_PyObject_PyObject_P __pyx_string_tab[103]
+#define __pyx_kp_b_struct___pyx_obj_7ivshmem_7chann __pyx_string_tab[104]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[105]
+#define __pyx_kp_b_iso88591_A_5_1_Q_Q __pyx_string_tab[106]
+#define __pyx_kp_b_iso88591_A_q __pyx_string_tab[107]
+#define __pyx_kp_b_iso88591_A_z_xq __pyx_string_tab[108]
+#define __pyx_kp_b_iso88591_A_4vQ_9F_1_1_xq_vQa __pyx_string_tab[109]
+#define __pyx_kp_b_iso88591_A_5Q_1D_t7_1_t6_ivQa_q_uHHBj_A_E __pyx_string_tab[110]
+#define __pyx_kp_b_iso88591_A_uAQ_xt7_T_WAQ __pyx_string_tab[111]
+#define __pyx_kp_b_iso88591_A_T_t4q_a_t7_AQd_4q_G_fA __pyx_string_tab[112]
+#define __pyx_kp_b_iso88591_A_T_t4q_a_a_Qat7_1D_q_k_AT_q_F_q __pyx_string_tab[113]
+#define __pyx_kp_b_iso88591_AV7_j __pyx_string_tab[114]
+#define __pyx_kp_b_iso88591_avT __pyx_string_tab[115]
+#define __pyx_kp_b_iso88591_Q_avT_Ja __pyx_string_tab[116]
 /* #### Code section: module_state_clear ### */
 #if CYTHON_USE_MODULE_STATE
 static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
@@ -4628,7 +4646,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<1; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
   for (int i=0; i<17; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<115; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<117; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
 Py_CLEAR(clear_module_state->__pyx_CommonTypesMetaclassType);
@@ -4684,7 +4702,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<1; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
   for (int i=0; i<17; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<115; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<117; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
 Py_VISIT(traverse_module_state->__pyx_CommonTypesMetaclassType);
@@ -7145,7 +7163,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_11QueueReader_get, "get($self, timeout=None, *, spin=None)\n--\n\nReturn a copy of the next message, which no other reader gets: at most once.\n\nIf this process dies during the call, the message is lost.\n\nArgs:\n    timeout: seconds to wait at most; None: for ever; 0: do not wait.\n    spin: as of `Endpoint.wait`.\n\nReturns:\n    bytes, or what the channel\047s type makes of them; None: no message came in time.\n\nRaises:\n    Redelivered: this process was taken for gone during the copy: the message is lost.\n    RegionError: the region is mapped for reading only.\n    ChannelError: this mapping of the memory has no compare-exchange.\n    ChannelCorrupt, ClosedError: as of Reader.get.");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_11QueueReader_get, "get($self, timeout=None, *, spin=None)\n--\n\nReturn a copy of the next message, which no other reader gets: at most once.\n\nIf this process dies during the call, the message is lost.\n\nArgs:\n    timeout: seconds to wait at most; None: for ever; 0: do not wait.\n    spin: as of `Endpoint.wait`.\n\nReturns:\n    bytes, or what the channel\047s type makes of them; None: no message came in time. (With\n    pickle=True a message can be None, too. To tell them apart, put it into a tuple.)\n\nRaises:\n    Redelivered: this process was taken for gone during the copy: the message is lost.\n    RegionError: the region is mapped for reading only.\n    ChannelError: this mapping of the memory has no compare-exchange.\n    ChannelTypeError: the message does not fit the channel\047s type; it is lost. After other\n        exceptions, as of Reader.get, a reader gets it.\n    ChannelCorrupt, ClosedError: as of Reader.get.");
 static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_1get(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
@@ -7246,20 +7264,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 }
 
 static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin) {
-  struct ivshmem_taken __pyx_v_taken;
-  PyObject *__pyx_v_data = 0;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
-  int __pyx_t_2;
-  int __pyx_t_3;
-  PyObject *__pyx_t_4 = NULL;
-  PyObject *__pyx_t_5 = NULL;
-  PyObject *__pyx_t_6 = NULL;
-  PyObject *__pyx_t_7 = NULL;
-  PyObject *__pyx_t_8 = NULL;
-  PyObject *__pyx_t_9 = NULL;
-  size_t __pyx_t_10;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -7271,192 +7280,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/queues.pyx":139
- *         cdef ivshmem_taken taken
- *         cdef bytes data
- *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):             # <<<<<<<<<<<<<<
- *             return None
- *         try:
-*/
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_ONCE, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 139, __pyx_L4_error)
-        __pyx_t_3 = (__pyx_t_2 != 0);
-
-
-        if (__pyx_t_3) {
-
-
-          /* "ivshmem/channel/queues.pyx":140
- *         cdef bytes data
- *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
- *             return None             # <<<<<<<<<<<<<<
- *         try:
- *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)
-*/
-          {
-            PyObject *__pyx_temp;
-            {
-              __pyx_temp = __pyx_r;
-              __pyx_r = Py_None; __Pyx_INCREF(Py_None);
-            }
-            __Pyx_XDECREF(__pyx_temp);
-          }
-          __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-          goto __pyx_L3_return;
-
-          /* "ivshmem/channel/queues.pyx":139
- *         cdef ivshmem_taken taken
- *         cdef bytes data
- *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):             # <<<<<<<<<<<<<<
- *             return None
- *         try:
-*/
-        }
-
-        /* "ivshmem/channel/queues.pyx":141
- *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
- *             return None
- *         try:             # <<<<<<<<<<<<<<
- *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)
- *         except MemoryError:
-*/
-        {
-          __Pyx_PyThreadState_declare
-          __Pyx_PyThreadState_assign
-          __Pyx_ExceptionSave(&__pyx_t_4, &__pyx_t_5, &__pyx_t_6);
-          __Pyx_XGOTREF(__pyx_t_4);
-          __Pyx_XGOTREF(__pyx_t_5);
-          __Pyx_XGOTREF(__pyx_t_6);
-          /*try:*/ {
-
-            /* "ivshmem/channel/queues.pyx":142
- *             return None
- *         try:
- *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)             # <<<<<<<<<<<<<<
- *         except MemoryError:
- *             self.undo(&taken)
-*/
-            __pyx_t_7 = PyBytes_FromStringAndSize(NULL, __pyx_v_taken.message.length); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 142, __pyx_L7_error)
-            __Pyx_GOTREF(__pyx_t_7);
-            __pyx_v_data = ((PyObject*)__pyx_t_7);
-            __pyx_t_7 = 0;
-
-            /* "ivshmem/channel/queues.pyx":141
- *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
- *             return None
- *         try:             # <<<<<<<<<<<<<<
- *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)
- *         except MemoryError:
-*/
-          }
-          __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-          __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
-          goto __pyx_L12_try_end;
-          __pyx_L7_error:;
-          __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-
-          /* "ivshmem/channel/queues.pyx":143
- *         try:
- *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)
- *         except MemoryError:             # <<<<<<<<<<<<<<
- *             self.undo(&taken)
- *             raise
-*/
-          __pyx_t_2 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_MemoryError))));
-          if (__pyx_t_2) {
-            __Pyx_AddTraceback("ivshmem.channel.queues.QueueReader.get", __pyx_clineno, __pyx_lineno, __pyx_filename);
-            if (__Pyx_GetException(&__pyx_t_7, &__pyx_t_8, &__pyx_t_9) < 0) __PYX_ERR(0, 143, __pyx_L9_except_error)
-            __Pyx_XGOTREF(__pyx_t_7);
-            __Pyx_XGOTREF(__pyx_t_8);
-            __Pyx_XGOTREF(__pyx_t_9);
-
-            /* "ivshmem/channel/queues.pyx":144
- *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)
- *         except MemoryError:
- *             self.undo(&taken)             # <<<<<<<<<<<<<<
- *             raise
- *         self.finish(&taken, PyBytes_AS_STRING(data))
-*/
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.undo(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 144, __pyx_L9_except_error)
-
-
-            /* "ivshmem/channel/queues.pyx":145
- *         except MemoryError:
- *             self.undo(&taken)
- *             raise             # <<<<<<<<<<<<<<
- *         self.finish(&taken, PyBytes_AS_STRING(data))
- *         return data if self.type is None else self.type.decode(data)
-*/
-            __Pyx_GIVEREF(__pyx_t_7);
-            __Pyx_GIVEREF(__pyx_t_8);
-            __Pyx_XGIVEREF(__pyx_t_9);
-            __Pyx_ErrRestoreWithState(__pyx_t_7, __pyx_t_8, __pyx_t_9);
-            __pyx_t_7 = 0;  __pyx_t_8 = 0;  __pyx_t_9 = 0; 
-            __PYX_ERR(0, 145, __pyx_L9_except_error)
-          }
-          goto __pyx_L9_except_error;
-
-          /* "ivshmem/channel/queues.pyx":141
- *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
- *             return None
- *         try:             # <<<<<<<<<<<<<<
- *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)
- *         except MemoryError:
-*/
-          __pyx_L9_except_error:;
-          __Pyx_XGIVEREF(__pyx_t_4);
-          __Pyx_XGIVEREF(__pyx_t_5);
-          __Pyx_XGIVEREF(__pyx_t_6);
-          __Pyx_ExceptionReset(__pyx_t_4, __pyx_t_5, __pyx_t_6);
-          goto __pyx_L4_error;
-          __pyx_L12_try_end:;
-        }
-
-        /* "ivshmem/channel/queues.pyx":146
- *             self.undo(&taken)
- *             raise
- *         self.finish(&taken, PyBytes_AS_STRING(data))             # <<<<<<<<<<<<<<
- *         return data if self.type is None else self.type.decode(data)
+        /* "ivshmem/channel/queues.pyx":140
+ *             ChannelCorrupt, ClosedError: as of Reader.get.
+ *         """
+ *         return self.got(timeout, spin, None)             # <<<<<<<<<<<<<<
  * 
+ *     cdef object got(self, object timeout, object spin, object absent):
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->finish(__pyx_v_self, (&__pyx_v_taken), PyBytes_AS_STRING(__pyx_v_data)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 146, __pyx_L4_error)
-
-
-        /* "ivshmem/channel/queues.pyx":147
- *             raise
- *         self.finish(&taken, PyBytes_AS_STRING(data))
- *         return data if self.type is None else self.type.decode(data)             # <<<<<<<<<<<<<<
- * 
- *     @cython.critical_section
-*/
-        __pyx_t_3 = (__pyx_v_self->__pyx_base.__pyx_base.type == Py_None);
-        if (__pyx_t_3) {
-          __Pyx_INCREF(__pyx_v_data);
-          __pyx_t_9 = __pyx_v_data;
-        } else {
-          __pyx_t_7 = __pyx_v_self->__pyx_base.__pyx_base.type;
-          __Pyx_INCREF(__pyx_t_7);
-          __pyx_t_10 = 0;
-          {
-            PyObject *__pyx_callargs[2] = {__pyx_t_7, __pyx_v_data};
-            __pyx_t_8 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-            __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-            if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 147, __pyx_L4_error)
-            __Pyx_GOTREF(__pyx_t_8);
-          }
-          __pyx_t_9 = __pyx_t_8;
-          __pyx_t_8 = 0;
-        }
-
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->got(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 140, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_2);
         {
           PyObject *__pyx_temp;
           {
             __pyx_temp = __pyx_r;
-            __pyx_r = __pyx_t_9;
+            __pyx_r = __pyx_t_2;
           }
           __Pyx_XDECREF(__pyx_temp);
         }
-        __pyx_t_9 = 0;
+        __pyx_t_2 = 0;
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
         goto __pyx_L3_return;
       }
@@ -7470,11 +7311,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
 */
       /*finally:*/ {
         __pyx_L3_return: {
-          __pyx_t_6 = __pyx_r;
+          __pyx_t_3 = __pyx_r;
           __pyx_r = 0;
           __Pyx_PyCriticalSection_End(&__pyx_cs);
-          __pyx_r = __pyx_t_6;
-          __pyx_t_6 = 0;
+          __pyx_r = __pyx_t_3;
+          __pyx_t_3 = 0;
           goto __pyx_L0;
         }
         __pyx_L4_error: {
@@ -7490,11 +7331,275 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
   goto __pyx_L0;
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_7);
-  __Pyx_XDECREF(__pyx_t_8);
-  __Pyx_XDECREF(__pyx_t_9);
+  __Pyx_XDECREF(__pyx_t_2);
   __Pyx_AddTraceback("ivshmem.channel.queues.QueueReader.get", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/queues.pyx":142
+ *         return self.got(timeout, spin, None)
+ * 
+ *     cdef object got(self, object timeout, object spin, object absent):             # <<<<<<<<<<<<<<
+ *         """Return a copy of the next message; `absent`: none came in time."""
+ *         cdef ivshmem_taken taken
+*/
+
+static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_got(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin, PyObject *__pyx_v_absent) {
+  struct ivshmem_taken __pyx_v_taken;
+  PyObject *__pyx_v_data = 0;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
+  PyObject *__pyx_t_8 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("got", 0);
+
+  /* "ivshmem/channel/queues.pyx":146
+ *         cdef ivshmem_taken taken
+ *         cdef bytes data
+ *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):             # <<<<<<<<<<<<<<
+ *             return absent
+ *         if self.type is not None:
+*/
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_ONCE, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 146, __pyx_L1_error)
+  __pyx_t_2 = (__pyx_t_1 != 0);
+
+
+  if (__pyx_t_2) {
+
+
+    /* "ivshmem/channel/queues.pyx":147
+ *         cdef bytes data
+ *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
+ *             return absent             # <<<<<<<<<<<<<<
+ *         if self.type is not None:
+ *             return self.decoded(&taken)
+*/
+    {
+      PyObject *__pyx_temp;
+      {
+        __pyx_temp = __pyx_r;
+        __Pyx_INCREF(__pyx_v_absent);
+        __pyx_r = __pyx_v_absent;
+      }
+      __Pyx_XDECREF(__pyx_temp);
+    }
+    goto __pyx_L0;
+
+    /* "ivshmem/channel/queues.pyx":146
+ *         cdef ivshmem_taken taken
+ *         cdef bytes data
+ *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):             # <<<<<<<<<<<<<<
+ *             return absent
+ *         if self.type is not None:
+*/
+  }
+
+  /* "ivshmem/channel/queues.pyx":148
+ *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
+ *             return absent
+ *         if self.type is not None:             # <<<<<<<<<<<<<<
+ *             return self.decoded(&taken)
+ *         try:
+*/
+  __pyx_t_2 = (__pyx_v_self->__pyx_base.__pyx_base.type != Py_None);
+  if (__pyx_t_2) {
+
+
+    /* "ivshmem/channel/queues.pyx":149
+ *             return absent
+ *         if self.type is not None:
+ *             return self.decoded(&taken)             # <<<<<<<<<<<<<<
+ *         try:
+ *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)
+*/
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->decoded(__pyx_v_self, (&__pyx_v_taken)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 149, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
+    {
+      PyObject *__pyx_temp;
+      {
+        __pyx_temp = __pyx_r;
+        __pyx_r = __pyx_t_3;
+      }
+      __Pyx_XDECREF(__pyx_temp);
+    }
+    __pyx_t_3 = 0;
+    goto __pyx_L0;
+
+    /* "ivshmem/channel/queues.pyx":148
+ *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
+ *             return absent
+ *         if self.type is not None:             # <<<<<<<<<<<<<<
+ *             return self.decoded(&taken)
+ *         try:
+*/
+  }
+
+  /* "ivshmem/channel/queues.pyx":150
+ *         if self.type is not None:
+ *             return self.decoded(&taken)
+ *         try:             # <<<<<<<<<<<<<<
+ *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)
+ *         except MemoryError:
+*/
+  {
+    __Pyx_PyThreadState_declare
+    __Pyx_PyThreadState_assign
+    __Pyx_ExceptionSave(&__pyx_t_4, &__pyx_t_5, &__pyx_t_6);
+    __Pyx_XGOTREF(__pyx_t_4);
+    __Pyx_XGOTREF(__pyx_t_5);
+    __Pyx_XGOTREF(__pyx_t_6);
+    /*try:*/ {
+
+      /* "ivshmem/channel/queues.pyx":151
+ *             return self.decoded(&taken)
+ *         try:
+ *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)             # <<<<<<<<<<<<<<
+ *         except MemoryError:
+ *             self.undo(&taken)
+*/
+      __pyx_t_3 = PyBytes_FromStringAndSize(NULL, __pyx_v_taken.message.length); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 151, __pyx_L5_error)
+      __Pyx_GOTREF(__pyx_t_3);
+      __pyx_v_data = ((PyObject*)__pyx_t_3);
+      __pyx_t_3 = 0;
+
+      /* "ivshmem/channel/queues.pyx":150
+ *         if self.type is not None:
+ *             return self.decoded(&taken)
+ *         try:             # <<<<<<<<<<<<<<
+ *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)
+ *         except MemoryError:
+*/
+    }
+    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+    __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+    goto __pyx_L10_try_end;
+    __pyx_L5_error:;
+    __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+
+    /* "ivshmem/channel/queues.pyx":152
+ *         try:
+ *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)
+ *         except MemoryError:             # <<<<<<<<<<<<<<
+ *             self.undo(&taken)
+ *             raise
+*/
+    __pyx_t_1 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_MemoryError))));
+    if (__pyx_t_1) {
+      __Pyx_AddTraceback("ivshmem.channel.queues.QueueReader.got", __pyx_clineno, __pyx_lineno, __pyx_filename);
+      if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_7, &__pyx_t_8) < 0) __PYX_ERR(0, 152, __pyx_L7_except_error)
+      __Pyx_XGOTREF(__pyx_t_3);
+      __Pyx_XGOTREF(__pyx_t_7);
+      __Pyx_XGOTREF(__pyx_t_8);
+
+      /* "ivshmem/channel/queues.pyx":153
+ *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)
+ *         except MemoryError:
+ *             self.undo(&taken)             # <<<<<<<<<<<<<<
+ *             raise
+ *         self.copy(&taken, PyBytes_AS_STRING(data))
+*/
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.undo(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), (&__pyx_v_taken)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 153, __pyx_L7_except_error)
+
+
+      /* "ivshmem/channel/queues.pyx":154
+ *         except MemoryError:
+ *             self.undo(&taken)
+ *             raise             # <<<<<<<<<<<<<<
+ *         self.copy(&taken, PyBytes_AS_STRING(data))
+ *         self.acknowledge(&taken)
+*/
+      __Pyx_GIVEREF(__pyx_t_3);
+      __Pyx_GIVEREF(__pyx_t_7);
+      __Pyx_XGIVEREF(__pyx_t_8);
+      __Pyx_ErrRestoreWithState(__pyx_t_3, __pyx_t_7, __pyx_t_8);
+      __pyx_t_3 = 0;  __pyx_t_7 = 0;  __pyx_t_8 = 0; 
+      __PYX_ERR(0, 154, __pyx_L7_except_error)
+    }
+    goto __pyx_L7_except_error;
+
+    /* "ivshmem/channel/queues.pyx":150
+ *         if self.type is not None:
+ *             return self.decoded(&taken)
+ *         try:             # <<<<<<<<<<<<<<
+ *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)
+ *         except MemoryError:
+*/
+    __pyx_L7_except_error:;
+    __Pyx_XGIVEREF(__pyx_t_4);
+    __Pyx_XGIVEREF(__pyx_t_5);
+    __Pyx_XGIVEREF(__pyx_t_6);
+    __Pyx_ExceptionReset(__pyx_t_4, __pyx_t_5, __pyx_t_6);
+    goto __pyx_L1_error;
+    __pyx_L10_try_end:;
+  }
+
+  /* "ivshmem/channel/queues.pyx":155
+ *             self.undo(&taken)
+ *             raise
+ *         self.copy(&taken, PyBytes_AS_STRING(data))             # <<<<<<<<<<<<<<
+ *         self.acknowledge(&taken)
+ *         return data
+*/
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->copy(__pyx_v_self, (&__pyx_v_taken), PyBytes_AS_STRING(__pyx_v_data)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 155, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/queues.pyx":156
+ *             raise
+ *         self.copy(&taken, PyBytes_AS_STRING(data))
+ *         self.acknowledge(&taken)             # <<<<<<<<<<<<<<
+ *         return data
+ * 
+*/
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->acknowledge(__pyx_v_self, (&__pyx_v_taken)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 156, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/queues.pyx":157
+ *         self.copy(&taken, PyBytes_AS_STRING(data))
+ *         self.acknowledge(&taken)
+ *         return data             # <<<<<<<<<<<<<<
+ * 
+ *     cdef object decoded(self, const ivshmem_taken *taken):
+*/
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __Pyx_INCREF(__pyx_v_data);
+      __pyx_r = __pyx_v_data;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/queues.pyx":142
+ *         return self.got(timeout, spin, None)
+ * 
+ *     cdef object got(self, object timeout, object spin, object absent):             # <<<<<<<<<<<<<<
+ *         """Return a copy of the next message; `absent`: none came in time."""
+ *         cdef ivshmem_taken taken
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_AddTraceback("ivshmem.channel.queues.QueueReader.got", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = 0;
   __pyx_L0:;
 
   __Pyx_XDECREF(__pyx_v_data);
@@ -7503,8 +7608,380 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":149
- *         return data if self.type is None else self.type.decode(data)
+/* "ivshmem/channel/queues.pyx":159
+ *         return data
+ * 
+ *     cdef object decoded(self, const ivshmem_taken *taken):             # <<<<<<<<<<<<<<
+ *         """Return what the type makes of a message, and be done with it; or give it back."""
+ *         cdef bytes data
+*/
+
+static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_decoded(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, struct ivshmem_taken const *__pyx_v_taken) {
+  PyObject *__pyx_v_data = 0;
+  PyObject *__pyx_v_found = 0;
+  PyObject *__pyx_v_error = NULL;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  int __pyx_t_5;
+  int __pyx_t_6;
+  PyObject *__pyx_t_7 = NULL;
+  size_t __pyx_t_8;
+  PyObject *__pyx_t_9 = NULL;
+  int __pyx_t_10;
+  int __pyx_t_11;
+  char const *__pyx_t_12;
+  PyObject *__pyx_t_13 = NULL;
+  PyObject *__pyx_t_14 = NULL;
+  PyObject *__pyx_t_15 = NULL;
+  PyObject *__pyx_t_16 = NULL;
+  PyObject *__pyx_t_17 = NULL;
+  PyObject *__pyx_t_18 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("decoded", 0);
+
+  /* "ivshmem/channel/queues.pyx":163
+ *         cdef bytes data
+ *         cdef object found
+ *         try:             # <<<<<<<<<<<<<<
+ *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)
+ *             self.copy(taken, PyBytes_AS_STRING(data))
+*/
+  {
+    __Pyx_PyThreadState_declare
+    __Pyx_PyThreadState_assign
+    __Pyx_ExceptionSave(&__pyx_t_1, &__pyx_t_2, &__pyx_t_3);
+    __Pyx_XGOTREF(__pyx_t_1);
+    __Pyx_XGOTREF(__pyx_t_2);
+    __Pyx_XGOTREF(__pyx_t_3);
+    /*try:*/ {
+
+      /* "ivshmem/channel/queues.pyx":164
+ *         cdef object found
+ *         try:
+ *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)             # <<<<<<<<<<<<<<
+ *             self.copy(taken, PyBytes_AS_STRING(data))
+ *             ivshmem_load_barrier(&self.channel.area.memory)
+*/
+      __pyx_t_4 = PyBytes_FromStringAndSize(NULL, __pyx_v_taken->message.length); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 164, __pyx_L3_error)
+      __Pyx_GOTREF(__pyx_t_4);
+      __pyx_v_data = ((PyObject*)__pyx_t_4);
+      __pyx_t_4 = 0;
+
+      /* "ivshmem/channel/queues.pyx":165
+ *         try:
+ *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)
+ *             self.copy(taken, PyBytes_AS_STRING(data))             # <<<<<<<<<<<<<<
+ *             ivshmem_load_barrier(&self.channel.area.memory)
+ *             if ivshmem_get(&self.channel, taken.claim_at) != taken.claim:
+*/
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->copy(__pyx_v_self, __pyx_v_taken, PyBytes_AS_STRING(__pyx_v_data)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 165, __pyx_L3_error)
+
+
+      /* "ivshmem/channel/queues.pyx":166
+ *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)
+ *             self.copy(taken, PyBytes_AS_STRING(data))
+ *             ivshmem_load_barrier(&self.channel.area.memory)             # <<<<<<<<<<<<<<
+ *             if ivshmem_get(&self.channel, taken.claim_at) != taken.claim:
+ *                 raise self.too_late()  # what was copied may be torn: it is not decoded
+*/
+      ivshmem_load_barrier((&__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.channel.area.memory));
+
+      /* "ivshmem/channel/queues.pyx":167
+ *             self.copy(taken, PyBytes_AS_STRING(data))
+ *             ivshmem_load_barrier(&self.channel.area.memory)
+ *             if ivshmem_get(&self.channel, taken.claim_at) != taken.claim:             # <<<<<<<<<<<<<<
+ *                 raise self.too_late()  # what was copied may be torn: it is not decoded
+ *             found = self.type.decode(data)
+*/
+      __pyx_t_6 = (ivshmem_get((&__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.channel), __pyx_v_taken->claim_at) != __pyx_v_taken->claim);
+
+      if (unlikely(__pyx_t_6)) {
+
+
+        /* "ivshmem/channel/queues.pyx":168
+ *             ivshmem_load_barrier(&self.channel.area.memory)
+ *             if ivshmem_get(&self.channel, taken.claim_at) != taken.claim:
+ *                 raise self.too_late()  # what was copied may be torn: it is not decoded             # <<<<<<<<<<<<<<
+ *             found = self.type.decode(data)
+ *             self.enter()
+*/
+        __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->too_late(__pyx_v_self); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 168, __pyx_L3_error)
+        __Pyx_GOTREF(__pyx_t_4);
+        __Pyx_Raise(__pyx_t_4, 0, 0, 0);
+        __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+        __PYX_ERR(0, 168, __pyx_L3_error)
+
+        /* "ivshmem/channel/queues.pyx":167
+ *             self.copy(taken, PyBytes_AS_STRING(data))
+ *             ivshmem_load_barrier(&self.channel.area.memory)
+ *             if ivshmem_get(&self.channel, taken.claim_at) != taken.claim:             # <<<<<<<<<<<<<<
+ *                 raise self.too_late()  # what was copied may be torn: it is not decoded
+ *             found = self.type.decode(data)
+*/
+      }
+
+      /* "ivshmem/channel/queues.pyx":169
+ *             if ivshmem_get(&self.channel, taken.claim_at) != taken.claim:
+ *                 raise self.too_late()  # what was copied may be torn: it is not decoded
+ *             found = self.type.decode(data)             # <<<<<<<<<<<<<<
+ *             self.enter()
+ *         except BaseException as error:
+*/
+      __pyx_t_7 = __pyx_v_self->__pyx_base.__pyx_base.type;
+      __Pyx_INCREF(__pyx_t_7);
+      __pyx_t_8 = 0;
+      {
+        PyObject *__pyx_callargs[2] = {__pyx_t_7, __pyx_v_data};
+        __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+        __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 169, __pyx_L3_error)
+        __Pyx_GOTREF(__pyx_t_4);
+      }
+      __pyx_v_found = __pyx_t_4;
+      __pyx_t_4 = 0;
+
+      /* "ivshmem/channel/queues.pyx":170
+ *                 raise self.too_late()  # what was copied may be torn: it is not decoded
+ *             found = self.type.decode(data)
+ *             self.enter()             # <<<<<<<<<<<<<<
+ *         except BaseException as error:
+ *             if not self.is_for_ever(error):
+*/
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 170, __pyx_L3_error)
+
+
+      /* "ivshmem/channel/queues.pyx":163
+ *         cdef bytes data
+ *         cdef object found
+ *         try:             # <<<<<<<<<<<<<<
+ *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)
+ *             self.copy(taken, PyBytes_AS_STRING(data))
+*/
+    }
+    __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+    goto __pyx_L8_try_end;
+    __pyx_L3_error:;
+    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+
+    /* "ivshmem/channel/queues.pyx":171
+ *             found = self.type.decode(data)
+ *             self.enter()
+ *         except BaseException as error:             # <<<<<<<<<<<<<<
+ *             if not self.is_for_ever(error):
+ *                 self.undo(taken)
+*/
+    __pyx_t_5 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
+    if (__pyx_t_5) {
+      __Pyx_AddTraceback("ivshmem.channel.queues.QueueReader.decoded", __pyx_clineno, __pyx_lineno, __pyx_filename);
+      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_7, &__pyx_t_9) < 0) __PYX_ERR(0, 171, __pyx_L5_except_error)
+      __Pyx_XGOTREF(__pyx_t_4);
+      __Pyx_XGOTREF(__pyx_t_7);
+      __Pyx_XGOTREF(__pyx_t_9);
+      __Pyx_INCREF(__pyx_t_7);
+      __pyx_v_error = __pyx_t_7;
+      /*try:*/ {
+
+        /* "ivshmem/channel/queues.pyx":172
+ *             self.enter()
+ *         except BaseException as error:
+ *             if not self.is_for_ever(error):             # <<<<<<<<<<<<<<
+ *                 self.undo(taken)
+ *             elif self.usable():
+*/
+        __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.is_for_ever(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_error); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 172, __pyx_L15_error)
+        __pyx_t_10 = (!__pyx_t_6);
+
+
+        if (__pyx_t_10) {
+
+
+          /* "ivshmem/channel/queues.pyx":173
+ *         except BaseException as error:
+ *             if not self.is_for_ever(error):
+ *                 self.undo(taken)             # <<<<<<<<<<<<<<
+ *             elif self.usable():
+ *                 self.acknowledge(taken)
+*/
+          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.undo(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), __pyx_v_taken); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 173, __pyx_L15_error)
+
+
+          /* "ivshmem/channel/queues.pyx":172
+ *             self.enter()
+ *         except BaseException as error:
+ *             if not self.is_for_ever(error):             # <<<<<<<<<<<<<<
+ *                 self.undo(taken)
+ *             elif self.usable():
+*/
+          goto __pyx_L17;
+        }
+
+        /* "ivshmem/channel/queues.pyx":174
+ *             if not self.is_for_ever(error):
+ *                 self.undo(taken)
+ *             elif self.usable():             # <<<<<<<<<<<<<<
+ *                 self.acknowledge(taken)
+ *             raise
+*/
+        __pyx_t_10 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.__pyx_base.usable(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self));
+
+        if (__pyx_t_10) {
+
+
+          /* "ivshmem/channel/queues.pyx":175
+ *                 self.undo(taken)
+ *             elif self.usable():
+ *                 self.acknowledge(taken)             # <<<<<<<<<<<<<<
+ *             raise
+ *         self.acknowledge(taken)
+*/
+          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->acknowledge(__pyx_v_self, __pyx_v_taken); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 175, __pyx_L15_error)
+
+
+          /* "ivshmem/channel/queues.pyx":174
+ *             if not self.is_for_ever(error):
+ *                 self.undo(taken)
+ *             elif self.usable():             # <<<<<<<<<<<<<<
+ *                 self.acknowledge(taken)
+ *             raise
+*/
+        }
+        __pyx_L17:;
+
+        /* "ivshmem/channel/queues.pyx":176
+ *             elif self.usable():
+ *                 self.acknowledge(taken)
+ *             raise             # <<<<<<<<<<<<<<
+ *         self.acknowledge(taken)
+ *         return found
+*/
+        __Pyx_GIVEREF(__pyx_t_4);
+        __Pyx_GIVEREF(__pyx_t_7);
+        __Pyx_XGIVEREF(__pyx_t_9);
+        __Pyx_ErrRestoreWithState(__pyx_t_4, __pyx_t_7, __pyx_t_9);
+        __pyx_t_4 = 0;  __pyx_t_7 = 0;  __pyx_t_9 = 0; 
+        __PYX_ERR(0, 176, __pyx_L15_error)
+      }
+
+      /* "ivshmem/channel/queues.pyx":171
+ *             found = self.type.decode(data)
+ *             self.enter()
+ *         except BaseException as error:             # <<<<<<<<<<<<<<
+ *             if not self.is_for_ever(error):
+ *                 self.undo(taken)
+*/
+      /*finally:*/ {
+        __pyx_L15_error:;
+        /*exception exit:*/{
+          __Pyx_PyThreadState_declare
+          __Pyx_PyThreadState_assign
+          __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0;
+           __Pyx_ExceptionSwap(&__pyx_t_16, &__pyx_t_17, &__pyx_t_18);
+          if ( unlikely(__Pyx_GetException(&__pyx_t_13, &__pyx_t_14, &__pyx_t_15) < 0)) __Pyx_ErrFetch(&__pyx_t_13, &__pyx_t_14, &__pyx_t_15);
+          __Pyx_XGOTREF(__pyx_t_13);
+          __Pyx_XGOTREF(__pyx_t_14);
+          __Pyx_XGOTREF(__pyx_t_15);
+          __Pyx_XGOTREF(__pyx_t_16);
+          __Pyx_XGOTREF(__pyx_t_17);
+          __Pyx_XGOTREF(__pyx_t_18);
+          __pyx_t_5 = __pyx_lineno; __pyx_t_11 = __pyx_clineno; __pyx_t_12 = __pyx_filename;
+          {
+            __Pyx_DECREF(__pyx_v_error); __pyx_v_error = 0;
+          }
+          __Pyx_XGIVEREF(__pyx_t_16);
+          __Pyx_XGIVEREF(__pyx_t_17);
+          __Pyx_XGIVEREF(__pyx_t_18);
+          __Pyx_ExceptionReset(__pyx_t_16, __pyx_t_17, __pyx_t_18);
+          __Pyx_XGIVEREF(__pyx_t_13);
+          __Pyx_XGIVEREF(__pyx_t_14);
+          __Pyx_XGIVEREF(__pyx_t_15);
+          __Pyx_ErrRestore(__pyx_t_13, __pyx_t_14, __pyx_t_15);
+          __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0;
+          __pyx_lineno = __pyx_t_5; __pyx_clineno = __pyx_t_11; __pyx_filename = __pyx_t_12;
+          goto __pyx_L5_except_error;
+        }
+      }
+    }
+    goto __pyx_L5_except_error;
+
+    /* "ivshmem/channel/queues.pyx":163
+ *         cdef bytes data
+ *         cdef object found
+ *         try:             # <<<<<<<<<<<<<<
+ *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)
+ *             self.copy(taken, PyBytes_AS_STRING(data))
+*/
+    __pyx_L5_except_error:;
+    __Pyx_XGIVEREF(__pyx_t_1);
+    __Pyx_XGIVEREF(__pyx_t_2);
+    __Pyx_XGIVEREF(__pyx_t_3);
+    __Pyx_ExceptionReset(__pyx_t_1, __pyx_t_2, __pyx_t_3);
+    goto __pyx_L1_error;
+    __pyx_L8_try_end:;
+  }
+
+  /* "ivshmem/channel/queues.pyx":177
+ *                 self.acknowledge(taken)
+ *             raise
+ *         self.acknowledge(taken)             # <<<<<<<<<<<<<<
+ *         return found
+ * 
+*/
+  __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->acknowledge(__pyx_v_self, __pyx_v_taken); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 177, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/queues.pyx":178
+ *             raise
+ *         self.acknowledge(taken)
+ *         return found             # <<<<<<<<<<<<<<
+ * 
+ *     @cython.critical_section
+*/
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __Pyx_INCREF(__pyx_v_found);
+      __pyx_r = __pyx_v_found;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/queues.pyx":159
+ *         return data
+ * 
+ *     cdef object decoded(self, const ivshmem_taken *taken):             # <<<<<<<<<<<<<<
+ *         """Return what the type makes of a message, and be done with it; or give it back."""
+ *         cdef bytes data
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_9);
+  __Pyx_AddTraceback("ivshmem.channel.queues.QueueReader.decoded", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = 0;
+  __pyx_L0:;
+  __Pyx_XDECREF(__pyx_v_data);
+  __Pyx_XDECREF(__pyx_v_found);
+  __Pyx_XDECREF(__pyx_v_error);
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/queues.pyx":180
+ *         return found
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_into(self, buffer, timeout=None, *, spin=None):
@@ -7553,24 +8030,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_buffer,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 149, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 180, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 149, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 180, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 149, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 180, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into", 0) < (0)) __PYX_ERR(0, 149, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into", 0) < (0)) __PYX_ERR(0, 180, __pyx_L3_error)
 
-      /* "ivshmem/channel/queues.pyx":150
+      /* "ivshmem/channel/queues.pyx":181
  * 
  *     @cython.critical_section
  *     def get_into(self, buffer, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -7580,17 +8057,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, i); __PYX_ERR(0, 149, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, i); __PYX_ERR(0, 180, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 149, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 180, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 149, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 180, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -7603,7 +8080,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 149, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 180, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7616,8 +8093,8 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self), __pyx_v_buffer, __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/queues.pyx":149
- *         return data if self.type is None else self.type.decode(data)
+  /* "ivshmem/channel/queues.pyx":180
+ *         return found
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_into(self, buffer, timeout=None, *, spin=None):
@@ -7668,7 +8145,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/queues.pyx":162
+        /* "ivshmem/channel/queues.pyx":193
  *         cdef Py_buffer view
  *         cdef ivshmem_taken taken
  *         take_target(self.type, self.name, buffer, &view)             # <<<<<<<<<<<<<<
@@ -7679,12 +8156,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
         __Pyx_INCREF(__pyx_t_2);
         __pyx_t_3 = __pyx_v_self->__pyx_base.__pyx_base.__pyx_base.name;
         __Pyx_INCREF(__pyx_t_3);
-        __pyx_t_4 = __pyx_f_7ivshmem_7channel_5roles_take_target(__pyx_t_2, ((PyObject*)__pyx_t_3), __pyx_v_buffer, (&__pyx_v_view)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 162, __pyx_L4_error)
+        __pyx_t_4 = __pyx_f_7ivshmem_7channel_5roles_take_target(__pyx_t_2, ((PyObject*)__pyx_t_3), __pyx_v_buffer, (&__pyx_v_view)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 193, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
 
-        /* "ivshmem/channel/queues.pyx":163
+        /* "ivshmem/channel/queues.pyx":194
  *         cdef ivshmem_taken taken
  *         take_target(self.type, self.name, buffer, &view)
  *         try:             # <<<<<<<<<<<<<<
@@ -7693,21 +8170,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/queues.pyx":164
+          /* "ivshmem/channel/queues.pyx":195
  *         take_target(self.type, self.name, buffer, &view)
  *         try:
  *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):             # <<<<<<<<<<<<<<
  *                 return None
  *             if taken.message.length > <uint64_t>view.len:
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_ONCE, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_4 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 164, __pyx_L7_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_ONCE, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_4 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 195, __pyx_L7_error)
           __pyx_t_5 = (__pyx_t_4 != 0);
 
 
           if (__pyx_t_5) {
 
 
-            /* "ivshmem/channel/queues.pyx":165
+            /* "ivshmem/channel/queues.pyx":196
  *         try:
  *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
  *                 return None             # <<<<<<<<<<<<<<
@@ -7725,7 +8202,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
             goto __pyx_L6_return;
 
-            /* "ivshmem/channel/queues.pyx":164
+            /* "ivshmem/channel/queues.pyx":195
  *         take_target(self.type, self.name, buffer, &view)
  *         try:
  *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):             # <<<<<<<<<<<<<<
@@ -7734,7 +8211,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
 */
           }
 
-          /* "ivshmem/channel/queues.pyx":166
+          /* "ivshmem/channel/queues.pyx":197
  *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
  *                 return None
  *             if taken.message.length > <uint64_t>view.len:             # <<<<<<<<<<<<<<
@@ -7746,17 +8223,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
           if (unlikely(__pyx_t_5)) {
 
 
-            /* "ivshmem/channel/queues.pyx":167
+            /* "ivshmem/channel/queues.pyx":198
  *                 return None
  *             if taken.message.length > <uint64_t>view.len:
  *                 self.undo(&taken)             # <<<<<<<<<<<<<<
  *                 raise MessageTooLong(
  *                     f"a message of {taken.message.length} bytes, and the buffer has {view.len}"
 */
-            __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.undo(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), (&__pyx_v_taken)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 167, __pyx_L7_error)
+            __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.undo(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), (&__pyx_v_taken)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 198, __pyx_L7_error)
 
 
-            /* "ivshmem/channel/queues.pyx":168
+            /* "ivshmem/channel/queues.pyx":199
  *             if taken.message.length > <uint64_t>view.len:
  *                 self.undo(&taken)
  *                 raise MessageTooLong(             # <<<<<<<<<<<<<<
@@ -7764,19 +8241,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
  *                 )
 */
             __pyx_t_2 = NULL;
-            __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 168, __pyx_L7_error)
+            __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 199, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_6);
 
-            /* "ivshmem/channel/queues.pyx":169
+            /* "ivshmem/channel/queues.pyx":200
  *                 self.undo(&taken)
  *                 raise MessageTooLong(
  *                     f"a message of {taken.message.length} bytes, and the buffer has {view.len}"             # <<<<<<<<<<<<<<
  *                 )
- *             self.finish(&taken, <char *>view.buf)
+ *             self.copy(&taken, <char *>view.buf)
 */
-            __pyx_t_7 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_taken.message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 169, __pyx_L7_error)
+            __pyx_t_7 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_taken.message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 200, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_7);
-            __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 169, __pyx_L7_error)
+            __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 200, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_8);
             __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_a_message_of;
             __pyx_t_9[1] = __pyx_t_7;
@@ -7788,7 +8265,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
             #endif
             __pyx_t_4 = 0;
             __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_9, 4, __pyx_t_10, __pyx_t_4);
-            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 169, __pyx_L7_error)
+            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 200, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_11);
             __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
@@ -7810,14 +8287,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
               __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
               __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
               __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-              if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 168, __pyx_L7_error)
+              if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 199, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_3);
             }
             __Pyx_Raise(__pyx_t_3, 0, 0, 0);
             __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-            __PYX_ERR(0, 168, __pyx_L7_error)
+            __PYX_ERR(0, 199, __pyx_L7_error)
 
-            /* "ivshmem/channel/queues.pyx":166
+            /* "ivshmem/channel/queues.pyx":197
  *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
  *                 return None
  *             if taken.message.length > <uint64_t>view.len:             # <<<<<<<<<<<<<<
@@ -7826,24 +8303,34 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
 */
           }
 
-          /* "ivshmem/channel/queues.pyx":171
+          /* "ivshmem/channel/queues.pyx":202
  *                     f"a message of {taken.message.length} bytes, and the buffer has {view.len}"
  *                 )
- *             self.finish(&taken, <char *>view.buf)             # <<<<<<<<<<<<<<
+ *             self.copy(&taken, <char *>view.buf)             # <<<<<<<<<<<<<<
+ *             self.acknowledge(&taken)
+ *             return taken.message.length
+*/
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->copy(__pyx_v_self, (&__pyx_v_taken), ((char *)__pyx_v_view.buf)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 202, __pyx_L7_error)
+
+
+          /* "ivshmem/channel/queues.pyx":203
+ *                 )
+ *             self.copy(&taken, <char *>view.buf)
+ *             self.acknowledge(&taken)             # <<<<<<<<<<<<<<
  *             return taken.message.length
  *         finally:
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->finish(__pyx_v_self, (&__pyx_v_taken), ((char *)__pyx_v_view.buf)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 171, __pyx_L7_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->acknowledge(__pyx_v_self, (&__pyx_v_taken)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 203, __pyx_L7_error)
 
 
-          /* "ivshmem/channel/queues.pyx":172
- *                 )
- *             self.finish(&taken, <char *>view.buf)
+          /* "ivshmem/channel/queues.pyx":204
+ *             self.copy(&taken, <char *>view.buf)
+ *             self.acknowledge(&taken)
  *             return taken.message.length             # <<<<<<<<<<<<<<
  *         finally:
  *             PyBuffer_Release(&view)
 */
-          __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_v_taken.message.length); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 172, __pyx_L7_error)
+          __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_v_taken.message.length); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 204, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_3);
           {
             PyObject *__pyx_temp;
@@ -7858,12 +8345,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
           goto __pyx_L6_return;
         }
 
-        /* "ivshmem/channel/queues.pyx":174
+        /* "ivshmem/channel/queues.pyx":206
  *             return taken.message.length
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
  * 
- *     cdef int finish(self, const ivshmem_taken *taken, char *into) except -1:
+ *     cdef int copy(self, const ivshmem_taken *taken, char *into) except -1:
 */
         /*finally:*/ {
           __pyx_L7_error:;
@@ -7912,8 +8399,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
         }
       }
 
-      /* "ivshmem/channel/queues.pyx":149
- *         return data if self.type is None else self.type.decode(data)
+      /* "ivshmem/channel/queues.pyx":180
+ *         return found
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_into(self, buffer, timeout=None, *, spin=None):
@@ -7957,15 +8444,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":176
+/* "ivshmem/channel/queues.pyx":208
  *             PyBuffer_Release(&view)
  * 
- *     cdef int finish(self, const ivshmem_taken *taken, char *into) except -1:             # <<<<<<<<<<<<<<
- *         """Copy a message out, and give its memory back."""
+ *     cdef int copy(self, const ivshmem_taken *taken, char *into) except -1:             # <<<<<<<<<<<<<<
  *         cdef const char *at = <const char *>self.channel.area.memory.start + taken.message.offset
+ *         if taken.message.length < LARGE:
 */
 
-static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, struct ivshmem_taken const *__pyx_v_taken, char *__pyx_v_into) {
+static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_copy(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, struct ivshmem_taken const *__pyx_v_taken, char *__pyx_v_into) {
   char const *__pyx_v_at;
   int __pyx_r;
   __Pyx_RefNannyDeclarations
@@ -7979,30 +8466,22 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
   PyObject *__pyx_t_8 = NULL;
   PyObject *__pyx_t_9 = NULL;
   PyObject *__pyx_t_10 = NULL;
-  PyObject *__pyx_t_11 = NULL;
-  PyObject *__pyx_t_12 = NULL;
-  PyObject *__pyx_t_13 = NULL;
-  PyObject *__pyx_t_14 = NULL;
-  PyObject *__pyx_t_15[3];
-  Py_ssize_t __pyx_t_16;
-  PyObject *__pyx_t_17 = NULL;
-  size_t __pyx_t_18;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("finish", 0);
+  __Pyx_RefNannySetupContext("copy", 0);
 
-  /* "ivshmem/channel/queues.pyx":178
- *     cdef int finish(self, const ivshmem_taken *taken, char *into) except -1:
- *         """Copy a message out, and give its memory back."""
+  /* "ivshmem/channel/queues.pyx":209
+ * 
+ *     cdef int copy(self, const ivshmem_taken *taken, char *into) except -1:
  *         cdef const char *at = <const char *>self.channel.area.memory.start + taken.message.offset             # <<<<<<<<<<<<<<
  *         if taken.message.length < LARGE:
  *             ivshmem_copy_payload(into, at, taken.message.length)
 */
   __pyx_v_at = (((char const *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.channel.area.memory.start) + __pyx_v_taken->message.offset);
 
-  /* "ivshmem/channel/queues.pyx":179
- *         """Copy a message out, and give its memory back."""
+  /* "ivshmem/channel/queues.pyx":210
+ *     cdef int copy(self, const ivshmem_taken *taken, char *into) except -1:
  *         cdef const char *at = <const char *>self.channel.area.memory.start + taken.message.offset
  *         if taken.message.length < LARGE:             # <<<<<<<<<<<<<<
  *             ivshmem_copy_payload(into, at, taken.message.length)
@@ -8013,7 +8492,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":180
+    /* "ivshmem/channel/queues.pyx":211
  *         cdef const char *at = <const char *>self.channel.area.memory.start + taken.message.offset
  *         if taken.message.length < LARGE:
  *             ivshmem_copy_payload(into, at, taken.message.length)             # <<<<<<<<<<<<<<
@@ -8022,8 +8501,8 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
 */
     ivshmem_copy_payload(__pyx_v_into, __pyx_v_at, __pyx_v_taken->message.length);
 
-    /* "ivshmem/channel/queues.pyx":179
- *         """Copy a message out, and give its memory back."""
+    /* "ivshmem/channel/queues.pyx":210
+ *     cdef int copy(self, const ivshmem_taken *taken, char *into) except -1:
  *         cdef const char *at = <const char *>self.channel.area.memory.start + taken.message.offset
  *         if taken.message.length < LARGE:             # <<<<<<<<<<<<<<
  *             ivshmem_copy_payload(into, at, taken.message.length)
@@ -8032,7 +8511,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/queues.pyx":182
+  /* "ivshmem/channel/queues.pyx":213
  *             ivshmem_copy_payload(into, at, taken.message.length)
  *         else:
  *             self.membership.mapping.pin()             # <<<<<<<<<<<<<<
@@ -8040,10 +8519,10 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
  *                 with nogil:
 */
   /*else*/ {
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->mapping); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 182, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->mapping); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 213, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/queues.pyx":183
+    /* "ivshmem/channel/queues.pyx":214
  *         else:
  *             self.membership.mapping.pin()
  *             try:             # <<<<<<<<<<<<<<
@@ -8052,7 +8531,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
 */
     /*try:*/ {
 
-      /* "ivshmem/channel/queues.pyx":184
+      /* "ivshmem/channel/queues.pyx":215
  *             self.membership.mapping.pin()
  *             try:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -8065,7 +8544,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/channel/queues.pyx":185
+            /* "ivshmem/channel/queues.pyx":216
  *             try:
  *                 with nogil:
  *                     ivshmem_copy_payload(into, at, taken.message.length)             # <<<<<<<<<<<<<<
@@ -8075,7 +8554,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
             ivshmem_copy_payload(__pyx_v_into, __pyx_v_at, __pyx_v_taken->message.length);
           }
 
-          /* "ivshmem/channel/queues.pyx":184
+          /* "ivshmem/channel/queues.pyx":215
  *             self.membership.mapping.pin()
  *             try:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -8092,23 +8571,23 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
           }
       }
 
-      /* "ivshmem/channel/queues.pyx":186
+      /* "ivshmem/channel/queues.pyx":217
  *                 with nogil:
  *                     ivshmem_copy_payload(into, at, taken.message.length)
  *                 self.enter()             # <<<<<<<<<<<<<<
  *             finally:
  *                 self.membership.mapping.unpin()
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 186, __pyx_L5_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 217, __pyx_L5_error)
 
     }
 
-    /* "ivshmem/channel/queues.pyx":188
+    /* "ivshmem/channel/queues.pyx":219
  *                 self.enter()
  *             finally:
  *                 self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
- *         if ivshmem_queue_done(&self.reader, taken):
- *             raise Redelivered(
+ *         return 0
+ * 
 */
     /*finally:*/ {
       /*normal exit:*/{
@@ -8149,116 +8628,30 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/queues.pyx":189
+  /* "ivshmem/channel/queues.pyx":220
  *             finally:
  *                 self.membership.mapping.unpin()
- *         if ivshmem_queue_done(&self.reader, taken):             # <<<<<<<<<<<<<<
- *             raise Redelivered(
- *                 f"queue {self.name!r}: this process was taken for gone while it copied a message,"
-*/
-  __pyx_t_1 = (ivshmem_queue_done((&__pyx_v_self->__pyx_base.__pyx_base.reader), __pyx_v_taken) != 0);
-
-  if (unlikely(__pyx_t_1)) {
-
-
-    /* "ivshmem/channel/queues.pyx":190
- *                 self.membership.mapping.unpin()
- *         if ivshmem_queue_done(&self.reader, taken):
- *             raise Redelivered(             # <<<<<<<<<<<<<<
- *                 f"queue {self.name!r}: this process was taken for gone while it copied a message,"
- *                 " which is lost"
-*/
-    __pyx_t_12 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_13, __pyx_mstate_global->__pyx_n_u_Redelivered); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 190, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_13);
-
-    /* "ivshmem/channel/queues.pyx":191
- *         if ivshmem_queue_done(&self.reader, taken):
- *             raise Redelivered(
- *                 f"queue {self.name!r}: this process was taken for gone while it copied a message,"             # <<<<<<<<<<<<<<
- *                 " which is lost"
- *             )
-*/
-    __pyx_t_14 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 191, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_14);
-    __pyx_t_15[0] = __pyx_mstate_global->__pyx_kp_u_queue;
-    __pyx_t_15[1] = __pyx_t_14;
-    __pyx_t_15[2] = __pyx_mstate_global->__pyx_kp_u_this_process_was_taken_for_gone;
-    __pyx_t_16 = 80;
-    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_16 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_15[1]);
-    #endif
-    __pyx_t_3 = 0;
-    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_3 |= __Pyx_PyUnicode_KIND_04(__pyx_t_15[1]);
-    #endif
-    __pyx_t_17 = __Pyx_PyUnicode_Join(__pyx_t_15, 3, __pyx_t_16, __pyx_t_3);
-    if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 191, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_17);
-    __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-    __pyx_t_18 = 1;
-    #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_13))) {
-      __pyx_t_12 = PyMethod_GET_SELF(__pyx_t_13);
-      assert(__pyx_t_12);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_13);
-      __Pyx_INCREF(__pyx_t_12);
-      __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_13, __pyx__function);
-      __pyx_t_18 = 0;
-    }
-    #endif
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_12, __pyx_t_17};
-      __pyx_t_11 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_13, __pyx_callargs+__pyx_t_18, (2-__pyx_t_18) | (__pyx_t_18*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_12); __pyx_t_12 = 0;
-      __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
-      __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-      if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 190, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_11);
-    }
-    __Pyx_Raise(__pyx_t_11, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-    __PYX_ERR(0, 190, __pyx_L1_error)
-
-    /* "ivshmem/channel/queues.pyx":189
- *             finally:
- *                 self.membership.mapping.unpin()
- *         if ivshmem_queue_done(&self.reader, taken):             # <<<<<<<<<<<<<<
- *             raise Redelivered(
- *                 f"queue {self.name!r}: this process was taken for gone while it copied a message,"
-*/
-  }
-
-  /* "ivshmem/channel/queues.pyx":194
- *                 " which is lost"
- *             )
- *         return self.membership.flush()             # <<<<<<<<<<<<<<
+ *         return 0             # <<<<<<<<<<<<<<
  * 
- *     @cython.critical_section
+ *     cdef int acknowledge(self, const ivshmem_taken *taken) except -1:
 */
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 194, __pyx_L1_error)
   {
-    __pyx_r = __pyx_t_3;
+
+    __pyx_r = 0;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":176
+  /* "ivshmem/channel/queues.pyx":208
  *             PyBuffer_Release(&view)
  * 
- *     cdef int finish(self, const ivshmem_taken *taken, char *into) except -1:             # <<<<<<<<<<<<<<
- *         """Copy a message out, and give its memory back."""
+ *     cdef int copy(self, const ivshmem_taken *taken, char *into) except -1:             # <<<<<<<<<<<<<<
  *         cdef const char *at = <const char *>self.channel.area.memory.start + taken.message.offset
+ *         if taken.message.length < LARGE:
 */
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_11);
-  __Pyx_XDECREF(__pyx_t_12);
-  __Pyx_XDECREF(__pyx_t_13);
-  __Pyx_XDECREF(__pyx_t_14);
-  __Pyx_XDECREF(__pyx_t_17);
-  __Pyx_AddTraceback("ivshmem.channel.queues.QueueReader.finish", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.channel.queues.QueueReader.copy", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
 
@@ -8267,8 +8660,239 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":196
- *         return self.membership.flush()
+/* "ivshmem/channel/queues.pyx":222
+ *         return 0
+ * 
+ *     cdef int acknowledge(self, const ivshmem_taken *taken) except -1:             # <<<<<<<<<<<<<<
+ *         """Give a message's memory back after it was copied."""
+ *         if ivshmem_queue_done(&self.reader, taken):
+*/
+
+static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_acknowledge(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, struct ivshmem_taken const *__pyx_v_taken) {
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  PyObject *__pyx_t_2 = NULL;
+  int __pyx_t_3;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("acknowledge", 0);
+
+  /* "ivshmem/channel/queues.pyx":224
+ *     cdef int acknowledge(self, const ivshmem_taken *taken) except -1:
+ *         """Give a message's memory back after it was copied."""
+ *         if ivshmem_queue_done(&self.reader, taken):             # <<<<<<<<<<<<<<
+ *             raise self.too_late()
+ *         if self.membership.rings.count:
+*/
+  __pyx_t_1 = (ivshmem_queue_done((&__pyx_v_self->__pyx_base.__pyx_base.reader), __pyx_v_taken) != 0);
+
+  if (unlikely(__pyx_t_1)) {
+
+
+    /* "ivshmem/channel/queues.pyx":225
+ *         """Give a message's memory back after it was copied."""
+ *         if ivshmem_queue_done(&self.reader, taken):
+ *             raise self.too_late()             # <<<<<<<<<<<<<<
+ *         if self.membership.rings.count:
+ *             self.membership.flush()
+*/
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->too_late(__pyx_v_self); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 225, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_2);
+    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __PYX_ERR(0, 225, __pyx_L1_error)
+
+    /* "ivshmem/channel/queues.pyx":224
+ *     cdef int acknowledge(self, const ivshmem_taken *taken) except -1:
+ *         """Give a message's memory back after it was copied."""
+ *         if ivshmem_queue_done(&self.reader, taken):             # <<<<<<<<<<<<<<
+ *             raise self.too_late()
+ *         if self.membership.rings.count:
+*/
+  }
+
+  /* "ivshmem/channel/queues.pyx":226
+ *         if ivshmem_queue_done(&self.reader, taken):
+ *             raise self.too_late()
+ *         if self.membership.rings.count:             # <<<<<<<<<<<<<<
+ *             self.membership.flush()
+ *         return 0
+*/
+  __pyx_t_1 = (__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->rings.count != 0);
+
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/channel/queues.pyx":227
+ *             raise self.too_late()
+ *         if self.membership.rings.count:
+ *             self.membership.flush()             # <<<<<<<<<<<<<<
+ *         return 0
+ * 
+*/
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 227, __pyx_L1_error)
+
+
+    /* "ivshmem/channel/queues.pyx":226
+ *         if ivshmem_queue_done(&self.reader, taken):
+ *             raise self.too_late()
+ *         if self.membership.rings.count:             # <<<<<<<<<<<<<<
+ *             self.membership.flush()
+ *         return 0
+*/
+  }
+
+  /* "ivshmem/channel/queues.pyx":228
+ *         if self.membership.rings.count:
+ *             self.membership.flush()
+ *         return 0             # <<<<<<<<<<<<<<
+ * 
+ *     cdef object too_late(self):
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/queues.pyx":222
+ *         return 0
+ * 
+ *     cdef int acknowledge(self, const ivshmem_taken *taken) except -1:             # <<<<<<<<<<<<<<
+ *         """Give a message's memory back after it was copied."""
+ *         if ivshmem_queue_done(&self.reader, taken):
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_AddTraceback("ivshmem.channel.queues.QueueReader.acknowledge", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/queues.pyx":230
+ *         return 0
+ * 
+ *     cdef object too_late(self):             # <<<<<<<<<<<<<<
+ *         return Redelivered(
+ *             f"queue {self.name!r}: this process was taken for gone while it copied a message,"
+*/
+
+static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_too_late(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5[3];
+  Py_ssize_t __pyx_t_6;
+  int __pyx_t_7;
+  PyObject *__pyx_t_8 = NULL;
+  size_t __pyx_t_9;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("too_late", 0);
+
+  /* "ivshmem/channel/queues.pyx":231
+ * 
+ *     cdef object too_late(self):
+ *         return Redelivered(             # <<<<<<<<<<<<<<
+ *             f"queue {self.name!r}: this process was taken for gone while it copied a message,"
+ *             " which is lost"
+*/
+  __pyx_t_2 = NULL;
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_Redelivered); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 231, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+
+  /* "ivshmem/channel/queues.pyx":232
+ *     cdef object too_late(self):
+ *         return Redelivered(
+ *             f"queue {self.name!r}: this process was taken for gone while it copied a message,"             # <<<<<<<<<<<<<<
+ *             " which is lost"
+ *         )
+*/
+  __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 232, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_queue;
+  __pyx_t_5[1] = __pyx_t_4;
+  __pyx_t_5[2] = __pyx_mstate_global->__pyx_kp_u_this_process_was_taken_for_gone;
+  __pyx_t_6 = 80;
+  #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+  __pyx_t_6 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_5[1]);
+  #endif
+  __pyx_t_7 = 0;
+  #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+  __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
+  #endif
+  __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
+  if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 232, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_8);
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  __pyx_t_9 = 1;
+  #if CYTHON_UNPACK_METHODS
+  if (unlikely(PyMethod_Check(__pyx_t_3))) {
+    __pyx_t_2 = PyMethod_GET_SELF(__pyx_t_3);
+    assert(__pyx_t_2);
+    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_3);
+    __Pyx_INCREF(__pyx_t_2);
+    __Pyx_INCREF(__pyx__function);
+    __Pyx_DECREF_SET(__pyx_t_3, __pyx__function);
+    __pyx_t_9 = 0;
+  }
+  #endif
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_t_8};
+    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 231, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+  }
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_1;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_1 = 0;
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/queues.pyx":230
+ *         return 0
+ * 
+ *     cdef object too_late(self):             # <<<<<<<<<<<<<<
+ *         return Redelivered(
+ *             f"queue {self.name!r}: this process was taken for gone while it copied a message,"
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_AddTraceback("ivshmem.channel.queues.QueueReader.too_late", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = 0;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/queues.pyx":236
+ *         )
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def take(self, timeout=None, *, spin=None):
@@ -8316,20 +8940,20 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 196, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 236, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 196, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 236, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take", 0) < (0)) __PYX_ERR(0, 196, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take", 0) < (0)) __PYX_ERR(0, 236, __pyx_L3_error)
 
-      /* "ivshmem/channel/queues.pyx":197
+      /* "ivshmem/channel/queues.pyx":237
  * 
  *     @cython.critical_section
  *     def take(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -8342,7 +8966,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 196, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 236, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -8355,7 +8979,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("take", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 196, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("take", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 236, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8368,8 +8992,8 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/queues.pyx":196
- *         return self.membership.flush()
+  /* "ivshmem/channel/queues.pyx":236
+ *         )
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def take(self, timeout=None, *, spin=None):
@@ -8404,21 +9028,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(struct _
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/queues.pyx":214
+        /* "ivshmem/channel/queues.pyx":254
  *         """
  *         cdef ivshmem_taken taken
  *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin, &taken):             # <<<<<<<<<<<<<<
  *             return None
  *         return taken_of(Taken, self, &taken)
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_TAKEN, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 214, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_TAKEN, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 254, __pyx_L4_error)
         __pyx_t_3 = (__pyx_t_2 != 0);
 
 
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/queues.pyx":215
+          /* "ivshmem/channel/queues.pyx":255
  *         cdef ivshmem_taken taken
  *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin, &taken):
  *             return None             # <<<<<<<<<<<<<<
@@ -8436,7 +9060,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(struct _
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/queues.pyx":214
+          /* "ivshmem/channel/queues.pyx":254
  *         """
  *         cdef ivshmem_taken taken
  *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin, &taken):             # <<<<<<<<<<<<<<
@@ -8445,14 +9069,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(struct _
 */
         }
 
-        /* "ivshmem/channel/queues.pyx":216
+        /* "ivshmem/channel/queues.pyx":256
  *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin, &taken):
  *             return None
  *         return taken_of(Taken, self, &taken)             # <<<<<<<<<<<<<<
  * 
  *     def get_async(self, timeout=None):
 */
-        __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_6queues_taken_of(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, ((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), (&__pyx_v_taken))); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 216, __pyx_L4_error)
+        __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_6queues_taken_of(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, ((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), (&__pyx_v_taken))); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 256, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
         {
           PyObject *__pyx_temp;
@@ -8467,8 +9091,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(struct _
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/queues.pyx":196
- *         return self.membership.flush()
+      /* "ivshmem/channel/queues.pyx":236
+ *         )
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def take(self, timeout=None, *, spin=None):
@@ -8506,12 +9130,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":218
+/* "ivshmem/channel/queues.pyx":258
  *         return taken_of(Taken, self, &taken)
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return until_something(self, self.get, timeout, ())
+ *         return until_content(self, "get", self._get_or, timeout)
 */
 
 /* Python wrapper */
@@ -8554,24 +9178,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 218, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 258, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 218, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 258, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_async", 0) < (0)) __PYX_ERR(0, 218, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_async", 0) < (0)) __PYX_ERR(0, 258, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 218, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 258, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -8582,7 +9206,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 218, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 258, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8613,16 +9237,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_6get_async(str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("get_async", 0);
 
-  /* "ivshmem/channel/queues.pyx":220
+  /* "ivshmem/channel/queues.pyx":260
  *     def get_async(self, timeout=None):
  *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return until_something(self, self.get, timeout, ())             # <<<<<<<<<<<<<<
+ *         return until_content(self, "get", self._get_or, timeout)             # <<<<<<<<<<<<<<
  * 
- *     def get_into_async(self, buffer, timeout=None):
+ *     @cython.binding(False)
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 220, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get_or); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 260, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 220, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_content(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get, __pyx_t_1, __pyx_v_timeout); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 260, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
@@ -8636,12 +9260,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_6get_async(str
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":218
+  /* "ivshmem/channel/queues.pyx":258
  *         return taken_of(Taken, self, &taken)
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return until_something(self, self.get, timeout, ())
+ *         return until_content(self, "get", self._get_or, timeout)
 */
 
   /* function exit code */
@@ -8656,8 +9280,186 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_6get_async(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":222
- *         return until_something(self, self.get, timeout, ())
+/* "ivshmem/channel/queues.pyx":262
+ *         return until_content(self, "get", self._get_or, timeout)
+ * 
+ *     @cython.binding(False)             # <<<<<<<<<<<<<<
+ *     @cython.critical_section
+ *     def _get_or(self, absent, timeout):
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_9_get_or(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_11QueueReader_8_get_or, "_get_or($self, absent, timeout)\n--\n\nDo what `get` does; return `absent` if no message came.");
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_9_get_or(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  PyObject *__pyx_v_absent = 0;
+  PyObject *__pyx_v_timeout = 0;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[2] = {0,0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("_get_or (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_absent,&__pyx_mstate_global->__pyx_n_u_timeout,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 262, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 262, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 262, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_get_or", 0) < (0)) __PYX_ERR(0, 262, __pyx_L3_error)
+      for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_get_or", 1, 2, 2, i); __PYX_ERR(0, 262, __pyx_L3_error) }
+      }
+    } else if (unlikely(__pyx_nargs != 2)) {
+      goto __pyx_L5_argtuple_error;
+    } else {
+      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 262, __pyx_L3_error)
+      values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 262, __pyx_L3_error)
+    }
+    __pyx_v_absent = values[0];
+    __pyx_v_timeout = values[1];
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("_get_or", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 262, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem.channel.queues.QueueReader._get_or", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_8_get_or(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self), __pyx_v_absent, __pyx_v_timeout);
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_8_get_or(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, PyObject *__pyx_v_absent, PyObject *__pyx_v_timeout) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("_get_or", 0);
+  {
+      __Pyx_PyCriticalSection __pyx_cs;
+      __pyx_t_1 = ((PyObject *)__pyx_v_self);
+      __Pyx_INCREF(__pyx_t_1);
+      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
+      /*try:*/ {
+
+        /* "ivshmem/channel/queues.pyx":266
+ *     def _get_or(self, absent, timeout):
+ *         """Do what `get` does; return `absent` if no message came."""
+ *         return self.got(timeout, None, absent)             # <<<<<<<<<<<<<<
+ * 
+ *     def get_into_async(self, buffer, timeout=None):
+*/
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->got(__pyx_v_self, __pyx_v_timeout, Py_None, __pyx_v_absent); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 266, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_2);
+        {
+          PyObject *__pyx_temp;
+          {
+            __pyx_temp = __pyx_r;
+            __pyx_r = __pyx_t_2;
+          }
+          __Pyx_XDECREF(__pyx_temp);
+        }
+        __pyx_t_2 = 0;
+        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+        goto __pyx_L3_return;
+      }
+
+      /* "ivshmem/channel/queues.pyx":262
+ *         return until_content(self, "get", self._get_or, timeout)
+ * 
+ *     @cython.binding(False)             # <<<<<<<<<<<<<<
+ *     @cython.critical_section
+ *     def _get_or(self, absent, timeout):
+*/
+      /*finally:*/ {
+        __pyx_L3_return: {
+          __pyx_t_3 = __pyx_r;
+          __pyx_r = 0;
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          __pyx_r = __pyx_t_3;
+          __pyx_t_3 = 0;
+          goto __pyx_L0;
+        }
+        __pyx_L4_error: {
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L1_error;
+        }
+      }
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
+
+  /* function exit code */
+  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+  goto __pyx_L0;
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_AddTraceback("ivshmem.channel.queues.QueueReader._get_or", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/queues.pyx":268
+ *         return self.got(timeout, None, absent)
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
@@ -8665,16 +9467,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_6get_async(str
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_9get_into_async(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_11get_into_async(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_11QueueReader_8get_into_async, "The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_9get_into_async = {"get_into_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_9get_into_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_11QueueReader_8get_into_async};
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_9get_into_async(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_11QueueReader_10get_into_async, "The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_11get_into_async = {"get_into_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_11get_into_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_11QueueReader_10get_into_async};
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_11get_into_async(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -8705,35 +9507,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_buffer,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 222, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 268, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 222, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 268, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 222, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 268, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into_async", 0) < (0)) __PYX_ERR(0, 222, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into_async", 0) < (0)) __PYX_ERR(0, 268, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, i); __PYX_ERR(0, 222, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, i); __PYX_ERR(0, 268, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 222, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 268, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 222, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 268, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -8744,7 +9546,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 222, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 268, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8755,7 +9557,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_8get_into_async(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self), __pyx_v_buffer, __pyx_v_timeout);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_10get_into_async(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self), __pyx_v_buffer, __pyx_v_timeout);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -8765,7 +9567,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_8get_into_async(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, PyObject *__pyx_v_buffer, PyObject *__pyx_v_timeout) {
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_10get_into_async(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, PyObject *__pyx_v_buffer, PyObject *__pyx_v_timeout) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -8776,21 +9578,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_8get_into_asyn
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("get_into_async", 0);
 
-  /* "ivshmem/channel/queues.pyx":224
+  /* "ivshmem/channel/queues.pyx":270
  *     def get_into_async(self, buffer, timeout=None):
  *         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.get_into, timeout, (buffer,))             # <<<<<<<<<<<<<<
  * 
  *     def take_async(self, timeout=None):
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get_into); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 224, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get_into); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 270, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 224, __pyx_L1_error)
+  __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 270, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_INCREF(__pyx_v_buffer);
   __Pyx_GIVEREF(__pyx_v_buffer);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_v_buffer) != (0)) __PYX_ERR(0, 224, __pyx_L1_error);
-  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, ((PyObject*)__pyx_t_2)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 224, __pyx_L1_error)
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_v_buffer) != (0)) __PYX_ERR(0, 270, __pyx_L1_error);
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, ((PyObject*)__pyx_t_2)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 270, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -8805,8 +9607,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_8get_into_asyn
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":222
- *         return until_something(self, self.get, timeout, ())
+  /* "ivshmem/channel/queues.pyx":268
+ *         return self.got(timeout, None, absent)
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
@@ -8826,7 +9628,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_8get_into_asyn
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":226
+/* "ivshmem/channel/queues.pyx":272
  *         return until_something(self, self.get_into, timeout, (buffer,))
  * 
  *     def take_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -8835,16 +9637,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_8get_into_asyn
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_11take_async(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_13take_async(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_11QueueReader_10take_async, "The twin of `take` for asyncio: a coroutine. To cancel it takes nothing.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_11take_async = {"take_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_11take_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_11QueueReader_10take_async};
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_11take_async(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_11QueueReader_12take_async, "The twin of `take` for asyncio: a coroutine. To cancel it takes nothing.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_13take_async = {"take_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_13take_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_11QueueReader_12take_async};
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_13take_async(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -8874,24 +9676,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 226, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 272, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 226, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 272, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take_async", 0) < (0)) __PYX_ERR(0, 226, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take_async", 0) < (0)) __PYX_ERR(0, 272, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 226, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 272, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -8902,7 +9704,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("take_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 226, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("take_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 272, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8913,7 +9715,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_10take_async(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self), __pyx_v_timeout);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_12take_async(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self), __pyx_v_timeout);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -8923,7 +9725,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_10take_async(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, PyObject *__pyx_v_timeout) {
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_12take_async(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, PyObject *__pyx_v_timeout) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -8933,16 +9735,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_10take_async(s
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("take_async", 0);
 
-  /* "ivshmem/channel/queues.pyx":228
+  /* "ivshmem/channel/queues.pyx":274
  *     def take_async(self, timeout=None):
  *         """The twin of `take` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.take, timeout, ())             # <<<<<<<<<<<<<<
  * 
  *     def __iter__(self):
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_take); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 228, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_take); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 274, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 228, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 274, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
@@ -8956,7 +9758,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_10take_async(s
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":226
+  /* "ivshmem/channel/queues.pyx":272
  *         return until_something(self, self.get_into, timeout, (buffer,))
  * 
  *     def take_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -8976,7 +9778,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_10take_async(s
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":230
+/* "ivshmem/channel/queues.pyx":276
  *         return until_something(self, self.take, timeout, ())
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -8985,26 +9787,26 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_10take_async(s
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_13__iter__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_13__iter__(PyObject *__pyx_v_self) {
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_15__iter__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_15__iter__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__iter__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_12__iter__(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_14__iter__(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_12__iter__(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_14__iter__(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__iter__", 0);
 
-  /* "ivshmem/channel/queues.pyx":231
+  /* "ivshmem/channel/queues.pyx":277
  * 
  *     def __iter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -9022,7 +9824,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_12__iter__(str
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":230
+  /* "ivshmem/channel/queues.pyx":276
  *         return until_something(self, self.take, timeout, ())
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -9037,7 +9839,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_12__iter__(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":233
+/* "ivshmem/channel/queues.pyx":279
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -9046,21 +9848,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_12__iter__(str
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_15__next__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_15__next__(PyObject *__pyx_v_self) {
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_17__next__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_17__next__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__next__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_14__next__(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_16__next__(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_14__next__(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_16__next__(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -9071,7 +9873,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_14__next__(str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__next__", 0);
 
-  /* "ivshmem/channel/queues.pyx":234
+  /* "ivshmem/channel/queues.pyx":280
  * 
  *     def __next__(self):
  *         return self.get()             # <<<<<<<<<<<<<<
@@ -9085,7 +9887,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_14__next__(str
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 234, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 280, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -9099,7 +9901,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_14__next__(str
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":233
+  /* "ivshmem/channel/queues.pyx":279
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -9119,7 +9921,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_14__next__(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":236
+/* "ivshmem/channel/queues.pyx":282
  *         return self.get()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -9128,26 +9930,26 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_14__next__(str
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_17__aiter__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_17__aiter__(PyObject *__pyx_v_self) {
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_19__aiter__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_19__aiter__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__aiter__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_16__aiter__(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_18__aiter__(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_16__aiter__(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_18__aiter__(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__aiter__", 0);
 
-  /* "ivshmem/channel/queues.pyx":237
+  /* "ivshmem/channel/queues.pyx":283
  * 
  *     def __aiter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -9165,7 +9967,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_16__aiter__(st
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":236
+  /* "ivshmem/channel/queues.pyx":282
  *         return self.get()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -9180,7 +9982,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_16__aiter__(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":239
+/* "ivshmem/channel/queues.pyx":285
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -9189,21 +9991,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_16__aiter__(st
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_19__anext__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_19__anext__(PyObject *__pyx_v_self) {
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_21__anext__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_21__anext__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__anext__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_18__anext__(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_20__anext__(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_18__anext__(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_20__anext__(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -9214,7 +10016,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_18__anext__(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__anext__", 0);
 
-  /* "ivshmem/channel/queues.pyx":240
+  /* "ivshmem/channel/queues.pyx":286
  * 
  *     def __anext__(self):
  *         return self.get_async()             # <<<<<<<<<<<<<<
@@ -9228,7 +10030,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_18__anext__(st
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get_async, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 240, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 286, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -9242,7 +10044,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_18__anext__(st
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":239
+  /* "ivshmem/channel/queues.pyx":285
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -9269,16 +10071,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_18__anext__(st
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_21__reduce_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_23__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_11QueueReader_20__reduce_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_21__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_21__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_11QueueReader_20__reduce_cython__};
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_21__reduce_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_11QueueReader_22__reduce_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_23__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_23__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_11QueueReader_22__reduce_cython__};
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_23__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -9304,14 +10106,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_20__reduce_cython__(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_22__reduce_cython__(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_20__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_22__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -9351,16 +10153,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_20__reduce_cyt
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_23__setstate_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_25__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_11QueueReader_22__setstate_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_23__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_23__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_11QueueReader_22__setstate_cython__};
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_23__setstate_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_11QueueReader_24__setstate_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_25__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_25__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_11QueueReader_24__setstate_cython__};
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_25__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -9426,7 +10228,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_22__setstate_cython__(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self), __pyx_v___pyx_state);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_24__setstate_cython__(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self), __pyx_v___pyx_state);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -9436,7 +10238,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_22__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_24__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -9468,7 +10270,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_22__setstate_c
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":258
+/* "ivshmem/channel/queues.pyx":304
  *     """
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -9500,14 +10302,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_11redelivered___get__
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/queues.pyx":260
+  /* "ivshmem/channel/queues.pyx":306
  *     @property
  *     def redelivered(self):
  *         return self.taken.redelivered != 0             # <<<<<<<<<<<<<<
  * 
  *     def __bytes__(self):
 */
-  __pyx_t_1 = __Pyx_PyBool_FromLong((__pyx_v_self->taken.redelivered != 0)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 260, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyBool_FromLong((__pyx_v_self->taken.redelivered != 0)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 306, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -9520,7 +10322,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_11redelivered___get__
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":258
+  /* "ivshmem/channel/queues.pyx":304
  *     """
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -9539,7 +10341,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_11redelivered___get__
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":262
+/* "ivshmem/channel/queues.pyx":308
  *         return self.taken.redelivered != 0
  * 
  *     def __bytes__(self):             # <<<<<<<<<<<<<<
@@ -9602,14 +10404,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken___bytes__(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__bytes__", 0);
 
-  /* "ivshmem/channel/queues.pyx":263
+  /* "ivshmem/channel/queues.pyx":309
  * 
  *     def __bytes__(self):
  *         return memoryview(self).tobytes()             # <<<<<<<<<<<<<<
  * 
  *     def get(self):
 */
-  __pyx_t_3 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 263, __pyx_L1_error)
+  __pyx_t_3 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 309, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_2 = __pyx_t_3;
   __Pyx_INCREF(__pyx_t_2);
@@ -9619,10 +10421,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken___bytes__(struct __py
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_tobytes, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 263, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 309, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 263, __pyx_L1_error)
+  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 309, __pyx_L1_error)
   {
     PyObject *__pyx_temp;
     {
@@ -9634,7 +10436,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken___bytes__(struct __py
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":262
+  /* "ivshmem/channel/queues.pyx":308
  *         return self.taken.redelivered != 0
  * 
  *     def __bytes__(self):             # <<<<<<<<<<<<<<
@@ -9655,7 +10457,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken___bytes__(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":265
+/* "ivshmem/channel/queues.pyx":311
  *         return memoryview(self).tobytes()
  * 
  *     def get(self):             # <<<<<<<<<<<<<<
@@ -9720,7 +10522,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_2get(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("get", 0);
 
-  /* "ivshmem/channel/queues.pyx":267
+  /* "ivshmem/channel/queues.pyx":313
  *     def get(self):
  *         """Return a copy: bytes, or what the channel's type makes of them."""
  *         data = bytes(self)             # <<<<<<<<<<<<<<
@@ -9733,13 +10535,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_2get(struct __pyx_obj
     PyObject *__pyx_callargs[2] = {__pyx_t_2, ((PyObject *)__pyx_v_self)};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(&PyBytes_Type), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 267, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 313, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __pyx_v_data = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/queues.pyx":268
+  /* "ivshmem/channel/queues.pyx":314
  *         """Return a copy: bytes, or what the channel's type makes of them."""
  *         data = bytes(self)
  *         return data if self.reader.type is None else self.reader.type.decode(data)             # <<<<<<<<<<<<<<
@@ -9758,7 +10560,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_2get(struct __pyx_obj
       PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_v_data};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 268, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 314, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __pyx_t_1 = __pyx_t_2;
@@ -9776,7 +10578,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_2get(struct __pyx_obj
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":265
+  /* "ivshmem/channel/queues.pyx":311
  *         return memoryview(self).tobytes()
  * 
  *     def get(self):             # <<<<<<<<<<<<<<
@@ -9798,7 +10600,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_2get(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":270
+/* "ivshmem/channel/queues.pyx":316
  *         return data if self.reader.type is None else self.reader.type.decode(data)
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
@@ -9872,7 +10674,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("done", 0);
 
-  /* "ivshmem/channel/queues.pyx":279
+  /* "ivshmem/channel/queues.pyx":325
  *         """
  *         cdef int code
  *         with cython.critical_section(self.reader):             # <<<<<<<<<<<<<<
@@ -9886,7 +10688,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/queues.pyx":280
+        /* "ivshmem/channel/queues.pyx":326
  *         cdef int code
  *         with cython.critical_section(self.reader):
  *             if not self.live:             # <<<<<<<<<<<<<<
@@ -9898,7 +10700,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/queues.pyx":281
+          /* "ivshmem/channel/queues.pyx":327
  *         with cython.critical_section(self.reader):
  *             if not self.live:
  *                 return             # <<<<<<<<<<<<<<
@@ -9916,7 +10718,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/queues.pyx":280
+          /* "ivshmem/channel/queues.pyx":326
  *         cdef int code
  *         with cython.critical_section(self.reader):
  *             if not self.live:             # <<<<<<<<<<<<<<
@@ -9925,27 +10727,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
 */
         }
 
-        /* "ivshmem/channel/queues.pyx":282
+        /* "ivshmem/channel/queues.pyx":328
  *             if not self.live:
  *                 return
  *             self.check_exports()             # <<<<<<<<<<<<<<
  *             self.enter()
  *             self.live = False
 */
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.check_exports(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 282, __pyx_L4_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.check_exports(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 328, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/queues.pyx":283
+        /* "ivshmem/channel/queues.pyx":329
  *                 return
  *             self.check_exports()
  *             self.enter()             # <<<<<<<<<<<<<<
  *             self.live = False
  *             code = ivshmem_queue_done(&self.reader.reader, &self.taken)
 */
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 283, __pyx_L4_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 329, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/queues.pyx":284
+        /* "ivshmem/channel/queues.pyx":330
  *             self.check_exports()
  *             self.enter()
  *             self.live = False             # <<<<<<<<<<<<<<
@@ -9954,7 +10756,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
 */
         __pyx_v_self->__pyx_base.live = 0;
 
-        /* "ivshmem/channel/queues.pyx":285
+        /* "ivshmem/channel/queues.pyx":331
  *             self.enter()
  *             self.live = False
  *             code = ivshmem_queue_done(&self.reader.reader, &self.taken)             # <<<<<<<<<<<<<<
@@ -9963,17 +10765,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
 */
         __pyx_v_code = ivshmem_queue_done((&__pyx_v_self->__pyx_base.reader->reader), (&__pyx_v_self->taken));
 
-        /* "ivshmem/channel/queues.pyx":286
+        /* "ivshmem/channel/queues.pyx":332
  *             self.live = False
  *             code = ivshmem_queue_done(&self.reader.reader, &self.taken)
  *             self.reader.membership.flush()             # <<<<<<<<<<<<<<
  *             if code:
  *                 raise Redelivered(
 */
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.reader->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.reader->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 286, __pyx_L4_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.reader->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.reader->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 332, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/queues.pyx":287
+        /* "ivshmem/channel/queues.pyx":333
  *             code = ivshmem_queue_done(&self.reader.reader, &self.taken)
  *             self.reader.membership.flush()
  *             if code:             # <<<<<<<<<<<<<<
@@ -9985,7 +10787,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
         if (unlikely(__pyx_t_2)) {
 
 
-          /* "ivshmem/channel/queues.pyx":288
+          /* "ivshmem/channel/queues.pyx":334
  *             self.reader.membership.flush()
  *             if code:
  *                 raise Redelivered(             # <<<<<<<<<<<<<<
@@ -9993,29 +10795,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
  *                     f" {self.taken.message.position} of writer {self.taken.message.writer}: another"
 */
           __pyx_t_5 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_Redelivered); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 288, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_Redelivered); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 334, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
 
-          /* "ivshmem/channel/queues.pyx":289
+          /* "ivshmem/channel/queues.pyx":335
  *             if code:
  *                 raise Redelivered(
  *                     f"queue {self.reader.name!r}: this process was silent while it had message"             # <<<<<<<<<<<<<<
  *                     f" {self.taken.message.position} of writer {self.taken.message.writer}: another"
  *                     " reader has it, too"
 */
-          __pyx_t_7 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.reader->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 289, __pyx_L4_error)
+          __pyx_t_7 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.reader->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 335, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
 
-          /* "ivshmem/channel/queues.pyx":290
+          /* "ivshmem/channel/queues.pyx":336
  *                 raise Redelivered(
  *                     f"queue {self.reader.name!r}: this process was silent while it had message"
  *                     f" {self.taken.message.position} of writer {self.taken.message.writer}: another"             # <<<<<<<<<<<<<<
  *                     " reader has it, too"
  *                 )
 */
-          __pyx_t_8 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->taken.message.position, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 290, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->taken.message.position, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 336, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
-          __pyx_t_9 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_self->taken.message.writer, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 290, __pyx_L4_error)
+          __pyx_t_9 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_self->taken.message.writer, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 336, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_9);
           __pyx_t_10[0] = __pyx_mstate_global->__pyx_kp_u_queue;
           __pyx_t_10[1] = __pyx_t_7;
@@ -10025,7 +10827,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
           __pyx_t_10[5] = __pyx_t_9;
           __pyx_t_10[6] = __pyx_mstate_global->__pyx_kp_u_another_reader_has_it_too;
 
-          /* "ivshmem/channel/queues.pyx":289
+          /* "ivshmem/channel/queues.pyx":335
  *             if code:
  *                 raise Redelivered(
  *                     f"queue {self.reader.name!r}: this process was silent while it had message"             # <<<<<<<<<<<<<<
@@ -10041,7 +10843,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
           __pyx_t_3 |= __Pyx_PyUnicode_KIND_04(__pyx_t_10[1]);
           #endif
           __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_10, 7, __pyx_t_11, __pyx_t_3);
-          if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 289, __pyx_L4_error)
+          if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 335, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_12);
           __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
@@ -10064,14 +10866,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
             __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 288, __pyx_L4_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 334, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
           __Pyx_Raise(__pyx_t_4, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __PYX_ERR(0, 288, __pyx_L4_error)
+          __PYX_ERR(0, 334, __pyx_L4_error)
 
-          /* "ivshmem/channel/queues.pyx":287
+          /* "ivshmem/channel/queues.pyx":333
  *             code = ivshmem_queue_done(&self.reader.reader, &self.taken)
  *             self.reader.membership.flush()
  *             if code:             # <<<<<<<<<<<<<<
@@ -10081,7 +10883,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
         }
       }
 
-      /* "ivshmem/channel/queues.pyx":279
+      /* "ivshmem/channel/queues.pyx":325
  *         """
  *         cdef int code
  *         with cython.critical_section(self.reader):             # <<<<<<<<<<<<<<
@@ -10110,7 +10912,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/queues.pyx":270
+  /* "ivshmem/channel/queues.pyx":316
  *         return data if self.reader.type is None else self.reader.type.decode(data)
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
@@ -10139,7 +10941,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":294
+/* "ivshmem/channel/queues.pyx":340
  *                 )
  * 
  *     def give_back(self):             # <<<<<<<<<<<<<<
@@ -10202,7 +11004,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("give_back", 0);
 
-  /* "ivshmem/channel/queues.pyx":296
+  /* "ivshmem/channel/queues.pyx":342
  *     def give_back(self):
  *         """Give it to another reader, marked `redelivered`. May be called twice."""
  *         with cython.critical_section(self.reader):             # <<<<<<<<<<<<<<
@@ -10216,7 +11018,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __p
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/queues.pyx":297
+        /* "ivshmem/channel/queues.pyx":343
  *         """Give it to another reader, marked `redelivered`. May be called twice."""
  *         with cython.critical_section(self.reader):
  *             if not self.live:             # <<<<<<<<<<<<<<
@@ -10228,7 +11030,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __p
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/queues.pyx":298
+          /* "ivshmem/channel/queues.pyx":344
  *         with cython.critical_section(self.reader):
  *             if not self.live:
  *                 return             # <<<<<<<<<<<<<<
@@ -10246,7 +11048,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __p
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/queues.pyx":297
+          /* "ivshmem/channel/queues.pyx":343
  *         """Give it to another reader, marked `redelivered`. May be called twice."""
  *         with cython.critical_section(self.reader):
  *             if not self.live:             # <<<<<<<<<<<<<<
@@ -10255,17 +11057,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __p
 */
         }
 
-        /* "ivshmem/channel/queues.pyx":299
+        /* "ivshmem/channel/queues.pyx":345
  *             if not self.live:
  *                 return
  *             self.check_exports()             # <<<<<<<<<<<<<<
  *             self.live = False
  *             if self.reader.usable():
 */
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.check_exports(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 299, __pyx_L4_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.check_exports(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 345, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/queues.pyx":300
+        /* "ivshmem/channel/queues.pyx":346
  *                 return
  *             self.check_exports()
  *             self.live = False             # <<<<<<<<<<<<<<
@@ -10274,7 +11076,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __p
 */
         __pyx_v_self->__pyx_base.live = 0;
 
-        /* "ivshmem/channel/queues.pyx":301
+        /* "ivshmem/channel/queues.pyx":347
  *             self.check_exports()
  *             self.live = False
  *             if self.reader.usable():             # <<<<<<<<<<<<<<
@@ -10286,7 +11088,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __p
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/queues.pyx":302
+          /* "ivshmem/channel/queues.pyx":348
  *             self.live = False
  *             if self.reader.usable():
  *                 ivshmem_queue_return(&self.reader.reader, &self.taken)             # <<<<<<<<<<<<<<
@@ -10295,17 +11097,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __p
 */
           (void)(ivshmem_queue_return((&__pyx_v_self->__pyx_base.reader->reader), (&__pyx_v_self->taken)));
 
-          /* "ivshmem/channel/queues.pyx":303
+          /* "ivshmem/channel/queues.pyx":349
  *             if self.reader.usable():
  *                 ivshmem_queue_return(&self.reader.reader, &self.taken)
  *                 self.reader.membership.flush()             # <<<<<<<<<<<<<<
  * 
  *     def __enter__(self):
 */
-          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.reader->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.reader->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 303, __pyx_L4_error)
+          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.reader->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.reader->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 349, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/queues.pyx":301
+          /* "ivshmem/channel/queues.pyx":347
  *             self.check_exports()
  *             self.live = False
  *             if self.reader.usable():             # <<<<<<<<<<<<<<
@@ -10315,7 +11117,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __p
         }
       }
 
-      /* "ivshmem/channel/queues.pyx":296
+      /* "ivshmem/channel/queues.pyx":342
  *     def give_back(self):
  *         """Give it to another reader, marked `redelivered`. May be called twice."""
  *         with cython.critical_section(self.reader):             # <<<<<<<<<<<<<<
@@ -10344,7 +11146,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __p
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/queues.pyx":294
+  /* "ivshmem/channel/queues.pyx":340
  *                 )
  * 
  *     def give_back(self):             # <<<<<<<<<<<<<<
@@ -10365,7 +11167,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":305
+/* "ivshmem/channel/queues.pyx":351
  *                 self.reader.membership.flush()
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -10421,7 +11223,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_8__enter__(struct __p
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__enter__", 0);
 
-  /* "ivshmem/channel/queues.pyx":306
+  /* "ivshmem/channel/queues.pyx":352
  * 
  *     def __enter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -10439,7 +11241,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_8__enter__(struct __p
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":305
+  /* "ivshmem/channel/queues.pyx":351
  *                 self.reader.membership.flush()
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -10454,7 +11256,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_8__enter__(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":308
+/* "ivshmem/channel/queues.pyx":354
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -10509,33 +11311,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_kind,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 308, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 354, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         default:
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 308, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 354, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
       const Py_ssize_t used_pos_args = (kwd_pos_args < 1) ? kwd_pos_args : 1;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 308, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 354, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 308, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 354, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs < 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 308, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 354, __pyx_L3_error)
     }
     __pyx_v_kind = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 308, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 354, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10570,7 +11372,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__exit__(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__exit__", 0);
 
-  /* "ivshmem/channel/queues.pyx":309
+  /* "ivshmem/channel/queues.pyx":355
  * 
  *     def __exit__(self, kind, *error):
  *         if kind is None:             # <<<<<<<<<<<<<<
@@ -10581,7 +11383,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__exit__(struct __p
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":310
+    /* "ivshmem/channel/queues.pyx":356
  *     def __exit__(self, kind, *error):
  *         if kind is None:
  *             self.done()             # <<<<<<<<<<<<<<
@@ -10595,12 +11397,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__exit__(struct __p
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_done, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 310, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 356, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/queues.pyx":309
+    /* "ivshmem/channel/queues.pyx":355
  * 
  *     def __exit__(self, kind, *error):
  *         if kind is None:             # <<<<<<<<<<<<<<
@@ -10610,7 +11412,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__exit__(struct __p
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/queues.pyx":311
+  /* "ivshmem/channel/queues.pyx":357
  *         if kind is None:
  *             self.done()
  *         elif self.exports == 0:             # <<<<<<<<<<<<<<
@@ -10622,7 +11424,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__exit__(struct __p
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":312
+    /* "ivshmem/channel/queues.pyx":358
  *             self.done()
  *         elif self.exports == 0:
  *             self.give_back()             # <<<<<<<<<<<<<<
@@ -10636,12 +11438,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__exit__(struct __p
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_give_back, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 312, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 358, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/queues.pyx":311
+    /* "ivshmem/channel/queues.pyx":357
  *         if kind is None:
  *             self.done()
  *         elif self.exports == 0:             # <<<<<<<<<<<<<<
@@ -10651,7 +11453,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__exit__(struct __p
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/queues.pyx":308
+  /* "ivshmem/channel/queues.pyx":354
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -10673,7 +11475,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__exit__(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":314
+/* "ivshmem/channel/queues.pyx":360
  *             self.give_back()
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -10706,7 +11508,7 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_12__del__(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__del__", 0);
 
-  /* "ivshmem/channel/queues.pyx":315
+  /* "ivshmem/channel/queues.pyx":361
  * 
  *     def __del__(self):
  *         if self.live and self.exports == 0:             # <<<<<<<<<<<<<<
@@ -10728,7 +11530,7 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_12__del__(struct __pyx_obj
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":316
+    /* "ivshmem/channel/queues.pyx":362
  *     def __del__(self):
  *         if self.live and self.exports == 0:
  *             self.give_back()             # <<<<<<<<<<<<<<
@@ -10742,12 +11544,12 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_12__del__(struct __pyx_obj
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
       __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_give_back, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 316, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 362, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-    /* "ivshmem/channel/queues.pyx":315
+    /* "ivshmem/channel/queues.pyx":361
  * 
  *     def __del__(self):
  *         if self.live and self.exports == 0:             # <<<<<<<<<<<<<<
@@ -10756,7 +11558,7 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_12__del__(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":314
+  /* "ivshmem/channel/queues.pyx":360
  *             self.give_back()
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -10775,7 +11577,7 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_12__del__(struct __pyx_obj
   __Pyx_RefNannyFinishContext();
 }
 
-/* "ivshmem/channel/queues.pyx":318
+/* "ivshmem/channel/queues.pyx":364
  *             self.give_back()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -10814,7 +11616,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14__repr__(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__repr__", 0);
 
-  /* "ivshmem/channel/queues.pyx":319
+  /* "ivshmem/channel/queues.pyx":365
  * 
  *     def __repr__(self):
  *         state = "" if self.live else ", done"             # <<<<<<<<<<<<<<
@@ -10831,24 +11633,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14__repr__(struct __p
   __pyx_v_state = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/queues.pyx":320
+  /* "ivshmem/channel/queues.pyx":366
  *     def __repr__(self):
  *         state = "" if self.live else ", done"
  *         return f"<ivshmem.channel.{type(self).__name__} of {self.size} bytes{state}>"             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 320, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 366, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 320, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 366, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_size); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 320, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_size); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 366, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 320, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 366, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 320, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 366, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_t_4[0] = __pyx_mstate_global->__pyx_kp_u_ivshmem_channel;
   __pyx_t_4[1] = __pyx_t_2;
@@ -10866,7 +11668,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14__repr__(struct __p
   __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_4[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_4[3]) | __Pyx_PyUnicode_KIND_04(__pyx_t_4[5]);
   #endif
   __pyx_t_7 = __Pyx_PyUnicode_Join(__pyx_t_4, 7, __pyx_t_5, __pyx_t_6);
-  if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 320, __pyx_L1_error)
+  if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 366, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
@@ -10882,7 +11684,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14__repr__(struct __p
   __pyx_t_7 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":318
+  /* "ivshmem/channel/queues.pyx":364
  *             self.give_back()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -11111,12 +11913,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_18__setstate_cython__
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":323
+/* "ivshmem/channel/queues.pyx":369
  * 
  * 
  * cdef Taken taken_of(type kind, ClaimingEnd reader, const ivshmem_taken *taken):             # <<<<<<<<<<<<<<
- *     cdef Taken made = kind.__new__(kind)
- *     made.reader = reader
+ *     cdef Taken made
+ *     try:
 */
 
 static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7channel_6queues_taken_of(PyTypeObject *__pyx_v_kind, struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_reader, struct ivshmem_taken const *__pyx_v_taken) {
@@ -11124,32 +11926,126 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
   struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
-  struct ivshmem_message __pyx_t_2;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  int __pyx_t_5;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
+  struct ivshmem_message __pyx_t_8;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("taken_of", 0);
 
-  /* "ivshmem/channel/queues.pyx":324
- * 
+  /* "ivshmem/channel/queues.pyx":371
  * cdef Taken taken_of(type kind, ClaimingEnd reader, const ivshmem_taken *taken):
- *     cdef Taken made = kind.__new__(kind)             # <<<<<<<<<<<<<<
+ *     cdef Taken made
+ *     try:             # <<<<<<<<<<<<<<
+ *         made = kind.__new__(kind)
+ *     except BaseException:
+*/
+  {
+    __Pyx_PyThreadState_declare
+    __Pyx_PyThreadState_assign
+    __Pyx_ExceptionSave(&__pyx_t_1, &__pyx_t_2, &__pyx_t_3);
+    __Pyx_XGOTREF(__pyx_t_1);
+    __Pyx_XGOTREF(__pyx_t_2);
+    __Pyx_XGOTREF(__pyx_t_3);
+    /*try:*/ {
+
+      /* "ivshmem/channel/queues.pyx":372
+ *     cdef Taken made
+ *     try:
+ *         made = kind.__new__(kind)             # <<<<<<<<<<<<<<
+ *     except BaseException:
+ *         reader.undo(taken)
+*/
+      if (unlikely(((PyObject *)__pyx_v_kind) == Py_None)) {
+        PyErr_SetString(PyExc_TypeError, "object.__new__(X): X is not a type object (NoneType)");
+        __PYX_ERR(0, 372, __pyx_L3_error)
+      }
+      __pyx_t_4 = __Pyx_tp_new(((PyObject *)__pyx_v_kind), __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 372, __pyx_L3_error)
+      __Pyx_GOTREF(__pyx_t_4);
+      if (!(likely(__Pyx_TypeTest(__pyx_t_4, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken)))) __PYX_ERR(0, 372, __pyx_L3_error)
+      __pyx_v_made = ((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_t_4);
+      __pyx_t_4 = 0;
+
+      /* "ivshmem/channel/queues.pyx":371
+ * cdef Taken taken_of(type kind, ClaimingEnd reader, const ivshmem_taken *taken):
+ *     cdef Taken made
+ *     try:             # <<<<<<<<<<<<<<
+ *         made = kind.__new__(kind)
+ *     except BaseException:
+*/
+    }
+    __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+    goto __pyx_L8_try_end;
+    __pyx_L3_error:;
+    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+
+    /* "ivshmem/channel/queues.pyx":373
+ *     try:
+ *         made = kind.__new__(kind)
+ *     except BaseException:             # <<<<<<<<<<<<<<
+ *         reader.undo(taken)
+ *         raise
+*/
+    __pyx_t_5 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
+    if (__pyx_t_5) {
+      __Pyx_AddTraceback("ivshmem.channel.queues.taken_of", __pyx_clineno, __pyx_lineno, __pyx_filename);
+      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 373, __pyx_L5_except_error)
+      __Pyx_XGOTREF(__pyx_t_4);
+      __Pyx_XGOTREF(__pyx_t_6);
+      __Pyx_XGOTREF(__pyx_t_7);
+
+      /* "ivshmem/channel/queues.pyx":374
+ *         made = kind.__new__(kind)
+ *     except BaseException:
+ *         reader.undo(taken)             # <<<<<<<<<<<<<<
+ *         raise
+ *     made.reader = reader
+*/
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_reader->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->undo(__pyx_v_reader, __pyx_v_taken); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 374, __pyx_L5_except_error)
+
+
+      /* "ivshmem/channel/queues.pyx":375
+ *     except BaseException:
+ *         reader.undo(taken)
+ *         raise             # <<<<<<<<<<<<<<
  *     made.reader = reader
  *     made.taken = taken[0]
 */
-  if (unlikely(((PyObject *)__pyx_v_kind) == Py_None)) {
-    PyErr_SetString(PyExc_TypeError, "object.__new__(X): X is not a type object (NoneType)");
-    __PYX_ERR(0, 324, __pyx_L1_error)
-  }
-  __pyx_t_1 = __Pyx_tp_new(((PyObject *)__pyx_v_kind), __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 324, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
-  if (!(likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken)))) __PYX_ERR(0, 324, __pyx_L1_error)
-  __pyx_v_made = ((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_t_1);
-  __pyx_t_1 = 0;
+      __Pyx_GIVEREF(__pyx_t_4);
+      __Pyx_GIVEREF(__pyx_t_6);
+      __Pyx_XGIVEREF(__pyx_t_7);
+      __Pyx_ErrRestoreWithState(__pyx_t_4, __pyx_t_6, __pyx_t_7);
+      __pyx_t_4 = 0;  __pyx_t_6 = 0;  __pyx_t_7 = 0; 
+      __PYX_ERR(0, 375, __pyx_L5_except_error)
+    }
+    goto __pyx_L5_except_error;
 
-  /* "ivshmem/channel/queues.pyx":325
+    /* "ivshmem/channel/queues.pyx":371
  * cdef Taken taken_of(type kind, ClaimingEnd reader, const ivshmem_taken *taken):
- *     cdef Taken made = kind.__new__(kind)
+ *     cdef Taken made
+ *     try:             # <<<<<<<<<<<<<<
+ *         made = kind.__new__(kind)
+ *     except BaseException:
+*/
+    __pyx_L5_except_error:;
+    __Pyx_XGIVEREF(__pyx_t_1);
+    __Pyx_XGIVEREF(__pyx_t_2);
+    __Pyx_XGIVEREF(__pyx_t_3);
+    __Pyx_ExceptionReset(__pyx_t_1, __pyx_t_2, __pyx_t_3);
+    goto __pyx_L1_error;
+    __pyx_L8_try_end:;
+  }
+
+  /* "ivshmem/channel/queues.pyx":376
+ *         reader.undo(taken)
+ *         raise
  *     made.reader = reader             # <<<<<<<<<<<<<<
  *     made.taken = taken[0]
  *     made.message = taken.message
@@ -11159,8 +12055,8 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
   __Pyx_GOTREF((PyObject *)__pyx_v_made->__pyx_base.reader);
   __Pyx_DECREF_SET(__pyx_v_made->__pyx_base.reader, ((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_reader));
 
-  /* "ivshmem/channel/queues.pyx":326
- *     cdef Taken made = kind.__new__(kind)
+  /* "ivshmem/channel/queues.pyx":377
+ *         raise
  *     made.reader = reader
  *     made.taken = taken[0]             # <<<<<<<<<<<<<<
  *     made.message = taken.message
@@ -11168,18 +12064,18 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
 */
   __pyx_v_made->taken = (__pyx_v_taken[0]);
 
-  /* "ivshmem/channel/queues.pyx":327
+  /* "ivshmem/channel/queues.pyx":378
  *     made.reader = reader
  *     made.taken = taken[0]
  *     made.message = taken.message             # <<<<<<<<<<<<<<
  *     made.live = True
  *     return made
 */
-  __pyx_t_2 = __pyx_v_taken->message;
+  __pyx_t_8 = __pyx_v_taken->message;
 
-  __pyx_v_made->__pyx_base.message = __pyx_t_2;
+  __pyx_v_made->__pyx_base.message = __pyx_t_8;
 
-  /* "ivshmem/channel/queues.pyx":328
+  /* "ivshmem/channel/queues.pyx":379
  *     made.taken = taken[0]
  *     made.message = taken.message
  *     made.live = True             # <<<<<<<<<<<<<<
@@ -11187,7 +12083,7 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
 */
   __pyx_v_made->__pyx_base.live = 1;
 
-  /* "ivshmem/channel/queues.pyx":329
+  /* "ivshmem/channel/queues.pyx":380
  *     made.message = taken.message
  *     made.live = True
  *     return made             # <<<<<<<<<<<<<<
@@ -11203,17 +12099,19 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":323
+  /* "ivshmem/channel/queues.pyx":369
  * 
  * 
  * cdef Taken taken_of(type kind, ClaimingEnd reader, const ivshmem_taken *taken):             # <<<<<<<<<<<<<<
- *     cdef Taken made = kind.__new__(kind)
- *     made.reader = reader
+ *     cdef Taken made
+ *     try:
 */
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_7);
   __Pyx_AddTraceback("ivshmem.channel.queues.taken_of", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = 0;
   __pyx_L0:;
@@ -11401,16 +12299,16 @@ static PyObject *__pyx_tp_new_7ivshmem_7channel_6queues_QueueReader(PyTypeObject
   return __pyx_tp_new__initialisation_7ivshmem_7channel_6queues_QueueReader(o, a, k);
 }
 
-static PyObject *__pyx_specialmethod___pyx_pw_7ivshmem_7channel_6queues_11QueueReader_15__next__(PyObject *self, CYTHON_UNUSED PyObject *arg) {
-  PyObject *res = __pyx_pw_7ivshmem_7channel_6queues_11QueueReader_15__next__(self);
+static PyObject *__pyx_specialmethod___pyx_pw_7ivshmem_7channel_6queues_11QueueReader_17__next__(PyObject *self, CYTHON_UNUSED PyObject *arg) {
+  PyObject *res = __pyx_pw_7ivshmem_7channel_6queues_11QueueReader_17__next__(self);
   if (!res && !PyErr_Occurred()) { PyErr_SetNone(PyExc_StopIteration); }
   return res;
 }
-static PyObject *__pyx_specialmethod___pyx_pw_7ivshmem_7channel_6queues_11QueueReader_17__aiter__(PyObject *self, CYTHON_UNUSED PyObject *arg) {
-  return __pyx_pw_7ivshmem_7channel_6queues_11QueueReader_17__aiter__(self);
+static PyObject *__pyx_specialmethod___pyx_pw_7ivshmem_7channel_6queues_11QueueReader_19__aiter__(PyObject *self, CYTHON_UNUSED PyObject *arg) {
+  return __pyx_pw_7ivshmem_7channel_6queues_11QueueReader_19__aiter__(self);
 }
-static PyObject *__pyx_specialmethod___pyx_pw_7ivshmem_7channel_6queues_11QueueReader_19__anext__(PyObject *self, CYTHON_UNUSED PyObject *arg) {
-  return __pyx_pw_7ivshmem_7channel_6queues_11QueueReader_19__anext__(self);
+static PyObject *__pyx_specialmethod___pyx_pw_7ivshmem_7channel_6queues_11QueueReader_21__anext__(PyObject *self, CYTHON_UNUSED PyObject *arg) {
+  return __pyx_pw_7ivshmem_7channel_6queues_11QueueReader_21__anext__(self);
 }
 
 static PyMethodDef __pyx_methods_7ivshmem_7channel_6queues_QueueReader[] = {
@@ -11418,28 +12316,29 @@ static PyMethodDef __pyx_methods_7ivshmem_7channel_6queues_QueueReader[] = {
   {"get_into", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_3get_into, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_11QueueReader_2get_into},
   {"take", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_5take, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_11QueueReader_4take},
   {"get_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_7get_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_11QueueReader_6get_async},
-  {"get_into_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_9get_into_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_11QueueReader_8get_into_async},
-  {"take_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_11take_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_11QueueReader_10take_async},
-  {"__next__", (PyCFunction)__pyx_specialmethod___pyx_pw_7ivshmem_7channel_6queues_11QueueReader_15__next__, METH_NOARGS|METH_COEXIST, 0},
-  {"__aiter__", (PyCFunction)__pyx_specialmethod___pyx_pw_7ivshmem_7channel_6queues_11QueueReader_17__aiter__, METH_NOARGS|METH_COEXIST, 0},
-  {"__anext__", (PyCFunction)__pyx_specialmethod___pyx_pw_7ivshmem_7channel_6queues_11QueueReader_19__anext__, METH_NOARGS|METH_COEXIST, 0},
-  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_21__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_11QueueReader_20__reduce_cython__},
-  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_23__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_11QueueReader_22__setstate_cython__},
+  {"_get_or", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_9_get_or, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_11QueueReader_8_get_or},
+  {"get_into_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_11get_into_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_11QueueReader_10get_into_async},
+  {"take_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_13take_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_11QueueReader_12take_async},
+  {"__next__", (PyCFunction)__pyx_specialmethod___pyx_pw_7ivshmem_7channel_6queues_11QueueReader_17__next__, METH_NOARGS|METH_COEXIST, 0},
+  {"__aiter__", (PyCFunction)__pyx_specialmethod___pyx_pw_7ivshmem_7channel_6queues_11QueueReader_19__aiter__, METH_NOARGS|METH_COEXIST, 0},
+  {"__anext__", (PyCFunction)__pyx_specialmethod___pyx_pw_7ivshmem_7channel_6queues_11QueueReader_21__anext__, METH_NOARGS|METH_COEXIST, 0},
+  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_23__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_11QueueReader_22__reduce_cython__},
+  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_25__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_11QueueReader_24__setstate_cython__},
   {0, 0, 0, 0}
 };
 #if CYTHON_USE_TYPE_SPECS
 static PyType_Slot __pyx_type_7ivshmem_7channel_6queues_QueueReader_slots[] = {
   {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7channel_6queues_ClaimingEnd},
   #if defined(Py_am_aiter)
-  {Py_am_aiter, (void *)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_17__aiter__},
+  {Py_am_aiter, (void *)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_19__aiter__},
   #endif
   #if defined(Py_am_anext)
-  {Py_am_anext, (void *)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_19__anext__},
+  {Py_am_anext, (void *)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_21__anext__},
   #endif
   {Py_tp_doc, (void *)PyDoc_STR("One reader of a queue; made by its `reader()`. It iterates over messages.\n\n    `get` copies a message and is done with it: at most once. `take` acknowledges at the end: at\n    least once.\n\n    Attributes:\n        name: of the channel.\n    ")},
   {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7channel_6queues_ClaimingEnd},
-  {Py_tp_iter, (void *)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_13__iter__},
-  {Py_tp_iternext, (void *)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_15__next__},
+  {Py_tp_iter, (void *)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_15__iter__},
+  {Py_tp_iternext, (void *)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_17__next__},
   {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7channel_6queues_QueueReader},
   {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_7channel_6queues_QueueReader},
   {0, 0},
@@ -11455,8 +12354,8 @@ static PyType_Spec __pyx_type_7ivshmem_7channel_6queues_QueueReader_spec = {
 
 static __Pyx_PyAsyncMethodsStruct __pyx_tp_as_async_QueueReader = {
   0, /*am_await*/
-  __pyx_pw_7ivshmem_7channel_6queues_11QueueReader_17__aiter__, /*am_aiter*/
-  __pyx_pw_7ivshmem_7channel_6queues_11QueueReader_19__anext__, /*am_anext*/
+  __pyx_pw_7ivshmem_7channel_6queues_11QueueReader_19__aiter__, /*am_aiter*/
+  __pyx_pw_7ivshmem_7channel_6queues_11QueueReader_21__anext__, /*am_anext*/
   0, /*am_send*/
 };
 
@@ -11486,8 +12385,8 @@ static PyTypeObject __pyx_type_7ivshmem_7channel_6queues_QueueReader = {
   0, /*tp_clear*/
   0, /*tp_richcompare*/
   0, /*tp_weaklistoffset*/
-  __pyx_pw_7ivshmem_7channel_6queues_11QueueReader_13__iter__, /*tp_iter*/
-  __pyx_pw_7ivshmem_7channel_6queues_11QueueReader_15__next__, /*tp_iternext*/
+  __pyx_pw_7ivshmem_7channel_6queues_11QueueReader_15__iter__, /*tp_iter*/
+  __pyx_pw_7ivshmem_7channel_6queues_11QueueReader_17__next__, /*tp_iternext*/
   __pyx_methods_7ivshmem_7channel_6queues_QueueReader, /*tp_methods*/
   0, /*tp_members*/
   0, /*tp_getset*/
@@ -11874,7 +12773,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_QueueReader
   /*--- Exttype __pyx_obj_7ivshmem_7channel_6queues_QueueReader ---*/
   __pyx_vtabptr_7ivshmem_7channel_6queues_QueueReader = &__pyx_vtable_7ivshmem_7channel_6queues_QueueReader;
   __pyx_vtable_7ivshmem_7channel_6queues_QueueReader.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_6queues_ClaimingEnd;
-  __pyx_vtable_7ivshmem_7channel_6queues_QueueReader.finish = (int (*)(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *, struct ivshmem_taken const *, char *))__pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish;
+  __pyx_vtable_7ivshmem_7channel_6queues_QueueReader.got = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *, PyObject *, PyObject *, PyObject *))__pyx_f_7ivshmem_7channel_6queues_11QueueReader_got;
+  __pyx_vtable_7ivshmem_7channel_6queues_QueueReader.decoded = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *, struct ivshmem_taken const *))__pyx_f_7ivshmem_7channel_6queues_11QueueReader_decoded;
+  __pyx_vtable_7ivshmem_7channel_6queues_QueueReader.too_late = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *))__pyx_f_7ivshmem_7channel_6queues_11QueueReader_too_late;
+  __pyx_vtable_7ivshmem_7channel_6queues_QueueReader.copy = (int (*)(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *, struct ivshmem_taken const *, char *))__pyx_f_7ivshmem_7channel_6queues_11QueueReader_copy;
+  __pyx_vtable_7ivshmem_7channel_6queues_QueueReader.acknowledge = (int (*)(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *, struct ivshmem_taken const *))__pyx_f_7ivshmem_7channel_6queues_11QueueReader_acknowledge;
   #if CYTHON_USE_TYPE_SPECS
   __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 106, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
@@ -11924,11 +12827,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_Taken(__pyx
   __pyx_vtabptr_7ivshmem_7channel_6queues_Taken = &__pyx_vtable_7ivshmem_7channel_6queues_Taken;
   __pyx_vtable_7ivshmem_7channel_6queues_Taken.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_5views_Received;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_Received); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 243, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_Received); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 289, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_6queues_Taken_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken)) __PYX_ERR(0, 243, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken)) __PYX_ERR(0, 289, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken = &__pyx_type_7ivshmem_7channel_6queues_Taken;
   #endif
@@ -11936,7 +12839,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_Taken(__pyx
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_Received;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 243, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 289, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken);
@@ -11946,9 +12849,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_Taken(__pyx
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_vtabptr_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 243, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Taken, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 243, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 243, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_vtabptr_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 289, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Taken, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 289, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 289, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -12247,8 +13150,8 @@ static int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate) {
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (unlikely(!__pyx_import_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
     #endif
-    const char * __pyx_import_name = __pyx_import_signature + 102;
-    void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something, (void (**)(void)) NULL};
+    const char * __pyx_import_name = __pyx_import_signature + 103;
+    void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_content, (void (**)(void))&__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something, (void (**)(void)) NULL};
     void (**const *__pyx_import_pointer)(void) = __pyx_import_pointers;
     const char *__pyx_import_current_signature = __pyx_import_signature;
     while (*__pyx_import_pointer) {
@@ -12630,33 +13533,33 @@ __Pyx_RefNannySetupContext("PyInit_queues", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_3) < (0)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":149
- *         return data if self.type is None else self.type.decode(data)
+  /* "ivshmem/channel/queues.pyx":180
+ *         return found
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_into(self, buffer, timeout=None, *, spin=None):
  *         """Copy the next message into `buffer`, at most once; otherwise as `get`.
 */
-  __pyx_t_3 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 149, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 180, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
-  /* "ivshmem/channel/queues.pyx":150
+  /* "ivshmem/channel/queues.pyx":181
  * 
  *     @cython.critical_section
  *     def get_into(self, buffer, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Copy the next message into `buffer`, at most once; otherwise as `get`.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 149, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 180, __pyx_L1_error)
 
-  /* "ivshmem/channel/queues.pyx":149
- *         return data if self.type is None else self.type.decode(data)
+  /* "ivshmem/channel/queues.pyx":180
+ *         return found
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_into(self, buffer, timeout=None, *, spin=None):
  *         """Copy the next message into `buffer`, at most once; otherwise as `get`.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_3get_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 149, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_3get_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 180, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -12664,36 +13567,36 @@ __Pyx_RefNannySetupContext("PyInit_queues", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[0]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_3);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get_into, __pyx_t_2) < (0)) __PYX_ERR(0, 149, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get_into, __pyx_t_2) < (0)) __PYX_ERR(0, 180, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/queues.pyx":196
- *         return self.membership.flush()
+  /* "ivshmem/channel/queues.pyx":236
+ *         )
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def take(self, timeout=None, *, spin=None):
  *         """Take the next message, and acknowledge it later: at least once.
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 196, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 236, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
-  /* "ivshmem/channel/queues.pyx":197
+  /* "ivshmem/channel/queues.pyx":237
  * 
  *     @cython.critical_section
  *     def take(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Take the next message, and acknowledge it later: at least once.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 196, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 236, __pyx_L1_error)
 
-  /* "ivshmem/channel/queues.pyx":196
- *         return self.membership.flush()
+  /* "ivshmem/channel/queues.pyx":236
+ *         )
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def take(self, timeout=None, *, spin=None):
  *         """Take the next message, and acknowledge it later: at least once.
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_5take, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_take, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 196, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_5take, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_take, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 236, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
@@ -12701,55 +13604,55 @@ __Pyx_RefNannySetupContext("PyInit_queues", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[0]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_3, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_take, __pyx_t_3) < (0)) __PYX_ERR(0, 196, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_take, __pyx_t_3) < (0)) __PYX_ERR(0, 236, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":218
+  /* "ivshmem/channel/queues.pyx":258
  *         return taken_of(Taken, self, &taken)
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return until_something(self, self.get, timeout, ())
+ *         return until_content(self, "get", self._get_or, timeout)
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_7get_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 218, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_7get_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 258, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get_async, __pyx_t_3) < (0)) __PYX_ERR(0, 218, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get_async, __pyx_t_3) < (0)) __PYX_ERR(0, 258, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":222
- *         return until_something(self, self.get, timeout, ())
+  /* "ivshmem/channel/queues.pyx":268
+ *         return self.got(timeout, None, absent)
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.get_into, timeout, (buffer,))
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_9get_into_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_into_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 222, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_11get_into_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_into_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 268, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get_into_async, __pyx_t_3) < (0)) __PYX_ERR(0, 222, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get_into_async, __pyx_t_3) < (0)) __PYX_ERR(0, 268, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":226
+  /* "ivshmem/channel/queues.pyx":272
  *         return until_something(self, self.get_into, timeout, (buffer,))
  * 
  *     def take_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `take` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.take, timeout, ())
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_11take_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_take_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 226, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_13take_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_take_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 272, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_take_async, __pyx_t_3) < (0)) __PYX_ERR(0, 226, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_take_async, __pyx_t_3) < (0)) __PYX_ERR(0, 272, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "(tree fragment)":1
@@ -12757,7 +13660,7 @@ __Pyx_RefNannySetupContext("PyInit_queues", 0);
  *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_21__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_3)) __PYX_ERR(3, 1, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_23__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_3)) __PYX_ERR(3, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
@@ -12771,7 +13674,7 @@ __Pyx_RefNannySetupContext("PyInit_queues", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_23__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_3)) __PYX_ERR(3, 3, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_25__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_3)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
@@ -12779,94 +13682,94 @@ __Pyx_RefNannySetupContext("PyInit_queues", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_3) < (0)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":262
+  /* "ivshmem/channel/queues.pyx":308
  *         return self.taken.redelivered != 0
  * 
  *     def __bytes__(self):             # <<<<<<<<<<<<<<
  *         return memoryview(self).tobytes()
  * 
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_1__bytes__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___bytes, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 262, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_1__bytes__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___bytes, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 308, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_bytes_2, __pyx_t_3) < (0)) __PYX_ERR(0, 262, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_bytes_2, __pyx_t_3) < (0)) __PYX_ERR(0, 308, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":265
+  /* "ivshmem/channel/queues.pyx":311
  *         return memoryview(self).tobytes()
  * 
  *     def get(self):             # <<<<<<<<<<<<<<
  *         """Return a copy: bytes, or what the channel's type makes of them."""
  *         data = bytes(self)
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_3get, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_get, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 265, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_3get, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_get, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 311, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_get, __pyx_t_3) < (0)) __PYX_ERR(0, 265, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_get, __pyx_t_3) < (0)) __PYX_ERR(0, 311, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":270
+  /* "ivshmem/channel/queues.pyx":316
  *         return data if self.reader.type is None else self.reader.type.decode(data)
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
  *         """Acknowledge it: no other reader gets it. May be called twice.
  * 
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_5done, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_done, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 270, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_5done, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_done, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 316, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_done, __pyx_t_3) < (0)) __PYX_ERR(0, 270, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_done, __pyx_t_3) < (0)) __PYX_ERR(0, 316, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":294
+  /* "ivshmem/channel/queues.pyx":340
  *                 )
  * 
  *     def give_back(self):             # <<<<<<<<<<<<<<
  *         """Give it to another reader, marked `redelivered`. May be called twice."""
  *         with cython.critical_section(self.reader):
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_7give_back, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_give_back, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 294, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_7give_back, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_give_back, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 340, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_give_back, __pyx_t_3) < (0)) __PYX_ERR(0, 294, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_give_back, __pyx_t_3) < (0)) __PYX_ERR(0, 340, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":305
+  /* "ivshmem/channel/queues.pyx":351
  *                 self.reader.membership.flush()
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
  *         return self
  * 
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_9__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 305, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_9__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 351, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_3) < (0)) __PYX_ERR(0, 305, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_3) < (0)) __PYX_ERR(0, 351, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":308
+  /* "ivshmem/channel/queues.pyx":354
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
  *         if kind is None:
  *             self.done()
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_11__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 308, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_11__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 354, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_3) < (0)) __PYX_ERR(0, 308, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_3) < (0)) __PYX_ERR(0, 354, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "(tree fragment)":1
@@ -12963,8 +13866,8 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/channel/queues.pyx":149
- *         return data if self.type is None else self.type.decode(data)
+  /* "ivshmem/channel/queues.pyx":180
+ *         return found
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_into(self, buffer, timeout=None, *, spin=None):
@@ -12972,7 +13875,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 149, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 180, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
@@ -13013,38 +13916,38 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 7; } str_length_index[] = {{0},{6},{27},{4},{11},{15},{6},{1},{28},{47},{74},{17},{1},{1},{4},{111},{13},{7},{6},{2},{9},{14},{26},{6},{73},{23},{11},{29},{31},{14},{11},{29},{31},{21},{20},{26},{16},{22},{11},{5},{15},{15},{14},{23},{25},{10},{9},{15},{20},{12},{9},{9},{8},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{18},{6},{18},{4},{4},{6},{4},{6},{5},{6},{3},{9},{8},{14},{9},{5},{22},{4},{3},{4},{10},{4},{4},{4},{10},{5},{7},{7},{6},{4}};
-    const struct { const unsigned int length: 8; } bytes_length_index[] = {{117},{120},{163},{9},{34},{7},{15},{49},{147},{38},{76},{125},{22},{22},{22}};
+    const struct { const unsigned int length: 7; } str_length_index[] = {{0},{6},{27},{4},{11},{15},{6},{1},{28},{47},{74},{17},{1},{1},{4},{111},{13},{7},{6},{2},{9},{14},{26},{6},{73},{23},{11},{29},{31},{14},{11},{29},{31},{21},{20},{26},{16},{22},{11},{5},{15},{15},{14},{23},{25},{10},{9},{15},{20},{12},{9},{9},{8},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{7},{13},{6},{18},{6},{18},{4},{4},{6},{4},{6},{5},{6},{3},{9},{8},{14},{9},{5},{22},{4},{3},{4},{10},{4},{4},{4},{10},{5},{7},{7},{6},{4}};
+    const struct { const unsigned int length: 8; } bytes_length_index[] = {{132},{120},{163},{9},{34},{7},{15},{49},{158},{38},{76},{125},{22},{22},{22}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1236 bytes) */
-static const char cstring[] = "x\332\225UKS\033G\020\206\262\034\203\203m\024(\260\343\034\2068\030\201\211\\T\201\251\220T\034\305@\\\251\304AD\256\224s\231\032\355\266\2441\253\035igVH\316!\034u\334\343\036\367\270G\035u\344\310QG\035\371\t\374\204\364\354\256\036<\362\242J;\375\230\356\376\372\233\231\206\024[\n$\211\276\353\204\331&Q\025 E\267T\002\207T\230$D\224\242\337\261\303\025\2322\312\001 %\207\225\253`\253\325ub\n\033\262;\030)0\320!\01603\211\344j\235(!v0#\227\244\346\010\003\244$\307\350\221\334\302`r\\\301\025\267\341n\223T\321\311\312@n\330\256\330\021\330\244$\034R\306b\2430C\3248\230\204\rb\327\265\313\250\020\014\267\204T\337\360\206\254T\241\2325*\314\266\301\312~\373\362\r\306\037p\343\310\342vY7%\225\343\032\n\343\253Ep\020\227\213\321\032\037X\245\354 i\244\304\020\252\256T\244\010\004\2325\213\033\\Y-\354\267\356\202T\010\343\230\253\n\371\216\271J\320\232.\001\231\202\343\302\352\020\235\256gr\311\212\026\200\255\277e\203\313X2\007H\301q\204#\023\355y\202\3739V\300\032\331Z\253\031I1\274\nXf\214-\241\334\300\315\"\202g\010\273\001\216\306\244\004\262s\320R\025a\023Q|\017\330\253\246\261\226P\240x\025\204\2534a:\224\021\333\325D\274\262\030\257\242{\3176\307\304,\245\016\230\256\001\324\210\022Rz\331)AI\305\324\310\375s\334wA\210\237\204]\316k\350\207\021\3241\361z\322\313\316kI\307\335eP\224\311\226m\\5r[\211\233l\327w\353s\275\252\307\273\016\301\004\213#\217`\026\364\341G\037D\024\275\024J\007*\336cp\306\324&W#\355Jk\003\363\265\246b\207~I\261\204x\023\001\001\320\"3\216(=h5\361\267\313\rE\337@S\035B\211\322\350\304u\":\3045D4\300Bi\311\265\r\275\226\007e\361\257\312\270\035\255\302t\255\310b\263j\264\342-\243\006\253\361\201\234\204h\261\241\364e\325\216\272\313\254A@\322$\275\326\356\320\000M\255`\327\303\"r\014\31256(\305N4r.\251!\034\274\240\334\206\350L\270\310\016\r2\236Q\006\336c\300\303\245\312a\006h\252\014a\202\311\024\036g$!\251`k)z[\361\003C&\206wgp7.\337\221!\3618\364\252\362\352 \211\037\344\021\267\315\232\250\3517\210=\230Pb\256\245$\377\000\262\206\211""\360\374F\227)\032\037\311kS\":\252\006\2630G\203\303\361A\353\227\370i\256e\222y\024\323\215\017\226n\047\245\351vR\233n\202mJ\372*\326\360\345\221\265u2\312\360w\362\352\204\213\365-*E\025p\276\332eDH2\377\036\247e\232\3747\300$7D\r\275\353\004\275\253\023Q\323\252U\0033\026\365X\304\256i<~\344\177\350\360ELo\374*\220\224\203V\001\323\215j\376\217\024c\023j,r\260=\036\3528-e\304P\244RQ:\231\354\247\356\266\237y\371\223\\\177\352\343\366\226w\313\333\350\317\314z\267\275|\377^\332{\344?\361\363Z\277\353/\351\035\017\332\365x\371\340\247\375e\277\031h\365\361j\230\276\370|bz\246\275\331nx\371\336\302\263\360\253\316~w\251\213\231\3460\035nozu\377\216\337\010\362\001\303\200\225\255N\376\342\341\304\364\274\267\341\355\242]\005\333a\246\263\324\301\255\323\375\231\007m\345\275\360\323\275O\263!\3574\272\371.\353\317.zu\355p\275\327\376\353\340\373\340}\047\325\311\365g\347\275=\204\261\344o\364g\027<;\310\365\347\237\004\033\301^\370\260\267Q\350\025\336\366\336\276\353\275\373\375\034\321\337\301\362\223\376b0\025\246\302\234\006\265\345O\005\223\3473\237\3719?\357#\244\363)\235<\207MG`\225\277\035<\ro\205;\235Bw\361\364\366\351og\2713d\350\374\336rP\010\3231\304M\2044\233\326\334\334\367\231^\246\374\311\330\263\355\257\004\351\376\354\027A\016\3735\303\225\316#\344b\263[\327\200\177\360\277\016Ja\356$w\361\311\304\375\247\377\220\355#o\224t\2567\267\254\251\013T\270\335Y\355ntwO\047\373Q[\177 \314\250j]Sp\204e\347uO\205`\021\315\363\310\232\237\362\367\203Lo\355e\267~\232:\335?\313\364\016\177\355\245\0106\217\215\376\3513<\223B\270\020\266\272\223\275\324R\220\036\267.v\246\273\351^\352\3130?n}\334\371\261\313\376\002l\361\222\236";
-    PyObject *data = __Pyx_DecompressString(cstring, 1236, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1261 bytes) */
+static const char cstring[] = "x\332\225UKs\023G\020\266\013\021lb@\n.\014!\207qx\311\306\021\345*\203+$\025\242`\023\212J\210\345\210\244\310ej\264\333\222\006\257v\244\235YY\"\225\212\217>\356q\217{\334\243\216:\372\310QG\035\375\023\370\t\351\331Y=l\223\227\253\264\323\217\351\356\257\277\231\036\223JW\201$\311w\2150\327&\252\016\244\342W\253\340\221:\223\204\210j\362\333\367\270BS^y\000\244\352\261Z\003\\\265\262Fl\341B\3411F\n\014\364\210\007\314N#\271Z#J\210\307\230\221K\322\364\204\005R\222}\364H\356`0\331\257\343\212\333p\267M\032\350d5 \037\330\256\330\036\270\244*<R\303b\2230K49\330\204\215b\327\264\313\252\023\014w\204T_\363\266\2547\240Q\260\352\314u\301)|\363\344%\306\357pk\317\341nM7%\225\347[\n\343\033\025\360\020\227\217\321\032\0378\325\302(i\242\030\010\r_*R\001\002\235\246\303-\256\234.\366\333\362A*\204\261\317U\235|\313|%hS\227\200|\331\363ae\214N\327\263\271d\025\007\300\325\337\232\305\245\221\354\021R\360<\341\311T{\220\342~\200\025\260F\241\331\355$\222\201W\007\3076\330R\312-\334,\022x\226p\333\340iLJ ;;]U\027.\021\2257\200\275j\032\233)\005\2127@\370J\023\246C\031q}M\304S\207\361\006\272\267]{J,P\352\201\355[@\255$!\245\047\235\022\224TLM\334?\232\276\313B\374 \334ZIC\337M\240N\211g\223\236t\236I:\355\256\201\242Lv]\353\264\221\273J|\310vv\267>\327\323\272\331\265\01368\034y\004\273\254\017?\371 \242dR(\035\251x\217\301\233R;\\M\264S\255\215\314g\2322\016=IFB\274\251\200\000h\205Y{\224\356t;\370\333\342\226\242/\241\243v\241Jir\342:\021\035\343\032#\032a\241\264\352\273\226^k\243\262\370\327`\334MVa\373NbqY#Y\361\226Q\2135\371HNC\264\330V\372\262jG\313g\316( m\222\236iwl\200\216V\260\353q\0219\005\345\014\033\224b\047\312\000\246\302\243\\RKxxO\271\013\254\202#\243\222\003\342\24206K\363`Yx\251\001O\232*\217Y\240y\263\204\r6Sx\266\211\204\014\203\253\245d\320\314\264a\225\361E\032]\224\223\027f|\n\370\0026\344\351W\305L\347\036w\355\246h\352\201\304\206l\2502\337Q\222\277\005\331\304Dx\230\223\233\225\274%\351\350)\221\234[\2339\230\243\315a\177\247\373\223\231\323\325|""\3728\031\356qz\351fZ\232n\246\265\351\006\270\266\244O\215\206cHV\327\310$\303\337\311+33>\002p\220V\274+\256J5)\032\200o\257[C\300$\377\357i\264L\323\377\024\230\363\003Qc\357\032A\357\312L\302\201\3526\3016\242~2\221\004j\236&\371\037\032~d\3306\023\203\034\355t\313\230nR\363\177\244\230z\275\246\"G\333\315\203\217\004\311\204\260D\245\242z0;\314\\<\274\037\224\016\212\303\271\217\017\037\006\347\202\365\341B68\037\224\206\227r\301\215\360VX\322\372\305pY\357\270r\3302\313\3330\027\336\t;\221Vo\256\304\271\367\237\317\314/\034n\034\266\203\322\340\332\375\370\313\336\263\376r\0373]\305t\270\275\023\264\302\013a;*E\014\003\356=\354\225\336_\237\231_\014\326\203-\264\253h3\316\367\226{\270u~\270p\345P\005\217\302\334\340\323B\314{\355~\251\317\206\331\245\240\245\035~\360<|\036}\027\275\351ez\305av1\330F\030\313\341\3720{-p\243\342p\361V\264\036m\307\327\007\353\345A\371\325\340\325\353\301\353\337\216M7\001\013\366\303zd\307\313\272\235\205\260\030\226B\246\361=\014\347\242\331\343\205\317\214\345\240x<\247\353\024\261\377\004\267\n7\243\273\361\271\370q\257\334_::\177\364\353\273\342;$\353\370\322\235\250\034\347\014\332\rD\227\315\351\274\227u\316l0\027\316\032\317fx/\312\r\263\267\243\"\266n\307\367z7\220\226\215~Kc\377>\374*\252\306\305\203\342\373Of.\337\375\207l\037\005\223\244W\007W\357h\026#\025o\366V\372\353\375\255\243Y\355\274\020\374\2160\223\252-\315\306\036\226]\324=\225\243%4/\"\201a&|\026\345\007\253O\372\255\243\314\321\263w\371\301\356\317\203\014\301\346\261\321?p\353/x\014\267\3437\375\331Af9\312i\353\237!\303C+\307K\275\371~n\220\371\".M[o\366^\364\331_\0057\242\211";
+    PyObject *data = __Pyx_DecompressString(cstring, 1261, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1582 bytes) */
-static const char cstring[] = "\277 bytes\000\003,\377 and the\377 buffer \177has  of\000\001\337 writ\020\000(t\377ree frag\377ment), d_one.:7\000o6\000\277r read3\004i\177t, too:O\000\377is proce\357ss wQ\000sil\356:\000 wh\005\000 it\356e\000d m\032\000age\375 \034\020taken \237for gj\000-\007c\177opied a4\005\335,N\001ch k\000lo\377st<ivshm\377em.chann\277el.>?N\252\000P\177ickling\325\001\277structy\000m\177bers su;\000\336\234\001elf.\212\004,s\374\t\001}\003must b\377e explic\357itly\355\000que\373st\204\000with \177@auto_p_\001\177e(True)\225\006\376\305!disable{en\002\001gcis\004\003\375d\242\005errors\312\261\004/\261\004/_\000a\000.p\353yx\005\002 \215\002hel\251d\226\003\354$c\342\000o\232\002c\337onver\220\001to\376\233 Python Oobje\351\000\303!p\374\004\177timeout\255!\275n8\000a nu\205!C\357laim\237 End\376\000\010.__reduoce_cL\002__\017\013\177setstat\025\007\375M\314CTooLon\177gQueueR\231b\340\000\010C\017\017\013D\0160\tget\277_async\005\ri\007nto\000\021\034\017\327a\203\t\347a~N\003Redeli\305 \207edT\374a\000\002\201 \253\205\002_}_\007\005enter\004\010\007xit\023\007\241,;\005\231.V\003\340\306\205\001`\003\326\000\002\004~\000_ba\177ck__Pyx\001\000\377Dict_Nex?tRef__\355B\357!7___\221\004__\213\004\006\000~\207\002__func\036\000\363_g\231E+\000main~\020\001module\032\001\347nam\003\002\343`_ca\243pi.\001\010\001\316C_\023\001vyt\271\204\001G\001qual)\0052\216d_\216n\247fex{\001\235`\345_]\005s\200\010\247n__t\373es\303 _is_c\377oroutine\256\343Bio.\010\006s\236\210\003c\365l\032\000_\312\000trac\375e\247!codeda\357tade\005\002one\003en\020\001\327\205\002\333\205\003\266`\263f\301a\350\254a\000\005\314cg\361%ite\363ms\271\207\r\213\206\003kind\367pop\234\207\001setd\377efaultsi\357zesp\376`ake\330\303g\275\210\002\347\205\004to\356\211\002va\377luesview\267PyO\225\206\003*(\211\210\004_\276\352\"obj_7\275\210\004_\3757\276\210\004_4ends\373_C\315\210\003End *\343, 8\007\000\t\014\t)\000u\377ntil_som\377ethingin\247t (\026\037X\001_\207\213\004*\363)\000#\020\025\006, in\367t"")\000\275\205\002typeyd\005\003\223\211\001out_\371\207\003es\277\200 6\352\210\003\335\205\003 *\243\000\031TL\000\234%, \030(\277\210\010\244!\370\350\212\004\314%\322\213\003const\373 *\264\003n_of\200\377\001\330\004\n\210+\220Q\377\200A\330\010\013\2105\220\377\003\2201\330\014\020\220\005\377\220Q\330\r\021\220\031\230w#\230Q\014\001\n\230!\036\001\367\017\210q\001\003z\230\021\230\357%\230x\240\013\001\033)\250\377\021\360\"\000\t\014\2104\377\210v\220Q\320\026+\250\2779\260F\270!\270G\000\023\376L\000\010\017\210x\220q\230\177\007\230v\240Q\240af\000\377\0475\260Q\360\030\000\t\337\024\2201\220D\025\000t\240\3777\250(\260!\2601\330\377\010\t\330\014\017\210t\220\3776\230\021\320\032.\250i\377\260v\270Q\270a\330\020\367\027\220q\025\001u\220H\230\377H\240B\240j\260\004\260\277A\330\020\024\220E\204\000!\377\2301\330\020\026\220n\240\377A\330\024#\2401\240E\377\250\030\3201T\320TU\177\320UY\320YZ\340\313\000\375\007|\000\001\230\027\240\010\250\377\004\250A\330\014\023\2205\377\230\010\240\001\340\014\034\230\257A\230Q\230\220\000\340\241\000u\363\220A\362\000\250\002t\2307\240\377&\250\003\250:\260T\270\377\027\300\005\300W\310A\310\376\237 \340\r%\240T\250\021\352\235\0034\220\000\020\t\000\020\220\016\273\230a\257!\010\230\001\267\0037\377\230\047\240\021\330\020$\240}A\355\000d\250\047\260\031\211 \3674\270q\255\001G\230;\240\377f\250A\200A\360\022\000\333\016&3\030\006\220K\007\023\320\373\023%\267!\240t\2507\260\277)\2701\270D\300h\000\020\217\220\007\220{\244\000q\002Z\000\026\353\220kt\000\024\320\001T\240\027\357\250\001\330\024\263 \230\004\230\377F\240(\320*?\270q\377\300\004\300F\310(\320R\317S\320\004 \372\000\223@\177\230\375a\221@T\250\026\250y\270\177\001\320\004!\240\021\340\013\010\377\027\260\t\270\021\320\004-\373\250Q\n\t\033\260J\270a";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1582, 2377);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1617 bytes) */
+static const char cstring[] = "\277 bytes\000\003,\377 and the\377 buffer \177has  of\000\001\337 writ\020\000(t\377ree frag\377ment), d_one.:7\000o6\000\277r read3\004i\177t, too:O\000\377is proce\357ss wQ\000sil\356:\000 wh\005\000 it\356e\000d m\032\000age\375 \034\020taken \237for gj\000-\007c\177opied a4\005\335,N\001ch k\000lo\377st<ivshm\377em.chann\277el.>?N\252\000P\177ickling\325\001\277structy\000m\177bers su;\000\336\234\001elf.\212\004,s\374\t\001}\003must b\377e explic\357itly\355\000que\373st\204\000with \177@auto_p_\001\177e(True)\225\006\376\305!disable{en\002\001gcis\004\003\375d\242\005errors\312\261\004/\261\004/_\000a\000.p\353yx\005\002 \215\002hel\251d\226\003\354$c\342\000o\232\002c\337onver\220\001to\376\233 Python Oobje\351\000\303!p\374\004\177timeout\255!\275n8\000a nu\205!C\357laim\237 End\376\000\010.__reduoce_cL\002__\017\013\177setstat\025\007\375M\314CTooLon\177gQueueR\231b\340\000\010C\017\017\013D\0160\tget\277_async\005\ri\007nto\000\021\034\017\327a\203\t\347a~N\003Redeli\305 \207edT\374a\000\002\201 \253\205\002_}_\007\005enter\004\010\007xit\023\007\241,;\005\231.V\003\340\306\205\001`\003\326\000\002\004~\000_ba\177ck__Pyx\001\000\377Dict_Nex?tRef__\355B\357!7___\221\004__\213\004\006\000~\207\002__func\036\000\363_g\231E+\000main~\020\001module\032\001\347nam\003\002\343`_ca\243pi.\001\010\001\316C_\023\001vyt\271\204\001G\001qual)\0052\216d_\216n\247fex{\001\235`\345_]\005s\200\010\247n__t\363es\303 \255\001_or_\377is_corou\377tineabse\273nt\360Bio.\016\006s\326\253\210\003cl \000_\327\000tr\367ace\264!code\277datade\005\002o\017neen\020\001\344\205\002\350\205\003\303`\240\300f\316a\271a\000\005\331cg\376%i\317tems\306\207\r\230\206\003ki\337ndpop\251\207\001se\377tdefault\177sizespi\256\000cke\320g\312\210\002\364\205\004to\373\211\002\377valuesvi\337ewPyO\242\206\003*(\372\226\210\004_\367\"obj_7\366\312\210\004_7\313\210\004_4en\357ds_C\332\210\003End\217 *, 8\007\000\t\014\t)\177\000\000until\324 \337ntent\007\004so\377methingiOnt (%\037g\001_\243""\213\004\347*)\000#\020\025\006, i\357nt)\000\331\205\002typ\363ed\005\003\257\211\001out_\312\225\210\003s\316\200 6\206\211\003\371\205\003 *2\243\000TL\000\253%, \030(\333\210\010\360\263!\204\213\004\333%\356\213\003cons\367t *\264\003n_of\377\200\001\330\004\n\210+\220\377Q\200A\330\010\013\2105\377\220\003\2201\330\014\020\220\377\005\220Q\330\r\021\220\031\357\230#\230Q\014\001\n\230!\356\036\001\017\210q\001\003z\230\021\337\230%\230x\240\013\001\033)\377\250\021\360\"\000\t\014\210\3774\210v\220Q\320\026+\177\2509\260F\270!\270G\000\375\023L\000\010\017\210x\220q\377\230\007\230v\240Q\240a\376f\000\0475\260Q\360\030\000\277\t\024\2201\220D\025\000t\377\2407\250(\260!\2601\377\330\010\t\330\014\017\210t\377\2206\230\021\320\032.\250\377i\260v\270Q\270a\330\357\020\027\220q\025\001u\220H\377\230H\240B\240j\260\004\177\260A\330\020\024\220E\204\000\377!\2301\330\020\026\220n\377\240A\330\024#\2401\240\377E\250\030\3201T\320T\377U\320UY\320YZ\340\376\310\003\220a\220w\230h\240\367d\250!\333\001\014\230A\230\377Q\230a\330\014\023\2205\177\230\010\240\001\340\014\034\014\003w\200A\340\254\000u\220A\375\000\376\263\002t\2307\240&\250\003\377\250:\260T\270\027\300\005\337\300W\310A\310\252 \340\r_%\240T\250\021\250\0034\233\000\335\020\t\000\020\220\016P\001\020\220\367\010\230\001\302\0037\230\047\240\277\021\330\020$\240A\370\000d\357\250\047\260\031\224 4\270q\376\270\001G\230;\240f\250A\177\200A\360\022\000\016&3\030\363\006\220\246\000N\004\023\320\023%\376\302!\240t\2507\260)\270\3571\270D\300h\000\020\220\007\343\220{\244\000q\002Z\000\026\220k\372t\000\024\320\001T\240\027\250\001\373\330\024\276 \230\004\230F\240\377(\320*?\270q\300\004\377\300F\310(\320RS\320S\004 \372\000\236@}\216 V\204@\377$\250j\270\001\320\004!\273\240\021\204!\177\230a\262@T\377\250\027\260\t\270\021\320\004\367-\250Q\n\t\033\260J\270\001a";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1617, 2416);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (2377 bytes) */
-static const char bytes[] = " bytes bytes, and the buffer has  of  of writer (tree fragment), done.: another reader has it, too: this process was silent while it had message : this process was taken for gone while it copied a message, which is lost<ivshmem.channel.>?NonePickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)a message of disableenablegcisenabledivshmem.errorsivshmem/channel/queues.pyxqueue self.held,self.reader cannot be converted to a Python object for picklingtimeout is not a numberClaimingEndClaimingEnd.__reduce_cython__ClaimingEnd.__setstate_cython__MessageTooLongQueueReaderQueueReader.__reduce_cython__QueueReader.__setstate_cython__QueueReader.get_asyncQueueReader.get_intoQueueReader.get_into_asyncQueueReader.takeQueueReader.take_asyncRedeliveredTakenTaken.__bytes__Taken.__enter__Taken.__exit__Taken.__reduce_cython__Taken.__setstate_cython__Taken.doneTaken.getTaken.give_back__Pyx_PyDict_NextRef__annotate____bytes____enter____exit____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineasyncio.coroutinesbuffercline_in_tracebackcodedatadecodedoneencodeerrorerrorsgetget_asyncget_intoget_into_asyncgive_backitemsivshmem.channel.queueskindpopselfsetdefaultsizespintaketake_asynctakentimeouttobytesvaluesviewPyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *)\000until_somethingint (PyObject *, PyObject *, PyObject *, Py_buffer *)\000int (PyObject *, Py_buffer *, int)\000take_typed\000take_without_objectsstruct __pyx_obj_7ivshmem_7channel_6queues_Taken *(PyTypeObject *, struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, struct ivshmem_taken const *)\000taken_of\200\001\330\004\n\210+\220Q\200A\330\010\013\2105\220\003\2201\330\014\020\220\005\220Q\330\r\021\220\031\230#\230Q\330\014\020\220\n\230!\200A\330\010\017\210q\200A\330""\010\017\210z\230\021\230%\230x\240q\200A\330\033)\250\021\360\"\000\t\014\2104\210v\220Q\320\026+\2509\260F\270!\2701\330\014\023\2201\330\010\017\210x\220q\230\007\230v\240Q\240a\200A\330\0475\260Q\360\030\000\t\024\2201\220D\230\007\230t\2407\250(\260!\2601\330\010\t\330\014\017\210t\2206\230\021\320\032.\250i\260v\270Q\270a\330\020\027\220q\330\014\017\210u\220H\230H\240B\240j\260\004\260A\330\020\024\220E\230\021\230!\2301\330\020\026\220n\240A\330\024#\2401\240E\250\030\3201T\320TU\320UY\320YZ\340\014\020\220\007\220q\230\001\230\027\240\010\250\004\250A\330\014\023\2205\230\010\240\001\340\014\034\230A\230Q\230a\200A\340\010\017\210u\220A\220Q\330\010\017\210x\220t\2307\240&\250\003\250:\260T\270\027\300\005\300W\310A\310Q\200A\340\r%\240T\250\021\330\014\017\210t\2204\220q\330\020\021\330\014\020\220\016\230a\330\014\020\220\010\230\001\330\014\017\210t\2207\230\047\240\021\330\020$\240A\240Q\240d\250\047\260\031\270!\2704\270q\330\020\024\220G\230;\240f\250A\200A\360\022\000\016&\240T\250\021\330\014\017\210t\2204\220q\330\020\021\330\014\020\220\016\230a\330\014\020\220\006\220a\330\014\020\220\010\230\001\330\014\023\320\023%\240Q\240a\240t\2507\260)\2701\270D\300\001\330\014\020\220\007\220{\240&\250\001\330\014\017\210q\330\020\026\220k\240\021\330\024\034\230A\230T\240\027\250\001\330\024\027\220q\230\004\230F\240(\320*?\270q\300\004\300F\310(\320RS\320\004 \240\001\340\010\017\210\177\230a\230v\240T\250\026\250y\270\001\320\004!\240\021\340\010\017\210\177\230a\230v\240T\250\027\260\t\270\021\320\004-\250Q\340\010\017\210\177\230a\230v\240T\250\033\260J\270a";
+    #else /* compression: none (2416 bytes) */
+static const char bytes[] = " bytes bytes, and the buffer has  of  of writer (tree fragment), done.: another reader has it, too: this process was silent while it had message : this process was taken for gone while it copied a message, which is lost<ivshmem.channel.>?NonePickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)a message of disableenablegcisenabledivshmem.errorsivshmem/channel/queues.pyxqueue self.held,self.reader cannot be converted to a Python object for picklingtimeout is not a numberClaimingEndClaimingEnd.__reduce_cython__ClaimingEnd.__setstate_cython__MessageTooLongQueueReaderQueueReader.__reduce_cython__QueueReader.__setstate_cython__QueueReader.get_asyncQueueReader.get_intoQueueReader.get_into_asyncQueueReader.takeQueueReader.take_asyncRedeliveredTakenTaken.__bytes__Taken.__enter__Taken.__exit__Taken.__reduce_cython__Taken.__setstate_cython__Taken.doneTaken.getTaken.give_back__Pyx_PyDict_NextRef__annotate____bytes____enter____exit____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___get_or_is_coroutineabsentasyncio.coroutinesbuffercline_in_tracebackcodedatadecodedoneencodeerrorerrorsgetget_asyncget_intoget_into_asyncgive_backitemsivshmem.channel.queueskindpopselfsetdefaultsizespintaketake_asynctakentimeouttobytesvaluesviewPyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *)\000\000until_content\000until_somethingint (PyObject *, PyObject *, PyObject *, Py_buffer *)\000int (PyObject *, Py_buffer *, int)\000take_typed\000take_without_objectsstruct __pyx_obj_7ivshmem_7channel_6queues_Taken *(PyTypeObject *, struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, struct ivshmem_taken const *)\000taken_of\200\001\330\004\n\210+\220Q\200A\330\010\013\2105\220\003\2201\330\014\020\220\005\220Q\330\r\021\220\031\230#\230Q\330\014\020\220\n\230!""\200A\330\010\017\210q\200A\330\010\017\210z\230\021\230%\230x\240q\200A\330\033)\250\021\360\"\000\t\014\2104\210v\220Q\320\026+\2509\260F\270!\2701\330\014\023\2201\330\010\017\210x\220q\230\007\230v\240Q\240a\200A\330\0475\260Q\360\030\000\t\024\2201\220D\230\007\230t\2407\250(\260!\2601\330\010\t\330\014\017\210t\2206\230\021\320\032.\250i\260v\270Q\270a\330\020\027\220q\330\014\017\210u\220H\230H\240B\240j\260\004\260A\330\020\024\220E\230\021\230!\2301\330\020\026\220n\240A\330\024#\2401\240E\250\030\3201T\320TU\320UY\320YZ\340\014\020\220\005\220Q\220a\220w\230h\240d\250!\330\014\020\220\014\230A\230Q\230a\330\014\023\2205\230\010\240\001\340\014\034\230A\230Q\230a\200A\340\010\017\210u\220A\220Q\330\010\017\210x\220t\2307\240&\250\003\250:\260T\270\027\300\005\300W\310A\310Q\200A\340\r%\240T\250\021\330\014\017\210t\2204\220q\330\020\021\330\014\020\220\016\230a\330\014\020\220\010\230\001\330\014\017\210t\2207\230\047\240\021\330\020$\240A\240Q\240d\250\047\260\031\270!\2704\270q\330\020\024\220G\230;\240f\250A\200A\360\022\000\016&\240T\250\021\330\014\017\210t\2204\220q\330\020\021\330\014\020\220\016\230a\330\014\020\220\006\220a\330\014\020\220\010\230\001\330\014\023\320\023%\240Q\240a\240t\2507\260)\2701\270D\300\001\330\014\020\220\007\220{\240&\250\001\330\014\017\210q\330\020\026\220k\240\021\330\024\034\230A\230T\240\027\250\001\330\024\027\220q\230\004\230F\240(\320*?\270q\300\004\300F\310(\320RS\320\004 \240\001\340\010\017\210}\230A\230V\2407\250$\250j\270\001\320\004!\240\021\340\010\017\210\177\230a\230v\240T\250\027\260\t\270\021\320\004-\250Q\340\010\017\210\177\230a\230v\240T\250\033\260J\270a";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 100; i++) {
+    for (int i = 0; i < 102; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
       if (likely(string) && i >= 26) PyUnicode_InternInPlace(&string);
@@ -13055,8 +13958,8 @@ static const char bytes[] = " bytes bytes, and the buffer has  of  of writer (tr
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 100; i < 115; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-100].length;
+    for (int i = 102; i < 117; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-102].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -13066,14 +13969,14 @@ static const char bytes[] = " bytes bytes, and the buffer has  of  of writer (tr
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 115; i++) {
+    for (Py_ssize_t i = 0; i < 117; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 100;
+      PyObject **table = stringtab + 102;
       for (Py_ssize_t i=0; i<15; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
@@ -13139,27 +14042,27 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 149};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 180};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_buffer, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_taken};
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get_into, __pyx_mstate->__pyx_kp_b_iso88591_A_5Q_1D_t7_1_t6_ivQa_q_uHHBj_A_E, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 196};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 236};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_taken};
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_take, __pyx_mstate->__pyx_kp_b_iso88591_A_4vQ_9F_1_1_xq_vQa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 218};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 258};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get_async, __pyx_mstate->__pyx_kp_b_iso88591_avT_y, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get_async, __pyx_mstate->__pyx_kp_b_iso88591_AV7_j, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 222};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 268};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_buffer, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get_into_async, __pyx_mstate->__pyx_kp_b_iso88591_Q_avT_Ja, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 226};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 272};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_take_async, __pyx_mstate->__pyx_kp_b_iso88591_avT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
@@ -13174,32 +14077,32 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 262};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 308};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_bytes_2, __pyx_mstate->__pyx_kp_b_iso88591_A_z_xq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 265};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 311};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data};
     __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get, __pyx_mstate->__pyx_kp_b_iso88591_A_uAQ_xt7_T_WAQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 270};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 316};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_code};
     __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t4q_a_a_Qat7_1D_q_k_AT_q_F_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 294};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 340};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_give_back, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t4q_a_t7_AQd_4q_G_fA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 305};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 351};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_enter, __pyx_mstate->__pyx_kp_b_iso88591_A_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 308};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 354};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_kind, __pyx_mstate->__pyx_n_u_error};
     __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_5_1_Q_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
   }

@@ -2300,18 +2300,18 @@ enum  {
  * 
  * 
  * cdef struct Held:             # <<<<<<<<<<<<<<
- *     unsigned writer
- *     uint64_t position
+ *     ivshmem_message message
+ *     bint kept  # by nobody: it is for the next call
 */
 struct __pyx_t_7ivshmem_7channel_5roles_Held {
-  unsigned int writer;
-  uint64_t position;
+  struct ivshmem_message message;
+  int kept;
 };
 struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time;
 
-/* "sleeping_tasks.pxd":6
- * 
+/* "sleeping_tasks.pxd":7
  * cdef object until_something(ChannelEnd end, object call, object timeout, tuple arguments)
+ * cdef object until_content(ChannelEnd end, str name, object call, object timeout)
  * cdef object until_in_time(             # <<<<<<<<<<<<<<
  *     ChannelEnd end, object call, object timeout, tuple arguments, dict options=*
  * )
@@ -2707,39 +2707,40 @@ struct __pyx_obj_7ivshmem_7channel_5views_View {
 };
 
 
-/* "ivshmem/channel/readers.pxd":7
+/* "ivshmem/channel/readers.pxd":9
  * 
  * 
  * cdef class Reader(ReaderEnd):             # <<<<<<<<<<<<<<
  *     cdef ivshmem_message message
- *     cdef bint pending  # the message was taken, and is for the next call
+ *     cdef uint32_t kept  # messages that were taken, and are for the next calls
 */
 struct __pyx_obj_7ivshmem_7channel_7readers_Reader {
   struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd __pyx_base;
   struct ivshmem_message message;
-  int pending;
+  uint32_t kept;
 };
 
 
-/* "ivshmem/channel/readers.pxd":18
+/* "ivshmem/channel/readers.pxd":23
  * 
  * 
  * cdef class ValueReader(ReaderEnd):             # <<<<<<<<<<<<<<
  *     cdef ivshmem_message message
- * 
+ *     cdef uint64_t seen  # what `next` of its source was before the last look
 */
 struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader {
   struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd __pyx_base;
   struct ivshmem_message message;
+  uint64_t seen;
 };
 
 
-/* "ivshmem/channel/readers.pyx":304
+/* "ivshmem/channel/readers.pyx":388
  *         return until_something(self, self.get_into, timeout, (buffer,))
  * 
  *     async def get_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get_rows` for asyncio. To cancel it takes nothing."""
- *         found = await until_something(self, self._rows_or_none, timeout, (rows,))
+ *         if memoryview(rows).shape[:1] == (0,):
 */
 struct __pyx_obj_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async {
   PyObject_HEAD
@@ -3102,9 +3103,12 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *__pyx_vtabptr
 
 struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd {
   struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
+  int (*make_room)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *);
   int (*hold)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message const *);
   int (*forget)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, unsigned int, uint64_t);
   int (*let_go)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, unsigned int, uint64_t);
+  int (*put_back)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message const *);
+  int (*is_for_ever)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, PyObject *);
   int (*copy_to)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message const *, char *);
   PyObject *(*starved)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *);
 };
@@ -3143,7 +3147,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5views_View {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5views_View *__pyx_vtabptr_7ivshmem_7channel_5views_View;
 
 
-/* "ivshmem/channel/readers.pyx":37
+/* "ivshmem/channel/readers.pyx":40
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3154,15 +3158,18 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_5views_View *__pyx_vtabptr_7ivs
 struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader {
   struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd __pyx_base;
   int (*take)(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *, PyObject *, PyObject *);
-  int (*take_pending)(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *);
+  int (*take_new)(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *);
+  int (*take_kept)(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *);
   int (*tell_lost)(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *);
-  int (*keep)(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *);
+  int (*keep)(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *, struct ivshmem_message const *);
+  PyObject *(*got)(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *, PyObject *, PyObject *, PyObject *);
   PyObject *(*copy_out)(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *);
+  PyObject *(*decoded)(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *);
 };
 static struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *__pyx_vtabptr_7ivshmem_7channel_7readers_Reader;
 
 
-/* "ivshmem/channel/readers.pyx":336
+/* "ivshmem/channel/readers.pyx":422
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3172,7 +3179,9 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *__pyx_vtabptr_
 
 struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader {
   struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd __pyx_base;
-  PyObject *(*latest)(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *, int);
+  int (*look)(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *);
+  PyObject *(*latest)(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *, int, PyObject *);
+  PyObject *(*decoded)(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *, PyObject *, uint64_t);
 };
 static struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *__pyx_vtabptr_7ivshmem_7channel_7readers_ValueReader;
 /* #### Code section: utility_code_proto ### */
@@ -3251,7 +3260,7 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *__pyx_vta
 #define __Pyx_CLEAR(r)    do { PyObject* tmp = ((PyObject*)(r)); r = NULL; __Pyx_DECREF(tmp);} while(0)
 #define __Pyx_XCLEAR(r)   do { if((r) != NULL) {PyObject* tmp = ((PyObject*)(r)); r = NULL; __Pyx_DECREF(tmp);}} while(0)
 
-/* FastTypeChecks.proto (used by PyValueError_Check) */
+/* FastTypeChecks.proto (used by GivenExceptionMatches) */
 #if CYTHON_COMPILING_IN_CPYTHON
 #define __Pyx_TypeCheck(obj, type) __Pyx_IsSubtype(Py_TYPE(obj), (PyTypeObject *)type)
 #define __Pyx_TypeCheck2(obj, type1, type2) __Pyx_IsAnySubtype2(Py_TYPE(obj), (PyTypeObject *)type1, (PyTypeObject *)type2)
@@ -3263,25 +3272,6 @@ static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a,
 #define __Pyx_TypeCheck2(obj, type1, type2) (PyObject_TypeCheck(obj, (PyTypeObject *)type1) || PyObject_TypeCheck(obj, (PyTypeObject *)type2))
 #define __Pyx_PyAnySet_Check(obj)  PyAnySet_Check(obj)
 #endif
-
-/* PyValueError_Check.proto */
-#define __Pyx_PyExc_ValueError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_ValueError)
-
-/* PyObjectCall.proto (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw);
-#else
-#define __Pyx_PyObject_Call(func, arg, kw) PyObject_Call(func, arg, kw)
-#endif
-
-/* PyObjectCallMethO.proto (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg);
-#endif
-
-/* PyObjectFastCall.proto */
-#define __Pyx_PyObject_FastCall(func, args, nargs)  __Pyx_PyObject_FastCallDict(func, args, (size_t)(nargs), NULL)
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject * const*args, size_t nargsf, PyObject *kwargs);
 
 /* PyThreadStateGet.proto (used by PyErrFetchRestore) */
 #if CYTHON_FAST_THREAD_STATE
@@ -3301,7 +3291,7 @@ static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObj
 #define __Pyx_PyErr_CurrentExceptionType()  PyErr_Occurred()
 #endif
 
-/* PyErrFetchRestore.proto (used by RaiseException) */
+/* PyErrFetchRestore.proto (used by GivenExceptionMatches) */
 #if CYTHON_FAST_THREAD_STATE
 #define __Pyx_PyErr_Clear() __Pyx_ErrRestore(NULL, NULL, NULL)
 #define __Pyx_ErrRestoreWithState(type, value, tb)  __Pyx_ErrRestoreInState(PyThreadState_GET(), type, value, tb)
@@ -3325,6 +3315,58 @@ static CYTHON_INLINE void __Pyx_ErrFetchInState(PyThreadState *tstate, PyObject 
 #define __Pyx_ErrRestore(type, value, tb)  PyErr_Restore(type, value, tb)
 #define __Pyx_ErrFetch(type, value, tb)  PyErr_Fetch(type, value, tb)
 #endif
+
+/* GivenExceptionMatches.proto (used by PyErrExceptionMatches) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches(PyObject *err, PyObject *type);
+static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches2(PyObject *err, PyObject *type1, PyObject *type2);
+#else
+#define __Pyx_PyErr_GivenExceptionMatches(err, type) PyErr_GivenExceptionMatches(err, type)
+static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches2(PyObject *err, PyObject *type1, PyObject *type2) {
+    return PyErr_GivenExceptionMatches(err, type1) || PyErr_GivenExceptionMatches(err, type2);
+}
+#endif
+#define __Pyx_PyErr_ExceptionMatches2(err1, err2)  __Pyx_PyErr_GivenExceptionMatches2(__Pyx_PyErr_CurrentExceptionType(), err1, err2)
+
+/* PyErrExceptionMatches.proto (used by PyObjectGetAttrStrNoError) */
+#if CYTHON_FAST_THREAD_STATE
+#define __Pyx_PyErr_ExceptionMatches(err) __Pyx_PyErr_ExceptionMatchesInState(__pyx_tstate, err)
+static CYTHON_INLINE int __Pyx_PyErr_ExceptionMatchesInState(PyThreadState* tstate, PyObject* err);
+#else
+#define __Pyx_PyErr_ExceptionMatches(err)  PyErr_ExceptionMatches(err)
+#endif
+
+/* PyObjectGetAttrStr.proto (used by PyObjectGetAttrStrNoError) */
+#if CYTHON_USE_TYPE_SLOTS
+static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStr(PyObject* obj, PyObject* attr_name);
+#else
+#define __Pyx_PyObject_GetAttrStr(o,n) PyObject_GetAttr(o,n)
+#endif
+
+/* PyObjectGetAttrStrNoError.proto (used by GetBuiltinName) */
+static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStrNoError(PyObject* obj, PyObject* attr_name);
+
+/* GetBuiltinName.proto */
+static PyObject *__Pyx_GetBuiltinName(PyObject *name);
+
+/* PyValueError_Check.proto */
+#define __Pyx_PyExc_ValueError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_ValueError)
+
+/* PyObjectCall.proto (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw);
+#else
+#define __Pyx_PyObject_Call(func, arg, kw) PyObject_Call(func, arg, kw)
+#endif
+
+/* PyObjectCallMethO.proto (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg);
+#endif
+
+/* PyObjectFastCall.proto */
+#define __Pyx_PyObject_FastCall(func, args, nargs)  __Pyx_PyObject_FastCallDict(func, args, (size_t)(nargs), NULL)
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject * const*args, size_t nargsf, PyObject *kwargs);
 
 /* RaiseException.export */
 static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
@@ -3422,42 +3464,36 @@ static CYTHON_INLINE int __Pyx_PyObject_CompareBoolEq_str_str(PyObject *op1, PyO
 /* PyLongCompare.proto */
 static CYTHON_INLINE int __Pyx_PyLong_BoolEqObjC(PyObject *op1, PyObject *op2, long intval, long inplace);
 
+/* GetTopmostException.proto (used by SaveResetException) */
+#if CYTHON_USE_EXC_INFO_STACK && CYTHON_FAST_THREAD_STATE
+static _PyErr_StackItem * __Pyx_PyErr_GetTopmostException(PyThreadState *tstate);
+#endif
+
+/* SaveResetException.proto */
+#if CYTHON_FAST_THREAD_STATE
+#define __Pyx_ExceptionSave(type, value, tb)  __Pyx__ExceptionSave(__pyx_tstate, type, value, tb)
+static CYTHON_INLINE void __Pyx__ExceptionSave(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb);
+#define __Pyx_ExceptionReset(type, value, tb)  __Pyx__ExceptionReset(__pyx_tstate, type, value, tb)
+static CYTHON_INLINE void __Pyx__ExceptionReset(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb);
+#else
+#define __Pyx_ExceptionSave(type, value, tb)   PyErr_GetExcInfo(type, value, tb)
+#define __Pyx_ExceptionReset(type, value, tb)  PyErr_SetExcInfo(type, value, tb)
+#endif
+
+/* PyBaseException_Check.proto */
+#define __Pyx_PyExc_BaseException_Check(obj)  PyExceptionInstance_Check(obj)
+
+/* GetException.proto */
+#if CYTHON_FAST_THREAD_STATE
+#define __Pyx_GetException(type, value, tb)  __Pyx__GetException(__pyx_tstate, type, value, tb)
+static int __Pyx__GetException(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb);
+#else
+static int __Pyx_GetException(PyObject **type, PyObject **value, PyObject **tb);
+#endif
+
 /* IgnoreException.proto (used by GetModuleGlobalName) */
 static CYTHON_INLINE int __Pyx_IgnoreGivenException(PyObject *given_exception, PyObject *ignorable_exception);
 #define __Pyx_IgnoreException(ignorable_exception) __Pyx_IgnoreGivenException(NULL, ignorable_exception)
-
-/* GivenExceptionMatches.proto (used by PyErrExceptionMatches) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches(PyObject *err, PyObject *type);
-static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches2(PyObject *err, PyObject *type1, PyObject *type2);
-#else
-#define __Pyx_PyErr_GivenExceptionMatches(err, type) PyErr_GivenExceptionMatches(err, type)
-static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches2(PyObject *err, PyObject *type1, PyObject *type2) {
-    return PyErr_GivenExceptionMatches(err, type1) || PyErr_GivenExceptionMatches(err, type2);
-}
-#endif
-#define __Pyx_PyErr_ExceptionMatches2(err1, err2)  __Pyx_PyErr_GivenExceptionMatches2(__Pyx_PyErr_CurrentExceptionType(), err1, err2)
-
-/* PyErrExceptionMatches.proto (used by PyObjectGetAttrStrNoError) */
-#if CYTHON_FAST_THREAD_STATE
-#define __Pyx_PyErr_ExceptionMatches(err) __Pyx_PyErr_ExceptionMatchesInState(__pyx_tstate, err)
-static CYTHON_INLINE int __Pyx_PyErr_ExceptionMatchesInState(PyThreadState* tstate, PyObject* err);
-#else
-#define __Pyx_PyErr_ExceptionMatches(err)  PyErr_ExceptionMatches(err)
-#endif
-
-/* PyObjectGetAttrStr.proto (used by PyObjectGetAttrStrNoError) */
-#if CYTHON_USE_TYPE_SLOTS
-static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStr(PyObject* obj, PyObject* attr_name);
-#else
-#define __Pyx_PyObject_GetAttrStr(o,n) PyObject_GetAttr(o,n)
-#endif
-
-/* PyObjectGetAttrStrNoError.proto (used by GetBuiltinName) */
-static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStrNoError(PyObject* obj, PyObject* attr_name);
-
-/* GetBuiltinName.proto (used by GetModuleGlobalName) */
-static PyObject *__Pyx_GetBuiltinName(PyObject *name);
 
 /* PyDictVersioning.proto (used by GetModuleGlobalName) */
 #if CYTHON_USE_DICT_VERSIONS && CYTHON_USE_TYPE_SLOTS
@@ -3534,10 +3570,8 @@ static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatAndDecref(PyObject* s, PyObj
 /* JoinPyUnicode.export */
 static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count, Py_ssize_t result_ulength, int kind);
 
-/* WriteUnraisableException.proto */
-static void __Pyx_WriteUnraisable(const char *name, int clineno,
-                                  int lineno, const char *filename,
-                                  int full_traceback, int nogil);
+/* PyMemoryError_Check.proto */
+#define __Pyx_PyExc_MemoryError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_MemoryError)
 
 /* py_dict_items.proto (used by OwnedDictNext) */
 #define __Pyx_PyDict_items_TypePtr  (&PyDictKeys_Type)
@@ -3674,6 +3708,14 @@ static CYTHON_INLINE int __Pyx_ParseKeywords(
 static void __Pyx_RaiseArgtupleInvalid(const char* func_name, int exact,
     Py_ssize_t num_min, Py_ssize_t num_max, Py_ssize_t num_found);
 
+/* SwapException.proto */
+#if CYTHON_FAST_THREAD_STATE
+#define __Pyx_ExceptionSwap(type, value, tb)  __Pyx__ExceptionSwap(__pyx_tstate, type, value, tb)
+static CYTHON_INLINE void __Pyx__ExceptionSwap(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb);
+#else
+static CYTHON_INLINE void __Pyx_ExceptionSwap(PyObject **type, PyObject **value, PyObject **tb);
+#endif
+
 /* BuildPyUnicode.proto (used by COrdinalToPyUnicode) */
 static PyObject* __Pyx_PyUnicode_BuildFromAscii(Py_ssize_t ulength, const char* chars, int clength,
                                                 int prepend_sign, char padding_char);
@@ -3707,38 +3749,6 @@ static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_uint32_t(uint32_t val
     )
 static CYTHON_INLINE PyObject* __Pyx_uchar___Pyx_PyUnicode_From_Py_ssize_t(Py_ssize_t value, Py_ssize_t width, char padding_char);
 static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_Py_ssize_t(Py_ssize_t value, Py_ssize_t width, char padding_char, char format_char);
-
-/* GetException.proto */
-#if CYTHON_FAST_THREAD_STATE
-#define __Pyx_GetException(type, value, tb)  __Pyx__GetException(__pyx_tstate, type, value, tb)
-static int __Pyx__GetException(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb);
-#else
-static int __Pyx_GetException(PyObject **type, PyObject **value, PyObject **tb);
-#endif
-
-/* SwapException.proto */
-#if CYTHON_FAST_THREAD_STATE
-#define __Pyx_ExceptionSwap(type, value, tb)  __Pyx__ExceptionSwap(__pyx_tstate, type, value, tb)
-static CYTHON_INLINE void __Pyx__ExceptionSwap(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb);
-#else
-static CYTHON_INLINE void __Pyx_ExceptionSwap(PyObject **type, PyObject **value, PyObject **tb);
-#endif
-
-/* GetTopmostException.proto (used by SaveResetException) */
-#if CYTHON_USE_EXC_INFO_STACK && CYTHON_FAST_THREAD_STATE
-static _PyErr_StackItem * __Pyx_PyErr_GetTopmostException(PyThreadState *tstate);
-#endif
-
-/* SaveResetException.proto */
-#if CYTHON_FAST_THREAD_STATE
-#define __Pyx_ExceptionSave(type, value, tb)  __Pyx__ExceptionSave(__pyx_tstate, type, value, tb)
-static CYTHON_INLINE void __Pyx__ExceptionSave(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb);
-#define __Pyx_ExceptionReset(type, value, tb)  __Pyx__ExceptionReset(__pyx_tstate, type, value, tb)
-static CYTHON_INLINE void __Pyx__ExceptionReset(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb);
-#else
-#define __Pyx_ExceptionSave(type, value, tb)   PyErr_GetExcInfo(type, value, tb)
-#define __Pyx_ExceptionReset(type, value, tb)  PyErr_SetExcInfo(type, value, tb)
-#endif
 
 /* PyObjectCompare.proto */
 static CYTHON_INLINE int __Pyx_PyObject_CompareBoolLt_object_int(PyObject *op1, PyObject *op2, int pyop);
@@ -3820,6 +3830,36 @@ static CYTHON_INLINE PyObject *__Pyx_GetItemInt_Fast(PyObject *o, Py_ssize_t i,
 static CYTHON_INLINE PyObject* __Pyx_uchar___Pyx_PyUnicode_From_uint64_t(uint64_t value, Py_ssize_t width, char padding_char);
 static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_uint64_t(uint64_t value, Py_ssize_t width, char padding_char, char format_char);
 
+/* FormatTypeName.proto (used by RaiseErrorWithObjectType) */
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX >= 0x030d0000
+typedef PyObject *__Pyx_TypeName;
+#define __Pyx_FMT_TYPENAME "%N"
+#define __Pyx_PyType_GetFullyQualifiedName(tp) Py_NewRef((PyObject*)tp)
+#define __Pyx_DECREF_TypeName(obj) Py_DECREF(obj)
+#elif CYTHON_COMPILING_IN_LIMITED_API
+typedef PyObject *__Pyx_TypeName;
+#define __Pyx_FMT_TYPENAME "%U"
+#define __Pyx_DECREF_TypeName(obj) Py_XDECREF(obj)
+static __Pyx_TypeName __Pyx_PyType_GetFullyQualifiedName(PyTypeObject* tp);
+#else  // !LIMITED_API
+typedef const char *__Pyx_TypeName;
+#define __Pyx_FMT_TYPENAME "%.200s"
+#define __Pyx_PyType_GetFullyQualifiedName(tp) ((tp)->tp_name)
+#define __Pyx_DECREF_TypeName(obj)
+#endif
+
+/* RaiseErrorWithObjectType.proto (used by SliceObject) */
+#define __Pyx_RaiseTypeErrorWithObjectType(message, obj)  __Pyx_RaiseErrorWithObjectType(PyExc_TypeError, message, obj)
+#define __Pyx_RaiseErrorWithObjectType(exc_type, message, obj)  __Pyx_RaiseErrorWithType(exc_type, message, Py_TYPE(obj))
+CYTHON_UNUSED
+static void __Pyx_RaiseErrorWithType(PyObject* exc_type, const char* message, PyTypeObject *type_obj);
+
+/* SliceObject.proto */
+static CYTHON_INLINE PyObject* __Pyx_PyObject_GetSlice(
+        PyObject* obj, Py_ssize_t cstart, Py_ssize_t cstop,
+        PyObject** py_start, PyObject** py_stop, PyObject** py_slice,
+        int has_cstart, int has_cstop, int wraparound);
+
 /* dict_setdefault.proto (used by FetchCommonType) */
 static CYTHON_INLINE PyObject *__Pyx_PyDict_SetDefault(PyObject *d, PyObject *key, PyObject *default_value);
 
@@ -3864,30 +3904,6 @@ static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethod1(PyObject* obj, PyObjec
 
 /* PyObjectCallNoArg.proto (used by CoroutineBase) */
 static CYTHON_INLINE PyObject* __Pyx_PyObject_CallNoArg(PyObject *func);
-
-/* FormatTypeName.proto (used by RaiseErrorWithObjectType) */
-#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX >= 0x030d0000
-typedef PyObject *__Pyx_TypeName;
-#define __Pyx_FMT_TYPENAME "%N"
-#define __Pyx_PyType_GetFullyQualifiedName(tp) Py_NewRef((PyObject*)tp)
-#define __Pyx_DECREF_TypeName(obj) Py_DECREF(obj)
-#elif CYTHON_COMPILING_IN_LIMITED_API
-typedef PyObject *__Pyx_TypeName;
-#define __Pyx_FMT_TYPENAME "%U"
-#define __Pyx_DECREF_TypeName(obj) Py_XDECREF(obj)
-static __Pyx_TypeName __Pyx_PyType_GetFullyQualifiedName(PyTypeObject* tp);
-#else  // !LIMITED_API
-typedef const char *__Pyx_TypeName;
-#define __Pyx_FMT_TYPENAME "%.200s"
-#define __Pyx_PyType_GetFullyQualifiedName(tp) ((tp)->tp_name)
-#define __Pyx_DECREF_TypeName(obj)
-#endif
-
-/* RaiseErrorWithObjectType.proto (used by CoroutineBase) */
-#define __Pyx_RaiseTypeErrorWithObjectType(message, obj)  __Pyx_RaiseErrorWithObjectType(PyExc_TypeError, message, obj)
-#define __Pyx_RaiseErrorWithObjectType(exc_type, message, obj)  __Pyx_RaiseErrorWithType(exc_type, message, Py_TYPE(obj))
-CYTHON_UNUSED
-static void __Pyx_RaiseErrorWithType(PyObject* exc_type, const char* message, PyTypeObject *type_obj);
 
 /* ReturnWithStopIteration.proto (used by CoroutineBase) */
 static CYTHON_INLINE void __Pyx_ReturnWithStopIteration(PyObject* value, int async, int iternext);
@@ -4342,8 +4358,8 @@ static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint64_t(uint64_t value);
 /* CIntToPy.proto */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int64_t(int64_t value);
 
-/* CIntToPy.proto */
-static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int(int value);
+/* CIntFromPy.proto */
+static CYTHON_INLINE uint32_t __Pyx_PyLong_As_uint32_t(PyObject *);
 
 /* CIntToPy.proto */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From___pyx_anon_enum(int value);
@@ -4459,16 +4475,23 @@ static void __pyx_f_7ivshmem_7channel_7readers_6Reader_end_sleep(struct __pyx_ob
 static int64_t __pyx_f_7ivshmem_7channel_7readers_6Reader_probe(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self, void **__pyx_v_what, __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe); /* proto*/
 static int __pyx_f_7ivshmem_7channel_7readers_6Reader_restore(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin); /* proto*/
+static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_new(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self); /* proto*/
-static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_pending(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self); /* proto*/
-static int __pyx_f_7ivshmem_7channel_7readers_6Reader_keep(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_kept(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_7readers_6Reader_keep(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self, struct ivshmem_message const *__pyx_v_message); /* proto*/
+static int __pyx_f_7ivshmem_7channel_7readers_6Reader_put_back(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self, struct ivshmem_message const *__pyx_v_message); /* proto*/
 static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_copy_out(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self); /* proto*/
+static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_got(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin, PyObject *__pyx_v_absent); /* proto*/
+static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_decoded(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_attempt(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_look(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_put_back(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self, struct ivshmem_message const *__pyx_v_message); /* proto*/
 static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_begin_sleep(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self); /* proto*/
 static void __pyx_f_7ivshmem_7channel_7readers_11ValueReader_end_sleep(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self); /* proto*/
 static int64_t __pyx_f_7ivshmem_7channel_7readers_11ValueReader_probe(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self, void **__pyx_v_what, __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe); /* proto*/
 static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_restore(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self); /* proto*/
-static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self, int __pyx_v_code); /* proto*/
+static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self, int __pyx_v_code, PyObject *__pyx_v_absent); /* proto*/
+static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_decoded(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self, PyObject *__pyx_v_data, uint64_t __pyx_v_seen); /* proto*/
 
 /* Module declarations from "libc.stdint" */
 
@@ -4524,11 +4547,13 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_7channel_5roles_take_target(PyObject *
 
 /* Module declarations from "ivshmem.channel.sleeping_tasks" */
 static PyObject *(*__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *); /*proto*/
+static PyObject *(*__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_content)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *); /*proto*/
 
 /* Module declarations from "ivshmem.channel.views" */
 static struct __pyx_obj_7ivshmem_7channel_5views_View *(*__pyx_f_7ivshmem_7channel_5views_view_of)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message); /*proto*/
 
 /* Module declarations from "ivshmem.channel.readers" */
+static PyObject *__pyx_v_7ivshmem_7channel_7readers_OVERWRITTEN = 0;
 static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_reader(void *); /*proto*/
 static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_value(void *); /*proto*/
 /* #### Code section: typeinfo ### */
@@ -4539,6 +4564,7 @@ int __pyx_module_is_main_ivshmem__channel__readers = 0;
 
 /* Implementation of "ivshmem.channel.readers" */
 /* #### Code section: global_var ### */
+static PyObject *__pyx_builtin_object;
 /* #### Code section: string_decls ### */
 static const char __pyx_k_Internal_the_reading_ends_of_a_c[] = "Internal: the reading ends of a channel of messages, and of a value.\n\nKnows: payloads as Python takes them. Does not know: slots and cells (roles.pyx); the protocol,\nwhich is in ivshmem_channel.h.\n";
 /* #### Code section: decls ### */
@@ -4548,26 +4574,28 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
 static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self, PyObject *__pyx_v_rows, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_8get_async(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self, PyObject *__pyx_v_timeout); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_10get_into_async(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self, PyObject *__pyx_v_buffer, PyObject *__pyx_v_timeout); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_12get_rows_async(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self, PyObject *__pyx_v_rows, PyObject *__pyx_v_timeout); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_15_rows_or_none(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self, PyObject *__pyx_v_rows, PyObject *__pyx_v_timeout); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_17view_async(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self, PyObject *__pyx_v_timeout); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_19__iter__(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_21__next__(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_23__aiter__(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_25__anext__(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_27__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_29__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_10_get_or(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self, PyObject *__pyx_v_absent, PyObject *__pyx_v_timeout); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_12get_into_async(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self, PyObject *__pyx_v_buffer, PyObject *__pyx_v_timeout); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_14get_rows_async(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self, PyObject *__pyx_v_rows, PyObject *__pyx_v_timeout); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_17_rows_or_none(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self, PyObject *__pyx_v_rows, PyObject *__pyx_v_timeout); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_19view_async(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self, PyObject *__pyx_v_timeout); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_21__iter__(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_23__next__(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_25__aiter__(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_27__anext__(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_29__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_31__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_get(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_2wait_changed(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_4view(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_6wait_changed_async(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self, PyObject *__pyx_v_timeout); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_8__iter__(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_10__next__(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_12__aiter__(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_14__anext__(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_16__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_18__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_4_changed_or(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self, PyObject *__pyx_v_absent, PyObject *__pyx_v_timeout); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_6view(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_8wait_changed_async(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self, PyObject *__pyx_v_timeout); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_10__iter__(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_12__next__(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_14__aiter__(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_16__anext__(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_18__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_20__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_7readers_Reader(PyObject *o, PyObject *a, PyObject *k); /*proto*/
 static PyObject *__pyx_tp_new_7ivshmem_7channel_7readers_Reader(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_7readers_ValueReader(PyObject *o, PyObject *a, PyObject *k); /*proto*/
@@ -4649,10 +4677,11 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_items;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
-    PyObject *__pyx_tuple[1];
-    PyObject *__pyx_codeobj_tab[16];
-    PyObject *__pyx_string_tab[121];
-    PyObject *__pyx_number_tab[2];
+    PyObject *__pyx_slice[1];
+    PyObject *__pyx_tuple[2];
+    PyObject *__pyx_codeobj_tab[17];
+    PyObject *__pyx_string_tab[127];
+    PyObject *__pyx_number_tab[3];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
 #if CYTHON_COMPILING_IN_LIMITED_API
@@ -4758,91 +4787,98 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_ValueReader __pyx_string_tab[35]
 #define __pyx_n_u_ValueReader___reduce_cython __pyx_string_tab[36]
 #define __pyx_n_u_ValueReader___setstate_cython __pyx_string_tab[37]
-#define __pyx_n_u_ValueReader_get __pyx_string_tab[38]
-#define __pyx_n_u_ValueReader_view __pyx_string_tab[39]
-#define __pyx_n_u_ValueReader_wait_changed __pyx_string_tab[40]
-#define __pyx_n_u_ValueReader_wait_changed_async __pyx_string_tab[41]
-#define __pyx_n_u__4 __pyx_string_tab[42]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[43]
-#define __pyx_n_u_annotate __pyx_string_tab[44]
-#define __pyx_n_u_await __pyx_string_tab[45]
-#define __pyx_n_u_func __pyx_string_tab[46]
-#define __pyx_n_u_getstate __pyx_string_tab[47]
-#define __pyx_n_u_main __pyx_string_tab[48]
-#define __pyx_n_u_module __pyx_string_tab[49]
-#define __pyx_n_u_name __pyx_string_tab[50]
-#define __pyx_n_u_pyx_state __pyx_string_tab[51]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[52]
-#define __pyx_n_u_qualname __pyx_string_tab[53]
-#define __pyx_n_u_reduce __pyx_string_tab[54]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[55]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[56]
-#define __pyx_n_u_set_name __pyx_string_tab[57]
-#define __pyx_n_u_setstate __pyx_string_tab[58]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[59]
-#define __pyx_n_u_test __pyx_string_tab[60]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[61]
-#define __pyx_n_u_rows_or_none __pyx_string_tab[62]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[63]
-#define __pyx_n_u_buffer __pyx_string_tab[64]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[65]
-#define __pyx_n_u_close __pyx_string_tab[66]
-#define __pyx_n_u_code __pyx_string_tab[67]
-#define __pyx_n_u_count __pyx_string_tab[68]
-#define __pyx_n_u_counted __pyx_string_tab[69]
-#define __pyx_n_u_decode __pyx_string_tab[70]
-#define __pyx_n_u_encode __pyx_string_tab[71]
-#define __pyx_n_u_errors __pyx_string_tab[72]
-#define __pyx_n_u_found __pyx_string_tab[73]
-#define __pyx_n_u_get __pyx_string_tab[74]
-#define __pyx_n_u_get_async __pyx_string_tab[75]
-#define __pyx_n_u_get_into __pyx_string_tab[76]
-#define __pyx_n_u_get_into_async __pyx_string_tab[77]
-#define __pyx_n_u_get_rows __pyx_string_tab[78]
-#define __pyx_n_u_get_rows_async __pyx_string_tab[79]
-#define __pyx_n_u_i __pyx_string_tab[80]
-#define __pyx_n_u_items __pyx_string_tab[81]
-#define __pyx_n_u_ivshmem_channel_readers __pyx_string_tab[82]
-#define __pyx_n_u_message __pyx_string_tab[83]
-#define __pyx_n_u_ndim __pyx_string_tab[84]
-#define __pyx_n_u_next __pyx_string_tab[85]
-#define __pyx_n_u_pop __pyx_string_tab[86]
-#define __pyx_n_u_rows __pyx_string_tab[87]
-#define __pyx_n_u_self __pyx_string_tab[88]
-#define __pyx_n_u_send __pyx_string_tab[89]
-#define __pyx_n_u_setdefault __pyx_string_tab[90]
-#define __pyx_n_u_shape __pyx_string_tab[91]
-#define __pyx_n_u_size __pyx_string_tab[92]
-#define __pyx_n_u_spin __pyx_string_tab[93]
-#define __pyx_n_u_text __pyx_string_tab[94]
-#define __pyx_n_u_throw __pyx_string_tab[95]
-#define __pyx_n_u_timeout __pyx_string_tab[96]
-#define __pyx_n_u_tries __pyx_string_tab[97]
-#define __pyx_n_u_value __pyx_string_tab[98]
-#define __pyx_n_u_values __pyx_string_tab[99]
-#define __pyx_n_u_view __pyx_string_tab[100]
-#define __pyx_n_u_view_async __pyx_string_tab[101]
-#define __pyx_n_u_wait_changed __pyx_string_tab[102]
-#define __pyx_n_u_wait_changed_async __pyx_string_tab[103]
-#define __pyx_n_u_whole __pyx_string_tab[104]
-#define __pyx_kp_b_PyObject_struct___pyx_obj_7ivshm __pyx_string_tab[105]
-#define __pyx_kp_b_int_PyObject_PyObject_int_PyObje __pyx_string_tab[106]
-#define __pyx_kp_b_struct___pyx_obj_7ivshmem_7chann __pyx_string_tab[107]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[108]
-#define __pyx_kp_b_iso88591_A_t9AV9Cq __pyx_string_tab[109]
-#define __pyx_kp_b_iso88591_A_at7_a_4wc_XWIQ_a_4z_ha_4uAYa_1 __pyx_string_tab[110]
-#define __pyx_kp_b_iso88591_A_1_F_t7_4uAYa __pyx_string_tab[111]
-#define __pyx_kp_b_iso88591_A_31_Jaq_5_b_AQ_V1A_1D_t7_4uCy_1 __pyx_string_tab[112]
-#define __pyx_kp_b_iso88591_A_5Q_1D_t7_1_U_1_4uAYa_1_a_7_Jd __pyx_string_tab[113]
-#define __pyx_kp_b_iso88591_A_F_t7_Qat9AT __pyx_string_tab[114]
-#define __pyx_kp_b_iso88591_A_at7_a_F_4y_Q_5_1_1_1_e1A_wavT __pyx_string_tab[115]
-#define __pyx_kp_b_iso88591_avT_y __pyx_string_tab[116]
-#define __pyx_kp_b_iso88591_avT __pyx_string_tab[117]
-#define __pyx_kp_b_iso88591_avT_2 __pyx_string_tab[118]
-#define __pyx_kp_b_iso88591_Q_avT_Ja __pyx_string_tab[119]
-#define __pyx_kp_b_iso88591_1 __pyx_string_tab[120]
+#define __pyx_n_u_ValueReader__changed_or __pyx_string_tab[38]
+#define __pyx_n_u_ValueReader_get __pyx_string_tab[39]
+#define __pyx_n_u_ValueReader_view __pyx_string_tab[40]
+#define __pyx_n_u_ValueReader_wait_changed __pyx_string_tab[41]
+#define __pyx_n_u_ValueReader_wait_changed_async __pyx_string_tab[42]
+#define __pyx_n_u__4 __pyx_string_tab[43]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[44]
+#define __pyx_n_u_annotate __pyx_string_tab[45]
+#define __pyx_n_u_await __pyx_string_tab[46]
+#define __pyx_n_u_func __pyx_string_tab[47]
+#define __pyx_n_u_getstate __pyx_string_tab[48]
+#define __pyx_n_u_main __pyx_string_tab[49]
+#define __pyx_n_u_module __pyx_string_tab[50]
+#define __pyx_n_u_name __pyx_string_tab[51]
+#define __pyx_n_u_pyx_state __pyx_string_tab[52]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[53]
+#define __pyx_n_u_qualname __pyx_string_tab[54]
+#define __pyx_n_u_reduce __pyx_string_tab[55]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[56]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[57]
+#define __pyx_n_u_set_name __pyx_string_tab[58]
+#define __pyx_n_u_setstate __pyx_string_tab[59]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[60]
+#define __pyx_n_u_test __pyx_string_tab[61]
+#define __pyx_n_u_changed_or __pyx_string_tab[62]
+#define __pyx_n_u_get_or __pyx_string_tab[63]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[64]
+#define __pyx_n_u_rows_or_none __pyx_string_tab[65]
+#define __pyx_n_u_absent __pyx_string_tab[66]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[67]
+#define __pyx_n_u_buffer __pyx_string_tab[68]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[69]
+#define __pyx_n_u_close __pyx_string_tab[70]
+#define __pyx_n_u_code __pyx_string_tab[71]
+#define __pyx_n_u_count __pyx_string_tab[72]
+#define __pyx_n_u_counted __pyx_string_tab[73]
+#define __pyx_n_u_decode __pyx_string_tab[74]
+#define __pyx_n_u_encode __pyx_string_tab[75]
+#define __pyx_n_u_errors __pyx_string_tab[76]
+#define __pyx_n_u_found __pyx_string_tab[77]
+#define __pyx_n_u_get __pyx_string_tab[78]
+#define __pyx_n_u_get_async __pyx_string_tab[79]
+#define __pyx_n_u_get_into __pyx_string_tab[80]
+#define __pyx_n_u_get_into_async __pyx_string_tab[81]
+#define __pyx_n_u_get_rows __pyx_string_tab[82]
+#define __pyx_n_u_get_rows_async __pyx_string_tab[83]
+#define __pyx_n_u_i __pyx_string_tab[84]
+#define __pyx_n_u_items __pyx_string_tab[85]
+#define __pyx_n_u_ivshmem_channel_readers __pyx_string_tab[86]
+#define __pyx_n_u_message __pyx_string_tab[87]
+#define __pyx_n_u_ndim __pyx_string_tab[88]
+#define __pyx_n_u_next __pyx_string_tab[89]
+#define __pyx_n_u_object __pyx_string_tab[90]
+#define __pyx_n_u_pop __pyx_string_tab[91]
+#define __pyx_n_u_rows __pyx_string_tab[92]
+#define __pyx_n_u_self __pyx_string_tab[93]
+#define __pyx_n_u_send __pyx_string_tab[94]
+#define __pyx_n_u_setdefault __pyx_string_tab[95]
+#define __pyx_n_u_shape __pyx_string_tab[96]
+#define __pyx_n_u_size __pyx_string_tab[97]
+#define __pyx_n_u_spin __pyx_string_tab[98]
+#define __pyx_n_u_text __pyx_string_tab[99]
+#define __pyx_n_u_throw __pyx_string_tab[100]
+#define __pyx_n_u_timeout __pyx_string_tab[101]
+#define __pyx_n_u_tries __pyx_string_tab[102]
+#define __pyx_n_u_value __pyx_string_tab[103]
+#define __pyx_n_u_values __pyx_string_tab[104]
+#define __pyx_n_u_view __pyx_string_tab[105]
+#define __pyx_n_u_view_async __pyx_string_tab[106]
+#define __pyx_n_u_wait_changed __pyx_string_tab[107]
+#define __pyx_n_u_wait_changed_async __pyx_string_tab[108]
+#define __pyx_n_u_whole __pyx_string_tab[109]
+#define __pyx_kp_b_PyObject_struct___pyx_obj_7ivshm __pyx_string_tab[110]
+#define __pyx_kp_b_int_PyObject_PyObject_int_PyObje __pyx_string_tab[111]
+#define __pyx_kp_b_struct___pyx_obj_7ivshmem_7chann __pyx_string_tab[112]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[113]
+#define __pyx_kp_b_iso88591_A_t9AV9Cq __pyx_string_tab[114]
+#define __pyx_kp_b_iso88591_A_at7_a_4wc_XWIQ_a_4z_ha_4uAYa_1 __pyx_string_tab[115]
+#define __pyx_kp_b_iso88591_A_1_F_t7_4uAYgQ __pyx_string_tab[116]
+#define __pyx_kp_b_iso88591_A_31_Jaq_5_b_AQ_V1A_1D_t7_4uCy_1 __pyx_string_tab[117]
+#define __pyx_kp_b_iso88591_A_5Q_1D_t7_1_U_1_4uAYa_1_a_7_Jd __pyx_string_tab[118]
+#define __pyx_kp_b_iso88591_A_F_t7_4uAYgQ __pyx_string_tab[119]
+#define __pyx_kp_b_iso88591_A_at7_a_F_t5_5_1_1_1_e1A_wavT __pyx_string_tab[120]
+#define __pyx_kp_b_iso88591_A_F_t7_4uD __pyx_string_tab[121]
+#define __pyx_kp_b_iso88591_AV7_j __pyx_string_tab[122]
+#define __pyx_kp_b_iso88591_avT __pyx_string_tab[123]
+#define __pyx_kp_b_iso88591_AV_34_Q __pyx_string_tab[124]
+#define __pyx_kp_b_iso88591_Q_avT_Ja __pyx_string_tab[125]
+#define __pyx_kp_b_iso88591_1 __pyx_string_tab[126]
 #define __pyx_int_0 __pyx_number_tab[0]
-#define __pyx_int_2 __pyx_number_tab[1]
+#define __pyx_int_1 __pyx_number_tab[1]
+#define __pyx_int_2 __pyx_number_tab[2]
 /* #### Code section: module_state_clear ### */
 #if CYTHON_USE_MODULE_STATE
 static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
@@ -4888,10 +4924,11 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_items.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
-  for (int i=0; i<1; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<16; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<121; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
-  for (int i=0; i<2; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
+  for (int i=0; i<1; ++i) { Py_CLEAR(clear_module_state->__pyx_slice[i]); }
+  for (int i=0; i<2; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
+  for (int i=0; i<17; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<127; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
 Py_CLEAR(clear_module_state->__pyx_CommonTypesMetaclassType);
@@ -4949,10 +4986,11 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_items.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
-  for (int i=0; i<1; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<16; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<121; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
-  for (int i=0; i<2; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
+  for (int i=0; i<1; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_slice[i]); }
+  for (int i=0; i<2; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
+  for (int i=0; i<17; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<127; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
 Py_VISIT(traverse_module_state->__pyx_CommonTypesMetaclassType);
@@ -6170,7 +6208,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_7channel_5roles_take_target(PyObject *
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":26
+/* "ivshmem/channel/readers.pyx":29
  * # -- messages -------------------------------------------------------------------------------------
  * 
  * cdef int64_t probe_reader(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -6187,7 +6225,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_reader(void *__pyx_v_wha
   unsigned int __pyx_t_3;
   int __pyx_t_4;
 
-  /* "ivshmem/channel/readers.pyx":27
+  /* "ivshmem/channel/readers.pyx":30
  * 
  * cdef int64_t probe_reader(void *what) noexcept nogil:
  *     cdef ivshmem_reader *reader = <ivshmem_reader *>what             # <<<<<<<<<<<<<<
@@ -6196,7 +6234,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_reader(void *__pyx_v_wha
 */
   __pyx_v_reader = ((struct ivshmem_reader *)__pyx_v_what);
 
-  /* "ivshmem/channel/readers.pyx":29
+  /* "ivshmem/channel/readers.pyx":32
  *     cdef ivshmem_reader *reader = <ivshmem_reader *>what
  *     cdef unsigned i
  *     for i in range(reader.channel.record.geometry.writers):             # <<<<<<<<<<<<<<
@@ -6210,7 +6248,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_reader(void *__pyx_v_wha
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_i = __pyx_t_3;
 
-    /* "ivshmem/channel/readers.pyx":32
+    /* "ivshmem/channel/readers.pyx":35
  *         if ivshmem_value(
  *             ivshmem_get(reader.channel, ivshmem_source_head_at(reader, i))
  *         ) != reader.sources[i].next:             # <<<<<<<<<<<<<<
@@ -6220,7 +6258,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_reader(void *__pyx_v_wha
     __pyx_t_4 = (ivshmem_value(ivshmem_get(__pyx_v_reader->channel, ivshmem_source_head_at(__pyx_v_reader, __pyx_v_i))) != (__pyx_v_reader->sources[__pyx_v_i]).next);
 
 
-    /* "ivshmem/channel/readers.pyx":30
+    /* "ivshmem/channel/readers.pyx":33
  *     cdef unsigned i
  *     for i in range(reader.channel.record.geometry.writers):
  *         if ivshmem_value(             # <<<<<<<<<<<<<<
@@ -6230,7 +6268,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_reader(void *__pyx_v_wha
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/channel/readers.pyx":33
+      /* "ivshmem/channel/readers.pyx":36
  *             ivshmem_get(reader.channel, ivshmem_source_head_at(reader, i))
  *         ) != reader.sources[i].next:
  *             return 1             # <<<<<<<<<<<<<<
@@ -6243,7 +6281,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_reader(void *__pyx_v_wha
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/readers.pyx":30
+      /* "ivshmem/channel/readers.pyx":33
  *     cdef unsigned i
  *     for i in range(reader.channel.record.geometry.writers):
  *         if ivshmem_value(             # <<<<<<<<<<<<<<
@@ -6254,7 +6292,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_reader(void *__pyx_v_wha
   }
 
 
-  /* "ivshmem/channel/readers.pyx":34
+  /* "ivshmem/channel/readers.pyx":37
  *         ) != reader.sources[i].next:
  *             return 1
  *     return 0             # <<<<<<<<<<<<<<
@@ -6267,7 +6305,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_reader(void *__pyx_v_wha
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":26
+  /* "ivshmem/channel/readers.pyx":29
  * # -- messages -------------------------------------------------------------------------------------
  * 
  * cdef int64_t probe_reader(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -6282,7 +6320,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_reader(void *__pyx_v_wha
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":45
+/* "ivshmem/channel/readers.pyx":48
  *     """
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6314,14 +6352,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4lost___get__(struc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/readers.pyx":48
+  /* "ivshmem/channel/readers.pyx":51
  *     def lost(self):
  *         """How many messages were overwritten before this reader took them."""
  *         return ivshmem_reader_lost(&self.reader)             # <<<<<<<<<<<<<<
  * 
  *     # As a ChannelEnd.
 */
-  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(ivshmem_reader_lost((&__pyx_v_self->__pyx_base.reader))); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 48, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(ivshmem_reader_lost((&__pyx_v_self->__pyx_base.reader))); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 51, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -6334,7 +6372,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4lost___get__(struc
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":45
+  /* "ivshmem/channel/readers.pyx":48
  *     """
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6353,57 +6391,68 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4lost___get__(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":52
+/* "ivshmem/channel/readers.pyx":55
  *     # As a ChannelEnd.
  * 
  *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
- *         return 0 if self.pending else ivshmem_take(&self.reader, &self.message)
+ *         return 0 if self.kept else self.take_new()
  * 
 */
 
 static int __pyx_f_7ivshmem_7channel_7readers_6Reader_attempt(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self) {
   int __pyx_r;
   int __pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_t_3;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/readers.pyx":53
+  /* "ivshmem/channel/readers.pyx":56
  * 
  *     cdef int attempt(self) except? -2:
- *         return 0 if self.pending else ivshmem_take(&self.reader, &self.message)             # <<<<<<<<<<<<<<
+ *         return 0 if self.kept else self.take_new()             # <<<<<<<<<<<<<<
  * 
  *     cdef int begin_sleep(self) except? -2:
 */
-  if (__pyx_v_self->pending) {
+  __pyx_t_2 = (__pyx_v_self->kept != 0);
+
+  if (__pyx_t_2) {
 
     __pyx_t_1 = 0;
   } else {
-
-    __pyx_t_1 = ivshmem_take((&__pyx_v_self->__pyx_base.reader), (&__pyx_v_self->message));
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take_new(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 56, __pyx_L1_error)
+    __pyx_t_1 = __pyx_t_3;
   }
+
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":52
+  /* "ivshmem/channel/readers.pyx":55
  *     # As a ChannelEnd.
  * 
  *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
- *         return 0 if self.pending else ivshmem_take(&self.reader, &self.message)
+ *         return 0 if self.kept else self.take_new()
  * 
 */
 
   /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.readers.Reader.attempt", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -2;
   __pyx_L0:;
 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":55
- *         return 0 if self.pending else ivshmem_take(&self.reader, &self.message)
+/* "ivshmem/channel/readers.pyx":58
+ *         return 0 if self.kept else self.take_new()
  * 
  *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
  *         cdef int code = ivshmem_reader_sleep(&self.reader)
- *         if self.pending or self.reader.slot == IVSHMEM_NO_SLOT and probe_reader(&self.reader):
+ *         if self.kept or self.reader.slot == IVSHMEM_NO_SLOT and probe_reader(&self.reader):
 */
 
 static int __pyx_f_7ivshmem_7channel_7readers_6Reader_begin_sleep(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self) {
@@ -6412,26 +6461,30 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_begin_sleep(struct __pyx_o
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/readers.pyx":56
+  /* "ivshmem/channel/readers.pyx":59
  * 
  *     cdef int begin_sleep(self) except? -2:
  *         cdef int code = ivshmem_reader_sleep(&self.reader)             # <<<<<<<<<<<<<<
- *         if self.pending or self.reader.slot == IVSHMEM_NO_SLOT and probe_reader(&self.reader):
+ *         if self.kept or self.reader.slot == IVSHMEM_NO_SLOT and probe_reader(&self.reader):
  *             return 0
 */
   __pyx_v_code = ivshmem_reader_sleep((&__pyx_v_self->__pyx_base.reader));
 
-  /* "ivshmem/channel/readers.pyx":57
+  /* "ivshmem/channel/readers.pyx":60
  *     cdef int begin_sleep(self) except? -2:
  *         cdef int code = ivshmem_reader_sleep(&self.reader)
- *         if self.pending or self.reader.slot == IVSHMEM_NO_SLOT and probe_reader(&self.reader):             # <<<<<<<<<<<<<<
+ *         if self.kept or self.reader.slot == IVSHMEM_NO_SLOT and probe_reader(&self.reader):             # <<<<<<<<<<<<<<
  *             return 0
  *         return code
 */
-  if (!__pyx_v_self->pending) {
+  __pyx_t_2 = (__pyx_v_self->kept != 0);
+
+  if (!__pyx_t_2) {
+
   } else {
 
-    __pyx_t_1 = __pyx_v_self->pending;
+    __pyx_t_1 = __pyx_t_2;
+
     goto __pyx_L4_bool_binop_done;
   }
   __pyx_t_2 = (__pyx_v_self->__pyx_base.reader.slot == IVSHMEM_NO_SLOT);
@@ -6453,9 +6506,9 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_begin_sleep(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/readers.pyx":58
+    /* "ivshmem/channel/readers.pyx":61
  *         cdef int code = ivshmem_reader_sleep(&self.reader)
- *         if self.pending or self.reader.slot == IVSHMEM_NO_SLOT and probe_reader(&self.reader):
+ *         if self.kept or self.reader.slot == IVSHMEM_NO_SLOT and probe_reader(&self.reader):
  *             return 0             # <<<<<<<<<<<<<<
  *         return code
  * 
@@ -6466,17 +6519,17 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_begin_sleep(struct __pyx_o
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/readers.pyx":57
+    /* "ivshmem/channel/readers.pyx":60
  *     cdef int begin_sleep(self) except? -2:
  *         cdef int code = ivshmem_reader_sleep(&self.reader)
- *         if self.pending or self.reader.slot == IVSHMEM_NO_SLOT and probe_reader(&self.reader):             # <<<<<<<<<<<<<<
+ *         if self.kept or self.reader.slot == IVSHMEM_NO_SLOT and probe_reader(&self.reader):             # <<<<<<<<<<<<<<
  *             return 0
  *         return code
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":59
- *         if self.pending or self.reader.slot == IVSHMEM_NO_SLOT and probe_reader(&self.reader):
+  /* "ivshmem/channel/readers.pyx":62
+ *         if self.kept or self.reader.slot == IVSHMEM_NO_SLOT and probe_reader(&self.reader):
  *             return 0
  *         return code             # <<<<<<<<<<<<<<
  * 
@@ -6488,12 +6541,12 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_begin_sleep(struct __pyx_o
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":55
- *         return 0 if self.pending else ivshmem_take(&self.reader, &self.message)
+  /* "ivshmem/channel/readers.pyx":58
+ *         return 0 if self.kept else self.take_new()
  * 
  *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
  *         cdef int code = ivshmem_reader_sleep(&self.reader)
- *         if self.pending or self.reader.slot == IVSHMEM_NO_SLOT and probe_reader(&self.reader):
+ *         if self.kept or self.reader.slot == IVSHMEM_NO_SLOT and probe_reader(&self.reader):
 */
 
   /* function exit code */
@@ -6503,7 +6556,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_begin_sleep(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":61
+/* "ivshmem/channel/readers.pyx":64
  *         return code
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6514,7 +6567,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_begin_sleep(struct __pyx_o
 static void __pyx_f_7ivshmem_7channel_7readers_6Reader_end_sleep(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/channel/readers.pyx":62
+  /* "ivshmem/channel/readers.pyx":65
  * 
  *     cdef void end_sleep(self) noexcept:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
@@ -6526,7 +6579,7 @@ static void __pyx_f_7ivshmem_7channel_7readers_6Reader_end_sleep(struct __pyx_ob
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/readers.pyx":63
+    /* "ivshmem/channel/readers.pyx":66
  *     cdef void end_sleep(self) noexcept:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:
  *             ivshmem_sleep_end(&self.channel, &self.reader.sleep)             # <<<<<<<<<<<<<<
@@ -6535,7 +6588,7 @@ static void __pyx_f_7ivshmem_7channel_7readers_6Reader_end_sleep(struct __pyx_ob
 */
     ivshmem_sleep_end((&__pyx_v_self->__pyx_base.__pyx_base.channel), (&__pyx_v_self->__pyx_base.reader.sleep));
 
-    /* "ivshmem/channel/readers.pyx":62
+    /* "ivshmem/channel/readers.pyx":65
  * 
  *     cdef void end_sleep(self) noexcept:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
@@ -6544,7 +6597,7 @@ static void __pyx_f_7ivshmem_7channel_7readers_6Reader_end_sleep(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":61
+  /* "ivshmem/channel/readers.pyx":64
  *         return code
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6556,7 +6609,7 @@ static void __pyx_f_7ivshmem_7channel_7readers_6Reader_end_sleep(struct __pyx_ob
 
 }
 
-/* "ivshmem/channel/readers.pyx":65
+/* "ivshmem/channel/readers.pyx":68
  *             ivshmem_sleep_end(&self.channel, &self.reader.sleep)
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -6567,7 +6620,7 @@ static void __pyx_f_7ivshmem_7channel_7readers_6Reader_end_sleep(struct __pyx_ob
 static int64_t __pyx_f_7ivshmem_7channel_7readers_6Reader_probe(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self, void **__pyx_v_what, __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe) {
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/readers.pyx":66
+  /* "ivshmem/channel/readers.pyx":69
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         what[0] = &self.reader             # <<<<<<<<<<<<<<
@@ -6576,7 +6629,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_6Reader_probe(struct __pyx_obj
 */
   (__pyx_v_what[0]) = (&__pyx_v_self->__pyx_base.reader);
 
-  /* "ivshmem/channel/readers.pyx":67
+  /* "ivshmem/channel/readers.pyx":70
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         what[0] = &self.reader
  *         probe[0] = probe_reader             # <<<<<<<<<<<<<<
@@ -6585,7 +6638,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_6Reader_probe(struct __pyx_obj
 */
   (__pyx_v_probe[0]) = __pyx_f_7ivshmem_7channel_7readers_probe_reader;
 
-  /* "ivshmem/channel/readers.pyx":68
+  /* "ivshmem/channel/readers.pyx":71
  *         what[0] = &self.reader
  *         probe[0] = probe_reader
  *         return 1             # <<<<<<<<<<<<<<
@@ -6598,7 +6651,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_6Reader_probe(struct __pyx_obj
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":65
+  /* "ivshmem/channel/readers.pyx":68
  *             ivshmem_sleep_end(&self.channel, &self.reader.sleep)
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -6612,12 +6665,12 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_6Reader_probe(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":70
+/* "ivshmem/channel/readers.pyx":73
  *         return 1
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
  *         ivshmem_reader_beat(&self.reader)
- *         if self.awaited and (self.pending or probe_reader(&self.reader)):
+ *         if self.awaited and (self.kept or probe_reader(&self.reader)):
 */
 
 static int __pyx_f_7ivshmem_7channel_7readers_6Reader_restore(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self) {
@@ -6629,19 +6682,19 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_restore(struct __pyx_obj_7
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/readers.pyx":71
+  /* "ivshmem/channel/readers.pyx":74
  * 
  *     cdef int restore(self) except -1:
  *         ivshmem_reader_beat(&self.reader)             # <<<<<<<<<<<<<<
- *         if self.awaited and (self.pending or probe_reader(&self.reader)):
+ *         if self.awaited and (self.kept or probe_reader(&self.reader)):
  *             self.membership.kick_all()
 */
   ivshmem_reader_beat((&__pyx_v_self->__pyx_base.reader));
 
-  /* "ivshmem/channel/readers.pyx":72
+  /* "ivshmem/channel/readers.pyx":75
  *     cdef int restore(self) except -1:
  *         ivshmem_reader_beat(&self.reader)
- *         if self.awaited and (self.pending or probe_reader(&self.reader)):             # <<<<<<<<<<<<<<
+ *         if self.awaited and (self.kept or probe_reader(&self.reader)):             # <<<<<<<<<<<<<<
  *             self.membership.kick_all()
  *         return 0
 */
@@ -6655,10 +6708,14 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_restore(struct __pyx_obj_7
 
     goto __pyx_L4_bool_binop_done;
   }
-  if (!__pyx_v_self->pending) {
+  __pyx_t_2 = (__pyx_v_self->kept != 0);
+
+  if (!__pyx_t_2) {
+
   } else {
 
-    __pyx_t_1 = __pyx_v_self->pending;
+    __pyx_t_1 = __pyx_t_2;
+
     goto __pyx_L4_bool_binop_done;
   }
   __pyx_t_2 = (__pyx_f_7ivshmem_7channel_7readers_probe_reader((&__pyx_v_self->__pyx_base.reader)) != 0);
@@ -6670,27 +6727,27 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_restore(struct __pyx_obj_7
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/readers.pyx":73
+    /* "ivshmem/channel/readers.pyx":76
  *         ivshmem_reader_beat(&self.reader)
- *         if self.awaited and (self.pending or probe_reader(&self.reader)):
+ *         if self.awaited and (self.kept or probe_reader(&self.reader)):
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 73, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 76, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/readers.pyx":72
+    /* "ivshmem/channel/readers.pyx":75
  *     cdef int restore(self) except -1:
  *         ivshmem_reader_beat(&self.reader)
- *         if self.awaited and (self.pending or probe_reader(&self.reader)):             # <<<<<<<<<<<<<<
+ *         if self.awaited and (self.kept or probe_reader(&self.reader)):             # <<<<<<<<<<<<<<
  *             self.membership.kick_all()
  *         return 0
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":74
- *         if self.awaited and (self.pending or probe_reader(&self.reader)):
+  /* "ivshmem/channel/readers.pyx":77
+ *         if self.awaited and (self.kept or probe_reader(&self.reader)):
  *             self.membership.kick_all()
  *         return 0             # <<<<<<<<<<<<<<
  * 
@@ -6702,12 +6759,12 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_restore(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":70
+  /* "ivshmem/channel/readers.pyx":73
  *         return 1
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
  *         ivshmem_reader_beat(&self.reader)
- *         if self.awaited and (self.pending or probe_reader(&self.reader)):
+ *         if self.awaited and (self.kept or probe_reader(&self.reader)):
 */
 
   /* function exit code */
@@ -6719,7 +6776,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_restore(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":78
+/* "ivshmem/channel/readers.pyx":81
  *     # Reading.
  * 
  *     cdef int take(self, object timeout, object spin) except? -2:             # <<<<<<<<<<<<<<
@@ -6737,77 +6794,83 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
   int __pyx_t_3;
   struct ivshmem_message __pyx_t_4;
   PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
+  PyObject *__pyx_t_8 = NULL;
+  PyObject *__pyx_t_9 = NULL;
+  PyObject *__pyx_t_10 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("take", 0);
 
-  /* "ivshmem/channel/readers.pyx":82
+  /* "ivshmem/channel/readers.pyx":85
  *         cdef int code
  *         cdef ivshmem_message message
  *         check_timeout(timeout)             # <<<<<<<<<<<<<<
  *         self.enter()
- *         if self.take_pending():
+ *         if self.take_kept():
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_check_timeout(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 82, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_check_timeout(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 85, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/readers.pyx":83
+  /* "ivshmem/channel/readers.pyx":86
  *         cdef ivshmem_message message
  *         check_timeout(timeout)
  *         self.enter()             # <<<<<<<<<<<<<<
- *         if self.take_pending():
+ *         if self.take_kept():
  *             return self.tell_lost()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 83, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 86, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/readers.pyx":84
+  /* "ivshmem/channel/readers.pyx":87
  *         check_timeout(timeout)
  *         self.enter()
- *         if self.take_pending():             # <<<<<<<<<<<<<<
+ *         if self.take_kept():             # <<<<<<<<<<<<<<
  *             return self.tell_lost()
- *         code = ivshmem_take(&self.reader, &self.message)
+ *         code = self.take_new()
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take_pending(__pyx_v_self);
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take_kept(__pyx_v_self);
 
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/readers.pyx":85
+    /* "ivshmem/channel/readers.pyx":88
  *         self.enter()
- *         if self.take_pending():
+ *         if self.take_kept():
  *             return self.tell_lost()             # <<<<<<<<<<<<<<
- *         code = ivshmem_take(&self.reader, &self.message)
+ *         code = self.take_new()
  *         if code == IVSHMEM_AGAIN:
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->tell_lost(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 85, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->tell_lost(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 88, __pyx_L1_error)
     {
       __pyx_r = __pyx_t_1;
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/readers.pyx":84
+    /* "ivshmem/channel/readers.pyx":87
  *         check_timeout(timeout)
  *         self.enter()
- *         if self.take_pending():             # <<<<<<<<<<<<<<
+ *         if self.take_kept():             # <<<<<<<<<<<<<<
  *             return self.tell_lost()
- *         code = ivshmem_take(&self.reader, &self.message)
+ *         code = self.take_new()
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":86
- *         if self.take_pending():
+  /* "ivshmem/channel/readers.pyx":89
+ *         if self.take_kept():
  *             return self.tell_lost()
- *         code = ivshmem_take(&self.reader, &self.message)             # <<<<<<<<<<<<<<
+ *         code = self.take_new()             # <<<<<<<<<<<<<<
  *         if code == IVSHMEM_AGAIN:
  *             if timeout is not None and timeout == 0 and not self.watched:
 */
-  __pyx_v_code = ivshmem_take((&__pyx_v_self->__pyx_base.reader), (&__pyx_v_self->message));
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take_new(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 89, __pyx_L1_error)
+  __pyx_v_code = __pyx_t_1;
 
-  /* "ivshmem/channel/readers.pyx":87
+  /* "ivshmem/channel/readers.pyx":90
  *             return self.tell_lost()
- *         code = ivshmem_take(&self.reader, &self.message)
+ *         code = self.take_new()
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *             if timeout is not None and timeout == 0 and not self.watched:
  *                 ivshmem_reader_settle(&self.reader)
@@ -6817,8 +6880,8 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/readers.pyx":88
- *         code = ivshmem_take(&self.reader, &self.message)
+    /* "ivshmem/channel/readers.pyx":91
+ *         code = self.take_new()
  *         if code == IVSHMEM_AGAIN:
  *             if timeout is not None and timeout == 0 and not self.watched:             # <<<<<<<<<<<<<<
  *                 ivshmem_reader_settle(&self.reader)
@@ -6833,7 +6896,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
 
       goto __pyx_L6_bool_binop_done;
     }
-    __pyx_t_3 = (__Pyx_PyLong_BoolEqObjC(__pyx_v_timeout, __pyx_mstate_global->__pyx_int_0, 0, 0)); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 88, __pyx_L1_error)
+    __pyx_t_3 = (__Pyx_PyLong_BoolEqObjC(__pyx_v_timeout, __pyx_mstate_global->__pyx_int_0, 0, 0)); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 91, __pyx_L1_error)
     if (__pyx_t_3) {
 
     } else {
@@ -6851,7 +6914,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/readers.pyx":89
+      /* "ivshmem/channel/readers.pyx":92
  *         if code == IVSHMEM_AGAIN:
  *             if timeout is not None and timeout == 0 and not self.watched:
  *                 ivshmem_reader_settle(&self.reader)             # <<<<<<<<<<<<<<
@@ -6860,17 +6923,17 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
 */
       ivshmem_reader_settle((&__pyx_v_self->__pyx_base.reader));
 
-      /* "ivshmem/channel/readers.pyx":90
+      /* "ivshmem/channel/readers.pyx":93
  *             if timeout is not None and timeout == 0 and not self.watched:
  *                 ivshmem_reader_settle(&self.reader)
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *                 return code
  *             code = self.wait(timeout, spin)
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 90, __pyx_L1_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 93, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/readers.pyx":91
+      /* "ivshmem/channel/readers.pyx":94
  *                 ivshmem_reader_settle(&self.reader)
  *                 self.membership.flush()
  *                 return code             # <<<<<<<<<<<<<<
@@ -6883,8 +6946,8 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/readers.pyx":88
- *         code = ivshmem_take(&self.reader, &self.message)
+      /* "ivshmem/channel/readers.pyx":91
+ *         code = self.take_new()
  *         if code == IVSHMEM_AGAIN:
  *             if timeout is not None and timeout == 0 and not self.watched:             # <<<<<<<<<<<<<<
  *                 ivshmem_reader_settle(&self.reader)
@@ -6892,33 +6955,33 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
 */
     }
 
-    /* "ivshmem/channel/readers.pyx":92
+    /* "ivshmem/channel/readers.pyx":95
  *                 self.membership.flush()
  *                 return code
  *             code = self.wait(timeout, spin)             # <<<<<<<<<<<<<<
  *             if code == IVSHMEM_AGAIN:
  *                 return code
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 92, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 95, __pyx_L1_error)
     __pyx_v_code = __pyx_t_1;
 
-    /* "ivshmem/channel/readers.pyx":93
+    /* "ivshmem/channel/readers.pyx":96
  *                 return code
  *             code = self.wait(timeout, spin)
  *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *                 return code
- *             if self.take_pending():  # another thread left it
+ *             if self.take_kept():  # another thread left it
 */
     __pyx_t_2 = (__pyx_v_code == IVSHMEM_AGAIN);
 
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/readers.pyx":94
+      /* "ivshmem/channel/readers.pyx":97
  *             code = self.wait(timeout, spin)
  *             if code == IVSHMEM_AGAIN:
  *                 return code             # <<<<<<<<<<<<<<
- *             if self.take_pending():  # another thread left it
+ *             if self.take_kept():  # another thread left it
  *                 return self.tell_lost()
 */
       {
@@ -6927,103 +6990,211 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/readers.pyx":93
+      /* "ivshmem/channel/readers.pyx":96
  *                 return code
  *             code = self.wait(timeout, spin)
  *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *                 return code
- *             if self.take_pending():  # another thread left it
+ *             if self.take_kept():  # another thread left it
 */
     }
 
-    /* "ivshmem/channel/readers.pyx":95
+    /* "ivshmem/channel/readers.pyx":98
  *             if code == IVSHMEM_AGAIN:
  *                 return code
- *             if self.take_pending():  # another thread left it             # <<<<<<<<<<<<<<
+ *             if self.take_kept():  # another thread left it             # <<<<<<<<<<<<<<
  *                 return self.tell_lost()
  *         if self.membership.rings.count:
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take_pending(__pyx_v_self);
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take_kept(__pyx_v_self);
 
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/readers.pyx":96
+      /* "ivshmem/channel/readers.pyx":99
  *                 return code
- *             if self.take_pending():  # another thread left it
+ *             if self.take_kept():  # another thread left it
  *                 return self.tell_lost()             # <<<<<<<<<<<<<<
  *         if self.membership.rings.count:
  *             message = self.message  # another thread may take one during the flush
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->tell_lost(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 96, __pyx_L1_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->tell_lost(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 99, __pyx_L1_error)
       {
         __pyx_r = __pyx_t_1;
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/readers.pyx":95
+      /* "ivshmem/channel/readers.pyx":98
  *             if code == IVSHMEM_AGAIN:
  *                 return code
- *             if self.take_pending():  # another thread left it             # <<<<<<<<<<<<<<
+ *             if self.take_kept():  # another thread left it             # <<<<<<<<<<<<<<
  *                 return self.tell_lost()
  *         if self.membership.rings.count:
 */
     }
 
-    /* "ivshmem/channel/readers.pyx":87
+    /* "ivshmem/channel/readers.pyx":90
  *             return self.tell_lost()
- *         code = ivshmem_take(&self.reader, &self.message)
+ *         code = self.take_new()
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *             if timeout is not None and timeout == 0 and not self.watched:
  *                 ivshmem_reader_settle(&self.reader)
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":97
- *             if self.take_pending():  # another thread left it
+  /* "ivshmem/channel/readers.pyx":100
+ *             if self.take_kept():  # another thread left it
  *                 return self.tell_lost()
  *         if self.membership.rings.count:             # <<<<<<<<<<<<<<
  *             message = self.message  # another thread may take one during the flush
- *             self.membership.flush()
+ *             try:
 */
   __pyx_t_2 = (__pyx_v_self->__pyx_base.__pyx_base.membership->rings.count != 0);
 
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/readers.pyx":98
+    /* "ivshmem/channel/readers.pyx":101
  *                 return self.tell_lost()
  *         if self.membership.rings.count:
  *             message = self.message  # another thread may take one during the flush             # <<<<<<<<<<<<<<
- *             self.membership.flush()
- *             self.enter()
+ *             try:
+ *                 self.membership.flush()
 */
     __pyx_t_4 = __pyx_v_self->message;
 
     __pyx_v_message = __pyx_t_4;
 
-    /* "ivshmem/channel/readers.pyx":99
+    /* "ivshmem/channel/readers.pyx":102
  *         if self.membership.rings.count:
  *             message = self.message  # another thread may take one during the flush
- *             self.membership.flush()             # <<<<<<<<<<<<<<
+ *             try:             # <<<<<<<<<<<<<<
+ *                 self.membership.flush()
+ *             except BaseException:
+*/
+    {
+      __Pyx_PyThreadState_declare
+      __Pyx_PyThreadState_assign
+      __Pyx_ExceptionSave(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7);
+      __Pyx_XGOTREF(__pyx_t_5);
+      __Pyx_XGOTREF(__pyx_t_6);
+      __Pyx_XGOTREF(__pyx_t_7);
+      /*try:*/ {
+
+        /* "ivshmem/channel/readers.pyx":103
+ *             message = self.message  # another thread may take one during the flush
+ *             try:
+ *                 self.membership.flush()             # <<<<<<<<<<<<<<
+ *             except BaseException:
+ *                 if code == 0:
+*/
+        __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 103, __pyx_L12_error)
+
+
+        /* "ivshmem/channel/readers.pyx":102
+ *         if self.membership.rings.count:
+ *             message = self.message  # another thread may take one during the flush
+ *             try:             # <<<<<<<<<<<<<<
+ *                 self.membership.flush()
+ *             except BaseException:
+*/
+      }
+      __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+      __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+      __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+      goto __pyx_L17_try_end;
+      __pyx_L12_error:;
+
+      /* "ivshmem/channel/readers.pyx":104
+ *             try:
+ *                 self.membership.flush()
+ *             except BaseException:             # <<<<<<<<<<<<<<
+ *                 if code == 0:
+ *                     self.keep(&message)
+*/
+      __pyx_t_1 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
+      if (__pyx_t_1) {
+        __Pyx_AddTraceback("ivshmem.channel.readers.Reader.take", __pyx_clineno, __pyx_lineno, __pyx_filename);
+        if (__Pyx_GetException(&__pyx_t_8, &__pyx_t_9, &__pyx_t_10) < 0) __PYX_ERR(0, 104, __pyx_L14_except_error)
+        __Pyx_XGOTREF(__pyx_t_8);
+        __Pyx_XGOTREF(__pyx_t_9);
+        __Pyx_XGOTREF(__pyx_t_10);
+
+        /* "ivshmem/channel/readers.pyx":105
+ *                 self.membership.flush()
+ *             except BaseException:
+ *                 if code == 0:             # <<<<<<<<<<<<<<
+ *                     self.keep(&message)
+ *                 raise
+*/
+        __pyx_t_2 = (__pyx_v_code == 0);
+
+        if (__pyx_t_2) {
+
+
+          /* "ivshmem/channel/readers.pyx":106
+ *             except BaseException:
+ *                 if code == 0:
+ *                     self.keep(&message)             # <<<<<<<<<<<<<<
+ *                 raise
+ *             self.enter()
+*/
+          __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self, (&__pyx_v_message)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 106, __pyx_L14_except_error)
+
+
+          /* "ivshmem/channel/readers.pyx":105
+ *                 self.membership.flush()
+ *             except BaseException:
+ *                 if code == 0:             # <<<<<<<<<<<<<<
+ *                     self.keep(&message)
+ *                 raise
+*/
+        }
+
+        /* "ivshmem/channel/readers.pyx":107
+ *                 if code == 0:
+ *                     self.keep(&message)
+ *                 raise             # <<<<<<<<<<<<<<
  *             self.enter()
  *             self.message = message
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 99, __pyx_L1_error)
+        __Pyx_GIVEREF(__pyx_t_8);
+        __Pyx_GIVEREF(__pyx_t_9);
+        __Pyx_XGIVEREF(__pyx_t_10);
+        __Pyx_ErrRestoreWithState(__pyx_t_8, __pyx_t_9, __pyx_t_10);
+        __pyx_t_8 = 0;  __pyx_t_9 = 0;  __pyx_t_10 = 0; 
+        __PYX_ERR(0, 107, __pyx_L14_except_error)
+      }
+      goto __pyx_L14_except_error;
 
-
-    /* "ivshmem/channel/readers.pyx":100
+      /* "ivshmem/channel/readers.pyx":102
+ *         if self.membership.rings.count:
  *             message = self.message  # another thread may take one during the flush
- *             self.membership.flush()
+ *             try:             # <<<<<<<<<<<<<<
+ *                 self.membership.flush()
+ *             except BaseException:
+*/
+      __pyx_L14_except_error:;
+      __Pyx_XGIVEREF(__pyx_t_5);
+      __Pyx_XGIVEREF(__pyx_t_6);
+      __Pyx_XGIVEREF(__pyx_t_7);
+      __Pyx_ExceptionReset(__pyx_t_5, __pyx_t_6, __pyx_t_7);
+      goto __pyx_L1_error;
+      __pyx_L17_try_end:;
+    }
+
+    /* "ivshmem/channel/readers.pyx":108
+ *                     self.keep(&message)
+ *                 raise
  *             self.enter()             # <<<<<<<<<<<<<<
  *             self.message = message
  *         if code:
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 100, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 108, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/readers.pyx":101
- *             self.membership.flush()
+    /* "ivshmem/channel/readers.pyx":109
+ *                 raise
  *             self.enter()
  *             self.message = message             # <<<<<<<<<<<<<<
  *         if code:
@@ -7031,16 +7202,16 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
 */
     __pyx_v_self->message = __pyx_v_message;
 
-    /* "ivshmem/channel/readers.pyx":97
- *             if self.take_pending():  # another thread left it
+    /* "ivshmem/channel/readers.pyx":100
+ *             if self.take_kept():  # another thread left it
  *                 return self.tell_lost()
  *         if self.membership.rings.count:             # <<<<<<<<<<<<<<
  *             message = self.message  # another thread may take one during the flush
- *             self.membership.flush()
+ *             try:
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":102
+  /* "ivshmem/channel/readers.pyx":110
  *             self.enter()
  *             self.message = message
  *         if code:             # <<<<<<<<<<<<<<
@@ -7052,20 +7223,20 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/readers.pyx":103
+    /* "ivshmem/channel/readers.pyx":111
  *             self.message = message
  *         if code:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
  *         return self.tell_lost()
  * 
 */
-    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 103, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_5);
-    __Pyx_Raise(__pyx_t_5, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __PYX_ERR(0, 103, __pyx_L1_error)
+    __pyx_t_10 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 111, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_10);
+    __Pyx_Raise(__pyx_t_10, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
+    __PYX_ERR(0, 111, __pyx_L1_error)
 
-    /* "ivshmem/channel/readers.pyx":102
+    /* "ivshmem/channel/readers.pyx":110
  *             self.enter()
  *             self.message = message
  *         if code:             # <<<<<<<<<<<<<<
@@ -7074,20 +7245,20 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":104
+  /* "ivshmem/channel/readers.pyx":112
  *         if code:
  *             raise self.fail(code)
  *         return self.tell_lost()             # <<<<<<<<<<<<<<
  * 
- *     cdef int tell_lost(self) except -1:
+ *     cdef int take_new(self) except? -2:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->tell_lost(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 104, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->tell_lost(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 112, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":78
+  /* "ivshmem/channel/readers.pyx":81
  *     # Reading.
  * 
  *     cdef int take(self, object timeout, object spin) except? -2:             # <<<<<<<<<<<<<<
@@ -7097,7 +7268,9 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_XDECREF(__pyx_t_9);
+  __Pyx_XDECREF(__pyx_t_10);
   __Pyx_AddTraceback("ivshmem.channel.readers.Reader.take", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -2;
   __pyx_L0:;
@@ -7108,8 +7281,85 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":106
+/* "ivshmem/channel/readers.pyx":114
  *         return self.tell_lost()
+ * 
+ *     cdef int take_new(self) except? -2:             # <<<<<<<<<<<<<<
+ *         if self.holding == self.holds:
+ *             self.make_room()
+*/
+
+static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_new(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "ivshmem/channel/readers.pyx":115
+ * 
+ *     cdef int take_new(self) except? -2:
+ *         if self.holding == self.holds:             # <<<<<<<<<<<<<<
+ *             self.make_room()
+ *         return ivshmem_take(&self.reader, &self.message)
+*/
+  __pyx_t_1 = (__pyx_v_self->__pyx_base.holding == __pyx_v_self->__pyx_base.holds);
+
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/channel/readers.pyx":116
+ *     cdef int take_new(self) except? -2:
+ *         if self.holding == self.holds:
+ *             self.make_room()             # <<<<<<<<<<<<<<
+ *         return ivshmem_take(&self.reader, &self.message)
+ * 
+*/
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.make_room(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 116, __pyx_L1_error)
+
+
+    /* "ivshmem/channel/readers.pyx":115
+ * 
+ *     cdef int take_new(self) except? -2:
+ *         if self.holding == self.holds:             # <<<<<<<<<<<<<<
+ *             self.make_room()
+ *         return ivshmem_take(&self.reader, &self.message)
+*/
+  }
+
+  /* "ivshmem/channel/readers.pyx":117
+ *         if self.holding == self.holds:
+ *             self.make_room()
+ *         return ivshmem_take(&self.reader, &self.message)             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int tell_lost(self) except -1:
+*/
+  {
+
+    __pyx_r = ivshmem_take((&__pyx_v_self->__pyx_base.reader), (&__pyx_v_self->message));
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/readers.pyx":114
+ *         return self.tell_lost()
+ * 
+ *     cdef int take_new(self) except? -2:             # <<<<<<<<<<<<<<
+ *         if self.holding == self.holds:
+ *             self.make_room()
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.readers.Reader.take_new", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -2;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/readers.pyx":119
+ *         return ivshmem_take(&self.reader, &self.message)
  * 
  *     cdef int tell_lost(self) except -1:             # <<<<<<<<<<<<<<
  *         """Raise MessagesLost if a reader that blocks lost messages before this one."""
@@ -7139,7 +7389,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("tell_lost", 0);
 
-  /* "ivshmem/channel/readers.pyx":108
+  /* "ivshmem/channel/readers.pyx":121
  *     cdef int tell_lost(self) except -1:
  *         """Raise MessagesLost if a reader that blocks lost messages before this one."""
  *         cdef uint64_t lost = self.message.lost             # <<<<<<<<<<<<<<
@@ -7150,7 +7400,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost(struct __pyx_obj
 
   __pyx_v_lost = __pyx_t_1;
 
-  /* "ivshmem/channel/readers.pyx":109
+  /* "ivshmem/channel/readers.pyx":122
  *         """Raise MessagesLost if a reader that blocks lost messages before this one."""
  *         cdef uint64_t lost = self.message.lost
  *         if lost == 0 or self.reader.overflow != IVSHMEM_BLOCK:             # <<<<<<<<<<<<<<
@@ -7176,12 +7426,12 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost(struct __pyx_obj
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/readers.pyx":110
+    /* "ivshmem/channel/readers.pyx":123
  *         cdef uint64_t lost = self.message.lost
  *         if lost == 0 or self.reader.overflow != IVSHMEM_BLOCK:
  *             return 0             # <<<<<<<<<<<<<<
  *         self.message.lost = 0
- *         self.keep()
+ *         self.keep(&self.message)
 */
     {
 
@@ -7189,7 +7439,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost(struct __pyx_obj
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/readers.pyx":109
+    /* "ivshmem/channel/readers.pyx":122
  *         """Raise MessagesLost if a reader that blocks lost messages before this one."""
  *         cdef uint64_t lost = self.message.lost
  *         if lost == 0 or self.reader.overflow != IVSHMEM_BLOCK:             # <<<<<<<<<<<<<<
@@ -7198,70 +7448,70 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":111
+  /* "ivshmem/channel/readers.pyx":124
  *         if lost == 0 or self.reader.overflow != IVSHMEM_BLOCK:
  *             return 0
  *         self.message.lost = 0             # <<<<<<<<<<<<<<
- *         self.keep()
+ *         self.keep(&self.message)
  *         raise MessagesLost(
 */
   __pyx_v_self->message.lost = 0;
 
-  /* "ivshmem/channel/readers.pyx":112
+  /* "ivshmem/channel/readers.pyx":125
  *             return 0
  *         self.message.lost = 0
- *         self.keep()             # <<<<<<<<<<<<<<
+ *         self.keep(&self.message)             # <<<<<<<<<<<<<<
  *         raise MessagesLost(
  *             f"channel {self.name!r}: this process was stopped, and writers continued without it:"
 */
-  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 112, __pyx_L1_error)
+  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self, (&__pyx_v_self->message)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 125, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/readers.pyx":113
+  /* "ivshmem/channel/readers.pyx":126
  *         self.message.lost = 0
- *         self.keep()
+ *         self.keep(&self.message)
  *         raise MessagesLost(             # <<<<<<<<<<<<<<
  *             f"channel {self.name!r}: this process was stopped, and writers continued without it:"
  *             f" {counted(lost, 'message')} of a writer were lost",
 */
   __pyx_t_6 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_MessagesLost); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 113, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_MessagesLost); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 126, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
 
-  /* "ivshmem/channel/readers.pyx":114
- *         self.keep()
+  /* "ivshmem/channel/readers.pyx":127
+ *         self.keep(&self.message)
  *         raise MessagesLost(
  *             f"channel {self.name!r}: this process was stopped, and writers continued without it:"             # <<<<<<<<<<<<<<
  *             f" {counted(lost, 'message')} of a writer were lost",
  *             lost,
 */
-  __pyx_t_8 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 114, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 127, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
 
-  /* "ivshmem/channel/readers.pyx":115
+  /* "ivshmem/channel/readers.pyx":128
  *         raise MessagesLost(
  *             f"channel {self.name!r}: this process was stopped, and writers continued without it:"
  *             f" {counted(lost, 'message')} of a writer were lost",             # <<<<<<<<<<<<<<
  *             lost,
  *         )
 */
-  __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 115, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 128, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_9);
-  __pyx_t_10 = __Pyx_PyLong_From_uint64_t(__pyx_v_lost); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 115, __pyx_L1_error)
+  __pyx_t_10 = __Pyx_PyLong_From_uint64_t(__pyx_v_lost); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 128, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_10);
-  __pyx_t_11 = PyTuple_New(2); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 115, __pyx_L1_error)
+  __pyx_t_11 = PyTuple_New(2); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 128, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_11);
   __Pyx_GIVEREF(__pyx_t_10);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 0, __pyx_t_10) != (0)) __PYX_ERR(0, 115, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 0, __pyx_t_10) != (0)) __PYX_ERR(0, 128, __pyx_L1_error);
   __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_message);
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_message);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 1, __pyx_mstate_global->__pyx_n_u_message) != (0)) __PYX_ERR(0, 115, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 1, __pyx_mstate_global->__pyx_n_u_message) != (0)) __PYX_ERR(0, 128, __pyx_L1_error);
   __pyx_t_10 = 0;
-  __pyx_t_10 = __Pyx_PyObject_Call(__pyx_t_9, __pyx_t_11, NULL); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 115, __pyx_L1_error)
+  __pyx_t_10 = __Pyx_PyObject_Call(__pyx_t_9, __pyx_t_11, NULL); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 128, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_10);
   __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
   __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-  __pyx_t_11 = __Pyx_PyObject_FormatSimple(__pyx_t_10, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 115, __pyx_L1_error)
+  __pyx_t_11 = __Pyx_PyObject_FormatSimple(__pyx_t_10, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 128, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_11);
   __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
   __pyx_t_12[0] = __pyx_mstate_global->__pyx_kp_u_channel;
@@ -7270,8 +7520,8 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost(struct __pyx_obj
   __pyx_t_12[3] = __pyx_t_11;
   __pyx_t_12[4] = __pyx_mstate_global->__pyx_kp_u_of_a_writer_were_lost;
 
-  /* "ivshmem/channel/readers.pyx":114
- *         self.keep()
+  /* "ivshmem/channel/readers.pyx":127
+ *         self.keep(&self.message)
  *         raise MessagesLost(
  *             f"channel {self.name!r}: this process was stopped, and writers continued without it:"             # <<<<<<<<<<<<<<
  *             f" {counted(lost, 'message')} of a writer were lost",
@@ -7286,19 +7536,19 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost(struct __pyx_obj
   __pyx_t_4 |= __Pyx_PyUnicode_KIND_04(__pyx_t_12[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_12[3]);
   #endif
   __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_12, 5, __pyx_t_13, __pyx_t_4);
-  if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 114, __pyx_L1_error)
+  if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 127, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_10);
   __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
   __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
 
-  /* "ivshmem/channel/readers.pyx":116
+  /* "ivshmem/channel/readers.pyx":129
  *             f"channel {self.name!r}: this process was stopped, and writers continued without it:"
  *             f" {counted(lost, 'message')} of a writer were lost",
  *             lost,             # <<<<<<<<<<<<<<
  *         )
  * 
 */
-  __pyx_t_11 = __Pyx_PyLong_From_uint64_t(__pyx_v_lost); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 116, __pyx_L1_error)
+  __pyx_t_11 = __Pyx_PyLong_From_uint64_t(__pyx_v_lost); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 129, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_11);
   __pyx_t_14 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -7319,15 +7569,15 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost(struct __pyx_obj
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 113, __pyx_L1_error)
+    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 126, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
   }
   __Pyx_Raise(__pyx_t_5, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-  __PYX_ERR(0, 113, __pyx_L1_error)
+  __PYX_ERR(0, 126, __pyx_L1_error)
 
-  /* "ivshmem/channel/readers.pyx":106
- *         return self.tell_lost()
+  /* "ivshmem/channel/readers.pyx":119
+ *         return ivshmem_take(&self.reader, &self.message)
  * 
  *     cdef int tell_lost(self) except -1:             # <<<<<<<<<<<<<<
  *         """Raise MessagesLost if a reader that blocks lost messages before this one."""
@@ -7352,40 +7602,41 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":119
+/* "ivshmem/channel/readers.pyx":132
  *         )
  * 
- *     cdef bint take_pending(self) noexcept:             # <<<<<<<<<<<<<<
- *         if not self.pending:
- *             return False
+ *     cdef bint take_kept(self) noexcept:             # <<<<<<<<<<<<<<
+ *         """Take a message that a call before this one left."""
+ *         cdef uint32_t i
 */
 
-static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_pending(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self) {
+static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_kept(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self) {
+  uint32_t __pyx_v_i;
   int __pyx_r;
   int __pyx_t_1;
-  int __pyx_t_2;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
+  uint32_t __pyx_t_2;
+  uint32_t __pyx_t_3;
+  uint32_t __pyx_t_4;
+  struct ivshmem_message __pyx_t_5;
 
-  /* "ivshmem/channel/readers.pyx":120
- * 
- *     cdef bint take_pending(self) noexcept:
- *         if not self.pending:             # <<<<<<<<<<<<<<
+  /* "ivshmem/channel/readers.pyx":135
+ *         """Take a message that a call before this one left."""
+ *         cdef uint32_t i
+ *         if not self.kept:             # <<<<<<<<<<<<<<
  *             return False
- *         self.pending = False
+ *         for i in range(self.holding):
 */
-  __pyx_t_1 = (!__pyx_v_self->pending);
+  __pyx_t_1 = (!(__pyx_v_self->kept != 0));
 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/readers.pyx":121
- *     cdef bint take_pending(self) noexcept:
- *         if not self.pending:
+    /* "ivshmem/channel/readers.pyx":136
+ *         cdef uint32_t i
+ *         if not self.kept:
  *             return False             # <<<<<<<<<<<<<<
- *         self.pending = False
- *         self.forget(self.message.writer, self.message.position)
+ *         for i in range(self.holding):
+ *             if self.held[i].kept:
 */
     {
 
@@ -7393,40 +7644,103 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_pending(struct __pyx_
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/readers.pyx":120
- * 
- *     cdef bint take_pending(self) noexcept:
- *         if not self.pending:             # <<<<<<<<<<<<<<
+    /* "ivshmem/channel/readers.pyx":135
+ *         """Take a message that a call before this one left."""
+ *         cdef uint32_t i
+ *         if not self.kept:             # <<<<<<<<<<<<<<
  *             return False
- *         self.pending = False
+ *         for i in range(self.holding):
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":122
- *         if not self.pending:
+  /* "ivshmem/channel/readers.pyx":137
+ *         if not self.kept:
  *             return False
- *         self.pending = False             # <<<<<<<<<<<<<<
- *         self.forget(self.message.writer, self.message.position)
+ *         for i in range(self.holding):             # <<<<<<<<<<<<<<
+ *             if self.held[i].kept:
+ *                 self.message = self.held[i].message
+*/
+
+  __pyx_t_2 = __pyx_v_self->__pyx_base.holding;
+  __pyx_t_3 = __pyx_t_2;
+
+  for (__pyx_t_4 = 0; __pyx_t_4 < __pyx_t_3; __pyx_t_4+=1) {
+    __pyx_v_i = __pyx_t_4;
+
+    /* "ivshmem/channel/readers.pyx":138
+ *             return False
+ *         for i in range(self.holding):
+ *             if self.held[i].kept:             # <<<<<<<<<<<<<<
+ *                 self.message = self.held[i].message
+ *                 self.holding -= 1
+*/
+    if ((__pyx_v_self->__pyx_base.held[__pyx_v_i]).kept) {
+
+      /* "ivshmem/channel/readers.pyx":139
+ *         for i in range(self.holding):
+ *             if self.held[i].kept:
+ *                 self.message = self.held[i].message             # <<<<<<<<<<<<<<
+ *                 self.holding -= 1
+ *                 self.held[i] = self.held[self.holding]
+*/
+      __pyx_t_5 = (__pyx_v_self->__pyx_base.held[__pyx_v_i]).message;
+
+      __pyx_v_self->message = __pyx_t_5;
+
+      /* "ivshmem/channel/readers.pyx":140
+ *             if self.held[i].kept:
+ *                 self.message = self.held[i].message
+ *                 self.holding -= 1             # <<<<<<<<<<<<<<
+ *                 self.held[i] = self.held[self.holding]
+ *                 break
+*/
+      __pyx_v_self->__pyx_base.holding = (__pyx_v_self->__pyx_base.holding - 1);
+
+      /* "ivshmem/channel/readers.pyx":141
+ *                 self.message = self.held[i].message
+ *                 self.holding -= 1
+ *                 self.held[i] = self.held[self.holding]             # <<<<<<<<<<<<<<
+ *                 break
+ *         self.kept -= 1
+*/
+      (__pyx_v_self->__pyx_base.held[__pyx_v_i]) = (__pyx_v_self->__pyx_base.held[__pyx_v_self->__pyx_base.holding]);
+
+      /* "ivshmem/channel/readers.pyx":142
+ *                 self.holding -= 1
+ *                 self.held[i] = self.held[self.holding]
+ *                 break             # <<<<<<<<<<<<<<
+ *         self.kept -= 1
  *         return True
 */
-  __pyx_v_self->pending = 0;
+      goto __pyx_L5_break;
 
-  /* "ivshmem/channel/readers.pyx":123
+      /* "ivshmem/channel/readers.pyx":138
  *             return False
- *         self.pending = False
- *         self.forget(self.message.writer, self.message.position)             # <<<<<<<<<<<<<<
+ *         for i in range(self.holding):
+ *             if self.held[i].kept:             # <<<<<<<<<<<<<<
+ *                 self.message = self.held[i].message
+ *                 self.holding -= 1
+*/
+    }
+  }
+  __pyx_L5_break:;
+
+
+  /* "ivshmem/channel/readers.pyx":143
+ *                 self.held[i] = self.held[self.holding]
+ *                 break
+ *         self.kept -= 1             # <<<<<<<<<<<<<<
  *         return True
  * 
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.forget(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_self->message.writer, __pyx_v_self->message.position); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 123, __pyx_L1_error)
+  __pyx_v_self->kept = (__pyx_v_self->kept - 1);
 
-
-  /* "ivshmem/channel/readers.pyx":124
- *         self.pending = False
- *         self.forget(self.message.writer, self.message.position)
+  /* "ivshmem/channel/readers.pyx":144
+ *                 break
+ *         self.kept -= 1
  *         return True             # <<<<<<<<<<<<<<
  * 
- *     cdef int keep(self) except -1:
+ *     cdef int keep(self, const ivshmem_message *message) except -1:
 */
   {
 
@@ -7434,66 +7748,65 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_pending(struct __pyx_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":119
+  /* "ivshmem/channel/readers.pyx":132
  *         )
  * 
- *     cdef bint take_pending(self) noexcept:             # <<<<<<<<<<<<<<
- *         if not self.pending:
- *             return False
+ *     cdef bint take_kept(self) noexcept:             # <<<<<<<<<<<<<<
+ *         """Take a message that a call before this one left."""
+ *         cdef uint32_t i
 */
 
   /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_WriteUnraisable("ivshmem.channel.readers.Reader.take_pending", __pyx_clineno, __pyx_lineno, __pyx_filename, 1, 0);
-  __pyx_r = 0;
   __pyx_L0:;
+
 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":126
+/* "ivshmem/channel/readers.pyx":146
  *         return True
  * 
- *     cdef int keep(self) except -1:             # <<<<<<<<<<<<<<
- *         """Leave the message that was taken for the next call."""
- *         self.pending = True
+ *     cdef int keep(self, const ivshmem_message *message) except -1:             # <<<<<<<<<<<<<<
+ *         """Leave a message that was taken for the next call."""
+ *         self.hold(message)
 */
 
-static int __pyx_f_7ivshmem_7channel_7readers_6Reader_keep(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self) {
+static int __pyx_f_7ivshmem_7channel_7readers_6Reader_keep(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self, struct ivshmem_message const *__pyx_v_message) {
   int __pyx_r;
   int __pyx_t_1;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/readers.pyx":128
- *     cdef int keep(self) except -1:
- *         """Leave the message that was taken for the next call."""
- *         self.pending = True             # <<<<<<<<<<<<<<
- *         return self.hold(&self.message)
+  /* "ivshmem/channel/readers.pyx":148
+ *     cdef int keep(self, const ivshmem_message *message) except -1:
+ *         """Leave a message that was taken for the next call."""
+ *         self.hold(message)             # <<<<<<<<<<<<<<
+ *         return self.put_back(message)
  * 
 */
-  __pyx_v_self->pending = 1;
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.hold(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_message); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 148, __pyx_L1_error)
 
-  /* "ivshmem/channel/readers.pyx":129
- *         """Leave the message that was taken for the next call."""
- *         self.pending = True
- *         return self.hold(&self.message)             # <<<<<<<<<<<<<<
+
+  /* "ivshmem/channel/readers.pyx":149
+ *         """Leave a message that was taken for the next call."""
+ *         self.hold(message)
+ *         return self.put_back(message)             # <<<<<<<<<<<<<<
  * 
- *     cdef object copy_out(self):
+ *     cdef int put_back(self, const ivshmem_message *message) except -1:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.hold(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_self->message)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 129, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.put_back(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_message); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 149, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":126
+  /* "ivshmem/channel/readers.pyx":146
  *         return True
  * 
- *     cdef int keep(self) except -1:             # <<<<<<<<<<<<<<
- *         """Leave the message that was taken for the next call."""
- *         self.pending = True
+ *     cdef int keep(self, const ivshmem_message *message) except -1:             # <<<<<<<<<<<<<<
+ *         """Leave a message that was taken for the next call."""
+ *         self.hold(message)
 */
 
   /* function exit code */
@@ -7505,8 +7818,148 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_keep(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":131
- *         return self.hold(&self.message)
+/* "ivshmem/channel/readers.pyx":151
+ *         return self.put_back(message)
+ * 
+ *     cdef int put_back(self, const ivshmem_message *message) except -1:             # <<<<<<<<<<<<<<
+ *         cdef uint32_t i
+ *         for i in range(self.holding):
+*/
+
+static int __pyx_f_7ivshmem_7channel_7readers_6Reader_put_back(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self, struct ivshmem_message const *__pyx_v_message) {
+  uint32_t __pyx_v_i;
+  int __pyx_r;
+  uint32_t __pyx_t_1;
+  uint32_t __pyx_t_2;
+  uint32_t __pyx_t_3;
+  int __pyx_t_4;
+  int __pyx_t_5;
+
+  /* "ivshmem/channel/readers.pyx":153
+ *     cdef int put_back(self, const ivshmem_message *message) except -1:
+ *         cdef uint32_t i
+ *         for i in range(self.holding):             # <<<<<<<<<<<<<<
+ *             if (
+ *                 self.held[i].message.writer == message.writer
+*/
+
+  __pyx_t_1 = __pyx_v_self->__pyx_base.holding;
+  __pyx_t_2 = __pyx_t_1;
+
+  for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
+    __pyx_v_i = __pyx_t_3;
+
+    /* "ivshmem/channel/readers.pyx":155
+ *         for i in range(self.holding):
+ *             if (
+ *                 self.held[i].message.writer == message.writer             # <<<<<<<<<<<<<<
+ *                 and self.held[i].message.position == message.position
+ *             ):
+*/
+    __pyx_t_5 = ((__pyx_v_self->__pyx_base.held[__pyx_v_i]).message.writer == __pyx_v_message->writer);
+
+    if (__pyx_t_5) {
+
+    } else {
+
+      __pyx_t_4 = __pyx_t_5;
+
+      goto __pyx_L6_bool_binop_done;
+    }
+
+    /* "ivshmem/channel/readers.pyx":156
+ *             if (
+ *                 self.held[i].message.writer == message.writer
+ *                 and self.held[i].message.position == message.position             # <<<<<<<<<<<<<<
+ *             ):
+ *                 self.held[i].kept = True
+*/
+    __pyx_t_5 = ((__pyx_v_self->__pyx_base.held[__pyx_v_i]).message.position == __pyx_v_message->position);
+
+
+    __pyx_t_4 = __pyx_t_5;
+
+    __pyx_L6_bool_binop_done:;
+
+    /* "ivshmem/channel/readers.pyx":154
+ *         cdef uint32_t i
+ *         for i in range(self.holding):
+ *             if (             # <<<<<<<<<<<<<<
+ *                 self.held[i].message.writer == message.writer
+ *                 and self.held[i].message.position == message.position
+*/
+    if (__pyx_t_4) {
+
+
+      /* "ivshmem/channel/readers.pyx":158
+ *                 and self.held[i].message.position == message.position
+ *             ):
+ *                 self.held[i].kept = True             # <<<<<<<<<<<<<<
+ *                 self.kept += 1
+ *                 break
+*/
+      (__pyx_v_self->__pyx_base.held[__pyx_v_i]).kept = 1;
+
+      /* "ivshmem/channel/readers.pyx":159
+ *             ):
+ *                 self.held[i].kept = True
+ *                 self.kept += 1             # <<<<<<<<<<<<<<
+ *                 break
+ *         return 0
+*/
+      __pyx_v_self->kept = (__pyx_v_self->kept + 1);
+
+      /* "ivshmem/channel/readers.pyx":160
+ *                 self.held[i].kept = True
+ *                 self.kept += 1
+ *                 break             # <<<<<<<<<<<<<<
+ *         return 0
+ * 
+*/
+      goto __pyx_L4_break;
+
+      /* "ivshmem/channel/readers.pyx":154
+ *         cdef uint32_t i
+ *         for i in range(self.holding):
+ *             if (             # <<<<<<<<<<<<<<
+ *                 self.held[i].message.writer == message.writer
+ *                 and self.held[i].message.position == message.position
+*/
+    }
+  }
+  __pyx_L4_break:;
+
+
+  /* "ivshmem/channel/readers.pyx":161
+ *                 self.kept += 1
+ *                 break
+ *         return 0             # <<<<<<<<<<<<<<
+ * 
+ *     cdef object copy_out(self):
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/readers.pyx":151
+ *         return self.put_back(message)
+ * 
+ *     cdef int put_back(self, const ivshmem_message *message) except -1:             # <<<<<<<<<<<<<<
+ *         cdef uint32_t i
+ *         for i in range(self.holding):
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/readers.pyx":163
+ *         return 0
  * 
  *     cdef object copy_out(self):             # <<<<<<<<<<<<<<
  *         """Copy the message that was taken; None: it was overwritten."""
@@ -7521,76 +7974,169 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_copy_out(struct __py
   __Pyx_RefNannyDeclarations
   struct ivshmem_message __pyx_t_1;
   PyObject *__pyx_t_2 = NULL;
-  int __pyx_t_3;
-  int __pyx_t_4;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  int __pyx_t_6;
+  PyObject *__pyx_t_7 = NULL;
+  PyObject *__pyx_t_8 = NULL;
+  int __pyx_t_9;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("copy_out", 0);
 
-  /* "ivshmem/channel/readers.pyx":133
+  /* "ivshmem/channel/readers.pyx":165
  *     cdef object copy_out(self):
  *         """Copy the message that was taken; None: it was overwritten."""
  *         cdef ivshmem_message message = self.message             # <<<<<<<<<<<<<<
- *         cdef bytes data = PyBytes_FromStringAndSize(NULL, message.length)
- *         cdef int code = self.copy_to(&message, PyBytes_AS_STRING(data))
+ *         cdef bytes data
+ *         cdef int code
 */
   __pyx_t_1 = __pyx_v_self->message;
 
   __pyx_v_message = __pyx_t_1;
 
-  /* "ivshmem/channel/readers.pyx":134
- *         """Copy the message that was taken; None: it was overwritten."""
- *         cdef ivshmem_message message = self.message
- *         cdef bytes data = PyBytes_FromStringAndSize(NULL, message.length)             # <<<<<<<<<<<<<<
- *         cdef int code = self.copy_to(&message, PyBytes_AS_STRING(data))
+  /* "ivshmem/channel/readers.pyx":168
+ *         cdef bytes data
+ *         cdef int code
+ *         try:             # <<<<<<<<<<<<<<
+ *             data = PyBytes_FromStringAndSize(NULL, message.length)
+ *         except MemoryError:
+*/
+  {
+    __Pyx_PyThreadState_declare
+    __Pyx_PyThreadState_assign
+    __Pyx_ExceptionSave(&__pyx_t_2, &__pyx_t_3, &__pyx_t_4);
+    __Pyx_XGOTREF(__pyx_t_2);
+    __Pyx_XGOTREF(__pyx_t_3);
+    __Pyx_XGOTREF(__pyx_t_4);
+    /*try:*/ {
+
+      /* "ivshmem/channel/readers.pyx":169
+ *         cdef int code
+ *         try:
+ *             data = PyBytes_FromStringAndSize(NULL, message.length)             # <<<<<<<<<<<<<<
+ *         except MemoryError:
+ *             self.keep(&message)
+*/
+      __pyx_t_5 = PyBytes_FromStringAndSize(NULL, __pyx_v_message.length); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 169, __pyx_L3_error)
+      __Pyx_GOTREF(__pyx_t_5);
+      __pyx_v_data = ((PyObject*)__pyx_t_5);
+      __pyx_t_5 = 0;
+
+      /* "ivshmem/channel/readers.pyx":168
+ *         cdef bytes data
+ *         cdef int code
+ *         try:             # <<<<<<<<<<<<<<
+ *             data = PyBytes_FromStringAndSize(NULL, message.length)
+ *         except MemoryError:
+*/
+    }
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+    goto __pyx_L8_try_end;
+    __pyx_L3_error:;
+    __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+
+    /* "ivshmem/channel/readers.pyx":170
+ *         try:
+ *             data = PyBytes_FromStringAndSize(NULL, message.length)
+ *         except MemoryError:             # <<<<<<<<<<<<<<
+ *             self.keep(&message)
+ *             raise
+*/
+    __pyx_t_6 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_MemoryError))));
+    if (__pyx_t_6) {
+      __Pyx_AddTraceback("ivshmem.channel.readers.Reader.copy_out", __pyx_clineno, __pyx_lineno, __pyx_filename);
+      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_7, &__pyx_t_8) < 0) __PYX_ERR(0, 170, __pyx_L5_except_error)
+      __Pyx_XGOTREF(__pyx_t_5);
+      __Pyx_XGOTREF(__pyx_t_7);
+      __Pyx_XGOTREF(__pyx_t_8);
+
+      /* "ivshmem/channel/readers.pyx":171
+ *             data = PyBytes_FromStringAndSize(NULL, message.length)
+ *         except MemoryError:
+ *             self.keep(&message)             # <<<<<<<<<<<<<<
+ *             raise
+ *         code = self.copy_to(&message, PyBytes_AS_STRING(data))
+*/
+      __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self, (&__pyx_v_message)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 171, __pyx_L5_except_error)
+
+
+      /* "ivshmem/channel/readers.pyx":172
+ *         except MemoryError:
+ *             self.keep(&message)
+ *             raise             # <<<<<<<<<<<<<<
+ *         code = self.copy_to(&message, PyBytes_AS_STRING(data))
  *         return data if code == 0 else None
 */
-  __pyx_t_2 = PyBytes_FromStringAndSize(NULL, __pyx_v_message.length); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 134, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  __pyx_v_data = ((PyObject*)__pyx_t_2);
-  __pyx_t_2 = 0;
+      __Pyx_GIVEREF(__pyx_t_5);
+      __Pyx_GIVEREF(__pyx_t_7);
+      __Pyx_XGIVEREF(__pyx_t_8);
+      __Pyx_ErrRestoreWithState(__pyx_t_5, __pyx_t_7, __pyx_t_8);
+      __pyx_t_5 = 0;  __pyx_t_7 = 0;  __pyx_t_8 = 0; 
+      __PYX_ERR(0, 172, __pyx_L5_except_error)
+    }
+    goto __pyx_L5_except_error;
 
-  /* "ivshmem/channel/readers.pyx":135
- *         cdef ivshmem_message message = self.message
- *         cdef bytes data = PyBytes_FromStringAndSize(NULL, message.length)
- *         cdef int code = self.copy_to(&message, PyBytes_AS_STRING(data))             # <<<<<<<<<<<<<<
+    /* "ivshmem/channel/readers.pyx":168
+ *         cdef bytes data
+ *         cdef int code
+ *         try:             # <<<<<<<<<<<<<<
+ *             data = PyBytes_FromStringAndSize(NULL, message.length)
+ *         except MemoryError:
+*/
+    __pyx_L5_except_error:;
+    __Pyx_XGIVEREF(__pyx_t_2);
+    __Pyx_XGIVEREF(__pyx_t_3);
+    __Pyx_XGIVEREF(__pyx_t_4);
+    __Pyx_ExceptionReset(__pyx_t_2, __pyx_t_3, __pyx_t_4);
+    goto __pyx_L1_error;
+    __pyx_L8_try_end:;
+  }
+
+  /* "ivshmem/channel/readers.pyx":173
+ *             self.keep(&message)
+ *             raise
+ *         code = self.copy_to(&message, PyBytes_AS_STRING(data))             # <<<<<<<<<<<<<<
  *         return data if code == 0 else None
  * 
 */
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), PyBytes_AS_STRING(__pyx_v_data)); if (unlikely(__pyx_t_3 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 135, __pyx_L1_error)
-  __pyx_v_code = __pyx_t_3;
+  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), PyBytes_AS_STRING(__pyx_v_data)); if (unlikely(__pyx_t_6 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 173, __pyx_L1_error)
+  __pyx_v_code = __pyx_t_6;
 
-  /* "ivshmem/channel/readers.pyx":136
- *         cdef bytes data = PyBytes_FromStringAndSize(NULL, message.length)
- *         cdef int code = self.copy_to(&message, PyBytes_AS_STRING(data))
+  /* "ivshmem/channel/readers.pyx":174
+ *             raise
+ *         code = self.copy_to(&message, PyBytes_AS_STRING(data))
  *         return data if code == 0 else None             # <<<<<<<<<<<<<<
  * 
  *     @cython.binding(False)
 */
-  __pyx_t_4 = (__pyx_v_code == 0);
+  __pyx_t_9 = (__pyx_v_code == 0);
 
-  if (__pyx_t_4) {
+  if (__pyx_t_9) {
     __Pyx_INCREF(__pyx_v_data);
-    __pyx_t_2 = __pyx_v_data;
+    __pyx_t_8 = __pyx_v_data;
   } else {
     __Pyx_INCREF(Py_None);
-    __pyx_t_2 = Py_None;
+    __pyx_t_8 = Py_None;
   }
 
   {
     PyObject *__pyx_temp;
     {
       __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_2;
+      __pyx_r = __pyx_t_8;
     }
     __Pyx_XDECREF(__pyx_temp);
   }
-  __pyx_t_2 = 0;
+  __pyx_t_8 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":131
- *         return self.hold(&self.message)
+  /* "ivshmem/channel/readers.pyx":163
+ *         return 0
  * 
  *     cdef object copy_out(self):             # <<<<<<<<<<<<<<
  *         """Copy the message that was taken; None: it was overwritten."""
@@ -7599,7 +8145,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_copy_out(struct __py
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_8);
   __Pyx_AddTraceback("ivshmem.channel.readers.Reader.copy_out", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = 0;
   __pyx_L0:;
@@ -7611,7 +8159,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_copy_out(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":138
+/* "ivshmem/channel/readers.pyx":176
  *         return data if code == 0 else None
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -7627,7 +8175,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7readers_6Reader_get, "get($self, timeout=None, *, spin=None)\n--\n\nReturn a copy of the next message, of any writer.\n\nMessages of one writer come in its order. After a wait for one writer\047s message, another\nwriter\047s can come first.\n\nArgs:\n    timeout: seconds to wait at most; None: for ever; 0: do not wait.\n    spin: as of `Endpoint.wait`.\n\nReturns:\n    bytes, or what the channel\047s type makes of them; None: no message came in time.\n\nRaises:\n    MessagesLost: of a reader that blocks: this process was stopped or was silent, and\n        writers continued without it. The next call returns the next message.\n    ChannelCorrupt: a shared word is impossible. The next call looks at the next writer.\n    Overtaken: the writer overwrote 64 messages in a row while they were copied.\n    ClosedError: the reader, the channels or the region is closed.");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7readers_6Reader_get, "get($self, timeout=None, *, spin=None)\n--\n\nReturn a copy of the next message, of any writer.\n\nMessages of one writer come in its order. After a wait for one writer\047s message, another\nwriter\047s can come first.\n\nArgs:\n    timeout: seconds to wait at most; None: for ever; 0: do not wait.\n    spin: as of `Endpoint.wait`.\n\nReturns:\n    bytes, or what the channel\047s type makes of them; None: no message came in time. (With\n    pickle=True a message can be None, too. To tell them apart, put it into a tuple.)\n\nRaises:\n    MessagesLost: of a reader that blocks: this process was stopped or was silent, and\n        writers continued without it. The next call returns the next message.\n    ChannelCorrupt: a shared word is impossible. The next call looks at the next writer.\n    ChannelTypeError: the message does not fit the channel\047s type; it is lost. If any other\n        exception comes out of a call (MemoryError, or a signal handler\047s), the next call\n        gets the message. Of an end that says pickle=True: if what a pickle raises is an\n        Exception, its message is lost.\n    Overtaken: the writer overwrote 64 messages in a row while they were copied.\n    ClosedError: the reader, the channels or the region is closed.");
 static PyObject *__pyx_pw_7ivshmem_7channel_7readers_6Reader_1get(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
@@ -7659,20 +8207,20 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 138, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 176, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 138, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 176, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get", 0) < (0)) __PYX_ERR(0, 138, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get", 0) < (0)) __PYX_ERR(0, 176, __pyx_L3_error)
 
-      /* "ivshmem/channel/readers.pyx":140
+      /* "ivshmem/channel/readers.pyx":178
  *     @cython.binding(False)
  *     @cython.critical_section
  *     def get(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -7685,7 +8233,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 138, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 176, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -7698,7 +8246,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 138, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 176, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7711,7 +8259,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_6Reader_get(((struct __pyx_obj_7ivshmem_7channel_7readers_Reader *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/readers.pyx":138
+  /* "ivshmem/channel/readers.pyx":176
  *         return data if code == 0 else None
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -7728,21 +8276,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 }
 
 static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_get(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin) {
-  PyObject *__pyx_v_data = 0;
-  CYTHON_UNUSED int __pyx_v__;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
-  int __pyx_t_2;
-  int __pyx_t_3;
-  long __pyx_t_4;
-  int __pyx_t_5;
-  int __pyx_t_6;
-  PyObject *__pyx_t_7 = NULL;
-  PyObject *__pyx_t_8 = NULL;
-  PyObject *__pyx_t_9 = NULL;
-  size_t __pyx_t_10;
-  PyObject *__pyx_t_11 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -7754,148 +8292,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_get(struct __pyx_ob
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/readers.pyx":161
+        /* "ivshmem/channel/readers.pyx":203
+ *             ClosedError: the reader, the channels or the region is closed.
  *         """
- *         cdef object data
- *         for _ in range(TRIES):             # <<<<<<<<<<<<<<
- *             if self.take(timeout, spin):
- *                 return None
-*/
-
-        __pyx_t_2 = __pyx_e_7ivshmem_7channel_5roles_TRIES;
-        __pyx_t_3 = __pyx_t_2;
-
-        for (__pyx_t_4 = 0; __pyx_t_4 < __pyx_t_3; __pyx_t_4+=1) {
-          __pyx_v__ = __pyx_t_4;
-
-          /* "ivshmem/channel/readers.pyx":162
- *         cdef object data
- *         for _ in range(TRIES):
- *             if self.take(timeout, spin):             # <<<<<<<<<<<<<<
- *                 return None
- *             data = self.copy_out()
-*/
-          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_5 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 162, __pyx_L4_error)
-          __pyx_t_6 = (__pyx_t_5 != 0);
-
-
-          if (__pyx_t_6) {
-
-
-            /* "ivshmem/channel/readers.pyx":163
- *         for _ in range(TRIES):
- *             if self.take(timeout, spin):
- *                 return None             # <<<<<<<<<<<<<<
- *             data = self.copy_out()
- *             if data is not None:
-*/
-            {
-              PyObject *__pyx_temp;
-              {
-                __pyx_temp = __pyx_r;
-                __pyx_r = Py_None; __Pyx_INCREF(Py_None);
-              }
-              __Pyx_XDECREF(__pyx_temp);
-            }
-            __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-            goto __pyx_L3_return;
-
-            /* "ivshmem/channel/readers.pyx":162
- *         cdef object data
- *         for _ in range(TRIES):
- *             if self.take(timeout, spin):             # <<<<<<<<<<<<<<
- *                 return None
- *             data = self.copy_out()
-*/
-          }
-
-          /* "ivshmem/channel/readers.pyx":164
- *             if self.take(timeout, spin):
- *                 return None
- *             data = self.copy_out()             # <<<<<<<<<<<<<<
- *             if data is not None:
- *                 return data if self.type is None else self.type.decode(data)
-*/
-          __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->copy_out(__pyx_v_self); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 164, __pyx_L4_error)
-          __Pyx_GOTREF(__pyx_t_7);
-          __Pyx_XDECREF_SET(__pyx_v_data, __pyx_t_7);
-          __pyx_t_7 = 0;
-
-          /* "ivshmem/channel/readers.pyx":165
- *                 return None
- *             data = self.copy_out()
- *             if data is not None:             # <<<<<<<<<<<<<<
- *                 return data if self.type is None else self.type.decode(data)
- *         raise self.starved()
-*/
-          __pyx_t_6 = (__pyx_v_data != Py_None);
-          if (__pyx_t_6) {
-
-
-            /* "ivshmem/channel/readers.pyx":166
- *             data = self.copy_out()
- *             if data is not None:
- *                 return data if self.type is None else self.type.decode(data)             # <<<<<<<<<<<<<<
- *         raise self.starved()
+ *         return self.got(timeout, spin, None)             # <<<<<<<<<<<<<<
  * 
+ *     cdef object got(self, object timeout, object spin, object absent):
 */
-            __pyx_t_6 = (__pyx_v_self->__pyx_base.type == Py_None);
-            if (__pyx_t_6) {
-              __Pyx_INCREF(__pyx_v_data);
-              __pyx_t_7 = __pyx_v_data;
-            } else {
-              __pyx_t_9 = __pyx_v_self->__pyx_base.type;
-              __Pyx_INCREF(__pyx_t_9);
-              __pyx_t_10 = 0;
-              {
-                PyObject *__pyx_callargs[2] = {__pyx_t_9, __pyx_v_data};
-                __pyx_t_8 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-                __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
-                if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 166, __pyx_L4_error)
-                __Pyx_GOTREF(__pyx_t_8);
-              }
-              __pyx_t_7 = __pyx_t_8;
-              __pyx_t_8 = 0;
-            }
-
-            {
-              PyObject *__pyx_temp;
-              {
-                __pyx_temp = __pyx_r;
-                __pyx_r = __pyx_t_7;
-              }
-              __Pyx_XDECREF(__pyx_temp);
-            }
-            __pyx_t_7 = 0;
-            __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-            goto __pyx_L3_return;
-
-            /* "ivshmem/channel/readers.pyx":165
- *                 return None
- *             data = self.copy_out()
- *             if data is not None:             # <<<<<<<<<<<<<<
- *                 return data if self.type is None else self.type.decode(data)
- *         raise self.starved()
-*/
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->got(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 203, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_2);
+        {
+          PyObject *__pyx_temp;
+          {
+            __pyx_temp = __pyx_r;
+            __pyx_r = __pyx_t_2;
           }
+          __Pyx_XDECREF(__pyx_temp);
         }
-
-
-        /* "ivshmem/channel/readers.pyx":167
- *             if data is not None:
- *                 return data if self.type is None else self.type.decode(data)
- *         raise self.starved()             # <<<<<<<<<<<<<<
- * 
- *     @cython.critical_section
-*/
-        __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 167, __pyx_L4_error)
-        __Pyx_GOTREF(__pyx_t_7);
-        __Pyx_Raise(__pyx_t_7, 0, 0, 0);
-        __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        __PYX_ERR(0, 167, __pyx_L4_error)
+        __pyx_t_2 = 0;
+        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+        goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/readers.pyx":138
+      /* "ivshmem/channel/readers.pyx":176
  *         return data if code == 0 else None
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -7904,11 +8323,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_get(struct __pyx_ob
 */
       /*finally:*/ {
         __pyx_L3_return: {
-          __pyx_t_11 = __pyx_r;
+          __pyx_t_3 = __pyx_r;
           __pyx_r = 0;
           __Pyx_PyCriticalSection_End(&__pyx_cs);
-          __pyx_r = __pyx_t_11;
-          __pyx_t_11 = 0;
+          __pyx_r = __pyx_t_3;
+          __pyx_t_3 = 0;
           goto __pyx_L0;
         }
         __pyx_L4_error: {
@@ -7924,11 +8343,246 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_get(struct __pyx_ob
   goto __pyx_L0;
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_7);
-  __Pyx_XDECREF(__pyx_t_8);
-  __Pyx_XDECREF(__pyx_t_9);
+  __Pyx_XDECREF(__pyx_t_2);
   __Pyx_AddTraceback("ivshmem.channel.readers.Reader.get", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/readers.pyx":205
+ *         return self.got(timeout, spin, None)
+ * 
+ *     cdef object got(self, object timeout, object spin, object absent):             # <<<<<<<<<<<<<<
+ *         """Return a copy of the next message; `absent`: none came in time."""
+ *         cdef object data
+*/
+
+static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_got(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin, PyObject *__pyx_v_absent) {
+  PyObject *__pyx_v_data = 0;
+  CYTHON_UNUSED int __pyx_v__;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  int __pyx_t_2;
+  long __pyx_t_3;
+  int __pyx_t_4;
+  int __pyx_t_5;
+  PyObject *__pyx_t_6 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("got", 0);
+
+  /* "ivshmem/channel/readers.pyx":208
+ *         """Return a copy of the next message; `absent`: none came in time."""
+ *         cdef object data
+ *         for _ in range(TRIES):             # <<<<<<<<<<<<<<
+ *             if self.take(timeout, spin):
+ *                 return absent
+*/
+
+  __pyx_t_1 = __pyx_e_7ivshmem_7channel_5roles_TRIES;
+  __pyx_t_2 = __pyx_t_1;
+
+  for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
+    __pyx_v__ = __pyx_t_3;
+
+    /* "ivshmem/channel/readers.pyx":209
+ *         cdef object data
+ *         for _ in range(TRIES):
+ *             if self.take(timeout, spin):             # <<<<<<<<<<<<<<
+ *                 return absent
+ *             if self.type is not None:
+*/
+    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_4 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 209, __pyx_L1_error)
+    __pyx_t_5 = (__pyx_t_4 != 0);
+
+
+    if (__pyx_t_5) {
+
+
+      /* "ivshmem/channel/readers.pyx":210
+ *         for _ in range(TRIES):
+ *             if self.take(timeout, spin):
+ *                 return absent             # <<<<<<<<<<<<<<
+ *             if self.type is not None:
+ *                 data = self.decoded()
+*/
+      {
+        PyObject *__pyx_temp;
+        {
+          __pyx_temp = __pyx_r;
+          __Pyx_INCREF(__pyx_v_absent);
+          __pyx_r = __pyx_v_absent;
+        }
+        __Pyx_XDECREF(__pyx_temp);
+      }
+      goto __pyx_L0;
+
+      /* "ivshmem/channel/readers.pyx":209
+ *         cdef object data
+ *         for _ in range(TRIES):
+ *             if self.take(timeout, spin):             # <<<<<<<<<<<<<<
+ *                 return absent
+ *             if self.type is not None:
+*/
+    }
+
+    /* "ivshmem/channel/readers.pyx":211
+ *             if self.take(timeout, spin):
+ *                 return absent
+ *             if self.type is not None:             # <<<<<<<<<<<<<<
+ *                 data = self.decoded()
+ *                 if data is not OVERWRITTEN:
+*/
+    __pyx_t_5 = (__pyx_v_self->__pyx_base.type != Py_None);
+    if (__pyx_t_5) {
+
+
+      /* "ivshmem/channel/readers.pyx":212
+ *                 return absent
+ *             if self.type is not None:
+ *                 data = self.decoded()             # <<<<<<<<<<<<<<
+ *                 if data is not OVERWRITTEN:
+ *                     return data
+*/
+      __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->decoded(__pyx_v_self); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 212, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_6);
+      __Pyx_XDECREF_SET(__pyx_v_data, __pyx_t_6);
+      __pyx_t_6 = 0;
+
+      /* "ivshmem/channel/readers.pyx":213
+ *             if self.type is not None:
+ *                 data = self.decoded()
+ *                 if data is not OVERWRITTEN:             # <<<<<<<<<<<<<<
+ *                     return data
+ *             else:
+*/
+      __pyx_t_5 = (__pyx_v_data != __pyx_v_7ivshmem_7channel_7readers_OVERWRITTEN);
+      if (__pyx_t_5) {
+
+
+        /* "ivshmem/channel/readers.pyx":214
+ *                 data = self.decoded()
+ *                 if data is not OVERWRITTEN:
+ *                     return data             # <<<<<<<<<<<<<<
+ *             else:
+ *                 data = self.copy_out()
+*/
+        {
+          PyObject *__pyx_temp;
+          {
+            __pyx_temp = __pyx_r;
+            __Pyx_INCREF(__pyx_v_data);
+            __pyx_r = __pyx_v_data;
+          }
+          __Pyx_XDECREF(__pyx_temp);
+        }
+        goto __pyx_L0;
+
+        /* "ivshmem/channel/readers.pyx":213
+ *             if self.type is not None:
+ *                 data = self.decoded()
+ *                 if data is not OVERWRITTEN:             # <<<<<<<<<<<<<<
+ *                     return data
+ *             else:
+*/
+      }
+
+      /* "ivshmem/channel/readers.pyx":211
+ *             if self.take(timeout, spin):
+ *                 return absent
+ *             if self.type is not None:             # <<<<<<<<<<<<<<
+ *                 data = self.decoded()
+ *                 if data is not OVERWRITTEN:
+*/
+      goto __pyx_L6;
+    }
+
+    /* "ivshmem/channel/readers.pyx":216
+ *                     return data
+ *             else:
+ *                 data = self.copy_out()             # <<<<<<<<<<<<<<
+ *                 if data is not None:
+ *                     return data
+*/
+    /*else*/ {
+      __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->copy_out(__pyx_v_self); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 216, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_6);
+      __Pyx_XDECREF_SET(__pyx_v_data, __pyx_t_6);
+      __pyx_t_6 = 0;
+
+      /* "ivshmem/channel/readers.pyx":217
+ *             else:
+ *                 data = self.copy_out()
+ *                 if data is not None:             # <<<<<<<<<<<<<<
+ *                     return data
+ *         raise self.starved()
+*/
+      __pyx_t_5 = (__pyx_v_data != Py_None);
+      if (__pyx_t_5) {
+
+
+        /* "ivshmem/channel/readers.pyx":218
+ *                 data = self.copy_out()
+ *                 if data is not None:
+ *                     return data             # <<<<<<<<<<<<<<
+ *         raise self.starved()
+ * 
+*/
+        {
+          PyObject *__pyx_temp;
+          {
+            __pyx_temp = __pyx_r;
+            __Pyx_INCREF(__pyx_v_data);
+            __pyx_r = __pyx_v_data;
+          }
+          __Pyx_XDECREF(__pyx_temp);
+        }
+        goto __pyx_L0;
+
+        /* "ivshmem/channel/readers.pyx":217
+ *             else:
+ *                 data = self.copy_out()
+ *                 if data is not None:             # <<<<<<<<<<<<<<
+ *                     return data
+ *         raise self.starved()
+*/
+      }
+    }
+    __pyx_L6:;
+  }
+
+
+  /* "ivshmem/channel/readers.pyx":219
+ *                 if data is not None:
+ *                     return data
+ *         raise self.starved()             # <<<<<<<<<<<<<<
+ * 
+ *     cdef object decoded(self):
+*/
+  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 219, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_6);
+  __Pyx_Raise(__pyx_t_6, 0, 0, 0);
+  __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+  __PYX_ERR(0, 219, __pyx_L1_error)
+
+  /* "ivshmem/channel/readers.pyx":205
+ *         return self.got(timeout, spin, None)
+ * 
+ *     cdef object got(self, object timeout, object spin, object absent):             # <<<<<<<<<<<<<<
+ *         """Return a copy of the next message; `absent`: none came in time."""
+ *         cdef object data
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_AddTraceback("ivshmem.channel.readers.Reader.got", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = 0;
   __pyx_L0:;
   __Pyx_XDECREF(__pyx_v_data);
 
@@ -7937,8 +8591,351 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_get(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":169
+/* "ivshmem/channel/readers.pyx":221
  *         raise self.starved()
+ * 
+ *     cdef object decoded(self):             # <<<<<<<<<<<<<<
+ *         """Return what the type makes of the message that was taken, or OVERWRITTEN.
+ * 
+*/
+
+static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_decoded(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self) {
+  struct ivshmem_message __pyx_v_message;
+  PyObject *__pyx_v_found = 0;
+  PyObject *__pyx_v_data = 0;
+  PyObject *__pyx_v_error = NULL;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  struct ivshmem_message __pyx_t_1;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  int __pyx_t_7;
+  PyObject *__pyx_t_8 = NULL;
+  size_t __pyx_t_9;
+  PyObject *__pyx_t_10 = NULL;
+  int __pyx_t_11;
+  char const *__pyx_t_12;
+  PyObject *__pyx_t_13 = NULL;
+  PyObject *__pyx_t_14 = NULL;
+  PyObject *__pyx_t_15 = NULL;
+  PyObject *__pyx_t_16 = NULL;
+  PyObject *__pyx_t_17 = NULL;
+  PyObject *__pyx_t_18 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("decoded", 0);
+
+  /* "ivshmem/channel/readers.pyx":227
+ *         next call's.
+ *         """
+ *         cdef ivshmem_message message = self.message             # <<<<<<<<<<<<<<
+ *         cdef object found = OVERWRITTEN
+ *         cdef bytes data
+*/
+  __pyx_t_1 = __pyx_v_self->message;
+
+  __pyx_v_message = __pyx_t_1;
+
+  /* "ivshmem/channel/readers.pyx":228
+ *         """
+ *         cdef ivshmem_message message = self.message
+ *         cdef object found = OVERWRITTEN             # <<<<<<<<<<<<<<
+ *         cdef bytes data
+ *         self.hold(&message)
+*/
+  __Pyx_INCREF(__pyx_v_7ivshmem_7channel_7readers_OVERWRITTEN);
+  __pyx_v_found = __pyx_v_7ivshmem_7channel_7readers_OVERWRITTEN;
+
+  /* "ivshmem/channel/readers.pyx":230
+ *         cdef object found = OVERWRITTEN
+ *         cdef bytes data
+ *         self.hold(&message)             # <<<<<<<<<<<<<<
+ *         try:
+ *             data = PyBytes_FromStringAndSize(NULL, message.length)
+*/
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.hold(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 230, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/readers.pyx":231
+ *         cdef bytes data
+ *         self.hold(&message)
+ *         try:             # <<<<<<<<<<<<<<
+ *             data = PyBytes_FromStringAndSize(NULL, message.length)
+ *             if self.copy_to(&message, PyBytes_AS_STRING(data)) == 0:
+*/
+  {
+    __Pyx_PyThreadState_declare
+    __Pyx_PyThreadState_assign
+    __Pyx_ExceptionSave(&__pyx_t_3, &__pyx_t_4, &__pyx_t_5);
+    __Pyx_XGOTREF(__pyx_t_3);
+    __Pyx_XGOTREF(__pyx_t_4);
+    __Pyx_XGOTREF(__pyx_t_5);
+    /*try:*/ {
+
+      /* "ivshmem/channel/readers.pyx":232
+ *         self.hold(&message)
+ *         try:
+ *             data = PyBytes_FromStringAndSize(NULL, message.length)             # <<<<<<<<<<<<<<
+ *             if self.copy_to(&message, PyBytes_AS_STRING(data)) == 0:
+ *                 found = self.type.decode(data)
+*/
+      __pyx_t_6 = PyBytes_FromStringAndSize(NULL, __pyx_v_message.length); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 232, __pyx_L3_error)
+      __Pyx_GOTREF(__pyx_t_6);
+      __pyx_v_data = ((PyObject*)__pyx_t_6);
+      __pyx_t_6 = 0;
+
+      /* "ivshmem/channel/readers.pyx":233
+ *         try:
+ *             data = PyBytes_FromStringAndSize(NULL, message.length)
+ *             if self.copy_to(&message, PyBytes_AS_STRING(data)) == 0:             # <<<<<<<<<<<<<<
+ *                 found = self.type.decode(data)
+ *         except BaseException as error:
+*/
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), PyBytes_AS_STRING(__pyx_v_data)); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 233, __pyx_L3_error)
+      __pyx_t_7 = (__pyx_t_2 == 0);
+
+
+      if (__pyx_t_7) {
+
+
+        /* "ivshmem/channel/readers.pyx":234
+ *             data = PyBytes_FromStringAndSize(NULL, message.length)
+ *             if self.copy_to(&message, PyBytes_AS_STRING(data)) == 0:
+ *                 found = self.type.decode(data)             # <<<<<<<<<<<<<<
+ *         except BaseException as error:
+ *             if self.is_for_ever(error):
+*/
+        __pyx_t_8 = __pyx_v_self->__pyx_base.type;
+        __Pyx_INCREF(__pyx_t_8);
+        __pyx_t_9 = 0;
+        {
+          PyObject *__pyx_callargs[2] = {__pyx_t_8, __pyx_v_data};
+          __pyx_t_6 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+          __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
+          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 234, __pyx_L3_error)
+          __Pyx_GOTREF(__pyx_t_6);
+        }
+        __Pyx_DECREF_SET(__pyx_v_found, __pyx_t_6);
+        __pyx_t_6 = 0;
+
+        /* "ivshmem/channel/readers.pyx":233
+ *         try:
+ *             data = PyBytes_FromStringAndSize(NULL, message.length)
+ *             if self.copy_to(&message, PyBytes_AS_STRING(data)) == 0:             # <<<<<<<<<<<<<<
+ *                 found = self.type.decode(data)
+ *         except BaseException as error:
+*/
+      }
+
+      /* "ivshmem/channel/readers.pyx":231
+ *         cdef bytes data
+ *         self.hold(&message)
+ *         try:             # <<<<<<<<<<<<<<
+ *             data = PyBytes_FromStringAndSize(NULL, message.length)
+ *             if self.copy_to(&message, PyBytes_AS_STRING(data)) == 0:
+*/
+    }
+    __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+    goto __pyx_L8_try_end;
+    __pyx_L3_error:;
+    __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+    __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
+
+    /* "ivshmem/channel/readers.pyx":235
+ *             if self.copy_to(&message, PyBytes_AS_STRING(data)) == 0:
+ *                 found = self.type.decode(data)
+ *         except BaseException as error:             # <<<<<<<<<<<<<<
+ *             if self.is_for_ever(error):
+ *                 self.let_go(message.writer, message.position)
+*/
+    __pyx_t_2 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
+    if (__pyx_t_2) {
+      __Pyx_AddTraceback("ivshmem.channel.readers.Reader.decoded", __pyx_clineno, __pyx_lineno, __pyx_filename);
+      if (__Pyx_GetException(&__pyx_t_6, &__pyx_t_8, &__pyx_t_10) < 0) __PYX_ERR(0, 235, __pyx_L5_except_error)
+      __Pyx_XGOTREF(__pyx_t_6);
+      __Pyx_XGOTREF(__pyx_t_8);
+      __Pyx_XGOTREF(__pyx_t_10);
+      __Pyx_INCREF(__pyx_t_8);
+      __pyx_v_error = __pyx_t_8;
+      /*try:*/ {
+
+        /* "ivshmem/channel/readers.pyx":236
+ *                 found = self.type.decode(data)
+ *         except BaseException as error:
+ *             if self.is_for_ever(error):             # <<<<<<<<<<<<<<
+ *                 self.let_go(message.writer, message.position)
+ *             else:
+*/
+        __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.is_for_ever(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_error); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 236, __pyx_L15_error)
+        if (__pyx_t_7) {
+
+
+          /* "ivshmem/channel/readers.pyx":237
+ *         except BaseException as error:
+ *             if self.is_for_ever(error):
+ *                 self.let_go(message.writer, message.position)             # <<<<<<<<<<<<<<
+ *             else:
+ *                 self.put_back(&message)
+*/
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.let_go(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_message.writer, __pyx_v_message.position); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 237, __pyx_L15_error)
+
+
+          /* "ivshmem/channel/readers.pyx":236
+ *                 found = self.type.decode(data)
+ *         except BaseException as error:
+ *             if self.is_for_ever(error):             # <<<<<<<<<<<<<<
+ *                 self.let_go(message.writer, message.position)
+ *             else:
+*/
+          goto __pyx_L17;
+        }
+
+        /* "ivshmem/channel/readers.pyx":239
+ *                 self.let_go(message.writer, message.position)
+ *             else:
+ *                 self.put_back(&message)             # <<<<<<<<<<<<<<
+ *             raise
+ *         self.let_go(message.writer, message.position)
+*/
+        /*else*/ {
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.put_back(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 239, __pyx_L15_error)
+
+        }
+        __pyx_L17:;
+
+        /* "ivshmem/channel/readers.pyx":240
+ *             else:
+ *                 self.put_back(&message)
+ *             raise             # <<<<<<<<<<<<<<
+ *         self.let_go(message.writer, message.position)
+ *         return found
+*/
+        __Pyx_GIVEREF(__pyx_t_6);
+        __Pyx_GIVEREF(__pyx_t_8);
+        __Pyx_XGIVEREF(__pyx_t_10);
+        __Pyx_ErrRestoreWithState(__pyx_t_6, __pyx_t_8, __pyx_t_10);
+        __pyx_t_6 = 0;  __pyx_t_8 = 0;  __pyx_t_10 = 0; 
+        __PYX_ERR(0, 240, __pyx_L15_error)
+      }
+
+      /* "ivshmem/channel/readers.pyx":235
+ *             if self.copy_to(&message, PyBytes_AS_STRING(data)) == 0:
+ *                 found = self.type.decode(data)
+ *         except BaseException as error:             # <<<<<<<<<<<<<<
+ *             if self.is_for_ever(error):
+ *                 self.let_go(message.writer, message.position)
+*/
+      /*finally:*/ {
+        __pyx_L15_error:;
+        /*exception exit:*/{
+          __Pyx_PyThreadState_declare
+          __Pyx_PyThreadState_assign
+          __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0;
+           __Pyx_ExceptionSwap(&__pyx_t_16, &__pyx_t_17, &__pyx_t_18);
+          if ( unlikely(__Pyx_GetException(&__pyx_t_13, &__pyx_t_14, &__pyx_t_15) < 0)) __Pyx_ErrFetch(&__pyx_t_13, &__pyx_t_14, &__pyx_t_15);
+          __Pyx_XGOTREF(__pyx_t_13);
+          __Pyx_XGOTREF(__pyx_t_14);
+          __Pyx_XGOTREF(__pyx_t_15);
+          __Pyx_XGOTREF(__pyx_t_16);
+          __Pyx_XGOTREF(__pyx_t_17);
+          __Pyx_XGOTREF(__pyx_t_18);
+          __pyx_t_2 = __pyx_lineno; __pyx_t_11 = __pyx_clineno; __pyx_t_12 = __pyx_filename;
+          {
+            __Pyx_DECREF(__pyx_v_error); __pyx_v_error = 0;
+          }
+          __Pyx_XGIVEREF(__pyx_t_16);
+          __Pyx_XGIVEREF(__pyx_t_17);
+          __Pyx_XGIVEREF(__pyx_t_18);
+          __Pyx_ExceptionReset(__pyx_t_16, __pyx_t_17, __pyx_t_18);
+          __Pyx_XGIVEREF(__pyx_t_13);
+          __Pyx_XGIVEREF(__pyx_t_14);
+          __Pyx_XGIVEREF(__pyx_t_15);
+          __Pyx_ErrRestore(__pyx_t_13, __pyx_t_14, __pyx_t_15);
+          __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0;
+          __pyx_lineno = __pyx_t_2; __pyx_clineno = __pyx_t_11; __pyx_filename = __pyx_t_12;
+          goto __pyx_L5_except_error;
+        }
+      }
+    }
+    goto __pyx_L5_except_error;
+
+    /* "ivshmem/channel/readers.pyx":231
+ *         cdef bytes data
+ *         self.hold(&message)
+ *         try:             # <<<<<<<<<<<<<<
+ *             data = PyBytes_FromStringAndSize(NULL, message.length)
+ *             if self.copy_to(&message, PyBytes_AS_STRING(data)) == 0:
+*/
+    __pyx_L5_except_error:;
+    __Pyx_XGIVEREF(__pyx_t_3);
+    __Pyx_XGIVEREF(__pyx_t_4);
+    __Pyx_XGIVEREF(__pyx_t_5);
+    __Pyx_ExceptionReset(__pyx_t_3, __pyx_t_4, __pyx_t_5);
+    goto __pyx_L1_error;
+    __pyx_L8_try_end:;
+  }
+
+  /* "ivshmem/channel/readers.pyx":241
+ *                 self.put_back(&message)
+ *             raise
+ *         self.let_go(message.writer, message.position)             # <<<<<<<<<<<<<<
+ *         return found
+ * 
+*/
+  __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.let_go(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_message.writer, __pyx_v_message.position); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 241, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/readers.pyx":242
+ *             raise
+ *         self.let_go(message.writer, message.position)
+ *         return found             # <<<<<<<<<<<<<<
+ * 
+ *     @cython.critical_section
+*/
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __Pyx_INCREF(__pyx_v_found);
+      __pyx_r = __pyx_v_found;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/readers.pyx":221
+ *         raise self.starved()
+ * 
+ *     cdef object decoded(self):             # <<<<<<<<<<<<<<
+ *         """Return what the type makes of the message that was taken, or OVERWRITTEN.
+ * 
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_XDECREF(__pyx_t_10);
+  __Pyx_AddTraceback("ivshmem.channel.readers.Reader.decoded", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = 0;
+  __pyx_L0:;
+
+  __Pyx_XDECREF(__pyx_v_found);
+  __Pyx_XDECREF(__pyx_v_data);
+  __Pyx_XDECREF(__pyx_v_error);
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/readers.pyx":244
+ *         return found
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_into(self, buffer, timeout=None, *, spin=None):
@@ -7987,24 +8984,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_buffer,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 169, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 244, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 169, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 244, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 169, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 244, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into", 0) < (0)) __PYX_ERR(0, 169, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into", 0) < (0)) __PYX_ERR(0, 244, __pyx_L3_error)
 
-      /* "ivshmem/channel/readers.pyx":170
+      /* "ivshmem/channel/readers.pyx":245
  * 
  *     @cython.critical_section
  *     def get_into(self, buffer, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -8014,17 +9011,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, i); __PYX_ERR(0, 169, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, i); __PYX_ERR(0, 244, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 169, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 244, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 169, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 244, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -8037,7 +9034,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 169, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 244, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8050,8 +9047,8 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(((struct __pyx_obj_7ivshmem_7channel_7readers_Reader *)__pyx_v_self), __pyx_v_buffer, __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/readers.pyx":169
- *         raise self.starved()
+  /* "ivshmem/channel/readers.pyx":244
+ *         return found
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_into(self, buffer, timeout=None, *, spin=None):
@@ -8107,7 +9104,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/readers.pyx":184
+        /* "ivshmem/channel/readers.pyx":259
  *         cdef Py_buffer view
  *         cdef ivshmem_message message
  *         take_target(self.type, self.name, buffer, &view)             # <<<<<<<<<<<<<<
@@ -8118,12 +9115,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
         __Pyx_INCREF(__pyx_t_2);
         __pyx_t_3 = __pyx_v_self->__pyx_base.__pyx_base.name;
         __Pyx_INCREF(__pyx_t_3);
-        __pyx_t_4 = __pyx_f_7ivshmem_7channel_5roles_take_target(__pyx_t_2, ((PyObject*)__pyx_t_3), __pyx_v_buffer, (&__pyx_v_view)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 184, __pyx_L4_error)
+        __pyx_t_4 = __pyx_f_7ivshmem_7channel_5roles_take_target(__pyx_t_2, ((PyObject*)__pyx_t_3), __pyx_v_buffer, (&__pyx_v_view)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 259, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
 
-        /* "ivshmem/channel/readers.pyx":185
+        /* "ivshmem/channel/readers.pyx":260
  *         cdef ivshmem_message message
  *         take_target(self.type, self.name, buffer, &view)
  *         try:             # <<<<<<<<<<<<<<
@@ -8132,7 +9129,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/readers.pyx":186
+          /* "ivshmem/channel/readers.pyx":261
  *         take_target(self.type, self.name, buffer, &view)
  *         try:
  *             for _ in range(TRIES):             # <<<<<<<<<<<<<<
@@ -8146,21 +9143,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
           for (__pyx_t_7 = 0; __pyx_t_7 < __pyx_t_6; __pyx_t_7+=1) {
             __pyx_v__ = __pyx_t_7;
 
-            /* "ivshmem/channel/readers.pyx":187
+            /* "ivshmem/channel/readers.pyx":262
  *         try:
  *             for _ in range(TRIES):
  *                 if self.take(timeout, spin):             # <<<<<<<<<<<<<<
  *                     return None
  *                 message = self.message
 */
-            __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_4 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 187, __pyx_L7_error)
+            __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_4 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 262, __pyx_L7_error)
             __pyx_t_8 = (__pyx_t_4 != 0);
 
 
             if (__pyx_t_8) {
 
 
-              /* "ivshmem/channel/readers.pyx":188
+              /* "ivshmem/channel/readers.pyx":263
  *             for _ in range(TRIES):
  *                 if self.take(timeout, spin):
  *                     return None             # <<<<<<<<<<<<<<
@@ -8178,7 +9175,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
               __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
               goto __pyx_L6_return;
 
-              /* "ivshmem/channel/readers.pyx":187
+              /* "ivshmem/channel/readers.pyx":262
  *         try:
  *             for _ in range(TRIES):
  *                 if self.take(timeout, spin):             # <<<<<<<<<<<<<<
@@ -8187,69 +9184,69 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
 */
             }
 
-            /* "ivshmem/channel/readers.pyx":189
+            /* "ivshmem/channel/readers.pyx":264
  *                 if self.take(timeout, spin):
  *                     return None
  *                 message = self.message             # <<<<<<<<<<<<<<
  *                 if message.length > <uint64_t>view.len:
- *                     self.message.lost = 0
+ *                     message.lost = 0
 */
             __pyx_t_9 = __pyx_v_self->message;
 
             __pyx_v_message = __pyx_t_9;
 
-            /* "ivshmem/channel/readers.pyx":190
+            /* "ivshmem/channel/readers.pyx":265
  *                     return None
  *                 message = self.message
  *                 if message.length > <uint64_t>view.len:             # <<<<<<<<<<<<<<
- *                     self.message.lost = 0
- *                     self.keep()
+ *                     message.lost = 0
+ *                     self.keep(&message)
 */
             __pyx_t_8 = (__pyx_v_message.length > ((uint64_t)__pyx_v_view.len));
 
             if (unlikely(__pyx_t_8)) {
 
 
-              /* "ivshmem/channel/readers.pyx":191
+              /* "ivshmem/channel/readers.pyx":266
  *                 message = self.message
  *                 if message.length > <uint64_t>view.len:
- *                     self.message.lost = 0             # <<<<<<<<<<<<<<
- *                     self.keep()
+ *                     message.lost = 0             # <<<<<<<<<<<<<<
+ *                     self.keep(&message)
  *                     raise MessageTooLong(
 */
-              __pyx_v_self->message.lost = 0;
+              __pyx_v_message.lost = 0;
 
-              /* "ivshmem/channel/readers.pyx":192
+              /* "ivshmem/channel/readers.pyx":267
  *                 if message.length > <uint64_t>view.len:
- *                     self.message.lost = 0
- *                     self.keep()             # <<<<<<<<<<<<<<
+ *                     message.lost = 0
+ *                     self.keep(&message)             # <<<<<<<<<<<<<<
  *                     raise MessageTooLong(
  *                         f"a message of {message.length} bytes, and the buffer has {view.len}"
 */
-              __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 192, __pyx_L7_error)
+              __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self, (&__pyx_v_message)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 267, __pyx_L7_error)
 
 
-              /* "ivshmem/channel/readers.pyx":193
- *                     self.message.lost = 0
- *                     self.keep()
+              /* "ivshmem/channel/readers.pyx":268
+ *                     message.lost = 0
+ *                     self.keep(&message)
  *                     raise MessageTooLong(             # <<<<<<<<<<<<<<
  *                         f"a message of {message.length} bytes, and the buffer has {view.len}"
  *                     )
 */
               __pyx_t_2 = NULL;
-              __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 193, __pyx_L7_error)
+              __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 268, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_10);
 
-              /* "ivshmem/channel/readers.pyx":194
- *                     self.keep()
+              /* "ivshmem/channel/readers.pyx":269
+ *                     self.keep(&message)
  *                     raise MessageTooLong(
  *                         f"a message of {message.length} bytes, and the buffer has {view.len}"             # <<<<<<<<<<<<<<
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf) == 0:
 */
-              __pyx_t_11 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 194, __pyx_L7_error)
+              __pyx_t_11 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 269, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_11);
-              __pyx_t_12 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 194, __pyx_L7_error)
+              __pyx_t_12 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 269, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_12);
               __pyx_t_13[0] = __pyx_mstate_global->__pyx_kp_u_a_message_of;
               __pyx_t_13[1] = __pyx_t_11;
@@ -8261,7 +9258,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
               #endif
               __pyx_t_4 = 0;
               __pyx_t_15 = __Pyx_PyUnicode_Join(__pyx_t_13, 4, __pyx_t_14, __pyx_t_4);
-              if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 194, __pyx_L7_error)
+              if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 269, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_15);
               __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
               __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
@@ -8283,44 +9280,44 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
                 __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
                 __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
                 __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-                if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 193, __pyx_L7_error)
+                if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 268, __pyx_L7_error)
                 __Pyx_GOTREF(__pyx_t_3);
               }
               __Pyx_Raise(__pyx_t_3, 0, 0, 0);
               __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-              __PYX_ERR(0, 193, __pyx_L7_error)
+              __PYX_ERR(0, 268, __pyx_L7_error)
 
-              /* "ivshmem/channel/readers.pyx":190
+              /* "ivshmem/channel/readers.pyx":265
  *                     return None
  *                 message = self.message
  *                 if message.length > <uint64_t>view.len:             # <<<<<<<<<<<<<<
- *                     self.message.lost = 0
- *                     self.keep()
+ *                     message.lost = 0
+ *                     self.keep(&message)
 */
             }
 
-            /* "ivshmem/channel/readers.pyx":196
+            /* "ivshmem/channel/readers.pyx":271
  *                         f"a message of {message.length} bytes, and the buffer has {view.len}"
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf) == 0:             # <<<<<<<<<<<<<<
  *                     return message.length
  *             raise self.starved()
 */
-            __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), ((char *)__pyx_v_view.buf)); if (unlikely(__pyx_t_4 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 196, __pyx_L7_error)
+            __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), ((char *)__pyx_v_view.buf)); if (unlikely(__pyx_t_4 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 271, __pyx_L7_error)
             __pyx_t_8 = (__pyx_t_4 == 0);
 
 
             if (__pyx_t_8) {
 
 
-              /* "ivshmem/channel/readers.pyx":197
+              /* "ivshmem/channel/readers.pyx":272
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf) == 0:
  *                     return message.length             # <<<<<<<<<<<<<<
  *             raise self.starved()
  *         finally:
 */
-              __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_v_message.length); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 197, __pyx_L7_error)
+              __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_v_message.length); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 272, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_3);
               {
                 PyObject *__pyx_temp;
@@ -8334,7 +9331,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
               __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
               goto __pyx_L6_return;
 
-              /* "ivshmem/channel/readers.pyx":196
+              /* "ivshmem/channel/readers.pyx":271
  *                         f"a message of {message.length} bytes, and the buffer has {view.len}"
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf) == 0:             # <<<<<<<<<<<<<<
@@ -8345,21 +9342,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
           }
 
 
-          /* "ivshmem/channel/readers.pyx":198
+          /* "ivshmem/channel/readers.pyx":273
  *                 if self.copy_to(&message, <char *>view.buf) == 0:
  *                     return message.length
  *             raise self.starved()             # <<<<<<<<<<<<<<
  *         finally:
  *             PyBuffer_Release(&view)
 */
-          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 198, __pyx_L7_error)
+          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 273, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_3);
           __Pyx_Raise(__pyx_t_3, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-          __PYX_ERR(0, 198, __pyx_L7_error)
+          __PYX_ERR(0, 273, __pyx_L7_error)
         }
 
-        /* "ivshmem/channel/readers.pyx":200
+        /* "ivshmem/channel/readers.pyx":275
  *             raise self.starved()
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -8413,8 +9410,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
         }
       }
 
-      /* "ivshmem/channel/readers.pyx":169
- *         raise self.starved()
+      /* "ivshmem/channel/readers.pyx":244
+ *         return found
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_into(self, buffer, timeout=None, *, spin=None):
@@ -8459,7 +9456,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":202
+/* "ivshmem/channel/readers.pyx":277
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8509,24 +9506,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_rows,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 202, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 277, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 202, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 277, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 202, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 277, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_rows", 0) < (0)) __PYX_ERR(0, 202, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_rows", 0) < (0)) __PYX_ERR(0, 277, __pyx_L3_error)
 
-      /* "ivshmem/channel/readers.pyx":203
+      /* "ivshmem/channel/readers.pyx":278
  * 
  *     @cython.critical_section
  *     def get_rows(self, rows, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -8536,17 +9533,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_rows", 0, 1, 2, i); __PYX_ERR(0, 202, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_rows", 0, 1, 2, i); __PYX_ERR(0, 277, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 202, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 277, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 202, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 277, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -8559,7 +9556,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_rows", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 202, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_rows", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 277, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8572,7 +9569,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(((struct __pyx_obj_7ivshmem_7channel_7readers_Reader *)__pyx_v_self), __pyx_v_rows, __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/readers.pyx":202
+  /* "ivshmem/channel/readers.pyx":277
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8606,22 +9603,23 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
   size_t __pyx_t_5;
   uint64_t __pyx_t_6;
   int __pyx_t_7;
-  int __pyx_t_8;
-  struct ivshmem_message __pyx_t_9;
-  PyObject *__pyx_t_10 = NULL;
+  long __pyx_t_8;
+  int __pyx_t_9;
+  struct ivshmem_message __pyx_t_10;
   PyObject *__pyx_t_11 = NULL;
   PyObject *__pyx_t_12 = NULL;
-  PyObject *__pyx_t_13[4];
-  Py_ssize_t __pyx_t_14;
-  PyObject *__pyx_t_15 = NULL;
-  int __pyx_t_16;
-  char const *__pyx_t_17;
-  PyObject *__pyx_t_18 = NULL;
+  PyObject *__pyx_t_13 = NULL;
+  PyObject *__pyx_t_14[4];
+  Py_ssize_t __pyx_t_15;
+  PyObject *__pyx_t_16 = NULL;
+  int __pyx_t_17;
+  char const *__pyx_t_18;
   PyObject *__pyx_t_19 = NULL;
   PyObject *__pyx_t_20 = NULL;
   PyObject *__pyx_t_21 = NULL;
   PyObject *__pyx_t_22 = NULL;
   PyObject *__pyx_t_23 = NULL;
+  PyObject *__pyx_t_24 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -8633,7 +9631,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/readers.pyx":223
+        /* "ivshmem/channel/readers.pyx":298
  *         cdef uint64_t size, i, count
  *         cdef int code
  *         cdef int tries = 0             # <<<<<<<<<<<<<<
@@ -8642,33 +9640,33 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
         __pyx_v_tries = 0;
 
-        /* "ivshmem/channel/readers.pyx":225
+        /* "ivshmem/channel/readers.pyx":300
  *         cdef int tries = 0
  *         cdef ivshmem_message message
  *         cdef object whole = memoryview(rows)             # <<<<<<<<<<<<<<
  *         if whole.ndim < 2:
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
 */
-        __pyx_t_2 = PyMemoryView_FromObject(__pyx_v_rows); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 225, __pyx_L4_error)
+        __pyx_t_2 = PyMemoryView_FromObject(__pyx_v_rows); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 300, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         __pyx_v_whole = __pyx_t_2;
         __pyx_t_2 = 0;
 
-        /* "ivshmem/channel/readers.pyx":226
+        /* "ivshmem/channel/readers.pyx":301
  *         cdef ivshmem_message message
  *         cdef object whole = memoryview(rows)
  *         if whole.ndim < 2:             # <<<<<<<<<<<<<<
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
  *         count = whole.shape[0]
 */
-        __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_v_whole, __pyx_mstate_global->__pyx_n_u_ndim); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 226, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_v_whole, __pyx_mstate_global->__pyx_n_u_ndim); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 301, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
-        __pyx_t_3 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_t_2, __pyx_mstate_global->__pyx_int_2, Py_LT); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 226, __pyx_L4_error)
+        __pyx_t_3 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_t_2, __pyx_mstate_global->__pyx_int_2, Py_LT); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 301, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
         if (unlikely(__pyx_t_3)) {
 
 
-          /* "ivshmem/channel/readers.pyx":227
+          /* "ivshmem/channel/readers.pyx":302
  *         cdef object whole = memoryview(rows)
  *         if whole.ndim < 2:
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")             # <<<<<<<<<<<<<<
@@ -8681,14 +9679,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
             PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_rows_a_buffer_of_two_dimensions};
             __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 227, __pyx_L4_error)
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 302, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_2);
           }
           __Pyx_Raise(__pyx_t_2, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-          __PYX_ERR(0, 227, __pyx_L4_error)
+          __PYX_ERR(0, 302, __pyx_L4_error)
 
-          /* "ivshmem/channel/readers.pyx":226
+          /* "ivshmem/channel/readers.pyx":301
  *         cdef ivshmem_message message
  *         cdef object whole = memoryview(rows)
  *         if whole.ndim < 2:             # <<<<<<<<<<<<<<
@@ -8697,23 +9695,23 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
         }
 
-        /* "ivshmem/channel/readers.pyx":228
+        /* "ivshmem/channel/readers.pyx":303
  *         if whole.ndim < 2:
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
  *         count = whole.shape[0]             # <<<<<<<<<<<<<<
  *         take_target(self.type, self.name, rows, &view)
  *         try:
 */
-        __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_v_whole, __pyx_mstate_global->__pyx_n_u_shape); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 228, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_v_whole, __pyx_mstate_global->__pyx_n_u_shape); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 303, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
-        __pyx_t_4 = __Pyx_GetItemInt(__pyx_t_2, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 228, __pyx_L4_error)
+        __pyx_t_4 = __Pyx_GetItemInt(__pyx_t_2, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 303, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-        __pyx_t_6 = __Pyx_PyLong_As_uint64_t(__pyx_t_4); if (unlikely((__pyx_t_6 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 228, __pyx_L4_error)
+        __pyx_t_6 = __Pyx_PyLong_As_uint64_t(__pyx_t_4); if (unlikely((__pyx_t_6 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 303, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
         __pyx_v_count = __pyx_t_6;
 
-        /* "ivshmem/channel/readers.pyx":229
+        /* "ivshmem/channel/readers.pyx":304
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
  *         count = whole.shape[0]
  *         take_target(self.type, self.name, rows, &view)             # <<<<<<<<<<<<<<
@@ -8724,12 +9722,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
         __Pyx_INCREF(__pyx_t_4);
         __pyx_t_2 = __pyx_v_self->__pyx_base.__pyx_base.name;
         __Pyx_INCREF(__pyx_t_2);
-        __pyx_t_7 = __pyx_f_7ivshmem_7channel_5roles_take_target(__pyx_t_4, ((PyObject*)__pyx_t_2), __pyx_v_rows, (&__pyx_v_view)); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 229, __pyx_L4_error)
+        __pyx_t_7 = __pyx_f_7ivshmem_7channel_5roles_take_target(__pyx_t_4, ((PyObject*)__pyx_t_2), __pyx_v_rows, (&__pyx_v_view)); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 304, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
 
-        /* "ivshmem/channel/readers.pyx":230
+        /* "ivshmem/channel/readers.pyx":305
  *         count = whole.shape[0]
  *         take_target(self.type, self.name, rows, &view)
  *         try:             # <<<<<<<<<<<<<<
@@ -8738,7 +9736,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/readers.pyx":231
+          /* "ivshmem/channel/readers.pyx":306
  *         take_target(self.type, self.name, rows, &view)
  *         try:
  *             size = view.len // count if count else 0             # <<<<<<<<<<<<<<
@@ -8750,7 +9748,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
           if (__pyx_t_3) {
             if (unlikely(__pyx_v_count == 0)) {
               PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
-              __PYX_ERR(0, 231, __pyx_L8_error)
+              __PYX_ERR(0, 306, __pyx_L8_error)
             }
 
             __pyx_t_6 = (__pyx_v_view.len / __pyx_v_count);
@@ -8761,7 +9759,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 
           __pyx_v_size = __pyx_t_6;
 
-          /* "ivshmem/channel/readers.pyx":232
+          /* "ivshmem/channel/readers.pyx":307
  *         try:
  *             size = view.len // count if count else 0
  *             i = 0             # <<<<<<<<<<<<<<
@@ -8770,7 +9768,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
           __pyx_v_i = 0;
 
-          /* "ivshmem/channel/readers.pyx":233
+          /* "ivshmem/channel/readers.pyx":308
  *             size = view.len // count if count else 0
  *             i = 0
  *             while i < count:             # <<<<<<<<<<<<<<
@@ -8783,7 +9781,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 
             if (!__pyx_t_3) break;
 
-            /* "ivshmem/channel/readers.pyx":234
+            /* "ivshmem/channel/readers.pyx":309
  *             i = 0
  *             while i < count:
  *                 if i == 0:             # <<<<<<<<<<<<<<
@@ -8795,26 +9793,26 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/readers.pyx":235
+              /* "ivshmem/channel/readers.pyx":310
  *             while i < count:
  *                 if i == 0:
  *                     if self.take(timeout, spin):             # <<<<<<<<<<<<<<
  *                         return 0
- *                 else:
+ *                 elif not self.take_kept():
 */
-              __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_7 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 235, __pyx_L8_error)
+              __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_7 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 310, __pyx_L8_error)
               __pyx_t_3 = (__pyx_t_7 != 0);
 
 
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/readers.pyx":236
+                /* "ivshmem/channel/readers.pyx":311
  *                 if i == 0:
  *                     if self.take(timeout, spin):
  *                         return 0             # <<<<<<<<<<<<<<
- *                 else:
- *                     code = ivshmem_take(&self.reader, &self.message)
+ *                 elif not self.take_kept():
+ *                     code = self.take_new()
 */
                 {
                   PyObject *__pyx_temp;
@@ -8828,16 +9826,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
                 __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
                 goto __pyx_L7_return;
 
-                /* "ivshmem/channel/readers.pyx":235
+                /* "ivshmem/channel/readers.pyx":310
  *             while i < count:
  *                 if i == 0:
  *                     if self.take(timeout, spin):             # <<<<<<<<<<<<<<
  *                         return 0
- *                 else:
+ *                 elif not self.take_kept():
 */
               }
 
-              /* "ivshmem/channel/readers.pyx":234
+              /* "ivshmem/channel/readers.pyx":309
  *             i = 0
  *             while i < count:
  *                 if i == 0:             # <<<<<<<<<<<<<<
@@ -8847,181 +9845,224 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
               goto __pyx_L12;
             }
 
-            /* "ivshmem/channel/readers.pyx":238
+            /* "ivshmem/channel/readers.pyx":312
+ *                     if self.take(timeout, spin):
  *                         return 0
- *                 else:
- *                     code = ivshmem_take(&self.reader, &self.message)             # <<<<<<<<<<<<<<
+ *                 elif not self.take_kept():             # <<<<<<<<<<<<<<
+ *                     code = self.take_new()
+ *                     if code == IVSHMEM_AGAIN:
+*/
+            __pyx_t_3 = (!((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take_kept(__pyx_v_self));
+
+            if (__pyx_t_3) {
+
+
+              /* "ivshmem/channel/readers.pyx":313
+ *                         return 0
+ *                 elif not self.take_kept():
+ *                     code = self.take_new()             # <<<<<<<<<<<<<<
  *                     if code == IVSHMEM_AGAIN:
  *                         break
 */
-            /*else*/ {
-              __pyx_v_code = ivshmem_take((&__pyx_v_self->__pyx_base.reader), (&__pyx_v_self->message));
+              __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take_new(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 313, __pyx_L8_error)
+              __pyx_v_code = __pyx_t_7;
 
-              /* "ivshmem/channel/readers.pyx":239
- *                 else:
- *                     code = ivshmem_take(&self.reader, &self.message)
+              /* "ivshmem/channel/readers.pyx":314
+ *                 elif not self.take_kept():
+ *                     code = self.take_new()
  *                     if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *                         break
- *                     if code:
+ *                     if code:  # how many rows were filled comes first: the next call raises it
 */
               __pyx_t_3 = (__pyx_v_code == IVSHMEM_AGAIN);
 
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/readers.pyx":240
- *                     code = ivshmem_take(&self.reader, &self.message)
+                /* "ivshmem/channel/readers.pyx":315
+ *                     code = self.take_new()
  *                     if code == IVSHMEM_AGAIN:
  *                         break             # <<<<<<<<<<<<<<
- *                     if code:
- *                         raise self.fail(code)
+ *                     if code:  # how many rows were filled comes first: the next call raises it
+ *                         self.reader.turn = (
 */
                 goto __pyx_L11_break;
 
-                /* "ivshmem/channel/readers.pyx":239
- *                 else:
- *                     code = ivshmem_take(&self.reader, &self.message)
+                /* "ivshmem/channel/readers.pyx":314
+ *                 elif not self.take_kept():
+ *                     code = self.take_new()
  *                     if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *                         break
- *                     if code:
+ *                     if code:  # how many rows were filled comes first: the next call raises it
 */
               }
 
-              /* "ivshmem/channel/readers.pyx":241
+              /* "ivshmem/channel/readers.pyx":316
  *                     if code == IVSHMEM_AGAIN:
  *                         break
- *                     if code:             # <<<<<<<<<<<<<<
- *                         raise self.fail(code)
- *                     if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
+ *                     if code:  # how many rows were filled comes first: the next call raises it             # <<<<<<<<<<<<<<
+ *                         self.reader.turn = (
+ *                             self.reader.turn or self.channel.record.geometry.writers
 */
               __pyx_t_3 = (__pyx_v_code != 0);
 
-              if (unlikely(__pyx_t_3)) {
-
-
-                /* "ivshmem/channel/readers.pyx":242
- *                         break
- *                     if code:
- *                         raise self.fail(code)             # <<<<<<<<<<<<<<
- *                     if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
- *                         self.keep()
-*/
-                __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 242, __pyx_L8_error)
-                __Pyx_GOTREF(__pyx_t_2);
-                __Pyx_Raise(__pyx_t_2, 0, 0, 0);
-                __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-                __PYX_ERR(0, 242, __pyx_L8_error)
-
-                /* "ivshmem/channel/readers.pyx":241
- *                     if code == IVSHMEM_AGAIN:
- *                         break
- *                     if code:             # <<<<<<<<<<<<<<
- *                         raise self.fail(code)
- *                     if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
-*/
-              }
-
-              /* "ivshmem/channel/readers.pyx":243
- *                     if code:
- *                         raise self.fail(code)
- *                     if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:             # <<<<<<<<<<<<<<
- *                         self.keep()
- *                         break
-*/
-              __pyx_t_8 = (__pyx_v_self->message.lost != 0);
-
-              if (__pyx_t_8) {
-
-              } else {
-
-                __pyx_t_3 = __pyx_t_8;
-
-                goto __pyx_L17_bool_binop_done;
-              }
-              __pyx_t_8 = (__pyx_v_self->__pyx_base.reader.overflow == IVSHMEM_BLOCK);
-
-
-              __pyx_t_3 = __pyx_t_8;
-
-              __pyx_L17_bool_binop_done:;
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/readers.pyx":244
- *                         raise self.fail(code)
+                /* "ivshmem/channel/readers.pyx":318
+ *                     if code:  # how many rows were filled comes first: the next call raises it
+ *                         self.reader.turn = (
+ *                             self.reader.turn or self.channel.record.geometry.writers             # <<<<<<<<<<<<<<
+ *                         ) - 1
+ *                         break
+*/
+                if (!__pyx_v_self->__pyx_base.reader.turn) {
+                } else {
+
+                  __pyx_t_8 = __pyx_v_self->__pyx_base.reader.turn;
+                  goto __pyx_L16_bool_binop_done;
+                }
+
+                __pyx_t_8 = __pyx_v_self->__pyx_base.__pyx_base.channel.record.geometry.writers;
+                __pyx_L16_bool_binop_done:;
+
+                /* "ivshmem/channel/readers.pyx":317
+ *                         break
+ *                     if code:  # how many rows were filled comes first: the next call raises it
+ *                         self.reader.turn = (             # <<<<<<<<<<<<<<
+ *                             self.reader.turn or self.channel.record.geometry.writers
+ *                         ) - 1
+*/
+                __pyx_v_self->__pyx_base.reader.turn = (__pyx_t_8 - 1);
+
+
+                /* "ivshmem/channel/readers.pyx":320
+ *                             self.reader.turn or self.channel.record.geometry.writers
+ *                         ) - 1
+ *                         break             # <<<<<<<<<<<<<<
  *                     if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
- *                         self.keep()             # <<<<<<<<<<<<<<
+ *                         self.keep(&self.message)
+*/
+                goto __pyx_L11_break;
+
+                /* "ivshmem/channel/readers.pyx":316
+ *                     if code == IVSHMEM_AGAIN:
+ *                         break
+ *                     if code:  # how many rows were filled comes first: the next call raises it             # <<<<<<<<<<<<<<
+ *                         self.reader.turn = (
+ *                             self.reader.turn or self.channel.record.geometry.writers
+*/
+              }
+
+              /* "ivshmem/channel/readers.pyx":321
+ *                         ) - 1
+ *                         break
+ *                     if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:             # <<<<<<<<<<<<<<
+ *                         self.keep(&self.message)
+ *                         break
+*/
+              __pyx_t_9 = (__pyx_v_self->message.lost != 0);
+
+              if (__pyx_t_9) {
+
+              } else {
+
+                __pyx_t_3 = __pyx_t_9;
+
+                goto __pyx_L19_bool_binop_done;
+              }
+              __pyx_t_9 = (__pyx_v_self->__pyx_base.reader.overflow == IVSHMEM_BLOCK);
+
+
+              __pyx_t_3 = __pyx_t_9;
+
+              __pyx_L19_bool_binop_done:;
+              if (__pyx_t_3) {
+
+
+                /* "ivshmem/channel/readers.pyx":322
+ *                         break
+ *                     if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
+ *                         self.keep(&self.message)             # <<<<<<<<<<<<<<
  *                         break
  *                 message = self.message
 */
-                __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 244, __pyx_L8_error)
+                __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self, (&__pyx_v_self->message)); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 322, __pyx_L8_error)
 
 
-                /* "ivshmem/channel/readers.pyx":245
+                /* "ivshmem/channel/readers.pyx":323
  *                     if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
- *                         self.keep()
+ *                         self.keep(&self.message)
  *                         break             # <<<<<<<<<<<<<<
  *                 message = self.message
  *                 if message.length > size:
 */
                 goto __pyx_L11_break;
 
-                /* "ivshmem/channel/readers.pyx":243
- *                     if code:
- *                         raise self.fail(code)
+                /* "ivshmem/channel/readers.pyx":321
+ *                         ) - 1
+ *                         break
  *                     if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:             # <<<<<<<<<<<<<<
- *                         self.keep()
+ *                         self.keep(&self.message)
  *                         break
 */
               }
+
+              /* "ivshmem/channel/readers.pyx":312
+ *                     if self.take(timeout, spin):
+ *                         return 0
+ *                 elif not self.take_kept():             # <<<<<<<<<<<<<<
+ *                     code = self.take_new()
+ *                     if code == IVSHMEM_AGAIN:
+*/
             }
             __pyx_L12:;
 
-            /* "ivshmem/channel/readers.pyx":246
- *                         self.keep()
+            /* "ivshmem/channel/readers.pyx":324
+ *                         self.keep(&self.message)
  *                         break
  *                 message = self.message             # <<<<<<<<<<<<<<
  *                 if message.length > size:
- *                     self.message.lost = 0
+ *                     message.lost = 0
 */
-            __pyx_t_9 = __pyx_v_self->message;
+            __pyx_t_10 = __pyx_v_self->message;
 
-            __pyx_v_message = __pyx_t_9;
+            __pyx_v_message = __pyx_t_10;
 
-            /* "ivshmem/channel/readers.pyx":247
+            /* "ivshmem/channel/readers.pyx":325
  *                         break
  *                 message = self.message
  *                 if message.length > size:             # <<<<<<<<<<<<<<
- *                     self.message.lost = 0
- *                     self.keep()
+ *                     message.lost = 0
+ *                     self.keep(&message)
 */
             __pyx_t_3 = (__pyx_v_message.length > __pyx_v_size);
 
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/readers.pyx":248
+              /* "ivshmem/channel/readers.pyx":326
  *                 message = self.message
  *                 if message.length > size:
- *                     self.message.lost = 0             # <<<<<<<<<<<<<<
- *                     self.keep()
+ *                     message.lost = 0             # <<<<<<<<<<<<<<
+ *                     self.keep(&message)
  *                     if i:
 */
-              __pyx_v_self->message.lost = 0;
+              __pyx_v_message.lost = 0;
 
-              /* "ivshmem/channel/readers.pyx":249
+              /* "ivshmem/channel/readers.pyx":327
  *                 if message.length > size:
- *                     self.message.lost = 0
- *                     self.keep()             # <<<<<<<<<<<<<<
+ *                     message.lost = 0
+ *                     self.keep(&message)             # <<<<<<<<<<<<<<
  *                     if i:
  *                         break
 */
-              __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 249, __pyx_L8_error)
+              __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self, (&__pyx_v_message)); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 327, __pyx_L8_error)
 
 
-              /* "ivshmem/channel/readers.pyx":250
- *                     self.message.lost = 0
- *                     self.keep()
+              /* "ivshmem/channel/readers.pyx":328
+ *                     message.lost = 0
+ *                     self.keep(&message)
  *                     if i:             # <<<<<<<<<<<<<<
  *                         break
  *                     raise MessageTooLong(
@@ -9031,8 +10072,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/readers.pyx":251
- *                     self.keep()
+                /* "ivshmem/channel/readers.pyx":329
+ *                     self.keep(&message)
  *                     if i:
  *                         break             # <<<<<<<<<<<<<<
  *                     raise MessageTooLong(
@@ -9040,16 +10081,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
                 goto __pyx_L11_break;
 
-                /* "ivshmem/channel/readers.pyx":250
- *                     self.message.lost = 0
- *                     self.keep()
+                /* "ivshmem/channel/readers.pyx":328
+ *                     message.lost = 0
+ *                     self.keep(&message)
  *                     if i:             # <<<<<<<<<<<<<<
  *                         break
  *                     raise MessageTooLong(
 */
               }
 
-              /* "ivshmem/channel/readers.pyx":252
+              /* "ivshmem/channel/readers.pyx":330
  *                     if i:
  *                         break
  *                     raise MessageTooLong(             # <<<<<<<<<<<<<<
@@ -9057,83 +10098,83 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
  *                     )
 */
               __pyx_t_4 = NULL;
-              __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 252, __pyx_L8_error)
-              __Pyx_GOTREF(__pyx_t_10);
+              __Pyx_GetModuleGlobalName(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 330, __pyx_L8_error)
+              __Pyx_GOTREF(__pyx_t_11);
 
-              /* "ivshmem/channel/readers.pyx":253
+              /* "ivshmem/channel/readers.pyx":331
  *                         break
  *                     raise MessageTooLong(
  *                         f"a message of {message.length} bytes, and a row has {size}"             # <<<<<<<<<<<<<<
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf + i * size) == 0:
 */
-              __pyx_t_11 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 253, __pyx_L8_error)
-              __Pyx_GOTREF(__pyx_t_11);
-              __pyx_t_12 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 253, __pyx_L8_error)
+              __pyx_t_12 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 331, __pyx_L8_error)
               __Pyx_GOTREF(__pyx_t_12);
-              __pyx_t_13[0] = __pyx_mstate_global->__pyx_kp_u_a_message_of;
-              __pyx_t_13[1] = __pyx_t_11;
-              __pyx_t_13[2] = __pyx_mstate_global->__pyx_kp_u_bytes_and_a_row_has;
-              __pyx_t_13[3] = __pyx_t_12;
-              __pyx_t_14 = 35;
+              __pyx_t_13 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 331, __pyx_L8_error)
+              __Pyx_GOTREF(__pyx_t_13);
+              __pyx_t_14[0] = __pyx_mstate_global->__pyx_kp_u_a_message_of;
+              __pyx_t_14[1] = __pyx_t_12;
+              __pyx_t_14[2] = __pyx_mstate_global->__pyx_kp_u_bytes_and_a_row_has;
+              __pyx_t_14[3] = __pyx_t_13;
+              __pyx_t_15 = 35;
               #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-              __pyx_t_14 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_13[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_13[3]);
+              __pyx_t_15 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_14[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_14[3]);
               #endif
               __pyx_t_7 = 0;
-              __pyx_t_15 = __Pyx_PyUnicode_Join(__pyx_t_13, 4, __pyx_t_14, __pyx_t_7);
-              if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 253, __pyx_L8_error)
-              __Pyx_GOTREF(__pyx_t_15);
-              __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+              __pyx_t_16 = __Pyx_PyUnicode_Join(__pyx_t_14, 4, __pyx_t_15, __pyx_t_7);
+              if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 331, __pyx_L8_error)
+              __Pyx_GOTREF(__pyx_t_16);
               __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
+              __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
               __pyx_t_5 = 1;
               #if CYTHON_UNPACK_METHODS
-              if (unlikely(PyMethod_Check(__pyx_t_10))) {
-                __pyx_t_4 = PyMethod_GET_SELF(__pyx_t_10);
+              if (unlikely(PyMethod_Check(__pyx_t_11))) {
+                __pyx_t_4 = PyMethod_GET_SELF(__pyx_t_11);
                 assert(__pyx_t_4);
-                PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_10);
+                PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_11);
                 __Pyx_INCREF(__pyx_t_4);
                 __Pyx_INCREF(__pyx__function);
-                __Pyx_DECREF_SET(__pyx_t_10, __pyx__function);
+                __Pyx_DECREF_SET(__pyx_t_11, __pyx__function);
                 __pyx_t_5 = 0;
               }
               #endif
               {
-                PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_15};
-                __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_10, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+                PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_16};
+                __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_11, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
                 __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-                __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-                __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-                if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 252, __pyx_L8_error)
+                __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
+                __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+                if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 330, __pyx_L8_error)
                 __Pyx_GOTREF(__pyx_t_2);
               }
               __Pyx_Raise(__pyx_t_2, 0, 0, 0);
               __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-              __PYX_ERR(0, 252, __pyx_L8_error)
+              __PYX_ERR(0, 330, __pyx_L8_error)
 
-              /* "ivshmem/channel/readers.pyx":247
+              /* "ivshmem/channel/readers.pyx":325
  *                         break
  *                 message = self.message
  *                 if message.length > size:             # <<<<<<<<<<<<<<
- *                     self.message.lost = 0
- *                     self.keep()
+ *                     message.lost = 0
+ *                     self.keep(&message)
 */
             }
 
-            /* "ivshmem/channel/readers.pyx":255
+            /* "ivshmem/channel/readers.pyx":333
  *                         f"a message of {message.length} bytes, and a row has {size}"
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf + i * size) == 0:             # <<<<<<<<<<<<<<
  *                     i += 1
  *                     tries = 0
 */
-            __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), (((char *)__pyx_v_view.buf) + (__pyx_v_i * __pyx_v_size))); if (unlikely(__pyx_t_7 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 255, __pyx_L8_error)
+            __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), (((char *)__pyx_v_view.buf) + (__pyx_v_i * __pyx_v_size))); if (unlikely(__pyx_t_7 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 333, __pyx_L8_error)
             __pyx_t_3 = (__pyx_t_7 == 0);
 
 
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/readers.pyx":256
+              /* "ivshmem/channel/readers.pyx":334
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf + i * size) == 0:
  *                     i += 1             # <<<<<<<<<<<<<<
@@ -9142,7 +10183,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
               __pyx_v_i = (__pyx_v_i + 1);
 
-              /* "ivshmem/channel/readers.pyx":257
+              /* "ivshmem/channel/readers.pyx":335
  *                 if self.copy_to(&message, <char *>view.buf + i * size) == 0:
  *                     i += 1
  *                     tries = 0             # <<<<<<<<<<<<<<
@@ -9151,17 +10192,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
               __pyx_v_tries = 0;
 
-              /* "ivshmem/channel/readers.pyx":255
+              /* "ivshmem/channel/readers.pyx":333
  *                         f"a message of {message.length} bytes, and a row has {size}"
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf + i * size) == 0:             # <<<<<<<<<<<<<<
  *                     i += 1
  *                     tries = 0
 */
-              goto __pyx_L21;
+              goto __pyx_L23;
             }
 
-            /* "ivshmem/channel/readers.pyx":259
+            /* "ivshmem/channel/readers.pyx":337
  *                     tries = 0
  *                 else:
  *                     tries += 1             # <<<<<<<<<<<<<<
@@ -9171,7 +10212,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
             /*else*/ {
               __pyx_v_tries = (__pyx_v_tries + 1);
 
-              /* "ivshmem/channel/readers.pyx":260
+              /* "ivshmem/channel/readers.pyx":338
  *                 else:
  *                     tries += 1
  *                     if tries == TRIES:             # <<<<<<<<<<<<<<
@@ -9183,7 +10224,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/readers.pyx":261
+                /* "ivshmem/channel/readers.pyx":339
  *                     tries += 1
  *                     if tries == TRIES:
  *                         if i:             # <<<<<<<<<<<<<<
@@ -9195,7 +10236,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
                 if (__pyx_t_3) {
 
 
-                  /* "ivshmem/channel/readers.pyx":262
+                  /* "ivshmem/channel/readers.pyx":340
  *                     if tries == TRIES:
  *                         if i:
  *                             break             # <<<<<<<<<<<<<<
@@ -9204,7 +10245,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
                   goto __pyx_L11_break;
 
-                  /* "ivshmem/channel/readers.pyx":261
+                  /* "ivshmem/channel/readers.pyx":339
  *                     tries += 1
  *                     if tries == TRIES:
  *                         if i:             # <<<<<<<<<<<<<<
@@ -9213,20 +10254,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
                 }
 
-                /* "ivshmem/channel/readers.pyx":263
+                /* "ivshmem/channel/readers.pyx":341
  *                         if i:
  *                             break
  *                         raise self.starved()             # <<<<<<<<<<<<<<
  *             return i
  *         finally:
 */
-                __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 263, __pyx_L8_error)
+                __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 341, __pyx_L8_error)
                 __Pyx_GOTREF(__pyx_t_2);
                 __Pyx_Raise(__pyx_t_2, 0, 0, 0);
                 __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-                __PYX_ERR(0, 263, __pyx_L8_error)
+                __PYX_ERR(0, 341, __pyx_L8_error)
 
-                /* "ivshmem/channel/readers.pyx":260
+                /* "ivshmem/channel/readers.pyx":338
  *                 else:
  *                     tries += 1
  *                     if tries == TRIES:             # <<<<<<<<<<<<<<
@@ -9235,18 +10276,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
               }
             }
-            __pyx_L21:;
+            __pyx_L23:;
           }
           __pyx_L11_break:;
 
-          /* "ivshmem/channel/readers.pyx":264
+          /* "ivshmem/channel/readers.pyx":342
  *                             break
  *                         raise self.starved()
  *             return i             # <<<<<<<<<<<<<<
  *         finally:
  *             PyBuffer_Release(&view)
 */
-          __pyx_t_2 = __Pyx_PyLong_From_uint64_t(__pyx_v_i); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 264, __pyx_L8_error)
+          __pyx_t_2 = __Pyx_PyLong_From_uint64_t(__pyx_v_i); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 342, __pyx_L8_error)
           __Pyx_GOTREF(__pyx_t_2);
           {
             PyObject *__pyx_temp;
@@ -9261,7 +10302,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
           goto __pyx_L7_return;
         }
 
-        /* "ivshmem/channel/readers.pyx":266
+        /* "ivshmem/channel/readers.pyx":344
  *             return i
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -9273,49 +10314,49 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
           /*exception exit:*/{
             __Pyx_PyThreadState_declare
             __Pyx_PyThreadState_assign
-            __pyx_t_18 = 0; __pyx_t_19 = 0; __pyx_t_20 = 0; __pyx_t_21 = 0; __pyx_t_22 = 0; __pyx_t_23 = 0;
-            __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
+            __pyx_t_19 = 0; __pyx_t_20 = 0; __pyx_t_21 = 0; __pyx_t_22 = 0; __pyx_t_23 = 0; __pyx_t_24 = 0;
             __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
             __Pyx_XDECREF(__pyx_t_12); __pyx_t_12 = 0;
-            __Pyx_XDECREF(__pyx_t_15); __pyx_t_15 = 0;
+            __Pyx_XDECREF(__pyx_t_13); __pyx_t_13 = 0;
+            __Pyx_XDECREF(__pyx_t_16); __pyx_t_16 = 0;
             __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-             __Pyx_ExceptionSwap(&__pyx_t_21, &__pyx_t_22, &__pyx_t_23);
-            if ( unlikely(__Pyx_GetException(&__pyx_t_18, &__pyx_t_19, &__pyx_t_20) < 0)) __Pyx_ErrFetch(&__pyx_t_18, &__pyx_t_19, &__pyx_t_20);
-            __Pyx_XGOTREF(__pyx_t_18);
+             __Pyx_ExceptionSwap(&__pyx_t_22, &__pyx_t_23, &__pyx_t_24);
+            if ( unlikely(__Pyx_GetException(&__pyx_t_19, &__pyx_t_20, &__pyx_t_21) < 0)) __Pyx_ErrFetch(&__pyx_t_19, &__pyx_t_20, &__pyx_t_21);
             __Pyx_XGOTREF(__pyx_t_19);
             __Pyx_XGOTREF(__pyx_t_20);
             __Pyx_XGOTREF(__pyx_t_21);
             __Pyx_XGOTREF(__pyx_t_22);
             __Pyx_XGOTREF(__pyx_t_23);
-            __pyx_t_7 = __pyx_lineno; __pyx_t_16 = __pyx_clineno; __pyx_t_17 = __pyx_filename;
+            __Pyx_XGOTREF(__pyx_t_24);
+            __pyx_t_7 = __pyx_lineno; __pyx_t_17 = __pyx_clineno; __pyx_t_18 = __pyx_filename;
             {
               PyBuffer_Release((&__pyx_v_view));
             }
-            __Pyx_XGIVEREF(__pyx_t_21);
             __Pyx_XGIVEREF(__pyx_t_22);
             __Pyx_XGIVEREF(__pyx_t_23);
-            __Pyx_ExceptionReset(__pyx_t_21, __pyx_t_22, __pyx_t_23);
-            __Pyx_XGIVEREF(__pyx_t_18);
+            __Pyx_XGIVEREF(__pyx_t_24);
+            __Pyx_ExceptionReset(__pyx_t_22, __pyx_t_23, __pyx_t_24);
             __Pyx_XGIVEREF(__pyx_t_19);
             __Pyx_XGIVEREF(__pyx_t_20);
-            __Pyx_ErrRestore(__pyx_t_18, __pyx_t_19, __pyx_t_20);
-            __pyx_t_18 = 0; __pyx_t_19 = 0; __pyx_t_20 = 0; __pyx_t_21 = 0; __pyx_t_22 = 0; __pyx_t_23 = 0;
-            __pyx_lineno = __pyx_t_7; __pyx_clineno = __pyx_t_16; __pyx_filename = __pyx_t_17;
+            __Pyx_XGIVEREF(__pyx_t_21);
+            __Pyx_ErrRestore(__pyx_t_19, __pyx_t_20, __pyx_t_21);
+            __pyx_t_19 = 0; __pyx_t_20 = 0; __pyx_t_21 = 0; __pyx_t_22 = 0; __pyx_t_23 = 0; __pyx_t_24 = 0;
+            __pyx_lineno = __pyx_t_7; __pyx_clineno = __pyx_t_17; __pyx_filename = __pyx_t_18;
             goto __pyx_L4_error;
           }
           __pyx_L7_return: {
-            __pyx_t_23 = __pyx_r;
+            __pyx_t_24 = __pyx_r;
             __pyx_r = 0;
             PyBuffer_Release((&__pyx_v_view));
-            __pyx_r = __pyx_t_23;
-            __pyx_t_23 = 0;
+            __pyx_r = __pyx_t_24;
+            __pyx_t_24 = 0;
             goto __pyx_L3_return;
           }
         }
       }
 
-      /* "ivshmem/channel/readers.pyx":202
+      /* "ivshmem/channel/readers.pyx":277
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9324,11 +10365,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
       /*finally:*/ {
         __pyx_L3_return: {
-          __pyx_t_23 = __pyx_r;
+          __pyx_t_24 = __pyx_r;
           __pyx_r = 0;
           __Pyx_PyCriticalSection_End(&__pyx_cs);
-          __pyx_r = __pyx_t_23;
-          __pyx_t_23 = 0;
+          __pyx_r = __pyx_t_24;
+          __pyx_t_24 = 0;
           goto __pyx_L0;
         }
         __pyx_L4_error: {
@@ -9346,10 +10387,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_XDECREF(__pyx_t_10);
   __Pyx_XDECREF(__pyx_t_11);
   __Pyx_XDECREF(__pyx_t_12);
-  __Pyx_XDECREF(__pyx_t_15);
+  __Pyx_XDECREF(__pyx_t_13);
+  __Pyx_XDECREF(__pyx_t_16);
   __Pyx_AddTraceback("ivshmem.channel.readers.Reader.get_rows", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -9366,7 +10407,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":268
+/* "ivshmem/channel/readers.pyx":346
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9415,20 +10456,20 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 268, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 346, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 268, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 346, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "view", 0) < (0)) __PYX_ERR(0, 268, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "view", 0) < (0)) __PYX_ERR(0, 346, __pyx_L3_error)
 
-      /* "ivshmem/channel/readers.pyx":269
+      /* "ivshmem/channel/readers.pyx":347
  * 
  *     @cython.critical_section
  *     def view(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -9441,7 +10482,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 268, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 346, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -9454,7 +10495,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("view", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 268, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("view", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 346, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9467,7 +10508,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(((struct __pyx_obj_7ivshmem_7channel_7readers_Reader *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/readers.pyx":268
+  /* "ivshmem/channel/readers.pyx":346
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9511,7 +10552,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/readers.pyx":286
+        /* "ivshmem/channel/readers.pyx":364
  *             MessagesLost, ChannelCorrupt, ClosedError: as of `get`.
  *         """
  *         check_in_place(self.type, self.name)             # <<<<<<<<<<<<<<
@@ -9522,12 +10563,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
         __Pyx_INCREF(__pyx_t_2);
         __pyx_t_3 = __pyx_v_self->__pyx_base.__pyx_base.name;
         __Pyx_INCREF(__pyx_t_3);
-        __pyx_t_4 = __pyx_f_7ivshmem_7channel_5roles_check_in_place(__pyx_t_2, ((PyObject*)__pyx_t_3)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 286, __pyx_L4_error)
+        __pyx_t_4 = __pyx_f_7ivshmem_7channel_5roles_check_in_place(__pyx_t_2, ((PyObject*)__pyx_t_3)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 364, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
 
-        /* "ivshmem/channel/readers.pyx":287
+        /* "ivshmem/channel/readers.pyx":365
  *         """
  *         check_in_place(self.type, self.name)
  *         if self.views >= self.channel.record.geometry.views:             # <<<<<<<<<<<<<<
@@ -9539,7 +10580,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
         if (unlikely(__pyx_t_5)) {
 
 
-          /* "ivshmem/channel/readers.pyx":288
+          /* "ivshmem/channel/readers.pyx":366
  *         check_in_place(self.type, self.name)
  *         if self.views >= self.channel.record.geometry.views:
  *             raise ChannelError(             # <<<<<<<<<<<<<<
@@ -9547,35 +10588,35 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
  *                 " that it was made for: release one"
 */
           __pyx_t_2 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 288, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 366, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
 
-          /* "ivshmem/channel/readers.pyx":289
+          /* "ivshmem/channel/readers.pyx":367
  *         if self.views >= self.channel.record.geometry.views:
  *             raise ChannelError(
  *                 f"channel {self.name!r}: {counted(self.views, 'view')} at once, which are all"             # <<<<<<<<<<<<<<
  *                 " that it was made for: release one"
  *             )
 */
-          __pyx_t_7 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 289, __pyx_L4_error)
+          __pyx_t_7 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 367, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
-          __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 289, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 367, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
-          __pyx_t_9 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->__pyx_base.views); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 289, __pyx_L4_error)
+          __pyx_t_9 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->__pyx_base.views); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 367, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_9);
-          __pyx_t_10 = PyTuple_New(2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 289, __pyx_L4_error)
+          __pyx_t_10 = PyTuple_New(2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 367, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_10);
           __Pyx_GIVEREF(__pyx_t_9);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 0, __pyx_t_9) != (0)) __PYX_ERR(0, 289, __pyx_L4_error);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 0, __pyx_t_9) != (0)) __PYX_ERR(0, 367, __pyx_L4_error);
           __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_view);
           __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_view);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 1, __pyx_mstate_global->__pyx_n_u_view) != (0)) __PYX_ERR(0, 289, __pyx_L4_error);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 1, __pyx_mstate_global->__pyx_n_u_view) != (0)) __PYX_ERR(0, 367, __pyx_L4_error);
           __pyx_t_9 = 0;
-          __pyx_t_9 = __Pyx_PyObject_Call(__pyx_t_8, __pyx_t_10, NULL); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 289, __pyx_L4_error)
+          __pyx_t_9 = __Pyx_PyObject_Call(__pyx_t_8, __pyx_t_10, NULL); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 367, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_9);
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
           __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-          __pyx_t_10 = __Pyx_PyObject_FormatSimple(__pyx_t_9, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 289, __pyx_L4_error)
+          __pyx_t_10 = __Pyx_PyObject_FormatSimple(__pyx_t_9, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 367, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_10);
           __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
           __pyx_t_11[0] = __pyx_mstate_global->__pyx_kp_u_channel;
@@ -9592,7 +10633,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
           __pyx_t_4 |= __Pyx_PyUnicode_KIND_04(__pyx_t_11[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_11[3]);
           #endif
           __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_11, 5, __pyx_t_12, __pyx_t_4);
-          if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 289, __pyx_L4_error)
+          if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 367, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_9);
           __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
           __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
@@ -9614,14 +10655,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
             __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
             __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 288, __pyx_L4_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 366, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
           __Pyx_Raise(__pyx_t_3, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-          __PYX_ERR(0, 288, __pyx_L4_error)
+          __PYX_ERR(0, 366, __pyx_L4_error)
 
-          /* "ivshmem/channel/readers.pyx":287
+          /* "ivshmem/channel/readers.pyx":365
  *         """
  *         check_in_place(self.type, self.name)
  *         if self.views >= self.channel.record.geometry.views:             # <<<<<<<<<<<<<<
@@ -9630,21 +10671,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
 */
         }
 
-        /* "ivshmem/channel/readers.pyx":292
+        /* "ivshmem/channel/readers.pyx":370
  *                 " that it was made for: release one"
  *             )
  *         if self.take(timeout, spin):             # <<<<<<<<<<<<<<
  *             return None
  *         return view_of(self, self.message)
 */
-        __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_4 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 292, __pyx_L4_error)
+        __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_4 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 370, __pyx_L4_error)
         __pyx_t_5 = (__pyx_t_4 != 0);
 
 
         if (__pyx_t_5) {
 
 
-          /* "ivshmem/channel/readers.pyx":293
+          /* "ivshmem/channel/readers.pyx":371
  *             )
  *         if self.take(timeout, spin):
  *             return None             # <<<<<<<<<<<<<<
@@ -9662,7 +10703,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/readers.pyx":292
+          /* "ivshmem/channel/readers.pyx":370
  *                 " that it was made for: release one"
  *             )
  *         if self.take(timeout, spin):             # <<<<<<<<<<<<<<
@@ -9671,14 +10712,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
 */
         }
 
-        /* "ivshmem/channel/readers.pyx":294
+        /* "ivshmem/channel/readers.pyx":372
  *         if self.take(timeout, spin):
  *             return None
  *         return view_of(self, self.message)             # <<<<<<<<<<<<<<
  * 
  *     def get_async(self, timeout=None):
 */
-        __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_5views_view_of(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_self->message)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 294, __pyx_L4_error)
+        __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_5views_view_of(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_self->message)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 372, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
         {
           PyObject *__pyx_temp;
@@ -9693,7 +10734,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/readers.pyx":268
+      /* "ivshmem/channel/readers.pyx":346
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9737,12 +10778,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":296
+/* "ivshmem/channel/readers.pyx":374
  *         return view_of(self, self.message)
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return until_something(self, self.get, timeout, ())
+ *         return until_content(self, "get", self._get_or, timeout)
 */
 
 /* Python wrapper */
@@ -9785,24 +10826,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 296, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 374, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 296, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 374, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_async", 0) < (0)) __PYX_ERR(0, 296, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_async", 0) < (0)) __PYX_ERR(0, 374, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 296, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 374, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -9813,7 +10854,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 296, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 374, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9844,16 +10885,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_8get_async(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("get_async", 0);
 
-  /* "ivshmem/channel/readers.pyx":298
+  /* "ivshmem/channel/readers.pyx":376
  *     def get_async(self, timeout=None):
  *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return until_something(self, self.get, timeout, ())             # <<<<<<<<<<<<<<
+ *         return until_content(self, "get", self._get_or, timeout)             # <<<<<<<<<<<<<<
  * 
- *     def get_into_async(self, buffer, timeout=None):
+ *     @cython.binding(False)
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 298, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get_or); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 376, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 298, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_content(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get, __pyx_t_1, __pyx_v_timeout); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 376, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
@@ -9867,12 +10908,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_8get_async(struct _
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":296
+  /* "ivshmem/channel/readers.pyx":374
  *         return view_of(self, self.message)
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return until_something(self, self.get, timeout, ())
+ *         return until_content(self, "get", self._get_or, timeout)
 */
 
   /* function exit code */
@@ -9887,8 +10928,186 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_8get_async(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":300
- *         return until_something(self, self.get, timeout, ())
+/* "ivshmem/channel/readers.pyx":378
+ *         return until_content(self, "get", self._get_or, timeout)
+ * 
+ *     @cython.binding(False)             # <<<<<<<<<<<<<<
+ *     @cython.critical_section
+ *     def _get_or(self, absent, timeout):
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_7readers_6Reader_11_get_or(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7readers_6Reader_10_get_or, "_get_or($self, absent, timeout)\n--\n\nDo what `get` does; return `absent` if no message came.");
+static PyObject *__pyx_pw_7ivshmem_7channel_7readers_6Reader_11_get_or(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  PyObject *__pyx_v_absent = 0;
+  PyObject *__pyx_v_timeout = 0;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[2] = {0,0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("_get_or (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_absent,&__pyx_mstate_global->__pyx_n_u_timeout,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 378, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 378, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 378, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_get_or", 0) < (0)) __PYX_ERR(0, 378, __pyx_L3_error)
+      for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_get_or", 1, 2, 2, i); __PYX_ERR(0, 378, __pyx_L3_error) }
+      }
+    } else if (unlikely(__pyx_nargs != 2)) {
+      goto __pyx_L5_argtuple_error;
+    } else {
+      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 378, __pyx_L3_error)
+      values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 378, __pyx_L3_error)
+    }
+    __pyx_v_absent = values[0];
+    __pyx_v_timeout = values[1];
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("_get_or", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 378, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem.channel.readers.Reader._get_or", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_6Reader_10_get_or(((struct __pyx_obj_7ivshmem_7channel_7readers_Reader *)__pyx_v_self), __pyx_v_absent, __pyx_v_timeout);
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_10_get_or(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self, PyObject *__pyx_v_absent, PyObject *__pyx_v_timeout) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("_get_or", 0);
+  {
+      __Pyx_PyCriticalSection __pyx_cs;
+      __pyx_t_1 = ((PyObject *)__pyx_v_self);
+      __Pyx_INCREF(__pyx_t_1);
+      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
+      /*try:*/ {
+
+        /* "ivshmem/channel/readers.pyx":382
+ *     def _get_or(self, absent, timeout):
+ *         """Do what `get` does; return `absent` if no message came."""
+ *         return self.got(timeout, None, absent)             # <<<<<<<<<<<<<<
+ * 
+ *     def get_into_async(self, buffer, timeout=None):
+*/
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->got(__pyx_v_self, __pyx_v_timeout, Py_None, __pyx_v_absent); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 382, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_2);
+        {
+          PyObject *__pyx_temp;
+          {
+            __pyx_temp = __pyx_r;
+            __pyx_r = __pyx_t_2;
+          }
+          __Pyx_XDECREF(__pyx_temp);
+        }
+        __pyx_t_2 = 0;
+        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+        goto __pyx_L3_return;
+      }
+
+      /* "ivshmem/channel/readers.pyx":378
+ *         return until_content(self, "get", self._get_or, timeout)
+ * 
+ *     @cython.binding(False)             # <<<<<<<<<<<<<<
+ *     @cython.critical_section
+ *     def _get_or(self, absent, timeout):
+*/
+      /*finally:*/ {
+        __pyx_L3_return: {
+          __pyx_t_3 = __pyx_r;
+          __pyx_r = 0;
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          __pyx_r = __pyx_t_3;
+          __pyx_t_3 = 0;
+          goto __pyx_L0;
+        }
+        __pyx_L4_error: {
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L1_error;
+        }
+      }
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
+
+  /* function exit code */
+  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+  goto __pyx_L0;
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_AddTraceback("ivshmem.channel.readers.Reader._get_or", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/readers.pyx":384
+ *         return self.got(timeout, None, absent)
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
@@ -9896,16 +11115,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_8get_async(struct _
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_6Reader_11get_into_async(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_7readers_6Reader_13get_into_async(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7readers_6Reader_10get_into_async, "The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_7readers_6Reader_11get_into_async = {"get_into_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_6Reader_11get_into_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_6Reader_10get_into_async};
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_6Reader_11get_into_async(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7readers_6Reader_12get_into_async, "The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_7readers_6Reader_13get_into_async = {"get_into_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_6Reader_13get_into_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_6Reader_12get_into_async};
+static PyObject *__pyx_pw_7ivshmem_7channel_7readers_6Reader_13get_into_async(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -9936,35 +11155,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_buffer,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 300, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 384, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 300, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 384, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 300, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 384, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into_async", 0) < (0)) __PYX_ERR(0, 300, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into_async", 0) < (0)) __PYX_ERR(0, 384, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, i); __PYX_ERR(0, 300, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, i); __PYX_ERR(0, 384, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 300, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 384, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 300, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 384, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -9975,7 +11194,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 300, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 384, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9986,7 +11205,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_6Reader_10get_into_async(((struct __pyx_obj_7ivshmem_7channel_7readers_Reader *)__pyx_v_self), __pyx_v_buffer, __pyx_v_timeout);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_6Reader_12get_into_async(((struct __pyx_obj_7ivshmem_7channel_7readers_Reader *)__pyx_v_self), __pyx_v_buffer, __pyx_v_timeout);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -9996,7 +11215,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_10get_into_async(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self, PyObject *__pyx_v_buffer, PyObject *__pyx_v_timeout) {
+static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_12get_into_async(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self, PyObject *__pyx_v_buffer, PyObject *__pyx_v_timeout) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -10007,21 +11226,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_10get_into_async(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("get_into_async", 0);
 
-  /* "ivshmem/channel/readers.pyx":302
+  /* "ivshmem/channel/readers.pyx":386
  *     def get_into_async(self, buffer, timeout=None):
  *         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.get_into, timeout, (buffer,))             # <<<<<<<<<<<<<<
  * 
  *     async def get_rows_async(self, rows, timeout=None):
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get_into); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 302, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get_into); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 386, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 302, __pyx_L1_error)
+  __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 386, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_INCREF(__pyx_v_buffer);
   __Pyx_GIVEREF(__pyx_v_buffer);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_v_buffer) != (0)) __PYX_ERR(0, 302, __pyx_L1_error);
-  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, ((PyObject*)__pyx_t_2)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 302, __pyx_L1_error)
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_v_buffer) != (0)) __PYX_ERR(0, 386, __pyx_L1_error);
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, ((PyObject*)__pyx_t_2)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 386, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -10036,8 +11255,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_10get_into_async(st
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":300
- *         return until_something(self, self.get, timeout, ())
+  /* "ivshmem/channel/readers.pyx":384
+ *         return self.got(timeout, None, absent)
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
@@ -10056,27 +11275,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_10get_into_async(st
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
-static PyObject *__pyx_gb_7ivshmem_7channel_7readers_6Reader_14generator(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
+static PyObject *__pyx_gb_7ivshmem_7channel_7readers_6Reader_16generator(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
 
-/* "ivshmem/channel/readers.pyx":304
+/* "ivshmem/channel/readers.pyx":388
  *         return until_something(self, self.get_into, timeout, (buffer,))
  * 
  *     async def get_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get_rows` for asyncio. To cancel it takes nothing."""
- *         found = await until_something(self, self._rows_or_none, timeout, (rows,))
+ *         if memoryview(rows).shape[:1] == (0,):
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_6Reader_13get_rows_async(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_7readers_6Reader_15get_rows_async(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7readers_6Reader_12get_rows_async, "The twin of `get_rows` for asyncio. To cancel it takes nothing.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_7readers_6Reader_13get_rows_async = {"get_rows_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_6Reader_13get_rows_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_6Reader_12get_rows_async};
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_6Reader_13get_rows_async(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7readers_6Reader_14get_rows_async, "The twin of `get_rows` for asyncio. To cancel it takes nothing.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_7readers_6Reader_15get_rows_async = {"get_rows_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_6Reader_15get_rows_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_6Reader_14get_rows_async};
+static PyObject *__pyx_pw_7ivshmem_7channel_7readers_6Reader_15get_rows_async(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -10107,35 +11326,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_rows,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 304, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 388, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 304, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 388, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 304, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 388, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_rows_async", 0) < (0)) __PYX_ERR(0, 304, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_rows_async", 0) < (0)) __PYX_ERR(0, 388, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_rows_async", 0, 1, 2, i); __PYX_ERR(0, 304, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_rows_async", 0, 1, 2, i); __PYX_ERR(0, 388, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 304, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 388, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 304, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 388, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -10146,7 +11365,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_rows_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 304, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_rows_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 388, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10157,7 +11376,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_6Reader_12get_rows_async(((struct __pyx_obj_7ivshmem_7channel_7readers_Reader *)__pyx_v_self), __pyx_v_rows, __pyx_v_timeout);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_6Reader_14get_rows_async(((struct __pyx_obj_7ivshmem_7channel_7readers_Reader *)__pyx_v_self), __pyx_v_rows, __pyx_v_timeout);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -10167,7 +11386,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_12get_rows_async(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self, PyObject *__pyx_v_rows, PyObject *__pyx_v_timeout) {
+static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_14get_rows_async(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self, PyObject *__pyx_v_rows, PyObject *__pyx_v_timeout) {
   struct __pyx_obj_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async *__pyx_cur_scope;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -10179,7 +11398,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_12get_rows_async(st
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 304, __pyx_L1_error)
+    __PYX_ERR(0, 388, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
@@ -10193,7 +11412,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_12get_rows_async(st
   __Pyx_INCREF(__pyx_cur_scope->__pyx_v_timeout);
   __Pyx_GIVEREF(__pyx_cur_scope->__pyx_v_timeout);
   {
-    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7readers_6Reader_14generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_get_rows_async, __pyx_mstate_global->__pyx_n_u_Reader_get_rows_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers); if (unlikely(!gen)) __PYX_ERR(0, 304, __pyx_L1_error)
+    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7readers_6Reader_16generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_get_rows_async, __pyx_mstate_global->__pyx_n_u_Reader_get_rows_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers); if (unlikely(!gen)) __PYX_ERR(0, 388, __pyx_L1_error)
     __Pyx_DECREF(__pyx_cur_scope);
     __Pyx_RefNannyFinishContext();
     return (PyObject *) gen;
@@ -10209,15 +11428,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_12get_rows_async(st
   return __pyx_r;
 }
 
-static PyObject *__pyx_gb_7ivshmem_7channel_7readers_6Reader_14generator(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value) /* generator body */
+static PyObject *__pyx_gb_7ivshmem_7channel_7readers_6Reader_16generator(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value) /* generator body */
 {
   struct __pyx_obj_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async *__pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async *)__pyx_generator->closure);
   PyObject *__pyx_r = NULL;
   PyObject *__pyx_t_1 = NULL;
   PyObject *__pyx_t_2 = NULL;
-  PyObject *__pyx_t_3 = NULL;
-  __Pyx_PySendResult __pyx_t_4;
-  int __pyx_t_5;
+  int __pyx_t_3;
+  size_t __pyx_t_4;
+  PyObject *__pyx_t_5 = NULL;
+  __Pyx_PySendResult __pyx_t_6;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -10225,7 +11445,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7readers_6Reader_14generator(__pyx_C
   __Pyx_RefNannySetupContext("get_rows_async", 0);
   switch (__pyx_generator->resume_label) {
     case 0: goto __pyx_L3_first_run;
-    case 1: goto __pyx_L4_resume_from_await;
+    case 1: goto __pyx_L5_resume_from_await;
     default: /* CPython raises the right error here */
     __Pyx_RefNannyFinishContext();
     return NULL;
@@ -10233,30 +11453,87 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7readers_6Reader_14generator(__pyx_C
   __pyx_L3_first_run:;
   if (unlikely(__pyx_sent_value != Py_None)) {
     if (unlikely(__pyx_sent_value)) PyErr_SetString(PyExc_TypeError, "can't send non-None value to a just-started coroutine");
-    __PYX_ERR(0, 304, __pyx_L1_error)
+    __PYX_ERR(0, 388, __pyx_L1_error)
   }
 
-  /* "ivshmem/channel/readers.pyx":306
+  /* "ivshmem/channel/readers.pyx":390
  *     async def get_rows_async(self, rows, timeout=None):
  *         """The twin of `get_rows` for asyncio. To cancel it takes nothing."""
+ *         if memoryview(rows).shape[:1] == (0,):             # <<<<<<<<<<<<<<
+ *             return self.get_rows(rows, 0)
+ *         found = await until_something(self, self._rows_or_none, timeout, (rows,))
+*/
+  __pyx_t_1 = PyMemoryView_FromObject(__pyx_cur_scope->__pyx_v_rows); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 390, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_shape); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 390, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __pyx_t_1 = __Pyx_PyObject_GetSlice(__pyx_t_2, 0, 1, NULL, NULL, &__pyx_mstate_global->__pyx_slice[0], 0, 1, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 390, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  __pyx_t_3 = __Pyx_PyObject_RichCompareBool(__pyx_t_1, __pyx_mstate_global->__pyx_tuple[0], Py_EQ); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 390, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  if (__pyx_t_3) {
+
+
+    /* "ivshmem/channel/readers.pyx":391
+ *         """The twin of `get_rows` for asyncio. To cancel it takes nothing."""
+ *         if memoryview(rows).shape[:1] == (0,):
+ *             return self.get_rows(rows, 0)             # <<<<<<<<<<<<<<
+ *         found = await until_something(self, self._rows_or_none, timeout, (rows,))
+ *         return found or 0
+*/
+    __pyx_t_2 = ((PyObject *)__pyx_cur_scope->__pyx_v_self);
+    __Pyx_INCREF(__pyx_t_2);
+    __pyx_t_4 = 0;
+    {
+      PyObject *__pyx_callargs[3] = {__pyx_t_2, __pyx_cur_scope->__pyx_v_rows, __pyx_mstate_global->__pyx_int_0};
+      __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get_rows, __pyx_callargs+__pyx_t_4, (3-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 391, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_1);
+    }
+    {
+      PyObject *__pyx_temp;
+      {
+        __pyx_temp = __pyx_r;
+        __pyx_r = __pyx_t_1;
+      }
+      __Pyx_XDECREF(__pyx_temp);
+    }
+    __pyx_t_1 = 0;
+    goto __pyx_L0;
+
+    /* "ivshmem/channel/readers.pyx":390
+ *     async def get_rows_async(self, rows, timeout=None):
+ *         """The twin of `get_rows` for asyncio. To cancel it takes nothing."""
+ *         if memoryview(rows).shape[:1] == (0,):             # <<<<<<<<<<<<<<
+ *             return self.get_rows(rows, 0)
+ *         found = await until_something(self, self._rows_or_none, timeout, (rows,))
+*/
+  }
+
+  /* "ivshmem/channel/readers.pyx":392
+ *         if memoryview(rows).shape[:1] == (0,):
+ *             return self.get_rows(rows, 0)
  *         found = await until_something(self, self._rows_or_none, timeout, (rows,))             # <<<<<<<<<<<<<<
  *         return found or 0
  * 
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_cur_scope->__pyx_v_self), __pyx_mstate_global->__pyx_n_u_rows_or_none); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 306, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_cur_scope->__pyx_v_self), __pyx_mstate_global->__pyx_n_u_rows_or_none); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 392, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 306, __pyx_L1_error)
+  __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 392, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_INCREF(__pyx_cur_scope->__pyx_v_rows);
   __Pyx_GIVEREF(__pyx_cur_scope->__pyx_v_rows);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_cur_scope->__pyx_v_rows) != (0)) __PYX_ERR(0, 306, __pyx_L1_error);
-  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_cur_scope->__pyx_v_self), __pyx_t_1, __pyx_cur_scope->__pyx_v_timeout, ((PyObject*)__pyx_t_2)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 306, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_cur_scope->__pyx_v_rows) != (0)) __PYX_ERR(0, 392, __pyx_L1_error);
+  __pyx_t_5 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_cur_scope->__pyx_v_self), __pyx_t_1, __pyx_cur_scope->__pyx_v_timeout, ((PyObject*)__pyx_t_2)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 392, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  __pyx_t_4 = __Pyx_Coroutine_Yield_From(__pyx_generator, __pyx_t_3, &__pyx_r);
-  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  if (likely(__pyx_t_4 == PYGEN_NEXT)) {
+  __pyx_t_6 = __Pyx_Coroutine_Yield_From(__pyx_generator, __pyx_t_5, &__pyx_r);
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+  if (likely(__pyx_t_6 == PYGEN_NEXT)) {
     __Pyx_GOTREF(__pyx_r);
     __Pyx_XGIVEREF(__pyx_r);
     __Pyx_RefNannyFinishContext();
@@ -10264,64 +11541,64 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7readers_6Reader_14generator(__pyx_C
     /* return from generator, awaiting value */
     __pyx_generator->resume_label = 1;
     return __pyx_r;
-    __pyx_L4_resume_from_await:;
-    if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 306, __pyx_L1_error)
-    __pyx_t_3 = __pyx_sent_value; __Pyx_INCREF(__pyx_t_3);
-  } else if (likely(__pyx_t_4 == PYGEN_RETURN)) {
+    __pyx_L5_resume_from_await:;
+    if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 392, __pyx_L1_error)
+    __pyx_t_5 = __pyx_sent_value; __Pyx_INCREF(__pyx_t_5);
+  } else if (likely(__pyx_t_6 == PYGEN_RETURN)) {
     __Pyx_GOTREF(__pyx_r);
-    __pyx_t_3 = __pyx_r; __pyx_r = NULL;
+    __pyx_t_5 = __pyx_r; __pyx_r = NULL;
   } else {
     __Pyx_XGOTREF(__pyx_r);
-    __PYX_ERR(0, 306, __pyx_L1_error)
+    __PYX_ERR(0, 392, __pyx_L1_error)
   }
-  __Pyx_GIVEREF(__pyx_t_3);
-  __pyx_cur_scope->__pyx_v_found = __pyx_t_3;
-  __pyx_t_3 = 0;
+  __Pyx_GIVEREF(__pyx_t_5);
+  __pyx_cur_scope->__pyx_v_found = __pyx_t_5;
+  __pyx_t_5 = 0;
 
-  /* "ivshmem/channel/readers.pyx":307
- *         """The twin of `get_rows` for asyncio. To cancel it takes nothing."""
+  /* "ivshmem/channel/readers.pyx":393
+ *             return self.get_rows(rows, 0)
  *         found = await until_something(self, self._rows_or_none, timeout, (rows,))
  *         return found or 0             # <<<<<<<<<<<<<<
  * 
  *     def _rows_or_none(self, rows, timeout):
 */
-  __pyx_t_5 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_found); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 307, __pyx_L1_error)
-  if (!__pyx_t_5) {
+  __pyx_t_3 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_found); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 393, __pyx_L1_error)
+  if (!__pyx_t_3) {
   } else {
     __Pyx_INCREF(__pyx_cur_scope->__pyx_v_found);
-    __pyx_t_3 = __pyx_cur_scope->__pyx_v_found;
-    goto __pyx_L5_bool_binop_done;
+    __pyx_t_5 = __pyx_cur_scope->__pyx_v_found;
+    goto __pyx_L6_bool_binop_done;
   }
-  __pyx_t_2 = __Pyx_PyLong_From_long(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 307, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_long(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 393, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_3 = __pyx_t_2;
+  __pyx_t_5 = __pyx_t_2;
   __pyx_t_2 = 0;
-  __pyx_L5_bool_binop_done:;
+  __pyx_L6_bool_binop_done:;
   {
     PyObject *__pyx_temp;
     {
       __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_3;
+      __pyx_r = __pyx_t_5;
     }
     __Pyx_XDECREF(__pyx_temp);
   }
-  __pyx_t_3 = 0;
+  __pyx_t_5 = 0;
   goto __pyx_L0;
   CYTHON_MAYBE_UNUSED_VAR(__pyx_cur_scope);
 
-  /* "ivshmem/channel/readers.pyx":304
+  /* "ivshmem/channel/readers.pyx":388
  *         return until_something(self, self.get_into, timeout, (buffer,))
  * 
  *     async def get_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get_rows` for asyncio. To cancel it takes nothing."""
- *         found = await until_something(self, self._rows_or_none, timeout, (rows,))
+ *         if memoryview(rows).shape[:1] == (0,):
 */
 
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_5);
   if (__Pyx_PyErr_Occurred()) {
     __Pyx_Generator_Replace_StopIteration(0);
     __Pyx_AddTraceback("get_rows_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
@@ -10337,7 +11614,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7readers_6Reader_14generator(__pyx_C
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":309
+/* "ivshmem/channel/readers.pyx":395
  *         return found or 0
  * 
  *     def _rows_or_none(self, rows, timeout):             # <<<<<<<<<<<<<<
@@ -10346,16 +11623,16 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7readers_6Reader_14generator(__pyx_C
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_6Reader_16_rows_or_none(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_7readers_6Reader_18_rows_or_none(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7readers_6Reader_15_rows_or_none, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_7readers_6Reader_16_rows_or_none = {"_rows_or_none", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_6Reader_16_rows_or_none, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_6Reader_15_rows_or_none};
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_6Reader_16_rows_or_none(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7readers_6Reader_17_rows_or_none, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_7readers_6Reader_18_rows_or_none = {"_rows_or_none", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_6Reader_18_rows_or_none, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_6Reader_17_rows_or_none};
+static PyObject *__pyx_pw_7ivshmem_7channel_7readers_6Reader_18_rows_or_none(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -10386,39 +11663,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_rows,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 309, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 395, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 309, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 395, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 309, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 395, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_rows_or_none", 0) < (0)) __PYX_ERR(0, 309, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_rows_or_none", 0) < (0)) __PYX_ERR(0, 395, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_rows_or_none", 1, 2, 2, i); __PYX_ERR(0, 309, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_rows_or_none", 1, 2, 2, i); __PYX_ERR(0, 395, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 309, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 395, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 309, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 395, __pyx_L3_error)
     }
     __pyx_v_rows = values[0];
     __pyx_v_timeout = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_rows_or_none", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 309, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_rows_or_none", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 395, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10429,7 +11706,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_6Reader_15_rows_or_none(((struct __pyx_obj_7ivshmem_7channel_7readers_Reader *)__pyx_v_self), __pyx_v_rows, __pyx_v_timeout);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_6Reader_17_rows_or_none(((struct __pyx_obj_7ivshmem_7channel_7readers_Reader *)__pyx_v_self), __pyx_v_rows, __pyx_v_timeout);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -10439,7 +11716,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_15_rows_or_none(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self, PyObject *__pyx_v_rows, PyObject *__pyx_v_timeout) {
+static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_17_rows_or_none(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self, PyObject *__pyx_v_rows, PyObject *__pyx_v_timeout) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -10452,7 +11729,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_15_rows_or_none(str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_rows_or_none", 0);
 
-  /* "ivshmem/channel/readers.pyx":310
+  /* "ivshmem/channel/readers.pyx":396
  * 
  *     def _rows_or_none(self, rows, timeout):
  *         return self.get_rows(rows, timeout) or None             # <<<<<<<<<<<<<<
@@ -10466,10 +11743,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_15_rows_or_none(str
     PyObject *__pyx_callargs[3] = {__pyx_t_3, __pyx_v_rows, __pyx_v_timeout};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get_rows, __pyx_callargs+__pyx_t_4, (3-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 310, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 396, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  __pyx_t_5 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 310, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 396, __pyx_L1_error)
   if (!__pyx_t_5) {
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   } else {
@@ -10492,7 +11769,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_15_rows_or_none(str
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":309
+  /* "ivshmem/channel/readers.pyx":395
  *         return found or 0
  * 
  *     def _rows_or_none(self, rows, timeout):             # <<<<<<<<<<<<<<
@@ -10513,7 +11790,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_15_rows_or_none(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":312
+/* "ivshmem/channel/readers.pyx":398
  *         return self.get_rows(rows, timeout) or None
  * 
  *     def view_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -10522,16 +11799,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_15_rows_or_none(str
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_6Reader_18view_async(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_7readers_6Reader_20view_async(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7readers_6Reader_17view_async, "The twin of `view` for asyncio: a coroutine. To cancel it takes nothing.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_7readers_6Reader_18view_async = {"view_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_6Reader_18view_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_6Reader_17view_async};
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_6Reader_18view_async(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7readers_6Reader_19view_async, "The twin of `view` for asyncio: a coroutine. To cancel it takes nothing.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_7readers_6Reader_20view_async = {"view_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_6Reader_20view_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_6Reader_19view_async};
+static PyObject *__pyx_pw_7ivshmem_7channel_7readers_6Reader_20view_async(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -10561,24 +11838,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 312, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 398, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 312, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 398, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "view_async", 0) < (0)) __PYX_ERR(0, 312, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "view_async", 0) < (0)) __PYX_ERR(0, 398, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 312, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 398, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -10589,7 +11866,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("view_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 312, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("view_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 398, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10600,7 +11877,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_6Reader_17view_async(((struct __pyx_obj_7ivshmem_7channel_7readers_Reader *)__pyx_v_self), __pyx_v_timeout);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_6Reader_19view_async(((struct __pyx_obj_7ivshmem_7channel_7readers_Reader *)__pyx_v_self), __pyx_v_timeout);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -10610,7 +11887,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_17view_async(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self, PyObject *__pyx_v_timeout) {
+static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_19view_async(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self, PyObject *__pyx_v_timeout) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -10620,16 +11897,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_17view_async(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("view_async", 0);
 
-  /* "ivshmem/channel/readers.pyx":314
+  /* "ivshmem/channel/readers.pyx":400
  *     def view_async(self, timeout=None):
  *         """The twin of `view` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.view, timeout, ())             # <<<<<<<<<<<<<<
  * 
  *     def __iter__(self):
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_view); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 314, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_view); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 400, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 314, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 400, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
@@ -10643,7 +11920,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_17view_async(struct
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":312
+  /* "ivshmem/channel/readers.pyx":398
  *         return self.get_rows(rows, timeout) or None
  * 
  *     def view_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -10663,7 +11940,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_17view_async(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":316
+/* "ivshmem/channel/readers.pyx":402
  *         return until_something(self, self.view, timeout, ())
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -10672,26 +11949,26 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_17view_async(struct
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_6Reader_20__iter__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_6Reader_20__iter__(PyObject *__pyx_v_self) {
+static PyObject *__pyx_pw_7ivshmem_7channel_7readers_6Reader_22__iter__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_7channel_7readers_6Reader_22__iter__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__iter__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_6Reader_19__iter__(((struct __pyx_obj_7ivshmem_7channel_7readers_Reader *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_6Reader_21__iter__(((struct __pyx_obj_7ivshmem_7channel_7readers_Reader *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_19__iter__(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_21__iter__(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__iter__", 0);
 
-  /* "ivshmem/channel/readers.pyx":317
+  /* "ivshmem/channel/readers.pyx":403
  * 
  *     def __iter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -10709,7 +11986,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_19__iter__(struct _
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":316
+  /* "ivshmem/channel/readers.pyx":402
  *         return until_something(self, self.view, timeout, ())
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -10724,7 +12001,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_19__iter__(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":319
+/* "ivshmem/channel/readers.pyx":405
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -10733,21 +12010,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_19__iter__(struct _
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_6Reader_22__next__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_6Reader_22__next__(PyObject *__pyx_v_self) {
+static PyObject *__pyx_pw_7ivshmem_7channel_7readers_6Reader_24__next__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_7channel_7readers_6Reader_24__next__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__next__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_6Reader_21__next__(((struct __pyx_obj_7ivshmem_7channel_7readers_Reader *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_6Reader_23__next__(((struct __pyx_obj_7ivshmem_7channel_7readers_Reader *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_21__next__(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_23__next__(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -10758,7 +12035,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_21__next__(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__next__", 0);
 
-  /* "ivshmem/channel/readers.pyx":320
+  /* "ivshmem/channel/readers.pyx":406
  * 
  *     def __next__(self):
  *         return self.get()             # <<<<<<<<<<<<<<
@@ -10772,7 +12049,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_21__next__(struct _
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 320, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 406, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -10786,7 +12063,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_21__next__(struct _
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":319
+  /* "ivshmem/channel/readers.pyx":405
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -10806,7 +12083,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_21__next__(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":322
+/* "ivshmem/channel/readers.pyx":408
  *         return self.get()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -10815,26 +12092,26 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_21__next__(struct _
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_6Reader_24__aiter__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_6Reader_24__aiter__(PyObject *__pyx_v_self) {
+static PyObject *__pyx_pw_7ivshmem_7channel_7readers_6Reader_26__aiter__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_7channel_7readers_6Reader_26__aiter__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__aiter__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_6Reader_23__aiter__(((struct __pyx_obj_7ivshmem_7channel_7readers_Reader *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_6Reader_25__aiter__(((struct __pyx_obj_7ivshmem_7channel_7readers_Reader *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_23__aiter__(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_25__aiter__(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__aiter__", 0);
 
-  /* "ivshmem/channel/readers.pyx":323
+  /* "ivshmem/channel/readers.pyx":409
  * 
  *     def __aiter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -10852,7 +12129,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_23__aiter__(struct 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":322
+  /* "ivshmem/channel/readers.pyx":408
  *         return self.get()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -10867,7 +12144,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_23__aiter__(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":325
+/* "ivshmem/channel/readers.pyx":411
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -10876,21 +12153,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_23__aiter__(struct 
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_6Reader_26__anext__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_6Reader_26__anext__(PyObject *__pyx_v_self) {
+static PyObject *__pyx_pw_7ivshmem_7channel_7readers_6Reader_28__anext__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_7channel_7readers_6Reader_28__anext__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__anext__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_6Reader_25__anext__(((struct __pyx_obj_7ivshmem_7channel_7readers_Reader *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_6Reader_27__anext__(((struct __pyx_obj_7ivshmem_7channel_7readers_Reader *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_25__anext__(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_27__anext__(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -10901,7 +12178,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_25__anext__(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__anext__", 0);
 
-  /* "ivshmem/channel/readers.pyx":326
+  /* "ivshmem/channel/readers.pyx":412
  * 
  *     def __anext__(self):
  *         return self.get_async()             # <<<<<<<<<<<<<<
@@ -10915,7 +12192,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_25__anext__(struct 
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get_async, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 326, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 412, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -10929,7 +12206,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_25__anext__(struct 
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":325
+  /* "ivshmem/channel/readers.pyx":411
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -10956,16 +12233,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_25__anext__(struct 
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_6Reader_28__reduce_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_7readers_6Reader_30__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7readers_6Reader_27__reduce_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_7readers_6Reader_28__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_6Reader_28__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_6Reader_27__reduce_cython__};
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_6Reader_28__reduce_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7readers_6Reader_29__reduce_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_7readers_6Reader_30__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_6Reader_30__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_6Reader_29__reduce_cython__};
+static PyObject *__pyx_pw_7ivshmem_7channel_7readers_6Reader_30__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -10991,14 +12268,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_6Reader_27__reduce_cython__(((struct __pyx_obj_7ivshmem_7channel_7readers_Reader *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_6Reader_29__reduce_cython__(((struct __pyx_obj_7ivshmem_7channel_7readers_Reader *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_27__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_29__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -11038,16 +12315,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_27__reduce_cython__
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_6Reader_30__setstate_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_7readers_6Reader_32__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7readers_6Reader_29__setstate_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_7readers_6Reader_30__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_6Reader_30__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_6Reader_29__setstate_cython__};
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_6Reader_30__setstate_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7readers_6Reader_31__setstate_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_7readers_6Reader_32__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_6Reader_32__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_6Reader_31__setstate_cython__};
+static PyObject *__pyx_pw_7ivshmem_7channel_7readers_6Reader_32__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -11113,7 +12390,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_6Reader_29__setstate_cython__(((struct __pyx_obj_7ivshmem_7channel_7readers_Reader *)__pyx_v_self), __pyx_v___pyx_state);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_6Reader_31__setstate_cython__(((struct __pyx_obj_7ivshmem_7channel_7readers_Reader *)__pyx_v_self), __pyx_v___pyx_state);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -11123,7 +12400,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_29__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
+static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_31__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -11155,7 +12432,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_29__setstate_cython
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":331
+/* "ivshmem/channel/readers.pyx":417
  * # -- values ---------------------------------------------------------------------------------------
  * 
  * cdef int64_t probe_value(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -11167,7 +12444,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_value(void *__pyx_v_what
   struct ivshmem_reader *__pyx_v_reader;
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/readers.pyx":332
+  /* "ivshmem/channel/readers.pyx":418
  * 
  * cdef int64_t probe_value(void *what) noexcept nogil:
  *     cdef ivshmem_reader *reader = <ivshmem_reader *>what             # <<<<<<<<<<<<<<
@@ -11176,7 +12453,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_value(void *__pyx_v_what
 */
   __pyx_v_reader = ((struct ivshmem_reader *)__pyx_v_what);
 
-  /* "ivshmem/channel/readers.pyx":333
+  /* "ivshmem/channel/readers.pyx":419
  * cdef int64_t probe_value(void *what) noexcept nogil:
  *     cdef ivshmem_reader *reader = <ivshmem_reader *>what
  *     return ivshmem_value(ivshmem_head(reader.channel, 0)) != reader.sources[0].next             # <<<<<<<<<<<<<<
@@ -11189,7 +12466,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_value(void *__pyx_v_what
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":331
+  /* "ivshmem/channel/readers.pyx":417
  * # -- values ---------------------------------------------------------------------------------------
  * 
  * cdef int64_t probe_value(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -11203,7 +12480,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_value(void *__pyx_v_what
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":344
+/* "ivshmem/channel/readers.pyx":430
  *     """
  * 
  *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
@@ -11215,23 +12492,23 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_attempt(struct __pyx
   int __pyx_r;
   int __pyx_t_1;
 
-  /* "ivshmem/channel/readers.pyx":346
+  /* "ivshmem/channel/readers.pyx":432
  *     cdef int attempt(self) except? -2:
  *         """Look for a content that this reader has not seen."""
  *         if not probe_value(&self.reader):             # <<<<<<<<<<<<<<
  *             return IVSHMEM_AGAIN
- *         return ivshmem_value_look(&self.reader, &self.message)
+ *         return self.look()
 */
   __pyx_t_1 = (!(__pyx_f_7ivshmem_7channel_7readers_probe_value((&__pyx_v_self->__pyx_base.reader)) != 0));
 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/readers.pyx":347
+    /* "ivshmem/channel/readers.pyx":433
  *         """Look for a content that this reader has not seen."""
  *         if not probe_value(&self.reader):
  *             return IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
- *         return ivshmem_value_look(&self.reader, &self.message)
+ *         return self.look()
  * 
 */
     {
@@ -11240,29 +12517,29 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_attempt(struct __pyx
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/readers.pyx":346
+    /* "ivshmem/channel/readers.pyx":432
  *     cdef int attempt(self) except? -2:
  *         """Look for a content that this reader has not seen."""
  *         if not probe_value(&self.reader):             # <<<<<<<<<<<<<<
  *             return IVSHMEM_AGAIN
- *         return ivshmem_value_look(&self.reader, &self.message)
+ *         return self.look()
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":348
+  /* "ivshmem/channel/readers.pyx":434
  *         if not probe_value(&self.reader):
  *             return IVSHMEM_AGAIN
- *         return ivshmem_value_look(&self.reader, &self.message)             # <<<<<<<<<<<<<<
+ *         return self.look()             # <<<<<<<<<<<<<<
  * 
- *     cdef int begin_sleep(self) except? -2:
+ *     cdef int look(self) noexcept:
 */
   {
 
-    __pyx_r = ivshmem_value_look((&__pyx_v_self->__pyx_base.reader), (&__pyx_v_self->message));
+    __pyx_r = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->look(__pyx_v_self);
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":344
+  /* "ivshmem/channel/readers.pyx":430
  *     """
  * 
  *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
@@ -11276,8 +12553,115 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_attempt(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":350
+/* "ivshmem/channel/readers.pyx":436
+ *         return self.look()
+ * 
+ *     cdef int look(self) noexcept:             # <<<<<<<<<<<<<<
+ *         self.seen = self.reader.sources[0].next
  *         return ivshmem_value_look(&self.reader, &self.message)
+*/
+
+static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_look(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self) {
+  int __pyx_r;
+  uint64_t __pyx_t_1;
+
+  /* "ivshmem/channel/readers.pyx":437
+ * 
+ *     cdef int look(self) noexcept:
+ *         self.seen = self.reader.sources[0].next             # <<<<<<<<<<<<<<
+ *         return ivshmem_value_look(&self.reader, &self.message)
+ * 
+*/
+  __pyx_t_1 = (__pyx_v_self->__pyx_base.reader.sources[0]).next;
+
+  __pyx_v_self->seen = __pyx_t_1;
+
+  /* "ivshmem/channel/readers.pyx":438
+ *     cdef int look(self) noexcept:
+ *         self.seen = self.reader.sources[0].next
+ *         return ivshmem_value_look(&self.reader, &self.message)             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int put_back(self, const ivshmem_message *message) except -1:
+*/
+  {
+
+    __pyx_r = ivshmem_value_look((&__pyx_v_self->__pyx_base.reader), (&__pyx_v_self->message));
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/readers.pyx":436
+ *         return self.look()
+ * 
+ *     cdef int look(self) noexcept:             # <<<<<<<<<<<<<<
+ *         self.seen = self.reader.sources[0].next
+ *         return ivshmem_value_look(&self.reader, &self.message)
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/readers.pyx":440
+ *         return ivshmem_value_look(&self.reader, &self.message)
+ * 
+ *     cdef int put_back(self, const ivshmem_message *message) except -1:             # <<<<<<<<<<<<<<
+ *         """Undo that a content was seen, which is held."""
+ *         self.reader.sources[0].next = self.seen
+*/
+
+static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_put_back(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self, struct ivshmem_message const *__pyx_v_message) {
+  int __pyx_r;
+  uint64_t __pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "ivshmem/channel/readers.pyx":442
+ *     cdef int put_back(self, const ivshmem_message *message) except -1:
+ *         """Undo that a content was seen, which is held."""
+ *         self.reader.sources[0].next = self.seen             # <<<<<<<<<<<<<<
+ *         return ReaderEnd.put_back(self, message)
+ * 
+*/
+  __pyx_t_1 = __pyx_v_self->seen;
+
+  (__pyx_v_self->__pyx_base.reader.sources[0]).next = __pyx_t_1;
+
+  /* "ivshmem/channel/readers.pyx":443
+ *         """Undo that a content was seen, which is held."""
+ *         self.reader.sources[0].next = self.seen
+ *         return ReaderEnd.put_back(self, message)             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int begin_sleep(self) except? -2:
+*/
+  __pyx_t_2 = __pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd->put_back(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_message); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 443, __pyx_L1_error)
+  {
+    __pyx_r = __pyx_t_2;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/readers.pyx":440
+ *         return ivshmem_value_look(&self.reader, &self.message)
+ * 
+ *     cdef int put_back(self, const ivshmem_message *message) except -1:             # <<<<<<<<<<<<<<
+ *         """Undo that a content was seen, which is held."""
+ *         self.reader.sources[0].next = self.seen
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.readers.ValueReader.put_back", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/readers.pyx":445
+ *         return ReaderEnd.put_back(self, message)
  * 
  *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
  *         if self.reader.slot != IVSHMEM_NO_SLOT:
@@ -11289,7 +12673,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_begin_sleep(struct _
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/readers.pyx":351
+  /* "ivshmem/channel/readers.pyx":446
  * 
  *     cdef int begin_sleep(self) except? -2:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
@@ -11301,7 +12685,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_begin_sleep(struct _
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/readers.pyx":352
+    /* "ivshmem/channel/readers.pyx":447
  *     cdef int begin_sleep(self) except? -2:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:
  *             ivshmem_sleep_begin(&self.channel, &self.reader.sleep)             # <<<<<<<<<<<<<<
@@ -11310,7 +12694,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_begin_sleep(struct _
 */
     ivshmem_sleep_begin((&__pyx_v_self->__pyx_base.__pyx_base.channel), (&__pyx_v_self->__pyx_base.reader.sleep));
 
-    /* "ivshmem/channel/readers.pyx":351
+    /* "ivshmem/channel/readers.pyx":446
  * 
  *     cdef int begin_sleep(self) except? -2:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
@@ -11319,7 +12703,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_begin_sleep(struct _
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":353
+  /* "ivshmem/channel/readers.pyx":448
  *         if self.reader.slot != IVSHMEM_NO_SLOT:
  *             ivshmem_sleep_begin(&self.channel, &self.reader.sleep)
  *         return 0 if probe_value(&self.reader) else IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -11341,8 +12725,8 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_begin_sleep(struct _
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":350
- *         return ivshmem_value_look(&self.reader, &self.message)
+  /* "ivshmem/channel/readers.pyx":445
+ *         return ReaderEnd.put_back(self, message)
  * 
  *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
  *         if self.reader.slot != IVSHMEM_NO_SLOT:
@@ -11355,7 +12739,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_begin_sleep(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":355
+/* "ivshmem/channel/readers.pyx":450
  *         return 0 if probe_value(&self.reader) else IVSHMEM_AGAIN
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -11366,7 +12750,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_begin_sleep(struct _
 static void __pyx_f_7ivshmem_7channel_7readers_11ValueReader_end_sleep(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/channel/readers.pyx":356
+  /* "ivshmem/channel/readers.pyx":451
  * 
  *     cdef void end_sleep(self) noexcept:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
@@ -11378,7 +12762,7 @@ static void __pyx_f_7ivshmem_7channel_7readers_11ValueReader_end_sleep(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/readers.pyx":357
+    /* "ivshmem/channel/readers.pyx":452
  *     cdef void end_sleep(self) noexcept:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:
  *             ivshmem_sleep_end(&self.channel, &self.reader.sleep)             # <<<<<<<<<<<<<<
@@ -11387,7 +12771,7 @@ static void __pyx_f_7ivshmem_7channel_7readers_11ValueReader_end_sleep(struct __
 */
     ivshmem_sleep_end((&__pyx_v_self->__pyx_base.__pyx_base.channel), (&__pyx_v_self->__pyx_base.reader.sleep));
 
-    /* "ivshmem/channel/readers.pyx":356
+    /* "ivshmem/channel/readers.pyx":451
  * 
  *     cdef void end_sleep(self) noexcept:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
@@ -11396,7 +12780,7 @@ static void __pyx_f_7ivshmem_7channel_7readers_11ValueReader_end_sleep(struct __
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":355
+  /* "ivshmem/channel/readers.pyx":450
  *         return 0 if probe_value(&self.reader) else IVSHMEM_AGAIN
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -11408,7 +12792,7 @@ static void __pyx_f_7ivshmem_7channel_7readers_11ValueReader_end_sleep(struct __
 
 }
 
-/* "ivshmem/channel/readers.pyx":359
+/* "ivshmem/channel/readers.pyx":454
  *             ivshmem_sleep_end(&self.channel, &self.reader.sleep)
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -11419,7 +12803,7 @@ static void __pyx_f_7ivshmem_7channel_7readers_11ValueReader_end_sleep(struct __
 static int64_t __pyx_f_7ivshmem_7channel_7readers_11ValueReader_probe(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self, void **__pyx_v_what, __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe) {
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/readers.pyx":360
+  /* "ivshmem/channel/readers.pyx":455
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         what[0] = &self.reader             # <<<<<<<<<<<<<<
@@ -11428,7 +12812,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_11ValueReader_probe(struct __p
 */
   (__pyx_v_what[0]) = (&__pyx_v_self->__pyx_base.reader);
 
-  /* "ivshmem/channel/readers.pyx":361
+  /* "ivshmem/channel/readers.pyx":456
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         what[0] = &self.reader
  *         probe[0] = probe_value             # <<<<<<<<<<<<<<
@@ -11437,7 +12821,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_11ValueReader_probe(struct __p
 */
   (__pyx_v_probe[0]) = __pyx_f_7ivshmem_7channel_7readers_probe_value;
 
-  /* "ivshmem/channel/readers.pyx":362
+  /* "ivshmem/channel/readers.pyx":457
  *         what[0] = &self.reader
  *         probe[0] = probe_value
  *         return 1             # <<<<<<<<<<<<<<
@@ -11450,7 +12834,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_11ValueReader_probe(struct __p
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":359
+  /* "ivshmem/channel/readers.pyx":454
  *             ivshmem_sleep_end(&self.channel, &self.reader.sleep)
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -11464,7 +12848,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_11ValueReader_probe(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":364
+/* "ivshmem/channel/readers.pyx":459
  *         return 1
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -11481,7 +12865,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_restore(struct __pyx
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/readers.pyx":365
+  /* "ivshmem/channel/readers.pyx":460
  * 
  *     cdef int restore(self) except -1:
  *         if self.awaited and probe_value(&self.reader):             # <<<<<<<<<<<<<<
@@ -11507,17 +12891,17 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_restore(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/readers.pyx":366
+    /* "ivshmem/channel/readers.pyx":461
  *     cdef int restore(self) except -1:
  *         if self.awaited and probe_value(&self.reader):
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 366, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 461, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/readers.pyx":365
+    /* "ivshmem/channel/readers.pyx":460
  * 
  *     cdef int restore(self) except -1:
  *         if self.awaited and probe_value(&self.reader):             # <<<<<<<<<<<<<<
@@ -11526,12 +12910,12 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_restore(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":367
+  /* "ivshmem/channel/readers.pyx":462
  *         if self.awaited and probe_value(&self.reader):
  *             self.membership.kick_all()
  *         return 0             # <<<<<<<<<<<<<<
  * 
- *     cdef object latest(self, int code):
+ *     cdef object latest(self, int code, object absent):
 */
   {
 
@@ -11539,7 +12923,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_restore(struct __pyx
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":364
+  /* "ivshmem/channel/readers.pyx":459
  *         return 1
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -11556,63 +12940,75 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_restore(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":369
+/* "ivshmem/channel/readers.pyx":464
  *         return 0
  * 
- *     cdef object latest(self, int code):             # <<<<<<<<<<<<<<
- *         """Copy the content that was looked at, or a later one."""
+ *     cdef object latest(self, int code, object absent):             # <<<<<<<<<<<<<<
+ *         """Copy the content that was looked at, or a later one; `absent`: there is none."""
  *         cdef bytes data
 */
 
-static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self, int __pyx_v_code) {
+static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self, int __pyx_v_code, PyObject *__pyx_v_absent) {
   PyObject *__pyx_v_data = 0;
+  uint64_t __pyx_v_newest;
+  uint64_t __pyx_v_seen;
   CYTHON_UNUSED int __pyx_v__;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
-  int __pyx_t_1;
+  uint64_t __pyx_t_1;
   int __pyx_t_2;
-  long __pyx_t_3;
-  int __pyx_t_4;
-  PyObject *__pyx_t_5 = NULL;
+  int __pyx_t_3;
+  long __pyx_t_4;
+  int __pyx_t_5;
   PyObject *__pyx_t_6 = NULL;
   PyObject *__pyx_t_7 = NULL;
-  size_t __pyx_t_8;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("latest", 0);
 
 
-  /* "ivshmem/channel/readers.pyx":372
- *         """Copy the content that was looked at, or a later one."""
+  /* "ivshmem/channel/readers.pyx":468
  *         cdef bytes data
+ *         cdef uint64_t newest
+ *         cdef uint64_t seen = self.seen             # <<<<<<<<<<<<<<
+ *         for _ in range(TRIES):
+ *             if code == IVSHMEM_AGAIN:
+*/
+  __pyx_t_1 = __pyx_v_self->seen;
+
+  __pyx_v_seen = __pyx_t_1;
+
+  /* "ivshmem/channel/readers.pyx":469
+ *         cdef uint64_t newest
+ *         cdef uint64_t seen = self.seen
  *         for _ in range(TRIES):             # <<<<<<<<<<<<<<
  *             if code == IVSHMEM_AGAIN:
- *                 return None
+ *                 return absent
 */
 
-  __pyx_t_1 = __pyx_e_7ivshmem_7channel_5roles_TRIES;
-  __pyx_t_2 = __pyx_t_1;
+  __pyx_t_2 = __pyx_e_7ivshmem_7channel_5roles_TRIES;
+  __pyx_t_3 = __pyx_t_2;
 
-  for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
-    __pyx_v__ = __pyx_t_3;
+  for (__pyx_t_4 = 0; __pyx_t_4 < __pyx_t_3; __pyx_t_4+=1) {
+    __pyx_v__ = __pyx_t_4;
 
-    /* "ivshmem/channel/readers.pyx":373
- *         cdef bytes data
+    /* "ivshmem/channel/readers.pyx":470
+ *         cdef uint64_t seen = self.seen
  *         for _ in range(TRIES):
  *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
- *                 return None
+ *                 return absent
  *             if code:
 */
-    __pyx_t_4 = (__pyx_v_code == IVSHMEM_AGAIN);
+    __pyx_t_5 = (__pyx_v_code == IVSHMEM_AGAIN);
 
-    if (__pyx_t_4) {
+    if (__pyx_t_5) {
 
 
-      /* "ivshmem/channel/readers.pyx":374
+      /* "ivshmem/channel/readers.pyx":471
  *         for _ in range(TRIES):
  *             if code == IVSHMEM_AGAIN:
- *                 return None             # <<<<<<<<<<<<<<
+ *                 return absent             # <<<<<<<<<<<<<<
  *             if code:
  *                 raise self.fail(code)
 */
@@ -11620,137 +13016,159 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
         PyObject *__pyx_temp;
         {
           __pyx_temp = __pyx_r;
-          __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+          __Pyx_INCREF(__pyx_v_absent);
+          __pyx_r = __pyx_v_absent;
         }
         __Pyx_XDECREF(__pyx_temp);
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/readers.pyx":373
- *         cdef bytes data
+      /* "ivshmem/channel/readers.pyx":470
+ *         cdef uint64_t seen = self.seen
  *         for _ in range(TRIES):
  *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
- *                 return None
+ *                 return absent
  *             if code:
 */
     }
 
-    /* "ivshmem/channel/readers.pyx":375
+    /* "ivshmem/channel/readers.pyx":472
  *             if code == IVSHMEM_AGAIN:
- *                 return None
+ *                 return absent
  *             if code:             # <<<<<<<<<<<<<<
  *                 raise self.fail(code)
- *             data = PyBytes_FromStringAndSize(NULL, self.message.length)
+ *             newest = self.reader.sources[0].next
 */
-    __pyx_t_4 = (__pyx_v_code != 0);
+    __pyx_t_5 = (__pyx_v_code != 0);
 
-    if (unlikely(__pyx_t_4)) {
+    if (unlikely(__pyx_t_5)) {
 
 
-      /* "ivshmem/channel/readers.pyx":376
- *                 return None
+      /* "ivshmem/channel/readers.pyx":473
+ *                 return absent
  *             if code:
  *                 raise self.fail(code)             # <<<<<<<<<<<<<<
- *             data = PyBytes_FromStringAndSize(NULL, self.message.length)
- *             ivshmem_copy_payload(
+ *             newest = self.reader.sources[0].next
+ *             self.reader.sources[0].next = seen  # without memory for a copy, it was not seen
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 376, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_5);
-      __Pyx_Raise(__pyx_t_5, 0, 0, 0);
-      __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      __PYX_ERR(0, 376, __pyx_L1_error)
+      __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 473, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_6);
+      __Pyx_Raise(__pyx_t_6, 0, 0, 0);
+      __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+      __PYX_ERR(0, 473, __pyx_L1_error)
 
-      /* "ivshmem/channel/readers.pyx":375
+      /* "ivshmem/channel/readers.pyx":472
  *             if code == IVSHMEM_AGAIN:
- *                 return None
+ *                 return absent
  *             if code:             # <<<<<<<<<<<<<<
  *                 raise self.fail(code)
- *             data = PyBytes_FromStringAndSize(NULL, self.message.length)
+ *             newest = self.reader.sources[0].next
 */
     }
 
-    /* "ivshmem/channel/readers.pyx":377
+    /* "ivshmem/channel/readers.pyx":474
  *             if code:
  *                 raise self.fail(code)
+ *             newest = self.reader.sources[0].next             # <<<<<<<<<<<<<<
+ *             self.reader.sources[0].next = seen  # without memory for a copy, it was not seen
+ *             data = PyBytes_FromStringAndSize(NULL, self.message.length)
+*/
+    __pyx_t_1 = (__pyx_v_self->__pyx_base.reader.sources[0]).next;
+
+    __pyx_v_newest = __pyx_t_1;
+
+    /* "ivshmem/channel/readers.pyx":475
+ *                 raise self.fail(code)
+ *             newest = self.reader.sources[0].next
+ *             self.reader.sources[0].next = seen  # without memory for a copy, it was not seen             # <<<<<<<<<<<<<<
+ *             data = PyBytes_FromStringAndSize(NULL, self.message.length)
+ *             self.reader.sources[0].next = newest
+*/
+    (__pyx_v_self->__pyx_base.reader.sources[0]).next = __pyx_v_seen;
+
+    /* "ivshmem/channel/readers.pyx":476
+ *             newest = self.reader.sources[0].next
+ *             self.reader.sources[0].next = seen  # without memory for a copy, it was not seen
  *             data = PyBytes_FromStringAndSize(NULL, self.message.length)             # <<<<<<<<<<<<<<
+ *             self.reader.sources[0].next = newest
+ *             ivshmem_copy_payload(
+*/
+    __pyx_t_6 = PyBytes_FromStringAndSize(NULL, __pyx_v_self->message.length); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 476, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_6);
+    __Pyx_XDECREF_SET(__pyx_v_data, ((PyObject*)__pyx_t_6));
+    __pyx_t_6 = 0;
+
+    /* "ivshmem/channel/readers.pyx":477
+ *             self.reader.sources[0].next = seen  # without memory for a copy, it was not seen
+ *             data = PyBytes_FromStringAndSize(NULL, self.message.length)
+ *             self.reader.sources[0].next = newest             # <<<<<<<<<<<<<<
  *             ivshmem_copy_payload(
  *                 PyBytes_AS_STRING(data),
 */
-    __pyx_t_5 = PyBytes_FromStringAndSize(NULL, __pyx_v_self->message.length); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 377, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_5);
-    __Pyx_XDECREF_SET(__pyx_v_data, ((PyObject*)__pyx_t_5));
-    __pyx_t_5 = 0;
+    (__pyx_v_self->__pyx_base.reader.sources[0]).next = __pyx_v_newest;
 
-    /* "ivshmem/channel/readers.pyx":378
- *                 raise self.fail(code)
+    /* "ivshmem/channel/readers.pyx":478
  *             data = PyBytes_FromStringAndSize(NULL, self.message.length)
+ *             self.reader.sources[0].next = newest
  *             ivshmem_copy_payload(             # <<<<<<<<<<<<<<
  *                 PyBytes_AS_STRING(data),
  *                 self.channel.area.memory.start + self.message.offset,
 */
     ivshmem_copy_payload(PyBytes_AS_STRING(__pyx_v_data), (__pyx_v_self->__pyx_base.__pyx_base.channel.area.memory.start + __pyx_v_self->message.offset), __pyx_v_self->message.length);
 
-    /* "ivshmem/channel/readers.pyx":383
+    /* "ivshmem/channel/readers.pyx":483
  *                 self.message.length,
  *             )
  *             if ivshmem_check(&self.channel, &self.message) == 0:             # <<<<<<<<<<<<<<
- *                 return data if self.type is None else self.type.decode(data)
+ *                 return data if self.type is None else self.decoded(data, seen)
  *             code = ivshmem_value_look(&self.reader, &self.message)
 */
-    __pyx_t_4 = (ivshmem_check((&__pyx_v_self->__pyx_base.__pyx_base.channel), (&__pyx_v_self->message)) == 0);
+    __pyx_t_5 = (ivshmem_check((&__pyx_v_self->__pyx_base.__pyx_base.channel), (&__pyx_v_self->message)) == 0);
 
-    if (__pyx_t_4) {
+    if (__pyx_t_5) {
 
 
-      /* "ivshmem/channel/readers.pyx":384
+      /* "ivshmem/channel/readers.pyx":484
  *             )
  *             if ivshmem_check(&self.channel, &self.message) == 0:
- *                 return data if self.type is None else self.type.decode(data)             # <<<<<<<<<<<<<<
+ *                 return data if self.type is None else self.decoded(data, seen)             # <<<<<<<<<<<<<<
  *             code = ivshmem_value_look(&self.reader, &self.message)
  *         raise self.starved()
 */
-      __pyx_t_4 = (__pyx_v_self->__pyx_base.type == Py_None);
-      if (__pyx_t_4) {
+      __pyx_t_5 = (__pyx_v_self->__pyx_base.type == Py_None);
+      if (__pyx_t_5) {
         __Pyx_INCREF(__pyx_v_data);
-        __pyx_t_5 = __pyx_v_data;
+        __pyx_t_6 = __pyx_v_data;
       } else {
-        __pyx_t_7 = __pyx_v_self->__pyx_base.type;
-        __Pyx_INCREF(__pyx_t_7);
-        __pyx_t_8 = 0;
-        {
-          PyObject *__pyx_callargs[2] = {__pyx_t_7, __pyx_v_data};
-          __pyx_t_6 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-          __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 384, __pyx_L1_error)
-          __Pyx_GOTREF(__pyx_t_6);
-        }
-        __pyx_t_5 = __pyx_t_6;
-        __pyx_t_6 = 0;
+        __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->decoded(__pyx_v_self, __pyx_v_data, __pyx_v_seen); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 484, __pyx_L1_error)
+        __Pyx_GOTREF(__pyx_t_7);
+        __pyx_t_6 = __pyx_t_7;
+        __pyx_t_7 = 0;
       }
 
       {
         PyObject *__pyx_temp;
         {
           __pyx_temp = __pyx_r;
-          __pyx_r = __pyx_t_5;
+          __pyx_r = __pyx_t_6;
         }
         __Pyx_XDECREF(__pyx_temp);
       }
-      __pyx_t_5 = 0;
+      __pyx_t_6 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/channel/readers.pyx":383
+      /* "ivshmem/channel/readers.pyx":483
  *                 self.message.length,
  *             )
  *             if ivshmem_check(&self.channel, &self.message) == 0:             # <<<<<<<<<<<<<<
- *                 return data if self.type is None else self.type.decode(data)
+ *                 return data if self.type is None else self.decoded(data, seen)
  *             code = ivshmem_value_look(&self.reader, &self.message)
 */
     }
 
-    /* "ivshmem/channel/readers.pyx":385
+    /* "ivshmem/channel/readers.pyx":485
  *             if ivshmem_check(&self.channel, &self.message) == 0:
- *                 return data if self.type is None else self.type.decode(data)
+ *                 return data if self.type is None else self.decoded(data, seen)
  *             code = ivshmem_value_look(&self.reader, &self.message)             # <<<<<<<<<<<<<<
  *         raise self.starved()
  * 
@@ -11759,30 +13177,29 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
   }
 
 
-  /* "ivshmem/channel/readers.pyx":386
- *                 return data if self.type is None else self.type.decode(data)
+  /* "ivshmem/channel/readers.pyx":486
+ *                 return data if self.type is None else self.decoded(data, seen)
  *             code = ivshmem_value_look(&self.reader, &self.message)
  *         raise self.starved()             # <<<<<<<<<<<<<<
  * 
- *     @cython.critical_section
+ *     cdef object decoded(self, bytes data, uint64_t seen):
 */
-  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 386, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_5);
-  __Pyx_Raise(__pyx_t_5, 0, 0, 0);
-  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-  __PYX_ERR(0, 386, __pyx_L1_error)
+  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 486, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_6);
+  __Pyx_Raise(__pyx_t_6, 0, 0, 0);
+  __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+  __PYX_ERR(0, 486, __pyx_L1_error)
 
-  /* "ivshmem/channel/readers.pyx":369
+  /* "ivshmem/channel/readers.pyx":464
  *         return 0
  * 
- *     cdef object latest(self, int code):             # <<<<<<<<<<<<<<
- *         """Copy the content that was looked at, or a later one."""
+ *     cdef object latest(self, int code, object absent):             # <<<<<<<<<<<<<<
+ *         """Copy the content that was looked at, or a later one; `absent`: there is none."""
  *         cdef bytes data
 */
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_5);
   __Pyx_XDECREF(__pyx_t_6);
   __Pyx_XDECREF(__pyx_t_7);
   __Pyx_AddTraceback("ivshmem.channel.readers.ValueReader.latest", __pyx_clineno, __pyx_lineno, __pyx_filename);
@@ -11791,13 +13208,255 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
   __Pyx_XDECREF(__pyx_v_data);
 
 
+
+
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":388
+/* "ivshmem/channel/readers.pyx":488
  *         raise self.starved()
+ * 
+ *     cdef object decoded(self, bytes data, uint64_t seen):             # <<<<<<<<<<<<<<
+ *         try:
+ *             return self.type.decode(data)
+*/
+
+static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_decoded(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self, PyObject *__pyx_v_data, uint64_t __pyx_v_seen) {
+  PyObject *__pyx_v_error = NULL;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  size_t __pyx_t_6;
+  int __pyx_t_7;
+  PyObject *__pyx_t_8 = NULL;
+  int __pyx_t_9;
+  int __pyx_t_10;
+  int __pyx_t_11;
+  char const *__pyx_t_12;
+  PyObject *__pyx_t_13 = NULL;
+  PyObject *__pyx_t_14 = NULL;
+  PyObject *__pyx_t_15 = NULL;
+  PyObject *__pyx_t_16 = NULL;
+  PyObject *__pyx_t_17 = NULL;
+  PyObject *__pyx_t_18 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("decoded", 0);
+
+  /* "ivshmem/channel/readers.pyx":489
+ * 
+ *     cdef object decoded(self, bytes data, uint64_t seen):
+ *         try:             # <<<<<<<<<<<<<<
+ *             return self.type.decode(data)
+ *         except BaseException as error:
+*/
+  {
+    __Pyx_PyThreadState_declare
+    __Pyx_PyThreadState_assign
+    __Pyx_ExceptionSave(&__pyx_t_1, &__pyx_t_2, &__pyx_t_3);
+    __Pyx_XGOTREF(__pyx_t_1);
+    __Pyx_XGOTREF(__pyx_t_2);
+    __Pyx_XGOTREF(__pyx_t_3);
+    /*try:*/ {
+
+      /* "ivshmem/channel/readers.pyx":490
+ *     cdef object decoded(self, bytes data, uint64_t seen):
+ *         try:
+ *             return self.type.decode(data)             # <<<<<<<<<<<<<<
+ *         except BaseException as error:
+ *             if not self.is_for_ever(error):
+*/
+      __pyx_t_5 = __pyx_v_self->__pyx_base.type;
+      __Pyx_INCREF(__pyx_t_5);
+      __pyx_t_6 = 0;
+      {
+        PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_v_data};
+        __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+        __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 490, __pyx_L3_error)
+        __Pyx_GOTREF(__pyx_t_4);
+      }
+      {
+        PyObject *__pyx_temp;
+        {
+          __pyx_temp = __pyx_r;
+          __pyx_r = __pyx_t_4;
+        }
+        __Pyx_XDECREF(__pyx_temp);
+      }
+      __pyx_t_4 = 0;
+      goto __pyx_L7_try_return;
+
+      /* "ivshmem/channel/readers.pyx":489
+ * 
+ *     cdef object decoded(self, bytes data, uint64_t seen):
+ *         try:             # <<<<<<<<<<<<<<
+ *             return self.type.decode(data)
+ *         except BaseException as error:
+*/
+    }
+    __pyx_L3_error:;
+    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+
+    /* "ivshmem/channel/readers.pyx":491
+ *         try:
+ *             return self.type.decode(data)
+ *         except BaseException as error:             # <<<<<<<<<<<<<<
+ *             if not self.is_for_ever(error):
+ *                 self.reader.sources[0].next = seen
+*/
+    __pyx_t_7 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
+    if (__pyx_t_7) {
+      __Pyx_AddTraceback("ivshmem.channel.readers.ValueReader.decoded", __pyx_clineno, __pyx_lineno, __pyx_filename);
+      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_5, &__pyx_t_8) < 0) __PYX_ERR(0, 491, __pyx_L5_except_error)
+      __Pyx_XGOTREF(__pyx_t_4);
+      __Pyx_XGOTREF(__pyx_t_5);
+      __Pyx_XGOTREF(__pyx_t_8);
+      __Pyx_INCREF(__pyx_t_5);
+      __pyx_v_error = __pyx_t_5;
+      /*try:*/ {
+
+        /* "ivshmem/channel/readers.pyx":492
+ *             return self.type.decode(data)
+ *         except BaseException as error:
+ *             if not self.is_for_ever(error):             # <<<<<<<<<<<<<<
+ *                 self.reader.sources[0].next = seen
+ *             raise
+*/
+        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.is_for_ever(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_error); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 492, __pyx_L14_error)
+        __pyx_t_10 = (!__pyx_t_9);
+
+
+        if (__pyx_t_10) {
+
+
+          /* "ivshmem/channel/readers.pyx":493
+ *         except BaseException as error:
+ *             if not self.is_for_ever(error):
+ *                 self.reader.sources[0].next = seen             # <<<<<<<<<<<<<<
+ *             raise
+ * 
+*/
+          (__pyx_v_self->__pyx_base.reader.sources[0]).next = __pyx_v_seen;
+
+          /* "ivshmem/channel/readers.pyx":492
+ *             return self.type.decode(data)
+ *         except BaseException as error:
+ *             if not self.is_for_ever(error):             # <<<<<<<<<<<<<<
+ *                 self.reader.sources[0].next = seen
+ *             raise
+*/
+        }
+
+        /* "ivshmem/channel/readers.pyx":494
+ *             if not self.is_for_ever(error):
+ *                 self.reader.sources[0].next = seen
+ *             raise             # <<<<<<<<<<<<<<
+ * 
+ *     @cython.critical_section
+*/
+        __Pyx_GIVEREF(__pyx_t_4);
+        __Pyx_GIVEREF(__pyx_t_5);
+        __Pyx_XGIVEREF(__pyx_t_8);
+        __Pyx_ErrRestoreWithState(__pyx_t_4, __pyx_t_5, __pyx_t_8);
+        __pyx_t_4 = 0;  __pyx_t_5 = 0;  __pyx_t_8 = 0; 
+        __PYX_ERR(0, 494, __pyx_L14_error)
+      }
+
+      /* "ivshmem/channel/readers.pyx":491
+ *         try:
+ *             return self.type.decode(data)
+ *         except BaseException as error:             # <<<<<<<<<<<<<<
+ *             if not self.is_for_ever(error):
+ *                 self.reader.sources[0].next = seen
+*/
+      /*finally:*/ {
+        __pyx_L14_error:;
+        /*exception exit:*/{
+          __Pyx_PyThreadState_declare
+          __Pyx_PyThreadState_assign
+          __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0;
+           __Pyx_ExceptionSwap(&__pyx_t_16, &__pyx_t_17, &__pyx_t_18);
+          if ( unlikely(__Pyx_GetException(&__pyx_t_13, &__pyx_t_14, &__pyx_t_15) < 0)) __Pyx_ErrFetch(&__pyx_t_13, &__pyx_t_14, &__pyx_t_15);
+          __Pyx_XGOTREF(__pyx_t_13);
+          __Pyx_XGOTREF(__pyx_t_14);
+          __Pyx_XGOTREF(__pyx_t_15);
+          __Pyx_XGOTREF(__pyx_t_16);
+          __Pyx_XGOTREF(__pyx_t_17);
+          __Pyx_XGOTREF(__pyx_t_18);
+          __pyx_t_7 = __pyx_lineno; __pyx_t_11 = __pyx_clineno; __pyx_t_12 = __pyx_filename;
+          {
+            __Pyx_DECREF(__pyx_v_error); __pyx_v_error = 0;
+          }
+          __Pyx_XGIVEREF(__pyx_t_16);
+          __Pyx_XGIVEREF(__pyx_t_17);
+          __Pyx_XGIVEREF(__pyx_t_18);
+          __Pyx_ExceptionReset(__pyx_t_16, __pyx_t_17, __pyx_t_18);
+          __Pyx_XGIVEREF(__pyx_t_13);
+          __Pyx_XGIVEREF(__pyx_t_14);
+          __Pyx_XGIVEREF(__pyx_t_15);
+          __Pyx_ErrRestore(__pyx_t_13, __pyx_t_14, __pyx_t_15);
+          __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0;
+          __pyx_lineno = __pyx_t_7; __pyx_clineno = __pyx_t_11; __pyx_filename = __pyx_t_12;
+          goto __pyx_L5_except_error;
+        }
+      }
+    }
+    goto __pyx_L5_except_error;
+
+    /* "ivshmem/channel/readers.pyx":489
+ * 
+ *     cdef object decoded(self, bytes data, uint64_t seen):
+ *         try:             # <<<<<<<<<<<<<<
+ *             return self.type.decode(data)
+ *         except BaseException as error:
+*/
+    __pyx_L5_except_error:;
+    __Pyx_XGIVEREF(__pyx_t_1);
+    __Pyx_XGIVEREF(__pyx_t_2);
+    __Pyx_XGIVEREF(__pyx_t_3);
+    __Pyx_ExceptionReset(__pyx_t_1, __pyx_t_2, __pyx_t_3);
+    goto __pyx_L1_error;
+    __pyx_L7_try_return:;
+    __Pyx_XGIVEREF(__pyx_t_1);
+    __Pyx_XGIVEREF(__pyx_t_2);
+    __Pyx_XGIVEREF(__pyx_t_3);
+    __Pyx_ExceptionReset(__pyx_t_1, __pyx_t_2, __pyx_t_3);
+    goto __pyx_L0;
+  }
+
+  /* "ivshmem/channel/readers.pyx":488
+ *         raise self.starved()
+ * 
+ *     cdef object decoded(self, bytes data, uint64_t seen):             # <<<<<<<<<<<<<<
+ *         try:
+ *             return self.type.decode(data)
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_AddTraceback("ivshmem.channel.readers.ValueReader.decoded", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = 0;
+  __pyx_L0:;
+  __Pyx_XDECREF(__pyx_v_error);
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/readers.pyx":496
+ *             raise
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get(self):
@@ -11812,7 +13471,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7readers_11ValueReader_get, "Return a copy of the latest content, which is never torn. Never waits.\n\n        Returns:\n            bytes, or what the channel\047s type makes of them; None: it was never set.\n\n        Raises:\n            Overtaken: the writer sets it faster than it can be copied.\n            ChannelCorrupt, ClosedError: as of Reader.get.\n        ");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7readers_11ValueReader_get, "Return a copy of the latest content, which is never torn. Never waits.\n\n        Returns:\n            bytes, or what the channel\047s type makes of them; None: it was never set. (With\n            pickle=True a content can be None, too.)\n\n        Raises:\n            Overtaken: the writer sets it faster than it can be copied.\n            ChannelCorrupt, ClosedError: as of Reader.get.\n        ");
 static PyMethodDef __pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_1get = {"get", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_1get, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_11ValueReader_get};
 static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_1get(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -11865,24 +13524,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_get(struct __
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/readers.pyx":399
+        /* "ivshmem/channel/readers.pyx":508
  *             ChannelCorrupt, ClosedError: as of Reader.get.
  *         """
  *         self.enter()             # <<<<<<<<<<<<<<
- *         return self.latest(ivshmem_value_look(&self.reader, &self.message))
+ *         return self.latest(self.look(), None)
  * 
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 399, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 508, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/readers.pyx":400
+        /* "ivshmem/channel/readers.pyx":509
  *         """
  *         self.enter()
- *         return self.latest(ivshmem_value_look(&self.reader, &self.message))             # <<<<<<<<<<<<<<
+ *         return self.latest(self.look(), None)             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->latest(__pyx_v_self, ivshmem_value_look((&__pyx_v_self->__pyx_base.reader), (&__pyx_v_self->message))); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 400, __pyx_L4_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->latest(__pyx_v_self, ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->look(__pyx_v_self), Py_None); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 509, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
         {
           PyObject *__pyx_temp;
@@ -11897,8 +13556,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_get(struct __
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/readers.pyx":388
- *         raise self.starved()
+      /* "ivshmem/channel/readers.pyx":496
+ *             raise
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get(self):
@@ -11935,8 +13594,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_get(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":402
- *         return self.latest(ivshmem_value_look(&self.reader, &self.message))
+/* "ivshmem/channel/readers.pyx":511
+ *         return self.latest(self.look(), None)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def wait_changed(self, timeout=None, *, spin=None):
@@ -11951,7 +13610,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7readers_11ValueReader_2wait_changed, "Wait until the value was set since this reader last looked; return its content.\n\n        Args:\n            timeout, spin: as of Reader.get.\n\n        Returns:\n            The content; None: it was not set in time. Contents that came in between are skipped.\n\n        Raises:\n            As of `get`.\n        ");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7readers_11ValueReader_2wait_changed, "Wait until the value was set since this reader last looked; return its content.\n\n        Args:\n            timeout, spin: as of Reader.get.\n\n        Returns:\n            The content; None: it was not set in time, or the content is None, as of `get`.\n            Contents that came in between are skipped.\n\n        Raises:\n            As of `get`.\n        ");
 static PyMethodDef __pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_3wait_changed = {"wait_changed", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_3wait_changed, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_11ValueReader_2wait_changed};
 static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_3wait_changed(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -11984,20 +13643,20 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 402, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 511, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 402, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 511, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait_changed", 0) < (0)) __PYX_ERR(0, 402, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait_changed", 0) < (0)) __PYX_ERR(0, 511, __pyx_L3_error)
 
-      /* "ivshmem/channel/readers.pyx":403
+      /* "ivshmem/channel/readers.pyx":512
  * 
  *     @cython.critical_section
  *     def wait_changed(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -12010,7 +13669,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 402, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 511, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -12023,7 +13682,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait_changed", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 402, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("wait_changed", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 511, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12036,8 +13695,8 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_11ValueReader_2wait_changed(((struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/readers.pyx":402
- *         return self.latest(ivshmem_value_look(&self.reader, &self.message))
+  /* "ivshmem/channel/readers.pyx":511
+ *         return self.latest(self.look(), None)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def wait_changed(self, timeout=None, *, spin=None):
@@ -12070,25 +13729,25 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_2wait_changed
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/readers.pyx":415
+        /* "ivshmem/channel/readers.pyx":525
  *             As of `get`.
  *         """
  *         self.enter()             # <<<<<<<<<<<<<<
- *         return self.latest(self.wait(timeout, spin))
+ *         return self.latest(self.wait(timeout, spin), None)
  * 
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 415, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 525, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/readers.pyx":416
+        /* "ivshmem/channel/readers.pyx":526
  *         """
  *         self.enter()
- *         return self.latest(self.wait(timeout, spin))             # <<<<<<<<<<<<<<
+ *         return self.latest(self.wait(timeout, spin), None)             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 416, __pyx_L4_error)
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->latest(__pyx_v_self, __pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 416, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 526, __pyx_L4_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->latest(__pyx_v_self, __pyx_t_2, Py_None); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 526, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
 
         {
@@ -12104,8 +13763,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_2wait_changed
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/readers.pyx":402
- *         return self.latest(ivshmem_value_look(&self.reader, &self.message))
+      /* "ivshmem/channel/readers.pyx":511
+ *         return self.latest(self.look(), None)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def wait_changed(self, timeout=None, *, spin=None):
@@ -12142,8 +13801,200 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_2wait_changed
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":418
- *         return self.latest(self.wait(timeout, spin))
+/* "ivshmem/channel/readers.pyx":528
+ *         return self.latest(self.wait(timeout, spin), None)
+ * 
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def _changed_or(self, absent, timeout):
+ *         """Do what `wait_changed` does; return `absent` if the value was not set."""
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_5_changed_or(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7readers_11ValueReader_4_changed_or, "Do what `wait_changed` does; return `absent` if the value was not set.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_5_changed_or = {"_changed_or", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_5_changed_or, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_11ValueReader_4_changed_or};
+static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_5_changed_or(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  PyObject *__pyx_v_absent = 0;
+  PyObject *__pyx_v_timeout = 0;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[2] = {0,0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("_changed_or (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_absent,&__pyx_mstate_global->__pyx_n_u_timeout,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 528, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 528, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 528, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_changed_or", 0) < (0)) __PYX_ERR(0, 528, __pyx_L3_error)
+      for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_changed_or", 1, 2, 2, i); __PYX_ERR(0, 528, __pyx_L3_error) }
+      }
+    } else if (unlikely(__pyx_nargs != 2)) {
+      goto __pyx_L5_argtuple_error;
+    } else {
+      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 528, __pyx_L3_error)
+      values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 528, __pyx_L3_error)
+    }
+    __pyx_v_absent = values[0];
+    __pyx_v_timeout = values[1];
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("_changed_or", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 528, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem.channel.readers.ValueReader._changed_or", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_11ValueReader_4_changed_or(((struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self), __pyx_v_absent, __pyx_v_timeout);
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_4_changed_or(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self, PyObject *__pyx_v_absent, PyObject *__pyx_v_timeout) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("_changed_or", 0);
+  {
+      __Pyx_PyCriticalSection __pyx_cs;
+      __pyx_t_1 = ((PyObject *)__pyx_v_self);
+      __Pyx_INCREF(__pyx_t_1);
+      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
+      /*try:*/ {
+
+        /* "ivshmem/channel/readers.pyx":531
+ *     def _changed_or(self, absent, timeout):
+ *         """Do what `wait_changed` does; return `absent` if the value was not set."""
+ *         self.enter()             # <<<<<<<<<<<<<<
+ *         return self.latest(self.wait(timeout, None), absent)
+ * 
+*/
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 531, __pyx_L4_error)
+
+
+        /* "ivshmem/channel/readers.pyx":532
+ *         """Do what `wait_changed` does; return `absent` if the value was not set."""
+ *         self.enter()
+ *         return self.latest(self.wait(timeout, None), absent)             # <<<<<<<<<<<<<<
+ * 
+ *     @cython.critical_section
+*/
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, Py_None); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 532, __pyx_L4_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->latest(__pyx_v_self, __pyx_t_2, __pyx_v_absent); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 532, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_3);
+
+        {
+          PyObject *__pyx_temp;
+          {
+            __pyx_temp = __pyx_r;
+            __pyx_r = __pyx_t_3;
+          }
+          __Pyx_XDECREF(__pyx_temp);
+        }
+        __pyx_t_3 = 0;
+        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+        goto __pyx_L3_return;
+      }
+
+      /* "ivshmem/channel/readers.pyx":528
+ *         return self.latest(self.wait(timeout, spin), None)
+ * 
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def _changed_or(self, absent, timeout):
+ *         """Do what `wait_changed` does; return `absent` if the value was not set."""
+*/
+      /*finally:*/ {
+        __pyx_L3_return: {
+          __pyx_t_4 = __pyx_r;
+          __pyx_r = 0;
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          __pyx_r = __pyx_t_4;
+          __pyx_t_4 = 0;
+          goto __pyx_L0;
+        }
+        __pyx_L4_error: {
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L1_error;
+        }
+      }
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
+
+  /* function exit code */
+  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+  goto __pyx_L0;
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_AddTraceback("ivshmem.channel.readers.ValueReader._changed_or", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/readers.pyx":534
+ *         return self.latest(self.wait(timeout, None), absent)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def view(self):
@@ -12151,16 +14002,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_2wait_changed
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_5view(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_7view(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7readers_11ValueReader_4view, "Return the latest content as a View; None: it was never set.\n\n        The writer does not wait for it: `check`, and the end of `with`, raise Overtaken if the\n        writer has used its memory again. The last four contents keep theirs.\n\n        Raises:\n            ChannelTypeError: pickle=True.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_5view = {"view", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_5view, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_11ValueReader_4view};
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_5view(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7readers_11ValueReader_6view, "Return the latest content as a View; None: it was never set.\n\n        The writer does not wait for it: `check`, and the end of `with`, raise Overtaken if the\n        writer has used its memory again. The last four contents keep theirs.\n\n        Raises:\n            ChannelTypeError: pickle=True.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_7view = {"view", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_7view, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_11ValueReader_6view};
+static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_7view(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -12186,14 +14037,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("view", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_11ValueReader_4view(((struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_11ValueReader_6view(((struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_4view(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_6view(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self) {
   int __pyx_v_code;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -12214,44 +14065,44 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_4view(struct 
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/readers.pyx":429
+        /* "ivshmem/channel/readers.pyx":545
  *         """
  *         cdef int code
  *         check_in_place(self.type, self.name)             # <<<<<<<<<<<<<<
  *         self.enter()
- *         code = ivshmem_value_look(&self.reader, &self.message)
+ *         code = self.look()
 */
         __pyx_t_2 = __pyx_v_self->__pyx_base.type;
         __Pyx_INCREF(__pyx_t_2);
         __pyx_t_3 = __pyx_v_self->__pyx_base.__pyx_base.name;
         __Pyx_INCREF(__pyx_t_3);
-        __pyx_t_4 = __pyx_f_7ivshmem_7channel_5roles_check_in_place(__pyx_t_2, ((PyObject*)__pyx_t_3)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 429, __pyx_L4_error)
+        __pyx_t_4 = __pyx_f_7ivshmem_7channel_5roles_check_in_place(__pyx_t_2, ((PyObject*)__pyx_t_3)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 545, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
 
-        /* "ivshmem/channel/readers.pyx":430
+        /* "ivshmem/channel/readers.pyx":546
  *         cdef int code
  *         check_in_place(self.type, self.name)
  *         self.enter()             # <<<<<<<<<<<<<<
- *         code = ivshmem_value_look(&self.reader, &self.message)
+ *         code = self.look()
  *         if code == IVSHMEM_AGAIN:
 */
-        __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 430, __pyx_L4_error)
+        __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 546, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/readers.pyx":431
+        /* "ivshmem/channel/readers.pyx":547
  *         check_in_place(self.type, self.name)
  *         self.enter()
- *         code = ivshmem_value_look(&self.reader, &self.message)             # <<<<<<<<<<<<<<
+ *         code = self.look()             # <<<<<<<<<<<<<<
  *         if code == IVSHMEM_AGAIN:
  *             return None
 */
-        __pyx_v_code = ivshmem_value_look((&__pyx_v_self->__pyx_base.reader), (&__pyx_v_self->message));
+        __pyx_v_code = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->look(__pyx_v_self);
 
-        /* "ivshmem/channel/readers.pyx":432
+        /* "ivshmem/channel/readers.pyx":548
  *         self.enter()
- *         code = ivshmem_value_look(&self.reader, &self.message)
+ *         code = self.look()
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *             return None
  *         if code:
@@ -12261,8 +14112,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_4view(struct 
         if (__pyx_t_5) {
 
 
-          /* "ivshmem/channel/readers.pyx":433
- *         code = ivshmem_value_look(&self.reader, &self.message)
+          /* "ivshmem/channel/readers.pyx":549
+ *         code = self.look()
  *         if code == IVSHMEM_AGAIN:
  *             return None             # <<<<<<<<<<<<<<
  *         if code:
@@ -12279,16 +14130,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_4view(struct 
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/readers.pyx":432
+          /* "ivshmem/channel/readers.pyx":548
  *         self.enter()
- *         code = ivshmem_value_look(&self.reader, &self.message)
+ *         code = self.look()
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *             return None
  *         if code:
 */
         }
 
-        /* "ivshmem/channel/readers.pyx":434
+        /* "ivshmem/channel/readers.pyx":550
  *         if code == IVSHMEM_AGAIN:
  *             return None
  *         if code:             # <<<<<<<<<<<<<<
@@ -12300,20 +14151,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_4view(struct 
         if (unlikely(__pyx_t_5)) {
 
 
-          /* "ivshmem/channel/readers.pyx":435
+          /* "ivshmem/channel/readers.pyx":551
  *             return None
  *         if code:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
  *         return view_of(self, self.message)
  * 
 */
-          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 435, __pyx_L4_error)
+          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 551, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_3);
           __Pyx_Raise(__pyx_t_3, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-          __PYX_ERR(0, 435, __pyx_L4_error)
+          __PYX_ERR(0, 551, __pyx_L4_error)
 
-          /* "ivshmem/channel/readers.pyx":434
+          /* "ivshmem/channel/readers.pyx":550
  *         if code == IVSHMEM_AGAIN:
  *             return None
  *         if code:             # <<<<<<<<<<<<<<
@@ -12322,14 +14173,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_4view(struct 
 */
         }
 
-        /* "ivshmem/channel/readers.pyx":436
+        /* "ivshmem/channel/readers.pyx":552
  *         if code:
  *             raise self.fail(code)
  *         return view_of(self, self.message)             # <<<<<<<<<<<<<<
  * 
  *     def wait_changed_async(self, timeout=None):
 */
-        __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_5views_view_of(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_self->message)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 436, __pyx_L4_error)
+        __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_5views_view_of(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_self->message)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 552, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
         {
           PyObject *__pyx_temp;
@@ -12344,8 +14195,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_4view(struct 
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/readers.pyx":418
- *         return self.latest(self.wait(timeout, spin))
+      /* "ivshmem/channel/readers.pyx":534
+ *         return self.latest(self.wait(timeout, None), absent)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def view(self):
@@ -12384,25 +14235,25 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_4view(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":438
+/* "ivshmem/channel/readers.pyx":554
  *         return view_of(self, self.message)
  * 
  *     def wait_changed_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `wait_changed` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return until_something(self, self.wait_changed, timeout, ())
+ *         return until_content(self, "wait_changed", self._changed_or, timeout)
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_7wait_changed_async(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_9wait_changed_async(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7readers_11ValueReader_6wait_changed_async, "The twin of `wait_changed` for asyncio: a coroutine. To cancel it takes nothing.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_7wait_changed_async = {"wait_changed_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_7wait_changed_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_11ValueReader_6wait_changed_async};
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_7wait_changed_async(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7readers_11ValueReader_8wait_changed_async, "The twin of `wait_changed` for asyncio: a coroutine. To cancel it takes nothing.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_9wait_changed_async = {"wait_changed_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_9wait_changed_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_11ValueReader_8wait_changed_async};
+static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_9wait_changed_async(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -12432,24 +14283,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 438, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 554, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 438, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 554, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait_changed_async", 0) < (0)) __PYX_ERR(0, 438, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait_changed_async", 0) < (0)) __PYX_ERR(0, 554, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 438, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 554, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -12460,7 +14311,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait_changed_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 438, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("wait_changed_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 554, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12471,7 +14322,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_11ValueReader_6wait_changed_async(((struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self), __pyx_v_timeout);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_11ValueReader_8wait_changed_async(((struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self), __pyx_v_timeout);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -12481,7 +14332,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_6wait_changed_async(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self, PyObject *__pyx_v_timeout) {
+static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_8wait_changed_async(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self, PyObject *__pyx_v_timeout) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -12491,16 +14342,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_6wait_changed
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait_changed_async", 0);
 
-  /* "ivshmem/channel/readers.pyx":440
+  /* "ivshmem/channel/readers.pyx":556
  *     def wait_changed_async(self, timeout=None):
  *         """The twin of `wait_changed` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return until_something(self, self.wait_changed, timeout, ())             # <<<<<<<<<<<<<<
+ *         return until_content(self, "wait_changed", self._changed_or, timeout)             # <<<<<<<<<<<<<<
  * 
  *     def __iter__(self):
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_wait_changed); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 440, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_changed_or); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 556, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 440, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_content(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_wait_changed, __pyx_t_1, __pyx_v_timeout); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 556, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
@@ -12514,12 +14365,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_6wait_changed
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":438
+  /* "ivshmem/channel/readers.pyx":554
  *         return view_of(self, self.message)
  * 
  *     def wait_changed_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `wait_changed` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return until_something(self, self.wait_changed, timeout, ())
+ *         return until_content(self, "wait_changed", self._changed_or, timeout)
 */
 
   /* function exit code */
@@ -12534,8 +14385,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_6wait_changed
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":442
- *         return until_something(self, self.wait_changed, timeout, ())
+/* "ivshmem/channel/readers.pyx":558
+ *         return until_content(self, "wait_changed", self._changed_or, timeout)
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
  *         return self
@@ -12543,26 +14394,26 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_6wait_changed
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_9__iter__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_9__iter__(PyObject *__pyx_v_self) {
+static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_11__iter__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_11__iter__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__iter__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_11ValueReader_8__iter__(((struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_11ValueReader_10__iter__(((struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_8__iter__(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_10__iter__(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__iter__", 0);
 
-  /* "ivshmem/channel/readers.pyx":443
+  /* "ivshmem/channel/readers.pyx":559
  * 
  *     def __iter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -12580,8 +14431,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_8__iter__(str
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":442
- *         return until_something(self, self.wait_changed, timeout, ())
+  /* "ivshmem/channel/readers.pyx":558
+ *         return until_content(self, "wait_changed", self._changed_or, timeout)
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
  *         return self
@@ -12595,7 +14446,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_8__iter__(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":445
+/* "ivshmem/channel/readers.pyx":561
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -12604,21 +14455,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_8__iter__(str
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_11__next__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_11__next__(PyObject *__pyx_v_self) {
+static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_13__next__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_13__next__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__next__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_11ValueReader_10__next__(((struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_11ValueReader_12__next__(((struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_10__next__(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_12__next__(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -12629,7 +14480,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_10__next__(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__next__", 0);
 
-  /* "ivshmem/channel/readers.pyx":446
+  /* "ivshmem/channel/readers.pyx":562
  * 
  *     def __next__(self):
  *         return self.wait_changed()             # <<<<<<<<<<<<<<
@@ -12643,7 +14494,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_10__next__(st
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_wait_changed, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 446, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 562, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -12657,7 +14508,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_10__next__(st
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":445
+  /* "ivshmem/channel/readers.pyx":561
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -12677,7 +14528,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_10__next__(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":448
+/* "ivshmem/channel/readers.pyx":564
  *         return self.wait_changed()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -12686,26 +14537,26 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_10__next__(st
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_13__aiter__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_13__aiter__(PyObject *__pyx_v_self) {
+static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_15__aiter__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_15__aiter__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__aiter__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_11ValueReader_12__aiter__(((struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_11ValueReader_14__aiter__(((struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_12__aiter__(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_14__aiter__(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__aiter__", 0);
 
-  /* "ivshmem/channel/readers.pyx":449
+  /* "ivshmem/channel/readers.pyx":565
  * 
  *     def __aiter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -12723,7 +14574,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_12__aiter__(s
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":448
+  /* "ivshmem/channel/readers.pyx":564
  *         return self.wait_changed()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -12738,7 +14589,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_12__aiter__(s
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":451
+/* "ivshmem/channel/readers.pyx":567
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -12746,21 +14597,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_12__aiter__(s
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_15__anext__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_15__anext__(PyObject *__pyx_v_self) {
+static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_17__anext__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_17__anext__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__anext__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_11ValueReader_14__anext__(((struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_11ValueReader_16__anext__(((struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_14__anext__(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_16__anext__(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -12771,7 +14622,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_14__anext__(s
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__anext__", 0);
 
-  /* "ivshmem/channel/readers.pyx":452
+  /* "ivshmem/channel/readers.pyx":568
  * 
  *     def __anext__(self):
  *         return self.wait_changed_async()             # <<<<<<<<<<<<<<
@@ -12783,7 +14634,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_14__anext__(s
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_wait_changed_async, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 452, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 568, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -12797,7 +14648,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_14__anext__(s
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":451
+  /* "ivshmem/channel/readers.pyx":567
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -12823,16 +14674,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_14__anext__(s
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_17__reduce_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_19__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7readers_11ValueReader_16__reduce_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_17__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_17__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_11ValueReader_16__reduce_cython__};
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_17__reduce_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7readers_11ValueReader_18__reduce_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_19__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_19__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_11ValueReader_18__reduce_cython__};
+static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_19__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -12858,14 +14709,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_11ValueReader_16__reduce_cython__(((struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_11ValueReader_18__reduce_cython__(((struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_16__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_18__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -12905,16 +14756,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_16__reduce_cy
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_19__setstate_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_21__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7readers_11ValueReader_18__setstate_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_19__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_19__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_11ValueReader_18__setstate_cython__};
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_19__setstate_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7readers_11ValueReader_20__setstate_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_21__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_21__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_11ValueReader_20__setstate_cython__};
+static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_21__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -12980,7 +14831,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_11ValueReader_18__setstate_cython__(((struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self), __pyx_v___pyx_state);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_11ValueReader_20__setstate_cython__(((struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self), __pyx_v___pyx_state);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -12990,7 +14841,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_18__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
+static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_20__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -13090,16 +14941,16 @@ static PyObject *__pyx_getprop_7ivshmem_7channel_7readers_6Reader_lost(PyObject 
   return __pyx_pw_7ivshmem_7channel_7readers_6Reader_4lost_1__get__(o);
 }
 
-static PyObject *__pyx_specialmethod___pyx_pw_7ivshmem_7channel_7readers_6Reader_22__next__(PyObject *self, CYTHON_UNUSED PyObject *arg) {
-  PyObject *res = __pyx_pw_7ivshmem_7channel_7readers_6Reader_22__next__(self);
+static PyObject *__pyx_specialmethod___pyx_pw_7ivshmem_7channel_7readers_6Reader_24__next__(PyObject *self, CYTHON_UNUSED PyObject *arg) {
+  PyObject *res = __pyx_pw_7ivshmem_7channel_7readers_6Reader_24__next__(self);
   if (!res && !PyErr_Occurred()) { PyErr_SetNone(PyExc_StopIteration); }
   return res;
 }
-static PyObject *__pyx_specialmethod___pyx_pw_7ivshmem_7channel_7readers_6Reader_24__aiter__(PyObject *self, CYTHON_UNUSED PyObject *arg) {
-  return __pyx_pw_7ivshmem_7channel_7readers_6Reader_24__aiter__(self);
+static PyObject *__pyx_specialmethod___pyx_pw_7ivshmem_7channel_7readers_6Reader_26__aiter__(PyObject *self, CYTHON_UNUSED PyObject *arg) {
+  return __pyx_pw_7ivshmem_7channel_7readers_6Reader_26__aiter__(self);
 }
-static PyObject *__pyx_specialmethod___pyx_pw_7ivshmem_7channel_7readers_6Reader_26__anext__(PyObject *self, CYTHON_UNUSED PyObject *arg) {
-  return __pyx_pw_7ivshmem_7channel_7readers_6Reader_26__anext__(self);
+static PyObject *__pyx_specialmethod___pyx_pw_7ivshmem_7channel_7readers_6Reader_28__anext__(PyObject *self, CYTHON_UNUSED PyObject *arg) {
+  return __pyx_pw_7ivshmem_7channel_7readers_6Reader_28__anext__(self);
 }
 
 static PyMethodDef __pyx_methods_7ivshmem_7channel_7readers_Reader[] = {
@@ -13108,15 +14959,16 @@ static PyMethodDef __pyx_methods_7ivshmem_7channel_7readers_Reader[] = {
   {"get_rows", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_6Reader_5get_rows, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_6Reader_4get_rows},
   {"view", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_6Reader_7view, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_6Reader_6view},
   {"get_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_6Reader_9get_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_6Reader_8get_async},
-  {"get_into_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_6Reader_11get_into_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_6Reader_10get_into_async},
-  {"get_rows_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_6Reader_13get_rows_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_6Reader_12get_rows_async},
-  {"_rows_or_none", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_6Reader_16_rows_or_none, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_6Reader_15_rows_or_none},
-  {"view_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_6Reader_18view_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_6Reader_17view_async},
-  {"__next__", (PyCFunction)__pyx_specialmethod___pyx_pw_7ivshmem_7channel_7readers_6Reader_22__next__, METH_NOARGS|METH_COEXIST, 0},
-  {"__aiter__", (PyCFunction)__pyx_specialmethod___pyx_pw_7ivshmem_7channel_7readers_6Reader_24__aiter__, METH_NOARGS|METH_COEXIST, 0},
-  {"__anext__", (PyCFunction)__pyx_specialmethod___pyx_pw_7ivshmem_7channel_7readers_6Reader_26__anext__, METH_NOARGS|METH_COEXIST, 0},
-  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_6Reader_28__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_6Reader_27__reduce_cython__},
-  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_6Reader_30__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_6Reader_29__setstate_cython__},
+  {"_get_or", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_6Reader_11_get_or, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_6Reader_10_get_or},
+  {"get_into_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_6Reader_13get_into_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_6Reader_12get_into_async},
+  {"get_rows_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_6Reader_15get_rows_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_6Reader_14get_rows_async},
+  {"_rows_or_none", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_6Reader_18_rows_or_none, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_6Reader_17_rows_or_none},
+  {"view_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_6Reader_20view_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_6Reader_19view_async},
+  {"__next__", (PyCFunction)__pyx_specialmethod___pyx_pw_7ivshmem_7channel_7readers_6Reader_24__next__, METH_NOARGS|METH_COEXIST, 0},
+  {"__aiter__", (PyCFunction)__pyx_specialmethod___pyx_pw_7ivshmem_7channel_7readers_6Reader_26__aiter__, METH_NOARGS|METH_COEXIST, 0},
+  {"__anext__", (PyCFunction)__pyx_specialmethod___pyx_pw_7ivshmem_7channel_7readers_6Reader_28__anext__, METH_NOARGS|METH_COEXIST, 0},
+  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_6Reader_30__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_6Reader_29__reduce_cython__},
+  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_6Reader_32__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_6Reader_31__setstate_cython__},
   {0, 0, 0, 0}
 };
 
@@ -13128,15 +14980,15 @@ static struct PyGetSetDef __pyx_getsets_7ivshmem_7channel_7readers_Reader[] = {
 static PyType_Slot __pyx_type_7ivshmem_7channel_7readers_Reader_slots[] = {
   {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7channel_7readers_Reader},
   #if defined(Py_am_aiter)
-  {Py_am_aiter, (void *)__pyx_pw_7ivshmem_7channel_7readers_6Reader_24__aiter__},
+  {Py_am_aiter, (void *)__pyx_pw_7ivshmem_7channel_7readers_6Reader_26__aiter__},
   #endif
   #if defined(Py_am_anext)
-  {Py_am_anext, (void *)__pyx_pw_7ivshmem_7channel_7readers_6Reader_26__anext__},
+  {Py_am_anext, (void *)__pyx_pw_7ivshmem_7channel_7readers_6Reader_28__anext__},
   #endif
   {Py_tp_doc, (void *)PyDoc_STR("One reader of a channel of messages; made by its `reader()`. It iterates over messages.\n\n    Attributes:\n        name: of the channel.\n    ")},
   {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7channel_7readers_Reader},
-  {Py_tp_iter, (void *)__pyx_pw_7ivshmem_7channel_7readers_6Reader_20__iter__},
-  {Py_tp_iternext, (void *)__pyx_pw_7ivshmem_7channel_7readers_6Reader_22__next__},
+  {Py_tp_iter, (void *)__pyx_pw_7ivshmem_7channel_7readers_6Reader_22__iter__},
+  {Py_tp_iternext, (void *)__pyx_pw_7ivshmem_7channel_7readers_6Reader_24__next__},
   {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7channel_7readers_Reader},
   {Py_tp_getset, (void *)__pyx_getsets_7ivshmem_7channel_7readers_Reader},
   {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_7channel_7readers_Reader},
@@ -13153,8 +15005,8 @@ static PyType_Spec __pyx_type_7ivshmem_7channel_7readers_Reader_spec = {
 
 static __Pyx_PyAsyncMethodsStruct __pyx_tp_as_async_Reader = {
   0, /*am_await*/
-  __pyx_pw_7ivshmem_7channel_7readers_6Reader_24__aiter__, /*am_aiter*/
-  __pyx_pw_7ivshmem_7channel_7readers_6Reader_26__anext__, /*am_anext*/
+  __pyx_pw_7ivshmem_7channel_7readers_6Reader_26__aiter__, /*am_aiter*/
+  __pyx_pw_7ivshmem_7channel_7readers_6Reader_28__anext__, /*am_anext*/
   0, /*am_send*/
 };
 
@@ -13184,8 +15036,8 @@ static PyTypeObject __pyx_type_7ivshmem_7channel_7readers_Reader = {
   0, /*tp_clear*/
   0, /*tp_richcompare*/
   0, /*tp_weaklistoffset*/
-  __pyx_pw_7ivshmem_7channel_7readers_6Reader_20__iter__, /*tp_iter*/
-  __pyx_pw_7ivshmem_7channel_7readers_6Reader_22__next__, /*tp_iternext*/
+  __pyx_pw_7ivshmem_7channel_7readers_6Reader_22__iter__, /*tp_iter*/
+  __pyx_pw_7ivshmem_7channel_7readers_6Reader_24__next__, /*tp_iternext*/
   __pyx_methods_7ivshmem_7channel_7readers_Reader, /*tp_methods*/
   0, /*tp_members*/
   __pyx_getsets_7ivshmem_7channel_7readers_Reader, /*tp_getset*/
@@ -13298,43 +15150,44 @@ static int __pyx_tp_traverse_7ivshmem_7channel_7readers_ValueReader(PyObject *o,
   return 0;
 }
 
-static PyObject *__pyx_specialmethod___pyx_pw_7ivshmem_7channel_7readers_11ValueReader_11__next__(PyObject *self, CYTHON_UNUSED PyObject *arg) {
-  PyObject *res = __pyx_pw_7ivshmem_7channel_7readers_11ValueReader_11__next__(self);
+static PyObject *__pyx_specialmethod___pyx_pw_7ivshmem_7channel_7readers_11ValueReader_13__next__(PyObject *self, CYTHON_UNUSED PyObject *arg) {
+  PyObject *res = __pyx_pw_7ivshmem_7channel_7readers_11ValueReader_13__next__(self);
   if (!res && !PyErr_Occurred()) { PyErr_SetNone(PyExc_StopIteration); }
   return res;
 }
-static PyObject *__pyx_specialmethod___pyx_pw_7ivshmem_7channel_7readers_11ValueReader_13__aiter__(PyObject *self, CYTHON_UNUSED PyObject *arg) {
-  return __pyx_pw_7ivshmem_7channel_7readers_11ValueReader_13__aiter__(self);
+static PyObject *__pyx_specialmethod___pyx_pw_7ivshmem_7channel_7readers_11ValueReader_15__aiter__(PyObject *self, CYTHON_UNUSED PyObject *arg) {
+  return __pyx_pw_7ivshmem_7channel_7readers_11ValueReader_15__aiter__(self);
 }
-static PyObject *__pyx_specialmethod___pyx_pw_7ivshmem_7channel_7readers_11ValueReader_15__anext__(PyObject *self, CYTHON_UNUSED PyObject *arg) {
-  return __pyx_pw_7ivshmem_7channel_7readers_11ValueReader_15__anext__(self);
+static PyObject *__pyx_specialmethod___pyx_pw_7ivshmem_7channel_7readers_11ValueReader_17__anext__(PyObject *self, CYTHON_UNUSED PyObject *arg) {
+  return __pyx_pw_7ivshmem_7channel_7readers_11ValueReader_17__anext__(self);
 }
 
 static PyMethodDef __pyx_methods_7ivshmem_7channel_7readers_ValueReader[] = {
   {"get", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_1get, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_11ValueReader_get},
   {"wait_changed", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_3wait_changed, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_11ValueReader_2wait_changed},
-  {"view", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_5view, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_11ValueReader_4view},
-  {"wait_changed_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_7wait_changed_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_11ValueReader_6wait_changed_async},
-  {"__next__", (PyCFunction)__pyx_specialmethod___pyx_pw_7ivshmem_7channel_7readers_11ValueReader_11__next__, METH_NOARGS|METH_COEXIST, 0},
-  {"__aiter__", (PyCFunction)__pyx_specialmethod___pyx_pw_7ivshmem_7channel_7readers_11ValueReader_13__aiter__, METH_NOARGS|METH_COEXIST, 0},
-  {"__anext__", (PyCFunction)__pyx_specialmethod___pyx_pw_7ivshmem_7channel_7readers_11ValueReader_15__anext__, METH_NOARGS|METH_COEXIST, 0},
-  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_17__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_11ValueReader_16__reduce_cython__},
-  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_19__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_11ValueReader_18__setstate_cython__},
+  {"_changed_or", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_5_changed_or, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_11ValueReader_4_changed_or},
+  {"view", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_7view, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_11ValueReader_6view},
+  {"wait_changed_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_9wait_changed_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_11ValueReader_8wait_changed_async},
+  {"__next__", (PyCFunction)__pyx_specialmethod___pyx_pw_7ivshmem_7channel_7readers_11ValueReader_13__next__, METH_NOARGS|METH_COEXIST, 0},
+  {"__aiter__", (PyCFunction)__pyx_specialmethod___pyx_pw_7ivshmem_7channel_7readers_11ValueReader_15__aiter__, METH_NOARGS|METH_COEXIST, 0},
+  {"__anext__", (PyCFunction)__pyx_specialmethod___pyx_pw_7ivshmem_7channel_7readers_11ValueReader_17__anext__, METH_NOARGS|METH_COEXIST, 0},
+  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_19__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_11ValueReader_18__reduce_cython__},
+  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_21__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_11ValueReader_20__setstate_cython__},
   {0, 0, 0, 0}
 };
 #if CYTHON_USE_TYPE_SPECS
 static PyType_Slot __pyx_type_7ivshmem_7channel_7readers_ValueReader_slots[] = {
   {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7channel_7readers_ValueReader},
   #if defined(Py_am_aiter)
-  {Py_am_aiter, (void *)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_13__aiter__},
+  {Py_am_aiter, (void *)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_15__aiter__},
   #endif
   #if defined(Py_am_anext)
-  {Py_am_anext, (void *)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_15__anext__},
+  {Py_am_anext, (void *)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_17__anext__},
   #endif
   {Py_tp_doc, (void *)PyDoc_STR("One reader of a value; made by its `reader()`. It iterates over contents as they change.\n\n    Attributes:\n        name: of the channel.\n    ")},
   {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7channel_7readers_ValueReader},
-  {Py_tp_iter, (void *)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_9__iter__},
-  {Py_tp_iternext, (void *)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_11__next__},
+  {Py_tp_iter, (void *)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_11__iter__},
+  {Py_tp_iternext, (void *)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_13__next__},
   {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7channel_7readers_ValueReader},
   {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_7channel_7readers_ValueReader},
   {0, 0},
@@ -13350,8 +15203,8 @@ static PyType_Spec __pyx_type_7ivshmem_7channel_7readers_ValueReader_spec = {
 
 static __Pyx_PyAsyncMethodsStruct __pyx_tp_as_async_ValueReader = {
   0, /*am_await*/
-  __pyx_pw_7ivshmem_7channel_7readers_11ValueReader_13__aiter__, /*am_aiter*/
-  __pyx_pw_7ivshmem_7channel_7readers_11ValueReader_15__anext__, /*am_anext*/
+  __pyx_pw_7ivshmem_7channel_7readers_11ValueReader_15__aiter__, /*am_aiter*/
+  __pyx_pw_7ivshmem_7channel_7readers_11ValueReader_17__anext__, /*am_anext*/
   0, /*am_send*/
 };
 
@@ -13381,8 +15234,8 @@ static PyTypeObject __pyx_type_7ivshmem_7channel_7readers_ValueReader = {
   0, /*tp_clear*/
   0, /*tp_richcompare*/
   0, /*tp_weaklistoffset*/
-  __pyx_pw_7ivshmem_7channel_7readers_11ValueReader_9__iter__, /*tp_iter*/
-  __pyx_pw_7ivshmem_7channel_7readers_11ValueReader_11__next__, /*tp_iternext*/
+  __pyx_pw_7ivshmem_7channel_7readers_11ValueReader_11__iter__, /*tp_iter*/
+  __pyx_pw_7ivshmem_7channel_7readers_11ValueReader_13__next__, /*tp_iternext*/
   __pyx_methods_7ivshmem_7channel_7readers_ValueReader, /*tp_methods*/
   0, /*tp_members*/
   0, /*tp_getset*/
@@ -13677,6 +15530,7 @@ static int __Pyx_modinit_Global_init_code(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_modinit_Global_init_code", 0);
   /*--- Global init code ---*/
+  __pyx_v_7ivshmem_7channel_7readers_OVERWRITTEN = Py_None; Py_INCREF(Py_None);
   __Pyx_RefNannyFinishContext();
   return 0;
 }
@@ -13715,17 +15569,21 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7readers_Reader(__p
   __pyx_vtable_7ivshmem_7channel_7readers_Reader.__pyx_base.__pyx_base.end_sleep = (void (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7readers_6Reader_end_sleep;
   __pyx_vtable_7ivshmem_7channel_7readers_Reader.__pyx_base.__pyx_base.probe = (int64_t (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *))__pyx_f_7ivshmem_7channel_7readers_6Reader_probe;
   __pyx_vtable_7ivshmem_7channel_7readers_Reader.__pyx_base.__pyx_base.restore = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7readers_6Reader_restore;
+  __pyx_vtable_7ivshmem_7channel_7readers_Reader.__pyx_base.put_back = (int (*)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message const *))__pyx_f_7ivshmem_7channel_7readers_6Reader_put_back;
   __pyx_vtable_7ivshmem_7channel_7readers_Reader.take = (int (*)(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *, PyObject *, PyObject *))__pyx_f_7ivshmem_7channel_7readers_6Reader_take;
-  __pyx_vtable_7ivshmem_7channel_7readers_Reader.take_pending = (int (*)(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *))__pyx_f_7ivshmem_7channel_7readers_6Reader_take_pending;
+  __pyx_vtable_7ivshmem_7channel_7readers_Reader.take_new = (int (*)(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *))__pyx_f_7ivshmem_7channel_7readers_6Reader_take_new;
+  __pyx_vtable_7ivshmem_7channel_7readers_Reader.take_kept = (int (*)(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *))__pyx_f_7ivshmem_7channel_7readers_6Reader_take_kept;
   __pyx_vtable_7ivshmem_7channel_7readers_Reader.tell_lost = (int (*)(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *))__pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost;
-  __pyx_vtable_7ivshmem_7channel_7readers_Reader.keep = (int (*)(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *))__pyx_f_7ivshmem_7channel_7readers_6Reader_keep;
+  __pyx_vtable_7ivshmem_7channel_7readers_Reader.keep = (int (*)(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *, struct ivshmem_message const *))__pyx_f_7ivshmem_7channel_7readers_6Reader_keep;
+  __pyx_vtable_7ivshmem_7channel_7readers_Reader.got = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *, PyObject *, PyObject *, PyObject *))__pyx_f_7ivshmem_7channel_7readers_6Reader_got;
   __pyx_vtable_7ivshmem_7channel_7readers_Reader.copy_out = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *))__pyx_f_7ivshmem_7channel_7readers_6Reader_copy_out;
+  __pyx_vtable_7ivshmem_7channel_7readers_Reader.decoded = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *))__pyx_f_7ivshmem_7channel_7readers_6Reader_decoded;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 37, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 40, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7readers_Reader_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader)) __PYX_ERR(0, 37, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader)) __PYX_ERR(0, 40, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader = &__pyx_type_7ivshmem_7channel_7readers_Reader;
   #endif
@@ -13733,7 +15591,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7readers_Reader(__p
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader) < (0)) __PYX_ERR(0, 37, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader) < (0)) __PYX_ERR(0, 40, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader);
@@ -13743,12 +15601,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7readers_Reader(__p
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_vtabptr_7ivshmem_7channel_7readers_Reader) < (0)) __PYX_ERR(0, 37, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Reader, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader) < (0)) __PYX_ERR(0, 37, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_vtabptr_7ivshmem_7channel_7readers_Reader) < (0)) __PYX_ERR(0, 40, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Reader, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader) < (0)) __PYX_ERR(0, 40, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_7readers_Reader, __pyx_base.__pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader) < (0)) __PYX_ERR(0, 37, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader) < (0)) __PYX_ERR(0, 40, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -13773,13 +15631,16 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7readers_ValueReade
   __pyx_vtable_7ivshmem_7channel_7readers_ValueReader.__pyx_base.__pyx_base.end_sleep = (void (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7readers_11ValueReader_end_sleep;
   __pyx_vtable_7ivshmem_7channel_7readers_ValueReader.__pyx_base.__pyx_base.probe = (int64_t (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *))__pyx_f_7ivshmem_7channel_7readers_11ValueReader_probe;
   __pyx_vtable_7ivshmem_7channel_7readers_ValueReader.__pyx_base.__pyx_base.restore = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7readers_11ValueReader_restore;
-  __pyx_vtable_7ivshmem_7channel_7readers_ValueReader.latest = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *, int))__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest;
+  __pyx_vtable_7ivshmem_7channel_7readers_ValueReader.__pyx_base.put_back = (int (*)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message const *))__pyx_f_7ivshmem_7channel_7readers_11ValueReader_put_back;
+  __pyx_vtable_7ivshmem_7channel_7readers_ValueReader.look = (int (*)(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *))__pyx_f_7ivshmem_7channel_7readers_11ValueReader_look;
+  __pyx_vtable_7ivshmem_7channel_7readers_ValueReader.latest = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *, int, PyObject *))__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest;
+  __pyx_vtable_7ivshmem_7channel_7readers_ValueReader.decoded = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *, PyObject *, uint64_t))__pyx_f_7ivshmem_7channel_7readers_11ValueReader_decoded;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 336, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 422, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7readers_ValueReader_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader)) __PYX_ERR(0, 336, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader)) __PYX_ERR(0, 422, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader = &__pyx_type_7ivshmem_7channel_7readers_ValueReader;
   #endif
@@ -13787,7 +15648,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7readers_ValueReade
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader) < (0)) __PYX_ERR(0, 336, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader) < (0)) __PYX_ERR(0, 422, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader);
@@ -13797,12 +15658,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7readers_ValueReade
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_vtabptr_7ivshmem_7channel_7readers_ValueReader) < (0)) __PYX_ERR(0, 336, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_ValueReader, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader) < (0)) __PYX_ERR(0, 336, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_vtabptr_7ivshmem_7channel_7readers_ValueReader) < (0)) __PYX_ERR(0, 422, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_ValueReader, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader) < (0)) __PYX_ERR(0, 422, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader, __pyx_base.__pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader) < (0)) __PYX_ERR(0, 336, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader) < (0)) __PYX_ERR(0, 422, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -13820,14 +15681,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7readers___pyx_scop
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async)) __PYX_ERR(0, 304, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async)) __PYX_ERR(0, 388, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async = &__pyx_type_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async) < (0)) __PYX_ERR(0, 304, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async) < (0)) __PYX_ERR(0, 388, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async);
@@ -14144,8 +16005,8 @@ static int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate) {
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (unlikely(!__pyx_import_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
     #endif
-    const char * __pyx_import_name = __pyx_import_signature + 102;
-    void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something, (void (**)(void)) NULL};
+    const char * __pyx_import_name = __pyx_import_signature + 103;
+    void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_content, (void (**)(void))&__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something, (void (**)(void)) NULL};
     void (**const *__pyx_import_pointer)(void) = __pyx_import_pointers;
     const char *__pyx_import_current_signature = __pyx_import_signature;
     while (*__pyx_import_pointer) {
@@ -14378,6 +16239,7 @@ static CYTHON_SMALL_CODE int __pyx_pymod_exec_readers(PyObject *__pyx_pyinit_mod
   PyObject *__pyx_t_2 = NULL;
   Py_ssize_t __pyx_t_3;
   PyObject *__pyx_t_4 = NULL;
+  size_t __pyx_t_5;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -14512,7 +16374,7 @@ __Pyx_RefNannySetupContext("PyInit_readers", 0);
  * from ..errors import ChannelError, MessagesLost, MessageTooLong
  * from ..text import counted             # <<<<<<<<<<<<<<
  * 
- * # -- messages -------------------------------------------------------------------------------------
+ * # In the place of what a message is decoded to: its writer overwrote it during the copy.
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
@@ -14531,194 +16393,215 @@ __Pyx_RefNannySetupContext("PyInit_readers", 0);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/readers.pyx":169
- *         raise self.starved()
+  /* "ivshmem/channel/readers.pyx":25
+ * 
+ * # In the place of what a message is decoded to: its writer overwrote it during the copy.
+ * cdef object OVERWRITTEN = object()             # <<<<<<<<<<<<<<
+ * 
+ * # -- messages -------------------------------------------------------------------------------------
+*/
+  __pyx_t_4 = NULL;
+  __pyx_t_5 = 1;
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
+    __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_object, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 25, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_2);
+  }
+  __Pyx_XGOTREF(__pyx_v_7ivshmem_7channel_7readers_OVERWRITTEN);
+  __Pyx_DECREF_SET(__pyx_v_7ivshmem_7channel_7readers_OVERWRITTEN, __pyx_t_2);
+  __Pyx_GIVEREF(__pyx_t_2);
+  __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/readers.pyx":244
+ *         return found
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_into(self, buffer, timeout=None, *, spin=None):
  *         """Copy the next message into `buffer`; otherwise as `get`.
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 169, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 244, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
-  /* "ivshmem/channel/readers.pyx":170
+  /* "ivshmem/channel/readers.pyx":245
  * 
  *     @cython.critical_section
  *     def get_into(self, buffer, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Copy the next message into `buffer`; otherwise as `get`.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 169, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 244, __pyx_L1_error)
 
-  /* "ivshmem/channel/readers.pyx":169
- *         raise self.starved()
+  /* "ivshmem/channel/readers.pyx":244
+ *         return found
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_into(self, buffer, timeout=None, *, spin=None):
  *         """Copy the next message into `buffer`; otherwise as `get`.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_3get_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 169, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_3get_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 244, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[1]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_into, __pyx_t_4) < (0)) __PYX_ERR(0, 169, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_into, __pyx_t_4) < (0)) __PYX_ERR(0, 244, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/readers.pyx":202
+  /* "ivshmem/channel/readers.pyx":277
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_rows(self, rows, timeout=None, *, spin=None):
  *         """Copy the messages that are there into the rows of an array, at most one into each.
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 202, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 277, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
 
-  /* "ivshmem/channel/readers.pyx":203
+  /* "ivshmem/channel/readers.pyx":278
  * 
  *     @cython.critical_section
  *     def get_rows(self, rows, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Copy the messages that are there into the rows of an array, at most one into each.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 202, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 277, __pyx_L1_error)
 
-  /* "ivshmem/channel/readers.pyx":202
+  /* "ivshmem/channel/readers.pyx":277
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_rows(self, rows, timeout=None, *, spin=None):
  *         """Copy the messages that are there into the rows of an array, at most one into each.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_5get_rows, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_rows, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 202, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_5get_rows, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_rows, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 277, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[0]);
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[1]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_rows, __pyx_t_2) < (0)) __PYX_ERR(0, 202, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_rows, __pyx_t_2) < (0)) __PYX_ERR(0, 277, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/readers.pyx":268
+  /* "ivshmem/channel/readers.pyx":346
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def view(self, timeout=None, *, spin=None):
  *         """Return the next message as a View: its memory itself, without a copy.
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 268, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 346, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
-  /* "ivshmem/channel/readers.pyx":269
+  /* "ivshmem/channel/readers.pyx":347
  * 
  *     @cython.critical_section
  *     def view(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Return the next message as a View: its memory itself, without a copy.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 268, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 346, __pyx_L1_error)
 
-  /* "ivshmem/channel/readers.pyx":268
+  /* "ivshmem/channel/readers.pyx":346
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def view(self, timeout=None, *, spin=None):
  *         """Return the next message as a View: its memory itself, without a copy.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_7view, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_view, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 268, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_7view, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_view, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 346, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[1]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_view, __pyx_t_4) < (0)) __PYX_ERR(0, 268, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_view, __pyx_t_4) < (0)) __PYX_ERR(0, 346, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/readers.pyx":296
+  /* "ivshmem/channel/readers.pyx":374
  *         return view_of(self, self.message)
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return until_something(self, self.get, timeout, ())
+ *         return until_content(self, "get", self._get_or, timeout)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_9get_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 296, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_9get_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 374, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_async, __pyx_t_4) < (0)) __PYX_ERR(0, 296, __pyx_L1_error)
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[1]);
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_async, __pyx_t_4) < (0)) __PYX_ERR(0, 374, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/readers.pyx":300
- *         return until_something(self, self.get, timeout, ())
+  /* "ivshmem/channel/readers.pyx":384
+ *         return self.got(timeout, None, absent)
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.get_into, timeout, (buffer,))
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_11get_into_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_into_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 300, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_13get_into_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_into_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 384, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_into_async, __pyx_t_4) < (0)) __PYX_ERR(0, 300, __pyx_L1_error)
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[1]);
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_into_async, __pyx_t_4) < (0)) __PYX_ERR(0, 384, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/readers.pyx":304
+  /* "ivshmem/channel/readers.pyx":388
  *         return until_something(self, self.get_into, timeout, (buffer,))
  * 
  *     async def get_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get_rows` for asyncio. To cancel it takes nothing."""
- *         found = await until_something(self, self._rows_or_none, timeout, (rows,))
+ *         if memoryview(rows).shape[:1] == (0,):
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_13get_rows_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_Reader_get_rows_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 304, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_15get_rows_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_Reader_get_rows_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 388, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_rows_async, __pyx_t_4) < (0)) __PYX_ERR(0, 304, __pyx_L1_error)
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[1]);
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_rows_async, __pyx_t_4) < (0)) __PYX_ERR(0, 388, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/readers.pyx":309
+  /* "ivshmem/channel/readers.pyx":395
  *         return found or 0
  * 
  *     def _rows_or_none(self, rows, timeout):             # <<<<<<<<<<<<<<
  *         return self.get_rows(rows, timeout) or None
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_16_rows_or_none, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader__rows_or_none, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 309, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_18_rows_or_none, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader__rows_or_none, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 395, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_rows_or_none, __pyx_t_4) < (0)) __PYX_ERR(0, 309, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_rows_or_none, __pyx_t_4) < (0)) __PYX_ERR(0, 395, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/readers.pyx":312
+  /* "ivshmem/channel/readers.pyx":398
  *         return self.get_rows(rows, timeout) or None
  * 
  *     def view_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `view` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.view, timeout, ())
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_18view_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_view_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 312, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_20view_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_view_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 398, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_view_async, __pyx_t_4) < (0)) __PYX_ERR(0, 312, __pyx_L1_error)
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[1]);
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_view_async, __pyx_t_4) < (0)) __PYX_ERR(0, 398, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -14726,7 +16609,7 @@ __Pyx_RefNannySetupContext("PyInit_readers", 0);
  *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_28__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_4)) __PYX_ERR(3, 1, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_30__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_4)) __PYX_ERR(3, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -14740,7 +16623,7 @@ __Pyx_RefNannySetupContext("PyInit_readers", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_30__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_4)) __PYX_ERR(3, 3, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_32__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_4)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -14748,87 +16631,102 @@ __Pyx_RefNannySetupContext("PyInit_readers", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/readers.pyx":388
- *         raise self.starved()
+  /* "ivshmem/channel/readers.pyx":496
+ *             raise
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get(self):
  *         """Return a copy of the latest content, which is never torn. Never waits.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_1get, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_get, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 388, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_1get, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_get, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 496, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_mstate_global->__pyx_n_u_get, __pyx_t_4) < (0)) __PYX_ERR(0, 388, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_mstate_global->__pyx_n_u_get, __pyx_t_4) < (0)) __PYX_ERR(0, 496, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/readers.pyx":402
- *         return self.latest(ivshmem_value_look(&self.reader, &self.message))
+  /* "ivshmem/channel/readers.pyx":511
+ *         return self.latest(self.look(), None)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def wait_changed(self, timeout=None, *, spin=None):
  *         """Wait until the value was set since this reader last looked; return its content.
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 402, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 511, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
 
-  /* "ivshmem/channel/readers.pyx":403
+  /* "ivshmem/channel/readers.pyx":512
  * 
  *     @cython.critical_section
  *     def wait_changed(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Wait until the value was set since this reader last looked; return its content.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 402, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 511, __pyx_L1_error)
 
-  /* "ivshmem/channel/readers.pyx":402
- *         return self.latest(ivshmem_value_look(&self.reader, &self.message))
+  /* "ivshmem/channel/readers.pyx":511
+ *         return self.latest(self.look(), None)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def wait_changed(self, timeout=None, *, spin=None):
  *         """Wait until the value was set since this reader last looked; return its content.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_3wait_changed, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_wait_changed, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 402, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_3wait_changed, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_wait_changed, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 511, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[0]);
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[1]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_mstate_global->__pyx_n_u_wait_changed, __pyx_t_2) < (0)) __PYX_ERR(0, 402, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_mstate_global->__pyx_n_u_wait_changed, __pyx_t_2) < (0)) __PYX_ERR(0, 511, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/readers.pyx":418
- *         return self.latest(self.wait(timeout, spin))
+  /* "ivshmem/channel/readers.pyx":528
+ *         return self.latest(self.wait(timeout, spin), None)
+ * 
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def _changed_or(self, absent, timeout):
+ *         """Do what `wait_changed` does; return `absent` if the value was not set."""
+*/
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_5_changed_or, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader__changed_or, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 528, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_mstate_global->__pyx_n_u_changed_or, __pyx_t_2) < (0)) __PYX_ERR(0, 528, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/readers.pyx":534
+ *         return self.latest(self.wait(timeout, None), absent)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def view(self):
  *         """Return the latest content as a View; None: it was never set.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_5view, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_view, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 418, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_7view, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_view, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 534, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_mstate_global->__pyx_n_u_view, __pyx_t_2) < (0)) __PYX_ERR(0, 418, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_mstate_global->__pyx_n_u_view, __pyx_t_2) < (0)) __PYX_ERR(0, 534, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/readers.pyx":438
+  /* "ivshmem/channel/readers.pyx":554
  *         return view_of(self, self.message)
  * 
  *     def wait_changed_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `wait_changed` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return until_something(self, self.wait_changed, timeout, ())
+ *         return until_content(self, "wait_changed", self._changed_or, timeout)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_7wait_changed_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_wait_changed_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 438, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_9wait_changed_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_wait_changed_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 554, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_mstate_global->__pyx_n_u_wait_changed_async, __pyx_t_2) < (0)) __PYX_ERR(0, 438, __pyx_L1_error)
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[1]);
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_mstate_global->__pyx_n_u_wait_changed_async, __pyx_t_2) < (0)) __PYX_ERR(0, 554, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -14836,7 +16734,7 @@ __Pyx_RefNannySetupContext("PyInit_readers", 0);
  *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_17__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_2)) __PYX_ERR(3, 1, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_19__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_2)) __PYX_ERR(3, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -14850,7 +16748,7 @@ __Pyx_RefNannySetupContext("PyInit_readers", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_19__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_2)) __PYX_ERR(3, 3, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_21__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_2)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -14904,7 +16802,11 @@ __Pyx_RefNannySetupContext("PyInit_readers", 0);
 /* #### Code section: cached_builtins ### */
 
 static int __Pyx_InitCachedBuiltins(__pyx_mstatetype *__pyx_mstate) {
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
+  __pyx_builtin_object = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_object); if (!__pyx_builtin_object) __PYX_ERR(0, 25, __pyx_L1_error)
 
   /* Cached unbound methods */
   __pyx_mstate->__pyx_umethod_PyDict_Type_items.type = (PyObject*)&PyDict_Type;
@@ -14914,6 +16816,8 @@ static int __Pyx_InitCachedBuiltins(__pyx_mstatetype *__pyx_mstate) {
   __pyx_mstate->__pyx_umethod_PyDict_Type_values.type = (PyObject*)&PyDict_Type;
   __pyx_mstate->__pyx_umethod_PyDict_Type_values.method_name = &__pyx_mstate->__pyx_n_u_values;
   return 0;
+  __pyx_L1_error:;
+  return -1;
 }
 /* #### Code section: cached_constants ### */
 
@@ -14925,8 +16829,25 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/channel/readers.pyx":169
- *         raise self.starved()
+  /* "ivshmem/channel/readers.pyx":390
+ *     async def get_rows_async(self, rows, timeout=None):
+ *         """The twin of `get_rows` for asyncio. To cancel it takes nothing."""
+ *         if memoryview(rows).shape[:1] == (0,):             # <<<<<<<<<<<<<<
+ *             return self.get_rows(rows, 0)
+ *         found = await until_something(self, self._rows_or_none, timeout, (rows,))
+*/
+  __pyx_mstate_global->__pyx_slice[0] = PySlice_New(Py_None, __pyx_mstate_global->__pyx_int_1, Py_None); if (unlikely(!__pyx_mstate_global->__pyx_slice[0])) __PYX_ERR(0, 390, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_mstate_global->__pyx_slice[0]);
+  __Pyx_GIVEREF(__pyx_mstate_global->__pyx_slice[0]);
+  {
+    PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_int_0};
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 390, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
+  }
+  __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
+
+  /* "ivshmem/channel/readers.pyx":244
+ *         return found
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_into(self, buffer, timeout=None, *, spin=None):
@@ -14934,13 +16855,36 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 169, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
+    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 244, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
   }
-  __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
+  __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
   #if CYTHON_IMMORTAL_CONSTANTS
   {
     PyObject **table = __pyx_mstate->__pyx_tuple;
+    for (Py_ssize_t i=0; i<2; ++i) {
+      #if PY_VERSION_HEX >= 0x030F0000
+      PyUnstable_SetImmortal(table[i]);
+      #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
+      if ((PY_SSIZE_T_MAX <= _Py_IMMORTAL_REFCNT_LOCAL)) break;
+      #if PY_VERSION_HEX < 0x030E0000
+      if (_Py_IsOwnedByCurrentThread(table[i]) && Py_REFCNT(table[i]) == 1)
+      #else
+      if (PyUnstable_Object_IsUniquelyReferenced(table[i]))
+      #endif
+      {
+        Py_SET_REFCNT(table[i], ((Py_ssize_t)_Py_IMMORTAL_REFCNT_LOCAL + 1));
+      }
+      #else
+      if ((PY_SSIZE_T_MAX < _Py_IMMORTAL_INITIAL_REFCNT)) break;
+      Py_SET_REFCNT(table[i], _Py_IMMORTAL_INITIAL_REFCNT);
+      #endif
+    }
+  }
+  #endif
+  #if CYTHON_IMMORTAL_CONSTANTS
+  {
+    PyObject **table = __pyx_mstate->__pyx_slice;
     for (Py_ssize_t i=0; i<1; ++i) {
       #if PY_VERSION_HEX >= 0x030F0000
       PyUnstable_SetImmortal(table[i]);
@@ -14975,38 +16919,38 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 7; } str_length_index[] = {{57},{22},{27},{22},{15},{1},{2},{62},{1},{13},{8},{7},{6},{2},{9},{14},{12},{27},{68},{73},{23},{12},{14},{12},{6},{24},{26},{20},{16},{15},{21},{15},{21},{11},{17},{11},{29},{31},{15},{16},{24},{30},{1},{20},{12},{9},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{13},{18},{6},{18},{5},{4},{5},{7},{6},{6},{6},{5},{3},{9},{8},{14},{8},{14},{1},{5},{23},{7},{4},{4},{3},{4},{4},{4},{10},{5},{4},{4},{4},{5},{7},{5},{5},{6},{4},{10},{12},{18},{5}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{117},{164},{135},{9},{19},{102},{35},{359},{172},{37},{87},{22},{22},{22},{22},{5}};
+    const struct { const unsigned int length: 7; } str_length_index[] = {{57},{22},{27},{22},{15},{1},{2},{62},{1},{13},{8},{7},{6},{2},{9},{14},{12},{27},{68},{73},{23},{12},{14},{12},{6},{24},{26},{20},{16},{15},{21},{15},{21},{11},{17},{11},{29},{31},{23},{15},{16},{24},{30},{1},{20},{12},{9},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{11},{7},{13},{13},{6},{18},{6},{18},{5},{4},{5},{7},{6},{6},{6},{5},{3},{9},{8},{14},{8},{14},{1},{5},{23},{7},{4},{4},{6},{3},{4},{4},{4},{10},{5},{4},{4},{4},{5},{7},{5},{5},{6},{4},{10},{12},{18},{5}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{132},{164},{135},{9},{19},{102},{37},{389},{174},{32},{76},{28},{22},{22},{23},{22},{5}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1417 bytes) */
-static const char cstring[] = "x\332\215T\317s\323F\024\266\247\374\210!\035\342\342!\206\204\262\206P\034\232\2321M\352\222\351L\307\r\355L\031hq\222\006r\332YKkK\215,\331\332\225\035s)\307\034u\334\243\216:\352\350c\216\034}\3241\177B\376\204\276\225d#\307\245\203g\274\332}\373\366\275\367}\373\275E\204#\313T\350\006\032h\272\242!bSD\014\003q\r6t\216\006\204\241\016Q)jY\3666\262\251A\t\243p\202\242\346\220S\266\201\210\251\"\202lk\2004pM[\271\006NN\253E\355x\313j\201\343\300\3269\030\006\024\362\030\026\343enS\010n\223v\207\232|\275\262\215\266\341\240\316P\327\266\024\312XT\000\343V\267K\3258l\034\201!\3052\271n:\024,:\327,G\226\273\215~&\250\003\307H\233\312|\212FL\223\032H\325\031i\032\224\232rl+:\213g\252\336gZ\207v*\324\266-\233MV\234\036\363d\376$\211\360\304\246@\202\315*\335\3411`e\333\000%\301\006i\370\300\202\024\000\200\351\226\311\020ToR\252\312\202%Q\222\033`\017Q\002\374&\3051j\264*\0325\324\215h\026GG\n\344\2628jR\t\256Om\016\340\270\005\251^\017\001\241\211\254\346\337T\341Q\260\256\256\034\031\272\331\346\2206\302\0169\341(A\246\323iR{\047.\373W\211\353U\234r\337\262^Zf;Y\261\227@\376n\2246\036+\030\333Tu\024\212\225(\031\306S;\243\234q\302\347w$\023\330\262\261\t0\023[\233rL\330\320TRk\335\344\326\205\345\234\217\014ua9\343\323\327\351 5\215\367\016\210\341$\211S\323y$\263\233sp\322\333\220<\275\224\271\322\353\001\3219\226\232hS\365S\366\2706\214\361\353\3411\374\237\353\n\307\177\200\244vi\013\343\350\206er\370\221\350\024\374ZN\344\217\333\223\312\340\327!\272\031}-\3251\"\213I:\321\027$\210\02379\355s)e\271\321s\2101qJ\030\300s\\L\r\364X.\200\214i`\226J?G\022\306\320\330\262Z\235a\305\262As\272Ig\024\020\301\326\255\312t\227\305\035\242\030\322\023\320p\233(\264I\224#\005:\237*\226\n\177\307\344\321@U5\262P3\032\243~l\301\206\n\234L55Q\317\254\212&z\231\325\215\016\257Dg\332\322I\033\047\215\306\222.4\241iM\270\231\256\325\225\007e+\302\313\240\002v\225\266\210cp\246\221.e\372;\312\272\220\017<\271\006\216I\317q[\247\254/E\020\rLj\345\2436\323\212\230W\307@\263\014\372z""\370g\334\320\217\313\214\333\016L\342\033\2056\307\265\244r\\KJ\307\233\2622<ilx\010\037o\240\217\021>5_\317\000\271\272\201\231\325\241\360\256\232m\300\201\312\237\362\375\237\315\213s\234<\177\377}j\272\273\201`w=\243hT9\222\032\350\032\240\201\014\047G\024\363!\274\351\3614y\301q\374\300\261\317`cK2\315\360\001\214\237G\337\226\r\214\263\344\351J\350K\216M|\023U\254g\242[\264Z\357\263\341\245k\047\337\272\215\367\365p\341\306\tw\237\211\2728\360\236\371;~\017L+\353~\376\374~&\267\354\022\227\213\232\267\346\221p\341\372\311\346\311\300UDA\274\365\336\370\277\007\215p\361+wC\220p\351\216(\211M\361\316\317\373\217\202|\260\026h#r~%\223[\204\003\216[w\017\301g\361\246[\225\231\006\020\261/\366\275<dyP\r\362\347\305L\356\313\223\337\334R\\F-\212\344xu\357\320\047\340\362\360\373\240z^\316\344\356\210\374\331\302\252x\341\021\257\047+\331r\257\270M\221\225\025<\206\312\033\341\302\222{\331=\020U\001x \225\373\\\\\025\334\253\371\337\004\331 \037.\344d\001\233\256#v\304\320\277\036T\303\305%7:}\337\375\305\005\0047\335\247\356\036\304+,\003\336-/\353\335\366Ka\361\236\350\235\025V\304O^\317\317\372\005\3770 \001\037U\245\223\014\324\013\213\267\345\034\276_\013\325{(\275\342\000?z?\200\373~\260<\272v\372\340\264\021\026W\305\257^^\272\003Uk\"\312W\023e\357\276W\017\013E\261\340-\310\223Eq\031\200\304\001!\360\035Q\001k\361\021\204\275:~\362\352C\343\0039[\222 \216E/*\260\014L\323\321\323\321\356\310>\275u\312>\224\302\302m\221\017\013\253\242~V\270\033\207\352\213=\017\202\254\210j\270z7\256\263\014\310\344m\234-\256J\346\204\244\371\321V\3208_\315\344\n)\346\312A\tx\222\314Ij\377\202\213\251\206K1\211uq\010\202(\310\250\027\001\275\360\325\2404\017j\026\314\356xwo\274\367f\374\346\355<\242\326hg\324\223\261k^I^\320\232\253\t\222\252\365\374\326E\301\214W\276\363\033>\361y\360lT\037\355\237\346c\247\031\355.&\047\3067J^\336+y\233\336\020\204Q\000\rGb\372\002\304\031+\364\372I5\316Jc-\245\024;\276\204\274\354\031X\376\021D\364\275}\377\226?\034e\307\227 b\332\272\034""\344F\340\013\035\224\266\336\033\345N\301\n\225\246\255+\301\213\021\031_\203>\370\027q\257!\243";
-    PyObject *data = __Pyx_DecompressString(cstring, 1417, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1465 bytes) */
+static const char cstring[] = "x\332\215U\317s\323F\024v\246\001\022H\247qq\311O\3325\244\305\241i\030CRC.\2354\264\264\014\2648I\003\364\262\263\226\326\226\210,9\332\225\0353\323\226c\216:\356q\217:\352\350c\2169\372\250c\376\204\374\t}+\311\216\035\003\203f,\355\217\267\357}\337{\337[#\302\221ckt\005\265\014S3\020q)\"\226\205\270\001\033&G-\302P\235\350\024U\035w\003\271\324\242\204Q8AQ\245\315)[A\304\326\021A\256\323B\006\230\016\256r\003\214\274j\225\272\311\226S\005\303\226krXhQ\210c9\214\027\270K\301\271Kjuj\363\345\325\r\264\001\007M\206\032\256\243Q\306b\000\214;\215\006\325\023\267\211\007\2064\307\346\246\355QX1\271\341x\n\356\006\372\211\240:\034#5\252\342i\006\261mj!\335d\244bQj\253wM3Y2\322\315&3\352\264\276J]\327qYo\306\351!O\307\367R\017\367\\\nIp\331j\243}\010\\\331\006PI\271A\030\336r \004\020`\246c3\004\350mJu\005X%J\345\006\262\207(\201\374\246\340\030\265\252\253\006\265\364\225x\224xG\032\304r8\252PE\256I]\016\344\270\003\241^\264\201\241\215\234\312\033\252\361\330Y\303\324\366-\323\256q\010\033s\207\230p\224 \333\253W\250\273\225\300\376E\361z\236\204\334u\234g\216]Kg\354\031$\177;\016\233\274W1v\251\356i\024kq0\214\373\353\214r\306\t\037\335Q\231\300\216\213m\240\231\256\325(\307\204\265mm`n\332\334\2710\035\261Q\256.L\207l\232&m\r\014\223\275=byi\340\201\341(\223\341\315\021:C\333\252\3405\252\003\255\301e\30048U\020\006\347-b\362\336\311\017\255\047\2201\306/\332\207\360{lj\034\377\001J\333\246U\214\343\302+L\360\220\370\024<U/\266\307\265\036`x\352\304\264\343\257\243{V\274b\223z\374\005e\342\324L\r\233\\)\\m\034x\304\352\031\245\211\301#)\352/\320C5\201\034\365\035\263\201\360#\271\303\030\372]\241=\317\233\302\253>&\303\232\343\2028M\233\016I\205T\240\377x\234\016\323Y\355\333\260\244\2414K\331\003K\356\022\215V\210\266\257\301EA5G\207\237g\363\370Eu=^\241v\374\216\333\267\n\033:\304\356K\260\047\266a\321\365\3445,3\023.\225z\377\006H\273>\355K\2266\255\r=nC\305\2226l8\ru\\\365/\320\321!3:\255\022\317\342\314 \r\312\314\267\2245 *\330s\003\014\323F\345\256IYSI$~1""\245\244sA\017\352eT;-\303\261\350\213\366\237\311-p\267\300\270\353\301 \2517\200\302\245\024?.\245\004\360\232B\206{\267\001\334\236wW\320\271\207\017\215\2273\031\310\261iau\307B\251\322\031s\352\024\356f\273\006\264P\341CG?\262yq\214\323+\364\375\247\372\273+\010v\2273\232A\265}%\214\206\005\302\310p\262O1o\303\377B2L\377\005pR\035\366\t\311YW\211gx\017\336\237\226\315u\027\n\300\322\353/\315fz\254g\233Je9\023\027\325\251\276\033\213\306\257\036}\357\227\337mF\023_\034q\377\221\330\024{\362Q\260\025\034\300\322\302r\220=\273\225\231\234\361\211\317EI.I\022M\\;Z;j\371\232\310\211W\362e\360{X\216\246\276\364W\004\211\246\347E^\254\211\267A6\270\023f\303\245\320\350\220\263\313\231\311)8\340\371\233\376k\260\231\272\356\027U\244\026xl\212]\231\205(\267\213a\366l>3\371\371\321\257~>\201Q\212=yrS\276\016j\241B\367\355\203\260xV\310L\316\213\354\351\304\242x*\211<PX\326\375\313~E\214)\014w\001{9\232\230\366/\371{\242(\200\021\004\363\037\213+\202\313R\360]8\026f\243\211I\005a\315\367\304\226h\007\327\302b45\355\307\247o\371?\373\300\341\272\177\337\337\001\177\271\031`\274.\307\344\\\220\217f\277\021\007\321Ws@\371o\210\232[\000l\355 \266Q~\016\242\33195\206\357\242x\"\213\321\"\222Wd3\330\t\307\303\337:O\216\037\235lF\363\213\200\0471\343\342\241\3741\310\005\273\341L\347\352\361\355\343\262:\366\213\314\312\274\\\223\261/H\344\222\210\261\224DA\336\222\233*\344Cp\234\233\025\227DY\020\010\231\304\003\207\363b\025\240\314\336\221\007\301\225\356\275\347\047\345\023r:\255(\036\212\203\030~\001*A;\367;\333\035\367\370\3061;\311G\2719\221\215r\200\3504w\0232\006\256\232bG\202\223\005\001\340oF\263_\013]\026\200\267\252\326\351\324\242\312\253 P\204;\353a\371l13\231\033\310k!\314C\026U^U\342\377\202\302\025\243\351$\305\233\3425\010&\247\274^\244\3644\320\303\374\373h\r\323\331\356n\357tw^v_\276\032\345T\355lu\342b\224d^\025p\3117\004\031@\253\244\3671I\235\335\270 \354\251s\343uP@,\256\317@\256\211f\257\035\025\223(4\321\326\220\206\317f\337\033\353q0\326\035Gr\354\024V""\377\211;\253\024,\005o:\260\232\227Y\265\372\037\260n\312\335`&\234\354d\273\343\320o}\333\356\355\007\341Z\370\357q\271;\376CP\0364^\010\237vH\367*\264\315\377\327\372O\227";
+    PyObject *data = __Pyx_DecompressString(cstring, 1465, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1835 bytes) */
-static const char cstring[] = "\377 at once\377, which \377are all \373th\026\000it wa\377s made f\377or: rele\367ase/\000e by\377tes, and\377 a row h\354(\000\n\tth\"\000uff\333er\025\003of&\000wr\333it\016\000wee\000lo\277st(treZ\000r\377agment).\367: :y\000is p\277rocess|\002s?toppedg\003<\003\377s contin\377ued with\377out it: o?a m4\000ag\242\000\377f channe\377l disabl\367een\002\001gcis\376\004\003divshme\377m.errors^\006\005text\023\004/;\004\367/re\202 rs.p[yx\351\000s:\361\000b\326\003\316\324\000two`\000\276\000si\357ons \273\000nee\235d\255\001one\227\"\273  \363ea\335 \226\004self?.held,\005\002X\003\373 c\253\000ot be\336\331\001vert\332\000to\366\334 Py\337\000n ob\357ject\207A pi\377cklingti\273me\367\002s n8\000a\377 numberC\352\363\003E\324\001M\212#ToooLong\007\004sL\372 \371R\320\002\000\003.__re\277duce_ch\002_\375_\017\006setsta\371t\010\017\206!_or_n\374\344\000?\004get_as\367ync\005\010into\300\000\014\023\016\321!8\010U\002<\tvi\343ew\242\004\007\001^\003Val\003ue\277\003\000\010\270\017\017\013\276\0160\t\360\275\000?\ts\001O\twait\235_\322aged\000\025\372\003_\337__Pyx\001\000Di\357ct_N\320`Ref#__\335B\310!\035\000aI\002&\000ofunc-\000_g\341%\336:\000main\020\001mo\357dule\032\001nam\322\003\002pT\000\212C_\007\001vt<\327\204\001;\001qual\035\005\305D\231_\305N\336Fexo\001\331@_\362Q\005st\010\343N__te\373st\323\000is_co\377routine_\\\366I\362Bio.\025\006s\234\205\003\363cl&\001\313\000trac\377ebackclo\337secod\001\000un\267tco\002\000ed\n\001d\247een\024\001\212\206\003f\026\000d\000\316`\313f\331a\311a\000\005\344c\357a\220\206\001|\000\005\372ciitem\312\206\006\362\202\207\004.\300\206\004\234\207\004ndim\177nextpop\321\206\001\376\221\206\001sendset\377defaults\377hapesize\357spin\223\207\001thr\373ow\355\205\004tries\tv\377a\000\002s\237\204\001\222\204\007\236i\252i\376\230\205\003wholePy\375O\313\206\003*(stru\357ct _\315Bobj\333_7\224\210\004_7\275\210\004_4\372\226\001_\321\206\005nd *,\261 8\007\000\t\014\t)\000\337 i\377l_someth\377ingint (\246\"\023)\000""\002\030]\r_\370\210\004*\374!\022\025\006, int)\377\000check_i\357n_pl\201`\000ta\377ke_typedT\005\003\273\212\004_\333\210\003s\353\200 5\215\207\001\177s_View \232\201\"+5r\357 s\316\210\004E\271#\357$\354\343%\262\213\004)\000\335\207\002of\200\377\001\330\004\n\210+\220Q\377\200A\330\010\017\210t\220\3779\230A\230V\2409\250\367C\250q\020\000\033)\250\021\377\360\"\000\t\027\220a\220\377t\2307\240$\240a\330\377\010\013\2104\210w\220c\377\230\024\230X\240W\250I\377\260Q\330\014\022\220,\230\377a\330\020\032\230!\2304\377\230z\250\021\250\047\260\021\377\260$\260h\270a\360\006\367\000\t\014.\000u\220A\220\275Y!\000\014\023\2201f\001w\276O\000v\230T\240\021v\000#\3771\260\021\360\030\000\t\r\257\210F\220!\201\0037E\002u\277\240A\240Y\250a\231\000%\3773\2601\360(\000\t\032\377\230\021\340\010\034\230J\240\367a\240q\206\0015\220\006\220\327b\230\001~\001*\267\000Q\330\377\010\020\220\005\220V\2301\371\230\315\000h\000\220D\230\007\230\377t\2407\250&\260\001\260\337\021\330\010\t\330~\0004\220\377u\230C\230y\250\013\260\3371\330\014\020\2209\002\"\220\373B\220\277\000\023\2202\220S\366M\000\024\027\355\0005\240\001\240\377\031\250!\330\030\037\230q\377\340\024\033\230<\240q\250\377\001\250\024\250Y\260a\260\317t\2701\330\"\000E\001q\330\363\030\031\010\001\005\000\036\230d\240\371%\"\001\030\001t\2308\2406\376,\000T\260\027\270\n\300#\377\300Q\330\030\034\230E\240\351\021+\001\250 $\256!\023\2207\377\230(\240\"\240A\330\024\177\030\230\010\240\010\250\001\005\001\347\005\230QJ\004V\000\032\230.\366\023\000\030\047z\000\007\320/M\377\310Q\310a\340\020\023\220_4\220x\230q\234\002(\347 \377e\2702\270R\270r\300\377\026\300s\310!\330\024\031\377\230\021\330\024\034\230A\340\373\024\035E\003v\230S\240\001\377\330\030\033\2301\330\034\035\313\330\030\244\001(\327\000\212A\340\014\356&\000\230Q\230\343!\0475\260\377Q\360\034\000\t\024\2201\216\261&(\260!\245 \266!\327!UV\340@1\330{\002u\250`Y\216`\354\227 \017\000\032\230\304\nJ\250d\363\260!\303\017\277\013R\320RS\277\320SW""\320WX\300\017f\337\270C\270q\330\363 7\240}!\335a$\220h\230a\241\010\373\360\026\241m\320\033-\250Q\377\250a\250t\2609\270AG\270T\300\330`!\001\257\204\n\014\334d\377\320\017!\240\021\240!\240w4\240y\226`\024\260Q\307cs\003\220\217`\235\204\002\013\2101p\003\355e\306c\017\210\251\204\006\320\004 \377\240\001\340\010\017\210\177\230\377a\230v\240T\250\026\250\237y\270\001\320\004O\000\n\t\027\377\260\t\270\021\320\004)\250=\021 \t\037\270\t\300\023\000\247\000\3766\t\033\260J\270a\320\n\0071\260\021";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1835, 2733);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1892 bytes) */
+static const char cstring[] = "\377 at once\377, which \377are all \373th\026\000it wa\377s made f\377or: rele\367ase/\000e by\377tes, and\377 a row h\354(\000\n\tth\"\000uff\333er\025\003of&\000wr\333it\016\000wee\000lo\277st(treZ\000r\377agment).\367: :y\000is p\277rocess|\002s?toppedg\003<\003\377s contin\377ued with\377out it: o?a m4\000ag\242\000\377f channe\377l disabl\367een\002\001gcis\376\004\003divshme\377m.errors^\006\005text\023\004/;\004\367/re\202 rs.p[yx\351\000s:\361\000b\326\003\316\324\000two`\000\276\000si\357ons \273\000nee\235d\255\001one\227\"\273  \363ea\335 \226\004self?.held,\005\002X\003\373 c\253\000ot be\336\331\001vert\332\000to\366\334 Py\337\000n ob\357ject\207A pi\377cklingti\273me\367\002s n8\000a\377 numberC\352\363\003E\324\001M\212#ToooLong\007\004sL\372 \371R\320\002\000\003.__re\277duce_ch\002_\375_\017\006setsta\371t\010\017\206!_or_n\374\344\000?\004get_as\367ync\005\010into\300\000\014\023\016\321!8\010U\002<\tvi\343ew\242\004\007\001^\003Val\003ue\277\003\000\010\270\017\017\013\276\016/\n\016\257aged\324\000G\t\324\000V\t|\212\001f\twait_3\004\374\000\025\221#___Pyx~\001\000Dict_N\347`\037Ref__\364B\337!\035\000yaI\002&\000func-\000\363_g\370%:\000main~\020\001module\032\001\227nam\003\002pT\000\241C_\346\007\001vt\356\204\001;\001qua\311l\035\005\334D_\334N\365Fex\224o\001\360@_Q\005st\010\372N_\037_test\323\000\256\047\254\001\376\222ais_coro\277utine_\237ia\337bsent\241bio5.\033\006s\313\205\003cl,\001\343\000\377tracebac\377kcloseco}d\001\000untco\002\000{ed\n\001deen\024\001\n\271\206\003f\026\000d\375`\372f\210\204\001\370a\300\000\005\223\204\003\236\204\001\277\206\001\000\005\251\204\003ii\047tem\371\206\006\261\207\004.\357\206\004\313\207\004\377ndimnext\316\201\206\003pop\206\207\001\306\206\001se\377ndsetdef\377aultshap\377esizespi}n\310\207\001throw\242\206\004?triesv\264\204\001\000\002\301s\324\204\001\307\204\007\274i\310i\315\205\003wh\277olePyO\200\207\003*\377(struct }_\353Bobj_7\311\210\004[_7\362\210\004_4\226\001_\206\207\005?nd *,"" 8\007\000\tn\014\t)\000\000\346 il\275@\366\276\000nt\007\004some\377thingint\233 (1\023)\000\002\030l\r_\362\274\211\004*!\022\025\006, in\377t)\000check\277_in_pl\226`\000\377take_typSed\005\003\377\212\004_\237\211\003s\372\200 \3755\321\207\001s_View\255 \251\201\"5r\376 s\222\211\004E\260\310#\376$\362%\366\213\004)\000\241\210\002o\377f\200\001\330\004\n\210+\377\220Q\200A\330\010\017\210\377t\2209\230A\230V\240\3379\250C\250q\020\000\033)\377\250\021\360\"\000\t\027\220\377a\220t\2307\240$\240\377a\330\010\013\2104\210w\377\220c\230\024\230X\240W\377\250I\260Q\330\014\022\220\377,\230a\330\020\032\230!\377\2304\230z\250\021\250\047\377\260\021\260$\260h\270a\337\360\006\000\t\014.\000u\220\367A\220Y!\000\014\023\2201\372f\001wO\000v\230T\240\021\376v\000#1\260\021\360\032\000\277\t\r\210F\220!\201\0037\376E\002u\240A\240Y\250g\375\260\232\001%3\2601\360(\377\000\t\032\230\021\340\010\034\277\230J\240a\240q\210\0015\277\220\006\220b\230\001\200\001*\376\271\000Q\330\010\020\220\005\220\317V\2301\230\317\000j\000\220D\377\230\007\230t\2407\250&\377\260\001\260\021\330\010\t\330\376\200\0004\220u\230C\230y\377\250\013\2601\330\014\020\220\3369\002\"\220B\220\301\000\023\220\2672\220SM\000\024\027\357\0005\377\240\001\240\031\250!\330\030\277\037\230q\330\025\031\360\000Z\366s\000\024\033\343\000y\250\001\330<!\000D\001q\330\030\031\010\001\005\000\377\034\230G\2401\330\034 \377\240\007\240v\250S\260\004\377\260H\270G\3009\310A\347\330\032\034\215\000!\003t\2308\377\2406\250\024\250T\260\027\377\270\n\300#\300Q\330\030\377\034\230E\240\021\240!\240\3234\240G\002\306 $\314!\023\220\3777\230(\240\"\240A\330\372p\0008V\000\024\030\230\005\230\307Q\230a\213\000\235\000r\003\032\230\375.\210\000\030\047\240q\250\007\377\320/M\310Q\310a\340\377\020\023\2204\220x\230q\372\272\002(\207@e\2702\270R\377\270r\300\026\300s\310!\177\330\024\031\230\021\330\024\217\000\337\340\024\035\230Q\303\001v\230\177S\240\001\330\030\033\230\272\000\377\035\330\030\036\230d\240(\214""\365\000\252A\340\014\270\000q\001\240`\047\3775\260Q\360\034\000\t\024;\2201\317&(\260!\303 \324!Z\365!U\200`1\330{\002u\310`\261Y\256`\254 \017\000\032\230\306\nJ\317\250d\260!\303\021\301\013R\320\377RS\320SW\320WX\276\302\017f\270C\270q\226!7\373\240!\377a$\220h\230aX\243\010\367a\267y\360\026\312\204\014\014\366g\3755\317`\010\013\2105\220\003\271\220\237`\257\204\002\013\2101`\003e\266\326c\017\210\271\204\010\360\030\252\204\022D\377\250\001\320\004 \240\001\340\357\010\017\210}\325\205\0027\250$w\250j\270\023\000!\240\021\022\001\375\177\312@v\240T\250\027\260\377\t\270\021\320\004)\250\021\376#\006\320#3\2604\260~\177\300Q\320\004-\250Q!\t\377\033\260J\270a\320\n1\003\260\021";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1892, 2848);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (2733 bytes) */
-static const char bytes[] = " at once, which are all that it was made for: release one bytes, and a row has  bytes, and the buffer has  of a writer were lost(tree fragment).: : this process was stopped, and writers continued without it: ?a message of channel disableenablegcisenabledivshmem.errorsivshmem.textivshmem/channel/readers.pyxrows: a buffer of two dimensions is needed, one row for each messageself.held,self.reader cannot be converted to a Python object for picklingtimeout is not a numberChannelErrorMessageTooLongMessagesLostReaderReader.__reduce_cython__Reader.__setstate_cython__Reader._rows_or_noneReader.get_asyncReader.get_intoReader.get_into_asyncReader.get_rowsReader.get_rows_asyncReader.viewReader.view_asyncValueReaderValueReader.__reduce_cython__ValueReader.__setstate_cython__ValueReader.getValueReader.viewValueReader.wait_changedValueReader.wait_changed_async___Pyx_PyDict_NextRef__annotate____await____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutine_rows_or_noneasyncio.coroutinesbuffercline_in_tracebackclosecodecountcounteddecodeencodeerrorsfoundgetget_asyncget_intoget_into_asyncget_rowsget_rows_asynciitemsivshmem.channel.readersmessagendimnextpoprowsselfsendsetdefaultshapesizespintextthrowtimeouttriesvaluevaluesviewview_asyncwait_changedwait_changed_asyncwholePyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *)\000until_somethingint (PyObject *, PyObject *)\000int (PyObject *, PyObject *, PyObject *, Py_buffer *)\000int (PyObject *, Py_buffer *, int)\000check_in_place\000take_typed\000take_without_objectsstruct __pyx_obj_7ivshmem_7channel_5views_View *(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message)\000view_of\200\001\330\004\n\210+\220Q\200A\330\010\017\210t\2209\230A\230V\2409\250C\250q\200A\330\033)\250\021\360\"\000\t\027\220a\220t\2307\240$\240a\330\010\013""\2104\210w\220c\230\024\230X\240W\250I\260Q\330\014\022\220,\230a\330\020\032\230!\2304\230z\250\021\250\047\260\021\260$\260h\270a\360\006\000\t\014\2104\210u\220A\220Y\230a\330\014\023\2201\330\010\017\210w\220a\220v\230T\240\021\200A\330#1\260\021\360\030\000\t\r\210F\220!\330\010\017\210t\2207\230!\2304\230u\240A\240Y\250a\200A\330%3\2601\360(\000\t\032\230\021\340\010\034\230J\240a\240q\330\010\013\2105\220\006\220b\230\001\330\014\022\220*\230A\230Q\330\010\020\220\005\220V\2301\230A\330\010\023\2201\220D\230\007\230t\2407\250&\260\001\260\021\330\010\t\330\014\023\2204\220u\230C\230y\250\013\2601\330\014\020\220\001\330\014\022\220\"\220B\220a\330\020\023\2202\220S\230\001\330\024\027\220t\2305\240\001\240\031\250!\330\030\037\230q\340\024\033\230<\240q\250\001\250\024\250Y\260a\260t\2701\330\024\027\220u\230C\230q\330\030\031\330\024\027\220q\330\030\036\230d\240%\240q\250\001\330\024\027\220t\2308\2406\250\024\250T\260\027\270\n\300#\300Q\330\030\034\230E\240\021\330\030\031\330\020\032\230$\230a\330\020\023\2207\230(\240\"\240A\330\024\030\230\010\240\010\250\001\330\024\030\230\005\230Q\330\024\027\220q\330\030\031\330\024\032\230.\250\001\330\030\047\240q\250\007\320/M\310Q\310a\340\020\023\2204\220x\230q\240\001\240\031\250(\260$\260e\2702\270R\270r\300\026\300s\310!\330\024\031\230\021\330\024\034\230A\340\024\035\230Q\330\024\027\220v\230S\240\001\330\030\033\2301\330\034\035\330\030\036\230d\240(\250!\330\014\023\2201\340\014\034\230A\230Q\230a\200A\330\0475\260Q\360\034\000\t\024\2201\220D\230\007\230t\2407\250(\260!\2601\330\010\t\330\014\020\220\005\220U\230!\2301\330\020\023\2204\220u\230A\230Y\240a\330\024\033\2301\330\020\032\230$\230a\330\020\023\2207\230(\240\"\240J\250d\260!\330\024\030\230\010\240\010\250\001\330\024\030\230\005\230Q\330\024\032\230.\250\001\330\030\047\240q\250\007\320/R\320RS\320SW\320WX\340\020\023\2204\220x\230q\240\001\240\031\250(\260$\260f\270C\270q\330\024\033\2307\240!\330\014\022\220$\220h\230a\340\014\034\230A""\230Q\230a\200A\360\026\000\t\r\210F\220!\330\010\017\210t\2207\230!\320\033-\250Q\250a\250t\2609\270A\270T\300\021\200A\360\026\000\t\027\220a\220t\2307\240$\240a\330\010\014\210F\220!\330\010\017\320\017!\240\021\240!\2404\240y\260\001\260\024\260Q\330\010\013\2105\220\003\2201\330\014\023\2201\330\010\013\2101\330\014\022\220$\220e\2301\230A\330\010\017\210w\220a\220v\230T\240\021\320\004 \240\001\340\010\017\210\177\230a\230v\240T\250\026\250y\270\001\320\004!\240\021\340\010\017\210\177\230a\230v\240T\250\027\260\t\270\021\320\004)\250\021\340\010\017\210\177\230a\230v\240T\250\037\270\t\300\021\320\004-\250Q\340\010\017\210\177\230a\230v\240T\250\033\260J\270a\320\n1\260\021";
+    #else /* compression: none (2848 bytes) */
+static const char bytes[] = " at once, which are all that it was made for: release one bytes, and a row has  bytes, and the buffer has  of a writer were lost(tree fragment).: : this process was stopped, and writers continued without it: ?a message of channel disableenablegcisenabledivshmem.errorsivshmem.textivshmem/channel/readers.pyxrows: a buffer of two dimensions is needed, one row for each messageself.held,self.reader cannot be converted to a Python object for picklingtimeout is not a numberChannelErrorMessageTooLongMessagesLostReaderReader.__reduce_cython__Reader.__setstate_cython__Reader._rows_or_noneReader.get_asyncReader.get_intoReader.get_into_asyncReader.get_rowsReader.get_rows_asyncReader.viewReader.view_asyncValueReaderValueReader.__reduce_cython__ValueReader.__setstate_cython__ValueReader._changed_orValueReader.getValueReader.viewValueReader.wait_changedValueReader.wait_changed_async___Pyx_PyDict_NextRef__annotate____await____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___changed_or_get_or_is_coroutine_rows_or_noneabsentasyncio.coroutinesbuffercline_in_tracebackclosecodecountcounteddecodeencodeerrorsfoundgetget_asyncget_intoget_into_asyncget_rowsget_rows_asynciitemsivshmem.channel.readersmessagendimnextobjectpoprowsselfsendsetdefaultshapesizespintextthrowtimeouttriesvaluevaluesviewview_asyncwait_changedwait_changed_asyncwholePyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *)\000\000until_content\000until_somethingint (PyObject *, PyObject *)\000int (PyObject *, PyObject *, PyObject *, Py_buffer *)\000int (PyObject *, Py_buffer *, int)\000check_in_place\000take_typed\000take_without_objectsstruct __pyx_obj_7ivshmem_7channel_5views_View *(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message)\000view_of\200\001\330\004\n\210+\220Q\200A\330\010\017\210t\2209\230A\230V\2409\250C\250q\200A""\330\033)\250\021\360\"\000\t\027\220a\220t\2307\240$\240a\330\010\013\2104\210w\220c\230\024\230X\240W\250I\260Q\330\014\022\220,\230a\330\020\032\230!\2304\230z\250\021\250\047\260\021\260$\260h\270a\360\006\000\t\014\2104\210u\220A\220Y\230a\330\014\023\2201\330\010\017\210w\220a\220v\230T\240\021\200A\330#1\260\021\360\032\000\t\r\210F\220!\330\010\017\210t\2207\230!\2304\230u\240A\240Y\250g\260Q\200A\330%3\2601\360(\000\t\032\230\021\340\010\034\230J\240a\240q\330\010\013\2105\220\006\220b\230\001\330\014\022\220*\230A\230Q\330\010\020\220\005\220V\2301\230A\330\010\023\2201\220D\230\007\230t\2407\250&\260\001\260\021\330\010\t\330\014\023\2204\220u\230C\230y\250\013\2601\330\014\020\220\001\330\014\022\220\"\220B\220a\330\020\023\2202\220S\230\001\330\024\027\220t\2305\240\001\240\031\250!\330\030\037\230q\330\025\031\230\024\230Z\240q\330\024\033\2304\230y\250\001\330\024\027\220u\230C\230q\330\030\031\330\024\027\220q\330\030\034\230G\2401\330\034 \240\007\240v\250S\260\004\260H\270G\3009\310A\330\032\034\230A\330\030\031\330\024\027\220t\2308\2406\250\024\250T\260\027\270\n\300#\300Q\330\030\034\230E\240\021\240!\2404\240q\330\030\031\330\020\032\230$\230a\330\020\023\2207\230(\240\"\240A\330\024\033\2308\2401\330\024\030\230\005\230Q\230a\230q\330\024\027\220q\330\030\031\330\024\032\230.\250\001\330\030\047\240q\250\007\320/M\310Q\310a\340\020\023\2204\220x\230q\240\001\240\031\250(\260$\260e\2702\270R\270r\300\026\300s\310!\330\024\031\230\021\330\024\034\230A\340\024\035\230Q\330\024\027\220v\230S\240\001\330\030\033\2301\330\034\035\330\030\036\230d\240(\250!\330\014\023\2201\340\014\034\230A\230Q\230a\200A\330\0475\260Q\360\034\000\t\024\2201\220D\230\007\230t\2407\250(\260!\2601\330\010\t\330\014\020\220\005\220U\230!\2301\330\020\023\2204\220u\230A\230Y\240a\330\024\033\2301\330\020\032\230$\230a\330\020\023\2207\230(\240\"\240J\250d\260!\330\024\033\2308\2401\330\024\030\230\005\230Q\230a\230q\330\024\032\230.\250\001\330\030\047\240q\250\007\320/R""\320RS\320SW\320WX\340\020\023\2204\220x\230q\240\001\240\031\250(\260$\260f\270C\270q\330\024\033\2307\240!\330\014\022\220$\220h\230a\340\014\034\230A\230Q\230a\200A\360\006\000\t\r\210F\220!\330\010\017\210t\2207\230!\2304\230u\240A\240Y\250g\260Q\200A\360\026\000\t\027\220a\220t\2307\240$\240a\330\010\014\210F\220!\330\010\017\210t\2205\230\001\330\010\013\2105\220\003\2201\330\014\023\2201\330\010\013\2101\330\014\022\220$\220e\2301\230A\330\010\017\210w\220a\220v\230T\240\021\200A\360\030\000\t\r\210F\220!\330\010\017\210t\2207\230!\2304\230u\240D\250\001\320\004 \240\001\340\010\017\210}\230A\230V\2407\250$\250j\270\001\320\004!\240\021\340\010\017\210\177\230a\230v\240T\250\027\260\t\270\021\320\004)\250\021\340\010\017\210}\230A\230V\320#3\2604\260~\300Q\320\004-\250Q\340\010\017\210\177\230a\230v\240T\250\033\260J\270a\320\n1\260\021";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 105; i++) {
+    for (int i = 0; i < 110; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
       if (likely(string) && i >= 21) PyUnicode_InternInPlace(&string);
@@ -15017,8 +16961,8 @@ static const char bytes[] = " at once, which are all that it was made for: relea
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 105; i < 121; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-105].length;
+    for (int i = 110; i < 127; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-110].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -15028,15 +16972,15 @@ static const char bytes[] = " at once, which are all that it was made for: relea
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 121; i++) {
+    for (Py_ssize_t i = 0; i < 127; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 105;
-      for (Py_ssize_t i=0; i<16; ++i) {
+      PyObject **table = stringtab + 110;
+      for (Py_ssize_t i=0; i<17; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
         #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -15059,8 +17003,8 @@ static const char bytes[] = " at once, which are all that it was made for: relea
   }
   {
     PyObject **numbertab = __pyx_mstate->__pyx_number_tab + 0;
-    int8_t const cint_constants_1[] = {0,2};
-    for (int i = 0; i < 2; i++) {
+    int8_t const cint_constants_1[] = {0,1,2};
+    for (int i = 0; i < 3; i++) {
       numbertab[i] = PyLong_FromLong(cint_constants_1[i - 0]);
       if (unlikely(!numbertab[i])) __PYX_ERR(0, 1, __pyx_L1_error)
     }
@@ -15068,7 +17012,7 @@ static const char bytes[] = " at once, which are all that it was made for: relea
   #if CYTHON_IMMORTAL_CONSTANTS
   {
     PyObject **table = __pyx_mstate->__pyx_number_tab;
-    for (Py_ssize_t i=0; i<2; ++i) {
+    for (Py_ssize_t i=0; i<3; ++i) {
       #if PY_VERSION_HEX >= 0x030F0000
       PyUnstable_SetImmortal(table[i]);
       #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -15102,7 +17046,7 @@ typedef struct {
     unsigned int num_kwonly_args : 1;
     unsigned int nlocals : 4;
     unsigned int flags : 10;
-    unsigned int first_line : 9;
+    unsigned int first_line : 10;
 } __Pyx_PyCode_New_function_description;
 #ifdef __cplusplus
 } /* anonymous namespace */
@@ -15122,42 +17066,42 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 304};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 388};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_rows, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_found};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_get_rows_async, __pyx_mstate->__pyx_kp_b_iso88591_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 169};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 244};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_buffer, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_message, __pyx_mstate->__pyx_n_u__4};
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_get_into, __pyx_mstate->__pyx_kp_b_iso88591_A_5Q_1D_t7_1_U_1_4uAYa_1_a_7_Jd, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 12, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 202};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 12, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 277};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_rows, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_size, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_tries, __pyx_mstate->__pyx_n_u_message, __pyx_mstate->__pyx_n_u_whole};
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_get_rows, __pyx_mstate->__pyx_kp_b_iso88591_A_31_Jaq_5_b_AQ_V1A_1D_t7_4uCy_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 268};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 346};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin};
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_kp_b_iso88591_A_at7_a_4wc_XWIQ_a_4z_ha_4uAYa_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 296};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 374};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_get_async, __pyx_mstate->__pyx_kp_b_iso88591_avT_y, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_get_async, __pyx_mstate->__pyx_kp_b_iso88591_AV7_j, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 300};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 384};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_buffer, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_get_into_async, __pyx_mstate->__pyx_kp_b_iso88591_Q_avT_Ja, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 309};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 395};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_rows, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_rows_or_none, __pyx_mstate->__pyx_kp_b_iso88591_A_t9AV9Cq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 312};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 398};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_view_async, __pyx_mstate->__pyx_kp_b_iso88591_avT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
@@ -15172,34 +17116,39 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 388};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 496};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_get, __pyx_mstate->__pyx_kp_b_iso88591_A_F_t7_Qat9AT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_get, __pyx_mstate->__pyx_kp_b_iso88591_A_F_t7_4uD, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 402};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 511};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin};
-    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_wait_changed, __pyx_mstate->__pyx_kp_b_iso88591_A_1_F_t7_4uAYa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_wait_changed, __pyx_mstate->__pyx_kp_b_iso88591_A_1_F_t7_4uAYgQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 418};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 528};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_absent, __pyx_mstate->__pyx_n_u_timeout};
+    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_changed_or, __pyx_mstate->__pyx_kp_b_iso88591_A_F_t7_4uAYgQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 534};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_code};
-    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_kp_b_iso88591_A_at7_a_F_4y_Q_5_1_1_1_e1A_wavT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_kp_b_iso88591_A_at7_a_F_t5_5_1_1_1_e1A_wavT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 438};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 554};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_wait_changed_async, __pyx_mstate->__pyx_kp_b_iso88591_avT_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_wait_changed_async, __pyx_mstate->__pyx_kp_b_iso88591_AV_34_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
   }
   Py_DECREF(tuple_dedup_map);
   return 0;
@@ -15332,7 +17281,7 @@ end:
 }
 #endif
 
-/* FastTypeChecks (used by PyValueError_Check) */
+/* FastTypeChecks (used by GivenExceptionMatches) */
 #if CYTHON_COMPILING_IN_CPYTHON
 static int __Pyx_InBases(PyTypeObject *a, PyTypeObject *b) {
     while (a) {
@@ -15374,6 +17323,203 @@ static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a,
     return __Pyx_InBases(cls, a) || __Pyx_InBases(cls, b);
 }
 #endif
+
+/* PyErrFetchRestore (used by GivenExceptionMatches) */
+#if CYTHON_FAST_THREAD_STATE
+static CYTHON_INLINE void __Pyx_ErrRestoreInState(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb) {
+#if PY_VERSION_HEX >= 0x030C00A6
+    PyObject *tmp_value;
+    assert(type == NULL || (value != NULL && type == (PyObject*) Py_TYPE(value)));
+    if (value) {
+        #if CYTHON_COMPILING_IN_CPYTHON
+        if (unlikely(((PyBaseExceptionObject*) value)->traceback != tb))
+        #endif
+            PyException_SetTraceback(value, tb);
+    }
+    tmp_value = tstate->current_exception;
+    tstate->current_exception = value;
+    Py_XDECREF(tmp_value);
+    Py_XDECREF(type);
+    Py_XDECREF(tb);
+#else
+    PyObject *tmp_type, *tmp_value, *tmp_tb;
+    tmp_type = tstate->curexc_type;
+    tmp_value = tstate->curexc_value;
+    tmp_tb = tstate->curexc_traceback;
+    tstate->curexc_type = type;
+    tstate->curexc_value = value;
+    tstate->curexc_traceback = tb;
+    Py_XDECREF(tmp_type);
+    Py_XDECREF(tmp_value);
+    Py_XDECREF(tmp_tb);
+#endif
+}
+static CYTHON_INLINE void __Pyx_ErrFetchInState(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb) {
+#if PY_VERSION_HEX >= 0x030C00A6
+    PyObject* exc_value;
+    exc_value = tstate->current_exception;
+    tstate->current_exception = 0;
+    *value = exc_value;
+    *type = NULL;
+    *tb = NULL;
+    if (exc_value) {
+        *type = (PyObject*) Py_TYPE(exc_value);
+        Py_INCREF(*type);
+        #if CYTHON_COMPILING_IN_CPYTHON
+        *tb = ((PyBaseExceptionObject*) exc_value)->traceback;
+        Py_XINCREF(*tb);
+        #else
+        *tb = PyException_GetTraceback(exc_value);
+        #endif
+    }
+#else
+    *type = tstate->curexc_type;
+    *value = tstate->curexc_value;
+    *tb = tstate->curexc_traceback;
+    tstate->curexc_type = 0;
+    tstate->curexc_value = 0;
+    tstate->curexc_traceback = 0;
+#endif
+}
+#endif
+
+/* GivenExceptionMatches (used by PyErrExceptionMatches) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE int __Pyx_inner_PyErr_GivenExceptionMatches2(PyObject *err, PyObject* exc_type1, PyObject *exc_type2) {
+    if (exc_type1) {
+        return __Pyx_IsAnySubtype2((PyTypeObject*)err, (PyTypeObject*)exc_type1, (PyTypeObject*)exc_type2);
+    } else {
+        return __Pyx_IsSubtype((PyTypeObject*)err, (PyTypeObject*)exc_type2);
+    }
+}
+static int __Pyx_PyErr_GivenExceptionMatchesTuple(PyObject *exc_type, PyObject *tuple) {
+    Py_ssize_t i, n;
+    assert(PyExceptionClass_Check(exc_type));
+    n = PyTuple_GET_SIZE(tuple);
+    for (i=0; i<n; i++) {
+        if (exc_type == PyTuple_GET_ITEM(tuple, i)) return 1;
+    }
+    for (i=0; i<n; i++) {
+        PyObject *t = PyTuple_GET_ITEM(tuple, i);
+        if (likely(PyExceptionClass_Check(t))) {
+            if (__Pyx_inner_PyErr_GivenExceptionMatches2(exc_type, NULL, t)) return 1;
+        } else {
+        }
+    }
+    return 0;
+}
+static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches(PyObject *err, PyObject* exc_type) {
+    if (likely(err == exc_type)) return 1;
+    if (likely(PyExceptionClass_Check(err))) {
+        if (likely(PyExceptionClass_Check(exc_type))) {
+            return __Pyx_inner_PyErr_GivenExceptionMatches2(err, NULL, exc_type);
+        } else if (likely(PyTuple_Check(exc_type))) {
+            return __Pyx_PyErr_GivenExceptionMatchesTuple(err, exc_type);
+        } else {
+        }
+    }
+    return PyErr_GivenExceptionMatches(err, exc_type);
+}
+static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches2(PyObject *err, PyObject *exc_type1, PyObject *exc_type2) {
+    assert(PyExceptionClass_Check(exc_type1));
+    assert(PyExceptionClass_Check(exc_type2));
+    if (likely(err == exc_type1 || err == exc_type2)) return 1;
+    if (likely(PyExceptionClass_Check(err))) {
+        return __Pyx_inner_PyErr_GivenExceptionMatches2(err, exc_type1, exc_type2);
+    }
+    return (PyErr_GivenExceptionMatches(err, exc_type1) || PyErr_GivenExceptionMatches(err, exc_type2));
+}
+#endif
+
+/* PyErrExceptionMatches (used by PyObjectGetAttrStrNoError) */
+#if CYTHON_FAST_THREAD_STATE
+static int __Pyx_PyErr_ExceptionMatchesTuple(PyObject *exc_type, PyObject *tuple) {
+    Py_ssize_t i, n;
+    n = PyTuple_GET_SIZE(tuple);
+    for (i=0; i<n; i++) {
+        if (exc_type == PyTuple_GET_ITEM(tuple, i)) return 1;
+    }
+    for (i=0; i<n; i++) {
+        if (__Pyx_PyErr_GivenExceptionMatches(exc_type, PyTuple_GET_ITEM(tuple, i))) return 1;
+    }
+    return 0;
+}
+static CYTHON_INLINE int __Pyx_PyErr_ExceptionMatchesInState(PyThreadState* tstate, PyObject* err) {
+    int result;
+    PyObject *exc_type;
+#if PY_VERSION_HEX >= 0x030C00A6
+    PyObject *current_exception = tstate->current_exception;
+    if (unlikely(!current_exception)) return 0;
+    exc_type = (PyObject*) Py_TYPE(current_exception);
+    if (exc_type == err) return 1;
+#else
+    exc_type = tstate->curexc_type;
+    if (exc_type == err) return 1;
+    if (unlikely(!exc_type)) return 0;
+#endif
+    #if CYTHON_AVOID_BORROWED_REFS
+    Py_INCREF(exc_type);
+    #endif
+    if (unlikely(PyTuple_Check(err))) {
+        result = __Pyx_PyErr_ExceptionMatchesTuple(exc_type, err);
+    } else {
+        result = __Pyx_PyErr_GivenExceptionMatches(exc_type, err);
+    }
+    #if CYTHON_AVOID_BORROWED_REFS
+    Py_DECREF(exc_type);
+    #endif
+    return result;
+}
+#endif
+
+/* PyObjectGetAttrStr (used by PyObjectGetAttrStrNoError) */
+#if CYTHON_USE_TYPE_SLOTS
+static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStr(PyObject* obj, PyObject* attr_name) {
+    PyTypeObject* tp = Py_TYPE(obj);
+    if (likely(tp->tp_getattro))
+        return tp->tp_getattro(obj, attr_name);
+    return PyObject_GetAttr(obj, attr_name);
+}
+#endif
+
+/* PyObjectGetAttrStrNoError (used by GetBuiltinName) */
+#if __PYX_LIMITED_VERSION_HEX < 0x030d0000
+static void __Pyx_PyObject_GetAttrStr_ClearAttributeError(void) {
+    __Pyx_PyThreadState_declare
+    __Pyx_PyThreadState_assign
+    if (likely(__Pyx_PyErr_ExceptionMatches(PyExc_AttributeError)))
+        __Pyx_PyErr_Clear();
+}
+#endif
+static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStrNoError(PyObject* obj, PyObject* attr_name) {
+    PyObject *result;
+#if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
+    (void) PyObject_GetOptionalAttr(obj, attr_name, &result);
+    return result;
+#else
+#if CYTHON_COMPILING_IN_CPYTHON && CYTHON_USE_TYPE_SLOTS
+    PyTypeObject* tp = Py_TYPE(obj);
+    if (likely(tp->tp_getattro == PyObject_GenericGetAttr)) {
+        return _PyObject_GenericGetAttrWithDict(obj, attr_name, NULL, 1);
+    }
+#endif
+    result = __Pyx_PyObject_GetAttrStr(obj, attr_name);
+    if (unlikely(!result)) {
+        __Pyx_PyObject_GetAttrStr_ClearAttributeError();
+    }
+    return result;
+#endif
+}
+
+/* GetBuiltinName */
+static PyObject *__Pyx_GetBuiltinName(PyObject *name) {
+    PyObject* result = __Pyx_PyObject_GetAttrStrNoError(__pyx_mstate_global->__pyx_b, name);
+    if (unlikely(!result) && !PyErr_Occurred()) {
+        PyErr_Format(PyExc_NameError,
+            "name '%U' is not defined", name);
+    }
+    return result;
+}
 
 /* PyObjectCall (used by PyObjectFastCall) */
 #if CYTHON_COMPILING_IN_CPYTHON
@@ -15491,65 +17637,6 @@ static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObj
     return PyObject_VectorcallDict(func, args, nargsf, kwargs);
     #endif
 }
-
-/* PyErrFetchRestore (used by RaiseException) */
-#if CYTHON_FAST_THREAD_STATE
-static CYTHON_INLINE void __Pyx_ErrRestoreInState(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb) {
-#if PY_VERSION_HEX >= 0x030C00A6
-    PyObject *tmp_value;
-    assert(type == NULL || (value != NULL && type == (PyObject*) Py_TYPE(value)));
-    if (value) {
-        #if CYTHON_COMPILING_IN_CPYTHON
-        if (unlikely(((PyBaseExceptionObject*) value)->traceback != tb))
-        #endif
-            PyException_SetTraceback(value, tb);
-    }
-    tmp_value = tstate->current_exception;
-    tstate->current_exception = value;
-    Py_XDECREF(tmp_value);
-    Py_XDECREF(type);
-    Py_XDECREF(tb);
-#else
-    PyObject *tmp_type, *tmp_value, *tmp_tb;
-    tmp_type = tstate->curexc_type;
-    tmp_value = tstate->curexc_value;
-    tmp_tb = tstate->curexc_traceback;
-    tstate->curexc_type = type;
-    tstate->curexc_value = value;
-    tstate->curexc_traceback = tb;
-    Py_XDECREF(tmp_type);
-    Py_XDECREF(tmp_value);
-    Py_XDECREF(tmp_tb);
-#endif
-}
-static CYTHON_INLINE void __Pyx_ErrFetchInState(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb) {
-#if PY_VERSION_HEX >= 0x030C00A6
-    PyObject* exc_value;
-    exc_value = tstate->current_exception;
-    tstate->current_exception = 0;
-    *value = exc_value;
-    *type = NULL;
-    *tb = NULL;
-    if (exc_value) {
-        *type = (PyObject*) Py_TYPE(exc_value);
-        Py_INCREF(*type);
-        #if CYTHON_COMPILING_IN_CPYTHON
-        *tb = ((PyBaseExceptionObject*) exc_value)->traceback;
-        Py_XINCREF(*tb);
-        #else
-        *tb = PyException_GetTraceback(exc_value);
-        #endif
-    }
-#else
-    *type = tstate->curexc_type;
-    *value = tstate->curexc_value;
-    *tb = tstate->curexc_traceback;
-    tstate->curexc_type = 0;
-    tstate->curexc_value = 0;
-    tstate->curexc_traceback = 0;
-#endif
-}
-#endif
 
 /* RaiseException */
 static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause) {
@@ -15912,6 +17999,191 @@ static CYTHON_INLINE int __Pyx_PyLong_BoolEqObjC(PyObject *op1, PyObject *op2, l
     return __Pyx_PyObject_RichCompareBool(op1, op2, Py_EQ);
 }
 
+/* GetTopmostException (used by SaveResetException) */
+#if CYTHON_USE_EXC_INFO_STACK && CYTHON_FAST_THREAD_STATE
+static _PyErr_StackItem *
+__Pyx_PyErr_GetTopmostException(PyThreadState *tstate)
+{
+    _PyErr_StackItem *exc_info = tstate->exc_info;
+    while ((exc_info->exc_value == NULL || exc_info->exc_value == Py_None) &&
+           exc_info->previous_item != NULL)
+    {
+        exc_info = exc_info->previous_item;
+    }
+    return exc_info;
+}
+#endif
+
+/* SaveResetException */
+#if CYTHON_FAST_THREAD_STATE
+static CYTHON_INLINE void __Pyx__ExceptionSave(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb) {
+  #if CYTHON_USE_EXC_INFO_STACK && PY_VERSION_HEX >= 0x030B00a4
+    _PyErr_StackItem *exc_info = __Pyx_PyErr_GetTopmostException(tstate);
+    PyObject *exc_value = exc_info->exc_value;
+    if (exc_value == NULL || exc_value == Py_None) {
+        *value = NULL;
+        *type = NULL;
+        *tb = NULL;
+    } else {
+        *value = exc_value;
+        Py_INCREF(*value);
+        *type = (PyObject*) Py_TYPE(exc_value);
+        Py_INCREF(*type);
+        *tb = PyException_GetTraceback(exc_value);
+    }
+  #elif CYTHON_USE_EXC_INFO_STACK
+    _PyErr_StackItem *exc_info = __Pyx_PyErr_GetTopmostException(tstate);
+    *type = exc_info->exc_type;
+    *value = exc_info->exc_value;
+    *tb = exc_info->exc_traceback;
+    Py_XINCREF(*type);
+    Py_XINCREF(*value);
+    Py_XINCREF(*tb);
+  #else
+    *type = tstate->exc_type;
+    *value = tstate->exc_value;
+    *tb = tstate->exc_traceback;
+    Py_XINCREF(*type);
+    Py_XINCREF(*value);
+    Py_XINCREF(*tb);
+  #endif
+}
+static CYTHON_INLINE void __Pyx__ExceptionReset(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb) {
+  #if CYTHON_USE_EXC_INFO_STACK && PY_VERSION_HEX >= 0x030B00a4
+    _PyErr_StackItem *exc_info = tstate->exc_info;
+    PyObject *tmp_value = exc_info->exc_value;
+    exc_info->exc_value = value;
+    Py_XDECREF(tmp_value);
+    Py_XDECREF(type);
+    Py_XDECREF(tb);
+  #else
+    PyObject *tmp_type, *tmp_value, *tmp_tb;
+    #if CYTHON_USE_EXC_INFO_STACK
+    _PyErr_StackItem *exc_info = tstate->exc_info;
+    tmp_type = exc_info->exc_type;
+    tmp_value = exc_info->exc_value;
+    tmp_tb = exc_info->exc_traceback;
+    exc_info->exc_type = type;
+    exc_info->exc_value = value;
+    exc_info->exc_traceback = tb;
+    #else
+    tmp_type = tstate->exc_type;
+    tmp_value = tstate->exc_value;
+    tmp_tb = tstate->exc_traceback;
+    tstate->exc_type = type;
+    tstate->exc_value = value;
+    tstate->exc_traceback = tb;
+    #endif
+    Py_XDECREF(tmp_type);
+    Py_XDECREF(tmp_value);
+    Py_XDECREF(tmp_tb);
+  #endif
+}
+#endif
+
+/* GetException */
+#if CYTHON_FAST_THREAD_STATE
+static int __Pyx__GetException(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb)
+#else
+static int __Pyx_GetException(PyObject **type, PyObject **value, PyObject **tb)
+#endif
+{
+    PyObject *local_type = NULL, *local_value, *local_tb = NULL;
+#if CYTHON_FAST_THREAD_STATE
+    PyObject *tmp_type, *tmp_value, *tmp_tb;
+  #if PY_VERSION_HEX >= 0x030C0000
+    local_value = tstate->current_exception;
+    tstate->current_exception = 0;
+  #else
+    local_type = tstate->curexc_type;
+    local_value = tstate->curexc_value;
+    local_tb = tstate->curexc_traceback;
+    tstate->curexc_type = 0;
+    tstate->curexc_value = 0;
+    tstate->curexc_traceback = 0;
+  #endif
+#elif __PYX_LIMITED_VERSION_HEX >= 0x030C0000
+    local_value = PyErr_GetRaisedException();
+#else
+    PyErr_Fetch(&local_type, &local_value, &local_tb);
+#endif
+#if __PYX_LIMITED_VERSION_HEX >= 0x030C0000
+    if (likely(local_value)) {
+        local_type = (PyObject*) Py_TYPE(local_value);
+        Py_INCREF(local_type);
+        local_tb = PyException_GetTraceback(local_value);
+    }
+#else
+    PyErr_NormalizeException(&local_type, &local_value, &local_tb);
+#if CYTHON_FAST_THREAD_STATE
+    if (unlikely(tstate->curexc_type))
+#else
+    if (unlikely(PyErr_Occurred()))
+#endif
+        goto bad;
+    if (local_tb) {
+        if (unlikely(PyException_SetTraceback(local_value, local_tb) < 0))
+            goto bad;
+    }
+#endif // __PYX_LIMITED_VERSION_HEX >= 0x030C0000
+    Py_XINCREF(local_tb);
+    Py_XINCREF(local_type);
+    Py_XINCREF(local_value);
+    *type = local_type;
+    *value = local_value;
+    *tb = local_tb;
+#if CYTHON_FAST_THREAD_STATE
+    #if CYTHON_USE_EXC_INFO_STACK
+    {
+        _PyErr_StackItem *exc_info = tstate->exc_info;
+      #if PY_VERSION_HEX >= 0x030B00a4
+        tmp_value = exc_info->exc_value;
+        exc_info->exc_value = local_value;
+        tmp_type = NULL;
+        tmp_tb = NULL;
+        Py_XDECREF(local_type);
+        Py_XDECREF(local_tb);
+      #else
+        tmp_type = exc_info->exc_type;
+        tmp_value = exc_info->exc_value;
+        tmp_tb = exc_info->exc_traceback;
+        exc_info->exc_type = local_type;
+        exc_info->exc_value = local_value;
+        exc_info->exc_traceback = local_tb;
+      #endif
+    }
+    #else
+    tmp_type = tstate->exc_type;
+    tmp_value = tstate->exc_value;
+    tmp_tb = tstate->exc_traceback;
+    tstate->exc_type = local_type;
+    tstate->exc_value = local_value;
+    tstate->exc_traceback = local_tb;
+    #endif
+    Py_XDECREF(tmp_type);
+    Py_XDECREF(tmp_value);
+    Py_XDECREF(tmp_tb);
+#elif __PYX_LIMITED_VERSION_HEX >= 0x030b0000
+    PyErr_SetHandledException(local_value);
+    Py_XDECREF(local_value);
+    Py_XDECREF(local_type);
+    Py_XDECREF(local_tb);
+#else
+    PyErr_SetExcInfo(local_type, local_value, local_tb);
+#endif
+    return 0;
+#if __PYX_LIMITED_VERSION_HEX < 0x030C0000
+bad:
+    *type = 0;
+    *value = 0;
+    *tb = 0;
+    Py_XDECREF(local_type);
+    Py_XDECREF(local_value);
+    Py_XDECREF(local_tb);
+    return -1;
+#endif
+}
+
 /* IgnoreException (used by GetModuleGlobalName) */
 static CYTHON_INLINE int __Pyx_IgnoreGivenException(PyObject *given_exception, PyObject *ignorable_exception) {
     if (PyErr_GivenExceptionMatches(given_exception ? given_exception : PyErr_Occurred(), ignorable_exception)) {
@@ -15919,144 +18191,6 @@ static CYTHON_INLINE int __Pyx_IgnoreGivenException(PyObject *given_exception, P
         return 1;
     }
     return 0;
-}
-
-/* GivenExceptionMatches (used by PyErrExceptionMatches) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE int __Pyx_inner_PyErr_GivenExceptionMatches2(PyObject *err, PyObject* exc_type1, PyObject *exc_type2) {
-    if (exc_type1) {
-        return __Pyx_IsAnySubtype2((PyTypeObject*)err, (PyTypeObject*)exc_type1, (PyTypeObject*)exc_type2);
-    } else {
-        return __Pyx_IsSubtype((PyTypeObject*)err, (PyTypeObject*)exc_type2);
-    }
-}
-static int __Pyx_PyErr_GivenExceptionMatchesTuple(PyObject *exc_type, PyObject *tuple) {
-    Py_ssize_t i, n;
-    assert(PyExceptionClass_Check(exc_type));
-    n = PyTuple_GET_SIZE(tuple);
-    for (i=0; i<n; i++) {
-        if (exc_type == PyTuple_GET_ITEM(tuple, i)) return 1;
-    }
-    for (i=0; i<n; i++) {
-        PyObject *t = PyTuple_GET_ITEM(tuple, i);
-        if (likely(PyExceptionClass_Check(t))) {
-            if (__Pyx_inner_PyErr_GivenExceptionMatches2(exc_type, NULL, t)) return 1;
-        } else {
-        }
-    }
-    return 0;
-}
-static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches(PyObject *err, PyObject* exc_type) {
-    if (likely(err == exc_type)) return 1;
-    if (likely(PyExceptionClass_Check(err))) {
-        if (likely(PyExceptionClass_Check(exc_type))) {
-            return __Pyx_inner_PyErr_GivenExceptionMatches2(err, NULL, exc_type);
-        } else if (likely(PyTuple_Check(exc_type))) {
-            return __Pyx_PyErr_GivenExceptionMatchesTuple(err, exc_type);
-        } else {
-        }
-    }
-    return PyErr_GivenExceptionMatches(err, exc_type);
-}
-static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches2(PyObject *err, PyObject *exc_type1, PyObject *exc_type2) {
-    assert(PyExceptionClass_Check(exc_type1));
-    assert(PyExceptionClass_Check(exc_type2));
-    if (likely(err == exc_type1 || err == exc_type2)) return 1;
-    if (likely(PyExceptionClass_Check(err))) {
-        return __Pyx_inner_PyErr_GivenExceptionMatches2(err, exc_type1, exc_type2);
-    }
-    return (PyErr_GivenExceptionMatches(err, exc_type1) || PyErr_GivenExceptionMatches(err, exc_type2));
-}
-#endif
-
-/* PyErrExceptionMatches (used by PyObjectGetAttrStrNoError) */
-#if CYTHON_FAST_THREAD_STATE
-static int __Pyx_PyErr_ExceptionMatchesTuple(PyObject *exc_type, PyObject *tuple) {
-    Py_ssize_t i, n;
-    n = PyTuple_GET_SIZE(tuple);
-    for (i=0; i<n; i++) {
-        if (exc_type == PyTuple_GET_ITEM(tuple, i)) return 1;
-    }
-    for (i=0; i<n; i++) {
-        if (__Pyx_PyErr_GivenExceptionMatches(exc_type, PyTuple_GET_ITEM(tuple, i))) return 1;
-    }
-    return 0;
-}
-static CYTHON_INLINE int __Pyx_PyErr_ExceptionMatchesInState(PyThreadState* tstate, PyObject* err) {
-    int result;
-    PyObject *exc_type;
-#if PY_VERSION_HEX >= 0x030C00A6
-    PyObject *current_exception = tstate->current_exception;
-    if (unlikely(!current_exception)) return 0;
-    exc_type = (PyObject*) Py_TYPE(current_exception);
-    if (exc_type == err) return 1;
-#else
-    exc_type = tstate->curexc_type;
-    if (exc_type == err) return 1;
-    if (unlikely(!exc_type)) return 0;
-#endif
-    #if CYTHON_AVOID_BORROWED_REFS
-    Py_INCREF(exc_type);
-    #endif
-    if (unlikely(PyTuple_Check(err))) {
-        result = __Pyx_PyErr_ExceptionMatchesTuple(exc_type, err);
-    } else {
-        result = __Pyx_PyErr_GivenExceptionMatches(exc_type, err);
-    }
-    #if CYTHON_AVOID_BORROWED_REFS
-    Py_DECREF(exc_type);
-    #endif
-    return result;
-}
-#endif
-
-/* PyObjectGetAttrStr (used by PyObjectGetAttrStrNoError) */
-#if CYTHON_USE_TYPE_SLOTS
-static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStr(PyObject* obj, PyObject* attr_name) {
-    PyTypeObject* tp = Py_TYPE(obj);
-    if (likely(tp->tp_getattro))
-        return tp->tp_getattro(obj, attr_name);
-    return PyObject_GetAttr(obj, attr_name);
-}
-#endif
-
-/* PyObjectGetAttrStrNoError (used by GetBuiltinName) */
-#if __PYX_LIMITED_VERSION_HEX < 0x030d0000
-static void __Pyx_PyObject_GetAttrStr_ClearAttributeError(void) {
-    __Pyx_PyThreadState_declare
-    __Pyx_PyThreadState_assign
-    if (likely(__Pyx_PyErr_ExceptionMatches(PyExc_AttributeError)))
-        __Pyx_PyErr_Clear();
-}
-#endif
-static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStrNoError(PyObject* obj, PyObject* attr_name) {
-    PyObject *result;
-#if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
-    (void) PyObject_GetOptionalAttr(obj, attr_name, &result);
-    return result;
-#else
-#if CYTHON_COMPILING_IN_CPYTHON && CYTHON_USE_TYPE_SLOTS
-    PyTypeObject* tp = Py_TYPE(obj);
-    if (likely(tp->tp_getattro == PyObject_GenericGetAttr)) {
-        return _PyObject_GenericGetAttrWithDict(obj, attr_name, NULL, 1);
-    }
-#endif
-    result = __Pyx_PyObject_GetAttrStr(obj, attr_name);
-    if (unlikely(!result)) {
-        __Pyx_PyObject_GetAttrStr_ClearAttributeError();
-    }
-    return result;
-#endif
-}
-
-/* GetBuiltinName (used by GetModuleGlobalName) */
-static PyObject *__Pyx_GetBuiltinName(PyObject *name) {
-    PyObject* result = __Pyx_PyObject_GetAttrStrNoError(__pyx_mstate_global->__pyx_b, name);
-    if (unlikely(!result) && !PyErr_Occurred()) {
-        PyErr_Format(PyExc_NameError,
-            "name '%U' is not defined", name);
-    }
-    return result;
 }
 
 /* PyDictVersioning (used by GetModuleGlobalName) */
@@ -16219,42 +18353,6 @@ bad:
     Py_DECREF(value_tuple);
     return result;
 #endif
-}
-
-/* WriteUnraisableException */
-static void __Pyx_WriteUnraisable(const char *name, int clineno,
-                                  int lineno, const char *filename,
-                                  int full_traceback, int nogil) {
-    PyObject *old_exc, *old_val, *old_tb;
-    PyObject *ctx;
-    __Pyx_PyThreadState_declare
-    PyGILState_STATE state;
-    if (nogil)
-        state = PyGILState_Ensure();
-    else state = (PyGILState_STATE)0;
-    CYTHON_UNUSED_VAR(clineno);
-    CYTHON_UNUSED_VAR(lineno);
-    CYTHON_UNUSED_VAR(filename);
-    CYTHON_MAYBE_UNUSED_VAR(nogil);
-    __Pyx_PyThreadState_assign
-    __Pyx_ErrFetch(&old_exc, &old_val, &old_tb);
-    if (full_traceback) {
-        Py_XINCREF(old_exc);
-        Py_XINCREF(old_val);
-        Py_XINCREF(old_tb);
-        __Pyx_ErrRestore(old_exc, old_val, old_tb);
-        PyErr_PrintEx(0);
-    }
-    ctx = PyUnicode_FromString(name);
-    __Pyx_ErrRestore(old_exc, old_val, old_tb);
-    if (!ctx) {
-        PyErr_WriteUnraisable(Py_None);
-    } else {
-        PyErr_WriteUnraisable(ctx);
-        Py_DECREF(ctx);
-    }
-    if (nogil)
-        PyGILState_Release(state);
 }
 
 /* PyObjectCallOneArg (used by CallUnboundCMethod0) */
@@ -16919,6 +19017,60 @@ static void __Pyx_RaiseArgtupleInvalid(
                  (num_expected == 1) ? "" : "s", num_found);
 }
 
+/* SwapException */
+#if CYTHON_FAST_THREAD_STATE
+static CYTHON_INLINE void __Pyx__ExceptionSwap(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb) {
+    PyObject *tmp_type, *tmp_value, *tmp_tb;
+  #if CYTHON_USE_EXC_INFO_STACK && PY_VERSION_HEX >= 0x030B00a4
+    _PyErr_StackItem *exc_info = tstate->exc_info;
+    tmp_value = exc_info->exc_value;
+    exc_info->exc_value = *value;
+    if (tmp_value == NULL || tmp_value == Py_None) {
+        Py_XDECREF(tmp_value);
+        tmp_value = NULL;
+        tmp_type = NULL;
+        tmp_tb = NULL;
+    } else {
+        tmp_type = (PyObject*) Py_TYPE(tmp_value);
+        Py_INCREF(tmp_type);
+        #if CYTHON_COMPILING_IN_CPYTHON
+        tmp_tb = ((PyBaseExceptionObject*) tmp_value)->traceback;
+        Py_XINCREF(tmp_tb);
+        #else
+        tmp_tb = PyException_GetTraceback(tmp_value);
+        #endif
+    }
+  #elif CYTHON_USE_EXC_INFO_STACK
+    _PyErr_StackItem *exc_info = tstate->exc_info;
+    tmp_type = exc_info->exc_type;
+    tmp_value = exc_info->exc_value;
+    tmp_tb = exc_info->exc_traceback;
+    exc_info->exc_type = *type;
+    exc_info->exc_value = *value;
+    exc_info->exc_traceback = *tb;
+  #else
+    tmp_type = tstate->exc_type;
+    tmp_value = tstate->exc_value;
+    tmp_tb = tstate->exc_traceback;
+    tstate->exc_type = *type;
+    tstate->exc_value = *value;
+    tstate->exc_traceback = *tb;
+  #endif
+    *type = tmp_type;
+    *value = tmp_value;
+    *tb = tmp_tb;
+}
+#else
+static CYTHON_INLINE void __Pyx_ExceptionSwap(PyObject **type, PyObject **value, PyObject **tb) {
+    PyObject *tmp_type, *tmp_value, *tmp_tb;
+    PyErr_GetExcInfo(&tmp_type, &tmp_value, &tmp_tb);
+    PyErr_SetExcInfo(*type, *value, *tb);
+    *type = tmp_type;
+    *value = tmp_value;
+    *tb = tmp_tb;
+}
+#endif
+
 /* CIntToDigits (used by CIntToPyUnicode) */
 static const char DIGIT_PAIRS_10[2*10*10+1] = {
     "00010203040506070809"
@@ -17255,245 +19407,6 @@ static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_Py_ssize_t(Py_ssize_t
     }
     return __Pyx_PyUnicode_BuildFromAscii(ulength, dpos, (int) length, prepend_sign, padding_char);
 }
-
-/* GetException */
-#if CYTHON_FAST_THREAD_STATE
-static int __Pyx__GetException(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb)
-#else
-static int __Pyx_GetException(PyObject **type, PyObject **value, PyObject **tb)
-#endif
-{
-    PyObject *local_type = NULL, *local_value, *local_tb = NULL;
-#if CYTHON_FAST_THREAD_STATE
-    PyObject *tmp_type, *tmp_value, *tmp_tb;
-  #if PY_VERSION_HEX >= 0x030C0000
-    local_value = tstate->current_exception;
-    tstate->current_exception = 0;
-  #else
-    local_type = tstate->curexc_type;
-    local_value = tstate->curexc_value;
-    local_tb = tstate->curexc_traceback;
-    tstate->curexc_type = 0;
-    tstate->curexc_value = 0;
-    tstate->curexc_traceback = 0;
-  #endif
-#elif __PYX_LIMITED_VERSION_HEX >= 0x030C0000
-    local_value = PyErr_GetRaisedException();
-#else
-    PyErr_Fetch(&local_type, &local_value, &local_tb);
-#endif
-#if __PYX_LIMITED_VERSION_HEX >= 0x030C0000
-    if (likely(local_value)) {
-        local_type = (PyObject*) Py_TYPE(local_value);
-        Py_INCREF(local_type);
-        local_tb = PyException_GetTraceback(local_value);
-    }
-#else
-    PyErr_NormalizeException(&local_type, &local_value, &local_tb);
-#if CYTHON_FAST_THREAD_STATE
-    if (unlikely(tstate->curexc_type))
-#else
-    if (unlikely(PyErr_Occurred()))
-#endif
-        goto bad;
-    if (local_tb) {
-        if (unlikely(PyException_SetTraceback(local_value, local_tb) < 0))
-            goto bad;
-    }
-#endif // __PYX_LIMITED_VERSION_HEX >= 0x030C0000
-    Py_XINCREF(local_tb);
-    Py_XINCREF(local_type);
-    Py_XINCREF(local_value);
-    *type = local_type;
-    *value = local_value;
-    *tb = local_tb;
-#if CYTHON_FAST_THREAD_STATE
-    #if CYTHON_USE_EXC_INFO_STACK
-    {
-        _PyErr_StackItem *exc_info = tstate->exc_info;
-      #if PY_VERSION_HEX >= 0x030B00a4
-        tmp_value = exc_info->exc_value;
-        exc_info->exc_value = local_value;
-        tmp_type = NULL;
-        tmp_tb = NULL;
-        Py_XDECREF(local_type);
-        Py_XDECREF(local_tb);
-      #else
-        tmp_type = exc_info->exc_type;
-        tmp_value = exc_info->exc_value;
-        tmp_tb = exc_info->exc_traceback;
-        exc_info->exc_type = local_type;
-        exc_info->exc_value = local_value;
-        exc_info->exc_traceback = local_tb;
-      #endif
-    }
-    #else
-    tmp_type = tstate->exc_type;
-    tmp_value = tstate->exc_value;
-    tmp_tb = tstate->exc_traceback;
-    tstate->exc_type = local_type;
-    tstate->exc_value = local_value;
-    tstate->exc_traceback = local_tb;
-    #endif
-    Py_XDECREF(tmp_type);
-    Py_XDECREF(tmp_value);
-    Py_XDECREF(tmp_tb);
-#elif __PYX_LIMITED_VERSION_HEX >= 0x030b0000
-    PyErr_SetHandledException(local_value);
-    Py_XDECREF(local_value);
-    Py_XDECREF(local_type);
-    Py_XDECREF(local_tb);
-#else
-    PyErr_SetExcInfo(local_type, local_value, local_tb);
-#endif
-    return 0;
-#if __PYX_LIMITED_VERSION_HEX < 0x030C0000
-bad:
-    *type = 0;
-    *value = 0;
-    *tb = 0;
-    Py_XDECREF(local_type);
-    Py_XDECREF(local_value);
-    Py_XDECREF(local_tb);
-    return -1;
-#endif
-}
-
-/* SwapException */
-#if CYTHON_FAST_THREAD_STATE
-static CYTHON_INLINE void __Pyx__ExceptionSwap(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb) {
-    PyObject *tmp_type, *tmp_value, *tmp_tb;
-  #if CYTHON_USE_EXC_INFO_STACK && PY_VERSION_HEX >= 0x030B00a4
-    _PyErr_StackItem *exc_info = tstate->exc_info;
-    tmp_value = exc_info->exc_value;
-    exc_info->exc_value = *value;
-    if (tmp_value == NULL || tmp_value == Py_None) {
-        Py_XDECREF(tmp_value);
-        tmp_value = NULL;
-        tmp_type = NULL;
-        tmp_tb = NULL;
-    } else {
-        tmp_type = (PyObject*) Py_TYPE(tmp_value);
-        Py_INCREF(tmp_type);
-        #if CYTHON_COMPILING_IN_CPYTHON
-        tmp_tb = ((PyBaseExceptionObject*) tmp_value)->traceback;
-        Py_XINCREF(tmp_tb);
-        #else
-        tmp_tb = PyException_GetTraceback(tmp_value);
-        #endif
-    }
-  #elif CYTHON_USE_EXC_INFO_STACK
-    _PyErr_StackItem *exc_info = tstate->exc_info;
-    tmp_type = exc_info->exc_type;
-    tmp_value = exc_info->exc_value;
-    tmp_tb = exc_info->exc_traceback;
-    exc_info->exc_type = *type;
-    exc_info->exc_value = *value;
-    exc_info->exc_traceback = *tb;
-  #else
-    tmp_type = tstate->exc_type;
-    tmp_value = tstate->exc_value;
-    tmp_tb = tstate->exc_traceback;
-    tstate->exc_type = *type;
-    tstate->exc_value = *value;
-    tstate->exc_traceback = *tb;
-  #endif
-    *type = tmp_type;
-    *value = tmp_value;
-    *tb = tmp_tb;
-}
-#else
-static CYTHON_INLINE void __Pyx_ExceptionSwap(PyObject **type, PyObject **value, PyObject **tb) {
-    PyObject *tmp_type, *tmp_value, *tmp_tb;
-    PyErr_GetExcInfo(&tmp_type, &tmp_value, &tmp_tb);
-    PyErr_SetExcInfo(*type, *value, *tb);
-    *type = tmp_type;
-    *value = tmp_value;
-    *tb = tmp_tb;
-}
-#endif
-
-/* GetTopmostException (used by SaveResetException) */
-#if CYTHON_USE_EXC_INFO_STACK && CYTHON_FAST_THREAD_STATE
-static _PyErr_StackItem *
-__Pyx_PyErr_GetTopmostException(PyThreadState *tstate)
-{
-    _PyErr_StackItem *exc_info = tstate->exc_info;
-    while ((exc_info->exc_value == NULL || exc_info->exc_value == Py_None) &&
-           exc_info->previous_item != NULL)
-    {
-        exc_info = exc_info->previous_item;
-    }
-    return exc_info;
-}
-#endif
-
-/* SaveResetException */
-#if CYTHON_FAST_THREAD_STATE
-static CYTHON_INLINE void __Pyx__ExceptionSave(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb) {
-  #if CYTHON_USE_EXC_INFO_STACK && PY_VERSION_HEX >= 0x030B00a4
-    _PyErr_StackItem *exc_info = __Pyx_PyErr_GetTopmostException(tstate);
-    PyObject *exc_value = exc_info->exc_value;
-    if (exc_value == NULL || exc_value == Py_None) {
-        *value = NULL;
-        *type = NULL;
-        *tb = NULL;
-    } else {
-        *value = exc_value;
-        Py_INCREF(*value);
-        *type = (PyObject*) Py_TYPE(exc_value);
-        Py_INCREF(*type);
-        *tb = PyException_GetTraceback(exc_value);
-    }
-  #elif CYTHON_USE_EXC_INFO_STACK
-    _PyErr_StackItem *exc_info = __Pyx_PyErr_GetTopmostException(tstate);
-    *type = exc_info->exc_type;
-    *value = exc_info->exc_value;
-    *tb = exc_info->exc_traceback;
-    Py_XINCREF(*type);
-    Py_XINCREF(*value);
-    Py_XINCREF(*tb);
-  #else
-    *type = tstate->exc_type;
-    *value = tstate->exc_value;
-    *tb = tstate->exc_traceback;
-    Py_XINCREF(*type);
-    Py_XINCREF(*value);
-    Py_XINCREF(*tb);
-  #endif
-}
-static CYTHON_INLINE void __Pyx__ExceptionReset(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb) {
-  #if CYTHON_USE_EXC_INFO_STACK && PY_VERSION_HEX >= 0x030B00a4
-    _PyErr_StackItem *exc_info = tstate->exc_info;
-    PyObject *tmp_value = exc_info->exc_value;
-    exc_info->exc_value = value;
-    Py_XDECREF(tmp_value);
-    Py_XDECREF(type);
-    Py_XDECREF(tb);
-  #else
-    PyObject *tmp_type, *tmp_value, *tmp_tb;
-    #if CYTHON_USE_EXC_INFO_STACK
-    _PyErr_StackItem *exc_info = tstate->exc_info;
-    tmp_type = exc_info->exc_type;
-    tmp_value = exc_info->exc_value;
-    tmp_tb = exc_info->exc_traceback;
-    exc_info->exc_type = type;
-    exc_info->exc_value = value;
-    exc_info->exc_traceback = tb;
-    #else
-    tmp_type = tstate->exc_type;
-    tmp_value = tstate->exc_value;
-    tmp_tb = tstate->exc_traceback;
-    tstate->exc_type = type;
-    tstate->exc_value = value;
-    tstate->exc_traceback = tb;
-    #endif
-    Py_XDECREF(tmp_type);
-    Py_XDECREF(tmp_value);
-    Py_XDECREF(tmp_tb);
-  #endif
-}
-#endif
 
 /* PyObjectCompare */
 #ifndef __Pyx_DEFINED_PyObject_CompareFloatIntBoolLt
@@ -17895,6 +19808,117 @@ static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_uint64_t(uint64_t val
     return __Pyx_PyUnicode_BuildFromAscii(ulength, dpos, (int) length, prepend_sign, padding_char);
 }
 
+/* FormatTypeName (used by RaiseErrorWithObjectType) */
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+static __Pyx_TypeName
+__Pyx_PyType_GetFullyQualifiedName(PyTypeObject* tp)
+{
+    PyObject *module = NULL, *name = NULL, *result = NULL;
+    #if __PYX_LIMITED_VERSION_HEX < 0x030b0000
+    name = __Pyx_PyObject_GetAttrStr((PyObject *)tp,
+                                               __pyx_mstate_global->__pyx_n_u_qualname);
+    #else
+    name = PyType_GetQualName(tp);
+    #endif
+    if (unlikely(name == NULL) || unlikely(!PyUnicode_Check(name))) goto bad;
+    module = __Pyx_PyObject_GetAttrStr((PyObject *)tp,
+                                               __pyx_mstate_global->__pyx_n_u_module);
+    if (unlikely(module == NULL) || unlikely(!PyUnicode_Check(module))) goto bad;
+    if (PyUnicode_CompareWithASCIIString(module, "builtins") == 0) {
+        result = name;
+        name = NULL;
+        goto done;
+    }
+    result = PyUnicode_FromFormat("%U.%U", module, name);
+    if (unlikely(result == NULL)) goto bad;
+  done:
+    Py_XDECREF(name);
+    Py_XDECREF(module);
+    return result;
+  bad:
+    PyErr_Clear();
+    if (name) {
+        result = name;
+        name = NULL;
+    } else {
+        result = __Pyx_NewRef(__pyx_mstate_global->__pyx_kp_u__2);
+    }
+    goto done;
+}
+#endif
+
+/* RaiseErrorWithObjectType (used by SliceObject) */
+static void __Pyx_RaiseErrorWithType(PyObject* exc_type, const char* message, PyTypeObject *type_obj) {
+    __Pyx_TypeName type_name = __Pyx_PyType_GetFullyQualifiedName(type_obj);
+    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+    if (unlikely(!type_name)) return;
+    #endif
+    PyErr_Format(exc_type, message, type_name);
+    __Pyx_DECREF_TypeName(type_name);
+}
+
+/* SliceObject */
+static CYTHON_INLINE PyObject* __Pyx_PyObject_GetSlice(PyObject* obj,
+        Py_ssize_t cstart, Py_ssize_t cstop,
+        PyObject** _py_start, PyObject** _py_stop, PyObject** _py_slice,
+        int has_cstart, int has_cstop, CYTHON_UNUSED int wraparound) {
+#if CYTHON_USE_TYPE_SLOTS
+    PyMappingMethods* mp = Py_TYPE(obj)->tp_as_mapping;
+    if (likely(mp && mp->mp_subscript))
+#else
+    if ((1))
+#endif
+    {
+        PyObject* result;
+        PyObject *py_slice, *py_start, *py_stop;
+        if (_py_slice) {
+            py_slice = *_py_slice;
+        } else {
+            PyObject* owned_start = NULL;
+            PyObject* owned_stop = NULL;
+            if (_py_start) {
+                py_start = *_py_start;
+            } else {
+                if (has_cstart) {
+                    owned_start = py_start = PyLong_FromSsize_t(cstart);
+                    if (unlikely(!py_start)) goto bad;
+                } else
+                    py_start = Py_None;
+            }
+            if (_py_stop) {
+                py_stop = *_py_stop;
+            } else {
+                if (has_cstop) {
+                    owned_stop = py_stop = PyLong_FromSsize_t(cstop);
+                    if (unlikely(!py_stop)) {
+                        Py_XDECREF(owned_start);
+                        goto bad;
+                    }
+                } else
+                    py_stop = Py_None;
+            }
+            py_slice = PySlice_New(py_start, py_stop, Py_None);
+            Py_XDECREF(owned_start);
+            Py_XDECREF(owned_stop);
+            if (unlikely(!py_slice)) goto bad;
+        }
+#if CYTHON_USE_TYPE_SLOTS
+        result = mp->mp_subscript(obj, py_slice);
+#else
+        result = PyObject_GetItem(obj, py_slice);
+#endif
+        if (!_py_slice) {
+            Py_DECREF(py_slice);
+        }
+        return result;
+    } else {
+        __Pyx_RaiseTypeErrorWithObjectType(
+            "'" __Pyx_FMT_TYPENAME "' object is unsliceable", obj);
+    }
+bad:
+    return NULL;
+}
+
 /* dict_setdefault (used by FetchCommonType) */
 static CYTHON_INLINE PyObject *__Pyx_PyDict_SetDefault(PyObject *d, PyObject *key, PyObject *default_value) {
     PyObject* value;
@@ -18181,55 +20205,6 @@ static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethod1(PyObject* obj, PyObjec
 static CYTHON_INLINE PyObject* __Pyx_PyObject_CallNoArg(PyObject *func) {
     PyObject *arg[2] = {NULL, NULL};
     return __Pyx_PyObject_FastCall(func, arg + 1, 0 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET);
-}
-
-/* FormatTypeName (used by RaiseErrorWithObjectType) */
-#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
-static __Pyx_TypeName
-__Pyx_PyType_GetFullyQualifiedName(PyTypeObject* tp)
-{
-    PyObject *module = NULL, *name = NULL, *result = NULL;
-    #if __PYX_LIMITED_VERSION_HEX < 0x030b0000
-    name = __Pyx_PyObject_GetAttrStr((PyObject *)tp,
-                                               __pyx_mstate_global->__pyx_n_u_qualname);
-    #else
-    name = PyType_GetQualName(tp);
-    #endif
-    if (unlikely(name == NULL) || unlikely(!PyUnicode_Check(name))) goto bad;
-    module = __Pyx_PyObject_GetAttrStr((PyObject *)tp,
-                                               __pyx_mstate_global->__pyx_n_u_module);
-    if (unlikely(module == NULL) || unlikely(!PyUnicode_Check(module))) goto bad;
-    if (PyUnicode_CompareWithASCIIString(module, "builtins") == 0) {
-        result = name;
-        name = NULL;
-        goto done;
-    }
-    result = PyUnicode_FromFormat("%U.%U", module, name);
-    if (unlikely(result == NULL)) goto bad;
-  done:
-    Py_XDECREF(name);
-    Py_XDECREF(module);
-    return result;
-  bad:
-    PyErr_Clear();
-    if (name) {
-        result = name;
-        name = NULL;
-    } else {
-        result = __Pyx_NewRef(__pyx_mstate_global->__pyx_kp_u__2);
-    }
-    goto done;
-}
-#endif
-
-/* RaiseErrorWithObjectType (used by CoroutineBase) */
-static void __Pyx_RaiseErrorWithType(PyObject* exc_type, const char* message, PyTypeObject *type_obj) {
-    __Pyx_TypeName type_name = __Pyx_PyType_GetFullyQualifiedName(type_obj);
-    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
-    if (unlikely(!type_name)) return;
-    #endif
-    PyErr_Format(exc_type, message, type_name);
-    __Pyx_DECREF_TypeName(type_name);
 }
 
 /* ReturnWithStopIteration (used by CoroutineBase) */
@@ -23005,82 +24980,304 @@ static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int64_t(int64_t value) {
     }
 }
 
-/* CIntToPy */
-static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int(int value) {
+/* CIntFromPy */
+static uint32_t __Pyx_LargePyLong___Pyx_PyLong_As_uint32_t(PyObject *x);
+static uint32_t __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint32_t(void) {
+    const char* type_name = "uint32_t";
+    PyErr_Format(PyExc_OverflowError,
+        "can't convert negative value to %.200s", type_name);
+    return (uint32_t) -1;
+}
+static uint32_t __Pyx_raise_overflow___Pyx_PyLong_As_uint32_t(void) {
+    const char* type_name = "uint32_t";
+    PyErr_Format(PyExc_OverflowError,
+        "value too large to convert to %.200s", type_name);
+    return (uint32_t) -1;
+}
+static CYTHON_INLINE uint32_t __Pyx_PyULong___Pyx_PyLong_As_uint32_t(PyObject *x) {
+    const int is_unsigned = 1;
+#if CYTHON_USE_PYLONG_INTERNALS
+    {
+        const digit* digits = __Pyx_PyLong_Digits(x);
+        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
+        if (size == 2 && (8 * sizeof(uint32_t) > 1 * PyLong_SHIFT)) {
+            if ((8 * sizeof(unsigned long) > 2 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(uint32_t, unsigned long, (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(uint32_t) >= 2 * PyLong_SHIFT)) {
+                return (uint32_t) (((((uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0]));
+            }
+        } else
+        if (size == 3 && (8 * sizeof(uint32_t) > 2 * PyLong_SHIFT)) {
+            if ((8 * sizeof(unsigned long) > 3 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(uint32_t, unsigned long, (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(uint32_t) >= 3 * PyLong_SHIFT)) {
+                return (uint32_t) (((((((uint32_t)digits[2]) << PyLong_SHIFT) | (uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0]));
+            }
+        } else
+        if (size == 4 && (8 * sizeof(uint32_t) > 3 * PyLong_SHIFT)) {
+            if ((8 * sizeof(unsigned long) > 4 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(uint32_t, unsigned long, (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(uint32_t) >= 4 * PyLong_SHIFT)) {
+                return (uint32_t) (((((((((uint32_t)digits[3]) << PyLong_SHIFT) | (uint32_t)digits[2]) << PyLong_SHIFT) | (uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0]));
+            }
+        } else
+        {}
+    }
+#elif CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX < 0x030C00A7
+    if (unlikely(Py_SIZE(x) < 0)) {
+        goto raise_neg_overflow;
+    }
+#else
+    {
+        int result = PyObject_RichCompareBool(x, Py_False, Py_LT);
+        if (unlikely(result < 0))
+            return (uint32_t) -1;
+        if (unlikely(result == 1))
+            goto raise_neg_overflow;
+    }
+#endif
+    if ((sizeof(uint32_t) <= sizeof(unsigned long))) {
+        __PYX_VERIFY_RETURN_INT_EXC(uint32_t, unsigned long, PyLong_AsUnsignedLong(x))
+    } else if ((sizeof(uint32_t) <= sizeof(unsigned PY_LONG_LONG))) {
+        __PYX_VERIFY_RETURN_INT_EXC(uint32_t, unsigned PY_LONG_LONG, PyLong_AsUnsignedLongLong(x))
+    }
+    return __Pyx_LargePyLong___Pyx_PyLong_As_uint32_t(x);
+raise_neg_overflow:
+    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint32_t();
+raise_overflow:
+    return __Pyx_raise_overflow___Pyx_PyLong_As_uint32_t();
+}
+static CYTHON_INLINE uint32_t __Pyx_PySLong___Pyx_PyLong_As_uint32_t(PyObject *x) {
+    const int is_unsigned = 0;
+#if CYTHON_USE_PYLONG_INTERNALS
+    if (__Pyx_PyLong_IsNeg(x)) {
+        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
+        const digit* digits = __Pyx_PyLong_Digits(x);
+        if (size == 2 && (8 * sizeof(uint32_t) > 1 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 2 * PyLong_SHIFT)) {
+                long ival = - (long) (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
+                __PYX_VERIFY_RETURN_INT(uint32_t, long, ival)
+            } else if ((8 * sizeof(uint32_t) - 1 > 2 * PyLong_SHIFT)) {
+                return (uint32_t) (((uint32_t) -1) * (((((uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0])));
+            }
+        } else
+        if (size == 3 && (8 * sizeof(uint32_t) > 2 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 3 * PyLong_SHIFT)) {
+                long ival = - (long) (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
+                __PYX_VERIFY_RETURN_INT(uint32_t, long, ival)
+            } else if ((8 * sizeof(uint32_t) - 1 > 3 * PyLong_SHIFT)) {
+                return (uint32_t) (((uint32_t) -1) * (((((((uint32_t)digits[2]) << PyLong_SHIFT) | (uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0])));
+            }
+        } else
+        if (size == 4 && (8 * sizeof(uint32_t) > 3 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 4 * PyLong_SHIFT)) {
+                long ival = - (long) (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
+                __PYX_VERIFY_RETURN_INT(uint32_t, long, ival)
+            } else if ((8 * sizeof(uint32_t) - 1 > 4 * PyLong_SHIFT)) {
+                return (uint32_t) (((uint32_t) -1) * (((((((((uint32_t)digits[3]) << PyLong_SHIFT) | (uint32_t)digits[2]) << PyLong_SHIFT) | (uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0])));
+            }
+        } else
+        {}
+    } else {
+        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
+        const digit* digits = __Pyx_PyLong_Digits(x);
+        if (size == 2 && (8 * sizeof(uint32_t) > 1 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 2 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(uint32_t, unsigned long, (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(uint32_t) - 1 > 2 * PyLong_SHIFT)) {
+                return (uint32_t) (((((uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0]));
+            }
+        } else
+        if (size == 3 && (8 * sizeof(uint32_t) > 2 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 3 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(uint32_t, unsigned long, (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(uint32_t) - 1 > 3 * PyLong_SHIFT)) {
+                return (uint32_t) (((((((uint32_t)digits[2]) << PyLong_SHIFT) | (uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0]));
+            }
+        } else
+        if (size == 4 && (8 * sizeof(uint32_t) > 3 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 4 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(uint32_t, unsigned long, (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(uint32_t) - 1 > 4 * PyLong_SHIFT)) {
+                return (uint32_t) (((((((((uint32_t)digits[3]) << PyLong_SHIFT) | (uint32_t)digits[2]) << PyLong_SHIFT) | (uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0]));
+            }
+        } else
+        {}
+    }
+#endif
+    #if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
+    if ((sizeof(uint32_t) <= sizeof(int)) && (sizeof(int) < sizeof(long))) {
+        __PYX_VERIFY_RETURN_INT_EXC(uint32_t, int, PyLong_AsInt(x))
+    } else
+    #endif
+    if ((sizeof(uint32_t) <= sizeof(long))) {
+        __PYX_VERIFY_RETURN_INT_EXC(uint32_t, long, PyLong_AsLong(x))
+    } else if ((sizeof(uint32_t) <= sizeof(PY_LONG_LONG))) {
+        __PYX_VERIFY_RETURN_INT_EXC(uint32_t, PY_LONG_LONG, PyLong_AsLongLong(x))
+    }
+    return __Pyx_LargePyLong___Pyx_PyLong_As_uint32_t(x);
+raise_neg_overflow:
+    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint32_t();
+raise_overflow:
+    return __Pyx_raise_overflow___Pyx_PyLong_As_uint32_t();
+}
+static uint32_t __Pyx_LargePyLong___Pyx_PyLong_As_uint32_t(PyObject *x) {
 #ifdef __Pyx_HAS_GCC_DIAGNOSTIC
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wconversion"
 #endif
-    const int neg_one = (int) -1, const_zero = (int) 0;
+    const uint32_t neg_one = (uint32_t) -1, const_zero = (uint32_t) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    uint32_t val;
+    int ret = -1;
+#if PY_VERSION_HEX >= 0x030d00A6 && !CYTHON_COMPILING_IN_LIMITED_API
+    Py_ssize_t bytes_copied = PyLong_AsNativeBytes(
+        x, &val, sizeof(val), Py_ASNATIVEBYTES_NATIVE_ENDIAN | (is_unsigned ? Py_ASNATIVEBYTES_UNSIGNED_BUFFER | Py_ASNATIVEBYTES_REJECT_NEGATIVE : 0));
+    if (unlikely(bytes_copied == -1)) {
+    } else if (unlikely(bytes_copied > (Py_ssize_t) sizeof(val))) {
+        goto raise_overflow;
+    } else {
+        ret = 0;
+    }
+#elif PY_VERSION_HEX < 0x030d0000 && !(CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_LIMITED_API) || defined(_PyLong_AsByteArray)
+    int one = 1; int is_little = (int)*(unsigned char *)&one;
+    unsigned char *bytes = (unsigned char *)&val;
+    ret = _PyLong_AsByteArray((PyLongObject *)x,
+                                bytes, sizeof(val),
+                                is_little, !is_unsigned);
+    if ((0)) goto raise_overflow;
+#else
+    PyObject *v;
+    PyObject *stepval = NULL, *mask = NULL, *shift = NULL;
+    int bits, remaining_bits, is_negative = 0;
+    int chunk_size = (sizeof(long) < 8) ? 30 : 62;
+    if (likely(PyLong_CheckExact(x))) {
+        v = __Pyx_NewRef(x);
+    } else {
+        v = PyNumber_Long(x);
+        if (unlikely(!v)) return (uint32_t) -1;
+        assert(PyLong_CheckExact(v));
+    }
+    {
+        int result = PyObject_RichCompareBool(v, Py_False, Py_LT);
+        if (unlikely(result < 0)) {
+            Py_DECREF(v);
+            return (uint32_t) -1;
+        }
+        is_negative = result == 1;
+    }
+    if (is_unsigned && unlikely(is_negative)) {
+        Py_DECREF(v);
+        PyErr_SetString(PyExc_OverflowError,
+            "can't convert negative value to uint32_t");
+        return (uint32_t) -1;
+    } else if (is_negative) {
+        stepval = PyNumber_Invert(v);
+        Py_DECREF(v);
+        if (unlikely(!stepval))
+            return (uint32_t) -1;
+    } else {
+        stepval = v;
+    }
+    v = NULL;
+    val = (uint32_t) 0;
+    mask = PyLong_FromLong((1L << chunk_size) - 1); if (unlikely(!mask)) goto done;
+    shift = PyLong_FromLong(chunk_size); if (unlikely(!shift)) goto done;
+    for (bits = 0; bits < (int) sizeof(uint32_t) * 8 - chunk_size; bits += chunk_size) {
+        PyObject *tmp, *digit;
+        long idigit;
+        digit = PyNumber_And(stepval, mask);
+        if (unlikely(!digit)) goto done;
+        idigit = PyLong_AsLong(digit);
+        Py_DECREF(digit);
+        if (unlikely(idigit < 0)) goto done;
+        val |= ((uint32_t) idigit) << bits;
+        tmp = PyNumber_Rshift(stepval, shift);
+        if (unlikely(!tmp)) goto done;
+        Py_DECREF(stepval); stepval = tmp;
+    }
+    Py_DECREF(shift); shift = NULL;
+    Py_DECREF(mask); mask = NULL;
+    {
+        long idigit = PyLong_AsLong(stepval);
+        if (unlikely(idigit < 0)) goto done;
+        remaining_bits = ((int) sizeof(uint32_t) * 8) - bits - (is_unsigned ? 0 : 1);
+        if (unlikely(idigit >= (1L << remaining_bits)))
+            goto raise_overflow;
+        val |= ((uint32_t) idigit) << bits;
+    }
+    if (!is_unsigned) {
+        if (unlikely(val & (((uint32_t) 1) << (sizeof(uint32_t) * 8 - 1))))
+            goto raise_overflow;
+        if (is_negative)
+            val = ~val;
+    }
+    ret = 0;
+done:
+    Py_XDECREF(shift);
+    Py_XDECREF(mask);
+    Py_XDECREF(stepval);
+#endif
+    if (unlikely(ret))
+        return (uint32_t) -1;
+    return val;
+raise_overflow:
+    return __Pyx_raise_overflow___Pyx_PyLong_As_uint32_t();
+}
+static CYTHON_INLINE uint32_t __Pyx_PyLong___Pyx_PyLong_As_uint32_t(PyObject *x) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const uint32_t neg_one = (uint32_t) -1, const_zero = (uint32_t) 0;
 #ifdef __Pyx_HAS_GCC_DIAGNOSTIC
 #pragma GCC diagnostic pop
 #endif
     const int is_unsigned = neg_one > const_zero;
     if (is_unsigned) {
-        if (sizeof(int) < sizeof(long)) {
-            return PyLong_FromLong((long) value);
-        } else if (sizeof(int) <= sizeof(unsigned long)) {
-            return PyLong_FromUnsignedLong((unsigned long) value);
-#if !CYTHON_COMPILING_IN_PYPY
-        } else if (sizeof(int) <= sizeof(unsigned PY_LONG_LONG)) {
-            return PyLong_FromUnsignedLongLong((unsigned PY_LONG_LONG) value);
-#endif
+        #if CYTHON_USE_PYLONG_INTERNALS
+        if (unlikely(__Pyx_PyLong_IsNeg(x))) {
+            goto raise_neg_overflow;
+        } else if (__Pyx_PyLong_IsCompact(x)) {
+            __PYX_VERIFY_RETURN_INT(uint32_t, __Pyx_compact_upylong, __Pyx_PyLong_CompactValueUnsigned(x))
+        } else
+        #endif
+        {
+            return __Pyx_PyULong___Pyx_PyLong_As_uint32_t(x);
         }
     } else {
-        if (sizeof(int) <= sizeof(long)) {
-            return PyLong_FromLong((long) value);
-        } else if (sizeof(int) <= sizeof(PY_LONG_LONG)) {
-            return PyLong_FromLongLong((PY_LONG_LONG) value);
+        #if CYTHON_USE_PYLONG_INTERNALS
+        if (__Pyx_PyLong_IsCompact(x)) {
+            __PYX_VERIFY_RETURN_INT(uint32_t, __Pyx_compact_pylong, __Pyx_PyLong_CompactValue(x))
+        } else
+        #endif
+        {
+            return __Pyx_PySLong___Pyx_PyLong_As_uint32_t(x);
         }
     }
-    {
-        unsigned char *bytes = (unsigned char *)&value;
-#if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d00A4
-        if (is_unsigned) {
-            return PyLong_FromUnsignedNativeBytes(bytes, sizeof(value), -1);
-        } else {
-            return PyLong_FromNativeBytes(bytes, sizeof(value), -1);
-        }
-#elif !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX < 0x030d0000
-        int one = 1; int little = (int)*(unsigned char *)&one;
-        return _PyLong_FromByteArray(bytes, sizeof(int),
-                                     little, !is_unsigned);
-#else
-        int one = 1; int little = (int)*(unsigned char *)&one;
-        PyObject *result = NULL, *kwds = NULL;
-        PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
-        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(int));
-        if (!py_bytes) goto limited_bad;
-        from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
-        if (!from_bytes_str) goto limited_bad;
-        order_str = PyUnicode_FromString(little ? "little" : "big");
-        if (!order_str) goto limited_bad;
-        {
-            PyObject *args[] = { (PyObject*)&PyLong_Type, py_bytes, order_str, Py_True };
-            if (!is_unsigned) {
-                PyObject *signed_str = PyUnicode_FromStringAndSize("signed", 6);
-                if (!signed_str) goto limited_bad;
-#if CYTHON_VECTORCALL
-                kwds = PyTuple_Pack(1, signed_str);
-#else
-                {
-                    PyObject *keys[] = {signed_str};
-                    PyObject *values[] = {Py_True};
-                    kwds = __Pyx_MakeKwargDict(keys, values, 1);
-                }
+#if CYTHON_USE_PYLONG_INTERNALS
+raise_neg_overflow:
+    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint32_t();
+raise_overflow:
+    return __Pyx_raise_overflow___Pyx_PyLong_As_uint32_t();
 #endif
-                Py_DECREF(signed_str);
-                if (unlikely(!kwds)) goto limited_bad;
-            }
-            result = __Pyx_Object_VectorcallMethodKwds(from_bytes_str, args, 3 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET, kwds);
-        }
-        limited_bad:
-        Py_XDECREF(kwds);
-        Py_XDECREF(order_str);
-        Py_XDECREF(py_bytes);
-        Py_XDECREF(from_bytes_str);
-        return result;
-#endif
+}
+static uint32_t __Pyx_NonPyLong___Pyx_PyLong_As_uint32_t(PyObject *x) {
+    uint32_t val;
+    PyObject *tmp = __Pyx_PyNumber_Long(x);
+    if (!tmp) return (uint32_t) -1;
+    val = __Pyx_PyLong_As_uint32_t(tmp);
+    Py_DECREF(tmp);
+    return val;
+}
+static CYTHON_INLINE uint32_t __Pyx_PyLong_As_uint32_t(PyObject *x) {
+    if (likely(PyLong_Check(x))) {
+        return __Pyx_PyLong___Pyx_PyLong_As_uint32_t(x);
+    } else {
+        return __Pyx_NonPyLong___Pyx_PyLong_As_uint32_t(x);
     }
 }
 

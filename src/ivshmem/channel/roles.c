@@ -2307,12 +2307,12 @@ enum  {
  * 
  * 
  * cdef struct Held:             # <<<<<<<<<<<<<<
- *     unsigned writer
- *     uint64_t position
+ *     ivshmem_message message
+ *     bint kept  # by nobody: it is for the next call
 */
 struct __pyx_t_7ivshmem_7channel_5roles_Held {
-  unsigned int writer;
-  uint64_t position;
+  struct ivshmem_message message;
+  int kept;
 };
 
 /* "native/descriptors.pxd":101
@@ -3023,9 +3023,12 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *__pyx_vtabptr
 
 struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd {
   struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
+  int (*make_room)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *);
   int (*hold)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message const *);
   int (*forget)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, unsigned int, uint64_t);
   int (*let_go)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, unsigned int, uint64_t);
+  int (*put_back)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message const *);
+  int (*is_for_ever)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, PyObject *);
   int (*copy_to)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message const *, char *);
   PyObject *(*starved)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *);
 };
@@ -3725,6 +3728,9 @@ static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_uint64_t(uint64_t val
     ((unlikely((left) == Py_None) || unlikely((right) == Py_None)) ?\
     PyNumber_InPlaceAdd(left, right) : __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_SharedReferenceInPlace(left, right))
 
+/* PyMemoryError_Check.proto */
+#define __Pyx_PyExc_MemoryError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_MemoryError)
+
 /* CIntToPyUnicode.proto */
 #define __Pyx_PyUnicode_From___pyx_anon_enum(value, width, padding_char, format_char) (\
     ((format_char) == ('c')) ?\
@@ -4212,7 +4218,10 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_wait_again(struct __pyx_o
 static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_too_long(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self, PyObject *__pyx_v_size); /* proto*/
 static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_give_up(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_is_rung(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_make_room(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self, struct ivshmem_message const *__pyx_v_message); /* proto*/
+static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_put_back(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self, struct ivshmem_message const *__pyx_v_message); /* proto*/
+static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_is_for_ever(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self, PyObject *__pyx_v_error); /* proto*/
 static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self, unsigned int __pyx_v_writer, uint64_t __pyx_v_position); /* proto*/
 static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self, unsigned int __pyx_v_writer, uint64_t __pyx_v_position); /* proto*/
 static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self); /* proto*/
@@ -4358,7 +4367,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_codeobj_tab[7];
-    PyObject *__pyx_string_tab[105];
+    PyObject *__pyx_string_tab[106];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
 #if CYTHON_COMPILING_IN_LIMITED_API
@@ -4502,16 +4511,17 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_self __pyx_string_tab[92]
 #define __pyx_n_u_setdefault __pyx_string_tab[93]
 #define __pyx_n_u_text __pyx_string_tab[94]
-#define __pyx_n_u_values __pyx_string_tab[95]
-#define __pyx_n_u_view __pyx_string_tab[96]
-#define __pyx_n_u_writer __pyx_string_tab[97]
-#define __pyx_kp_b_PyObject_PyObject_was_removed __pyx_string_tab[98]
-#define __pyx_kp_b_PyObject_PyObject_int___pyx_skip __pyx_string_tab[99]
-#define __pyx_kp_b_PyObject_struct_ivshmem_record_f __pyx_string_tab[100]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[101]
-#define __pyx_kp_b_iso88591_q_avQ_AQa_Qe5 __pyx_string_tab[102]
-#define __pyx_kp_b_iso88591_A_4vT_WD_Kwa_Qb_XQ __pyx_string_tab[103]
-#define __pyx_kp_b_iso88591_A_4vT_Yd_k_Q_4z_j __pyx_string_tab[104]
+#define __pyx_n_u_undecodable __pyx_string_tab[95]
+#define __pyx_n_u_values __pyx_string_tab[96]
+#define __pyx_n_u_view __pyx_string_tab[97]
+#define __pyx_n_u_writer __pyx_string_tab[98]
+#define __pyx_kp_b_PyObject_PyObject_was_removed __pyx_string_tab[99]
+#define __pyx_kp_b_PyObject_PyObject_int___pyx_skip __pyx_string_tab[100]
+#define __pyx_kp_b_PyObject_struct_ivshmem_record_f __pyx_string_tab[101]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[102]
+#define __pyx_kp_b_iso88591_q_avQ_AQa_Qe5 __pyx_string_tab[103]
+#define __pyx_kp_b_iso88591_A_4vT_WD_Kwa_Qb_XQ __pyx_string_tab[104]
+#define __pyx_kp_b_iso88591_A_4vT_Yd_k_Q_4z_j __pyx_string_tab[105]
 /* #### Code section: module_state_clear ### */
 #if CYTHON_USE_MODULE_STATE
 static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
@@ -4552,7 +4562,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<7; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<105; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<106; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
 Py_CLEAR(clear_module_state->__pyx_CommonTypesMetaclassType);
@@ -4601,7 +4611,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<7; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<105; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<106; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
 Py_VISIT(traverse_module_state->__pyx_CommonTypesMetaclassType);
@@ -10949,7 +10959,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_is_rung(struct __pyx_obj_
  *     cdef bint is_rung(self) noexcept:
  *         return self.usable() and ivshmem_is_rung_always(&self.membership.member, &self.channel)             # <<<<<<<<<<<<<<
  * 
- *     cdef int hold(self, const ivshmem_message *message) except -1:
+ *     cdef int make_room(self) except -1:
 */
   __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.usable(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self));
 
@@ -10989,25 +10999,23 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_is_rung(struct __pyx_obj_
 /* "ivshmem/channel/roles.pyx":384
  *         return self.usable() and ivshmem_is_rung_always(&self.membership.member, &self.channel)
  * 
- *     cdef int hold(self, const ivshmem_message *message) except -1:             # <<<<<<<<<<<<<<
- *         """Note that a message is being looked at."""
- *         cdef Held *grown
+ *     cdef int make_room(self) except -1:             # <<<<<<<<<<<<<<
+ *         """See to it that `hold` has memory for one more message.
+ * 
 */
 
-static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self, struct ivshmem_message const *__pyx_v_message) {
+static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_make_room(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self) {
   struct __pyx_t_7ivshmem_7channel_5roles_Held *__pyx_v_grown;
   int __pyx_r;
   int __pyx_t_1;
-  unsigned int __pyx_t_2;
-  uint64_t __pyx_t_3;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/roles.pyx":387
- *         """Note that a message is being looked at."""
+  /* "ivshmem/channel/roles.pyx":391
+ *         """
  *         cdef Held *grown
- *         if self.holding == self.holds:  # each thread that copies a large message holds it             # <<<<<<<<<<<<<<
+ *         if self.holding == self.holds:             # <<<<<<<<<<<<<<
  *             grown = <Held *>realloc(self.held, 2 * <size_t>self.holds * sizeof(Held))
  *             if grown == NULL:
 */
@@ -11016,17 +11024,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/roles.pyx":388
+    /* "ivshmem/channel/roles.pyx":392
  *         cdef Held *grown
- *         if self.holding == self.holds:  # each thread that copies a large message holds it
+ *         if self.holding == self.holds:
  *             grown = <Held *>realloc(self.held, 2 * <size_t>self.holds * sizeof(Held))             # <<<<<<<<<<<<<<
  *             if grown == NULL:
  *                 raise MemoryError
 */
     __pyx_v_grown = ((struct __pyx_t_7ivshmem_7channel_5roles_Held *)realloc(__pyx_v_self->held, ((2 * ((size_t)__pyx_v_self->holds)) * (sizeof(struct __pyx_t_7ivshmem_7channel_5roles_Held)))));
 
-    /* "ivshmem/channel/roles.pyx":389
- *         if self.holding == self.holds:  # each thread that copies a large message holds it
+    /* "ivshmem/channel/roles.pyx":393
+ *         if self.holding == self.holds:
  *             grown = <Held *>realloc(self.held, 2 * <size_t>self.holds * sizeof(Held))
  *             if grown == NULL:             # <<<<<<<<<<<<<<
  *                 raise MemoryError
@@ -11037,17 +11045,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
     if (unlikely(__pyx_t_1)) {
 
 
-      /* "ivshmem/channel/roles.pyx":390
+      /* "ivshmem/channel/roles.pyx":394
  *             grown = <Held *>realloc(self.held, 2 * <size_t>self.holds * sizeof(Held))
  *             if grown == NULL:
  *                 raise MemoryError             # <<<<<<<<<<<<<<
  *             self.held = grown
  *             self.holds *= 2
 */
-      PyErr_NoMemory(); __PYX_ERR(0, 390, __pyx_L1_error)
+      PyErr_NoMemory(); __PYX_ERR(0, 394, __pyx_L1_error)
 
-      /* "ivshmem/channel/roles.pyx":389
- *         if self.holding == self.holds:  # each thread that copies a large message holds it
+      /* "ivshmem/channel/roles.pyx":393
+ *         if self.holding == self.holds:
  *             grown = <Held *>realloc(self.held, 2 * <size_t>self.holds * sizeof(Held))
  *             if grown == NULL:             # <<<<<<<<<<<<<<
  *                 raise MemoryError
@@ -11055,70 +11063,39 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/channel/roles.pyx":391
+    /* "ivshmem/channel/roles.pyx":395
  *             if grown == NULL:
  *                 raise MemoryError
  *             self.held = grown             # <<<<<<<<<<<<<<
  *             self.holds *= 2
- *         self.held[self.holding].writer = message.writer
+ *         return 0
 */
     __pyx_v_self->held = __pyx_v_grown;
 
-    /* "ivshmem/channel/roles.pyx":392
+    /* "ivshmem/channel/roles.pyx":396
  *                 raise MemoryError
  *             self.held = grown
  *             self.holds *= 2             # <<<<<<<<<<<<<<
- *         self.held[self.holding].writer = message.writer
- *         self.held[self.holding].position = message.position
+ *         return 0
+ * 
 */
     __pyx_v_self->holds = (__pyx_v_self->holds * 2);
 
-    /* "ivshmem/channel/roles.pyx":387
- *         """Note that a message is being looked at."""
+    /* "ivshmem/channel/roles.pyx":391
+ *         """
  *         cdef Held *grown
- *         if self.holding == self.holds:  # each thread that copies a large message holds it             # <<<<<<<<<<<<<<
+ *         if self.holding == self.holds:             # <<<<<<<<<<<<<<
  *             grown = <Held *>realloc(self.held, 2 * <size_t>self.holds * sizeof(Held))
  *             if grown == NULL:
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":393
+  /* "ivshmem/channel/roles.pyx":397
  *             self.held = grown
  *             self.holds *= 2
- *         self.held[self.holding].writer = message.writer             # <<<<<<<<<<<<<<
- *         self.held[self.holding].position = message.position
- *         self.holding += 1
-*/
-  __pyx_t_2 = __pyx_v_message->writer;
-
-  (__pyx_v_self->held[__pyx_v_self->holding]).writer = __pyx_t_2;
-
-  /* "ivshmem/channel/roles.pyx":394
- *             self.holds *= 2
- *         self.held[self.holding].writer = message.writer
- *         self.held[self.holding].position = message.position             # <<<<<<<<<<<<<<
- *         self.holding += 1
- *         return 0
-*/
-  __pyx_t_3 = __pyx_v_message->position;
-
-  (__pyx_v_self->held[__pyx_v_self->holding]).position = __pyx_t_3;
-
-  /* "ivshmem/channel/roles.pyx":395
- *         self.held[self.holding].writer = message.writer
- *         self.held[self.holding].position = message.position
- *         self.holding += 1             # <<<<<<<<<<<<<<
- *         return 0
- * 
-*/
-  __pyx_v_self->holding = (__pyx_v_self->holding + 1);
-
-  /* "ivshmem/channel/roles.pyx":396
- *         self.held[self.holding].position = message.position
- *         self.holding += 1
  *         return 0             # <<<<<<<<<<<<<<
  * 
- *     cdef int forget(self, unsigned writer, uint64_t position) except -1:
+ *     cdef int hold(self, const ivshmem_message *message) except -1:
 */
   {
 
@@ -11129,9 +11106,92 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
   /* "ivshmem/channel/roles.pyx":384
  *         return self.usable() and ivshmem_is_rung_always(&self.membership.member, &self.channel)
  * 
+ *     cdef int make_room(self) except -1:             # <<<<<<<<<<<<<<
+ *         """See to it that `hold` has memory for one more message.
+ * 
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.roles.ReaderEnd.make_room", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/roles.pyx":399
+ *         return 0
+ * 
  *     cdef int hold(self, const ivshmem_message *message) except -1:             # <<<<<<<<<<<<<<
  *         """Note that a message is being looked at."""
- *         cdef Held *grown
+ *         self.make_room()
+*/
+
+static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self, struct ivshmem_message const *__pyx_v_message) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "ivshmem/channel/roles.pyx":401
+ *     cdef int hold(self, const ivshmem_message *message) except -1:
+ *         """Note that a message is being looked at."""
+ *         self.make_room()             # <<<<<<<<<<<<<<
+ *         self.held[self.holding].message = message[0]
+ *         self.held[self.holding].kept = False
+*/
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->make_room(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 401, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/roles.pyx":402
+ *         """Note that a message is being looked at."""
+ *         self.make_room()
+ *         self.held[self.holding].message = message[0]             # <<<<<<<<<<<<<<
+ *         self.held[self.holding].kept = False
+ *         self.holding += 1
+*/
+  (__pyx_v_self->held[__pyx_v_self->holding]).message = (__pyx_v_message[0]);
+
+  /* "ivshmem/channel/roles.pyx":403
+ *         self.make_room()
+ *         self.held[self.holding].message = message[0]
+ *         self.held[self.holding].kept = False             # <<<<<<<<<<<<<<
+ *         self.holding += 1
+ *         return 0
+*/
+  (__pyx_v_self->held[__pyx_v_self->holding]).kept = 0;
+
+  /* "ivshmem/channel/roles.pyx":404
+ *         self.held[self.holding].message = message[0]
+ *         self.held[self.holding].kept = False
+ *         self.holding += 1             # <<<<<<<<<<<<<<
+ *         return 0
+ * 
+*/
+  __pyx_v_self->holding = (__pyx_v_self->holding + 1);
+
+  /* "ivshmem/channel/roles.pyx":405
+ *         self.held[self.holding].kept = False
+ *         self.holding += 1
+ *         return 0             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int put_back(self, const ivshmem_message *message) except -1:
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/roles.pyx":399
+ *         return 0
+ * 
+ *     cdef int hold(self, const ivshmem_message *message) except -1:             # <<<<<<<<<<<<<<
+ *         """Note that a message is being looked at."""
+ *         self.make_room()
 */
 
   /* function exit code */
@@ -11140,12 +11200,127 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
   __pyx_r = -1;
   __pyx_L0:;
 
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/roles.pyx":407
+ *         return 0
+ * 
+ *     cdef int put_back(self, const ivshmem_message *message) except -1:             # <<<<<<<<<<<<<<
+ *         """Undo that a message was taken, which is held: what took it failed."""
+ *         return self.let_go(message.writer, message.position)
+*/
+
+static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_put_back(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self, struct ivshmem_message const *__pyx_v_message) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "ivshmem/channel/roles.pyx":409
+ *     cdef int put_back(self, const ivshmem_message *message) except -1:
+ *         """Undo that a message was taken, which is held: what took it failed."""
+ *         return self.let_go(message.writer, message.position)             # <<<<<<<<<<<<<<
+ * 
+ *     cdef bint is_for_ever(self, object error) except -1:
+*/
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->let_go(__pyx_v_self, __pyx_v_message->writer, __pyx_v_message->position); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 409, __pyx_L1_error)
+  {
+    __pyx_r = __pyx_t_1;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/roles.pyx":407
+ *         return 0
+ * 
+ *     cdef int put_back(self, const ivshmem_message *message) except -1:             # <<<<<<<<<<<<<<
+ *         """Undo that a message was taken, which is held: what took it failed."""
+ *         return self.let_go(message.writer, message.position)
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.roles.ReaderEnd.put_back", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":398
- *         return 0
+/* "ivshmem/channel/roles.pyx":411
+ *         return self.let_go(message.writer, message.position)
+ * 
+ *     cdef bint is_for_ever(self, object error) except -1:             # <<<<<<<<<<<<<<
+ *         """Whether a message that its type cannot decode will never be decoded.
+ * 
+*/
+
+static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_is_for_ever(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self, PyObject *__pyx_v_error) {
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  PyObject *__pyx_t_2 = NULL;
+  int __pyx_t_3;
+  int __pyx_t_4;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("is_for_ever", 0);
+
+  /* "ivshmem/channel/roles.pyx":416
+ *         Other exceptions are those of a moment: of a signal handler, or for lack of memory.
+ *         """
+ *         return isinstance(error, self.type.undecodable) and not isinstance(error, MemoryError)             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int forget(self, unsigned writer, uint64_t position) except -1:
+*/
+  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_v_self->type, __pyx_mstate_global->__pyx_n_u_undecodable); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 416, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_3 = PyObject_IsInstance(__pyx_v_error, __pyx_t_2); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 416, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  if (__pyx_t_3) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_3;
+
+    goto __pyx_L3_bool_binop_done;
+  }
+  __pyx_t_3 = __Pyx_PyExc_MemoryError_Check(__pyx_v_error); 
+  __pyx_t_4 = (!__pyx_t_3);
+
+
+
+  __pyx_t_1 = __pyx_t_4;
+
+  __pyx_L3_bool_binop_done:;
+  {
+    __pyx_r = __pyx_t_1;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/roles.pyx":411
+ *         return self.let_go(message.writer, message.position)
+ * 
+ *     cdef bint is_for_ever(self, object error) except -1:             # <<<<<<<<<<<<<<
+ *         """Whether a message that its type cannot decode will never be decoded.
+ * 
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_AddTraceback("ivshmem.channel.roles.ReaderEnd.is_for_ever", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/roles.pyx":418
+ *         return isinstance(error, self.type.undecodable) and not isinstance(error, MemoryError)
  * 
  *     cdef int forget(self, unsigned writer, uint64_t position) except -1:             # <<<<<<<<<<<<<<
  *         """Note that a message is not looked at any more; its writer hears of it later."""
@@ -11161,12 +11336,12 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
   int __pyx_t_4;
   int __pyx_t_5;
 
-  /* "ivshmem/channel/roles.pyx":401
+  /* "ivshmem/channel/roles.pyx":421
  *         """Note that a message is not looked at any more; its writer hears of it later."""
  *         cdef uint32_t i
  *         for i in range(self.holding):             # <<<<<<<<<<<<<<
- *             if self.held[i].writer == writer and self.held[i].position == position:
- *                 self.holding -= 1
+ *             if (
+ *                 self.held[i].message.writer == writer
 */
 
   __pyx_t_1 = __pyx_v_self->holding;
@@ -11175,14 +11350,14 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_i = __pyx_t_3;
 
-    /* "ivshmem/channel/roles.pyx":402
- *         cdef uint32_t i
+    /* "ivshmem/channel/roles.pyx":423
  *         for i in range(self.holding):
- *             if self.held[i].writer == writer and self.held[i].position == position:             # <<<<<<<<<<<<<<
- *                 self.holding -= 1
- *                 self.held[i] = self.held[self.holding]
+ *             if (
+ *                 self.held[i].message.writer == writer             # <<<<<<<<<<<<<<
+ *                 and self.held[i].message.position == position
+ *             ):
 */
-    __pyx_t_5 = ((__pyx_v_self->held[__pyx_v_i]).writer == __pyx_v_writer);
+    __pyx_t_5 = ((__pyx_v_self->held[__pyx_v_i]).message.writer == __pyx_v_writer);
 
     if (__pyx_t_5) {
 
@@ -11192,26 +11367,42 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
 
       goto __pyx_L6_bool_binop_done;
     }
-    __pyx_t_5 = ((__pyx_v_self->held[__pyx_v_i]).position == __pyx_v_position);
+
+    /* "ivshmem/channel/roles.pyx":424
+ *             if (
+ *                 self.held[i].message.writer == writer
+ *                 and self.held[i].message.position == position             # <<<<<<<<<<<<<<
+ *             ):
+ *                 self.holding -= 1
+*/
+    __pyx_t_5 = ((__pyx_v_self->held[__pyx_v_i]).message.position == __pyx_v_position);
 
 
     __pyx_t_4 = __pyx_t_5;
 
     __pyx_L6_bool_binop_done:;
+
+    /* "ivshmem/channel/roles.pyx":422
+ *         cdef uint32_t i
+ *         for i in range(self.holding):
+ *             if (             # <<<<<<<<<<<<<<
+ *                 self.held[i].message.writer == writer
+ *                 and self.held[i].message.position == position
+*/
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/channel/roles.pyx":403
- *         for i in range(self.holding):
- *             if self.held[i].writer == writer and self.held[i].position == position:
+      /* "ivshmem/channel/roles.pyx":426
+ *                 and self.held[i].message.position == position
+ *             ):
  *                 self.holding -= 1             # <<<<<<<<<<<<<<
  *                 self.held[i] = self.held[self.holding]
  *                 break
 */
       __pyx_v_self->holding = (__pyx_v_self->holding - 1);
 
-      /* "ivshmem/channel/roles.pyx":404
- *             if self.held[i].writer == writer and self.held[i].position == position:
+      /* "ivshmem/channel/roles.pyx":427
+ *             ):
  *                 self.holding -= 1
  *                 self.held[i] = self.held[self.holding]             # <<<<<<<<<<<<<<
  *                 break
@@ -11219,7 +11410,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
 */
       (__pyx_v_self->held[__pyx_v_i]) = (__pyx_v_self->held[__pyx_v_self->holding]);
 
-      /* "ivshmem/channel/roles.pyx":405
+      /* "ivshmem/channel/roles.pyx":428
  *                 self.holding -= 1
  *                 self.held[i] = self.held[self.holding]
  *                 break             # <<<<<<<<<<<<<<
@@ -11228,19 +11419,19 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
 */
       goto __pyx_L4_break;
 
-      /* "ivshmem/channel/roles.pyx":402
+      /* "ivshmem/channel/roles.pyx":422
  *         cdef uint32_t i
  *         for i in range(self.holding):
- *             if self.held[i].writer == writer and self.held[i].position == position:             # <<<<<<<<<<<<<<
- *                 self.holding -= 1
- *                 self.held[i] = self.held[self.holding]
+ *             if (             # <<<<<<<<<<<<<<
+ *                 self.held[i].message.writer == writer
+ *                 and self.held[i].message.position == position
 */
     }
   }
   __pyx_L4_break:;
 
 
-  /* "ivshmem/channel/roles.pyx":406
+  /* "ivshmem/channel/roles.pyx":429
  *                 self.held[i] = self.held[self.holding]
  *                 break
  *         return 0             # <<<<<<<<<<<<<<
@@ -11253,8 +11444,8 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":398
- *         return 0
+  /* "ivshmem/channel/roles.pyx":418
+ *         return isinstance(error, self.type.undecodable) and not isinstance(error, MemoryError)
  * 
  *     cdef int forget(self, unsigned writer, uint64_t position) except -1:             # <<<<<<<<<<<<<<
  *         """Note that a message is not looked at any more; its writer hears of it later."""
@@ -11268,7 +11459,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":408
+/* "ivshmem/channel/roles.pyx":431
  *         return 0
  * 
  *     cdef int let_go(self, unsigned writer, uint64_t position) except -1:             # <<<<<<<<<<<<<<
@@ -11291,7 +11482,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/roles.pyx":410
+  /* "ivshmem/channel/roles.pyx":433
  *     cdef int let_go(self, unsigned writer, uint64_t position) except -1:
  *         """Do the same, and tell the writer up to which message nothing is looked at."""
  *         cdef uint64_t oldest = self.reader.sources[writer].next             # <<<<<<<<<<<<<<
@@ -11302,22 +11493,22 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
 
   __pyx_v_oldest = __pyx_t_1;
 
-  /* "ivshmem/channel/roles.pyx":412
+  /* "ivshmem/channel/roles.pyx":435
  *         cdef uint64_t oldest = self.reader.sources[writer].next
  *         cdef uint32_t i
  *         self.forget(writer, position)             # <<<<<<<<<<<<<<
  *         for i in range(self.holding):
- *             if self.held[i].writer == writer and (
+ *             if self.held[i].message.writer == writer and (
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->forget(__pyx_v_self, __pyx_v_writer, __pyx_v_position); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 412, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->forget(__pyx_v_self, __pyx_v_writer, __pyx_v_position); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 435, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/roles.pyx":413
+  /* "ivshmem/channel/roles.pyx":436
  *         cdef uint32_t i
  *         self.forget(writer, position)
  *         for i in range(self.holding):             # <<<<<<<<<<<<<<
- *             if self.held[i].writer == writer and (
- *                 ivshmem_ahead(oldest, self.held[i].position) < <uint64_t>1 << 39
+ *             if self.held[i].message.writer == writer and (
+ *                 ivshmem_ahead(oldest, self.held[i].message.position) < <uint64_t>1 << 39
 */
 
   __pyx_t_3 = __pyx_v_self->holding;
@@ -11326,14 +11517,14 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
   for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
     __pyx_v_i = __pyx_t_5;
 
-    /* "ivshmem/channel/roles.pyx":414
+    /* "ivshmem/channel/roles.pyx":437
  *         self.forget(writer, position)
  *         for i in range(self.holding):
- *             if self.held[i].writer == writer and (             # <<<<<<<<<<<<<<
- *                 ivshmem_ahead(oldest, self.held[i].position) < <uint64_t>1 << 39
+ *             if self.held[i].message.writer == writer and (             # <<<<<<<<<<<<<<
+ *                 ivshmem_ahead(oldest, self.held[i].message.position) < <uint64_t>1 << 39
  *             ):
 */
-    __pyx_t_7 = ((__pyx_v_self->held[__pyx_v_i]).writer == __pyx_v_writer);
+    __pyx_t_7 = ((__pyx_v_self->held[__pyx_v_i]).message.writer == __pyx_v_writer);
 
     if (__pyx_t_7) {
 
@@ -11344,55 +11535,55 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
       goto __pyx_L6_bool_binop_done;
     }
 
-    /* "ivshmem/channel/roles.pyx":415
+    /* "ivshmem/channel/roles.pyx":438
  *         for i in range(self.holding):
- *             if self.held[i].writer == writer and (
- *                 ivshmem_ahead(oldest, self.held[i].position) < <uint64_t>1 << 39             # <<<<<<<<<<<<<<
+ *             if self.held[i].message.writer == writer and (
+ *                 ivshmem_ahead(oldest, self.held[i].message.position) < <uint64_t>1 << 39             # <<<<<<<<<<<<<<
  *             ):
- *                 oldest = self.held[i].position
+ *                 oldest = self.held[i].message.position
 */
-    __pyx_t_7 = (ivshmem_ahead(__pyx_v_oldest, (__pyx_v_self->held[__pyx_v_i]).position) < (((uint64_t)1) << 39));
+    __pyx_t_7 = (ivshmem_ahead(__pyx_v_oldest, (__pyx_v_self->held[__pyx_v_i]).message.position) < (((uint64_t)1) << 39));
 
 
     __pyx_t_6 = __pyx_t_7;
 
     __pyx_L6_bool_binop_done:;
 
-    /* "ivshmem/channel/roles.pyx":414
+    /* "ivshmem/channel/roles.pyx":437
  *         self.forget(writer, position)
  *         for i in range(self.holding):
- *             if self.held[i].writer == writer and (             # <<<<<<<<<<<<<<
- *                 ivshmem_ahead(oldest, self.held[i].position) < <uint64_t>1 << 39
+ *             if self.held[i].message.writer == writer and (             # <<<<<<<<<<<<<<
+ *                 ivshmem_ahead(oldest, self.held[i].message.position) < <uint64_t>1 << 39
  *             ):
 */
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/channel/roles.pyx":417
- *                 ivshmem_ahead(oldest, self.held[i].position) < <uint64_t>1 << 39
+      /* "ivshmem/channel/roles.pyx":440
+ *                 ivshmem_ahead(oldest, self.held[i].message.position) < <uint64_t>1 << 39
  *             ):
- *                 oldest = self.held[i].position             # <<<<<<<<<<<<<<
+ *                 oldest = self.held[i].message.position             # <<<<<<<<<<<<<<
  *         if self.usable():
  *             ivshmem_release(&self.reader, writer, oldest)
 */
-      __pyx_t_1 = (__pyx_v_self->held[__pyx_v_i]).position;
+      __pyx_t_1 = (__pyx_v_self->held[__pyx_v_i]).message.position;
 
       __pyx_v_oldest = __pyx_t_1;
 
-      /* "ivshmem/channel/roles.pyx":414
+      /* "ivshmem/channel/roles.pyx":437
  *         self.forget(writer, position)
  *         for i in range(self.holding):
- *             if self.held[i].writer == writer and (             # <<<<<<<<<<<<<<
- *                 ivshmem_ahead(oldest, self.held[i].position) < <uint64_t>1 << 39
+ *             if self.held[i].message.writer == writer and (             # <<<<<<<<<<<<<<
+ *                 ivshmem_ahead(oldest, self.held[i].message.position) < <uint64_t>1 << 39
  *             ):
 */
     }
   }
 
 
-  /* "ivshmem/channel/roles.pyx":418
+  /* "ivshmem/channel/roles.pyx":441
  *             ):
- *                 oldest = self.held[i].position
+ *                 oldest = self.held[i].message.position
  *         if self.usable():             # <<<<<<<<<<<<<<
  *             ivshmem_release(&self.reader, writer, oldest)
  *             if self.membership.rings.count:
@@ -11402,8 +11593,8 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
   if (__pyx_t_6) {
 
 
-    /* "ivshmem/channel/roles.pyx":419
- *                 oldest = self.held[i].position
+    /* "ivshmem/channel/roles.pyx":442
+ *                 oldest = self.held[i].message.position
  *         if self.usable():
  *             ivshmem_release(&self.reader, writer, oldest)             # <<<<<<<<<<<<<<
  *             if self.membership.rings.count:
@@ -11411,7 +11602,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
 */
     ivshmem_release((&__pyx_v_self->reader), __pyx_v_writer, __pyx_v_oldest);
 
-    /* "ivshmem/channel/roles.pyx":420
+    /* "ivshmem/channel/roles.pyx":443
  *         if self.usable():
  *             ivshmem_release(&self.reader, writer, oldest)
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -11423,17 +11614,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/channel/roles.pyx":421
+      /* "ivshmem/channel/roles.pyx":444
  *             ivshmem_release(&self.reader, writer, oldest)
  *             if self.membership.rings.count:
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 421, __pyx_L1_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 444, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/roles.pyx":420
+      /* "ivshmem/channel/roles.pyx":443
  *         if self.usable():
  *             ivshmem_release(&self.reader, writer, oldest)
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -11442,16 +11633,16 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
 */
     }
 
-    /* "ivshmem/channel/roles.pyx":418
+    /* "ivshmem/channel/roles.pyx":441
  *             ):
- *                 oldest = self.held[i].position
+ *                 oldest = self.held[i].message.position
  *         if self.usable():             # <<<<<<<<<<<<<<
  *             ivshmem_release(&self.reader, writer, oldest)
  *             if self.membership.rings.count:
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":422
+  /* "ivshmem/channel/roles.pyx":445
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *         return 0             # <<<<<<<<<<<<<<
@@ -11464,7 +11655,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":408
+  /* "ivshmem/channel/roles.pyx":431
  *         return 0
  * 
  *     cdef int let_go(self, unsigned writer, uint64_t position) except -1:             # <<<<<<<<<<<<<<
@@ -11483,7 +11674,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":424
+/* "ivshmem/channel/roles.pyx":447
  *         return 0
  * 
  *     cdef object starved(self):             # <<<<<<<<<<<<<<
@@ -11509,7 +11700,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("starved", 0);
 
-  /* "ivshmem/channel/roles.pyx":425
+  /* "ivshmem/channel/roles.pyx":448
  * 
  *     cdef object starved(self):
  *         return Overtaken(             # <<<<<<<<<<<<<<
@@ -11517,19 +11708,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __py
  *             " row were overwritten while they were copied"
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_Overtaken); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 425, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_Overtaken); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 448, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
-  /* "ivshmem/channel/roles.pyx":426
+  /* "ivshmem/channel/roles.pyx":449
  *     cdef object starved(self):
  *         return Overtaken(
  *             f"channel {self.name!r}: its writer is faster than this reader: {TRIES} messages in a"             # <<<<<<<<<<<<<<
  *             " row were overwritten while they were copied"
  *         )
 */
-  __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 426, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 449, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_5 = __Pyx_PyUnicode_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_5roles_TRIES, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 426, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyUnicode_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_5roles_TRIES, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 449, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_channel;
   __pyx_t_6[1] = __pyx_t_4;
@@ -11545,7 +11736,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __py
   __pyx_t_8 |= __Pyx_PyUnicode_KIND_04(__pyx_t_6[1]);
   #endif
   __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_6, 5, __pyx_t_7, __pyx_t_8);
-  if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 426, __pyx_L1_error)
+  if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 449, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_9);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
@@ -11567,7 +11758,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __py
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 425, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 448, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -11581,7 +11772,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __py
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":424
+  /* "ivshmem/channel/roles.pyx":447
  *         return 0
  * 
  *     cdef object starved(self):             # <<<<<<<<<<<<<<
@@ -11605,7 +11796,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":430
+/* "ivshmem/channel/roles.pyx":453
  *         )
  * 
  *     cdef int copy_to(self, const ivshmem_message *message, char *into) except? -2:             # <<<<<<<<<<<<<<
@@ -11635,7 +11826,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("copy_to", 0);
 
-  /* "ivshmem/channel/roles.pyx":432
+  /* "ivshmem/channel/roles.pyx":455
  *     cdef int copy_to(self, const ivshmem_message *message, char *into) except? -2:
  *         """Copy a message out, check it and let it go; 0, or IVSHMEM_OVERTAKEN."""
  *         cdef const char *at = <const char *>self.channel.area.memory.start + message.offset             # <<<<<<<<<<<<<<
@@ -11644,7 +11835,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
   __pyx_v_at = (((char const *)__pyx_v_self->__pyx_base.channel.area.memory.start) + __pyx_v_message->offset);
 
-  /* "ivshmem/channel/roles.pyx":434
+  /* "ivshmem/channel/roles.pyx":457
  *         cdef const char *at = <const char *>self.channel.area.memory.start + message.offset
  *         cdef int code
  *         if message.length < LARGE and not self.holding:             # <<<<<<<<<<<<<<
@@ -11670,7 +11861,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/roles.pyx":435
+    /* "ivshmem/channel/roles.pyx":458
  *         cdef int code
  *         if message.length < LARGE and not self.holding:
  *             memcpy(into, at, message.length)             # <<<<<<<<<<<<<<
@@ -11679,7 +11870,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
     (void)(memcpy(__pyx_v_into, __pyx_v_at, __pyx_v_message->length));
 
-    /* "ivshmem/channel/roles.pyx":436
+    /* "ivshmem/channel/roles.pyx":459
  *         if message.length < LARGE and not self.holding:
  *             memcpy(into, at, message.length)
  *             code = ivshmem_check(&self.channel, message)             # <<<<<<<<<<<<<<
@@ -11688,7 +11879,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
     __pyx_v_code = ivshmem_check((&__pyx_v_self->__pyx_base.channel), __pyx_v_message);
 
-    /* "ivshmem/channel/roles.pyx":437
+    /* "ivshmem/channel/roles.pyx":460
  *             memcpy(into, at, message.length)
  *             code = ivshmem_check(&self.channel, message)
  *             ivshmem_release(             # <<<<<<<<<<<<<<
@@ -11697,7 +11888,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
     ivshmem_release((&__pyx_v_self->reader), __pyx_v_message->writer, (__pyx_v_self->reader.sources[__pyx_v_message->writer]).next);
 
-    /* "ivshmem/channel/roles.pyx":440
+    /* "ivshmem/channel/roles.pyx":463
  *                 &self.reader, message.writer, self.reader.sources[message.writer].next
  *             )
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -11709,17 +11900,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/roles.pyx":441
+      /* "ivshmem/channel/roles.pyx":464
  *             )
  *             if self.membership.rings.count:
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *         else:
  *             self.hold(message)
 */
-      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 441, __pyx_L1_error)
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 464, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/roles.pyx":440
+      /* "ivshmem/channel/roles.pyx":463
  *                 &self.reader, message.writer, self.reader.sources[message.writer].next
  *             )
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -11728,7 +11919,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/roles.pyx":434
+    /* "ivshmem/channel/roles.pyx":457
  *         cdef const char *at = <const char *>self.channel.area.memory.start + message.offset
  *         cdef int code
  *         if message.length < LARGE and not self.holding:             # <<<<<<<<<<<<<<
@@ -11738,7 +11929,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/roles.pyx":443
+  /* "ivshmem/channel/roles.pyx":466
  *                 self.membership.flush()
  *         else:
  *             self.hold(message)             # <<<<<<<<<<<<<<
@@ -11746,20 +11937,20 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
  *             try:
 */
   /*else*/ {
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->hold(__pyx_v_self, __pyx_v_message); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 443, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->hold(__pyx_v_self, __pyx_v_message); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 466, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/roles.pyx":444
+    /* "ivshmem/channel/roles.pyx":467
  *         else:
  *             self.hold(message)
  *             self.membership.mapping.pin()  # which keeps the region from being closed             # <<<<<<<<<<<<<<
  *             try:
  *                 with nogil:
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->__pyx_base.membership->mapping); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 444, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->__pyx_base.membership->mapping); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 467, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/roles.pyx":445
+    /* "ivshmem/channel/roles.pyx":468
  *             self.hold(message)
  *             self.membership.mapping.pin()  # which keeps the region from being closed
  *             try:             # <<<<<<<<<<<<<<
@@ -11768,7 +11959,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
     /*try:*/ {
 
-      /* "ivshmem/channel/roles.pyx":446
+      /* "ivshmem/channel/roles.pyx":469
  *             self.membership.mapping.pin()  # which keeps the region from being closed
  *             try:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -11781,7 +11972,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/channel/roles.pyx":447
+            /* "ivshmem/channel/roles.pyx":470
  *             try:
  *                 with nogil:
  *                     ivshmem_copy_payload(into, at, message.length)             # <<<<<<<<<<<<<<
@@ -11791,7 +11982,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
             ivshmem_copy_payload(__pyx_v_into, __pyx_v_at, __pyx_v_message->length);
           }
 
-          /* "ivshmem/channel/roles.pyx":446
+          /* "ivshmem/channel/roles.pyx":469
  *             self.membership.mapping.pin()  # which keeps the region from being closed
  *             try:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -11808,17 +11999,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
           }
       }
 
-      /* "ivshmem/channel/roles.pyx":448
+      /* "ivshmem/channel/roles.pyx":471
  *                 with nogil:
  *                     ivshmem_copy_payload(into, at, message.length)
  *                 self.enter()             # <<<<<<<<<<<<<<
  *                 code = ivshmem_check(&self.channel, message)
  *             finally:
 */
-      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 448, __pyx_L8_error)
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 471, __pyx_L8_error)
 
 
-      /* "ivshmem/channel/roles.pyx":449
+      /* "ivshmem/channel/roles.pyx":472
  *                     ivshmem_copy_payload(into, at, message.length)
  *                 self.enter()
  *                 code = ivshmem_check(&self.channel, message)             # <<<<<<<<<<<<<<
@@ -11828,7 +12019,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
       __pyx_v_code = ivshmem_check((&__pyx_v_self->__pyx_base.channel), __pyx_v_message);
     }
 
-    /* "ivshmem/channel/roles.pyx":451
+    /* "ivshmem/channel/roles.pyx":474
  *                 code = ivshmem_check(&self.channel, message)
  *             finally:
  *                 self.let_go(message.writer, message.position)             # <<<<<<<<<<<<<<
@@ -11837,10 +12028,10 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
     /*finally:*/ {
       /*normal exit:*/{
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->let_go(__pyx_v_self, __pyx_v_message->writer, __pyx_v_message->position); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 451, __pyx_L1_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->let_go(__pyx_v_self, __pyx_v_message->writer, __pyx_v_message->position); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 474, __pyx_L1_error)
 
 
-        /* "ivshmem/channel/roles.pyx":452
+        /* "ivshmem/channel/roles.pyx":475
  *             finally:
  *                 self.let_go(message.writer, message.position)
  *                 self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -11866,17 +12057,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
         __pyx_t_3 = __pyx_lineno; __pyx_t_4 = __pyx_clineno; __pyx_t_5 = __pyx_filename;
         {
 
-          /* "ivshmem/channel/roles.pyx":451
+          /* "ivshmem/channel/roles.pyx":474
  *                 code = ivshmem_check(&self.channel, message)
  *             finally:
  *                 self.let_go(message.writer, message.position)             # <<<<<<<<<<<<<<
  *                 self.membership.mapping.unpin()
  *         if code:
 */
-          __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->let_go(__pyx_v_self, __pyx_v_message->writer, __pyx_v_message->position); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 451, __pyx_L14_error)
+          __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->let_go(__pyx_v_self, __pyx_v_message->writer, __pyx_v_message->position); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 474, __pyx_L14_error)
 
 
-          /* "ivshmem/channel/roles.pyx":452
+          /* "ivshmem/channel/roles.pyx":475
  *             finally:
  *                 self.let_go(message.writer, message.position)
  *                 self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -11912,7 +12103,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/roles.pyx":453
+  /* "ivshmem/channel/roles.pyx":476
  *                 self.let_go(message.writer, message.position)
  *                 self.membership.mapping.unpin()
  *         if code:             # <<<<<<<<<<<<<<
@@ -11924,7 +12115,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/roles.pyx":454
+    /* "ivshmem/channel/roles.pyx":477
  *                 self.membership.mapping.unpin()
  *         if code:
  *             ivshmem_reader_lose(&self.reader, message.writer)             # <<<<<<<<<<<<<<
@@ -11932,7 +12123,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
     ivshmem_reader_lose((&__pyx_v_self->reader), __pyx_v_message->writer);
 
-    /* "ivshmem/channel/roles.pyx":453
+    /* "ivshmem/channel/roles.pyx":476
  *                 self.let_go(message.writer, message.position)
  *                 self.membership.mapping.unpin()
  *         if code:             # <<<<<<<<<<<<<<
@@ -11941,7 +12132,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":455
+  /* "ivshmem/channel/roles.pyx":478
  *         if code:
  *             ivshmem_reader_lose(&self.reader, message.writer)
  *         return code             # <<<<<<<<<<<<<<
@@ -11952,7 +12143,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":430
+  /* "ivshmem/channel/roles.pyx":453
  *         )
  * 
  *     cdef int copy_to(self, const ivshmem_message *message, char *into) except? -2:             # <<<<<<<<<<<<<<
@@ -12044,7 +12235,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4type___get__(stru
  *     cdef uint32_t holding, holds  # how many are held, and how many `held` has room for
  *     cdef readonly uint32_t views  # Views that are alive             # <<<<<<<<<<<<<<
  * 
- *     cdef int hold(self, const ivshmem_message *message) except -1
+ *     cdef int make_room(self) except -1
 */
 
 /* Python wrapper */
@@ -12886,9 +13077,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5roles_ReaderEnd(__
   __pyx_vtable_7ivshmem_7channel_5roles_ReaderEnd.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd;
   __pyx_vtable_7ivshmem_7channel_5roles_ReaderEnd.__pyx_base.__pyx_base.is_rung = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *))__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_is_rung;
   __pyx_vtable_7ivshmem_7channel_5roles_ReaderEnd.__pyx_base.give_up = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_give_up;
+  __pyx_vtable_7ivshmem_7channel_5roles_ReaderEnd.make_room = (int (*)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *))__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_make_room;
   __pyx_vtable_7ivshmem_7channel_5roles_ReaderEnd.hold = (int (*)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message const *))__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold;
   __pyx_vtable_7ivshmem_7channel_5roles_ReaderEnd.forget = (int (*)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, unsigned int, uint64_t))__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget;
   __pyx_vtable_7ivshmem_7channel_5roles_ReaderEnd.let_go = (int (*)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, unsigned int, uint64_t))__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go;
+  __pyx_vtable_7ivshmem_7channel_5roles_ReaderEnd.put_back = (int (*)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message const *))__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_put_back;
+  __pyx_vtable_7ivshmem_7channel_5roles_ReaderEnd.is_for_ever = (int (*)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, PyObject *))__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_is_for_ever;
   __pyx_vtable_7ivshmem_7channel_5roles_ReaderEnd.copy_to = (int (*)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message const *, char *))__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to;
   __pyx_vtable_7ivshmem_7channel_5roles_ReaderEnd.starved = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *))__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved;
   #if CYTHON_USE_TYPE_SPECS
@@ -13721,38 +13915,38 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{44},{25},{8},{36},{58},{134},{32},{83},{34},{56},{2},{15},{1},{2},{15},{41},{112},{1},{179},{2},{8},{8},{7},{6},{2},{9},{14},{12},{25},{50},{23},{1},{12},{16},{14},{9},{9},{27},{29},{15},{9},{27},{29},{15},{20},{12},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{6},{18},{4},{8},{11},{18},{5},{7},{4},{5},{6},{6},{4},{5},{1},{9},{7},{8},{5},{5},{21},{4},{10},{10},{12},{4},{8},{3},{6},{4},{10},{4},{6},{4},{6}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{44},{25},{8},{36},{58},{134},{32},{83},{34},{56},{2},{15},{1},{2},{15},{41},{112},{1},{179},{2},{8},{8},{7},{6},{2},{9},{14},{12},{25},{50},{23},{1},{12},{16},{14},{9},{9},{27},{29},{15},{9},{27},{29},{15},{20},{12},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{6},{18},{4},{8},{11},{18},{5},{7},{4},{5},{6},{6},{4},{5},{1},{9},{7},{8},{5},{5},{21},{4},{10},{10},{12},{4},{8},{3},{6},{4},{10},{4},{11},{6},{4},{6}};
     const struct { const unsigned int length: 9; } bytes_length_index[] = {{34},{405},{44},{9},{41},{57},{66}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1217 bytes) */
-static const char cstring[] = "x\332\215U\317o\0247\024\336\225RTZT\001EB\352\311\225P!%l[)-UPUQ\240R\325\002\t\212D{r\274\2367\273f=\366`{v3=q\314q\217{\314q\2179r\344\317\310\237\301\237\320\317\236\331\311\226DU#m\374f\336\257\357}\357\371\r\023\201Y#i\213\315\306J\216\231p\304\204\326,\214\241P\201\315\204g\205\310\210\345\326\261a\035\310o1a2\250<\323\252\200\205\362,\376\362\n^\355\271\303\004s\004/\307\202\265\023fl\030+3J1XA\336\213\021y\246L4\26336#$\265Sr3\247B \023\241h\002\004\252\033\235\264\245\242\214\331\234\355\326al\r\263\303W$\203\337I0\022\252\006x\2269D\307\023L\221\322\263\322Y\2117\253\352\214e%\001U!j\346\tI\035\216\360\200U\036\316,\013uIl\246\220\242\n\253\034[\321\250Tr\242\351\247}WQ\014\275*a\007Uj\022>a-X\256\234\207_I&9\315\234\rtVnb\264\343e\014^k\n\340\047\275y\300$\016\230G\312\001\200\025\026\365D>\310\371\024\362b\213&\232\217\351\204s\242N\225k+LC\010(Fi\027\302\274\223\221\336d\376Np\340!wbT\220\t\233\203\035\026\233\327\202\216\301\032\216\033$\251\277\302G\t\325\230\206\342\006B\364K\260\326\251\352j\217X:>\233V\214\305\224b?\232\356\201\006M&\333bSE\263X\rZ^G\370\245p\261\317\261A\007e\025\016\322\360\035\214(\034\374\374,\322\233X}\324L\005\300\240(5$\007\2364:\034\234\222\035\330\335\047\273\367\266\177\334N\001\034%,\314WC\251\305jb\206\225\322\0019\343\030\370\001\373-g\265\255\230!\214\036\360\225\260[w\000\227&NO\024\330ma0\344\"(k8\3341\354\267Y\246\034\222(\224\t\357_\205\3664\020qD9,I\002\222!\r#/\206\232\310\304\377#\251|#ej\352\307\005\025\003r\316:\277z\nt\030Z\371\2336\3027\316j\240-\353C\220\231Q.*\035\030\347\216\262J\022\347,\253R~c\315=\3201UBC+\225Q\201\363\240\n\212\243\016\342\200\t}7U\001\366~y\324\204~\022s\267\362>8I\317O\233\236\356[\373\2075\243\347\270\265AL\310\274HS\360\304d\2350\350@\310\324\036\316\327U \316\203\257\213\224R[O/\323\300\341\261\023\316\307[W\235\213w\246L\3618\337\255\017\361{\214\211\340\317@\343\013\3129o\273\006-\347yed<G\253H\370+\2042\351\264Y\245\323\033#\212t\202o.E\251Vr\353\022\305i\210\035\214\212""\327\225\320+\207UC\316U\321\275\240\303\370\200B\272$~\r\312\271\002\321>\362h\"W\236K\353\320Ge\010\253\233[\\\321\332He\007\335k/qk\333\201\361rLr\302\323\262\223\032J\216\032\203\023\222\206BN\022Y\322V&P\226\211 \222\031\031i3jF1\327\"\344\320g#\254\260\346Nc\013\004\353j\204)5\302(\223\321!\310/\272\261m3\017\322\250\306\355\204\227\2303?V%$\270\306[\337.\213x}(\022\020?\010\271\266\263\322\226\355\226#\235\203\205v\306\343U\230\n]\221\217\316\315~\332\255\237\047@\354\353;g\342f\017\3370p\\ `v\241\305\026\026M\2743\251\217\023Ur\\\312R\200\257\315^T\374\313r=\356\177(?\224\371\260\312sl\242\213\275:mB\322\232`{Ur\005\013D\363\373-\235\374~\313\047\337\306\312\364|u[\261\327>\310\373?B|\367\355Y/\370\323N\374\260\324\n\220~\330\346\2005\265*\333\354\305)\3505\203\264j{/\356\201\324\275\254\021\333\017)o\027\177/~\305x\233\267W(\351\322\244\241\202\265\246\264\210W0\261@\255\313\"\200\\ \004F\373M\377t\343\223\243\273\363\2757\375\367W{\037]=z=\2774\027\363\351b\357t\343\306\374\341|o.N7>=\332\201@\213\357\217\373\307\327\336<|\377Y\357\362\225\243\355\243\351|\177qc\361\362\370\361rc\371\373\311\354\2558\275r}~w\261\267\030\302\356\346\262\277\274\261\374\363d\357\364\343\353\363\257\026\375\3059\307\277\216\263\345\255\345\344\355\315w\375\326\361\364\352\027\213/\027\333\213\277\227\327\226\267O\256\235\334:y\365\256\377\376R\357\362\347M\204\177\000\r\227~2";
-    PyObject *data = __Pyx_DecompressString(cstring, 1217, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1223 bytes) */
+static const char cstring[] = "x\332\215U\317o\0247\024\336\225RTZT\001EB\352\311\225P!%l[)-UPUQ\240R\325\002\t\212D{r\274\2367\273f=\366`{v3=q\314q\217{\314q\2179r\344\317\310\237\301\237\320\317\236\331\311\226DU#m\374f\336\257\357}\357\371\r\023\201Y#i\213\315\306J\216\231p\304\204\326,\214\241P\201\315\204g\205\310\210\345\326\261a\035\310o1a2\250<\323\252\200\205\362,\376\362\n^\355\271\303\004s\004/\307\202\265\023fl\030+3J1XA\336\213\021y\246L4\26336#$\265Sr3\247B \023\241h\002\004\252\033\235\264\245\242\214\331\234\355\326al\r\263\303W$\203\337I0\022\252\006x\2269D\307\023L\221\322\263\322Y\2117\253\352\214e%\001U!j\346\tI\035\216\360\200U\036\316,\013uIl\246\220\242\n\253\034[\321\250Tr\242\351\247}WQ\014\275*a\007Uj\022>a-X\256\234\207_I&9\315\234\rtVnb\264\343e\014^k\n\340\047\275y\300$\016\230G\312\001\200\025\026\365D>\310\371\024\362b\213&\232\217\351\204s\242N\225k+LC\010(Fi\027\302\274\223\221\336d\376Np\340!wbT\220\t\233\203\035\026\233\327\202\216\301\032\216\033$\251\277\302G\t\325\230\206\342\006B\364K\260\326\251\352j\217X:>\233V\214\305\224b?\232\356\201\006M&\333bSE\263X\rZ^G\370\245p\261\317\261A\007e\025\016\322\360\035\214(\034\374\374,\322\233X}\324L\005\300\240(5$\007\2364:\034\234\222\035\330\335\047\273\367\266\177\334N\001\034%,\314WC\251\305jb\206\225\322\0019\343\030\370\001\373-g\265\255\230!\214\036\360\225\260[w\000\227&NO\024\330ma0\344\"(k8\3341\354\267Y\246\034\222(\224\t\357_\205\3664\020qD9,I\002\222!\r#/\206\232\310\304\377#\251|#ej\352\307\005\025\003r\316:\277z\nt\030Z\371\2336\3027\316j\240-\353C\220\231Q.*\035\030\347\216\262J\022\347,\253R~c\315=\3201UBC+\225Q\201\363\240\n\212\243\016\342\200\t}7U\001\366~y\324\204~\022s\267\362>8I\317O\233\236\356[\373\2075\243\347\270\265AL\310\274HS\360\304d\2350\350@\310\324\036\316\327U \316\203\257\213\224R[O/\323\300\341\261\023\316\307[W\235\213w\246L\3618\337\255\017\361{\214\211\340\317@\343\013\3129o\273\006-\347yed<G\253H\370+\2042\351\264Y\245\323\033#\212t\202o.E\251Vr\353\022\305i\210\035\214\212""\327\225\320+\207UC\316U\321\275\240\303\370\200B\272$~\r\312\271\002\321>\362h\"W\236K\353\320Ge\010\253\233[\\\321\332He\007\335k/qk\333\201\361rLr\302\323\262\223\032J\216\032\203\023\222\206BN\022Y\322V&P\226\211 \222\031\031i3jF1\327\"\344\320g#\254\260\346Nc\013\004\353j\204)5\302(\223\321!\310/\272\261m3\017\322\250\306\355\204\227\2303?V%$\270\306[\337.\213x}(\022\020?\010\271\266\263\322\226\355\226#\235\203\205v\306\343U\000\n`\315\"\335S\241+\3621N\263\252v\353\347\t\033\373\372\316\231\270\331\303\347\014t\027\210\235]h\261\205\235\023\257Oj\351D\225\034\367\263\024\240n\263\027\025\377\262\\\217\373\037\312\017e>\254\362\034K\351b\257N\233\220\264&Xd\225\\\301\002\347\374~\313,\277\337R\313\267\261==_]\\\254\270\017\362\376\217\020\337}{\326\026\376\264\023?,\265\002\244\037\2669`M\255\3126{q z\315L\255&\240\027WBjd\326\210\3557\225\267\337\200^\374\240\3616o\257P\322\245\241C\005kMi\021\257`b\227Z\227E\000\271@\010L\371\233\376\351\306\047Gw\347{o\372\357\257\366>\272z\364z~i.\346\323\305\336\351\306\215\371\303\371\336\\\234n|z\264\003\201\026\337\037\367\217\257\275y\370\376\263\336\345+G\333G\323\371\376\342\306\342\345\361\343\345\306\362\367\223\331[qz\345\372\374\356bo1\204\335\315e\177yc\371\347\311\336\351\307\327\347_-\372\213s\216\177\035g\313[\313\311\333\233\357\372\255\343\351\325/\026_.\266\027\177/\257-o\237\\;\271u\362\352]\377\375\245\336\345\317\233\010\377\000\365\226\202\250";
+    PyObject *data = __Pyx_DecompressString(cstring, 1223, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1632 bytes) */
-static const char cstring[] = "\377 at once\377, which \377are all \373th\026\000it wa\377s made f\377or bytes\377, and it\337s lim\037\000is\233  \001\000fu3\000\001\004:\337 a re3\000r \377took not\357hing?\002 me\377ssages i}n#\001ow wer\000\377overwrit\267ten\207\001le\200\000e\375y\026\003copied\377 of Pyth\377on objec\307ts:\202\002\221\002\263\003dd\341r[\000Y\000(\000p\000s p\347rocm\000\326\005no \357peer\317\000y s\367ee \321\000set;\367 us\363\000 dty\337pe wi`\000ut\372\\\005,!\001pickl_e=Tru1\000f\272\006\275:\343\000leas\247\002m\337 firs\313 pe}n0\002wrote\345\007t\315\"\217&h\325 yet\235 \016\245\"; c\256 ,\000\357!~\000\347 mo\206@\214!ersC oP\000\014\023\340#\037\000r\267@\367ray)\000f lo\207ans\305B\340 \330\000\222\022(\377del) s(t\375r\205 fragme?nt).: \271A\235Dp\356!\336#\204\003\343Bast\277 \206\235`n \336\"\343C4\001\266! \340\237)\342F\322a\255D\341ehav\361e\226`\316c\203!lend?, view\223A\360@\235y\236apar\344A\235A`\357put`\370b`geOt`?N\333!\243\204\002C\220c\367is \322\000iber\357atel\337@tri\375c\244\006PEP-48\3554\271\204\002re\273b su\277bclass\254cb\237uilti\324\000\204`s\377. If you\027 ne\370`t\266`%\000%\t\317then\302`\300@he\377 \047annota\337tion_\303`in\377g\047 direc\363ti\344\000;\000Fals\377e.a add_mn\225`ch/\000el\"\000\177sableen\002\001\357gcis\004\003div\377shmem.er\357rors\006\005tex\365t\023\004/;\004/rol\377es.pyxno\376\374\000fault _\377_reduce_\337_ due\341ano{n-\214 vial\033\000\377cinit__t\277imeout\273\206\001n\377ot a num\226\273 BC\227\003Ex\001\005\004T\327ype\013\002M\271\206\003To\377oLongOve\177rtakenR\352\206\002WEnd\000\006.|\006c\260\206\002{__\017\tsets\255 \373e_\013\017close\007Wri\344`M\000\000\006>\017\017\t\370?\016.\007K\002__Pyx\332\001\000D\217`_N\304 Re\347f__\257D\245 __f\377unc____g\274\222\005\n\000main\020\001m\357odul!\002nam|)\002\355 _capi.\0014\010\001\307\003_\023\001vt\316AG\001\017qual)\005\211E\205.\243F{ex{\001set_]\005\261s\200\010\240.\274@es\302@_\277is_cor\305@i\377neall_of\377asyncio.\276\016\006scast\354ds""\277check_\350\210\002c\365l1\000_\341\000trac\337eback\370\"co\377unteddat\375a\217\211\002encode\276\205\204\003flatf\035\000d\357ghas\202\212\003hisotory\250 plD\000_index\273@m\256\204\006\262\346\204\004.\246\204\002\232\210\001me\344as?hipmem8\000\362\206\001\344\221\213\004\273\205\001e\342!\215\213\001flo\357wpop\337\210\004elf\237setde\337\204\002\207\205\001v\237alues\257\207\001\244\211\003P\273yO\224\213\002 *(\001\007)\277\000was_re\000v{ed\r\022, in\260\205\001\376\303Bkip_dis\233pa\255 )\000\025\001A\010,\341 L\t\002\030\035\t1\001_bu?ffer *>\022\025\006|\205\002o\004struc\217\005\337obj_7\215\207\004_7\376\266\207\004_4ends_\236\246\206\005nd *j\013  1\3150\202G_M\216F<\013)\000\375u\237 64_t (\277void)\000\202a\000$\303c\357E\000\204\207\001\271Bd\005\003\302\215\004\325_\246\216\004\000\302\214\001_\361\210\004\000m\377icrosecoP\277\000\254H\356\004\342\005r\036\000r\324\000\376n\000acts_of\377\200\001\330\004\n\210+\220\377Q\200\001\360\020\000\005\020\377\210q\220\006\220a\220v\377\230Q\330\004\024\220A\220\377Q\220a\330\004\013\210:\376\006\000e\2305\240\001\240\021\377\200A\360\016\000\t\014\210\3774\210v\220T\230\024\230\377W\240D\250\004\250K\260\377w\270a\330\014\022\220+\357\230Q\230b%\000\027\250\001\377\250\024\250X\260Q\330\010\277\022\220&\230\001\230(\016Y\377\240d\250$\250k\270\027\373\300\0012\004\330\020\032\230!\377\2304\230z\250\021\250\047\377\260\021\260$\260j\300\001\037\360\006\000\t\023<\003";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1632, 2397);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1641 bytes) */
+static const char cstring[] = "\377 at once\377, which \377are all \373th\026\000it wa\377s made f\377or bytes\377, and it\337s lim\037\000is\233  \001\000fu3\000\001\004:\337 a re3\000r \377took not\357hing?\002 me\377ssages i}n#\001ow wer\000\377overwrit\267ten\207\001le\200\000e\375y\026\003copied\377 of Pyth\377on objec\307ts:\202\002\221\002\263\003dd\341r[\000Y\000(\000p\000s p\347rocm\000\326\005no \357peer\317\000y s\367ee \321\000set;\367 us\363\000 dty\337pe wi`\000ut\372\\\005,!\001pickl_e=Tru1\000f\272\006\275:\343\000leas\247\002m\337 firs\313 pe}n0\002wrote\345\007t\315\"\217&h\325 yet\235 \016\245\"; c\256 ,\000\357!~\000\347 mo\206@\214!ersC oP\000\014\023\340#\037\000r\267@\367ray)\000f lo\207ans\305B\340 \330\000\222\022(\377del) s(t\375r\205 fragme?nt).: \271A\235Dp\356!\336#\204\003\343Bast\277 \206\235`n \336\"\343C4\001\266! \340\237)\342F\322a\255D\341ehav\361e\226`\316c\203!lend?, view\223A\360@\235y\236apar\344A\235A`\357put`\370b`geOt`?N\333!\243\204\002C\220c\367is \322\000iber\357atel\337@tri\375c\244\006PEP-48\3554\271\204\002re\273b su\277bclass\254cb\237uilti\324\000\204`s\377. If you\027 ne\370`t\266`%\000%\t\317then\302`\300@he\377 \047annota\337tion_\303`in\377g\047 direc\363ti\344\000;\000Fals\377e.a add_mn\225`ch/\000el\"\000\177sableen\002\001\357gcis\004\003div\377shmem.er\357rors\006\005tex\365t\023\004/;\004/rol\377es.pyxno\376\374\000fault _\377_reduce_\337_ due\341ano{n-\214 vial\033\000\377cinit__t\277imeout\273\206\001n\377ot a num\226\273 BC\227\003Ex\001\005\004T\327ype\013\002M\271\206\003To\377oLongOve\177rtakenR\352\206\002WEnd\000\006.|\006c\260\206\002{__\017\tsets\255 \373e_\013\017close\007Wri\344`M\000\000\006>\017\017\t\370?\016.\007K\002__Pyx\332\001\000D\217`_N\304 Re\347f__\257D\245 __f\377unc____g\274\222\005\n\000main\020\001m\357odul!\002nam|)\002\355 _capi.\0014\010\001\307\003_\023\001vt\316AG\001\017qual)\005\211E\205.\243F{ex{\001set_]\005\261s\200\010\240.\274@es\302@_\277is_cor\305@i\377neall_of\377asyncio.\276\016\006scast\354ds""\277check_\350\210\002c\365l1\000_\341\000trac\337eback\370\"co\377unteddat\375a\217\211\002encode\276\205\204\003flatf\035\000d\357ghas\202\212\003hisotory\250 plD\000_index\273@m\256\204\006\262\346\204\004.\246\204\002\232\210\001me\344as?hipmem8\000\362\206\001\344\221\213\004\273\205\001e\342!\215\213\001flo\357wpop\337\210\004elf\237setde\337\204\002\207\205\001u\370g\000\227\000\275\205\001value\271s\272\207\001\257\211\003PyO\237\213\002 \373*(\001\007)\000was\273_rp\000ved\r\022,\347 in\273\205\001\316Bkip\277_dispa\270 )\031\000\025\001A\010, L\t\002\030\035\t\3761\001_buffer\303 *>\022\025\006\205\002o\004st\367ruc\217\005obj_\3557\230\207\004_7\301\207\004_4e\357nds_\261\206\005nd \331*j\013  10\215G_M\334\231F<\013)\000u\237 64\377_t (voidK)\000\215a\000\316c\372E\000\217\207\001R\304Bd\005\003\315\215\004_\261\216\004\000\315\214\001\375_\374\210\004\000micro\017seco\277\000\254H\356\004\342\005\345r\036\000r\324\000n\000act\377s_of\200\001\330\004\377\n\210+\220Q\200\001\360\377\020\000\005\020\210q\220\006\377\220a\220v\230Q\330\004\377\024\220A\220Q\220a\330\357\004\013\210:\006\000e\2305\377\240\001\240\021\200A\360\016\377\000\t\014\2104\210v\220\377T\230\024\230W\240D\250\377\004\250K\260w\270a\330\377\014\022\220+\230Q\230b\376%\000\027\250\001\250\024\250X\377\260Q\330\010\022\220&\230\373\001\230(\016Y\240d\250$\277\250k\270\027\300\0012\004\330\377\020\032\230!\2304\230z\377\250\021\250\047\260\021\260$\377\260j\300\001\360\006\000\t\001\023<\003";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1641, 2408);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (2397 bytes) */
-static const char bytes[] = " at once, which are all that it was made for bytes, and its limit is  is full is full: a reader took nothing for  messages in a row were overwritten while they were copied of Python objects: its bytes are addresses of this process, which no peer may see or set; use a dtype without objects, or pickle=True of messages: release them first open, or wrote messages that a reader has yet to read; create it with more writers open; create it with more readers or arrays of loans are in use: release them first (del) s(tree fragment).: : a message of : its writer is faster than this reader: : with pickle=True messages are objects, which have no bytes to lend, view or copy in parts: use `put` and `get`?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a add_notechannel disableenablegcisenabledivshmem.errorsivshmem.textivshmem/channel/roles.pyxno default __reduce__ due to non-trivial __cinit__timeout is not a numberBChannelErrorChannelTypeErrorMessageTooLongOvertakenReaderEndReaderEnd.__reduce_cython__ReaderEnd.__setstate_cython__ReaderEnd.closeWriterEndWriterEnd.__reduce_cython__WriterEnd.__setstate_cython__WriterEnd.close__Pyx_PyDict_NextRef__annotate____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineall_ofasyncio.coroutinescastchannelscheck_dtypecline_in_tracebackclosecounteddatadtypeencodeerrorsflatfoundghasobjecthistoryin_placeindexitemsivshmem.channel.rolesloanmembershipmemoryviewmessage_typenameoverflowpopreaderselfsetdefaulttextvaluesviewwriterPyObject *(PyObject *)\000was_removedPyObject *(PyObject *, int __pyx_skip_dispatch)\000int (PyObject *, PyObject *)\000int (PyObject *, PyObject *, PyObject *, Py_buffer *)\000int (PyObject *, Py_buffer *, int)\000int (struct __pyx_obj_7ivshmem_7channe""l_4ends_ChannelEnd *, PyObject *, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, PyObject *)\000uint64_t (void)\000flat\000check_in_place\000take_typed\000take_without_objects\000open_channel\000microsecondsPyObject *(struct ivshmem_record *)\000facts_of\200\001\330\004\n\210+\220Q\200\001\360\020\000\005\020\210q\220\006\220a\220v\230Q\330\004\024\220A\220Q\220a\330\004\013\210:\220Q\220e\2305\240\001\240\021\200A\360\016\000\t\014\2104\210v\220T\230\024\230W\240D\250\004\250K\260w\270a\330\014\022\220+\230Q\230b\240\001\240\027\250\001\250\024\250X\260Q\330\010\022\220&\230\001\230\021\200A\360\016\000\t\014\2104\210v\220T\230\024\230Y\240d\250$\250k\270\027\300\001\330\014\022\220+\230Q\330\020\032\230!\2304\230z\250\021\250\047\260\021\260$\260j\300\001\360\006\000\t\023\220&\230\001\230\021";
+    #else /* compression: none (2408 bytes) */
+static const char bytes[] = " at once, which are all that it was made for bytes, and its limit is  is full is full: a reader took nothing for  messages in a row were overwritten while they were copied of Python objects: its bytes are addresses of this process, which no peer may see or set; use a dtype without objects, or pickle=True of messages: release them first open, or wrote messages that a reader has yet to read; create it with more writers open; create it with more readers or arrays of loans are in use: release them first (del) s(tree fragment).: : a message of : its writer is faster than this reader: : with pickle=True messages are objects, which have no bytes to lend, view or copy in parts: use `put` and `get`?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a add_notechannel disableenablegcisenabledivshmem.errorsivshmem.textivshmem/channel/roles.pyxno default __reduce__ due to non-trivial __cinit__timeout is not a numberBChannelErrorChannelTypeErrorMessageTooLongOvertakenReaderEndReaderEnd.__reduce_cython__ReaderEnd.__setstate_cython__ReaderEnd.closeWriterEndWriterEnd.__reduce_cython__WriterEnd.__setstate_cython__WriterEnd.close__Pyx_PyDict_NextRef__annotate____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineall_ofasyncio.coroutinescastchannelscheck_dtypecline_in_tracebackclosecounteddatadtypeencodeerrorsflatfoundghasobjecthistoryin_placeindexitemsivshmem.channel.rolesloanmembershipmemoryviewmessage_typenameoverflowpopreaderselfsetdefaulttextundecodablevaluesviewwriterPyObject *(PyObject *)\000was_removedPyObject *(PyObject *, int __pyx_skip_dispatch)\000int (PyObject *, PyObject *)\000int (PyObject *, PyObject *, PyObject *, Py_buffer *)\000int (PyObject *, Py_buffer *, int)\000int (struct __pyx_obj_7ivsh""mem_7channel_4ends_ChannelEnd *, PyObject *, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, PyObject *)\000uint64_t (void)\000flat\000check_in_place\000take_typed\000take_without_objects\000open_channel\000microsecondsPyObject *(struct ivshmem_record *)\000facts_of\200\001\330\004\n\210+\220Q\200\001\360\020\000\005\020\210q\220\006\220a\220v\230Q\330\004\024\220A\220Q\220a\330\004\013\210:\220Q\220e\2305\240\001\240\021\200A\360\016\000\t\014\2104\210v\220T\230\024\230W\240D\250\004\250K\260w\270a\330\014\022\220+\230Q\230b\240\001\240\027\250\001\250\024\250X\260Q\330\010\022\220&\230\001\230\021\200A\360\016\000\t\014\2104\210v\220T\230\024\230Y\240d\250$\250k\270\027\300\001\330\014\022\220+\230Q\330\020\032\230!\2304\230z\250\021\250\047\260\021\260$\260j\300\001\360\006\000\t\023\220&\230\001\230\021";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 98; i++) {
+    for (int i = 0; i < 99; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
       if (likely(string) && i >= 31) PyUnicode_InternInPlace(&string);
@@ -13763,8 +13957,8 @@ static const char bytes[] = " at once, which are all that it was made for bytes,
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 98; i < 105; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-98].length;
+    for (int i = 99; i < 106; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-99].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -13774,14 +13968,14 @@ static const char bytes[] = " at once, which are all that it was made for bytes,
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 105; i++) {
+    for (Py_ssize_t i = 0; i < 106; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 98;
+      PyObject **table = stringtab + 99;
       for (Py_ssize_t i=0; i<7; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);

@@ -2283,9 +2283,9 @@ enum  {
 };
 struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time;
 
-/* "ivshmem/channel/sleeping_tasks.pxd":6
- * 
+/* "ivshmem/channel/sleeping_tasks.pxd":7
  * cdef object until_something(ChannelEnd end, object call, object timeout, tuple arguments)
+ * cdef object until_content(ChannelEnd end, str name, object call, object timeout)
  * cdef object until_in_time(             # <<<<<<<<<<<<<<
  *     ChannelEnd end, object call, object timeout, tuple arguments, dict options=*
  * )
@@ -2295,7 +2295,7 @@ struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time {
   PyObject *options;
 };
 
-/* "ivshmem/channel/sleeping_tasks.pyx":62
+/* "ivshmem/channel/sleeping_tasks.pyx":63
  * # What comes just before a sleep is taken at once. A hostile peer can say again and again that there
  * # is something: after so many looks other tasks have their turn.
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -2306,7 +2306,7 @@ enum  {
   __pyx_e_7ivshmem_7channel_14sleeping_tasks_LOOKS = 3
 };
 
-/* "ivshmem/channel/sleeping_tasks.pyx":268
+/* "ivshmem/channel/sleeping_tasks.pyx":269
  * 
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -2638,7 +2638,7 @@ struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd {
 };
 
 
-/* "ivshmem/channel/sleeping_tasks.pyx":80
+/* "ivshmem/channel/sleeping_tasks.pyx":81
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2657,7 +2657,7 @@ struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch {
 };
 
 
-/* "ivshmem/channel/sleeping_tasks.pyx":161
+/* "ivshmem/channel/sleeping_tasks.pyx":162
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2678,7 +2678,7 @@ struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep {
 };
 
 
-/* "ivshmem/channel/sleeping_tasks.pyx":273
+/* "ivshmem/channel/sleeping_tasks.pyx":274
  * 
  * # No freelist: an object that comes from there is never finalized again.
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2693,6 +2693,8 @@ struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting {
   PyObject *arguments;
   PyObject *options;
   PyObject *failure;
+  PyObject *absent;
+  PyObject *name;
   PyObject *timeout;
   PyObject *loop;
   PyObject *deadline;
@@ -3020,7 +3022,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd;
 
 
-/* "ivshmem/channel/sleeping_tasks.pyx":80
+/* "ivshmem/channel/sleeping_tasks.pyx":81
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -3035,7 +3037,7 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__p
 static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_add(struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *, struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *);
 
 
-/* "ivshmem/channel/sleeping_tasks.pyx":161
+/* "ivshmem/channel/sleeping_tasks.pyx":162
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -3052,7 +3054,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(struct __py
 static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_resume(struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *);
 
 
-/* "ivshmem/channel/sleeping_tasks.pyx":273
+/* "ivshmem/channel/sleeping_tasks.pyx":274
  * 
  * # No freelist: an object that comes from there is never finalized again.
  * @cython.final             # <<<<<<<<<<<<<<
@@ -4271,6 +4273,7 @@ static PyObject *__pyx_v_7ivshmem_7channel_14sleeping_tasks_get_running_loop = 0
 static PyObject *__pyx_v_7ivshmem_7channel_14sleeping_tasks_CancelledError = 0;
 static PyObject *__pyx_v_7ivshmem_7channel_14sleeping_tasks_ABSENT = 0;
 static PyObject *__pyx_v_7ivshmem_7channel_14sleeping_tasks_DO_NOT_WAIT = 0;
+static PyObject *__pyx_v_7ivshmem_7channel_14sleeping_tasks_ABSENT_AND_DO_NOT_WAIT = 0;
 static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_import_asyncio(void); /*proto*/
 static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7ivshmem_7channel_14sleeping_tasks_watch_of(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *); /*proto*/
 static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7ivshmem_7channel_14sleeping_tasks_new_watch_of(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, PyObject *); /*proto*/
@@ -5582,7 +5585,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_core_begin_wait(struct __pyx_t_7ivs
   /* function exit code */
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":66
+/* "ivshmem/channel/sleeping_tasks.pyx":67
  * 
  * 
  * cdef int import_asyncio() except -1:             # <<<<<<<<<<<<<<
@@ -5601,48 +5604,48 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_import_asyncio(void) {
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("import_asyncio", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":73
+  /* "ivshmem/channel/sleeping_tasks.pyx":74
  *     """
  *     global get_running_loop, CancelledError
  *     import asyncio  # here, for that reason             # <<<<<<<<<<<<<<
  * 
  *     CancelledError = asyncio.CancelledError
 */
-  __pyx_t_2 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_asyncio, 0, 0, NULL, 0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 73, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_asyncio, 0, 0, NULL, 0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 74, __pyx_L1_error)
   __pyx_t_1 = __pyx_t_2;
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_asyncio = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":75
+  /* "ivshmem/channel/sleeping_tasks.pyx":76
  *     import asyncio  # here, for that reason
  * 
  *     CancelledError = asyncio.CancelledError             # <<<<<<<<<<<<<<
  *     get_running_loop = asyncio.get_running_loop
  *     return 0
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(__pyx_v_asyncio, __pyx_mstate_global->__pyx_n_u_CancelledError); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 75, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(__pyx_v_asyncio, __pyx_mstate_global->__pyx_n_u_CancelledError); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 76, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __Pyx_XGOTREF(__pyx_v_7ivshmem_7channel_14sleeping_tasks_CancelledError);
   __Pyx_DECREF_SET(__pyx_v_7ivshmem_7channel_14sleeping_tasks_CancelledError, __pyx_t_1);
   __Pyx_GIVEREF(__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":76
+  /* "ivshmem/channel/sleeping_tasks.pyx":77
  * 
  *     CancelledError = asyncio.CancelledError
  *     get_running_loop = asyncio.get_running_loop             # <<<<<<<<<<<<<<
  *     return 0
  * 
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(__pyx_v_asyncio, __pyx_mstate_global->__pyx_n_u_get_running_loop); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 76, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(__pyx_v_asyncio, __pyx_mstate_global->__pyx_n_u_get_running_loop); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 77, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __Pyx_XGOTREF(__pyx_v_7ivshmem_7channel_14sleeping_tasks_get_running_loop);
   __Pyx_DECREF_SET(__pyx_v_7ivshmem_7channel_14sleeping_tasks_get_running_loop, __pyx_t_1);
   __Pyx_GIVEREF(__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":77
+  /* "ivshmem/channel/sleeping_tasks.pyx":78
  *     CancelledError = asyncio.CancelledError
  *     get_running_loop = asyncio.get_running_loop
  *     return 0             # <<<<<<<<<<<<<<
@@ -5655,7 +5658,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_import_asyncio(void) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":66
+  /* "ivshmem/channel/sleeping_tasks.pyx":67
  * 
  * 
  * cdef int import_asyncio() except -1:             # <<<<<<<<<<<<<<
@@ -5675,7 +5678,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_import_asyncio(void) {
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":94
+/* "ivshmem/channel/sleeping_tasks.pyx":95
  *     cdef dict sleeps  # Sleep -> None, the longest first
  * 
  *     def __cinit__(self, loop, Membership membership not None):             # <<<<<<<<<<<<<<
@@ -5722,39 +5725,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_loop,&__pyx_mstate_global->__pyx_n_u_membership,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 94, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 95, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 94, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 95, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 94, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 95, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 94, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 95, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, i); __PYX_ERR(0, 94, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, i); __PYX_ERR(0, 95, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 94, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 95, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 94, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 95, __pyx_L3_error)
     }
     __pyx_v_loop = values[0];
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[1]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 94, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 95, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5765,7 +5768,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 94, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 95, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch___cinit__(((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *)__pyx_v_self), __pyx_v_loop, __pyx_v_membership);
 
   /* function exit code */
@@ -5798,7 +5801,7 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch___cinit__(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":95
+  /* "ivshmem/channel/sleeping_tasks.pyx":96
  * 
  *     def __cinit__(self, loop, Membership membership not None):
  *         self.loop = weakref.ref(loop)             # <<<<<<<<<<<<<<
@@ -5806,9 +5809,9 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch___cinit__(stru
  *         self.wakeup = Wakeup(membership)
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 95, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 96, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 95, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 96, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5 = 1;
@@ -5828,7 +5831,7 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch___cinit__(stru
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 95, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 96, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_GIVEREF(__pyx_t_1);
@@ -5836,7 +5839,7 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch___cinit__(stru
   __Pyx_DECREF_SET(__pyx_v_self->loop, __pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":96
+  /* "ivshmem/channel/sleeping_tasks.pyx":97
  *     def __cinit__(self, loop, Membership membership not None):
  *         self.loop = weakref.ref(loop)
  *         self.membership = membership             # <<<<<<<<<<<<<<
@@ -5848,7 +5851,7 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch___cinit__(stru
   __Pyx_GOTREF((PyObject *)__pyx_v_self->membership);
   __Pyx_DECREF_SET(__pyx_v_self->membership, __pyx_v_membership);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":97
+  /* "ivshmem/channel/sleeping_tasks.pyx":98
  *         self.loop = weakref.ref(loop)
  *         self.membership = membership
  *         self.wakeup = Wakeup(membership)             # <<<<<<<<<<<<<<
@@ -5861,7 +5864,7 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch___cinit__(stru
     PyObject *__pyx_callargs[2] = {__pyx_t_4, ((PyObject *)__pyx_v_membership)};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 97, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 98, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   __Pyx_GIVEREF((PyObject *)__pyx_t_1);
@@ -5869,21 +5872,21 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch___cinit__(stru
   __Pyx_DECREF_SET(__pyx_v_self->wakeup, ((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":98
+  /* "ivshmem/channel/sleeping_tasks.pyx":99
  *         self.membership = membership
  *         self.wakeup = Wakeup(membership)
  *         self.sleeps = {}             # <<<<<<<<<<<<<<
  * 
  *     def __reduce__(self):
 */
-  __pyx_t_1 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 98, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 99, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF(__pyx_v_self->sleeps);
   __Pyx_DECREF_SET(__pyx_v_self->sleeps, ((PyObject*)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":94
+  /* "ivshmem/channel/sleeping_tasks.pyx":95
  *     cdef dict sleeps  # Sleep -> None, the longest first
  * 
  *     def __cinit__(self, loop, Membership membership not None):             # <<<<<<<<<<<<<<
@@ -5907,7 +5910,7 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch___cinit__(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":100
+/* "ivshmem/channel/sleeping_tasks.pyx":101
  *         self.sleeps = {}
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -5969,7 +5972,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_2__reduc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__reduce__", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":101
+  /* "ivshmem/channel/sleeping_tasks.pyx":102
  * 
  *     def __reduce__(self):
  *         raise TypeError("a LoopWatch cannot be copied or pickled")             # <<<<<<<<<<<<<<
@@ -5982,14 +5985,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_2__reduc
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_a_LoopWatch_cannot_be_copied_or};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 101, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 102, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 101, __pyx_L1_error)
+  __PYX_ERR(0, 102, __pyx_L1_error)
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":100
+  /* "ivshmem/channel/sleeping_tasks.pyx":101
  *         self.sleeps = {}
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -6008,7 +6011,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_2__reduc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":103
+/* "ivshmem/channel/sleeping_tasks.pyx":104
  *         raise TypeError("a LoopWatch cannot be copied or pickled")
  * 
  *     cdef int add(self, Sleep sleep) except -1:             # <<<<<<<<<<<<<<
@@ -6030,7 +6033,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_add(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("add", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":104
+  /* "ivshmem/channel/sleeping_tasks.pyx":105
  * 
  *     cdef int add(self, Sleep sleep) except -1:
  *         if not self.watched:             # <<<<<<<<<<<<<<
@@ -6042,7 +6045,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_add(struct __py
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":105
+    /* "ivshmem/channel/sleeping_tasks.pyx":106
  *     cdef int add(self, Sleep sleep) except -1:
  *         if not self.watched:
  *             sleep._loop.add_reader(self.wakeup.epoll.epfd, self.wake)             # <<<<<<<<<<<<<<
@@ -6051,9 +6054,9 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_add(struct __py
 */
     __pyx_t_3 = __pyx_v_sleep->_loop;
     __Pyx_INCREF(__pyx_t_3);
-    __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_self->wakeup->epoll->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 105, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_self->wakeup->epoll->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 106, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_5 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_wake); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 105, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_wake); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 106, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6 = 0;
     {
@@ -6062,12 +6065,12 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_add(struct __py
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 105, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 106, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":106
+    /* "ivshmem/channel/sleeping_tasks.pyx":107
  *         if not self.watched:
  *             sleep._loop.add_reader(self.wakeup.epoll.epfd, self.wake)
  *             self.watched = True             # <<<<<<<<<<<<<<
@@ -6076,7 +6079,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_add(struct __py
 */
     __pyx_v_self->watched = 1;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":104
+    /* "ivshmem/channel/sleeping_tasks.pyx":105
  * 
  *     cdef int add(self, Sleep sleep) except -1:
  *         if not self.watched:             # <<<<<<<<<<<<<<
@@ -6085,7 +6088,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_add(struct __py
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":107
+  /* "ivshmem/channel/sleeping_tasks.pyx":108
  *             sleep._loop.add_reader(self.wakeup.epoll.epfd, self.wake)
  *             self.watched = True
  *         self.sleeps[sleep] = None             # <<<<<<<<<<<<<<
@@ -6094,11 +6097,11 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_add(struct __py
 */
   if (unlikely(__pyx_v_self->sleeps == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 107, __pyx_L1_error)
+    __PYX_ERR(0, 108, __pyx_L1_error)
   }
-  if (unlikely((PyDict_SetItem(__pyx_v_self->sleeps, ((PyObject *)__pyx_v_sleep), Py_None) < 0))) __PYX_ERR(0, 107, __pyx_L1_error)
+  if (unlikely((PyDict_SetItem(__pyx_v_self->sleeps, ((PyObject *)__pyx_v_sleep), Py_None) < 0))) __PYX_ERR(0, 108, __pyx_L1_error)
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":108
+  /* "ivshmem/channel/sleeping_tasks.pyx":109
  *             self.watched = True
  *         self.sleeps[sleep] = None
  *         return 0             # <<<<<<<<<<<<<<
@@ -6111,7 +6114,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_add(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":103
+  /* "ivshmem/channel/sleeping_tasks.pyx":104
  *         raise TypeError("a LoopWatch cannot be copied or pickled")
  * 
  *     cdef int add(self, Sleep sleep) except -1:             # <<<<<<<<<<<<<<
@@ -6133,7 +6136,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_add(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":110
+/* "ivshmem/channel/sleeping_tasks.pyx":111
  *         return 0
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -6215,29 +6218,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wake", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":115
+  /* "ivshmem/channel/sleeping_tasks.pyx":116
  *         cdef Sleep sleep
  *         cdef Py_ssize_t i
  *         cdef list found = list(self.sleeps)  # those that run change it             # <<<<<<<<<<<<<<
  *         self.wakeup.clear()
  *         if not found or ivshmem_state(&self.membership.state) & IVSHMEM_CLOSING:
 */
-  __pyx_t_1 = PySequence_List(__pyx_v_self->sleeps); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 115, __pyx_L1_error)
+  __pyx_t_1 = PySequence_List(__pyx_v_self->sleeps); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 116, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_found = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":116
+  /* "ivshmem/channel/sleeping_tasks.pyx":117
  *         cdef Py_ssize_t i
  *         cdef list found = list(self.sleeps)  # those that run change it
  *         self.wakeup.clear()             # <<<<<<<<<<<<<<
  *         if not found or ivshmem_state(&self.membership.state) & IVSHMEM_CLOSING:
  *             self.loop().remove_reader(self.wakeup.epoll.epfd)
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *)__pyx_v_self->wakeup->__pyx_vtab)->clear(__pyx_v_self->wakeup); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 116, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *)__pyx_v_self->wakeup->__pyx_vtab)->clear(__pyx_v_self->wakeup); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 117, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":117
+  /* "ivshmem/channel/sleeping_tasks.pyx":118
  *         cdef list found = list(self.sleeps)  # those that run change it
  *         self.wakeup.clear()
  *         if not found or ivshmem_state(&self.membership.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -6246,7 +6249,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
 */
   {
     Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_v_found);
-    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 117, __pyx_L1_error)
+    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 118, __pyx_L1_error)
     __pyx_t_4 = (__pyx_temp != 0);
   }
 
@@ -6270,7 +6273,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":118
+    /* "ivshmem/channel/sleeping_tasks.pyx":119
  *         self.wakeup.clear()
  *         if not found or ivshmem_state(&self.membership.state) & IVSHMEM_CLOSING:
  *             self.loop().remove_reader(self.wakeup.epoll.epfd)             # <<<<<<<<<<<<<<
@@ -6297,12 +6300,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
       __pyx_t_7 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_9, __pyx_callargs+__pyx_t_10, (1-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 118, __pyx_L1_error)
+      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 119, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
     }
     __pyx_t_6 = __pyx_t_7;
     __Pyx_INCREF(__pyx_t_6);
-    __pyx_t_9 = __Pyx_PyLong_From_int(__pyx_v_self->wakeup->epoll->epfd); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 118, __pyx_L1_error)
+    __pyx_t_9 = __Pyx_PyLong_From_int(__pyx_v_self->wakeup->epoll->epfd); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 119, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __pyx_t_10 = 0;
     {
@@ -6311,12 +6314,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
       __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 118, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 119, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":119
+    /* "ivshmem/channel/sleeping_tasks.pyx":120
  *         if not found or ivshmem_state(&self.membership.state) & IVSHMEM_CLOSING:
  *             self.loop().remove_reader(self.wakeup.epoll.epfd)
  *             self.watched = False             # <<<<<<<<<<<<<<
@@ -6325,7 +6328,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
 */
     __pyx_v_self->watched = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":117
+    /* "ivshmem/channel/sleeping_tasks.pyx":118
  *         cdef list found = list(self.sleeps)  # those that run change it
  *         self.wakeup.clear()
  *         if not found or ivshmem_state(&self.membership.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -6334,33 +6337,33 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":120
+  /* "ivshmem/channel/sleeping_tasks.pyx":121
  *             self.loop().remove_reader(self.wakeup.epoll.epfd)
  *             self.watched = False
  *         for i in range(len(found)):             # <<<<<<<<<<<<<<
  *             sleep = found[i]
  *             try:
 */
-  __pyx_t_11 = __Pyx_PyList_GET_SIZE(__pyx_v_found); if (unlikely(__pyx_t_11 == ((Py_ssize_t)-1))) __PYX_ERR(0, 120, __pyx_L1_error)
+  __pyx_t_11 = __Pyx_PyList_GET_SIZE(__pyx_v_found); if (unlikely(__pyx_t_11 == ((Py_ssize_t)-1))) __PYX_ERR(0, 121, __pyx_L1_error)
   __pyx_t_12 = __pyx_t_11;
 
   for (__pyx_t_13 = 0; __pyx_t_13 < __pyx_t_12; __pyx_t_13+=1) {
     __pyx_v_i = __pyx_t_13;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":121
+    /* "ivshmem/channel/sleeping_tasks.pyx":122
  *             self.watched = False
  *         for i in range(len(found)):
  *             sleep = found[i]             # <<<<<<<<<<<<<<
  *             try:
  *                 if sleep.callback is not None and not sleep.end.sleeps_on():
 */
-    __pyx_t_1 = __Pyx_GetItemInt_List(__pyx_v_found, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 121, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_GetItemInt_List(__pyx_v_found, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 122, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
-    if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep))))) __PYX_ERR(0, 121, __pyx_L1_error)
+    if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep))))) __PYX_ERR(0, 122, __pyx_L1_error)
     __Pyx_XDECREF_SET(__pyx_v_sleep, ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *)__pyx_t_1));
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":122
+    /* "ivshmem/channel/sleeping_tasks.pyx":123
  *         for i in range(len(found)):
  *             sleep = found[i]
  *             try:             # <<<<<<<<<<<<<<
@@ -6376,7 +6379,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
       __Pyx_XGOTREF(__pyx_t_16);
       /*try:*/ {
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":123
+        /* "ivshmem/channel/sleeping_tasks.pyx":124
  *             sleep = found[i]
  *             try:
  *                 if sleep.callback is not None and not sleep.end.sleeps_on():             # <<<<<<<<<<<<<<
@@ -6392,7 +6395,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
 
           goto __pyx_L17_bool_binop_done;
         }
-        __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleep->end->__pyx_base.__pyx_vtab)->sleeps_on(__pyx_v_sleep->end); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 123, __pyx_L8_error)
+        __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleep->end->__pyx_base.__pyx_vtab)->sleeps_on(__pyx_v_sleep->end); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 124, __pyx_L8_error)
         __pyx_t_4 = (!__pyx_t_5);
 
 
@@ -6403,17 +6406,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/sleeping_tasks.pyx":124
+          /* "ivshmem/channel/sleeping_tasks.pyx":125
  *             try:
  *                 if sleep.callback is not None and not sleep.end.sleeps_on():
  *                     sleep.resume()             # <<<<<<<<<<<<<<
  *             except BaseException:  # KeyboardInterrupt and SystemExit leave the task's step
  *                 loop = self.loop()
 */
-          __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_resume(__pyx_v_sleep); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 124, __pyx_L8_error)
+          __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_resume(__pyx_v_sleep); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 125, __pyx_L8_error)
 
 
-          /* "ivshmem/channel/sleeping_tasks.pyx":123
+          /* "ivshmem/channel/sleeping_tasks.pyx":124
  *             sleep = found[i]
  *             try:
  *                 if sleep.callback is not None and not sleep.end.sleeps_on():             # <<<<<<<<<<<<<<
@@ -6422,7 +6425,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
 */
         }
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":122
+        /* "ivshmem/channel/sleeping_tasks.pyx":123
  *         for i in range(len(found)):
  *             sleep = found[i]
  *             try:             # <<<<<<<<<<<<<<
@@ -6441,7 +6444,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
       __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":125
+      /* "ivshmem/channel/sleeping_tasks.pyx":126
  *                 if sleep.callback is not None and not sleep.end.sleeps_on():
  *                     sleep.resume()
  *             except BaseException:  # KeyboardInterrupt and SystemExit leave the task's step             # <<<<<<<<<<<<<<
@@ -6451,12 +6454,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
       __pyx_t_2 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
       if (__pyx_t_2) {
         __Pyx_AddTraceback("ivshmem.channel.sleeping_tasks.LoopWatch.wake", __pyx_clineno, __pyx_lineno, __pyx_filename);
-        if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_7, &__pyx_t_9) < 0) __PYX_ERR(0, 125, __pyx_L10_except_error)
+        if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_7, &__pyx_t_9) < 0) __PYX_ERR(0, 126, __pyx_L10_except_error)
         __Pyx_XGOTREF(__pyx_t_1);
         __Pyx_XGOTREF(__pyx_t_7);
         __Pyx_XGOTREF(__pyx_t_9);
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":126
+        /* "ivshmem/channel/sleeping_tasks.pyx":127
  *                     sleep.resume()
  *             except BaseException:  # KeyboardInterrupt and SystemExit leave the task's step
  *                 loop = self.loop()             # <<<<<<<<<<<<<<
@@ -6483,20 +6486,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
           __pyx_t_6 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_17, __pyx_callargs+__pyx_t_10, (1-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
           __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
-          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 126, __pyx_L10_except_error)
+          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 127, __pyx_L10_except_error)
           __Pyx_GOTREF(__pyx_t_6);
         }
         __pyx_v_loop = __pyx_t_6;
         __pyx_t_6 = 0;
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":127
+        /* "ivshmem/channel/sleeping_tasks.pyx":128
  *             except BaseException:  # KeyboardInterrupt and SystemExit leave the task's step
  *                 loop = self.loop()
  *                 for other in found[i + 1:]:             # <<<<<<<<<<<<<<
  *                     loop.call_soon(other.expire)
  *                 raise
 */
-        __pyx_t_6 = __Pyx_PyList_GetSlice(__pyx_v_found, (__pyx_v_i + 1), PY_SSIZE_T_MAX); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 127, __pyx_L10_except_error)
+        __pyx_t_6 = __Pyx_PyList_GetSlice(__pyx_v_found, (__pyx_v_i + 1), PY_SSIZE_T_MAX); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 128, __pyx_L10_except_error)
         __Pyx_GOTREF(__pyx_t_6);
         __pyx_t_17 = __pyx_t_6; __Pyx_INCREF(__pyx_t_17);
         __pyx_t_18 = 0;
@@ -6505,18 +6508,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
           {
             Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_17);
             #if !CYTHON_ASSUME_SAFE_SIZE
-            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 127, __pyx_L10_except_error)
+            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 128, __pyx_L10_except_error)
             #endif
             if (__pyx_t_18 >= __pyx_temp) break;
           }
           __pyx_t_6 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_17, __pyx_t_18, __Pyx_ReferenceSharing_OwnStrongReference);
           ++__pyx_t_18;
-          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 127, __pyx_L10_except_error)
+          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 128, __pyx_L10_except_error)
           __Pyx_GOTREF(__pyx_t_6);
           __Pyx_XDECREF_SET(__pyx_v_other, __pyx_t_6);
           __pyx_t_6 = 0;
 
-          /* "ivshmem/channel/sleeping_tasks.pyx":128
+          /* "ivshmem/channel/sleeping_tasks.pyx":129
  *                 loop = self.loop()
  *                 for other in found[i + 1:]:
  *                     loop.call_soon(other.expire)             # <<<<<<<<<<<<<<
@@ -6525,7 +6528,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
 */
           __pyx_t_8 = __pyx_v_loop;
           __Pyx_INCREF(__pyx_t_8);
-          __pyx_t_19 = __Pyx_PyObject_GetAttrStr(__pyx_v_other, __pyx_mstate_global->__pyx_n_u_expire); if (unlikely(!__pyx_t_19)) __PYX_ERR(0, 128, __pyx_L10_except_error)
+          __pyx_t_19 = __Pyx_PyObject_GetAttrStr(__pyx_v_other, __pyx_mstate_global->__pyx_n_u_expire); if (unlikely(!__pyx_t_19)) __PYX_ERR(0, 129, __pyx_L10_except_error)
           __Pyx_GOTREF(__pyx_t_19);
           __pyx_t_10 = 0;
           {
@@ -6533,12 +6536,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
             __pyx_t_6 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_call_soon, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
             __Pyx_DECREF(__pyx_t_19); __pyx_t_19 = 0;
-            if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 128, __pyx_L10_except_error)
+            if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 129, __pyx_L10_except_error)
             __Pyx_GOTREF(__pyx_t_6);
           }
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
 
-          /* "ivshmem/channel/sleeping_tasks.pyx":127
+          /* "ivshmem/channel/sleeping_tasks.pyx":128
  *             except BaseException:  # KeyboardInterrupt and SystemExit leave the task's step
  *                 loop = self.loop()
  *                 for other in found[i + 1:]:             # <<<<<<<<<<<<<<
@@ -6548,7 +6551,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
         }
         __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":129
+        /* "ivshmem/channel/sleeping_tasks.pyx":130
  *                 for other in found[i + 1:]:
  *                     loop.call_soon(other.expire)
  *                 raise             # <<<<<<<<<<<<<<
@@ -6560,11 +6563,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
         __Pyx_XGIVEREF(__pyx_t_9);
         __Pyx_ErrRestoreWithState(__pyx_t_1, __pyx_t_7, __pyx_t_9);
         __pyx_t_1 = 0;  __pyx_t_7 = 0;  __pyx_t_9 = 0; 
-        __PYX_ERR(0, 129, __pyx_L10_except_error)
+        __PYX_ERR(0, 130, __pyx_L10_except_error)
       }
       goto __pyx_L10_except_error;
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":122
+      /* "ivshmem/channel/sleeping_tasks.pyx":123
  *         for i in range(len(found)):
  *             sleep = found[i]
  *             try:             # <<<<<<<<<<<<<<
@@ -6583,7 +6586,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
 
 
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":110
+  /* "ivshmem/channel/sleeping_tasks.pyx":111
  *         return 0
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -6615,7 +6618,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":132
+/* "ivshmem/channel/sleeping_tasks.pyx":133
  * 
  * 
  * cdef LoopWatch watch_of(ChannelEnd end, object loop):             # <<<<<<<<<<<<<<
@@ -6641,7 +6644,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("watch_of", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":134
+  /* "ivshmem/channel/sleeping_tasks.pyx":135
  * cdef LoopWatch watch_of(ChannelEnd end, object loop):
  *     """Return what a loop watches for an end; the end remembers it."""
  *     cdef LoopWatch watch = None             # <<<<<<<<<<<<<<
@@ -6651,19 +6654,19 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
   __Pyx_INCREF(Py_None);
   __pyx_v_watch = ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *)Py_None);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":135
+  /* "ivshmem/channel/sleeping_tasks.pyx":136
  *     """Return what a loop watches for an end; the end remembers it."""
  *     cdef LoopWatch watch = None
  *     cdef ChannelEnd sleeper = end.sleeper()             # <<<<<<<<<<<<<<
  *     with cython.critical_section(sleeper):
  *         if sleeper.watch is not None:
 */
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_end->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_end)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 135, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_end->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_end)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 136, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_sleeper = ((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":136
+  /* "ivshmem/channel/sleeping_tasks.pyx":137
  *     cdef LoopWatch watch = None
  *     cdef ChannelEnd sleeper = end.sleeper()
  *     with cython.critical_section(sleeper):             # <<<<<<<<<<<<<<
@@ -6672,13 +6675,13 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
 */
   {
       __Pyx_PyCriticalSection __pyx_cs;
-      if (unlikely(!__pyx_v_sleeper)) { __Pyx_RaiseUnboundLocalError("sleeper"); __PYX_ERR(0, 136, __pyx_L1_error) }
+      if (unlikely(!__pyx_v_sleeper)) { __Pyx_RaiseUnboundLocalError("sleeper"); __PYX_ERR(0, 137, __pyx_L1_error) }
       __pyx_t_1 = ((PyObject *)__pyx_v_sleeper);
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":137
+        /* "ivshmem/channel/sleeping_tasks.pyx":138
  *     cdef ChannelEnd sleeper = end.sleeper()
  *     with cython.critical_section(sleeper):
  *         if sleeper.watch is not None:             # <<<<<<<<<<<<<<
@@ -6689,7 +6692,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/sleeping_tasks.pyx":138
+          /* "ivshmem/channel/sleeping_tasks.pyx":139
  *     with cython.critical_section(sleeper):
  *         if sleeper.watch is not None:
  *             watch = sleeper.watch()             # <<<<<<<<<<<<<<
@@ -6716,14 +6719,14 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
             __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 138, __pyx_L4_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 139, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
-          if (!(likely(((__pyx_t_3) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_3, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch))))) __PYX_ERR(0, 138, __pyx_L4_error)
+          if (!(likely(((__pyx_t_3) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_3, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch))))) __PYX_ERR(0, 139, __pyx_L4_error)
           __Pyx_DECREF_SET(__pyx_v_watch, ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *)__pyx_t_3));
           __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/sleeping_tasks.pyx":137
+          /* "ivshmem/channel/sleeping_tasks.pyx":138
  *     cdef ChannelEnd sleeper = end.sleeper()
  *     with cython.critical_section(sleeper):
  *         if sleeper.watch is not None:             # <<<<<<<<<<<<<<
@@ -6732,7 +6735,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
 */
         }
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":139
+        /* "ivshmem/channel/sleeping_tasks.pyx":140
  *         if sleeper.watch is not None:
  *             watch = sleeper.watch()
  *         if watch is None or watch.loop() is not loop:             # <<<<<<<<<<<<<<
@@ -6768,7 +6771,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
           __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 139, __pyx_L4_error)
+          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 140, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_3);
         }
         __pyx_t_7 = (__pyx_t_3 != __pyx_v_loop);
@@ -6780,7 +6783,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/sleeping_tasks.pyx":140
+          /* "ivshmem/channel/sleeping_tasks.pyx":141
  *             watch = sleeper.watch()
  *         if watch is None or watch.loop() is not loop:
  *             watch = new_watch_of(sleeper.membership, loop)             # <<<<<<<<<<<<<<
@@ -6789,13 +6792,13 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
 */
           __pyx_t_3 = ((PyObject *)__pyx_v_sleeper->membership);
           __Pyx_INCREF(__pyx_t_3);
-          __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_new_watch_of(((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_t_3), __pyx_v_loop)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 140, __pyx_L4_error)
+          __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_new_watch_of(((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_t_3), __pyx_v_loop)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 141, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_4);
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
           __Pyx_DECREF_SET(__pyx_v_watch, ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *)__pyx_t_4));
           __pyx_t_4 = 0;
 
-          /* "ivshmem/channel/sleeping_tasks.pyx":141
+          /* "ivshmem/channel/sleeping_tasks.pyx":142
  *         if watch is None or watch.loop() is not loop:
  *             watch = new_watch_of(sleeper.membership, loop)
  *             sleeper.watch = weakref.ref(watch)             # <<<<<<<<<<<<<<
@@ -6803,9 +6806,9 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
  * 
 */
           __pyx_t_3 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 141, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 142, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_5);
-          __pyx_t_8 = __Pyx_PyObject_GetAttrStr(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 141, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyObject_GetAttrStr(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 142, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
           __pyx_t_6 = 1;
@@ -6825,7 +6828,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
             __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_8, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 141, __pyx_L4_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 142, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
           __Pyx_GIVEREF(__pyx_t_4);
@@ -6833,7 +6836,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
           __Pyx_DECREF_SET(__pyx_v_sleeper->watch, __pyx_t_4);
           __pyx_t_4 = 0;
 
-          /* "ivshmem/channel/sleeping_tasks.pyx":139
+          /* "ivshmem/channel/sleeping_tasks.pyx":140
  *         if sleeper.watch is not None:
  *             watch = sleeper.watch()
  *         if watch is None or watch.loop() is not loop:             # <<<<<<<<<<<<<<
@@ -6843,7 +6846,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
         }
       }
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":136
+      /* "ivshmem/channel/sleeping_tasks.pyx":137
  *     cdef LoopWatch watch = None
  *     cdef ChannelEnd sleeper = end.sleeper()
  *     with cython.critical_section(sleeper):             # <<<<<<<<<<<<<<
@@ -6864,7 +6867,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":142
+  /* "ivshmem/channel/sleeping_tasks.pyx":143
  *             watch = new_watch_of(sleeper.membership, loop)
  *             sleeper.watch = weakref.ref(watch)
  *     return watch             # <<<<<<<<<<<<<<
@@ -6882,7 +6885,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":132
+  /* "ivshmem/channel/sleeping_tasks.pyx":133
  * 
  * 
  * cdef LoopWatch watch_of(ChannelEnd end, object loop):             # <<<<<<<<<<<<<<
@@ -6907,7 +6910,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":145
+/* "ivshmem/channel/sleeping_tasks.pyx":146
  * 
  * 
  * cdef LoopWatch new_watch_of(Membership membership, object loop):             # <<<<<<<<<<<<<<
@@ -6936,7 +6939,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("new_watch_of", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":146
+  /* "ivshmem/channel/sleeping_tasks.pyx":147
  * 
  * cdef LoopWatch new_watch_of(Membership membership, object loop):
  *     cdef object loops = membership.loops             # <<<<<<<<<<<<<<
@@ -6948,7 +6951,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
   __pyx_v_loops = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":147
+  /* "ivshmem/channel/sleeping_tasks.pyx":148
  * cdef LoopWatch new_watch_of(Membership membership, object loop):
  *     cdef object loops = membership.loops
  *     if loops is None:             # <<<<<<<<<<<<<<
@@ -6959,7 +6962,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":148
+    /* "ivshmem/channel/sleeping_tasks.pyx":149
  *     cdef object loops = membership.loops
  *     if loops is None:
  *         raise ClosedError("the channels are closed")             # <<<<<<<<<<<<<<
@@ -6967,7 +6970,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
  *     if watch is None:
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 148, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 149, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -6986,14 +6989,14 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 148, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 149, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 148, __pyx_L1_error)
+    __PYX_ERR(0, 149, __pyx_L1_error)
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":147
+    /* "ivshmem/channel/sleeping_tasks.pyx":148
  * cdef LoopWatch new_watch_of(Membership membership, object loop):
  *     cdef object loops = membership.loops
  *     if loops is None:             # <<<<<<<<<<<<<<
@@ -7002,7 +7005,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":149
+  /* "ivshmem/channel/sleeping_tasks.pyx":150
  *     if loops is None:
  *         raise ClosedError("the channels are closed")
  *     watch = loops.get(loop)             # <<<<<<<<<<<<<<
@@ -7016,13 +7019,13 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
     PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_v_loop};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 149, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 150, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __pyx_v_watch = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":150
+  /* "ivshmem/channel/sleeping_tasks.pyx":151
  *         raise ClosedError("the channels are closed")
  *     watch = loops.get(loop)
  *     if watch is None:             # <<<<<<<<<<<<<<
@@ -7033,7 +7036,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":153
+    /* "ivshmem/channel/sleeping_tasks.pyx":154
  *         # A loop that was closed while tasks slept is kept by them: without this, their ends were
  *         # never closed.
  *         for former in loops.keyrefs():             # <<<<<<<<<<<<<<
@@ -7047,7 +7050,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_keyrefs, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 153, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 154, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     if (likely(PyList_CheckExact(__pyx_t_1)) || PyTuple_CheckExact(__pyx_t_1)) {
@@ -7055,9 +7058,9 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
       __pyx_t_6 = 0;
       __pyx_t_7 = NULL;
     } else {
-      __pyx_t_6 = -1; __pyx_t_4 = PyObject_GetIter(__pyx_t_1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 153, __pyx_L1_error)
+      __pyx_t_6 = -1; __pyx_t_4 = PyObject_GetIter(__pyx_t_1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 154, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
-      __pyx_t_7 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_4); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 153, __pyx_L1_error)
+      __pyx_t_7 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_4); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 154, __pyx_L1_error)
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     for (;;) {
@@ -7066,7 +7069,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
           {
             Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_4);
             #if !CYTHON_ASSUME_SAFE_SIZE
-            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 153, __pyx_L1_error)
+            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 154, __pyx_L1_error)
             #endif
             if (__pyx_t_6 >= __pyx_temp) break;
           }
@@ -7076,7 +7079,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
           {
             Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_4);
             #if !CYTHON_ASSUME_SAFE_SIZE
-            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 153, __pyx_L1_error)
+            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 154, __pyx_L1_error)
             #endif
             if (__pyx_t_6 >= __pyx_temp) break;
           }
@@ -7087,13 +7090,13 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
           #endif
           ++__pyx_t_6;
         }
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 153, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 154, __pyx_L1_error)
       } else {
         __pyx_t_1 = __pyx_t_7(__pyx_t_4);
         if (unlikely(!__pyx_t_1)) {
           PyObject* exc_type = PyErr_Occurred();
           if (exc_type) {
-            if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 153, __pyx_L1_error)
+            if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 154, __pyx_L1_error)
             PyErr_Clear();
           }
           break;
@@ -7103,7 +7106,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
       __Pyx_XDECREF_SET(__pyx_v_former, __pyx_t_1);
       __pyx_t_1 = 0;
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":154
+      /* "ivshmem/channel/sleeping_tasks.pyx":155
  *         # never closed.
  *         for former in loops.keyrefs():
  *             other = former()             # <<<<<<<<<<<<<<
@@ -7130,13 +7133,13 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
         __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_8, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
         __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 154, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 155, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __Pyx_XDECREF_SET(__pyx_v_other, __pyx_t_1);
       __pyx_t_1 = 0;
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":155
+      /* "ivshmem/channel/sleeping_tasks.pyx":156
  *         for former in loops.keyrefs():
  *             other = former()
  *             if other is not None and other.is_closed():             # <<<<<<<<<<<<<<
@@ -7159,10 +7162,10 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
         PyObject *__pyx_callargs[2] = {__pyx_t_8, NULL};
         __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_is_closed, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 155, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 156, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
-      __pyx_t_9 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_9 < 0))) __PYX_ERR(0, 155, __pyx_L1_error)
+      __pyx_t_9 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_9 < 0))) __PYX_ERR(0, 156, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
       __pyx_t_2 = __pyx_t_9;
@@ -7171,7 +7174,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":156
+        /* "ivshmem/channel/sleeping_tasks.pyx":157
  *             other = former()
  *             if other is not None and other.is_closed():
  *                 loops.pop(other, None)             # <<<<<<<<<<<<<<
@@ -7185,12 +7188,12 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
           PyObject *__pyx_callargs[3] = {__pyx_t_8, __pyx_v_other, Py_None};
           __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_pop, __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
-          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 156, __pyx_L1_error)
+          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 157, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_1);
         }
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":155
+        /* "ivshmem/channel/sleeping_tasks.pyx":156
  *         for former in loops.keyrefs():
  *             other = former()
  *             if other is not None and other.is_closed():             # <<<<<<<<<<<<<<
@@ -7199,7 +7202,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
 */
       }
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":153
+      /* "ivshmem/channel/sleeping_tasks.pyx":154
  *         # A loop that was closed while tasks slept is kept by them: without this, their ends were
  *         # never closed.
  *         for former in loops.keyrefs():             # <<<<<<<<<<<<<<
@@ -7209,7 +7212,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
     }
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":157
+    /* "ivshmem/channel/sleeping_tasks.pyx":158
  *             if other is not None and other.is_closed():
  *                 loops.pop(other, None)
  *         watch = loops[loop] = LoopWatch(loop, membership)             # <<<<<<<<<<<<<<
@@ -7222,15 +7225,15 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
       PyObject *__pyx_callargs[3] = {__pyx_t_1, __pyx_v_loop, ((PyObject *)__pyx_v_membership)};
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch, __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 157, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 158, __pyx_L1_error)
       __Pyx_GOTREF((PyObject *)__pyx_t_4);
     }
     __Pyx_INCREF(__pyx_t_4);
     __Pyx_DECREF_SET(__pyx_v_watch, __pyx_t_4);
-    if (unlikely((PyObject_SetItem(__pyx_v_loops, __pyx_v_loop, __pyx_t_4) < 0))) __PYX_ERR(0, 157, __pyx_L1_error)
+    if (unlikely((PyObject_SetItem(__pyx_v_loops, __pyx_v_loop, __pyx_t_4) < 0))) __PYX_ERR(0, 158, __pyx_L1_error)
     __Pyx_DECREF((PyObject *)__pyx_t_4); __pyx_t_4 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":150
+    /* "ivshmem/channel/sleeping_tasks.pyx":151
  *         raise ClosedError("the channels are closed")
  *     watch = loops.get(loop)
  *     if watch is None:             # <<<<<<<<<<<<<<
@@ -7239,14 +7242,14 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":158
+  /* "ivshmem/channel/sleeping_tasks.pyx":159
  *                 loops.pop(other, None)
  *         watch = loops[loop] = LoopWatch(loop, membership)
  *     return watch             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  if (!(likely(((__pyx_v_watch) == Py_None) || likely(__Pyx_TypeTest(__pyx_v_watch, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch))))) __PYX_ERR(0, 158, __pyx_L1_error)
+  if (!(likely(((__pyx_v_watch) == Py_None) || likely(__Pyx_TypeTest(__pyx_v_watch, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch))))) __PYX_ERR(0, 159, __pyx_L1_error)
   {
     struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_temp;
     {
@@ -7258,7 +7261,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":145
+  /* "ivshmem/channel/sleeping_tasks.pyx":146
  * 
  * 
  * cdef LoopWatch new_watch_of(Membership membership, object loop):             # <<<<<<<<<<<<<<
@@ -7284,7 +7287,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":180
+/* "ivshmem/channel/sleeping_tasks.pyx":181
  *     cdef public bint _asyncio_future_blocking  # tells the task that this was awaited
  * 
  *     def __init__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -7335,7 +7338,7 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep___init__(CYTHON_UN
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__init__", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":181
+  /* "ivshmem/channel/sleeping_tasks.pyx":182
  * 
  *     def __init__(self, *args, **kwargs):
  *         raise TypeError("a Sleep is made by a Waiting")             # <<<<<<<<<<<<<<
@@ -7348,14 +7351,14 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep___init__(CYTHON_UN
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_a_Sleep_is_made_by_a_Waiting};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 181, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 182, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 181, __pyx_L1_error)
+  __PYX_ERR(0, 182, __pyx_L1_error)
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":180
+  /* "ivshmem/channel/sleeping_tasks.pyx":181
  *     cdef public bint _asyncio_future_blocking  # tells the task that this was awaited
  * 
  *     def __init__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -7374,7 +7377,7 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep___init__(CYTHON_UN
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":183
+/* "ivshmem/channel/sleeping_tasks.pyx":184
  *         raise TypeError("a Sleep is made by a Waiting")
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -7436,7 +7439,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_2__reduce__(
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__reduce__", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":184
+  /* "ivshmem/channel/sleeping_tasks.pyx":185
  * 
  *     def __reduce__(self):
  *         raise TypeError("a Sleep cannot be copied or pickled")             # <<<<<<<<<<<<<<
@@ -7449,14 +7452,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_2__reduce__(
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_a_Sleep_cannot_be_copied_or_pick};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 184, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 185, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 184, __pyx_L1_error)
+  __PYX_ERR(0, 185, __pyx_L1_error)
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":183
+  /* "ivshmem/channel/sleeping_tasks.pyx":184
  *         raise TypeError("a Sleep is made by a Waiting")
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -7475,7 +7478,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_2__reduce__(
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":186
+/* "ivshmem/channel/sleeping_tasks.pyx":187
  *         raise TypeError("a Sleep cannot be copied or pickled")
  * 
  *     cdef int end_now(self) except -1:             # <<<<<<<<<<<<<<
@@ -7496,7 +7499,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("end_now", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":187
+  /* "ivshmem/channel/sleeping_tasks.pyx":188
  * 
  *     cdef int end_now(self) except -1:
  *         self.callback = None             # <<<<<<<<<<<<<<
@@ -7508,7 +7511,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(struct __py
   __Pyx_GOTREF(__pyx_v_self->callback);
   __Pyx_DECREF_SET(__pyx_v_self->callback, Py_None);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":188
+  /* "ivshmem/channel/sleeping_tasks.pyx":189
  *     cdef int end_now(self) except -1:
  *         self.callback = None
  *         if self.timer is not None:             # <<<<<<<<<<<<<<
@@ -7519,7 +7522,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(struct __py
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":189
+    /* "ivshmem/channel/sleeping_tasks.pyx":190
  *         self.callback = None
  *         if self.timer is not None:
  *             self.timer.cancel()             # <<<<<<<<<<<<<<
@@ -7533,12 +7536,12 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(struct __py
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_cancel, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 189, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 190, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":190
+    /* "ivshmem/channel/sleeping_tasks.pyx":191
  *         if self.timer is not None:
  *             self.timer.cancel()
  *             self.timer = None             # <<<<<<<<<<<<<<
@@ -7550,7 +7553,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(struct __py
     __Pyx_GOTREF(__pyx_v_self->timer);
     __Pyx_DECREF_SET(__pyx_v_self->timer, Py_None);
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":188
+    /* "ivshmem/channel/sleeping_tasks.pyx":189
  *     cdef int end_now(self) except -1:
  *         self.callback = None
  *         if self.timer is not None:             # <<<<<<<<<<<<<<
@@ -7559,7 +7562,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(struct __py
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":191
+  /* "ivshmem/channel/sleeping_tasks.pyx":192
  *             self.timer.cancel()
  *             self.timer = None
  *         if self.watch is not None:             # <<<<<<<<<<<<<<
@@ -7570,7 +7573,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(struct __py
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":192
+    /* "ivshmem/channel/sleeping_tasks.pyx":193
  *             self.timer = None
  *         if self.watch is not None:
  *             self.watch.sleeps.pop(self, None)             # <<<<<<<<<<<<<<
@@ -7579,22 +7582,22 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(struct __py
 */
     if (unlikely(__pyx_v_self->watch->sleeps == Py_None)) {
       PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "pop");
-      __PYX_ERR(0, 192, __pyx_L1_error)
+      __PYX_ERR(0, 193, __pyx_L1_error)
     }
-    __pyx_t_5 = __Pyx_PyDict_Pop_ignore(__pyx_v_self->watch->sleeps, ((PyObject *)__pyx_v_self), Py_None); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 192, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyDict_Pop_ignore(__pyx_v_self->watch->sleeps, ((PyObject *)__pyx_v_self), Py_None); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 193, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":193
+    /* "ivshmem/channel/sleeping_tasks.pyx":194
  *         if self.watch is not None:
  *             self.watch.sleeps.pop(self, None)
  *             self.end.end_waiting()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->end->__pyx_base.__pyx_vtab)->end_waiting(__pyx_v_self->end); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 193, __pyx_L1_error)
+    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->end->__pyx_base.__pyx_vtab)->end_waiting(__pyx_v_self->end); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 194, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":191
+    /* "ivshmem/channel/sleeping_tasks.pyx":192
  *             self.timer.cancel()
  *             self.timer = None
  *         if self.watch is not None:             # <<<<<<<<<<<<<<
@@ -7603,7 +7606,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(struct __py
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":194
+  /* "ivshmem/channel/sleeping_tasks.pyx":195
  *             self.watch.sleeps.pop(self, None)
  *             self.end.end_waiting()
  *         return 0             # <<<<<<<<<<<<<<
@@ -7616,7 +7619,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":186
+  /* "ivshmem/channel/sleeping_tasks.pyx":187
  *         raise TypeError("a Sleep cannot be copied or pickled")
  * 
  *     cdef int end_now(self) except -1:             # <<<<<<<<<<<<<<
@@ -7636,7 +7639,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":198
+/* "ivshmem/channel/sleeping_tasks.pyx":199
  *     # Called by the task.
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -7684,35 +7687,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_callback,&__pyx_mstate_global->__pyx_n_u_context,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 198, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 199, __pyx_L3_error)
     if (likely(__pyx_kwds_len > 0)) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 198, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 199, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "add_done_callback", 0) < (0)) __PYX_ERR(0, 198, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "add_done_callback", 0) < (0)) __PYX_ERR(0, 199, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("add_done_callback", 1, 1, 1, i); __PYX_ERR(0, 198, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("add_done_callback", 1, 1, 1, i); __PYX_ERR(0, 199, __pyx_L3_error) }
       }
       for (Py_ssize_t i = 1; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseKeywordRequired("add_done_callback", *(__pyx_pyargnames[i - 0])); __PYX_ERR(0, 198, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseKeywordRequired("add_done_callback", *(__pyx_pyargnames[i - 0])); __PYX_ERR(0, 199, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
-      __Pyx_RaiseKeywordRequired("add_done_callback", __pyx_mstate_global->__pyx_n_u_context); __PYX_ERR(0, 198, __pyx_L3_error)
+      __Pyx_RaiseKeywordRequired("add_done_callback", __pyx_mstate_global->__pyx_n_u_context); __PYX_ERR(0, 199, __pyx_L3_error)
     }
     __pyx_v_callback = values[0];
     __pyx_v_context = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("add_done_callback", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 198, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("add_done_callback", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 199, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7738,7 +7741,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_4add_done_ca
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("add_done_callback", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":201
+  /* "ivshmem/channel/sleeping_tasks.pyx":202
  *     def add_done_callback(self, callback, *, context):
  *         """Call it at the end of the sleep."""
  *         self.callback = callback             # <<<<<<<<<<<<<<
@@ -7750,7 +7753,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_4add_done_ca
   __Pyx_GOTREF(__pyx_v_self->callback);
   __Pyx_DECREF_SET(__pyx_v_self->callback, __pyx_v_callback);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":202
+  /* "ivshmem/channel/sleeping_tasks.pyx":203
  *         """Call it at the end of the sleep."""
  *         self.callback = callback
  *         self.context = context             # <<<<<<<<<<<<<<
@@ -7762,7 +7765,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_4add_done_ca
   __Pyx_GOTREF(__pyx_v_self->context);
   __Pyx_DECREF_SET(__pyx_v_self->context, __pyx_v_context);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":198
+  /* "ivshmem/channel/sleeping_tasks.pyx":199
  *     # Called by the task.
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -7777,7 +7780,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_4add_done_ca
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":204
+/* "ivshmem/channel/sleeping_tasks.pyx":205
  *         self.context = context
  * 
  *     def cancel(self, msg=None):             # <<<<<<<<<<<<<<
@@ -7825,24 +7828,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_msg,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 204, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 205, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 204, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 205, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "cancel", 0) < (0)) __PYX_ERR(0, 204, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "cancel", 0) < (0)) __PYX_ERR(0, 205, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 204, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 205, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -7853,7 +7856,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("cancel", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 204, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("cancel", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 205, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7889,7 +7892,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("cancel", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":206
+  /* "ivshmem/channel/sleeping_tasks.pyx":207
  *     def cancel(self, msg=None):
  *         """Raise CancelledError in the task; False: it was woken before."""
  *         callback = self.callback             # <<<<<<<<<<<<<<
@@ -7901,7 +7904,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
   __pyx_v_callback = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":207
+  /* "ivshmem/channel/sleeping_tasks.pyx":208
  *         """Raise CancelledError in the task; False: it was woken before."""
  *         callback = self.callback
  *         if callback is None:             # <<<<<<<<<<<<<<
@@ -7912,7 +7915,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":208
+    /* "ivshmem/channel/sleeping_tasks.pyx":209
  *         callback = self.callback
  *         if callback is None:
  *             return False             # <<<<<<<<<<<<<<
@@ -7930,7 +7933,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":207
+    /* "ivshmem/channel/sleeping_tasks.pyx":208
  *         """Raise CancelledError in the task; False: it was woken before."""
  *         callback = self.callback
  *         if callback is None:             # <<<<<<<<<<<<<<
@@ -7939,7 +7942,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":209
+  /* "ivshmem/channel/sleeping_tasks.pyx":210
  *         if callback is None:
  *             return False
  *         self.callback = None             # <<<<<<<<<<<<<<
@@ -7951,7 +7954,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
   __Pyx_GOTREF(__pyx_v_self->callback);
   __Pyx_DECREF_SET(__pyx_v_self->callback, Py_None);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":210
+  /* "ivshmem/channel/sleeping_tasks.pyx":211
  *             return False
  *         self.callback = None
  *         self.error = CancelledError() if msg is None else CancelledError(msg)             # <<<<<<<<<<<<<<
@@ -7980,7 +7983,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 210, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 211, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __pyx_t_1 = __pyx_t_3;
@@ -8006,7 +8009,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 210, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 211, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __pyx_t_1 = __pyx_t_3;
@@ -8018,7 +8021,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
   __Pyx_DECREF_SET(__pyx_v_self->error, __pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":211
+  /* "ivshmem/channel/sleeping_tasks.pyx":212
  *         self.callback = None
  *         self.error = CancelledError() if msg is None else CancelledError(msg)
  *         self._loop.call_soon(callback, self, context=self.context)             # <<<<<<<<<<<<<<
@@ -8034,13 +8037,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
     PyObject *__pyx_callargs[4] = {__pyx_t_3, __pyx_v_callback, ((PyObject *)__pyx_v_self), __pyx_v_self->context};
     #if CYTHON_VECTORCALL
     __pyx_t_4 = __pyx_mstate_global->__pyx_tuple[0];
-    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 211, __pyx_L1_error)
+    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 212, __pyx_L1_error)
     __Pyx_INCREF(__pyx_t_4);
     #else
     {
       PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_context};
       __pyx_t_4 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+3, 1);
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 211, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 212, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     #endif
@@ -8049,12 +8052,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
     #if CYTHON_VECTORCALL
     #endif
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 211, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 212, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":212
+  /* "ivshmem/channel/sleeping_tasks.pyx":213
  *         self.error = CancelledError() if msg is None else CancelledError(msg)
  *         self._loop.call_soon(callback, self, context=self.context)
  *         return True             # <<<<<<<<<<<<<<
@@ -8072,7 +8075,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":204
+  /* "ivshmem/channel/sleeping_tasks.pyx":205
  *         self.context = context
  * 
  *     def cancel(self, msg=None):             # <<<<<<<<<<<<<<
@@ -8095,7 +8098,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":214
+/* "ivshmem/channel/sleeping_tasks.pyx":215
  *         return True
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -8156,7 +8159,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_8result(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("result", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":217
+  /* "ivshmem/channel/sleeping_tasks.pyx":218
  *     def result(self):
  *         """Raise what `cancel` set."""
  *         cdef object error = self.error             # <<<<<<<<<<<<<<
@@ -8168,7 +8171,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_8result(stru
   __pyx_v_error = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":218
+  /* "ivshmem/channel/sleeping_tasks.pyx":219
  *         """Raise what `cancel` set."""
  *         cdef object error = self.error
  *         if error is not None:             # <<<<<<<<<<<<<<
@@ -8179,7 +8182,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_8result(stru
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":219
+    /* "ivshmem/channel/sleeping_tasks.pyx":220
  *         cdef object error = self.error
  *         if error is not None:
  *             self.error = None  # else its traceback would refer to itself             # <<<<<<<<<<<<<<
@@ -8191,7 +8194,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_8result(stru
     __Pyx_GOTREF(__pyx_v_self->error);
     __Pyx_DECREF_SET(__pyx_v_self->error, Py_None);
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":220
+    /* "ivshmem/channel/sleeping_tasks.pyx":221
  *         if error is not None:
  *             self.error = None  # else its traceback would refer to itself
  *             raise error             # <<<<<<<<<<<<<<
@@ -8199,9 +8202,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_8result(stru
  *     # Called by the loop.
 */
     __Pyx_Raise(__pyx_v_error, 0, 0, 0);
-    __PYX_ERR(0, 220, __pyx_L1_error)
+    __PYX_ERR(0, 221, __pyx_L1_error)
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":218
+    /* "ivshmem/channel/sleeping_tasks.pyx":219
  *         """Raise what `cancel` set."""
  *         cdef object error = self.error
  *         if error is not None:             # <<<<<<<<<<<<<<
@@ -8210,7 +8213,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_8result(stru
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":214
+  /* "ivshmem/channel/sleeping_tasks.pyx":215
  *         return True
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -8232,7 +8235,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_8result(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":224
+/* "ivshmem/channel/sleeping_tasks.pyx":225
  *     # Called by the loop.
  * 
  *     cdef int resume(self) except -1:             # <<<<<<<<<<<<<<
@@ -8252,7 +8255,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_resume(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("resume", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":226
+  /* "ivshmem/channel/sleeping_tasks.pyx":227
  *     cdef int resume(self) except -1:
  *         """Let the task continue at once; return when it waits for something else."""
  *         callback = self.callback             # <<<<<<<<<<<<<<
@@ -8264,7 +8267,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_resume(struct __pyx
   __pyx_v_callback = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":227
+  /* "ivshmem/channel/sleeping_tasks.pyx":228
  *         """Let the task continue at once; return when it waits for something else."""
  *         callback = self.callback
  *         self.callback = None             # <<<<<<<<<<<<<<
@@ -8276,7 +8279,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_resume(struct __pyx
   __Pyx_GOTREF(__pyx_v_self->callback);
   __Pyx_DECREF_SET(__pyx_v_self->callback, Py_None);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":228
+  /* "ivshmem/channel/sleeping_tasks.pyx":229
  *         callback = self.callback
  *         self.callback = None
  *         self.context.run(callback, self)             # <<<<<<<<<<<<<<
@@ -8290,12 +8293,12 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_resume(struct __pyx
     PyObject *__pyx_callargs[3] = {__pyx_t_2, __pyx_v_callback, ((PyObject *)__pyx_v_self)};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_run, __pyx_callargs+__pyx_t_3, (3-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 228, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 229, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":229
+  /* "ivshmem/channel/sleeping_tasks.pyx":230
  *         self.callback = None
  *         self.context.run(callback, self)
  *         return 0             # <<<<<<<<<<<<<<
@@ -8308,7 +8311,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_resume(struct __pyx
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":224
+  /* "ivshmem/channel/sleeping_tasks.pyx":225
  *     # Called by the loop.
  * 
  *     cdef int resume(self) except -1:             # <<<<<<<<<<<<<<
@@ -8329,7 +8332,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_resume(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":231
+/* "ivshmem/channel/sleeping_tasks.pyx":232
  *         return 0
  * 
  *     def expire(self):             # <<<<<<<<<<<<<<
@@ -8390,7 +8393,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_10expire(str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("expire", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":233
+  /* "ivshmem/channel/sleeping_tasks.pyx":234
  *     def expire(self):
  *         """End the sleep, if it has not ended."""
  *         if self.callback is not None:             # <<<<<<<<<<<<<<
@@ -8401,17 +8404,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_10expire(str
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":234
+    /* "ivshmem/channel/sleeping_tasks.pyx":235
  *         """End the sleep, if it has not ended."""
  *         if self.callback is not None:
  *             self.resume()             # <<<<<<<<<<<<<<
  * 
  * 
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_resume(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 234, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_resume(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 235, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":233
+    /* "ivshmem/channel/sleeping_tasks.pyx":234
  *     def expire(self):
  *         """End the sleep, if it has not ended."""
  *         if self.callback is not None:             # <<<<<<<<<<<<<<
@@ -8420,7 +8423,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_10expire(str
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":231
+  /* "ivshmem/channel/sleeping_tasks.pyx":232
  *         return 0
  * 
  *     def expire(self):             # <<<<<<<<<<<<<<
@@ -8440,7 +8443,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_10expire(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":177
+/* "ivshmem/channel/sleeping_tasks.pyx":178
  *     cdef object context
  *     cdef object error
  *     cdef readonly object _loop             # <<<<<<<<<<<<<<
@@ -8507,7 +8510,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_5_loop___get
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":178
+/* "ivshmem/channel/sleeping_tasks.pyx":179
  *     cdef object error
  *     cdef readonly object _loop
  *     cdef public bint _asyncio_future_blocking  # tells the task that this was awaited             # <<<<<<<<<<<<<<
@@ -8546,7 +8549,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_24_asyncio_f
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
-        __pyx_t_2 = __Pyx_PyBool_FromLong(__pyx_v_self->_asyncio_future_blocking); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 178, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyBool_FromLong(__pyx_v_self->_asyncio_future_blocking); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 179, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           PyObject *__pyx_temp;
@@ -8619,7 +8622,7 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_24_asyncio_future_
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
-        __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_v_value); if (unlikely((__pyx_t_2 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 178, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_v_value); if (unlikely((__pyx_t_2 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 179, __pyx_L4_error)
         __pyx_v_self->_asyncio_future_blocking = __pyx_t_2;
       }
       /*finally:*/ {
@@ -8649,7 +8652,7 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_24_asyncio_future_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":237
+/* "ivshmem/channel/sleeping_tasks.pyx":238
  * 
  * 
  * cdef Sleep sleep_at(ChannelEnd end, object loop, object deadline):             # <<<<<<<<<<<<<<
@@ -8675,28 +8678,28 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("sleep_at", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":240
+  /* "ivshmem/channel/sleeping_tasks.pyx":241
  *     """Begin to sleep at an end; None: there is something already."""
  *     cdef Sleep sleep
  *     if end.begin_waiting():             # <<<<<<<<<<<<<<
  *         end.end_waiting()
  *         return None
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_end->__pyx_base.__pyx_vtab)->begin_waiting(__pyx_v_end); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 240, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_end->__pyx_base.__pyx_vtab)->begin_waiting(__pyx_v_end); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 241, __pyx_L1_error)
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":241
+    /* "ivshmem/channel/sleeping_tasks.pyx":242
  *     cdef Sleep sleep
  *     if end.begin_waiting():
  *         end.end_waiting()             # <<<<<<<<<<<<<<
  *         return None
  *     sleep = Sleep.__new__(Sleep)
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_end->__pyx_base.__pyx_vtab)->end_waiting(__pyx_v_end); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 241, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_end->__pyx_base.__pyx_vtab)->end_waiting(__pyx_v_end); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 242, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":242
+    /* "ivshmem/channel/sleeping_tasks.pyx":243
  *     if end.begin_waiting():
  *         end.end_waiting()
  *         return None             # <<<<<<<<<<<<<<
@@ -8713,7 +8716,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":240
+    /* "ivshmem/channel/sleeping_tasks.pyx":241
  *     """Begin to sleep at an end; None: there is something already."""
  *     cdef Sleep sleep
  *     if end.begin_waiting():             # <<<<<<<<<<<<<<
@@ -8722,19 +8725,19 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":243
+  /* "ivshmem/channel/sleeping_tasks.pyx":244
  *         end.end_waiting()
  *         return None
  *     sleep = Sleep.__new__(Sleep)             # <<<<<<<<<<<<<<
  *     try:
  *         sleep.end = end
 */
-  __pyx_t_3 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_14sleeping_tasks_Sleep(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 243, __pyx_L1_error)
+  __pyx_t_3 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_14sleeping_tasks_Sleep(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 244, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_v_sleep = ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *)__pyx_t_3);
   __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":244
+  /* "ivshmem/channel/sleeping_tasks.pyx":245
  *         return None
  *     sleep = Sleep.__new__(Sleep)
  *     try:             # <<<<<<<<<<<<<<
@@ -8750,7 +8753,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
     __Pyx_XGOTREF(__pyx_t_6);
     /*try:*/ {
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":245
+      /* "ivshmem/channel/sleeping_tasks.pyx":246
  *     sleep = Sleep.__new__(Sleep)
  *     try:
  *         sleep.end = end             # <<<<<<<<<<<<<<
@@ -8762,7 +8765,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
       __Pyx_GOTREF((PyObject *)__pyx_v_sleep->end);
       __Pyx_DECREF_SET(__pyx_v_sleep->end, __pyx_v_end);
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":246
+      /* "ivshmem/channel/sleeping_tasks.pyx":247
  *     try:
  *         sleep.end = end
  *         sleep._loop = loop             # <<<<<<<<<<<<<<
@@ -8774,21 +8777,21 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
       __Pyx_GOTREF(__pyx_v_sleep->_loop);
       __Pyx_DECREF_SET(__pyx_v_sleep->_loop, __pyx_v_loop);
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":247
+      /* "ivshmem/channel/sleeping_tasks.pyx":248
  *         sleep.end = end
  *         sleep._loop = loop
  *         sleep.watch = watch_of(end, loop)             # <<<<<<<<<<<<<<
  *         if deadline is not None:
  *             sleep.timer = loop.call_at(deadline, sleep.expire)
 */
-      __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_watch_of(__pyx_v_end, __pyx_v_loop)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 247, __pyx_L4_error)
+      __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_watch_of(__pyx_v_end, __pyx_v_loop)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 248, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_3);
       __Pyx_GIVEREF(__pyx_t_3);
       __Pyx_GOTREF((PyObject *)__pyx_v_sleep->watch);
       __Pyx_DECREF_SET(__pyx_v_sleep->watch, ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *)__pyx_t_3));
       __pyx_t_3 = 0;
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":248
+      /* "ivshmem/channel/sleeping_tasks.pyx":249
  *         sleep._loop = loop
  *         sleep.watch = watch_of(end, loop)
  *         if deadline is not None:             # <<<<<<<<<<<<<<
@@ -8799,7 +8802,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":249
+        /* "ivshmem/channel/sleeping_tasks.pyx":250
  *         sleep.watch = watch_of(end, loop)
  *         if deadline is not None:
  *             sleep.timer = loop.call_at(deadline, sleep.expire)             # <<<<<<<<<<<<<<
@@ -8808,7 +8811,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
 */
         __pyx_t_7 = __pyx_v_loop;
         __Pyx_INCREF(__pyx_t_7);
-        __pyx_t_8 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_sleep), __pyx_mstate_global->__pyx_n_u_expire); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 249, __pyx_L4_error)
+        __pyx_t_8 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_sleep), __pyx_mstate_global->__pyx_n_u_expire); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 250, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_8);
         __pyx_t_9 = 0;
         {
@@ -8816,7 +8819,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
           __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_call_at, __pyx_callargs+__pyx_t_9, (3-__pyx_t_9) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 249, __pyx_L4_error)
+          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 250, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_3);
         }
         __Pyx_GIVEREF(__pyx_t_3);
@@ -8824,7 +8827,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
         __Pyx_DECREF_SET(__pyx_v_sleep->timer, __pyx_t_3);
         __pyx_t_3 = 0;
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":248
+        /* "ivshmem/channel/sleeping_tasks.pyx":249
  *         sleep._loop = loop
  *         sleep.watch = watch_of(end, loop)
  *         if deadline is not None:             # <<<<<<<<<<<<<<
@@ -8833,17 +8836,17 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
 */
       }
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":250
+      /* "ivshmem/channel/sleeping_tasks.pyx":251
  *         if deadline is not None:
  *             sleep.timer = loop.call_at(deadline, sleep.expire)
  *         sleep.watch.add(sleep)             # <<<<<<<<<<<<<<
  *     except BaseException:
  *         end.end_waiting()
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_add(__pyx_v_sleep->watch, __pyx_v_sleep); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 250, __pyx_L4_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_add(__pyx_v_sleep->watch, __pyx_v_sleep); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 251, __pyx_L4_error)
 
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":244
+      /* "ivshmem/channel/sleeping_tasks.pyx":245
  *         return None
  *     sleep = Sleep.__new__(Sleep)
  *     try:             # <<<<<<<<<<<<<<
@@ -8860,7 +8863,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
     __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
     __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":251
+    /* "ivshmem/channel/sleeping_tasks.pyx":252
  *             sleep.timer = loop.call_at(deadline, sleep.expire)
  *         sleep.watch.add(sleep)
  *     except BaseException:             # <<<<<<<<<<<<<<
@@ -8870,22 +8873,22 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
     __pyx_t_2 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_2) {
       __Pyx_AddTraceback("ivshmem.channel.sleeping_tasks.sleep_at", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_8, &__pyx_t_7) < 0) __PYX_ERR(0, 251, __pyx_L6_except_error)
+      if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_8, &__pyx_t_7) < 0) __PYX_ERR(0, 252, __pyx_L6_except_error)
       __Pyx_XGOTREF(__pyx_t_3);
       __Pyx_XGOTREF(__pyx_t_8);
       __Pyx_XGOTREF(__pyx_t_7);
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":252
+      /* "ivshmem/channel/sleeping_tasks.pyx":253
  *         sleep.watch.add(sleep)
  *     except BaseException:
  *         end.end_waiting()             # <<<<<<<<<<<<<<
  *         raise
  *     sleep._asyncio_future_blocking = True
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_end->__pyx_base.__pyx_vtab)->end_waiting(__pyx_v_end); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 252, __pyx_L6_except_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_end->__pyx_base.__pyx_vtab)->end_waiting(__pyx_v_end); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 253, __pyx_L6_except_error)
 
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":253
+      /* "ivshmem/channel/sleeping_tasks.pyx":254
  *     except BaseException:
  *         end.end_waiting()
  *         raise             # <<<<<<<<<<<<<<
@@ -8897,11 +8900,11 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
       __Pyx_XGIVEREF(__pyx_t_7);
       __Pyx_ErrRestoreWithState(__pyx_t_3, __pyx_t_8, __pyx_t_7);
       __pyx_t_3 = 0;  __pyx_t_8 = 0;  __pyx_t_7 = 0; 
-      __PYX_ERR(0, 253, __pyx_L6_except_error)
+      __PYX_ERR(0, 254, __pyx_L6_except_error)
     }
     goto __pyx_L6_except_error;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":244
+    /* "ivshmem/channel/sleeping_tasks.pyx":245
  *         return None
  *     sleep = Sleep.__new__(Sleep)
  *     try:             # <<<<<<<<<<<<<<
@@ -8917,7 +8920,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
     __pyx_L9_try_end:;
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":254
+  /* "ivshmem/channel/sleeping_tasks.pyx":255
  *         end.end_waiting()
  *         raise
  *     sleep._asyncio_future_blocking = True             # <<<<<<<<<<<<<<
@@ -8926,7 +8929,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
 */
   __pyx_v_sleep->_asyncio_future_blocking = 1;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":255
+  /* "ivshmem/channel/sleeping_tasks.pyx":256
  *         raise
  *     sleep._asyncio_future_blocking = True
  *     return sleep             # <<<<<<<<<<<<<<
@@ -8944,7 +8947,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":237
+  /* "ivshmem/channel/sleeping_tasks.pyx":238
  * 
  * 
  * cdef Sleep sleep_at(ChannelEnd end, object loop, object deadline):             # <<<<<<<<<<<<<<
@@ -8966,7 +8969,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":258
+/* "ivshmem/channel/sleeping_tasks.pyx":259
  * 
  * 
  * cdef Sleep pause(object loop, object deadline):             # <<<<<<<<<<<<<<
@@ -8993,19 +8996,19 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("pause", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":260
+  /* "ivshmem/channel/sleeping_tasks.pyx":261
  * cdef Sleep pause(object loop, object deadline):
  *     """Begin to sleep until the next look, whatever the memory says."""
  *     cdef Sleep sleep = Sleep.__new__(Sleep)             # <<<<<<<<<<<<<<
  *     cdef object until = loop.time() + LAST_PAUSE / 1e9
  *     sleep._loop = loop
 */
-  __pyx_t_1 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_14sleeping_tasks_Sleep(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 260, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_14sleeping_tasks_Sleep(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 261, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_sleep = ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":261
+  /* "ivshmem/channel/sleeping_tasks.pyx":262
  *     """Begin to sleep until the next look, whatever the memory says."""
  *     cdef Sleep sleep = Sleep.__new__(Sleep)
  *     cdef object until = loop.time() + LAST_PAUSE / 1e9             # <<<<<<<<<<<<<<
@@ -9019,19 +9022,19 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_time, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 261, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 262, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_2 = PyFloat_FromDouble((((double)__pyx_e_7ivshmem_7channel_4ends_LAST_PAUSE) / 1e9)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 261, __pyx_L1_error)
+  __pyx_t_2 = PyFloat_FromDouble((((double)__pyx_e_7ivshmem_7channel_4ends_LAST_PAUSE) / 1e9)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 262, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_4 = __Pyx_PyNumber_Add_object_float(__pyx_t_1, __pyx_t_2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 261, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyNumber_Add_object_float(__pyx_t_1, __pyx_t_2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 262, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_v_until = __pyx_t_4;
   __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":262
+  /* "ivshmem/channel/sleeping_tasks.pyx":263
  *     cdef Sleep sleep = Sleep.__new__(Sleep)
  *     cdef object until = loop.time() + LAST_PAUSE / 1e9
  *     sleep._loop = loop             # <<<<<<<<<<<<<<
@@ -9043,7 +9046,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
   __Pyx_GOTREF(__pyx_v_sleep->_loop);
   __Pyx_DECREF_SET(__pyx_v_sleep->_loop, __pyx_v_loop);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":263
+  /* "ivshmem/channel/sleeping_tasks.pyx":264
  *     cdef object until = loop.time() + LAST_PAUSE / 1e9
  *     sleep._loop = loop
  *     sleep.timer = loop.call_at(until if deadline is None else min(until, deadline), sleep.expire)             # <<<<<<<<<<<<<<
@@ -9061,7 +9064,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
     __pyx_t_6 = __pyx_v_deadline;
     __Pyx_INCREF(__pyx_v_until);
     __pyx_t_7 = __pyx_v_until;
-    __pyx_t_9 = __Pyx_PyObject_CompareBoolLt_object_object(__pyx_t_6, __pyx_t_7, Py_LT); if (unlikely((__pyx_t_9 < 0))) __PYX_ERR(0, 263, __pyx_L1_error)
+    __pyx_t_9 = __Pyx_PyObject_CompareBoolLt_object_object(__pyx_t_6, __pyx_t_7, Py_LT); if (unlikely((__pyx_t_9 < 0))) __PYX_ERR(0, 264, __pyx_L1_error)
     if (__pyx_t_9) {
       __Pyx_INCREF(__pyx_t_6);
       __pyx_t_8 = __pyx_t_6;
@@ -9077,7 +9080,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
   }
 
-  __pyx_t_8 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_sleep), __pyx_mstate_global->__pyx_n_u_expire); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 263, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_sleep), __pyx_mstate_global->__pyx_n_u_expire); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 264, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   __pyx_t_3 = 0;
   {
@@ -9086,7 +9089,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 263, __pyx_L1_error)
+    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 264, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
   }
   __Pyx_GIVEREF(__pyx_t_4);
@@ -9094,7 +9097,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
   __Pyx_DECREF_SET(__pyx_v_sleep->timer, __pyx_t_4);
   __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":264
+  /* "ivshmem/channel/sleeping_tasks.pyx":265
  *     sleep._loop = loop
  *     sleep.timer = loop.call_at(until if deadline is None else min(until, deadline), sleep.expire)
  *     sleep._asyncio_future_blocking = True             # <<<<<<<<<<<<<<
@@ -9103,7 +9106,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
 */
   __pyx_v_sleep->_asyncio_future_blocking = 1;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":265
+  /* "ivshmem/channel/sleeping_tasks.pyx":266
  *     sleep.timer = loop.call_at(until if deadline is None else min(until, deadline), sleep.expire)
  *     sleep._asyncio_future_blocking = True
  *     return sleep             # <<<<<<<<<<<<<<
@@ -9121,7 +9124,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":258
+  /* "ivshmem/channel/sleeping_tasks.pyx":259
  * 
  * 
  * cdef Sleep pause(object loop, object deadline):             # <<<<<<<<<<<<<<
@@ -9147,7 +9150,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":292
+/* "ivshmem/channel/sleeping_tasks.pyx":295
  *     cdef Sleep sleep  # while its task sleeps
  * 
  *     def __init__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -9198,7 +9201,7 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting___init__(CYTHON_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__init__", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":293
+  /* "ivshmem/channel/sleeping_tasks.pyx":296
  * 
  *     def __init__(self, *args, **kwargs):
  *         raise TypeError("a Waiting is made by an end of a channel")             # <<<<<<<<<<<<<<
@@ -9211,14 +9214,14 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting___init__(CYTHON_
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_a_Waiting_is_made_by_an_end_of_a};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 293, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 296, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 293, __pyx_L1_error)
+  __PYX_ERR(0, 296, __pyx_L1_error)
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":292
+  /* "ivshmem/channel/sleeping_tasks.pyx":295
  *     cdef Sleep sleep  # while its task sleeps
  * 
  *     def __init__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -9237,7 +9240,7 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting___init__(CYTHON_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":295
+/* "ivshmem/channel/sleeping_tasks.pyx":298
  *         raise TypeError("a Waiting is made by an end of a channel")
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -9299,7 +9302,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_2__reduce_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__reduce__", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":296
+  /* "ivshmem/channel/sleeping_tasks.pyx":299
  * 
  *     def __reduce__(self):
  *         raise TypeError("a Waiting cannot be copied or pickled")             # <<<<<<<<<<<<<<
@@ -9312,14 +9315,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_2__reduce_
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_a_Waiting_cannot_be_copied_or_pi};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 296, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 299, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 296, __pyx_L1_error)
+  __PYX_ERR(0, 299, __pyx_L1_error)
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":295
+  /* "ivshmem/channel/sleeping_tasks.pyx":298
  *         raise TypeError("a Waiting is made by an end of a channel")
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -9338,12 +9341,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_2__reduce_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":298
+/* "ivshmem/channel/sleeping_tasks.pyx":301
  *         raise TypeError("a Waiting cannot be copied or pickled")
  * 
  *     @property             # <<<<<<<<<<<<<<
  *     def __name__(self):
- *         return self.call.__name__
+ *         return self.call.__name__ if self.name is None else self.name
 */
 
 /* Python wrapper */
@@ -9365,20 +9368,31 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_8__name___
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":300
+  /* "ivshmem/channel/sleeping_tasks.pyx":303
  *     @property
  *     def __name__(self):
- *         return self.call.__name__             # <<<<<<<<<<<<<<
+ *         return self.call.__name__ if self.name is None else self.name             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(__pyx_v_self->call, __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 300, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_t_2 = (__pyx_v_self->name == ((PyObject*)Py_None));
+  if (__pyx_t_2) {
+    __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_v_self->call, __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 303, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
+    __pyx_t_1 = __pyx_t_3;
+    __pyx_t_3 = 0;
+  } else {
+    __Pyx_INCREF(__pyx_v_self->name);
+    __pyx_t_1 = __pyx_v_self->name;
+  }
+
   {
     PyObject *__pyx_temp;
     {
@@ -9390,17 +9404,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_8__name___
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":298
+  /* "ivshmem/channel/sleeping_tasks.pyx":301
  *         raise TypeError("a Waiting cannot be copied or pickled")
  * 
  *     @property             # <<<<<<<<<<<<<<
  *     def __name__(self):
- *         return self.call.__name__
+ *         return self.call.__name__ if self.name is None else self.name
 */
 
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_3);
   __Pyx_AddTraceback("ivshmem.channel.sleeping_tasks.Waiting.__name__.__get__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -9409,12 +9424,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_8__name___
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":302
- *         return self.call.__name__
+/* "ivshmem/channel/sleeping_tasks.pyx":305
+ *         return self.call.__name__ if self.name is None else self.name
  * 
  *     @property             # <<<<<<<<<<<<<<
  *     def __qualname__(self):
- *         return f"{type(self.end).__name__}.{self.call.__name__}"
+ *         return f"{type(self.end).__name__}.{self.__name__}"
 */
 
 /* Python wrapper */
@@ -9446,21 +9461,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_12__qualna
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":304
+  /* "ivshmem/channel/sleeping_tasks.pyx":307
  *     @property
  *     def __qualname__(self):
- *         return f"{type(self.end).__name__}.{self.call.__name__}"             # <<<<<<<<<<<<<<
+ *         return f"{type(self.end).__name__}.{self.__name__}"             # <<<<<<<<<<<<<<
  * 
  *     def __await__(self):
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self->end))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 304, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self->end))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 307, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 304, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 307, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(__pyx_v_self->call, __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 304, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 307, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 304, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 307, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_4[0] = __pyx_t_2;
@@ -9475,7 +9490,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_12__qualna
   __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_4[0]) | __Pyx_PyUnicode_KIND_04(__pyx_t_4[2]);
   #endif
   __pyx_t_1 = __Pyx_PyUnicode_Join(__pyx_t_4, 3, __pyx_t_5, __pyx_t_6);
-  if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 304, __pyx_L1_error)
+  if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 307, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
@@ -9490,12 +9505,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_12__qualna
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":302
- *         return self.call.__name__
+  /* "ivshmem/channel/sleeping_tasks.pyx":305
+ *         return self.call.__name__ if self.name is None else self.name
  * 
  *     @property             # <<<<<<<<<<<<<<
  *     def __qualname__(self):
- *         return f"{type(self.end).__name__}.{self.call.__name__}"
+ *         return f"{type(self.end).__name__}.{self.__name__}"
 */
 
   /* function exit code */
@@ -9511,8 +9526,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_12__qualna
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":306
- *         return f"{type(self.end).__name__}.{self.call.__name__}"
+/* "ivshmem/channel/sleeping_tasks.pyx":309
+ *         return f"{type(self.end).__name__}.{self.__name__}"
  * 
  *     def __await__(self):             # <<<<<<<<<<<<<<
  *         return self
@@ -9539,7 +9554,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_4__await__
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__await__", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":307
+  /* "ivshmem/channel/sleeping_tasks.pyx":310
  * 
  *     def __await__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -9557,8 +9572,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_4__await__
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":306
- *         return f"{type(self.end).__name__}.{self.call.__name__}"
+  /* "ivshmem/channel/sleeping_tasks.pyx":309
+ *         return f"{type(self.end).__name__}.{self.__name__}"
  * 
  *     def __await__(self):             # <<<<<<<<<<<<<<
  *         return self
@@ -9572,7 +9587,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_4__await__
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":309
+/* "ivshmem/channel/sleeping_tasks.pyx":312
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -9606,7 +9621,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_6__next__(
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__next__", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":310
+  /* "ivshmem/channel/sleeping_tasks.pyx":313
  * 
  *     def __next__(self):
  *         return self.send(None)             # <<<<<<<<<<<<<<
@@ -9620,7 +9635,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_6__next__(
     PyObject *__pyx_callargs[2] = {__pyx_t_2, Py_None};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_send, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 310, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 313, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -9634,7 +9649,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_6__next__(
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":309
+  /* "ivshmem/channel/sleeping_tasks.pyx":312
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -9654,7 +9669,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_6__next__(
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":312
+/* "ivshmem/channel/sleeping_tasks.pyx":315
  *         return self.send(None)
  * 
  *     def send(self, value):             # <<<<<<<<<<<<<<
@@ -9702,32 +9717,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_value,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 312, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 315, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 312, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 315, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "send", 0) < (0)) __PYX_ERR(0, 312, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "send", 0) < (0)) __PYX_ERR(0, 315, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, i); __PYX_ERR(0, 312, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, i); __PYX_ERR(0, 315, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 312, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 315, __pyx_L3_error)
     }
     __pyx_v_value = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 312, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 315, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9761,19 +9776,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_8send(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("send", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":314
+  /* "ivshmem/channel/sleeping_tasks.pyx":317
  *     def send(self, value):
  *         """Begin, or continue when the task runs again."""
  *         found = self.step()             # <<<<<<<<<<<<<<
  *         if self.state == OVER:
  *             raise StopIteration(found)
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(__pyx_v_self); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 314, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(__pyx_v_self); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 317, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_found = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":315
+  /* "ivshmem/channel/sleeping_tasks.pyx":318
  *         """Begin, or continue when the task runs again."""
  *         found = self.step()
  *         if self.state == OVER:             # <<<<<<<<<<<<<<
@@ -9785,7 +9800,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_8send(stru
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":316
+    /* "ivshmem/channel/sleeping_tasks.pyx":319
  *         found = self.step()
  *         if self.state == OVER:
  *             raise StopIteration(found)             # <<<<<<<<<<<<<<
@@ -9798,14 +9813,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_8send(stru
       PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_v_found};
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_StopIteration)), __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 316, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 319, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 316, __pyx_L1_error)
+    __PYX_ERR(0, 319, __pyx_L1_error)
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":315
+    /* "ivshmem/channel/sleeping_tasks.pyx":318
  *         """Begin, or continue when the task runs again."""
  *         found = self.step()
  *         if self.state == OVER:             # <<<<<<<<<<<<<<
@@ -9814,7 +9829,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_8send(stru
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":317
+  /* "ivshmem/channel/sleeping_tasks.pyx":320
  *         if self.state == OVER:
  *             raise StopIteration(found)
  *         return found             # <<<<<<<<<<<<<<
@@ -9832,7 +9847,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_8send(stru
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":312
+  /* "ivshmem/channel/sleeping_tasks.pyx":315
  *         return self.send(None)
  * 
  *     def send(self, value):             # <<<<<<<<<<<<<<
@@ -9853,7 +9868,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_8send(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":319
+/* "ivshmem/channel/sleeping_tasks.pyx":322
  *         return found
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -9902,28 +9917,28 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_kind,&__pyx_mstate_global->__pyx_n_u_value,&__pyx_mstate_global->__pyx_n_u_traceback,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 319, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 322, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 319, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 322, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 319, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 322, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 319, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 322, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "throw", 0) < (0)) __PYX_ERR(0, 319, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "throw", 0) < (0)) __PYX_ERR(0, 322, __pyx_L3_error)
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":320
+      /* "ivshmem/channel/sleeping_tasks.pyx":323
  * 
  *     @cython.binding(False)
  *     def throw(self, kind, value=None, traceback=None):             # <<<<<<<<<<<<<<
@@ -9933,21 +9948,21 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("throw", 0, 1, 3, i); __PYX_ERR(0, 319, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("throw", 0, 1, 3, i); __PYX_ERR(0, 322, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 319, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 322, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 319, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 322, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 319, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 322, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -9960,7 +9975,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("throw", 0, 1, 3, __pyx_nargs); __PYX_ERR(0, 319, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("throw", 0, 1, 3, __pyx_nargs); __PYX_ERR(0, 322, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9973,7 +9988,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *)__pyx_v_self), __pyx_v_kind, __pyx_v_value, __pyx_v_traceback);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":319
+  /* "ivshmem/channel/sleeping_tasks.pyx":322
  *         return found
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -10005,7 +10020,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
   __Pyx_RefNannySetupContext("throw", 0);
   __Pyx_INCREF(__pyx_v_value);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":322
+  /* "ivshmem/channel/sleeping_tasks.pyx":325
  *     def throw(self, kind, value=None, traceback=None):
  *         """End the wait by an exception."""
  *         self.close()             # <<<<<<<<<<<<<<
@@ -10019,12 +10034,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 322, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 325, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":323
+  /* "ivshmem/channel/sleeping_tasks.pyx":326
  *         """End the wait by an exception."""
  *         self.close()
  *         if value is None:             # <<<<<<<<<<<<<<
@@ -10035,7 +10050,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
   if (__pyx_t_4) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":324
+    /* "ivshmem/channel/sleeping_tasks.pyx":327
  *         self.close()
  *         if value is None:
  *             value = kind() if isinstance(kind, type) else kind             # <<<<<<<<<<<<<<
@@ -10064,7 +10079,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
         __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 324, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 327, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __pyx_t_1 = __pyx_t_2;
@@ -10077,7 +10092,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
     __Pyx_DECREF_SET(__pyx_v_value, __pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":323
+    /* "ivshmem/channel/sleeping_tasks.pyx":326
  *         """End the wait by an exception."""
  *         self.close()
  *         if value is None:             # <<<<<<<<<<<<<<
@@ -10087,7 +10102,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":325
+  /* "ivshmem/channel/sleeping_tasks.pyx":328
  *         if value is None:
  *             value = kind() if isinstance(kind, type) else kind
  *         elif not isinstance(value, BaseException):             # <<<<<<<<<<<<<<
@@ -10101,7 +10116,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
   if (__pyx_t_7) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":326
+    /* "ivshmem/channel/sleeping_tasks.pyx":329
  *             value = kind() if isinstance(kind, type) else kind
  *         elif not isinstance(value, BaseException):
  *             value = kind(value)             # <<<<<<<<<<<<<<
@@ -10128,13 +10143,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 326, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 329, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF_SET(__pyx_v_value, __pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":325
+    /* "ivshmem/channel/sleeping_tasks.pyx":328
  *         if value is None:
  *             value = kind() if isinstance(kind, type) else kind
  *         elif not isinstance(value, BaseException):             # <<<<<<<<<<<<<<
@@ -10144,7 +10159,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":327
+  /* "ivshmem/channel/sleeping_tasks.pyx":330
  *         elif not isinstance(value, BaseException):
  *             value = kind(value)
  *         raise value if traceback is None else value.with_traceback(traceback)             # <<<<<<<<<<<<<<
@@ -10163,7 +10178,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
       PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_v_traceback};
       __pyx_t_6 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_with_traceback, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 327, __pyx_L1_error)
+      if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 330, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
     }
     __pyx_t_1 = __pyx_t_6;
@@ -10172,9 +10187,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
 
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 327, __pyx_L1_error)
+  __PYX_ERR(0, 330, __pyx_L1_error)
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":319
+  /* "ivshmem/channel/sleeping_tasks.pyx":322
  *         return found
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -10196,7 +10211,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":329
+/* "ivshmem/channel/sleeping_tasks.pyx":332
  *         raise value if traceback is None else value.with_traceback(traceback)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -10256,7 +10271,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_12close(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":331
+  /* "ivshmem/channel/sleeping_tasks.pyx":334
  *     def close(self):
  *         """End the wait."""
  *         self.state = OVER             # <<<<<<<<<<<<<<
@@ -10265,17 +10280,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_12close(st
 */
   __pyx_v_self->state = __pyx_e_7ivshmem_7channel_14sleeping_tasks_OVER;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":332
+  /* "ivshmem/channel/sleeping_tasks.pyx":335
  *         """End the wait."""
  *         self.state = OVER
  *         self.awake()             # <<<<<<<<<<<<<<
  * 
  *     def __del__(self):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 332, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 335, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":329
+  /* "ivshmem/channel/sleeping_tasks.pyx":332
  *         raise value if traceback is None else value.with_traceback(traceback)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -10295,7 +10310,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_12close(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":334
+/* "ivshmem/channel/sleeping_tasks.pyx":337
  *         self.awake()
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -10322,17 +10337,17 @@ static void __pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_14__del__(struc
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":335
+  /* "ivshmem/channel/sleeping_tasks.pyx":338
  * 
  *     def __del__(self):
  *         self.awake()  # a task that was forgotten, with its loop             # <<<<<<<<<<<<<<
  * 
  *     cdef object step(self):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 335, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 338, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":334
+  /* "ivshmem/channel/sleeping_tasks.pyx":337
  *         self.awake()
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -10348,7 +10363,7 @@ static void __pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_14__del__(struc
 
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":337
+/* "ivshmem/channel/sleeping_tasks.pyx":340
  *         self.awake()  # a task that was forgotten, with its loop
  * 
  *     cdef object step(self):             # <<<<<<<<<<<<<<
@@ -10377,7 +10392,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("step", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":339
+  /* "ivshmem/channel/sleeping_tasks.pyx":342
  *     cdef object step(self):
  *         """Look; return the result if it is OVER now, or else what the task is to sleep on."""
  *         cdef int state = self.state             # <<<<<<<<<<<<<<
@@ -10388,7 +10403,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 
   __pyx_v_state = __pyx_t_1;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":340
+  /* "ivshmem/channel/sleeping_tasks.pyx":343
  *         """Look; return the result if it is OVER now, or else what the task is to sleep on."""
  *         cdef int state = self.state
  *         self.state = OVER             # <<<<<<<<<<<<<<
@@ -10397,7 +10412,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 */
   __pyx_v_self->state = __pyx_e_7ivshmem_7channel_14sleeping_tasks_OVER;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":341
+  /* "ivshmem/channel/sleeping_tasks.pyx":344
  *         cdef int state = self.state
  *         self.state = OVER
  *         if state == NEW:             # <<<<<<<<<<<<<<
@@ -10407,7 +10422,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
   switch (__pyx_v_state) {
     case __pyx_e_7ivshmem_7channel_14sleeping_tasks_NEW:
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":342
+    /* "ivshmem/channel/sleeping_tasks.pyx":345
  *         self.state = OVER
  *         if state == NEW:
  *             if self.timeout is not None:             # <<<<<<<<<<<<<<
@@ -10418,17 +10433,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":343
+      /* "ivshmem/channel/sleeping_tasks.pyx":346
  *         if state == NEW:
  *             if self.timeout is not None:
  *                 self.find_loop()             # <<<<<<<<<<<<<<
  *                 self.deadline = self.loop.time() + seconds_of(self.timeout)
  *         elif state == OVER:
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 343, __pyx_L1_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 346, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":344
+      /* "ivshmem/channel/sleeping_tasks.pyx":347
  *             if self.timeout is not None:
  *                 self.find_loop()
  *                 self.deadline = self.loop.time() + seconds_of(self.timeout)             # <<<<<<<<<<<<<<
@@ -10442,11 +10457,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
         PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
         __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_time, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 344, __pyx_L1_error)
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 347, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_3);
       }
       __pyx_t_6 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_seconds_of); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 344, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_seconds_of); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 347, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_5 = 1;
       #if CYTHON_UNPACK_METHODS
@@ -10465,10 +10480,10 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
         __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 344, __pyx_L1_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 347, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_4);
       }
-      __pyx_t_7 = __Pyx_PyNumber_Add_object_object(__pyx_t_3, __pyx_t_4); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 344, __pyx_L1_error)
+      __pyx_t_7 = __Pyx_PyNumber_Add_object_object(__pyx_t_3, __pyx_t_4); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 347, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
@@ -10477,7 +10492,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
       __Pyx_DECREF_SET(__pyx_v_self->deadline, __pyx_t_7);
       __pyx_t_7 = 0;
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":342
+      /* "ivshmem/channel/sleeping_tasks.pyx":345
  *         self.state = OVER
  *         if state == NEW:
  *             if self.timeout is not None:             # <<<<<<<<<<<<<<
@@ -10486,7 +10501,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 */
     }
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":341
+    /* "ivshmem/channel/sleeping_tasks.pyx":344
  *         cdef int state = self.state
  *         self.state = OVER
  *         if state == NEW:             # <<<<<<<<<<<<<<
@@ -10496,7 +10511,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
     break;
     case __pyx_e_7ivshmem_7channel_14sleeping_tasks_OVER:
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":346
+    /* "ivshmem/channel/sleeping_tasks.pyx":349
  *                 self.deadline = self.loop.time() + seconds_of(self.timeout)
  *         elif state == OVER:
  *             raise RuntimeError("cannot reuse already awaited coroutine")             # <<<<<<<<<<<<<<
@@ -10509,14 +10524,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
       PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_cannot_reuse_already_awaited_cor};
       __pyx_t_7 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_RuntimeError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 346, __pyx_L1_error)
+      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 349, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
     }
     __Pyx_Raise(__pyx_t_7, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    __PYX_ERR(0, 346, __pyx_L1_error)
+    __PYX_ERR(0, 349, __pyx_L1_error)
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":345
+    /* "ivshmem/channel/sleeping_tasks.pyx":348
  *                 self.find_loop()
  *                 self.deadline = self.loop.time() + seconds_of(self.timeout)
  *         elif state == OVER:             # <<<<<<<<<<<<<<
@@ -10526,19 +10541,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
     break;
     default:
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":348
+    /* "ivshmem/channel/sleeping_tasks.pyx":351
  *             raise RuntimeError("cannot reuse already awaited coroutine")
  *         else:
  *             self.awake()             # <<<<<<<<<<<<<<
  *         for _ in range(LOOKS):
  *             found = self.look()
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 348, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 351, __pyx_L1_error)
 
     break;
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":349
+  /* "ivshmem/channel/sleeping_tasks.pyx":352
  *         else:
  *             self.awake()
  *         for _ in range(LOOKS):             # <<<<<<<<<<<<<<
@@ -10552,19 +10567,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
   for (__pyx_t_10 = 0; __pyx_t_10 < __pyx_t_9; __pyx_t_10+=1) {
     __pyx_v__ = __pyx_t_10;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":350
+    /* "ivshmem/channel/sleeping_tasks.pyx":353
  *             self.awake()
  *         for _ in range(LOOKS):
  *             found = self.look()             # <<<<<<<<<<<<<<
  *             if found is not ABSENT:
  *                 return found
 */
-    __pyx_t_7 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(__pyx_v_self); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 350, __pyx_L1_error)
+    __pyx_t_7 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(__pyx_v_self); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 353, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_XDECREF_SET(__pyx_v_found, __pyx_t_7);
     __pyx_t_7 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":351
+    /* "ivshmem/channel/sleeping_tasks.pyx":354
  *         for _ in range(LOOKS):
  *             found = self.look()
  *             if found is not ABSENT:             # <<<<<<<<<<<<<<
@@ -10575,7 +10590,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":352
+      /* "ivshmem/channel/sleeping_tasks.pyx":355
  *             found = self.look()
  *             if found is not ABSENT:
  *                 return found             # <<<<<<<<<<<<<<
@@ -10593,7 +10608,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":351
+      /* "ivshmem/channel/sleeping_tasks.pyx":354
  *         for _ in range(LOOKS):
  *             found = self.look()
  *             if found is not ABSENT:             # <<<<<<<<<<<<<<
@@ -10602,7 +10617,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 */
     }
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":353
+    /* "ivshmem/channel/sleeping_tasks.pyx":356
  *             if found is not ABSENT:
  *                 return found
  *             if self.loop is None:             # <<<<<<<<<<<<<<
@@ -10613,17 +10628,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":354
+      /* "ivshmem/channel/sleeping_tasks.pyx":357
  *                 return found
  *             if self.loop is None:
  *                 self.find_loop()             # <<<<<<<<<<<<<<
  *             self.sleep = sleep_at(self.end, self.loop, self.deadline)
  *             if self.sleep is None:
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 354, __pyx_L1_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 357, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":353
+      /* "ivshmem/channel/sleeping_tasks.pyx":356
  *             if found is not ABSENT:
  *                 return found
  *             if self.loop is None:             # <<<<<<<<<<<<<<
@@ -10632,7 +10647,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 */
     }
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":355
+    /* "ivshmem/channel/sleeping_tasks.pyx":358
  *             if self.loop is None:
  *                 self.find_loop()
  *             self.sleep = sleep_at(self.end, self.loop, self.deadline)             # <<<<<<<<<<<<<<
@@ -10645,7 +10660,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
     __Pyx_INCREF(__pyx_t_4);
     __pyx_t_3 = __pyx_v_self->deadline;
     __Pyx_INCREF(__pyx_t_3);
-    __pyx_t_6 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_sleep_at(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_7), __pyx_t_4, __pyx_t_3)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 355, __pyx_L1_error)
+    __pyx_t_6 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_sleep_at(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_7), __pyx_t_4, __pyx_t_3)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 358, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
@@ -10655,7 +10670,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
     __Pyx_DECREF_SET(__pyx_v_self->sleep, ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *)__pyx_t_6));
     __pyx_t_6 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":356
+    /* "ivshmem/channel/sleeping_tasks.pyx":359
  *                 self.find_loop()
  *             self.sleep = sleep_at(self.end, self.loop, self.deadline)
  *             if self.sleep is None:             # <<<<<<<<<<<<<<
@@ -10666,7 +10681,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":357
+      /* "ivshmem/channel/sleeping_tasks.pyx":360
  *             self.sleep = sleep_at(self.end, self.loop, self.deadline)
  *             if self.sleep is None:
  *                 self.futile += 1             # <<<<<<<<<<<<<<
@@ -10675,7 +10690,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 */
       __pyx_v_self->futile = (__pyx_v_self->futile + 1);
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":358
+      /* "ivshmem/channel/sleeping_tasks.pyx":361
  *             if self.sleep is None:
  *                 self.futile += 1
  *                 if self.futile > FUTILE:             # <<<<<<<<<<<<<<
@@ -10687,7 +10702,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":359
+        /* "ivshmem/channel/sleeping_tasks.pyx":362
  *                 self.futile += 1
  *                 if self.futile > FUTILE:
  *                     self.sleep = pause(self.loop, self.deadline)             # <<<<<<<<<<<<<<
@@ -10698,7 +10713,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
         __Pyx_INCREF(__pyx_t_6);
         __pyx_t_3 = __pyx_v_self->deadline;
         __Pyx_INCREF(__pyx_t_3);
-        __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_pause(__pyx_t_6, __pyx_t_3)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 359, __pyx_L1_error)
+        __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_pause(__pyx_t_6, __pyx_t_3)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 362, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_4);
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
@@ -10707,7 +10722,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
         __Pyx_DECREF_SET(__pyx_v_self->sleep, ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *)__pyx_t_4));
         __pyx_t_4 = 0;
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":358
+        /* "ivshmem/channel/sleeping_tasks.pyx":361
  *             if self.sleep is None:
  *                 self.futile += 1
  *                 if self.futile > FUTILE:             # <<<<<<<<<<<<<<
@@ -10716,7 +10731,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 */
       }
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":356
+      /* "ivshmem/channel/sleeping_tasks.pyx":359
  *                 self.find_loop()
  *             self.sleep = sleep_at(self.end, self.loop, self.deadline)
  *             if self.sleep is None:             # <<<<<<<<<<<<<<
@@ -10725,7 +10740,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 */
     }
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":360
+    /* "ivshmem/channel/sleeping_tasks.pyx":363
  *                 if self.futile > FUTILE:
  *                     self.sleep = pause(self.loop, self.deadline)
  *             if self.sleep is not None:             # <<<<<<<<<<<<<<
@@ -10736,7 +10751,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":361
+      /* "ivshmem/channel/sleeping_tasks.pyx":364
  *                     self.sleep = pause(self.loop, self.deadline)
  *             if self.sleep is not None:
  *                 break             # <<<<<<<<<<<<<<
@@ -10745,7 +10760,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 */
       goto __pyx_L5_break;
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":360
+      /* "ivshmem/channel/sleeping_tasks.pyx":363
  *                 if self.futile > FUTILE:
  *                     self.sleep = pause(self.loop, self.deadline)
  *             if self.sleep is not None:             # <<<<<<<<<<<<<<
@@ -10757,7 +10772,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
   __pyx_L5_break:;
 
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":362
+  /* "ivshmem/channel/sleeping_tasks.pyx":365
  *             if self.sleep is not None:
  *                 break
  *         self.state = SUSPENDED             # <<<<<<<<<<<<<<
@@ -10766,7 +10781,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 */
   __pyx_v_self->state = __pyx_e_7ivshmem_7channel_14sleeping_tasks_SUSPENDED;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":363
+  /* "ivshmem/channel/sleeping_tasks.pyx":366
  *                 break
  *         self.state = SUSPENDED
  *         return self.sleep  # None lets other tasks run             # <<<<<<<<<<<<<<
@@ -10784,7 +10799,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":337
+  /* "ivshmem/channel/sleeping_tasks.pyx":340
  *         self.awake()  # a task that was forgotten, with its loop
  * 
  *     cdef object step(self):             # <<<<<<<<<<<<<<
@@ -10809,7 +10824,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":365
+/* "ivshmem/channel/sleeping_tasks.pyx":368
  *         return self.sleep  # None lets other tasks run
  * 
  *     cdef int find_loop(self) except -1:             # <<<<<<<<<<<<<<
@@ -10831,7 +10846,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("find_loop", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":366
+  /* "ivshmem/channel/sleeping_tasks.pyx":369
  * 
  *     cdef int find_loop(self) except -1:
  *         if get_running_loop is None:             # <<<<<<<<<<<<<<
@@ -10842,17 +10857,17 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(struct 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":367
+    /* "ivshmem/channel/sleeping_tasks.pyx":370
  *     cdef int find_loop(self) except -1:
  *         if get_running_loop is None:
  *             import_asyncio()             # <<<<<<<<<<<<<<
  *         self.loop = get_running_loop()
  *         return 0
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_import_asyncio(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 367, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_import_asyncio(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 370, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":366
+    /* "ivshmem/channel/sleeping_tasks.pyx":369
  * 
  *     cdef int find_loop(self) except -1:
  *         if get_running_loop is None:             # <<<<<<<<<<<<<<
@@ -10861,7 +10876,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(struct 
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":368
+  /* "ivshmem/channel/sleeping_tasks.pyx":371
  *         if get_running_loop is None:
  *             import_asyncio()
  *         self.loop = get_running_loop()             # <<<<<<<<<<<<<<
@@ -10888,7 +10903,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(struct 
     __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 368, __pyx_L1_error)
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 371, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
   }
   __Pyx_GIVEREF(__pyx_t_3);
@@ -10896,7 +10911,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(struct 
   __Pyx_DECREF_SET(__pyx_v_self->loop, __pyx_t_3);
   __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":369
+  /* "ivshmem/channel/sleeping_tasks.pyx":372
  *             import_asyncio()
  *         self.loop = get_running_loop()
  *         return 0             # <<<<<<<<<<<<<<
@@ -10909,7 +10924,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(struct 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":365
+  /* "ivshmem/channel/sleeping_tasks.pyx":368
  *         return self.sleep  # None lets other tasks run
  * 
  *     cdef int find_loop(self) except -1:             # <<<<<<<<<<<<<<
@@ -10930,7 +10945,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":371
+/* "ivshmem/channel/sleeping_tasks.pyx":374
  *         return 0
  * 
  *     cdef bint is_late(self) except -1:             # <<<<<<<<<<<<<<
@@ -10951,7 +10966,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("is_late", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":372
+  /* "ivshmem/channel/sleeping_tasks.pyx":375
  * 
  *     cdef bint is_late(self) except -1:
  *         return self.deadline is not None and self.loop.time() >= self.deadline             # <<<<<<<<<<<<<<
@@ -10974,10 +10989,10 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(struct __
     PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
     __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_time, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 372, __pyx_L1_error)
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 375, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
   }
-  __pyx_t_2 = __Pyx_PyObject_CompareBoolGe_object_object(__pyx_t_3, __pyx_v_self->deadline, Py_GE); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 372, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_CompareBoolGe_object_object(__pyx_t_3, __pyx_v_self->deadline, Py_GE); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 375, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   __pyx_t_1 = __pyx_t_2;
@@ -10988,7 +11003,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":371
+  /* "ivshmem/channel/sleeping_tasks.pyx":374
  *         return 0
  * 
  *     cdef bint is_late(self) except -1:             # <<<<<<<<<<<<<<
@@ -11008,7 +11023,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":374
+/* "ivshmem/channel/sleeping_tasks.pyx":377
  *         return self.deadline is not None and self.loop.time() >= self.deadline
  * 
  *     cdef object look(self):             # <<<<<<<<<<<<<<
@@ -11022,81 +11037,102 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
   PyObject *__pyx_t_2 = NULL;
-  int __pyx_t_3;
-  int __pyx_t_4;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
   PyObject *__pyx_t_5 = NULL;
   PyObject *__pyx_t_6 = NULL;
-  PyObject *__pyx_t_7 = NULL;
+  int __pyx_t_7;
   PyObject *__pyx_t_8 = NULL;
   int __pyx_t_9;
   PyObject *__pyx_t_10 = NULL;
-  PyObject *__pyx_t_11 = NULL;
-  PyObject *__pyx_t_12[5];
-  Py_ssize_t __pyx_t_13;
-  PyObject *__pyx_t_14 = NULL;
-  size_t __pyx_t_15;
+  PyObject *__pyx_t_11[5];
+  Py_ssize_t __pyx_t_12;
+  PyObject *__pyx_t_13 = NULL;
+  size_t __pyx_t_14;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("look", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":376
+  /* "ivshmem/channel/sleeping_tasks.pyx":379
  *     cdef object look(self):
  *         """Return what the call returns: None if the time is over; ABSENT: wait."""
  *         if self.failure is None:             # <<<<<<<<<<<<<<
  *             found = self.call(*self.arguments)
- *             return ABSENT if found is None and not self.is_late() else found
+ *             if found is not self.absent:
 */
   __pyx_t_1 = (__pyx_v_self->failure == Py_None);
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":377
+    /* "ivshmem/channel/sleeping_tasks.pyx":380
  *         """Return what the call returns: None if the time is over; ABSENT: wait."""
  *         if self.failure is None:
  *             found = self.call(*self.arguments)             # <<<<<<<<<<<<<<
- *             return ABSENT if found is None and not self.is_late() else found
- *         try:
+ *             if found is not self.absent:
+ *                 return found
 */
     if (unlikely(__pyx_v_self->arguments == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-      __PYX_ERR(0, 377, __pyx_L1_error)
+      __PYX_ERR(0, 380, __pyx_L1_error)
     }
-    __pyx_t_2 = __Pyx_PyObject_Call(__pyx_v_self->call, __pyx_v_self->arguments, NULL); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 377, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyObject_Call(__pyx_v_self->call, __pyx_v_self->arguments, NULL); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 380, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __pyx_v_found = __pyx_t_2;
     __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":378
+    /* "ivshmem/channel/sleeping_tasks.pyx":381
  *         if self.failure is None:
  *             found = self.call(*self.arguments)
- *             return ABSENT if found is None and not self.is_late() else found             # <<<<<<<<<<<<<<
+ *             if found is not self.absent:             # <<<<<<<<<<<<<<
+ *                 return found
+ *             return None if self.is_late() else ABSENT
+*/
+    __pyx_t_1 = (__pyx_v_found != __pyx_v_self->absent);
+    if (__pyx_t_1) {
+
+
+      /* "ivshmem/channel/sleeping_tasks.pyx":382
+ *             found = self.call(*self.arguments)
+ *             if found is not self.absent:
+ *                 return found             # <<<<<<<<<<<<<<
+ *             return None if self.is_late() else ABSENT
+ *         try:
+*/
+      {
+        PyObject *__pyx_temp;
+        {
+          __pyx_temp = __pyx_r;
+          __Pyx_INCREF(__pyx_v_found);
+          __pyx_r = __pyx_v_found;
+        }
+        __Pyx_XDECREF(__pyx_temp);
+      }
+      goto __pyx_L0;
+
+      /* "ivshmem/channel/sleeping_tasks.pyx":381
+ *         if self.failure is None:
+ *             found = self.call(*self.arguments)
+ *             if found is not self.absent:             # <<<<<<<<<<<<<<
+ *                 return found
+ *             return None if self.is_late() else ABSENT
+*/
+    }
+
+    /* "ivshmem/channel/sleeping_tasks.pyx":383
+ *             if found is not self.absent:
+ *                 return found
+ *             return None if self.is_late() else ABSENT             # <<<<<<<<<<<<<<
  *         try:
  *             if self.options is None:
 */
-    __pyx_t_3 = (__pyx_v_found == Py_None);
-    if (__pyx_t_3) {
-
-    } else {
-
-      __pyx_t_1 = __pyx_t_3;
-
-      goto __pyx_L4_bool_binop_done;
-    }
-    __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 378, __pyx_L1_error)
-    __pyx_t_4 = (!__pyx_t_3);
-
-
-
-    __pyx_t_1 = __pyx_t_4;
-
-    __pyx_L4_bool_binop_done:;
+    __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 383, __pyx_L1_error)
     if (__pyx_t_1) {
+      __Pyx_INCREF(Py_None);
+      __pyx_t_2 = Py_None;
+    } else {
       __Pyx_INCREF(__pyx_v_7ivshmem_7channel_14sleeping_tasks_ABSENT);
       __pyx_t_2 = __pyx_v_7ivshmem_7channel_14sleeping_tasks_ABSENT;
-    } else {
-      __Pyx_INCREF(__pyx_v_found);
-      __pyx_t_2 = __pyx_v_found;
     }
 
     {
@@ -11110,18 +11146,18 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
     __pyx_t_2 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":376
+    /* "ivshmem/channel/sleeping_tasks.pyx":379
  *     cdef object look(self):
  *         """Return what the call returns: None if the time is over; ABSENT: wait."""
  *         if self.failure is None:             # <<<<<<<<<<<<<<
  *             found = self.call(*self.arguments)
- *             return ABSENT if found is None and not self.is_late() else found
+ *             if found is not self.absent:
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":379
- *             found = self.call(*self.arguments)
- *             return ABSENT if found is None and not self.is_late() else found
+  /* "ivshmem/channel/sleeping_tasks.pyx":384
+ *                 return found
+ *             return None if self.is_late() else ABSENT
  *         try:             # <<<<<<<<<<<<<<
  *             if self.options is None:
  *                 return self.call(*self.arguments)
@@ -11129,14 +11165,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
   {
     __Pyx_PyThreadState_declare
     __Pyx_PyThreadState_assign
-    __Pyx_ExceptionSave(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7);
+    __Pyx_ExceptionSave(&__pyx_t_3, &__pyx_t_4, &__pyx_t_5);
+    __Pyx_XGOTREF(__pyx_t_3);
+    __Pyx_XGOTREF(__pyx_t_4);
     __Pyx_XGOTREF(__pyx_t_5);
-    __Pyx_XGOTREF(__pyx_t_6);
-    __Pyx_XGOTREF(__pyx_t_7);
     /*try:*/ {
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":380
- *             return ABSENT if found is None and not self.is_late() else found
+      /* "ivshmem/channel/sleeping_tasks.pyx":385
+ *             return None if self.is_late() else ABSENT
  *         try:
  *             if self.options is None:             # <<<<<<<<<<<<<<
  *                 return self.call(*self.arguments)
@@ -11146,7 +11182,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":381
+        /* "ivshmem/channel/sleeping_tasks.pyx":386
  *         try:
  *             if self.options is None:
  *                 return self.call(*self.arguments)             # <<<<<<<<<<<<<<
@@ -11155,9 +11191,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
 */
         if (unlikely(__pyx_v_self->arguments == Py_None)) {
           PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-          __PYX_ERR(0, 381, __pyx_L6_error)
+          __PYX_ERR(0, 386, __pyx_L5_error)
         }
-        __pyx_t_2 = __Pyx_PyObject_Call(__pyx_v_self->call, __pyx_v_self->arguments, NULL); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 381, __pyx_L6_error)
+        __pyx_t_2 = __Pyx_PyObject_Call(__pyx_v_self->call, __pyx_v_self->arguments, NULL); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 386, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           PyObject *__pyx_temp;
@@ -11168,10 +11204,10 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
           __Pyx_XDECREF(__pyx_temp);
         }
         __pyx_t_2 = 0;
-        goto __pyx_L10_try_return;
+        goto __pyx_L9_try_return;
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":380
- *             return ABSENT if found is None and not self.is_late() else found
+        /* "ivshmem/channel/sleeping_tasks.pyx":385
+ *             return None if self.is_late() else ABSENT
  *         try:
  *             if self.options is None:             # <<<<<<<<<<<<<<
  *                 return self.call(*self.arguments)
@@ -11179,7 +11215,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
 */
       }
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":382
+      /* "ivshmem/channel/sleeping_tasks.pyx":387
  *             if self.options is None:
  *                 return self.call(*self.arguments)
  *             return self.call(*self.arguments, **self.options)             # <<<<<<<<<<<<<<
@@ -11188,70 +11224,70 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
 */
       if (unlikely(__pyx_v_self->arguments == Py_None)) {
         PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-        __PYX_ERR(0, 382, __pyx_L6_error)
+        __PYX_ERR(0, 387, __pyx_L5_error)
       }
       if (unlikely(__pyx_v_self->options == Py_None)) {
         PyErr_SetString(PyExc_TypeError, "argument after ** must be a mapping, not NoneType");
-        __PYX_ERR(0, 382, __pyx_L6_error)
+        __PYX_ERR(0, 387, __pyx_L5_error)
       }
-      __pyx_t_2 = PyDict_Copy(__pyx_v_self->options); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 382, __pyx_L6_error)
+      __pyx_t_2 = PyDict_Copy(__pyx_v_self->options); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 387, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_2);
-      __pyx_t_8 = __Pyx_PyObject_Call(__pyx_v_self->call, __pyx_v_self->arguments, __pyx_t_2); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 382, __pyx_L6_error)
-      __Pyx_GOTREF(__pyx_t_8);
+      __pyx_t_6 = __Pyx_PyObject_Call(__pyx_v_self->call, __pyx_v_self->arguments, __pyx_t_2); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 387, __pyx_L5_error)
+      __Pyx_GOTREF(__pyx_t_6);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       {
         PyObject *__pyx_temp;
         {
           __pyx_temp = __pyx_r;
-          __pyx_r = __pyx_t_8;
+          __pyx_r = __pyx_t_6;
         }
         __Pyx_XDECREF(__pyx_temp);
       }
-      __pyx_t_8 = 0;
-      goto __pyx_L10_try_return;
+      __pyx_t_6 = 0;
+      goto __pyx_L9_try_return;
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":379
- *             found = self.call(*self.arguments)
- *             return ABSENT if found is None and not self.is_late() else found
+      /* "ivshmem/channel/sleeping_tasks.pyx":384
+ *                 return found
+ *             return None if self.is_late() else ABSENT
  *         try:             # <<<<<<<<<<<<<<
  *             if self.options is None:
  *                 return self.call(*self.arguments)
 */
     }
-    __pyx_L6_error:;
+    __pyx_L5_error:;
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
+    __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":383
+    /* "ivshmem/channel/sleeping_tasks.pyx":388
  *                 return self.call(*self.arguments)
  *             return self.call(*self.arguments, **self.options)
  *         except self.failure:             # <<<<<<<<<<<<<<
  *             if not self.is_late():
  *                 return ABSENT
 */
-    __pyx_t_9 = __Pyx_PyErr_ExceptionMatches(__pyx_v_self->failure);
-    if (__pyx_t_9) {
+    __pyx_t_7 = __Pyx_PyErr_ExceptionMatches(__pyx_v_self->failure);
+    if (__pyx_t_7) {
       __Pyx_AddTraceback("ivshmem.channel.sleeping_tasks.Waiting.look", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_8, &__pyx_t_2, &__pyx_t_10) < 0) __PYX_ERR(0, 383, __pyx_L8_except_error)
-      __Pyx_XGOTREF(__pyx_t_8);
+      if (__Pyx_GetException(&__pyx_t_6, &__pyx_t_2, &__pyx_t_8) < 0) __PYX_ERR(0, 388, __pyx_L7_except_error)
+      __Pyx_XGOTREF(__pyx_t_6);
       __Pyx_XGOTREF(__pyx_t_2);
-      __Pyx_XGOTREF(__pyx_t_10);
+      __Pyx_XGOTREF(__pyx_t_8);
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":384
+      /* "ivshmem/channel/sleeping_tasks.pyx":389
  *             return self.call(*self.arguments, **self.options)
  *         except self.failure:
  *             if not self.is_late():             # <<<<<<<<<<<<<<
  *                 return ABSENT
  *             if self.failure is TimeoutError:
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 384, __pyx_L8_except_error)
-      __pyx_t_4 = (!__pyx_t_1);
+      __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 389, __pyx_L7_except_error)
+      __pyx_t_9 = (!__pyx_t_1);
 
 
-      if (__pyx_t_4) {
+      if (__pyx_t_9) {
 
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":385
+        /* "ivshmem/channel/sleeping_tasks.pyx":390
  *         except self.failure:
  *             if not self.is_late():
  *                 return ABSENT             # <<<<<<<<<<<<<<
@@ -11268,11 +11304,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
           __Pyx_XDECREF(__pyx_temp);
         }
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+        __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-        __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-        goto __pyx_L9_except_return;
+        goto __pyx_L8_except_return;
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":384
+        /* "ivshmem/channel/sleeping_tasks.pyx":389
  *             return self.call(*self.arguments, **self.options)
  *         except self.failure:
  *             if not self.is_late():             # <<<<<<<<<<<<<<
@@ -11281,32 +11317,32 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
 */
       }
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":386
+      /* "ivshmem/channel/sleeping_tasks.pyx":391
  *             if not self.is_late():
  *                 return ABSENT
  *             if self.failure is TimeoutError:             # <<<<<<<<<<<<<<
  *                 raise
  *         raise TimeoutError(
 */
-      __pyx_t_4 = (__pyx_v_self->failure == ((PyObject *)(((PyTypeObject*)PyExc_TimeoutError))));
-      if (unlikely(__pyx_t_4)) {
+      __pyx_t_9 = (__pyx_v_self->failure == ((PyObject *)(((PyTypeObject*)PyExc_TimeoutError))));
+      if (unlikely(__pyx_t_9)) {
 
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":387
+        /* "ivshmem/channel/sleeping_tasks.pyx":392
  *                 return ABSENT
  *             if self.failure is TimeoutError:
  *                 raise             # <<<<<<<<<<<<<<
  *         raise TimeoutError(
  *             f"connection of {self.end.name!r}: nothing moved in {self.timeout:g} s"
 */
-        __Pyx_GIVEREF(__pyx_t_8);
+        __Pyx_GIVEREF(__pyx_t_6);
         __Pyx_GIVEREF(__pyx_t_2);
-        __Pyx_XGIVEREF(__pyx_t_10);
-        __Pyx_ErrRestoreWithState(__pyx_t_8, __pyx_t_2, __pyx_t_10);
-        __pyx_t_8 = 0;  __pyx_t_2 = 0;  __pyx_t_10 = 0; 
-        __PYX_ERR(0, 387, __pyx_L8_except_error)
+        __Pyx_XGIVEREF(__pyx_t_8);
+        __Pyx_ErrRestoreWithState(__pyx_t_6, __pyx_t_2, __pyx_t_8);
+        __pyx_t_6 = 0;  __pyx_t_2 = 0;  __pyx_t_8 = 0; 
+        __PYX_ERR(0, 392, __pyx_L7_except_error)
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":386
+        /* "ivshmem/channel/sleeping_tasks.pyx":391
  *             if not self.is_late():
  *                 return ABSENT
  *             if self.failure is TimeoutError:             # <<<<<<<<<<<<<<
@@ -11314,46 +11350,46 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
  *         raise TimeoutError(
 */
       }
-      __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
+      __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-      goto __pyx_L7_exception_handled;
+      __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
+      goto __pyx_L6_exception_handled;
     }
-    goto __pyx_L8_except_error;
+    goto __pyx_L7_except_error;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":379
- *             found = self.call(*self.arguments)
- *             return ABSENT if found is None and not self.is_late() else found
+    /* "ivshmem/channel/sleeping_tasks.pyx":384
+ *                 return found
+ *             return None if self.is_late() else ABSENT
  *         try:             # <<<<<<<<<<<<<<
  *             if self.options is None:
  *                 return self.call(*self.arguments)
 */
-    __pyx_L8_except_error:;
+    __pyx_L7_except_error:;
+    __Pyx_XGIVEREF(__pyx_t_3);
+    __Pyx_XGIVEREF(__pyx_t_4);
     __Pyx_XGIVEREF(__pyx_t_5);
-    __Pyx_XGIVEREF(__pyx_t_6);
-    __Pyx_XGIVEREF(__pyx_t_7);
-    __Pyx_ExceptionReset(__pyx_t_5, __pyx_t_6, __pyx_t_7);
+    __Pyx_ExceptionReset(__pyx_t_3, __pyx_t_4, __pyx_t_5);
     goto __pyx_L1_error;
-    __pyx_L10_try_return:;
+    __pyx_L9_try_return:;
+    __Pyx_XGIVEREF(__pyx_t_3);
+    __Pyx_XGIVEREF(__pyx_t_4);
     __Pyx_XGIVEREF(__pyx_t_5);
-    __Pyx_XGIVEREF(__pyx_t_6);
-    __Pyx_XGIVEREF(__pyx_t_7);
-    __Pyx_ExceptionReset(__pyx_t_5, __pyx_t_6, __pyx_t_7);
+    __Pyx_ExceptionReset(__pyx_t_3, __pyx_t_4, __pyx_t_5);
     goto __pyx_L0;
-    __pyx_L9_except_return:;
+    __pyx_L8_except_return:;
+    __Pyx_XGIVEREF(__pyx_t_3);
+    __Pyx_XGIVEREF(__pyx_t_4);
     __Pyx_XGIVEREF(__pyx_t_5);
-    __Pyx_XGIVEREF(__pyx_t_6);
-    __Pyx_XGIVEREF(__pyx_t_7);
-    __Pyx_ExceptionReset(__pyx_t_5, __pyx_t_6, __pyx_t_7);
+    __Pyx_ExceptionReset(__pyx_t_3, __pyx_t_4, __pyx_t_5);
     goto __pyx_L0;
-    __pyx_L7_exception_handled:;
+    __pyx_L6_exception_handled:;
+    __Pyx_XGIVEREF(__pyx_t_3);
+    __Pyx_XGIVEREF(__pyx_t_4);
     __Pyx_XGIVEREF(__pyx_t_5);
-    __Pyx_XGIVEREF(__pyx_t_6);
-    __Pyx_XGIVEREF(__pyx_t_7);
-    __Pyx_ExceptionReset(__pyx_t_5, __pyx_t_6, __pyx_t_7);
+    __Pyx_ExceptionReset(__pyx_t_3, __pyx_t_4, __pyx_t_5);
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":388
+  /* "ivshmem/channel/sleeping_tasks.pyx":393
  *             if self.failure is TimeoutError:
  *                 raise
  *         raise TimeoutError(             # <<<<<<<<<<<<<<
@@ -11362,49 +11398,49 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
 */
   __pyx_t_2 = NULL;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":389
+  /* "ivshmem/channel/sleeping_tasks.pyx":394
  *                 raise
  *         raise TimeoutError(
  *             f"connection of {self.end.name!r}: nothing moved in {self.timeout:g} s"             # <<<<<<<<<<<<<<
  *         )
  * 
 */
-  __pyx_t_8 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->end->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 389, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_8);
-  __pyx_t_11 = __Pyx_PyObject_Format(__pyx_v_self->timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 389, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_11);
-  __pyx_t_12[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
-  __pyx_t_12[1] = __pyx_t_8;
-  __pyx_t_12[2] = __pyx_mstate_global->__pyx_kp_u_nothing_moved_in;
-  __pyx_t_12[3] = __pyx_t_11;
-  __pyx_t_12[4] = __pyx_mstate_global->__pyx_kp_u_s;
-  __pyx_t_13 = 35;
+  __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->end->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 394, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_6);
+  __pyx_t_10 = __Pyx_PyObject_Format(__pyx_v_self->timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 394, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_10);
+  __pyx_t_11[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
+  __pyx_t_11[1] = __pyx_t_6;
+  __pyx_t_11[2] = __pyx_mstate_global->__pyx_kp_u_nothing_moved_in;
+  __pyx_t_11[3] = __pyx_t_10;
+  __pyx_t_11[4] = __pyx_mstate_global->__pyx_kp_u_s;
+  __pyx_t_12 = 35;
   #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-  __pyx_t_13 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_12[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_12[3]);
+  __pyx_t_12 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_11[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_11[3]);
   #endif
-  __pyx_t_9 = 0;
+  __pyx_t_7 = 0;
   #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-  __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_12[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_12[3]);
+  __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_11[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_11[3]);
   #endif
-  __pyx_t_14 = __Pyx_PyUnicode_Join(__pyx_t_12, 5, __pyx_t_13, __pyx_t_9);
-  if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 389, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_14);
-  __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-  __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-  __pyx_t_15 = 1;
-  {
-    PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_t_14};
-    __pyx_t_10 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TimeoutError)), __pyx_callargs+__pyx_t_15, (2-__pyx_t_15) | (__pyx_t_15*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 388, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_10);
-  }
-  __Pyx_Raise(__pyx_t_10, 0, 0, 0);
+  __pyx_t_13 = __Pyx_PyUnicode_Join(__pyx_t_11, 5, __pyx_t_12, __pyx_t_7);
+  if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 394, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_13);
+  __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
   __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-  __PYX_ERR(0, 388, __pyx_L1_error)
+  __pyx_t_14 = 1;
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_t_13};
+    __pyx_t_8 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TimeoutError)), __pyx_callargs+__pyx_t_14, (2-__pyx_t_14) | (__pyx_t_14*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 393, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_8);
+  }
+  __Pyx_Raise(__pyx_t_8, 0, 0, 0);
+  __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+  __PYX_ERR(0, 393, __pyx_L1_error)
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":374
+  /* "ivshmem/channel/sleeping_tasks.pyx":377
  *         return self.deadline is not None and self.loop.time() >= self.deadline
  * 
  *     cdef object look(self):             # <<<<<<<<<<<<<<
@@ -11415,10 +11451,10 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_6);
   __Pyx_XDECREF(__pyx_t_8);
   __Pyx_XDECREF(__pyx_t_10);
-  __Pyx_XDECREF(__pyx_t_11);
-  __Pyx_XDECREF(__pyx_t_14);
+  __Pyx_XDECREF(__pyx_t_13);
   __Pyx_AddTraceback("ivshmem.channel.sleeping_tasks.Waiting.look", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = 0;
   __pyx_L0:;
@@ -11428,7 +11464,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":392
+/* "ivshmem/channel/sleeping_tasks.pyx":397
  *         )
  * 
  *     cdef int awake(self) except -1:             # <<<<<<<<<<<<<<
@@ -11448,7 +11484,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("awake", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":393
+  /* "ivshmem/channel/sleeping_tasks.pyx":398
  * 
  *     cdef int awake(self) except -1:
  *         cdef Sleep sleep = self.sleep             # <<<<<<<<<<<<<<
@@ -11460,7 +11496,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(struct __py
   __pyx_v_sleep = ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":394
+  /* "ivshmem/channel/sleeping_tasks.pyx":399
  *     cdef int awake(self) except -1:
  *         cdef Sleep sleep = self.sleep
  *         if sleep is not None:             # <<<<<<<<<<<<<<
@@ -11471,7 +11507,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(struct __py
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":395
+    /* "ivshmem/channel/sleeping_tasks.pyx":400
  *         cdef Sleep sleep = self.sleep
  *         if sleep is not None:
  *             self.sleep = None             # <<<<<<<<<<<<<<
@@ -11483,17 +11519,17 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(struct __py
     __Pyx_GOTREF((PyObject *)__pyx_v_self->sleep);
     __Pyx_DECREF_SET(__pyx_v_self->sleep, ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *)Py_None));
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":396
+    /* "ivshmem/channel/sleeping_tasks.pyx":401
  *         if sleep is not None:
  *             self.sleep = None
  *             sleep.end_now()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(__pyx_v_sleep); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 396, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(__pyx_v_sleep); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 401, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":394
+    /* "ivshmem/channel/sleeping_tasks.pyx":399
  *     cdef int awake(self) except -1:
  *         cdef Sleep sleep = self.sleep
  *         if sleep is not None:             # <<<<<<<<<<<<<<
@@ -11502,7 +11538,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(struct __py
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":397
+  /* "ivshmem/channel/sleeping_tasks.pyx":402
  *             self.sleep = None
  *             sleep.end_now()
  *         return 0             # <<<<<<<<<<<<<<
@@ -11515,7 +11551,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":392
+  /* "ivshmem/channel/sleeping_tasks.pyx":397
  *         )
  * 
  *     cdef int awake(self) except -1:             # <<<<<<<<<<<<<<
@@ -11535,7 +11571,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":400
+/* "ivshmem/channel/sleeping_tasks.pyx":405
  * 
  * 
  * cdef PySendResult send_to_waiting(             # <<<<<<<<<<<<<<
@@ -11555,19 +11591,19 @@ static PySendResult __pyx_f_7ivshmem_7channel_14sleeping_tasks_send_to_waiting(P
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("send_to_waiting", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":404
+  /* "ivshmem/channel/sleeping_tasks.pyx":409
  * ) except PYGEN_ERROR:
  *     """Do what `send` does, for a task: without a StopIteration and its traceback."""
  *     cdef object found = (<Waiting>waiting).step()             # <<<<<<<<<<<<<<
  *     Py_INCREF(found)
  *     result[0] = <PyObject *>found
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *)__pyx_v_waiting)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 404, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *)__pyx_v_waiting)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 409, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_found = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":405
+  /* "ivshmem/channel/sleeping_tasks.pyx":410
  *     """Do what `send` does, for a task: without a StopIteration and its traceback."""
  *     cdef object found = (<Waiting>waiting).step()
  *     Py_INCREF(found)             # <<<<<<<<<<<<<<
@@ -11576,7 +11612,7 @@ static PySendResult __pyx_f_7ivshmem_7channel_14sleeping_tasks_send_to_waiting(P
 */
   Py_INCREF(__pyx_v_found);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":406
+  /* "ivshmem/channel/sleeping_tasks.pyx":411
  *     cdef object found = (<Waiting>waiting).step()
  *     Py_INCREF(found)
  *     result[0] = <PyObject *>found             # <<<<<<<<<<<<<<
@@ -11585,7 +11621,7 @@ static PySendResult __pyx_f_7ivshmem_7channel_14sleeping_tasks_send_to_waiting(P
 */
   (__pyx_v_result[0]) = ((PyObject *)__pyx_v_found);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":407
+  /* "ivshmem/channel/sleeping_tasks.pyx":412
  *     Py_INCREF(found)
  *     result[0] = <PyObject *>found
  *     return PYGEN_RETURN if (<Waiting>waiting).state == OVER else PYGEN_NEXT             # <<<<<<<<<<<<<<
@@ -11607,7 +11643,7 @@ static PySendResult __pyx_f_7ivshmem_7channel_14sleeping_tasks_send_to_waiting(P
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":400
+  /* "ivshmem/channel/sleeping_tasks.pyx":405
  * 
  * 
  * cdef PySendResult send_to_waiting(             # <<<<<<<<<<<<<<
@@ -11627,7 +11663,7 @@ static PySendResult __pyx_f_7ivshmem_7channel_14sleeping_tasks_send_to_waiting(P
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":413
+/* "ivshmem/channel/sleeping_tasks.pyx":418
  * 
  * 
  * cdef Waiting waiting_for(ChannelEnd end, object call, object timeout, tuple arguments):             # <<<<<<<<<<<<<<
@@ -11645,19 +11681,19 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_f_7ivs
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("waiting_for", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":414
+  /* "ivshmem/channel/sleeping_tasks.pyx":419
  * 
  * cdef Waiting waiting_for(ChannelEnd end, object call, object timeout, tuple arguments):
  *     cdef Waiting waiting = Waiting.__new__(Waiting)             # <<<<<<<<<<<<<<
  *     waiting.end = end
  *     waiting.call = call
 */
-  __pyx_t_1 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_14sleeping_tasks_Waiting(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 414, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_14sleeping_tasks_Waiting(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 419, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_waiting = ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":415
+  /* "ivshmem/channel/sleeping_tasks.pyx":420
  * cdef Waiting waiting_for(ChannelEnd end, object call, object timeout, tuple arguments):
  *     cdef Waiting waiting = Waiting.__new__(Waiting)
  *     waiting.end = end             # <<<<<<<<<<<<<<
@@ -11669,7 +11705,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_f_7ivs
   __Pyx_GOTREF((PyObject *)__pyx_v_waiting->end);
   __Pyx_DECREF_SET(__pyx_v_waiting->end, __pyx_v_end);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":416
+  /* "ivshmem/channel/sleeping_tasks.pyx":421
  *     cdef Waiting waiting = Waiting.__new__(Waiting)
  *     waiting.end = end
  *     waiting.call = call             # <<<<<<<<<<<<<<
@@ -11681,7 +11717,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_f_7ivs
   __Pyx_GOTREF(__pyx_v_waiting->call);
   __Pyx_DECREF_SET(__pyx_v_waiting->call, __pyx_v_call);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":417
+  /* "ivshmem/channel/sleeping_tasks.pyx":422
  *     waiting.end = end
  *     waiting.call = call
  *     waiting.timeout = timeout             # <<<<<<<<<<<<<<
@@ -11693,7 +11729,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_f_7ivs
   __Pyx_GOTREF(__pyx_v_waiting->timeout);
   __Pyx_DECREF_SET(__pyx_v_waiting->timeout, __pyx_v_timeout);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":418
+  /* "ivshmem/channel/sleeping_tasks.pyx":423
  *     waiting.call = call
  *     waiting.timeout = timeout
  *     waiting.arguments = arguments             # <<<<<<<<<<<<<<
@@ -11705,7 +11741,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_f_7ivs
   __Pyx_GOTREF(__pyx_v_waiting->arguments);
   __Pyx_DECREF_SET(__pyx_v_waiting->arguments, __pyx_v_arguments);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":419
+  /* "ivshmem/channel/sleeping_tasks.pyx":424
  *     waiting.timeout = timeout
  *     waiting.arguments = arguments
  *     return waiting             # <<<<<<<<<<<<<<
@@ -11723,7 +11759,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_f_7ivs
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":413
+  /* "ivshmem/channel/sleeping_tasks.pyx":418
  * 
  * 
  * cdef Waiting waiting_for(ChannelEnd end, object call, object timeout, tuple arguments):             # <<<<<<<<<<<<<<
@@ -11743,7 +11779,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_f_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":422
+/* "ivshmem/channel/sleeping_tasks.pyx":427
  * 
  * 
  * cdef object until_something(ChannelEnd end, object call, object timeout, tuple arguments):             # <<<<<<<<<<<<<<
@@ -11762,7 +11798,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("until_something", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":428
+  /* "ivshmem/channel/sleeping_tasks.pyx":433
  *         call: takes `arguments`, and after them a time limit: 0, with which it does not wait.
  *     """
  *     return waiting_for(end, call, timeout, arguments + DO_NOT_WAIT if arguments else DO_NOT_WAIT)             # <<<<<<<<<<<<<<
@@ -11773,12 +11809,12 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(stru
   else
   {
     Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_v_arguments);
-    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 428, __pyx_L1_error)
+    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 433, __pyx_L1_error)
     __pyx_t_2 = (__pyx_temp != 0);
   }
 
   if (__pyx_t_2) {
-    __pyx_t_3 = PyNumber_Add(__pyx_v_arguments, __pyx_v_7ivshmem_7channel_14sleeping_tasks_DO_NOT_WAIT); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 428, __pyx_L1_error)
+    __pyx_t_3 = PyNumber_Add(__pyx_v_arguments, __pyx_v_7ivshmem_7channel_14sleeping_tasks_DO_NOT_WAIT); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 433, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_1 = __pyx_t_3;
     __pyx_t_3 = 0;
@@ -11787,7 +11823,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(stru
     __pyx_t_1 = __pyx_v_7ivshmem_7channel_14sleeping_tasks_DO_NOT_WAIT;
   }
 
-  __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_waiting_for(__pyx_v_end, __pyx_v_call, __pyx_v_timeout, ((PyObject*)__pyx_t_1))); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 428, __pyx_L1_error)
+  __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_waiting_for(__pyx_v_end, __pyx_v_call, __pyx_v_timeout, ((PyObject*)__pyx_t_1))); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 433, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
@@ -11801,7 +11837,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(stru
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":422
+  /* "ivshmem/channel/sleeping_tasks.pyx":427
  * 
  * 
  * cdef object until_something(ChannelEnd end, object call, object timeout, tuple arguments):             # <<<<<<<<<<<<<<
@@ -11821,7 +11857,104 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":431
+/* "ivshmem/channel/sleeping_tasks.pyx":436
+ * 
+ * 
+ * cdef object until_content(ChannelEnd end, str name, object call, object timeout):             # <<<<<<<<<<<<<<
+ *     """Return a coroutine that calls until there is a content, which can be None: see pickled.py.
+ * 
+*/
+
+static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_content(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_end, PyObject *__pyx_v_name, PyObject *__pyx_v_call, PyObject *__pyx_v_timeout) {
+  struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_v_waiting = 0;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("until_content", 0);
+
+  /* "ivshmem/channel/sleeping_tasks.pyx":443
+ *         call: takes what it returns if there is none, and a time limit: 0.
+ *     """
+ *     cdef Waiting waiting = waiting_for(end, call, timeout, ABSENT_AND_DO_NOT_WAIT)             # <<<<<<<<<<<<<<
+ *     waiting.absent = ABSENT
+ *     waiting.name = name
+*/
+  __pyx_t_1 = __pyx_v_7ivshmem_7channel_14sleeping_tasks_ABSENT_AND_DO_NOT_WAIT;
+  __Pyx_INCREF(__pyx_t_1);
+  __pyx_t_2 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_waiting_for(__pyx_v_end, __pyx_v_call, __pyx_v_timeout, ((PyObject*)__pyx_t_1))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 443, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __pyx_v_waiting = ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *)__pyx_t_2);
+  __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/sleeping_tasks.pyx":444
+ *     """
+ *     cdef Waiting waiting = waiting_for(end, call, timeout, ABSENT_AND_DO_NOT_WAIT)
+ *     waiting.absent = ABSENT             # <<<<<<<<<<<<<<
+ *     waiting.name = name
+ *     return waiting
+*/
+  __Pyx_INCREF(__pyx_v_7ivshmem_7channel_14sleeping_tasks_ABSENT);
+  __Pyx_GIVEREF(__pyx_v_7ivshmem_7channel_14sleeping_tasks_ABSENT);
+  __Pyx_GOTREF(__pyx_v_waiting->absent);
+  __Pyx_DECREF_SET(__pyx_v_waiting->absent, __pyx_v_7ivshmem_7channel_14sleeping_tasks_ABSENT);
+
+  /* "ivshmem/channel/sleeping_tasks.pyx":445
+ *     cdef Waiting waiting = waiting_for(end, call, timeout, ABSENT_AND_DO_NOT_WAIT)
+ *     waiting.absent = ABSENT
+ *     waiting.name = name             # <<<<<<<<<<<<<<
+ *     return waiting
+ * 
+*/
+  __Pyx_INCREF(__pyx_v_name);
+  __Pyx_GIVEREF(__pyx_v_name);
+  __Pyx_GOTREF(__pyx_v_waiting->name);
+  __Pyx_DECREF_SET(__pyx_v_waiting->name, __pyx_v_name);
+
+  /* "ivshmem/channel/sleeping_tasks.pyx":446
+ *     waiting.absent = ABSENT
+ *     waiting.name = name
+ *     return waiting             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __Pyx_INCREF((PyObject *)__pyx_v_waiting);
+      __pyx_r = ((PyObject *)__pyx_v_waiting);
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/sleeping_tasks.pyx":436
+ * 
+ * 
+ * cdef object until_content(ChannelEnd end, str name, object call, object timeout):             # <<<<<<<<<<<<<<
+ *     """Return a coroutine that calls until there is a content, which can be None: see pickled.py.
+ * 
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_AddTraceback("ivshmem.channel.sleeping_tasks.until_content", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = 0;
+  __pyx_L0:;
+  __Pyx_XDECREF((PyObject *)__pyx_v_waiting);
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/sleeping_tasks.pyx":449
  * 
  * 
  * cdef object until_in_time(             # <<<<<<<<<<<<<<
@@ -11831,7 +11964,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(stru
 
 static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_end, PyObject *__pyx_v_call, PyObject *__pyx_v_timeout, PyObject *__pyx_v_arguments, struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time *__pyx_optional_args) {
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":432
+  /* "ivshmem/channel/sleeping_tasks.pyx":450
  * 
  * cdef object until_in_time(
  *     ChannelEnd end, object call, object timeout, tuple arguments, dict options=None             # <<<<<<<<<<<<<<
@@ -11854,22 +11987,22 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(struct
     }
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":435
+  /* "ivshmem/channel/sleeping_tasks.pyx":453
  * ):
  *     """The same until it does not raise TimeoutError, or the time is over, which raises it."""
  *     cdef Waiting waiting = waiting_for(end, call, timeout, arguments + DO_NOT_WAIT)             # <<<<<<<<<<<<<<
  *     waiting.options = options
  *     waiting.failure = TimeoutError
 */
-  __pyx_t_1 = PyNumber_Add(__pyx_v_arguments, __pyx_v_7ivshmem_7channel_14sleeping_tasks_DO_NOT_WAIT); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 435, __pyx_L1_error)
+  __pyx_t_1 = PyNumber_Add(__pyx_v_arguments, __pyx_v_7ivshmem_7channel_14sleeping_tasks_DO_NOT_WAIT); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 453, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_waiting_for(__pyx_v_end, __pyx_v_call, __pyx_v_timeout, ((PyObject*)__pyx_t_1))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 435, __pyx_L1_error)
+  __pyx_t_2 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_waiting_for(__pyx_v_end, __pyx_v_call, __pyx_v_timeout, ((PyObject*)__pyx_t_1))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 453, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_waiting = ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":436
+  /* "ivshmem/channel/sleeping_tasks.pyx":454
  *     """The same until it does not raise TimeoutError, or the time is over, which raises it."""
  *     cdef Waiting waiting = waiting_for(end, call, timeout, arguments + DO_NOT_WAIT)
  *     waiting.options = options             # <<<<<<<<<<<<<<
@@ -11881,7 +12014,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(struct
   __Pyx_GOTREF(__pyx_v_waiting->options);
   __Pyx_DECREF_SET(__pyx_v_waiting->options, __pyx_v_options);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":437
+  /* "ivshmem/channel/sleeping_tasks.pyx":455
  *     cdef Waiting waiting = waiting_for(end, call, timeout, arguments + DO_NOT_WAIT)
  *     waiting.options = options
  *     waiting.failure = TimeoutError             # <<<<<<<<<<<<<<
@@ -11893,7 +12026,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(struct
   __Pyx_GOTREF(__pyx_v_waiting->failure);
   __Pyx_DECREF_SET(__pyx_v_waiting->failure, ((PyObject *)(((PyTypeObject*)PyExc_TimeoutError))));
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":438
+  /* "ivshmem/channel/sleeping_tasks.pyx":456
  *     waiting.options = options
  *     waiting.failure = TimeoutError
  *     return waiting             # <<<<<<<<<<<<<<
@@ -11911,7 +12044,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(struct
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":431
+  /* "ivshmem/channel/sleeping_tasks.pyx":449
  * 
  * 
  * cdef object until_in_time(             # <<<<<<<<<<<<<<
@@ -11932,7 +12065,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":441
+/* "ivshmem/channel/sleeping_tasks.pyx":459
  * 
  * 
  * cdef object until_no_wait(ChannelEnd end, object call, object timeout, tuple arguments):             # <<<<<<<<<<<<<<
@@ -11950,19 +12083,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_no_wait(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("until_no_wait", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":447
+  /* "ivshmem/channel/sleeping_tasks.pyx":465
  *         call: takes `arguments`, and never waits.
  *     """
  *     cdef Waiting waiting = waiting_for(end, call, timeout, arguments)             # <<<<<<<<<<<<<<
  *     waiting.failure = BlockingIOError
  *     return waiting
 */
-  __pyx_t_1 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_waiting_for(__pyx_v_end, __pyx_v_call, __pyx_v_timeout, __pyx_v_arguments)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 447, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_waiting_for(__pyx_v_end, __pyx_v_call, __pyx_v_timeout, __pyx_v_arguments)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 465, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_waiting = ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":448
+  /* "ivshmem/channel/sleeping_tasks.pyx":466
  *     """
  *     cdef Waiting waiting = waiting_for(end, call, timeout, arguments)
  *     waiting.failure = BlockingIOError             # <<<<<<<<<<<<<<
@@ -11973,7 +12106,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_no_wait(struct
   __Pyx_GOTREF(__pyx_v_waiting->failure);
   __Pyx_DECREF_SET(__pyx_v_waiting->failure, ((PyObject *)(((PyTypeObject*)PyExc_BlockingIOError))));
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":449
+  /* "ivshmem/channel/sleeping_tasks.pyx":467
  *     cdef Waiting waiting = waiting_for(end, call, timeout, arguments)
  *     waiting.failure = BlockingIOError
  *     return waiting             # <<<<<<<<<<<<<<
@@ -11989,7 +12122,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_no_wait(struct
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":441
+  /* "ivshmem/channel/sleeping_tasks.pyx":459
  * 
  * 
  * cdef object until_no_wait(ChannelEnd end, object call, object timeout, tuple arguments):             # <<<<<<<<<<<<<<
@@ -12519,6 +12652,8 @@ static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_14sleeping_tasks
   p->arguments = ((PyObject*)Py_None); Py_INCREF(Py_None);
   p->options = ((PyObject*)Py_None); Py_INCREF(Py_None);
   p->failure = Py_None; Py_INCREF(Py_None);
+  p->absent = Py_None; Py_INCREF(Py_None);
+  p->name = ((PyObject*)Py_None); Py_INCREF(Py_None);
   p->timeout = Py_None; Py_INCREF(Py_None);
   p->loop = Py_None; Py_INCREF(Py_None);
   p->deadline = Py_None; Py_INCREF(Py_None);
@@ -12558,6 +12693,8 @@ static void __pyx_tp_dealloc_7ivshmem_7channel_14sleeping_tasks_Waiting(PyObject
   Py_CLEAR(p->arguments);
   Py_CLEAR(p->options);
   Py_CLEAR(p->failure);
+  Py_CLEAR(p->absent);
+  Py_CLEAR(p->name);
   Py_CLEAR(p->timeout);
   Py_CLEAR(p->loop);
   Py_CLEAR(p->deadline);
@@ -12598,6 +12735,9 @@ static int __pyx_tp_traverse_7ivshmem_7channel_14sleeping_tasks_Waiting(PyObject
   if (p->failure) {
     e = (*v)(p->failure, a); if (e) return e;
   }
+  if (p->absent) {
+    e = (*v)(p->absent, a); if (e) return e;
+  }
   if (p->timeout) {
     e = (*v)(p->timeout, a); if (e) return e;
   }
@@ -12630,6 +12770,9 @@ static int __pyx_tp_clear_7ivshmem_7channel_14sleeping_tasks_Waiting(PyObject *o
   Py_XDECREF(tmp);
   tmp = ((PyObject*)p->failure);
   p->failure = Py_None; Py_INCREF(Py_None);
+  Py_XDECREF(tmp);
+  tmp = ((PyObject*)p->absent);
+  p->absent = Py_None; Py_INCREF(Py_None);
   Py_XDECREF(tmp);
   tmp = ((PyObject*)p->timeout);
   p->timeout = Py_None; Py_INCREF(Py_None);
@@ -12820,6 +12963,7 @@ static int __Pyx_modinit_Global_init_code(__pyx_mstatetype *__pyx_mstate) {
   __pyx_v_7ivshmem_7channel_14sleeping_tasks_CancelledError = Py_None; Py_INCREF(Py_None);
   __pyx_v_7ivshmem_7channel_14sleeping_tasks_ABSENT = Py_None; Py_INCREF(Py_None);
   __pyx_v_7ivshmem_7channel_14sleeping_tasks_DO_NOT_WAIT = ((PyObject*)Py_None); Py_INCREF(Py_None);
+  __pyx_v_7ivshmem_7channel_14sleeping_tasks_ABSENT_AND_DO_NOT_WAIT = ((PyObject*)Py_None); Py_INCREF(Py_None);
   __Pyx_RefNannyFinishContext();
   return 0;
 }
@@ -12849,8 +12993,8 @@ static int __Pyx_modinit_Function_export_code(__pyx_mstatetype *__pyx_mstate) {
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (unlikely(!__pyx_export_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
     #endif
-    const char * __pyx_export_name = __pyx_export_signature + 298;
-    void (*const __pyx_export_pointers[])(void) = {(void (*)(void))&__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_no_wait, (void (*)(void))&__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something, (void (*)(void))&__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time, (void (*)(void)) NULL};
+    const char * __pyx_export_name = __pyx_export_signature + 299;
+    void (*const __pyx_export_pointers[])(void) = {(void (*)(void))&__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_content, (void (*)(void))&__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_no_wait, (void (*)(void))&__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something, (void (*)(void))&__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time, (void (*)(void)) NULL};
     void (*const *__pyx_export_pointer)(void) = __pyx_export_pointers;
     const char *__pyx_export_current_signature = __pyx_export_signature;
     while (*__pyx_export_pointer) {
@@ -12881,14 +13025,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_14sleeping_tasks_Lo
   __pyx_vtabptr_7ivshmem_7channel_14sleeping_tasks_LoopWatch = &__pyx_vtable_7ivshmem_7channel_14sleeping_tasks_LoopWatch;
   __pyx_vtable_7ivshmem_7channel_14sleeping_tasks_LoopWatch.add = (int (*)(struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *, struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *))__pyx_f_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_add;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_14sleeping_tasks_LoopWatch_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch)) __PYX_ERR(0, 80, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_14sleeping_tasks_LoopWatch_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch)) __PYX_ERR(0, 81, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch = &__pyx_type_7ivshmem_7channel_14sleeping_tasks_LoopWatch;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch) < (0)) __PYX_ERR(0, 80, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch) < (0)) __PYX_ERR(0, 81, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch);
@@ -12898,8 +13042,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_14sleeping_tasks_Lo
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch, __pyx_vtabptr_7ivshmem_7channel_14sleeping_tasks_LoopWatch) < (0)) __PYX_ERR(0, 80, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_LoopWatch, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch) < (0)) __PYX_ERR(0, 80, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch, __pyx_vtabptr_7ivshmem_7channel_14sleeping_tasks_LoopWatch) < (0)) __PYX_ERR(0, 81, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_LoopWatch, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch) < (0)) __PYX_ERR(0, 81, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch, __weakref__);
   #endif
@@ -12922,14 +13066,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sl
   __pyx_vtable_7ivshmem_7channel_14sleeping_tasks_Sleep.end_now = (int (*)(struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *))__pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now;
   __pyx_vtable_7ivshmem_7channel_14sleeping_tasks_Sleep.resume = (int (*)(struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *))__pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_resume;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_14sleeping_tasks_Sleep_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep)) __PYX_ERR(0, 161, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_14sleeping_tasks_Sleep_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep)) __PYX_ERR(0, 162, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep = &__pyx_type_7ivshmem_7channel_14sleeping_tasks_Sleep;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep) < (0)) __PYX_ERR(0, 161, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep) < (0)) __PYX_ERR(0, 162, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep);
@@ -12939,8 +13083,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sl
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep, __pyx_vtabptr_7ivshmem_7channel_14sleeping_tasks_Sleep) < (0)) __PYX_ERR(0, 161, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Sleep, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep) < (0)) __PYX_ERR(0, 161, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep, __pyx_vtabptr_7ivshmem_7channel_14sleeping_tasks_Sleep) < (0)) __PYX_ERR(0, 162, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Sleep, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep) < (0)) __PYX_ERR(0, 162, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -12963,14 +13107,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_14sleeping_tasks_Wa
   __pyx_vtable_7ivshmem_7channel_14sleeping_tasks_Waiting.look = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *))__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look;
   __pyx_vtable_7ivshmem_7channel_14sleeping_tasks_Waiting.awake = (int (*)(struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *))__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_14sleeping_tasks_Waiting_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting)) __PYX_ERR(0, 273, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_14sleeping_tasks_Waiting_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting)) __PYX_ERR(0, 274, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting = &__pyx_type_7ivshmem_7channel_14sleeping_tasks_Waiting;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting) < (0)) __PYX_ERR(0, 273, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting) < (0)) __PYX_ERR(0, 274, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting);
@@ -12980,8 +13124,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_14sleeping_tasks_Wa
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting, __pyx_vtabptr_7ivshmem_7channel_14sleeping_tasks_Waiting) < (0)) __PYX_ERR(0, 273, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Waiting, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting) < (0)) __PYX_ERR(0, 273, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting, __pyx_vtabptr_7ivshmem_7channel_14sleeping_tasks_Waiting) < (0)) __PYX_ERR(0, 274, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Waiting, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting) < (0)) __PYX_ERR(0, 274, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -13622,121 +13766,138 @@ __Pyx_RefNannySetupContext("PyInit_sleeping_tasks", 0);
  * cdef object ABSENT = object()
  * 
  * cdef tuple DO_NOT_WAIT = (0,)             # <<<<<<<<<<<<<<
+ * cdef tuple ABSENT_AND_DO_NOT_WAIT = (ABSENT, 0)
  * 
- * # What comes just before a sleep is taken at once. A hostile peer can say again and again that there
 */
   __Pyx_INCREF(__pyx_mstate_global->__pyx_tuple[1]);
   __Pyx_XGOTREF(__pyx_v_7ivshmem_7channel_14sleeping_tasks_DO_NOT_WAIT);
   __Pyx_DECREF_SET(__pyx_v_7ivshmem_7channel_14sleeping_tasks_DO_NOT_WAIT, __pyx_mstate_global->__pyx_tuple[1]);
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":100
+  /* "ivshmem/channel/sleeping_tasks.pyx":59
+ * 
+ * cdef tuple DO_NOT_WAIT = (0,)
+ * cdef tuple ABSENT_AND_DO_NOT_WAIT = (ABSENT, 0)             # <<<<<<<<<<<<<<
+ * 
+ * # What comes just before a sleep is taken at once. A hostile peer can say again and again that there
+*/
+  {
+    PyObject* __pyx_temp[2] = {__pyx_v_7ivshmem_7channel_14sleeping_tasks_ABSENT, __pyx_mstate_global->__pyx_int_0};
+    __pyx_t_2 = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 59, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_2);
+  }
+  __Pyx_XGOTREF(__pyx_v_7ivshmem_7channel_14sleeping_tasks_ABSENT_AND_DO_NOT_WAIT);
+  __Pyx_DECREF_SET(__pyx_v_7ivshmem_7channel_14sleeping_tasks_ABSENT_AND_DO_NOT_WAIT, ((PyObject*)__pyx_t_2));
+  __Pyx_GIVEREF(__pyx_t_2);
+  __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/sleeping_tasks.pyx":101
  *         self.sleeps = {}
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
  *         raise TypeError("a LoopWatch cannot be copied or pickled")
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_LoopWatch___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 100, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_LoopWatch___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 101, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 100, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 101, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":183
+  /* "ivshmem/channel/sleeping_tasks.pyx":184
  *         raise TypeError("a Sleep is made by a Waiting")
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
  *         raise TypeError("a Sleep cannot be copied or pickled")
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_5Sleep_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Sleep___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 183, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_5Sleep_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Sleep___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 184, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 183, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 184, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":204
+  /* "ivshmem/channel/sleeping_tasks.pyx":205
  *         self.context = context
  * 
  *     def cancel(self, msg=None):             # <<<<<<<<<<<<<<
  *         """Raise CancelledError in the task; False: it was woken before."""
  *         callback = self.callback
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_5Sleep_7cancel, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Sleep_cancel, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 204, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_5Sleep_7cancel, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Sleep_cancel, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 205, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep, __pyx_mstate_global->__pyx_n_u_cancel, __pyx_t_2) < (0)) __PYX_ERR(0, 204, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep, __pyx_mstate_global->__pyx_n_u_cancel, __pyx_t_2) < (0)) __PYX_ERR(0, 205, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":231
+  /* "ivshmem/channel/sleeping_tasks.pyx":232
  *         return 0
  * 
  *     def expire(self):             # <<<<<<<<<<<<<<
  *         """End the sleep, if it has not ended."""
  *         if self.callback is not None:
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_5Sleep_11expire, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Sleep_expire, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 231, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_5Sleep_11expire, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Sleep_expire, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 232, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep, __pyx_mstate_global->__pyx_n_u_expire, __pyx_t_2) < (0)) __PYX_ERR(0, 231, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep, __pyx_mstate_global->__pyx_n_u_expire, __pyx_t_2) < (0)) __PYX_ERR(0, 232, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":295
+  /* "ivshmem/channel/sleeping_tasks.pyx":298
  *         raise TypeError("a Waiting is made by an end of a channel")
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
  *         raise TypeError("a Waiting cannot be copied or pickled")
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_7Waiting_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Waiting___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 295, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_7Waiting_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Waiting___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 298, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 295, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 298, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":312
+  /* "ivshmem/channel/sleeping_tasks.pyx":315
  *         return self.send(None)
  * 
  *     def send(self, value):             # <<<<<<<<<<<<<<
  *         """Begin, or continue when the task runs again."""
  *         found = self.step()
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_7Waiting_9send, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Waiting_send, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 312, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_7Waiting_9send, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Waiting_send, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 315, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting, __pyx_mstate_global->__pyx_n_u_send, __pyx_t_2) < (0)) __PYX_ERR(0, 312, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting, __pyx_mstate_global->__pyx_n_u_send, __pyx_t_2) < (0)) __PYX_ERR(0, 315, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":329
+  /* "ivshmem/channel/sleeping_tasks.pyx":332
  *         raise value if traceback is None else value.with_traceback(traceback)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """End the wait."""
  *         self.state = OVER
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_7Waiting_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Waiting_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 329, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_7Waiting_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Waiting_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 332, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 329, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 332, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":410
+  /* "ivshmem/channel/sleeping_tasks.pyx":415
  * 
  * 
  * ivshmem_set_send(<PyTypeObject *>Waiting, send_to_waiting)             # <<<<<<<<<<<<<<
@@ -13818,7 +13979,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":211
+  /* "ivshmem/channel/sleeping_tasks.pyx":212
  *         self.callback = None
  *         self.error = CancelledError() if msg is None else CancelledError(msg)
  *         self._loop.call_soon(callback, self, context=self.context)             # <<<<<<<<<<<<<<
@@ -13827,7 +13988,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_context};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 211, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 212, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
@@ -13836,8 +13997,8 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
  * cdef object ABSENT = object()
  * 
  * cdef tuple DO_NOT_WAIT = (0,)             # <<<<<<<<<<<<<<
+ * cdef tuple ABSENT_AND_DO_NOT_WAIT = (ABSENT, 0)
  * 
- * # What comes just before a sleep is taken at once. A hostile peer can say again and again that there
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_int_0};
@@ -13846,7 +14007,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":204
+  /* "ivshmem/channel/sleeping_tasks.pyx":205
  *         self.context = context
  * 
  *     def cancel(self, msg=None):             # <<<<<<<<<<<<<<
@@ -13855,7 +14016,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 204, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 205, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
@@ -13897,30 +14058,30 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
     const struct { const unsigned int length: 8; } str_length_index[] = {{2},{1},{19},{1},{179},{39},{35},{28},{37},{40},{8},{38},{14},{7},{6},{2},{9},{14},{26},{34},{23},{23},{14},{11},{9},{20},{5},{16},{12},{12},{7},{18},{13},{12},{20},{12},{8},{8},{10},{8},{12},{14},{12},{10},{12},{8},{13},{10},{7},{18},{7},{9},{8},{6},{18},{5},{7},{6},{6},{5},{1},{3},{16},{9},{5},{30},{7},{4},{4},{10},{3},{6},{3},{3},{13},{3},{10},{4},{4},{10},{18},{4},{9},{5},{6},{4},{7},{14}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{341},{11},{20},{16},{36},{78}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{356},{11},{20},{16},{36},{78}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (877 bytes) */
-static const char cstring[] = "x\332\275T=\217\0337\020\275\003\014\344\220\034\022_\034 H7\251\034\037\3545\014\010q\222&8(g\300\200\341\\\342\000\016R\204\240\310\221D\213K\2568\\\3516\225K\225[\252\274\362J\227\376\t.S\252\364O\311\220\273\222\357\362\205T\001\244\235\031\356\314\233\2317\263\004*\276\001\347\343\324\270\t\224~\201\032\214\203o\237\372\210\020\2472\302\260\211S\357\300\020h\264f\204AF\264\rP\014FE\014\311\311\301\331\351\331\275\301W\003\220NC\300\027\250\"\001\325#e%\021\022\3701\214jc##\307\246B*\340\361\030\032_\203C\316\027=T\354w5 N\321\001aL\n\334\226\216\013\224\321x\0478\234\013\275\r\332\004Nb\026\230\242\037IKXHx\342}\365\\F5\005\225C`\204\240|e8\207\017P\0315\263\250%<\263\210\325\177q\341\236K\251\021F\rHx.\r\327?\331)\377\016\260u\272\n\341\000\231\036\346B\202b\322\034Z\251\265`\014\354\241\002\326\204 m@\251\331\177\311\030\014\253|\3605\203\241\362\034\243\022\r\tD\033\222#.\323\245\347D\031\3524m\0264-\261,0\004\037hkQC\221E4%\nkJ\023\267o\356\367\245\334\247\3242\227,\242\244\031\025Us\236\270\357\337\022\310\300\206\365\204:apA\251\265T\264\004W\227\274\026C\351\024Z.\3404%\036f\327\254\356\246\262S\n!\002\352Z\241\020\231\350\374\370\363a\2412`\247\343y\305\003\357I\355\305\225\200\355I.pk0!Z\210\263\346\234\377\337\361\256\212\247x\036\177\304\261\020\375>q\240\020\343\332\251$Ki\\\226^\3276\277q\262\314\222\231\020JVf\253/b\3429Y\363Z\332\255\327\266\024!xmw\261\021)\2620$vSL3O\003\346\017\211\032\247\214\357E\261\363 %\255\025LT\022\344\275K\312H\252Y\307\210\262\354#\270\332\030\244\302|\236\332\346\355\210\334`7\366\216\257\261\257\235\236L0\362O\204\332\2714^\313SH\365\344\001\361\202\225\273\035\351g]\\\337\204\0316\214D3\343t\neG\0366MMU\322\304\217\322\247^\371\212=\002\246\333\243o\215\223\345\2124\t?&\264\3434\014&F\343X\3266\376u\033\223\272\353g!m\215\371AK9\303%\312\031\047X\2328}\327\363Y\363}N\016\307_\360UT\263\322M\207K\022\017\373\216\304\303\276%1H\351\305\260\263N\371+<\276\013\357\020\376I\277\263\267\367\177\244\271\013\327\241\253(d""\230\320\337\340?\030\\\237\215\250]46\357\002\363\007\307;\000\276#\244\315(w\366:\037\347E\272Oz\213<\323\235\256\374\275k\010/O6\007\037\256L;_\357\277<y{\360\301j\260\372m\375\351\305\376\346\360f\373^;Og\207\253\307\355\017\033\026\217\332\317\223}\263\275\321\236\256\2176\331y\331*V\017?n\357\255\347\034u\360\321j\376\373\215\317\326Go\017n\265\203v\236\234\276n\207\254\034\336j\037$\220\047\353\375M\206\374\365\342\313\313O.\237\275z\377u\361f\377\315Q\227\340x}\262\376\345bq\371\363\253\237^\037e\264?\000\031\004\215\262";
-    PyObject *data = __Pyx_DecompressString(cstring, 877, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (883 bytes) */
+static const char cstring[] = "x\332\275U=o\033G\020\245\000\003\021\022!\261\342\000A\272Ie[\260\3170@\304I\232@`d\300\200\341(q\000\007)\262X\356\016\3115\367v\2177{\244\316\225K\226W\262T\251\322\245\177\202K\227,\375S<\273w<K\371B\252\000\322\315\314\336\314\233\2317sK\240\354{p>\314\214\233B\356\227\250\3018\370\341\211\017\010a&\003\214\3520\363\016\014\201Fk\306X\312\200\266\006\n\245Q\001\313\350\344\340\364\344\364\356\360\333!H\247\241\304\347\250\002\001Uce%\021\022\370\t\214+c\003#\207\272@\312\340\321\004j_\201C\316\027<\024\354w9 \314\320\001a\210\n\334\224\216\013\224\301x\0478\234\013\275\t\332\224\234\304,1F?\224\2260\223\360\330\373\342\231\014j\006*\205\300\030A\371\302p\016_Ba\324\334\242\226\360\324\"\026\377\305\205{\316\245F\030\327 \341\2314\\\377\264W\376\035`\347t\031\302\0012=\314\205\004\305\2449\264Rk\301\030\330A\225X\021\202\264%J\315\376+\306`X\345K_1\030*\3171*\322\020A\264!9\3462]|N\225\241V\323fI\263\034\363\014\313\322\227\264\263\250\246\300\"\230\034\2055\271\t\2737\367\272R\356Ql\231K\026A\322\234\262\242>\213\334wo\td\311\206\365\204:bpA\261\265X\264\004W\345\274\026#\351\024Z.\340$&\036%\327\244\366S\351\225L\210\022u\245P\210Dtz\374\3710S\t\260\325\361\254\340\201w\244v\342R\300\356$\025\2703\230\020-\304i}\306\377?\362\256\212\047x\026~\301\211\020\335>q\240\020\223\312\251(si\\\222^W6\275q2O\222\231\020J\026f\247/C\3449Z\213J\332\235\327\256\024!xm\373\330\200\024X\030\022\375\024\343\314\343\200\371C\242\332)\343;\221\365\036\244\244\265\202\211\212\202\274wQ\031K5o\031Q\226}\004W\033J\2510\235\307\266y;\0027\330\216\275\345k\342+\247\247S\014\374\047\312\312\2718^\313S\210\365\244\001\361\202\345\375\216t\263\316\256n\302\034kF\242\271q:\206\262#\017\233f\246\310i\352\307\361S/|\301\036%\306\333\243k\215\223\245\2124\t?!\264\2238\014&F\343DV6\374u\033\243\332\367\263\224\266\302\364\240\225\234\343\n\345\234\023\254L\230}\350\371\264\376)%\207\243[|\025U\254\264\323\341\222\304\203\256#\361\240kI\014cz1j\255\023\376\n\217\356\300\007\204\177\322o\017""\006\203\377#\317\035\270\n]\004!\313)\375\r\376\375\341\325\341\210\312\005c\32320\201p\324\003\360%!mB\271=h}\322~\270\320Y\316\213x\275t\026yf?\376\002\014\256\340\275<\336\356\177\2726\315b\263\367\362\370\335\376\047\353\341\372\305\346\313\363\275\355\301\365\346\243f\021\317\016\326\217\232\237\267,\0366_G\373zs\2559\331\034n\223\363\252Q\254\036|\336\334\335,8j\377\263\365\342\355\265\2576\207\357\366o4\303f\021\235\276kF\254\034\334h\356G\220\307\233\275m\202\374\343\374\233\213/.\236\276\372\370u\366f\357\315a\233\340hs\274\371\375|y\361\333\253__\037&\264\367\032\347\2238";
+    PyObject *data = __Pyx_DecompressString(cstring, 883, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1149 bytes) */
-static const char cstring[] = "\377 s.: not\377hing mov\377ed in ?N\377ote that\377 Cython \377is delib\377erately \377stricter\376!\001n PEP-4\37784 and r\377ejects s\377ubclasse\377s of bui\373ltW\000types\377. If you\367 nem\000to p\374%\000%\tthen s\373et\200\000e \047an~\236\000ation_<\000\276\246\000\047 dirb\000i\375v\242\000o Fals\377e.a Loop\177Watch c.\002\377 be copi\376\321\000or pick\377leda Sle\363ep\000 \360\001made\377 by a Wa\205i\275\000g\000\006F\033\047\0046\nn\363 e\234 \211 a ch~\321\000eladd_\371 \375e\250\004reuse \277alreadp\000w|o\000\214@corou\270 \037econn\361\001\213@\316 _disab\307\000n\002\001\337gcise\005\002di\377vshmem.e\337rrors\006\005sy\373st\022\000time__limit\022\005/\204\004\363/s\222!\202`_tas?ks.pyx\202@\241\005\357s ar\311 los\203ed@\001\216\000\216a\265`\227 n\373um\224`Cance\025l\336 Eu\001C&\002\006\002\215F\376\226F.__redu\217ce__\207B\214B\005\r.9cL\002\026\003exp\356@\374$\210\203D;\010\n\005c\235\001\027\005\216 d\337__Pyx\001\000Di\377ct_NextR\317ef__\311d|\000__\377func____\357main\003\002odu\235l\025\002nam\035\002\207 _\317capi\"\001\010\001vt<\364!0\001qual\036\005\311\005\277__set_4\005twest[\000is_\275F\374\360A\335Aerasyn\327cio\000\004.\337Fsc\277all_at\002\002s\367oon\014\001back~\214#cline_\253\000\037trace\023\002\224A\233`\361t\336\000\361C\252#foun\337dgget\000\000_r\367unn\333AloopD\214\001\307Bi\222`\233f\216\204\004.\374K\377keyrefsk\347ind7\001\330`ber\377shipmsgo\335b\347\206\001pop\037\000re\322\272\207\001_\325\003j\000s\254\204\001ds\277_ofsel\001\000n\377dsetdefa\307ult\374o\225\204\001\307\006va\367lue\000\002swak\337eweak\200\000wiwth_\353\006PyOx\002\377 *(struc\317t __\246A\220\000_7v\375\204\004_7\341\205\004_4e|\000\373_C\360\205\003End *\343, 8\007\000\t\014\t)\000\000\366\003a, \264\013pt_a\267rgs\264\02014\230\206\013_\337until\207bim\327e *\374\004p\247\211\001alvA\002)\000\036\003no_\314\207\001^\007\004some\356\212\002\0005\n\377\200A\330\010\016\210i\220\377q\230\001\200A\340\010\013\377\2104\210z\230\027\240""\001\177\330\014\020\220\007\220q\020\001\377\014\210I\220Q\330\010\014\357\210F\220! \001\020\220\004\337\220E\230\021\330(\002w\220\375c\010\000\014\022\220-\230q\3763\000\010\017\210q\320\004\031\377\230\021\340\010\023\2204\220\335q!\0019\220C\006\000\014\023\273\2201A\001L\230\001H\001I\377\220^\2406\250\024\250S\377\260\n\270.\310\001\310\021\376[\003*\230A\230Z\240v\037\250X\260T\270_\000K\000";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1149, 1710);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1157 bytes) */
+static const char cstring[] = "\377 s.: not\377hing mov\377ed in ?N\377ote that\377 Cython \377is delib\377erately \377stricter\376!\001n PEP-4\37784 and r\377ejects s\377ubclasse\377s of bui\373ltW\000types\377. If you\367 nem\000to p\374%\000%\tthen s\373et\200\000e \047an~\236\000ation_<\000\276\246\000\047 dirb\000i\375v\242\000o Fals\377e.a Loop\177Watch c.\002\377 be copi\376\321\000or pick\377leda Sle\363ep\000 \360\001made\377 by a Wa\205i\275\000g\000\006F\033\047\0046\nn\363 e\234 \211 a ch~\321\000eladd_\371 \375e\250\004reuse \277alreadp\000w|o\000\214@corou\270 \037econn\361\001\213@\316 _disab\307\000n\002\001\337gcise\005\002di\377vshmem.e\337rrors\006\005sy\373st\022\000time__limit\022\005/\204\004\363/s\222!\202`_tas?ks.pyx\202@\241\005\357s ar\311 los\203ed@\001\216\000\216a\265`\227 n\373um\224`Cance\025l\336 Eu\001C&\002\006\002\215F\376\226F.__redu\217ce__\207B\214B\005\r.9cL\002\026\003exp\356@\374$\210\203D;\010\n\005c\235\001\027\005\216 d\337__Pyx\001\000Di\377ct_NextR\317ef__\311d|\000__\377func____\357main\003\002odu\235l\025\002nam\035\002\207 _\317capi\"\001\010\001vt<\364!0\001qual\036\005\311\005\277__set_4\005twest[\000is_\275F\374\360A\335Aerasyn\327cio\000\004.\337Fsc\277all_at\002\002s\367oon\014\001back~\214#cline_\253\000\037trace\023\002\224A\233`\361t\336\000\361C\252#foun\337dgget\000\000_r\367unn\333AloopD\214\001\307Bi\222`\233f\216\204\004.\374K\377keyrefsk\347ind7\001\330`ber\377shipmsgo\335b\347\206\001pop\037\000re\322\272\207\001_\325\003j\000s\254\204\001ds\277_ofsel\001\000n\377dsetdefa\307ult\374o\225\204\001\307\006va\367lue\000\002swak\337eweak\200\000wiwth_\353\006PyOx\002\377 *(struc\317t __\246A\220\000_7v\375\204\004_7\341\205\004_4e|\000\373_C\360\205\003End *\343, 8\007\000\t\014\t)\000\000\355\000\004a, \265\013pt_oargs\265\02014\231\206\013\277_until\210bi\257me *\375\004p\250\211\001a\315lA\002)\000\036\003\233bnt\316\007\004no_\333\207\001\025\004so\353me\375\212\002\000C\n\200A\330\377\010\016\210i\220q\230\001\377\200A\340\010\013""\2104\210\377z\230\027\240\001\330\014\020\357\220\007\220q\020\001\014\210I\377\220Q\330\010\014\210F\220\375! \001\020\220\004\220E\230\273\021\330(\002w\220c\010\000\014\337\022\220-\230q3\000\010\017\377\210q\320\004\031\230\021\340\277\010\023\2204\220q!\0019{\220C\006\000\014\023\2201A\001\367L\230\001H\001I\220^\240\3776\250\024\250S\260\n\270\337.\310\001\310\021[\003*\230\377A\230Z\240v\250X\260\003T\270_\000K\000";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1157, 1725);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (1710 bytes) */
-static const char bytes[] = " s.: nothing moved in ?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a LoopWatch cannot be copied or pickleda Sleep cannot be copied or pickleda Sleep is made by a Waitinga Waiting cannot be copied or pickleda Waiting is made by an end of a channeladd_notecannot reuse already awaited coroutineconnection of disableenablegcisenabledivshmem.errorsivshmem.system.time_limitsivshmem/channel/sleeping_tasks.pyxthe channels are closedtimeout is not a numberCancelledErrorClosedErrorLoopWatchLoopWatch.__reduce__SleepSleep.__reduce__Sleep.cancelSleep.expireWaitingWaiting.__reduce__Waiting.closeWaiting.send__Pyx_PyDict_NextRef__annotate____func____main____module____name____pyx_capi____pyx_vtable____qualname____reduce____set_name____test___is_coroutineadd_readerasyncioasyncio.coroutinescall_atcall_sooncallbackcancelcline_in_tracebackclosecontexterrorsexpirefoundggetget_running_loopis_closeditemsivshmem.channel.sleeping_taskskeyrefskindloopmembershipmsgobjectpoprefremove_readerrunseconds_ofselfsendsetdefaultsystem.time_limitstimetracebackvaluevalueswakeweakrefwith_tracebackPyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *)\000\000PyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *, struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time *__pyx_optional_args)\000until_no_wait\000until_something\000until_in_time\200A\330\010\016\210i\220q\230\001\200A\340\010\013\2104\210z\230\027\240\001\330\014\020\220\007\220q\200A\340\010\014\210I\220Q\330\010\014\210F\220!\200A\340\010\020\220\004\220E\230\021\330\010\013\2104\210w\220c\230\021\330\014\022\220-\230q\240\001\330\010\017\210q\320\004\031\230\021\340\010\023\2204\220q\330\010\013\2109\220C\220q\330\014\023\2201\330\010\014\210L\230\001\330\010\014\210I\220^\2406\250\024\250S\260""\n\270.\310\001\310\021\330\010\014\210F\220*\230A\230Z\240v\250X\260T\270\021\330\010\017\210q";
+    #else /* compression: none (1725 bytes) */
+static const char bytes[] = " s.: nothing moved in ?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a LoopWatch cannot be copied or pickleda Sleep cannot be copied or pickleda Sleep is made by a Waitinga Waiting cannot be copied or pickleda Waiting is made by an end of a channeladd_notecannot reuse already awaited coroutineconnection of disableenablegcisenabledivshmem.errorsivshmem.system.time_limitsivshmem/channel/sleeping_tasks.pyxthe channels are closedtimeout is not a numberCancelledErrorClosedErrorLoopWatchLoopWatch.__reduce__SleepSleep.__reduce__Sleep.cancelSleep.expireWaitingWaiting.__reduce__Waiting.closeWaiting.send__Pyx_PyDict_NextRef__annotate____func____main____module____name____pyx_capi____pyx_vtable____qualname____reduce____set_name____test___is_coroutineadd_readerasyncioasyncio.coroutinescall_atcall_sooncallbackcancelcline_in_tracebackclosecontexterrorsexpirefoundggetget_running_loopis_closeditemsivshmem.channel.sleeping_taskskeyrefskindloopmembershipmsgobjectpoprefremove_readerrunseconds_ofselfsendsetdefaultsystem.time_limitstimetracebackvaluevalueswakeweakrefwith_tracebackPyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *)\000\000\000PyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *, struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time *__pyx_optional_args)\000until_content\000until_no_wait\000until_something\000until_in_time\200A\330\010\016\210i\220q\230\001\200A\340\010\013\2104\210z\230\027\240\001\330\014\020\220\007\220q\200A\340\010\014\210I\220Q\330\010\014\210F\220!\200A\340\010\020\220\004\220E\230\021\330\010\013\2104\210w\220c\230\021\330\014\022\220-\230q\240\001\330\010\017\210q\320\004\031\230\021\340\010\023\2204\220q\330\010\013\2109\220C\220q\330\014\023\2201\330\010\014\210L\230\001\330\010\014\210I\220^""\2406\250\024\250S\260\n\270.\310\001\310\021\330\010\014\210F\220*\230A\230Z\240v\250X\260T\270\021\330\010\017\210q";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
@@ -14043,37 +14204,37 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 100};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 101};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_sleeping_tasks_p, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 183};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 184};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_sleeping_tasks_p, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 204};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 205};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_msg, __pyx_mstate->__pyx_n_u_callback};
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_sleeping_tasks_p, __pyx_mstate->__pyx_n_u_cancel, __pyx_mstate->__pyx_kp_b_iso88591_4q_9Cq_1_L_I_6_S_F_AZvXT_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 231};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 232};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_sleeping_tasks_p, __pyx_mstate->__pyx_n_u_expire, __pyx_mstate->__pyx_kp_b_iso88591_A_4z_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 295};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 298};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_sleeping_tasks_p, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 312};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 315};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_value, __pyx_mstate->__pyx_n_u_found};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_sleeping_tasks_p, __pyx_mstate->__pyx_n_u_send, __pyx_mstate->__pyx_kp_b_iso88591_A_E_4wc_q_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 329};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 332};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_sleeping_tasks_p, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_IQ_F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }

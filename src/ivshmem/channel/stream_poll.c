@@ -2283,7 +2283,8 @@ enum  {
   __pyx_e_7ivshmem_7channel_7streams_RECEIVE = 1,
   __pyx_e_7ivshmem_7channel_7streams_ENDED = 2,
   __pyx_e_7ivshmem_7channel_7streams_ABORTED = 3,
-  __pyx_e_7ivshmem_7channel_7streams_FD_WAITS = -99L
+  __pyx_e_7ivshmem_7channel_7streams_FD_WAITS = -99L,
+  __pyx_e_7ivshmem_7channel_7streams_INTERRUPTED = -98L
 };
 struct __pyx_t_7ivshmem_7channel_11stream_poll_Entry;
 
@@ -2621,7 +2622,7 @@ struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd {
 };
 
 
-/* "streams.pxd":18
+/* "streams.pxd":19
  * 
  * 
  * cdef class StreamListener(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2634,7 +2635,7 @@ struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener {
 };
 
 
-/* "streams.pxd":22
+/* "streams.pxd":23
  * 
  * 
  * cdef class Stream(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -3005,7 +3006,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd;
 
 
-/* "streams.pxd":18
+/* "streams.pxd":19
  * 
  * 
  * cdef class StreamListener(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -3019,7 +3020,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener {
 static struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *__pyx_vtabptr_7ivshmem_7channel_7streams_StreamListener;
 
 
-/* "streams.pxd":22
+/* "streams.pxd":23
  * 
  * 
  * cdef class Stream(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -3039,6 +3040,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream {
   int64_t (*pull)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, char *, uint64_t, PyObject *);
   PyObject *(*receive)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, Py_ssize_t, PyObject *);
   int64_t (*move)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int, int, uint64_t);
+  int64_t (*move_once)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int, int, uint64_t);
   PyObject *(*move_in_time)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int, PyObject *, PyObject *);
 };
 static struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *__pyx_vtabptr_7ivshmem_7channel_7streams_Stream;
@@ -9170,7 +9172,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd) __PYX_ERR(8, 31, __pyx_L1_error)
   if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd) != 1)) __PYX_ERR(8, 31, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.streams"); if (unlikely(!__pyx_t_1)) __PYX_ERR(9, 18, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.streams"); if (unlikely(!__pyx_t_1)) __PYX_ERR(9, 19, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.streams", "StreamListener",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -9180,8 +9182,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener) __PYX_ERR(9, 18, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener, (void**)&__pyx_vtabptr_7ivshmem_7channel_7streams_StreamListener) != 1)) __PYX_ERR(9, 18, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener) __PYX_ERR(9, 19, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener, (void**)&__pyx_vtabptr_7ivshmem_7channel_7streams_StreamListener) != 1)) __PYX_ERR(9, 19, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.streams", "Stream",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_7channel_7streams_Stream), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_7streams_Stream),
@@ -9190,8 +9192,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_7streams_Stream), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_7streams_Stream),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) __PYX_ERR(9, 22, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream, (void**)&__pyx_vtabptr_7ivshmem_7channel_7streams_Stream) != 1)) __PYX_ERR(9, 22, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) __PYX_ERR(9, 23, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream, (void**)&__pyx_vtabptr_7ivshmem_7channel_7streams_Stream) != 1)) __PYX_ERR(9, 23, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_RefNannyFinishContext();
   return 0;

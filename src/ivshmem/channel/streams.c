@@ -2310,18 +2310,18 @@ enum  {
  * 
  * 
  * cdef struct Held:             # <<<<<<<<<<<<<<
- *     unsigned writer
- *     uint64_t position
+ *     ivshmem_message message
+ *     bint kept  # by nobody: it is for the next call
 */
 struct __pyx_t_7ivshmem_7channel_5roles_Held {
-  unsigned int writer;
-  uint64_t position;
+  struct ivshmem_message message;
+  int kept;
 };
 struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time;
 
-/* "sleeping_tasks.pxd":6
- * 
+/* "sleeping_tasks.pxd":7
  * cdef object until_something(ChannelEnd end, object call, object timeout, tuple arguments)
+ * cdef object until_content(ChannelEnd end, str name, object call, object timeout)
  * cdef object until_in_time(             # <<<<<<<<<<<<<<
  *     ChannelEnd end, object call, object timeout, tuple arguments, dict options=*
  * )
@@ -2344,7 +2344,8 @@ enum  {
   __pyx_e_7ivshmem_7channel_7streams_RECEIVE = 1,
   __pyx_e_7ivshmem_7channel_7streams_ENDED = 2,
   __pyx_e_7ivshmem_7channel_7streams_ABORTED = 3,
-  __pyx_e_7ivshmem_7channel_7streams_FD_WAITS = -99L
+  __pyx_e_7ivshmem_7channel_7streams_FD_WAITS = -99L,
+  __pyx_e_7ivshmem_7channel_7streams_INTERRUPTED = -98L
 };
 
 /* "ivshmem/channel/streams.pyx":31
@@ -2735,7 +2736,7 @@ struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd {
 };
 
 
-/* "ivshmem/channel/streams.pxd":18
+/* "ivshmem/channel/streams.pxd":19
  * 
  * 
  * cdef class StreamListener(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2748,7 +2749,7 @@ struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener {
 };
 
 
-/* "ivshmem/channel/streams.pxd":22
+/* "ivshmem/channel/streams.pxd":23
  * 
  * 
  * cdef class Stream(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -3149,9 +3150,12 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *__pyx_vtabptr
 
 struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd {
   struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
+  int (*make_room)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *);
   int (*hold)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message const *);
   int (*forget)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, unsigned int, uint64_t);
   int (*let_go)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, unsigned int, uint64_t);
+  int (*put_back)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message const *);
+  int (*is_for_ever)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, PyObject *);
   int (*copy_to)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message const *, char *);
   PyObject *(*starved)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *);
 };
@@ -3192,6 +3196,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream {
   int64_t (*pull)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, char *, uint64_t, PyObject *);
   PyObject *(*receive)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, Py_ssize_t, PyObject *);
   int64_t (*move)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int, int, uint64_t);
+  int64_t (*move_once)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int, int, uint64_t);
   PyObject *(*move_in_time)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int, PyObject *, PyObject *);
 };
 static struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *__pyx_vtabptr_7ivshmem_7channel_7streams_Stream;
@@ -3205,6 +3210,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(struct __pyx_o
 static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, char *, uint64_t, PyObject *);
 static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, Py_ssize_t, PyObject *);
 static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int, int, uint64_t);
+static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int, int, uint64_t);
 static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int, PyObject *, PyObject *);
 
 
@@ -4500,6 +4506,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(struct __pyx_o
 static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, char *__pyx_v_into, uint64_t __pyx_v_room, PyObject *__pyx_v_timeout); /* proto*/
 static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, Py_ssize_t __pyx_v_size, PyObject *__pyx_v_timeout); /* proto*/
 static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, int __pyx_v_direction, int __pyx_v_fd, uint64_t __pyx_v_most); /* proto*/
+static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, int __pyx_v_direction, int __pyx_v_fd, uint64_t __pyx_v_most); /* proto*/
 static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, int __pyx_v_direction, PyObject *__pyx_v_fd, PyObject *__pyx_v_size); /* proto*/
 
 /* Module declarations from "libc.stdint" */
@@ -14746,6 +14753,87 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23_send_now(struct 
 */
 
 static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, int __pyx_v_direction, int __pyx_v_fd, uint64_t __pyx_v_most) {
+  int64_t __pyx_v_n;
+  int64_t __pyx_r;
+  int __pyx_t_1;
+  int64_t __pyx_t_2;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "ivshmem/channel/streams.pyx":537
+ *         descriptor's errors, and those of a spoiled ring.
+ *         """
+ *         cdef int64_t n = INTERRUPTED             # <<<<<<<<<<<<<<
+ *         while n == INTERRUPTED:
+ *             n = self.move_once(direction, fd, most)
+*/
+  __pyx_v_n = __pyx_e_7ivshmem_7channel_7streams_INTERRUPTED;
+
+  /* "ivshmem/channel/streams.pyx":538
+ *         """
+ *         cdef int64_t n = INTERRUPTED
+ *         while n == INTERRUPTED:             # <<<<<<<<<<<<<<
+ *             n = self.move_once(direction, fd, most)
+ *         return n
+*/
+  while (1) {
+    __pyx_t_1 = (__pyx_v_n == __pyx_e_7ivshmem_7channel_7streams_INTERRUPTED);
+
+
+    if (!__pyx_t_1) break;
+
+    /* "ivshmem/channel/streams.pyx":539
+ *         cdef int64_t n = INTERRUPTED
+ *         while n == INTERRUPTED:
+ *             n = self.move_once(direction, fd, most)             # <<<<<<<<<<<<<<
+ *         return n
+ * 
+*/
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(__pyx_v_self, __pyx_v_direction, __pyx_v_fd, __pyx_v_most); if (unlikely(__pyx_t_2 == ((int64_t)-100L))) __PYX_ERR(0, 539, __pyx_L1_error)
+    __pyx_v_n = __pyx_t_2;
+  }
+
+  /* "ivshmem/channel/streams.pyx":540
+ *         while n == INTERRUPTED:
+ *             n = self.move_once(direction, fd, most)
+ *         return n             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int64_t move_once(self, int direction, int fd, uint64_t most) except -100:
+*/
+  {
+
+    __pyx_r = __pyx_v_n;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/streams.pyx":530
+ *     # From and to descriptors.
+ * 
+ *     cdef int64_t move(self, int direction, int fd, uint64_t most) except -100:             # <<<<<<<<<<<<<<
+ *         """Let the kernel copy between a descriptor and the ring, once; how many bytes.
+ * 
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.streams.Stream.move", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -100L;
+  __pyx_L0:;
+
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/streams.pyx":542
+ *         return n
+ * 
+ *     cdef int64_t move_once(self, int direction, int fd, uint64_t most) except -100:             # <<<<<<<<<<<<<<
+ *         cdef ivshmem_pieces pieces
+ *         cdef iovec vector[2]
+*/
+
+static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, int __pyx_v_direction, int __pyx_v_fd, uint64_t __pyx_v_most) {
   struct ivshmem_pieces __pyx_v_pieces;
   struct iovec __pyx_v_vector[2];
   int64_t __pyx_v_n;
@@ -14758,20 +14846,19 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
   PyObject *__pyx_t_3 = NULL;
   unsigned char *__pyx_t_4;
   uint64_t __pyx_t_5;
-  int64_t __pyx_t_6;
+  PyObject *__pyx_t_6 = NULL;
   PyObject *__pyx_t_7 = NULL;
   PyObject *__pyx_t_8 = NULL;
   PyObject *__pyx_t_9 = NULL;
   PyObject *__pyx_t_10 = NULL;
   PyObject *__pyx_t_11 = NULL;
-  PyObject *__pyx_t_12 = NULL;
-  size_t __pyx_t_13;
+  size_t __pyx_t_12;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("move", 0);
+  __Pyx_RefNannySetupContext("move_once", 0);
 
-  /* "ivshmem/channel/streams.pyx":540
+  /* "ivshmem/channel/streams.pyx":546
  *         cdef iovec vector[2]
  *         cdef int64_t n, found
  *         cdef int code = 0             # <<<<<<<<<<<<<<
@@ -14780,7 +14867,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
   __pyx_v_code = 0;
 
-  /* "ivshmem/channel/streams.pyx":541
+  /* "ivshmem/channel/streams.pyx":547
  *         cdef int64_t n, found
  *         cdef int code = 0
  *         self.partly = False             # <<<<<<<<<<<<<<
@@ -14789,27 +14876,27 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
   __pyx_v_self->partly = 0;
 
-  /* "ivshmem/channel/streams.pyx":542
+  /* "ivshmem/channel/streams.pyx":548
  *         cdef int code = 0
  *         self.partly = False
  *         self.enter()             # <<<<<<<<<<<<<<
  *         self.check_alone(direction)
  *         if direction == SEND:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 542, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 548, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":543
+  /* "ivshmem/channel/streams.pyx":549
  *         self.partly = False
  *         self.enter()
  *         self.check_alone(direction)             # <<<<<<<<<<<<<<
  *         if direction == SEND:
  *             n = ivshmem_send_begin(&self.stream, most, &pieces)
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(__pyx_v_self, __pyx_v_direction); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 543, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(__pyx_v_self, __pyx_v_direction); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 549, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":544
+  /* "ivshmem/channel/streams.pyx":550
  *         self.enter()
  *         self.check_alone(direction)
  *         if direction == SEND:             # <<<<<<<<<<<<<<
@@ -14821,7 +14908,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/streams.pyx":545
+    /* "ivshmem/channel/streams.pyx":551
  *         self.check_alone(direction)
  *         if direction == SEND:
  *             n = ivshmem_send_begin(&self.stream, most, &pieces)             # <<<<<<<<<<<<<<
@@ -14830,7 +14917,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
     __pyx_v_n = ivshmem_send_begin((&__pyx_v_self->stream), __pyx_v_most, (&__pyx_v_pieces));
 
-    /* "ivshmem/channel/streams.pyx":544
+    /* "ivshmem/channel/streams.pyx":550
  *         self.enter()
  *         self.check_alone(direction)
  *         if direction == SEND:             # <<<<<<<<<<<<<<
@@ -14840,7 +14927,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/streams.pyx":547
+  /* "ivshmem/channel/streams.pyx":553
  *             n = ivshmem_send_begin(&self.stream, most, &pieces)
  *         else:
  *             n = ivshmem_receive_begin(&self.stream, most, &pieces)             # <<<<<<<<<<<<<<
@@ -14852,7 +14939,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/streams.pyx":548
+  /* "ivshmem/channel/streams.pyx":554
  *         else:
  *             n = ivshmem_receive_begin(&self.stream, most, &pieces)
  *         if n <= 0:             # <<<<<<<<<<<<<<
@@ -14864,7 +14951,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/streams.pyx":549
+    /* "ivshmem/channel/streams.pyx":555
  *             n = ivshmem_receive_begin(&self.stream, most, &pieces)
  *         if n <= 0:
  *             if n == 0 or n == IVSHMEM_AGAIN or n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -14876,7 +14963,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
       case IVSHMEM_AGAIN:
       case IVSHMEM_CLOSED:
 
-      /* "ivshmem/channel/streams.pyx":550
+      /* "ivshmem/channel/streams.pyx":556
  *         if n <= 0:
  *             if n == 0 or n == IVSHMEM_AGAIN or n == IVSHMEM_CLOSED:
  *                 return n             # <<<<<<<<<<<<<<
@@ -14889,7 +14976,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":549
+      /* "ivshmem/channel/streams.pyx":555
  *             n = ivshmem_receive_begin(&self.stream, most, &pieces)
  *         if n <= 0:
  *             if n == 0 or n == IVSHMEM_AGAIN or n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -14900,20 +14987,20 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
       default: break;
     }
 
-    /* "ivshmem/channel/streams.pyx":551
+    /* "ivshmem/channel/streams.pyx":557
  *             if n == 0 or n == IVSHMEM_AGAIN or n == IVSHMEM_CLOSED:
  *                 return n
  *             raise self.fail(<int>n)             # <<<<<<<<<<<<<<
  *         vector[0].iov_base = pieces.first
  *         vector[0].iov_len = pieces.first_size
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 551, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 557, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 551, __pyx_L1_error)
+    __PYX_ERR(0, 557, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":548
+    /* "ivshmem/channel/streams.pyx":554
  *         else:
  *             n = ivshmem_receive_begin(&self.stream, most, &pieces)
  *         if n <= 0:             # <<<<<<<<<<<<<<
@@ -14922,7 +15009,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":552
+  /* "ivshmem/channel/streams.pyx":558
  *                 return n
  *             raise self.fail(<int>n)
  *         vector[0].iov_base = pieces.first             # <<<<<<<<<<<<<<
@@ -14933,7 +15020,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 
   (__pyx_v_vector[0]).iov_base = __pyx_t_4;
 
-  /* "ivshmem/channel/streams.pyx":553
+  /* "ivshmem/channel/streams.pyx":559
  *             raise self.fail(<int>n)
  *         vector[0].iov_base = pieces.first
  *         vector[0].iov_len = pieces.first_size             # <<<<<<<<<<<<<<
@@ -14944,7 +15031,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 
   (__pyx_v_vector[0]).iov_len = __pyx_t_5;
 
-  /* "ivshmem/channel/streams.pyx":554
+  /* "ivshmem/channel/streams.pyx":560
  *         vector[0].iov_base = pieces.first
  *         vector[0].iov_len = pieces.first_size
  *         vector[1].iov_base = pieces.second             # <<<<<<<<<<<<<<
@@ -14955,7 +15042,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 
   (__pyx_v_vector[1]).iov_base = __pyx_t_4;
 
-  /* "ivshmem/channel/streams.pyx":555
+  /* "ivshmem/channel/streams.pyx":561
  *         vector[0].iov_len = pieces.first_size
  *         vector[1].iov_base = pieces.second
  *         vector[1].iov_len = pieces.second_size             # <<<<<<<<<<<<<<
@@ -14966,7 +15053,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 
   (__pyx_v_vector[1]).iov_len = __pyx_t_5;
 
-  /* "ivshmem/channel/streams.pyx":556
+  /* "ivshmem/channel/streams.pyx":562
  *         vector[1].iov_base = pieces.second
  *         vector[1].iov_len = pieces.second_size
  *         found = n             # <<<<<<<<<<<<<<
@@ -14975,17 +15062,17 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
   __pyx_v_found = __pyx_v_n;
 
-  /* "ivshmem/channel/streams.pyx":557
+  /* "ivshmem/channel/streams.pyx":563
  *         vector[1].iov_len = pieces.second_size
  *         found = n
  *         self.begin_copy()             # <<<<<<<<<<<<<<
  *         self.moving[direction] = True
  *         try:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.begin_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 557, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.begin_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 563, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":558
+  /* "ivshmem/channel/streams.pyx":564
  *         found = n
  *         self.begin_copy()
  *         self.moving[direction] = True             # <<<<<<<<<<<<<<
@@ -14994,7 +15081,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
   (__pyx_v_self->moving[__pyx_v_direction]) = 1;
 
-  /* "ivshmem/channel/streams.pyx":559
+  /* "ivshmem/channel/streams.pyx":565
  *         self.begin_copy()
  *         self.moving[direction] = True
  *         try:             # <<<<<<<<<<<<<<
@@ -15003,7 +15090,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
   /*try:*/ {
 
-    /* "ivshmem/channel/streams.pyx":560
+    /* "ivshmem/channel/streams.pyx":566
  *         self.moving[direction] = True
  *         try:
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -15016,7 +15103,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
         __Pyx_FastGIL_Remember();
         /*try:*/ {
 
-          /* "ivshmem/channel/streams.pyx":561
+          /* "ivshmem/channel/streams.pyx":567
  *         try:
  *             with nogil:
  *                 if direction == SEND:             # <<<<<<<<<<<<<<
@@ -15028,7 +15115,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
           if (__pyx_t_2) {
 
 
-            /* "ivshmem/channel/streams.pyx":562
+            /* "ivshmem/channel/streams.pyx":568
  *             with nogil:
  *                 if direction == SEND:
  *                     n = readv(fd, vector, 2 if pieces.second_size else 1)             # <<<<<<<<<<<<<<
@@ -15048,7 +15135,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
             __pyx_v_n = readv(__pyx_v_fd, __pyx_v_vector, __pyx_t_1);
 
 
-            /* "ivshmem/channel/streams.pyx":561
+            /* "ivshmem/channel/streams.pyx":567
  *         try:
  *             with nogil:
  *                 if direction == SEND:             # <<<<<<<<<<<<<<
@@ -15058,7 +15145,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
             goto __pyx_L11;
           }
 
-          /* "ivshmem/channel/streams.pyx":564
+          /* "ivshmem/channel/streams.pyx":570
  *                     n = readv(fd, vector, 2 if pieces.second_size else 1)
  *                 else:
  *                     n = writev(fd, vector, 2 if pieces.second_size else 1)             # <<<<<<<<<<<<<<
@@ -15081,7 +15168,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
           }
           __pyx_L11:;
 
-          /* "ivshmem/channel/streams.pyx":565
+          /* "ivshmem/channel/streams.pyx":571
  *                 else:
  *                     n = writev(fd, vector, 2 if pieces.second_size else 1)
  *                 if n < 0:             # <<<<<<<<<<<<<<
@@ -15093,7 +15180,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
           if (__pyx_t_2) {
 
 
-            /* "ivshmem/channel/streams.pyx":566
+            /* "ivshmem/channel/streams.pyx":572
  *                     n = writev(fd, vector, 2 if pieces.second_size else 1)
  *                 if n < 0:
  *                     code = errno             # <<<<<<<<<<<<<<
@@ -15102,7 +15189,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
             __pyx_v_code = errno;
 
-            /* "ivshmem/channel/streams.pyx":565
+            /* "ivshmem/channel/streams.pyx":571
  *                 else:
  *                     n = writev(fd, vector, 2 if pieces.second_size else 1)
  *                 if n < 0:             # <<<<<<<<<<<<<<
@@ -15112,7 +15199,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
           }
         }
 
-        /* "ivshmem/channel/streams.pyx":560
+        /* "ivshmem/channel/streams.pyx":566
  *         self.moving[direction] = True
  *         try:
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -15130,7 +15217,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
     }
   }
 
-  /* "ivshmem/channel/streams.pyx":568
+  /* "ivshmem/channel/streams.pyx":574
  *                     code = errno
  *         finally:
  *             self.moving[direction] = False             # <<<<<<<<<<<<<<
@@ -15141,21 +15228,21 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
     /*normal exit:*/{
       (__pyx_v_self->moving[__pyx_v_direction]) = 0;
 
-      /* "ivshmem/channel/streams.pyx":569
+      /* "ivshmem/channel/streams.pyx":575
  *         finally:
  *             self.moving[direction] = False
  *             self.end_copy()             # <<<<<<<<<<<<<<
  *         if n < 0:
  *             if code == EAGAIN:
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.end_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 569, __pyx_L1_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.end_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 575, __pyx_L1_error)
 
       goto __pyx_L7;
     }
     __pyx_L7:;
   }
 
-  /* "ivshmem/channel/streams.pyx":570
+  /* "ivshmem/channel/streams.pyx":576
  *             self.moving[direction] = False
  *             self.end_copy()
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -15167,7 +15254,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/streams.pyx":571
+    /* "ivshmem/channel/streams.pyx":577
  *             self.end_copy()
  *         if n < 0:
  *             if code == EAGAIN:             # <<<<<<<<<<<<<<
@@ -15179,7 +15266,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/streams.pyx":572
+      /* "ivshmem/channel/streams.pyx":578
  *         if n < 0:
  *             if code == EAGAIN:
  *                 return FD_WAITS             # <<<<<<<<<<<<<<
@@ -15192,7 +15279,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":571
+      /* "ivshmem/channel/streams.pyx":577
  *             self.end_copy()
  *         if n < 0:
  *             if code == EAGAIN:             # <<<<<<<<<<<<<<
@@ -15201,110 +15288,110 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":573
+    /* "ivshmem/channel/streams.pyx":579
  *             if code == EAGAIN:
  *                 return FD_WAITS
  *             if code == EINTR:             # <<<<<<<<<<<<<<
  *                 PyErr_CheckSignals()
- *                 return self.move(direction, fd, most)
+ *                 return INTERRUPTED
 */
     __pyx_t_2 = (__pyx_v_code == EINTR);
 
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/streams.pyx":574
+      /* "ivshmem/channel/streams.pyx":580
  *                 return FD_WAITS
  *             if code == EINTR:
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
- *                 return self.move(direction, fd, most)
+ *                 return INTERRUPTED
  *             raise OSError(code, os.strerror(code), f"descriptor {fd}")
 */
-      __pyx_t_1 = PyErr_CheckSignals(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 574, __pyx_L1_error)
+      __pyx_t_1 = PyErr_CheckSignals(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 580, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/streams.pyx":575
+      /* "ivshmem/channel/streams.pyx":581
  *             if code == EINTR:
  *                 PyErr_CheckSignals()
- *                 return self.move(direction, fd, most)             # <<<<<<<<<<<<<<
+ *                 return INTERRUPTED             # <<<<<<<<<<<<<<
  *             raise OSError(code, os.strerror(code), f"descriptor {fd}")
  *         self.enter()  # another thread can have closed it
 */
-      __pyx_t_6 = __pyx_f_7ivshmem_7channel_7streams_6Stream_move(__pyx_v_self, __pyx_v_direction, __pyx_v_fd, __pyx_v_most); if (unlikely(__pyx_t_6 == ((int64_t)-100L))) __PYX_ERR(0, 575, __pyx_L1_error)
       {
-        __pyx_r = __pyx_t_6;
+
+        __pyx_r = __pyx_e_7ivshmem_7channel_7streams_INTERRUPTED;
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":573
+      /* "ivshmem/channel/streams.pyx":579
  *             if code == EAGAIN:
  *                 return FD_WAITS
  *             if code == EINTR:             # <<<<<<<<<<<<<<
  *                 PyErr_CheckSignals()
- *                 return self.move(direction, fd, most)
+ *                 return INTERRUPTED
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":576
+    /* "ivshmem/channel/streams.pyx":582
  *                 PyErr_CheckSignals()
- *                 return self.move(direction, fd, most)
+ *                 return INTERRUPTED
  *             raise OSError(code, os.strerror(code), f"descriptor {fd}")             # <<<<<<<<<<<<<<
  *         self.enter()  # another thread can have closed it
  *         self.partly = n < found
 */
-    __pyx_t_7 = NULL;
-    __pyx_t_8 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 576, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_8);
-    __pyx_t_10 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 576, __pyx_L1_error)
+    __pyx_t_6 = NULL;
+    __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 582, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_7);
+    __pyx_t_9 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 582, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_10);
+    __pyx_t_11 = __Pyx_PyObject_GetAttrStr(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_strerror); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 582, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
-    __pyx_t_12 = __Pyx_PyObject_GetAttrStr(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_strerror); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 576, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_12);
-    __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-    __pyx_t_11 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 576, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_11);
-    __pyx_t_13 = 1;
+    __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
+    __pyx_t_10 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 582, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_10);
+    __pyx_t_12 = 1;
     #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_12))) {
-      __pyx_t_10 = PyMethod_GET_SELF(__pyx_t_12);
-      assert(__pyx_t_10);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_12);
-      __Pyx_INCREF(__pyx_t_10);
+    if (unlikely(PyMethod_Check(__pyx_t_11))) {
+      __pyx_t_9 = PyMethod_GET_SELF(__pyx_t_11);
+      assert(__pyx_t_9);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_11);
+      __Pyx_INCREF(__pyx_t_9);
       __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_12, __pyx__function);
-      __pyx_t_13 = 0;
+      __Pyx_DECREF_SET(__pyx_t_11, __pyx__function);
+      __pyx_t_12 = 0;
     }
     #endif
     {
-      PyObject *__pyx_callargs[2] = {__pyx_t_10, __pyx_t_11};
-      __pyx_t_9 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_12, __pyx_callargs+__pyx_t_13, (2-__pyx_t_13) | (__pyx_t_13*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
+      PyObject *__pyx_callargs[2] = {__pyx_t_9, __pyx_t_10};
+      __pyx_t_8 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_11, __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
+      __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-      __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 576, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_9);
+      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 582, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_8);
     }
-    __pyx_t_12 = __Pyx_PyUnicode_From_int(__pyx_v_fd, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 576, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_12);
-    __pyx_t_11 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_descriptor, __pyx_t_12); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 576, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyUnicode_From_int(__pyx_v_fd, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 582, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
-    __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-    __pyx_t_13 = 1;
+    __pyx_t_10 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_descriptor, __pyx_t_11); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 582, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_10);
+    __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+    __pyx_t_12 = 1;
     {
-      PyObject *__pyx_callargs[4] = {__pyx_t_7, __pyx_t_8, __pyx_t_9, __pyx_t_11};
-      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_OSError)), __pyx_callargs+__pyx_t_13, (4-__pyx_t_13) | (__pyx_t_13*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+      PyObject *__pyx_callargs[4] = {__pyx_t_6, __pyx_t_7, __pyx_t_8, __pyx_t_10};
+      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_OSError)), __pyx_callargs+__pyx_t_12, (4-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 576, __pyx_L1_error)
+      __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 582, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 576, __pyx_L1_error)
+    __PYX_ERR(0, 582, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":570
+    /* "ivshmem/channel/streams.pyx":576
  *             self.moving[direction] = False
  *             self.end_copy()
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -15313,17 +15400,17 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":577
- *                 return self.move(direction, fd, most)
+  /* "ivshmem/channel/streams.pyx":583
+ *                 return INTERRUPTED
  *             raise OSError(code, os.strerror(code), f"descriptor {fd}")
  *         self.enter()  # another thread can have closed it             # <<<<<<<<<<<<<<
  *         self.partly = n < found
  *         if direction == SEND:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 577, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 583, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":578
+  /* "ivshmem/channel/streams.pyx":584
  *             raise OSError(code, os.strerror(code), f"descriptor {fd}")
  *         self.enter()  # another thread can have closed it
  *         self.partly = n < found             # <<<<<<<<<<<<<<
@@ -15332,7 +15419,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
   __pyx_v_self->partly = (__pyx_v_n < __pyx_v_found);
 
-  /* "ivshmem/channel/streams.pyx":579
+  /* "ivshmem/channel/streams.pyx":585
  *         self.enter()  # another thread can have closed it
  *         self.partly = n < found
  *         if direction == SEND:             # <<<<<<<<<<<<<<
@@ -15344,7 +15431,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/streams.pyx":580
+    /* "ivshmem/channel/streams.pyx":586
  *         self.partly = n < found
  *         if direction == SEND:
  *             if n:             # <<<<<<<<<<<<<<
@@ -15356,7 +15443,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/streams.pyx":581
+      /* "ivshmem/channel/streams.pyx":587
  *         if direction == SEND:
  *             if n:
  *                 ivshmem_send_end(&self.stream, n)             # <<<<<<<<<<<<<<
@@ -15365,7 +15452,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
       ivshmem_send_end((&__pyx_v_self->stream), __pyx_v_n);
 
-      /* "ivshmem/channel/streams.pyx":580
+      /* "ivshmem/channel/streams.pyx":586
  *         self.partly = n < found
  *         if direction == SEND:
  *             if n:             # <<<<<<<<<<<<<<
@@ -15374,7 +15461,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":579
+    /* "ivshmem/channel/streams.pyx":585
  *         self.enter()  # another thread can have closed it
  *         self.partly = n < found
  *         if direction == SEND:             # <<<<<<<<<<<<<<
@@ -15384,7 +15471,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
     goto __pyx_L16;
   }
 
-  /* "ivshmem/channel/streams.pyx":583
+  /* "ivshmem/channel/streams.pyx":589
  *                 ivshmem_send_end(&self.stream, n)
  *         else:
  *             ivshmem_receive_end(&self.stream, n)             # <<<<<<<<<<<<<<
@@ -15396,7 +15483,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
   }
   __pyx_L16:;
 
-  /* "ivshmem/channel/streams.pyx":584
+  /* "ivshmem/channel/streams.pyx":590
  *         else:
  *             ivshmem_receive_end(&self.stream, n)
  *         if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -15408,17 +15495,17 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/streams.pyx":585
+    /* "ivshmem/channel/streams.pyx":591
  *             ivshmem_receive_end(&self.stream, n)
  *         if self.membership.rings.count:
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *         return n
  * 
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 585, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 591, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":584
+    /* "ivshmem/channel/streams.pyx":590
  *         else:
  *             ivshmem_receive_end(&self.stream, n)
  *         if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -15427,7 +15514,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":586
+  /* "ivshmem/channel/streams.pyx":592
  *         if self.membership.rings.count:
  *             self.membership.flush()
  *         return n             # <<<<<<<<<<<<<<
@@ -15440,24 +15527,24 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":530
- *     # From and to descriptors.
+  /* "ivshmem/channel/streams.pyx":542
+ *         return n
  * 
- *     cdef int64_t move(self, int direction, int fd, uint64_t most) except -100:             # <<<<<<<<<<<<<<
- *         """Let the kernel copy between a descriptor and the ring, once; how many bytes.
- * 
+ *     cdef int64_t move_once(self, int direction, int fd, uint64_t most) except -100:             # <<<<<<<<<<<<<<
+ *         cdef ivshmem_pieces pieces
+ *         cdef iovec vector[2]
 */
 
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_6);
   __Pyx_XDECREF(__pyx_t_7);
   __Pyx_XDECREF(__pyx_t_8);
   __Pyx_XDECREF(__pyx_t_9);
   __Pyx_XDECREF(__pyx_t_10);
   __Pyx_XDECREF(__pyx_t_11);
-  __Pyx_XDECREF(__pyx_t_12);
-  __Pyx_AddTraceback("ivshmem.channel.streams.Stream.move", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.channel.streams.Stream.move_once", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -100L;
   __pyx_L0:;
 
@@ -15470,7 +15557,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":588
+/* "ivshmem/channel/streams.pyx":594
  *         return n
  * 
  *     cdef object move_in_time(self, int direction, object fd, object size):             # <<<<<<<<<<<<<<
@@ -15503,7 +15590,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("move_in_time", 0);
 
-  /* "ivshmem/channel/streams.pyx":590
+  /* "ivshmem/channel/streams.pyx":596
  *     cdef object move_in_time(self, int direction, object fd, object size):
  *         cdef int64_t n
  *         cdef int number = fd if isinstance(fd, int) else fd.fileno()             # <<<<<<<<<<<<<<
@@ -15512,7 +15599,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
   __pyx_t_2 = PyLong_Check(__pyx_v_fd); 
   if (__pyx_t_2) {
-    __pyx_t_3 = __Pyx_PyLong_As_int(__pyx_v_fd); if (unlikely((__pyx_t_3 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 590, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyLong_As_int(__pyx_v_fd); if (unlikely((__pyx_t_3 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 596, __pyx_L1_error)
     __pyx_t_1 = __pyx_t_3;
   } else {
     __pyx_t_5 = __pyx_v_fd;
@@ -15522,17 +15609,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
       PyObject *__pyx_callargs[2] = {__pyx_t_5, NULL};
       __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 590, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 596, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
-    __pyx_t_3 = __Pyx_PyLong_As_int(__pyx_t_4); if (unlikely((__pyx_t_3 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 590, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyLong_As_int(__pyx_t_4); if (unlikely((__pyx_t_3 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 596, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __pyx_t_1 = __pyx_t_3;
   }
 
   __pyx_v_number = __pyx_t_1;
 
-  /* "ivshmem/channel/streams.pyx":591
+  /* "ivshmem/channel/streams.pyx":597
  *         cdef int64_t n
  *         cdef int number = fd if isinstance(fd, int) else fd.fileno()
  *         cdef uint64_t most = UINT64_MAX             # <<<<<<<<<<<<<<
@@ -15541,7 +15628,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
   __pyx_v_most = UINT64_MAX;
 
-  /* "ivshmem/channel/streams.pyx":592
+  /* "ivshmem/channel/streams.pyx":598
  *         cdef int number = fd if isinstance(fd, int) else fd.fileno()
  *         cdef uint64_t most = UINT64_MAX
  *         if size is not None:             # <<<<<<<<<<<<<<
@@ -15552,18 +15639,18 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/streams.pyx":593
+    /* "ivshmem/channel/streams.pyx":599
  *         cdef uint64_t most = UINT64_MAX
  *         if size is not None:
  *             if size < 0:             # <<<<<<<<<<<<<<
  *                 raise ValueError(f"cannot move {size} bytes")
  *             most = size
 */
-    __pyx_t_2 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_v_size, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 593, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_v_size, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 599, __pyx_L1_error)
     if (unlikely(__pyx_t_2)) {
 
 
-      /* "ivshmem/channel/streams.pyx":594
+      /* "ivshmem/channel/streams.pyx":600
  *         if size is not None:
  *             if size < 0:
  *                 raise ValueError(f"cannot move {size} bytes")             # <<<<<<<<<<<<<<
@@ -15571,7 +15658,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
  *             if most == 0:
 */
       __pyx_t_5 = NULL;
-      __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_size, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 594, __pyx_L1_error)
+      __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_size, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 600, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_8[0] = __pyx_mstate_global->__pyx_kp_u_cannot_move;
       __pyx_t_8[1] = __pyx_t_7;
@@ -15585,7 +15672,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
       __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_8[1]);
       #endif
       __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_8, 3, __pyx_t_9, __pyx_t_1);
-      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 594, __pyx_L1_error)
+      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 600, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __pyx_t_6 = 1;
@@ -15594,14 +15681,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
         __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 594, __pyx_L1_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 600, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_4);
       }
       __Pyx_Raise(__pyx_t_4, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __PYX_ERR(0, 594, __pyx_L1_error)
+      __PYX_ERR(0, 600, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":593
+      /* "ivshmem/channel/streams.pyx":599
  *         cdef uint64_t most = UINT64_MAX
  *         if size is not None:
  *             if size < 0:             # <<<<<<<<<<<<<<
@@ -15610,17 +15697,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":595
+    /* "ivshmem/channel/streams.pyx":601
  *             if size < 0:
  *                 raise ValueError(f"cannot move {size} bytes")
  *             most = size             # <<<<<<<<<<<<<<
  *             if most == 0:
  *                 raise ValueError("0 bytes: it would look like the end")
 */
-    __pyx_t_11 = __Pyx_PyLong_As_uint64_t(__pyx_v_size); if (unlikely((__pyx_t_11 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 595, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyLong_As_uint64_t(__pyx_v_size); if (unlikely((__pyx_t_11 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 601, __pyx_L1_error)
     __pyx_v_most = __pyx_t_11;
 
-    /* "ivshmem/channel/streams.pyx":596
+    /* "ivshmem/channel/streams.pyx":602
  *                 raise ValueError(f"cannot move {size} bytes")
  *             most = size
  *             if most == 0:             # <<<<<<<<<<<<<<
@@ -15632,7 +15719,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
     if (unlikely(__pyx_t_2)) {
 
 
-      /* "ivshmem/channel/streams.pyx":597
+      /* "ivshmem/channel/streams.pyx":603
  *             most = size
  *             if most == 0:
  *                 raise ValueError("0 bytes: it would look like the end")             # <<<<<<<<<<<<<<
@@ -15645,14 +15732,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
         PyObject *__pyx_callargs[2] = {__pyx_t_10, __pyx_mstate_global->__pyx_kp_u_0_bytes_it_would_look_like_the_e};
         __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 597, __pyx_L1_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 603, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_4);
       }
       __Pyx_Raise(__pyx_t_4, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __PYX_ERR(0, 597, __pyx_L1_error)
+      __PYX_ERR(0, 603, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":596
+      /* "ivshmem/channel/streams.pyx":602
  *                 raise ValueError(f"cannot move {size} bytes")
  *             most = size
  *             if most == 0:             # <<<<<<<<<<<<<<
@@ -15661,7 +15748,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":592
+    /* "ivshmem/channel/streams.pyx":598
  *         cdef int number = fd if isinstance(fd, int) else fd.fileno()
  *         cdef uint64_t most = UINT64_MAX
  *         if size is not None:             # <<<<<<<<<<<<<<
@@ -15670,7 +15757,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":598
+  /* "ivshmem/channel/streams.pyx":604
  *             if most == 0:
  *                 raise ValueError("0 bytes: it would look like the end")
  *         timeout = self.timeout             # <<<<<<<<<<<<<<
@@ -15682,7 +15769,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
   __pyx_v_timeout = __pyx_t_4;
   __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":599
+  /* "ivshmem/channel/streams.pyx":605
  *                 raise ValueError("0 bytes: it would look like the end")
  *         timeout = self.timeout
  *         deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
@@ -15690,7 +15777,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
  *         while True:
 */
   __pyx_t_10 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 599, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 605, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_6 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -15709,13 +15796,13 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
     __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 599, __pyx_L1_error)
+    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 605, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
   }
   __pyx_v_deadline = __pyx_t_4;
   __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":600
+  /* "ivshmem/channel/streams.pyx":606
  *         timeout = self.timeout
  *         deadline = deadline_of(timeout)
  *         self.tried |= 1 << direction             # <<<<<<<<<<<<<<
@@ -15724,7 +15811,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
   __pyx_v_self->tried = (__pyx_v_self->tried | (1 << __pyx_v_direction));
 
-  /* "ivshmem/channel/streams.pyx":601
+  /* "ivshmem/channel/streams.pyx":607
  *         deadline = deadline_of(timeout)
  *         self.tried |= 1 << direction
  *         while True:             # <<<<<<<<<<<<<<
@@ -15733,17 +15820,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
   while (1) {
 
-    /* "ivshmem/channel/streams.pyx":602
+    /* "ivshmem/channel/streams.pyx":608
  *         self.tried |= 1 << direction
  *         while True:
  *             n = self.move(direction, number, most)             # <<<<<<<<<<<<<<
  *             if n >= 0:
  *                 return n
 */
-    __pyx_t_12 = __pyx_f_7ivshmem_7channel_7streams_6Stream_move(__pyx_v_self, __pyx_v_direction, __pyx_v_number, __pyx_v_most); if (unlikely(__pyx_t_12 == ((int64_t)-100L))) __PYX_ERR(0, 602, __pyx_L1_error)
+    __pyx_t_12 = __pyx_f_7ivshmem_7channel_7streams_6Stream_move(__pyx_v_self, __pyx_v_direction, __pyx_v_number, __pyx_v_most); if (unlikely(__pyx_t_12 == ((int64_t)-100L))) __PYX_ERR(0, 608, __pyx_L1_error)
     __pyx_v_n = __pyx_t_12;
 
-    /* "ivshmem/channel/streams.pyx":603
+    /* "ivshmem/channel/streams.pyx":609
  *         while True:
  *             n = self.move(direction, number, most)
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -15755,14 +15842,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/streams.pyx":604
+      /* "ivshmem/channel/streams.pyx":610
  *             n = self.move(direction, number, most)
  *             if n >= 0:
  *                 return n             # <<<<<<<<<<<<<<
  *             if n == FD_WAITS:
  *                 return None
 */
-      __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 604, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 610, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       {
         PyObject *__pyx_temp;
@@ -15775,7 +15862,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
       __pyx_t_4 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":603
+      /* "ivshmem/channel/streams.pyx":609
  *         while True:
  *             n = self.move(direction, number, most)
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -15784,7 +15871,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":605
+    /* "ivshmem/channel/streams.pyx":611
  *             if n >= 0:
  *                 return n
  *             if n == FD_WAITS:             # <<<<<<<<<<<<<<
@@ -15796,7 +15883,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/streams.pyx":606
+      /* "ivshmem/channel/streams.pyx":612
  *                 return n
  *             if n == FD_WAITS:
  *                 return None             # <<<<<<<<<<<<<<
@@ -15813,7 +15900,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":605
+      /* "ivshmem/channel/streams.pyx":611
  *             if n >= 0:
  *                 return n
  *             if n == FD_WAITS:             # <<<<<<<<<<<<<<
@@ -15822,7 +15909,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":607
+    /* "ivshmem/channel/streams.pyx":613
  *             if n == FD_WAITS:
  *                 return None
  *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -15834,20 +15921,20 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
     if (unlikely(__pyx_t_2)) {
 
 
-      /* "ivshmem/channel/streams.pyx":608
+      /* "ivshmem/channel/streams.pyx":614
  *                 return None
  *             if n == IVSHMEM_CLOSED:
  *                 raise self.broken(direction)             # <<<<<<<<<<<<<<
  *             self.await_half(direction, timeout, deadline)
  * 
 */
-      __pyx_t_4 = __pyx_f_7ivshmem_7channel_7streams_6Stream_broken(__pyx_v_self, __pyx_v_direction); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 608, __pyx_L1_error)
+      __pyx_t_4 = __pyx_f_7ivshmem_7channel_7streams_6Stream_broken(__pyx_v_self, __pyx_v_direction); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 614, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       __Pyx_Raise(__pyx_t_4, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __PYX_ERR(0, 608, __pyx_L1_error)
+      __PYX_ERR(0, 614, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":607
+      /* "ivshmem/channel/streams.pyx":613
  *             if n == FD_WAITS:
  *                 return None
  *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -15856,18 +15943,18 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":609
+    /* "ivshmem/channel/streams.pyx":615
  *             if n == IVSHMEM_CLOSED:
  *                 raise self.broken(direction)
  *             self.await_half(direction, timeout, deadline)             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, __pyx_v_direction, __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 609, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, __pyx_v_direction, __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 615, __pyx_L1_error)
 
   }
 
-  /* "ivshmem/channel/streams.pyx":588
+  /* "ivshmem/channel/streams.pyx":594
  *         return n
  * 
  *     cdef object move_in_time(self, int direction, object fd, object size):             # <<<<<<<<<<<<<<
@@ -15896,7 +15983,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":611
+/* "ivshmem/channel/streams.pyx":617
  *             self.await_half(direction, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -15945,24 +16032,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 611, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 617, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 611, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 617, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 611, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 617, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "read_from", 0) < (0)) __PYX_ERR(0, 611, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "read_from", 0) < (0)) __PYX_ERR(0, 617, __pyx_L3_error)
 
-      /* "ivshmem/channel/streams.pyx":612
+      /* "ivshmem/channel/streams.pyx":618
  * 
  *     @cython.critical_section
  *     def read_from(self, fd, size=None):             # <<<<<<<<<<<<<<
@@ -15971,17 +16058,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 */
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("read_from", 0, 1, 2, i); __PYX_ERR(0, 611, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("read_from", 0, 1, 2, i); __PYX_ERR(0, 617, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 611, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 617, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 611, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 617, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -15992,7 +16079,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("read_from", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 611, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("read_from", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 617, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -16005,7 +16092,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_6Stream_25read_from(((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_self), __pyx_v_fd, __pyx_v_size);
 
-  /* "ivshmem/channel/streams.pyx":611
+  /* "ivshmem/channel/streams.pyx":617
  *             self.await_half(direction, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -16038,14 +16125,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_25read_from(struct 
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":631
+        /* "ivshmem/channel/streams.pyx":637
  *             ChannelCorrupt, ClosedError: as of all calls.
  *         """
  *         return self.move_in_time(SEND, fd, size)             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-        __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND, __pyx_v_fd, __pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 631, __pyx_L4_error)
+        __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND, __pyx_v_fd, __pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 637, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           PyObject *__pyx_temp;
@@ -16060,7 +16147,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_25read_from(struct 
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/streams.pyx":611
+      /* "ivshmem/channel/streams.pyx":617
  *             self.await_half(direction, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -16098,7 +16185,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_25read_from(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":633
+/* "ivshmem/channel/streams.pyx":639
  *         return self.move_in_time(SEND, fd, size)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -16147,24 +16234,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 633, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 639, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 633, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 639, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 633, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 639, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "write_to", 0) < (0)) __PYX_ERR(0, 633, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "write_to", 0) < (0)) __PYX_ERR(0, 639, __pyx_L3_error)
 
-      /* "ivshmem/channel/streams.pyx":634
+      /* "ivshmem/channel/streams.pyx":640
  * 
  *     @cython.critical_section
  *     def write_to(self, fd, size=None):             # <<<<<<<<<<<<<<
@@ -16173,17 +16260,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 */
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("write_to", 0, 1, 2, i); __PYX_ERR(0, 633, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("write_to", 0, 1, 2, i); __PYX_ERR(0, 639, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 633, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 639, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 633, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 639, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -16194,7 +16281,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("write_to", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 633, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("write_to", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 639, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -16207,7 +16294,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_6Stream_27write_to(((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_self), __pyx_v_fd, __pyx_v_size);
 
-  /* "ivshmem/channel/streams.pyx":633
+  /* "ivshmem/channel/streams.pyx":639
  *         return self.move_in_time(SEND, fd, size)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -16240,14 +16327,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_27write_to(struct _
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":653
+        /* "ivshmem/channel/streams.pyx":659
  *             ChannelCorrupt, ClosedError: as of all calls.
  *         """
  *         return self.move_in_time(RECEIVE, fd, size)             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-        __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE, __pyx_v_fd, __pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 653, __pyx_L4_error)
+        __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE, __pyx_v_fd, __pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 659, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           PyObject *__pyx_temp;
@@ -16262,7 +16349,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_27write_to(struct _
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/streams.pyx":633
+      /* "ivshmem/channel/streams.pyx":639
  *         return self.move_in_time(SEND, fd, size)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -16300,7 +16387,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_27write_to(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":655
+/* "ivshmem/channel/streams.pyx":661
  *         return self.move_in_time(RECEIVE, fd, size)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -16369,24 +16456,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_29_silence(struct _
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":658
+        /* "ivshmem/channel/streams.pyx":664
  *     def _silence(self):
  *         """Return for how many seconds the other end's process has shown no sign of life."""
  *         self.enter()             # <<<<<<<<<<<<<<
  *         return ivshmem_stream_silence(&self.stream) / 1e9
  * 
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 658, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 664, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":659
+        /* "ivshmem/channel/streams.pyx":665
  *         """Return for how many seconds the other end's process has shown no sign of life."""
  *         self.enter()
  *         return ivshmem_stream_silence(&self.stream) / 1e9             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-        __pyx_t_3 = PyFloat_FromDouble((((double)ivshmem_stream_silence((&__pyx_v_self->stream))) / 1e9)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 659, __pyx_L4_error)
+        __pyx_t_3 = PyFloat_FromDouble((((double)ivshmem_stream_silence((&__pyx_v_self->stream))) / 1e9)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 665, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
         {
           PyObject *__pyx_temp;
@@ -16401,7 +16488,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_29_silence(struct _
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/streams.pyx":655
+      /* "ivshmem/channel/streams.pyx":661
  *         return self.move_in_time(RECEIVE, fd, size)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -16439,7 +16526,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_29_silence(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":661
+/* "ivshmem/channel/streams.pyx":667
  *         return ivshmem_stream_silence(&self.stream) / 1e9
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -16487,32 +16574,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_how,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 661, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 667, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 661, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 667, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "shutdown", 0) < (0)) __PYX_ERR(0, 661, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "shutdown", 0) < (0)) __PYX_ERR(0, 667, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("shutdown", 1, 1, 1, i); __PYX_ERR(0, 661, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("shutdown", 1, 1, 1, i); __PYX_ERR(0, 667, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 661, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 667, __pyx_L3_error)
     }
-    __pyx_v_how = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_how == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 662, __pyx_L3_error)
+    __pyx_v_how = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_how == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 668, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("shutdown", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 661, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("shutdown", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 667, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -16559,7 +16646,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":670
+        /* "ivshmem/channel/streams.pyx":676
  *             RuntimeError: another thread sends at this moment, and its bytes would follow the end.
  *         """
  *         if not 0 <= how <= 2:             # <<<<<<<<<<<<<<
@@ -16576,7 +16663,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
         if (unlikely(__pyx_t_3)) {
 
 
-          /* "ivshmem/channel/streams.pyx":671
+          /* "ivshmem/channel/streams.pyx":677
  *         """
  *         if not 0 <= how <= 2:
  *             raise ValueError(f"how {how}: SHUT_RD, SHUT_WR or SHUT_RDWR")             # <<<<<<<<<<<<<<
@@ -16584,7 +16671,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
  *         if how != 0:
 */
           __pyx_t_5 = NULL;
-          __pyx_t_6 = __Pyx_PyUnicode_From_int(__pyx_v_how, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 671, __pyx_L4_error)
+          __pyx_t_6 = __Pyx_PyUnicode_From_int(__pyx_v_how, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 677, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
           __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_how_2;
           __pyx_t_7[1] = __pyx_t_6;
@@ -16595,7 +16682,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
           #endif
           __pyx_t_9 = 0;
           __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 3, __pyx_t_8, __pyx_t_9);
-          if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 671, __pyx_L4_error)
+          if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 677, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_10);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
           __pyx_t_11 = 1;
@@ -16604,14 +16691,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
             __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
             __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 671, __pyx_L4_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 677, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
           __Pyx_Raise(__pyx_t_4, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __PYX_ERR(0, 671, __pyx_L4_error)
+          __PYX_ERR(0, 677, __pyx_L4_error)
 
-          /* "ivshmem/channel/streams.pyx":670
+          /* "ivshmem/channel/streams.pyx":676
  *             RuntimeError: another thread sends at this moment, and its bytes would follow the end.
  *         """
  *         if not 0 <= how <= 2:             # <<<<<<<<<<<<<<
@@ -16620,17 +16707,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
 */
         }
 
-        /* "ivshmem/channel/streams.pyx":672
+        /* "ivshmem/channel/streams.pyx":678
  *         if not 0 <= how <= 2:
  *             raise ValueError(f"how {how}: SHUT_RD, SHUT_WR or SHUT_RDWR")
  *         self.enter()             # <<<<<<<<<<<<<<
  *         if how != 0:
  *             self.check_alone(SEND)
 */
-        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 672, __pyx_L4_error)
+        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 678, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":673
+        /* "ivshmem/channel/streams.pyx":679
  *             raise ValueError(f"how {how}: SHUT_RD, SHUT_WR or SHUT_RDWR")
  *         self.enter()
  *         if how != 0:             # <<<<<<<<<<<<<<
@@ -16642,17 +16729,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/streams.pyx":674
+          /* "ivshmem/channel/streams.pyx":680
  *         self.enter()
  *         if how != 0:
  *             self.check_alone(SEND)             # <<<<<<<<<<<<<<
  *         ivshmem_stream_shutdown(&self.stream, how != 0, how != 1)
  *         self.membership.flush()
 */
-          __pyx_t_9 = __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 674, __pyx_L4_error)
+          __pyx_t_9 = __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 680, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/streams.pyx":673
+          /* "ivshmem/channel/streams.pyx":679
  *             raise ValueError(f"how {how}: SHUT_RD, SHUT_WR or SHUT_RDWR")
  *         self.enter()
  *         if how != 0:             # <<<<<<<<<<<<<<
@@ -16661,7 +16748,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
 */
         }
 
-        /* "ivshmem/channel/streams.pyx":675
+        /* "ivshmem/channel/streams.pyx":681
  *         if how != 0:
  *             self.check_alone(SEND)
  *         ivshmem_stream_shutdown(&self.stream, how != 0, how != 1)             # <<<<<<<<<<<<<<
@@ -16670,18 +16757,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
 */
         ivshmem_stream_shutdown((&__pyx_v_self->stream), (__pyx_v_how != 0), (__pyx_v_how != 1));
 
-        /* "ivshmem/channel/streams.pyx":676
+        /* "ivshmem/channel/streams.pyx":682
  *             self.check_alone(SEND)
  *         ivshmem_stream_shutdown(&self.stream, how != 0, how != 1)
  *         self.membership.flush()             # <<<<<<<<<<<<<<
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):
 */
-        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 676, __pyx_L4_error)
+        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 682, __pyx_L4_error)
 
       }
 
-      /* "ivshmem/channel/streams.pyx":661
+      /* "ivshmem/channel/streams.pyx":667
  *         return ivshmem_stream_silence(&self.stream) / 1e9
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -16719,7 +16806,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":678
+/* "ivshmem/channel/streams.pyx":684
  *         self.membership.flush()
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):             # <<<<<<<<<<<<<<
@@ -16771,22 +16858,22 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_mode,&__pyx_mstate_global->__pyx_n_u_buffering,&__pyx_mstate_global->__pyx_n_u_encoding,&__pyx_mstate_global->__pyx_n_u_errors,&__pyx_mstate_global->__pyx_n_u_newline,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 678, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 684, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 678, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 684, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 678, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 684, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "makefile", 0) < (0)) __PYX_ERR(0, 678, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "makefile", 0) < (0)) __PYX_ERR(0, 684, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_r));
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
@@ -16796,11 +16883,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 678, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 684, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 678, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 684, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -16819,7 +16906,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("makefile", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 678, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("makefile", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 684, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -16853,15 +16940,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_33makefile(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("makefile", 0);
 
-  /* "ivshmem/channel/streams.pyx":680
+  /* "ivshmem/channel/streams.pyx":686
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):
  *         """Return a file over the connection, as of a socket. To close it leaves this end open."""
  *         return stream_files.over(self, mode, buffering, encoding, errors, newline)             # <<<<<<<<<<<<<<
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_stream_files); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 680, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_stream_files); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 686, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_over); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 680, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_over); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 686, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5 = 1;
@@ -16881,7 +16968,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_33makefile(struct _
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (7-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 680, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 686, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -16895,7 +16982,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_33makefile(struct _
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":678
+  /* "ivshmem/channel/streams.pyx":684
  *         self.membership.flush()
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):             # <<<<<<<<<<<<<<
@@ -18064,6 +18151,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Stream(__p
   __pyx_vtable_7ivshmem_7channel_7streams_Stream.pull = (int64_t (*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, char *, uint64_t, PyObject *))__pyx_f_7ivshmem_7channel_7streams_6Stream_pull;
   __pyx_vtable_7ivshmem_7channel_7streams_Stream.receive = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, Py_ssize_t, PyObject *))__pyx_f_7ivshmem_7channel_7streams_6Stream_receive;
   __pyx_vtable_7ivshmem_7channel_7streams_Stream.move = (int64_t (*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int, int, uint64_t))__pyx_f_7ivshmem_7channel_7streams_6Stream_move;
+  __pyx_vtable_7ivshmem_7channel_7streams_Stream.move_once = (int64_t (*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int, int, uint64_t))__pyx_f_7ivshmem_7channel_7streams_6Stream_move_once;
   __pyx_vtable_7ivshmem_7channel_7streams_Stream.move_in_time = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int, PyObject *, PyObject *))__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time;
   #if CYTHON_USE_TYPE_SPECS
   __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 235, __pyx_L1_error)
@@ -19224,81 +19312,81 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_send_now, __pyx_t_4) < (0)) __PYX_ERR(0, 518, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":611
+  /* "ivshmem/channel/streams.pyx":617
  *             self.await_half(direction, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def read_from(self, fd, size=None):
  *         """Send what one read(2) of a descriptor brings; the kernel copies it into the ring.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_26read_from, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_read_from, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 611, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_26read_from, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_read_from, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 617, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_read_from, __pyx_t_4) < (0)) __PYX_ERR(0, 611, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_read_from, __pyx_t_4) < (0)) __PYX_ERR(0, 617, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":633
+  /* "ivshmem/channel/streams.pyx":639
  *         return self.move_in_time(SEND, fd, size)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def write_to(self, fd, size=None):
  *         """Receive what one write(2) to a descriptor takes; the kernel copies it from the ring.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_28write_to, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_write_to, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 633, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_28write_to, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_write_to, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 639, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_write_to, __pyx_t_4) < (0)) __PYX_ERR(0, 633, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_write_to, __pyx_t_4) < (0)) __PYX_ERR(0, 639, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":655
+  /* "ivshmem/channel/streams.pyx":661
  *         return self.move_in_time(RECEIVE, fd, size)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _silence(self):
  *         """Return for how many seconds the other end's process has shown no sign of life."""
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_30_silence, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__silence, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 655, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_30_silence, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__silence, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 661, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_silence, __pyx_t_4) < (0)) __PYX_ERR(0, 655, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_silence, __pyx_t_4) < (0)) __PYX_ERR(0, 661, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":661
+  /* "ivshmem/channel/streams.pyx":667
  *         return ivshmem_stream_silence(&self.stream) / 1e9
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def shutdown(self, int how):
  *         """As of a socket: socket.SHUT_RD, SHUT_WR or SHUT_RDWR.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_32shutdown, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_shutdown, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 661, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_32shutdown, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_shutdown, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 667, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_shutdown, __pyx_t_4) < (0)) __PYX_ERR(0, 661, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_shutdown, __pyx_t_4) < (0)) __PYX_ERR(0, 667, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":678
+  /* "ivshmem/channel/streams.pyx":684
  *         self.membership.flush()
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):             # <<<<<<<<<<<<<<
  *         """Return a file over the connection, as of a socket. To close it leaves this end open."""
  *         return stream_files.over(self, mode, buffering, encoding, errors, newline)
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 678, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 684, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_encoding, Py_None) < (0)) __PYX_ERR(0, 678, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_errors, Py_None) < (0)) __PYX_ERR(0, 678, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_newline, Py_None) < (0)) __PYX_ERR(0, 678, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_34makefile, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_makefile, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 678, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_encoding, Py_None) < (0)) __PYX_ERR(0, 684, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_errors, Py_None) < (0)) __PYX_ERR(0, 684, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_newline, Py_None) < (0)) __PYX_ERR(0, 684, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_34makefile, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_makefile, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 684, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -19306,7 +19394,7 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[2]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_makefile, __pyx_t_2) < (0)) __PYX_ERR(0, 678, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_makefile, __pyx_t_2) < (0)) __PYX_ERR(0, 684, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -19431,7 +19519,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "ivshmem/channel/streams.pyx":678
+  /* "ivshmem/channel/streams.pyx":684
  *         self.membership.flush()
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):             # <<<<<<<<<<<<<<
@@ -19440,7 +19528,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[2] = {__pyx_mstate_global->__pyx_n_u_r, Py_None};
-    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 678, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 684, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
@@ -19723,27 +19811,27 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_send_now, __pyx_mstate->__pyx_kp_b_iso88591_A_1F_6_4uA_4vT_s_AQa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 611};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 617};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_size};
     __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_read_from, __pyx_mstate->__pyx_kp_b_iso88591_A_t_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 633};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 639};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_size};
     __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_write_to, __pyx_mstate->__pyx_kp_b_iso88591_A_t_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 655};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 661};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_silence, __pyx_mstate->__pyx_kp_b_iso88591_A_F_Qat9Ba, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 661};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 667};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_how};
     __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_shutdown, __pyx_mstate->__pyx_kp_b_iso88591_A_4r_G1_AV1A_F_4s_AQ_q_Yd_S_Cq_K, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 3, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 678};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 3, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 684};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_mode, __pyx_mstate->__pyx_n_u_buffering, __pyx_mstate->__pyx_n_u_encoding, __pyx_mstate->__pyx_n_u_errors, __pyx_mstate->__pyx_n_u_newline};
     __pyx_mstate_global->__pyx_codeobj_tab[23] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_makefile, __pyx_mstate->__pyx_kp_b_iso88591_O_XY_5_v, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[23])) goto bad;
   }

@@ -2307,12 +2307,12 @@ enum  {
  * 
  * 
  * cdef struct Held:             # <<<<<<<<<<<<<<
- *     unsigned writer
- *     uint64_t position
+ *     ivshmem_message message
+ *     bint kept  # by nobody: it is for the next call
 */
 struct __pyx_t_7ivshmem_7channel_5roles_Held {
-  unsigned int writer;
-  uint64_t position;
+  struct ivshmem_message message;
+  int kept;
 };
 
 /* "native/descriptors.pxd":101
@@ -3053,9 +3053,12 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *__pyx_vtabptr
 
 struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd {
   struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
+  int (*make_room)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *);
   int (*hold)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message const *);
   int (*forget)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, unsigned int, uint64_t);
   int (*let_go)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, unsigned int, uint64_t);
+  int (*put_back)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message const *);
+  int (*is_for_ever)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, PyObject *);
   int (*copy_to)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message const *, char *);
   PyObject *(*starved)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *);
 };
@@ -9396,7 +9399,7 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
  *     try:
  *         view = View.__new__(View)             # <<<<<<<<<<<<<<
  *     except BaseException:
- *         reader.let_go(message.writer, message.position)
+ *         reader.put_back(&message)
 */
       __pyx_t_5 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_5views_View(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 244, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_5);
@@ -9422,7 +9425,7 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
  *     try:
  *         view = View.__new__(View)
  *     except BaseException:             # <<<<<<<<<<<<<<
- *         reader.let_go(message.writer, message.position)
+ *         reader.put_back(&message)
  *         raise
 */
     __pyx_t_1 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
@@ -9436,16 +9439,16 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
       /* "ivshmem/channel/views.pyx":246
  *         view = View.__new__(View)
  *     except BaseException:
- *         reader.let_go(message.writer, message.position)             # <<<<<<<<<<<<<<
+ *         reader.put_back(&message)             # <<<<<<<<<<<<<<
  *         raise
  *     reader.views += 1
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_reader->__pyx_base.__pyx_base.__pyx_vtab)->let_go(__pyx_v_reader, __pyx_v_message.writer, __pyx_v_message.position); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 246, __pyx_L5_except_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_reader->__pyx_base.__pyx_base.__pyx_vtab)->put_back(__pyx_v_reader, (&__pyx_v_message)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 246, __pyx_L5_except_error)
 
 
       /* "ivshmem/channel/views.pyx":247
  *     except BaseException:
- *         reader.let_go(message.writer, message.position)
+ *         reader.put_back(&message)
  *         raise             # <<<<<<<<<<<<<<
  *     reader.views += 1
  *     view.message = message
@@ -9476,7 +9479,7 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
   }
 
   /* "ivshmem/channel/views.pyx":248
- *         reader.let_go(message.writer, message.position)
+ *         reader.put_back(&message)
  *         raise
  *     reader.views += 1             # <<<<<<<<<<<<<<
  *     view.message = message

@@ -2052,7 +2052,7 @@ static const char* const __pyx_f[] = {
 #define __Pyx_END_CRITICAL_SECTION Py_END_CRITICAL_SECTION
 #endif
 
-/* IncludeStructmemberH.proto (used by CythonFunctionShared) */
+/* IncludeStructmemberH.proto (used by CoroutineBase) */
 #include <structmember.h>
 
 /* #### Code section: numeric_typedefs ### */
@@ -2081,6 +2081,7 @@ struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd;
 struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd;
 struct __pyx_obj_7ivshmem_7channel_7writers_Writer;
 struct __pyx_obj_7ivshmem_7channel_7writers_Loan;
+struct __pyx_obj_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async;
 
 /* "native/descriptors.pxd":10
  * )
@@ -2297,18 +2298,18 @@ enum  {
  * 
  * 
  * cdef struct Held:             # <<<<<<<<<<<<<<
- *     unsigned writer
- *     uint64_t position
+ *     ivshmem_message message
+ *     bint kept  # by nobody: it is for the next call
 */
 struct __pyx_t_7ivshmem_7channel_5roles_Held {
-  unsigned int writer;
-  uint64_t position;
+  struct ivshmem_message message;
+  int kept;
 };
 struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time;
 
-/* "sleeping_tasks.pxd":6
- * 
+/* "sleeping_tasks.pxd":7
  * cdef object until_something(ChannelEnd end, object call, object timeout, tuple arguments)
+ * cdef object until_content(ChannelEnd end, str name, object call, object timeout)
  * cdef object until_in_time(             # <<<<<<<<<<<<<<
  *     ChannelEnd end, object call, object timeout, tuple arguments, dict options=*
  * )
@@ -2704,6 +2705,29 @@ struct __pyx_obj_7ivshmem_7channel_7writers_Loan {
 };
 
 
+/* "ivshmem/channel/writers.pyx":189
+ *         return until_in_time(self, self.put_parts, timeout, (tuple(parts),))
+ * 
+ *     async def put_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
+ *         """The twin of `put_rows` for asyncio.
+ * 
+*/
+struct __pyx_obj_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async {
+  PyObject_HEAD
+  PyObject *__pyx_v_deadline;
+  PyObject *__pyx_v_done;
+  PyObject *__pyx_v_left;
+  PyObject *__pyx_v_put;
+  PyObject *__pyx_v_rest;
+  PyObject *__pyx_v_rows;
+  struct __pyx_obj_7ivshmem_7channel_7writers_Writer *__pyx_v_self;
+  PyObject *__pyx_v_timeout;
+  PyObject *__pyx_t_0;
+  PyObject *__pyx_t_1;
+  PyObject *__pyx_t_2;
+};
+
+
 
 /* "native/descriptors.pxd":108
  * 
@@ -3056,16 +3080,19 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *__pyx_vtabptr
 
 struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd {
   struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
+  int (*make_room)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *);
   int (*hold)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message const *);
   int (*forget)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, unsigned int, uint64_t);
   int (*let_go)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, unsigned int, uint64_t);
+  int (*put_back)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message const *);
+  int (*is_for_ever)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, PyObject *);
   int (*copy_to)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message const *, char *);
   PyObject *(*starved)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *);
 };
 static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *__pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd;
 
 
-/* "ivshmem/channel/writers.pyx":30
+/* "ivshmem/channel/writers.pyx":31
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3080,7 +3107,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer {
 static struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *__pyx_vtabptr_7ivshmem_7channel_7writers_Writer;
 
 
-/* "ivshmem/channel/writers.pyx":209
+/* "ivshmem/channel/writers.pyx":242
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3757,6 +3784,194 @@ static PyObject *__Pyx_GetItemInt_Generic(PyObject *o, PyObject* j);
 static CYTHON_INLINE PyObject *__Pyx_GetItemInt_Fast(PyObject *o, Py_ssize_t i,
                                                      int wraparound, int boundscheck, int unsafe_shared);
 
+/* dict_setdefault.proto (used by FetchCommonType) */
+static CYTHON_INLINE PyObject *__Pyx_PyDict_SetDefault(PyObject *d, PyObject *key, PyObject *default_value);
+
+/* AddModuleRef.proto (used by FetchSharedCythonModule) */
+#if ((CYTHON_COMPILING_IN_CPYTHON_FREETHREADING && PY_VERSION_HEX < 0x030F00a3) ||\
+     __PYX_LIMITED_VERSION_HEX < 0x030d0000)
+  static PyObject *__Pyx_PyImport_AddModuleRef(const char *name);
+#else
+  #define __Pyx_PyImport_AddModuleRef(name) PyImport_AddModuleRef(name)
+#endif
+
+/* FetchSharedCythonModule.proto (used by FetchCommonType) */
+static PyObject *__Pyx_FetchSharedCythonABIModule(void);
+
+/* VerifyCachedType.proto (used by FetchCommonType) */
+static int __Pyx_VerifyCachedType(PyObject *cached_type,
+                               const char *name,
+                               Py_ssize_t expected_basicsize);
+
+/* FetchCommonType.proto (used by CommonTypesMetaclass) */
+static PyTypeObject* __Pyx_FetchCommonTypeFromSpec(PyTypeObject *metaclass, PyObject *module, PyType_Spec *spec, PyObject *bases);
+
+/* CommonTypesMetaclass.proto (used by CoroutineBase) */
+static int __pyx_CommonTypesMetaclass_init(PyObject *module);
+#define __Pyx_CommonTypesMetaclass_USED
+
+/* CallTypeTraverse.proto (used by CoroutineBase) */
+#if !CYTHON_USE_TYPE_SPECS
+#define __Pyx_call_type_traverse(o, always_call, visit, arg) 0
+#else
+static int __Pyx_call_type_traverse(PyObject *o, int always_call, visitproc visit, void *arg);
+#endif
+
+/* IterNextPlain.proto (used by CoroutineBase) */
+static CYTHON_INLINE PyObject *__Pyx_PyIter_Next_Plain(PyObject *iterator);
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030A0000
+static PyObject *__Pyx_GetBuiltinNext_LimitedAPI(void);
+#endif
+
+/* PyObjectCallMethod1.proto (used by CoroutineBase) */
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethod1(PyObject* obj, PyObject* method_name, PyObject* arg);
+
+/* PyObjectCallNoArg.proto (used by CoroutineBase) */
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallNoArg(PyObject *func);
+
+/* ReturnWithStopIteration.proto (used by CoroutineBase) */
+static CYTHON_INLINE void __Pyx_ReturnWithStopIteration(PyObject* value, int async, int iternext);
+
+/* CoroutineBase.proto (used by Coroutine) */
+struct __pyx_CoroutineObject;
+typedef PyObject *(*__pyx_coroutine_body_t)(struct __pyx_CoroutineObject *, PyThreadState *, PyObject *);
+#if CYTHON_USE_EXC_INFO_STACK
+#define __Pyx_ExcInfoStruct  _PyErr_StackItem
+#else
+typedef struct {
+    PyObject *exc_type;
+    PyObject *exc_value;
+    PyObject *exc_traceback;
+} __Pyx_ExcInfoStruct;
+#endif
+typedef struct __pyx_CoroutineObject {
+    PyObject_HEAD
+    __pyx_coroutine_body_t body;
+    PyObject *closure;
+    __Pyx_ExcInfoStruct gi_exc_state;
+#if PY_VERSION_HEX < 0x030C0000 || CYTHON_COMPILING_IN_LIMITED_API
+    PyObject *gi_weakreflist;
+#endif
+    PyObject *classobj;
+    PyObject *yieldfrom;
+    __Pyx_pyiter_sendfunc yieldfrom_am_send;
+    PyObject *gi_name;
+    PyObject *gi_qualname;
+    PyObject *gi_modulename;
+    PyObject *gi_code;
+    PyObject *gi_frame;
+#if CYTHON_USE_SYS_MONITORING && (CYTHON_PROFILE || CYTHON_TRACE)
+    PyMonitoringState __pyx_pymonitoring_state[__Pyx_MonitoringEventTypes_CyGen_count];
+    uint64_t __pyx_pymonitoring_version;
+#endif
+    int resume_label;
+    char is_running;
+} __pyx_CoroutineObject;
+static __pyx_CoroutineObject *__Pyx__Coroutine_New(
+    PyTypeObject *type, __pyx_coroutine_body_t body, PyObject *code, PyObject *closure,
+    PyObject *name, PyObject *qualname, PyObject *module_name);
+static __pyx_CoroutineObject *__Pyx__Coroutine_NewInit(
+            __pyx_CoroutineObject *gen, __pyx_coroutine_body_t body, PyObject *code, PyObject *closure,
+            PyObject *name, PyObject *qualname, PyObject *module_name);
+static CYTHON_INLINE void __Pyx_Coroutine_ExceptionClear(__Pyx_ExcInfoStruct *self);
+static int __Pyx_Coroutine_clear(PyObject *self);
+static __Pyx_PySendResult __Pyx_Coroutine_AmSend(PyObject *self, PyObject *value, PyObject **retval);
+static PyObject *__Pyx_Coroutine_Send(PyObject *self, PyObject *value);
+static __Pyx_PySendResult __Pyx_Coroutine_Close(PyObject *self, PyObject **retval);
+static PyObject *__Pyx_Coroutine_Throw(PyObject *gen,
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030A0000
+    PyObject *args
+#else
+    PyObject *const *args, Py_ssize_t nargs
+#endif
+    );
+#if CYTHON_USE_EXC_INFO_STACK
+#define __Pyx_Coroutine_SwapException(self)
+#define __Pyx_Coroutine_ResetAndClearException(self)  __Pyx_Coroutine_ExceptionClear(&(self)->gi_exc_state)
+#else
+#define __Pyx_Coroutine_SwapException(self) {\
+    __Pyx_ExceptionSwap(&(self)->gi_exc_state.exc_type, &(self)->gi_exc_state.exc_value, &(self)->gi_exc_state.exc_traceback);\
+    __Pyx_Coroutine_ResetFrameBackpointer(&(self)->gi_exc_state);\
+    }
+#define __Pyx_Coroutine_ResetAndClearException(self) {\
+    __Pyx_ExceptionReset((self)->gi_exc_state.exc_type, (self)->gi_exc_state.exc_value, (self)->gi_exc_state.exc_traceback);\
+    (self)->gi_exc_state.exc_type = (self)->gi_exc_state.exc_value = (self)->gi_exc_state.exc_traceback = NULL;\
+    }
+#endif
+#if CYTHON_FAST_THREAD_STATE
+#define __Pyx_PyGen_FetchStopIterationValue(pvalue)\
+    __Pyx_PyGen__FetchStopIterationValue(__pyx_tstate, pvalue)
+#else
+#define __Pyx_PyGen_FetchStopIterationValue(pvalue)\
+    __Pyx_PyGen__FetchStopIterationValue(__Pyx_PyThreadState_Current, pvalue)
+#endif
+static int __Pyx_PyGen__FetchStopIterationValue(PyThreadState *tstate, PyObject **pvalue);
+static CYTHON_INLINE void __Pyx_Coroutine_ResetFrameBackpointer(__Pyx_ExcInfoStruct *exc_state);
+static char __Pyx_Coroutine_test_and_set_is_running(__pyx_CoroutineObject *gen);
+static void __Pyx_Coroutine_unset_is_running(__pyx_CoroutineObject *gen);
+static char __Pyx_Coroutine_get_is_running(__pyx_CoroutineObject *gen);
+static PyObject *__Pyx_Coroutine_get_is_running_getter(PyObject *gen, void *closure);
+#if __PYX_HAS_PY_AM_SEND == 2
+static void __Pyx_SetBackportTypeAmSend(PyTypeObject *type, __Pyx_PyAsyncMethodsStruct *static_amsend_methods, __Pyx_pyiter_sendfunc am_send);
+#endif
+static PyObject *__Pyx_Coroutine_fail_reduce_ex(PyObject *self, PyObject *arg);
+
+/* Coroutine.proto (used by CoroutineYieldFrom) */
+#define __Pyx_Coroutine_USED
+#define __Pyx_Coroutine_CheckExact(obj) Py_IS_TYPE(obj, __pyx_mstate_global->__pyx_CoroutineType)
+#define __Pyx_Coroutine_Check(obj) __Pyx_Coroutine_CheckExact(obj)
+#define __Pyx_CoroutineAwait_CheckExact(obj) Py_IS_TYPE(obj, __pyx_mstate_global->__pyx_CoroutineAwaitType)
+#define __Pyx_Coroutine_New(body, code, closure, name, qualname, module_name)\
+    __Pyx__Coroutine_New(__pyx_mstate_global->__pyx_CoroutineType, body, code, closure, name, qualname, module_name)
+static int __pyx_Coroutine_init(PyObject *module);
+static PyObject *__Pyx__Coroutine_await(PyObject *coroutine);
+typedef struct {
+    PyObject_HEAD
+    PyObject *coroutine;
+} __pyx_CoroutineAwaitObject;
+static __Pyx_PySendResult __Pyx_CoroutineAwait_Close(__pyx_CoroutineAwaitObject *self);
+
+/* Coro_CheckExact.proto (used by GetAwaitIter) */
+#if CYTHON_COMPILING_IN_LIMITED_API
+static int __Pyx_PyCoro_CheckExact(PyObject *o);
+#else
+#define __Pyx_PyCoro_CheckExact PyCoro_CheckExact
+#endif
+
+/* PyObjectGetMethod.proto (used by GetAwaitIter) */
+#if !CYTHON_VECTORCALL
+static int __Pyx_PyObject_GetMethod(PyObject *obj, PyObject *name, PyObject **method);
+#endif
+
+/* GetAwaitIter.proto (used by CoroutineYieldFrom) */
+static CYTHON_INLINE PyObject *__Pyx_Coroutine_GetAwaitableIter(PyObject *o);
+static PyObject *__Pyx__Coroutine_GetAwaitableIter(PyObject *o);
+
+/* CoroutineYieldFrom.proto */
+static CYTHON_INLINE __Pyx_PySendResult __Pyx_Coroutine_Yield_From(__pyx_CoroutineObject *gen, PyObject *source, PyObject **retval);
+
+/* PyTimeoutError_Check.proto */
+#define __Pyx_PyExc_TimeoutError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_TimeoutError)
+
+/* PyNumberBinop.proto */
+#if CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_GRAAL || CYTHON_COMPILING_IN_LIMITED_API
+#define __Pyx_PyNumber_Add_object_object(op1, op2)  PyNumber_Add(op1, op2)
+#define __Pyx_PyNumber_InPlaceAdd_object_object(op1, op2)  PyNumber_InPlaceAdd(op1, op2)
+#else
+#define __Pyx_PyNumber_Add_object_object(op1, op2)  __Pyx__PyNumber_Add_object_object(op1, op2, 0)
+#define __Pyx_PyNumber_InPlaceAdd_object_object(op1, op2)  __Pyx__PyNumber_Add_object_object(op1, op2, 1)
+static CYTHON_INLINE PyObject* __Pyx__PyNumber_Add_object_object(PyObject *op1, PyObject *op2, int inplace);
+#endif
+
+/* SliceObject.proto */
+static CYTHON_INLINE PyObject* __Pyx_PyObject_GetSlice(
+        PyObject* obj, Py_ssize_t cstart, Py_ssize_t cstop,
+        PyObject** py_start, PyObject** py_stop, PyObject** py_slice,
+        int has_cstart, int has_cstop, int wraparound);
+
+/* pep479.proto */
+static void __Pyx_Generator_Replace_StopIteration(int in_async_gen);
+
 /* PyObjectFormatSimple.proto */
 #if CYTHON_COMPILING_IN_PYPY
     #define __Pyx_PyObject_FormatSimple(s, f) (\
@@ -3892,13 +4107,6 @@ static void __Pyx_call_next_tp_dealloc(PyObject* obj, destructor current_tp_deal
 /* CallNextTpTraverse.proto */
 static int __Pyx_call_next_tp_traverse(PyObject* obj, visitproc v, void *a, traverseproc current_tp_traverse);
 
-/* CallTypeTraverse.proto */
-#if !CYTHON_USE_TYPE_SPECS
-#define __Pyx_call_type_traverse(o, always_call, visit, arg) 0
-#else
-static int __Pyx_call_type_traverse(PyObject *o, int always_call, visitproc visit, void *arg);
-#endif
-
 /* AllocateExtensionType.proto */
 static PyObject *__Pyx_AllocateExtensionType(PyTypeObject *t, int is_final);
 
@@ -3911,6 +4119,20 @@ static PyObject * __Pyx_CallTpnewAsVectorcall(__Pyx_tpnewvectorcallfunc f, PyTyp
 /* CallNewInitFromVectorcall.proto */
 #if CYTHON_VECTORCALL_TPNEW
 static PyObject *__Pyx_CallNewInitFromVectorcall(PyTypeObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames);
+#endif
+
+/* CheckTypeForFreelists.proto */
+#if CYTHON_USE_FREELISTS
+#if CYTHON_USE_TYPE_SPECS
+#define __PYX_CHECK_FINAL_TYPE_FOR_FREELISTS(t, expected_tp, expected_size) ((int) ((t) == (expected_tp)))
+#define __PYX_CHECK_TYPE_FOR_FREELIST_FLAGS  Py_TPFLAGS_IS_ABSTRACT
+#else
+#define __PYX_CHECK_FINAL_TYPE_FOR_FREELISTS(t, expected_tp, expected_size) ((int) ((t)->tp_basicsize == (expected_size)))
+#define __PYX_CHECK_TYPE_FOR_FREELIST_FLAGS  (Py_TPFLAGS_IS_ABSTRACT | Py_TPFLAGS_HEAPTYPE)
+#endif
+#define __PYX_CHECK_TYPE_FOR_FREELISTS(t, expected_tp, expected_size)\
+    (__PYX_CHECK_FINAL_TYPE_FOR_FREELISTS((t), (expected_tp), (expected_size)) &\
+     (int) (!__Pyx_PyType_HasFeature((t), __PYX_CHECK_TYPE_FOR_FREELIST_FLAGS)))
 #endif
 
 /* TypeImport.proto */
@@ -3988,32 +4210,6 @@ static int __Pyx_ImportFunction_3_3_1(PyObject *module, const char *funcname, vo
 
 /* ImportFrom.export */
 static PyObject* __Pyx_ImportFrom(PyObject* module, PyObject* name);
-
-/* dict_setdefault.proto (used by FetchCommonType) */
-static CYTHON_INLINE PyObject *__Pyx_PyDict_SetDefault(PyObject *d, PyObject *key, PyObject *default_value);
-
-/* AddModuleRef.proto (used by FetchSharedCythonModule) */
-#if ((CYTHON_COMPILING_IN_CPYTHON_FREETHREADING && PY_VERSION_HEX < 0x030F00a3) ||\
-     __PYX_LIMITED_VERSION_HEX < 0x030d0000)
-  static PyObject *__Pyx_PyImport_AddModuleRef(const char *name);
-#else
-  #define __Pyx_PyImport_AddModuleRef(name) PyImport_AddModuleRef(name)
-#endif
-
-/* FetchSharedCythonModule.proto (used by FetchCommonType) */
-static PyObject *__Pyx_FetchSharedCythonABIModule(void);
-
-/* VerifyCachedType.proto (used by FetchCommonType) */
-static int __Pyx_VerifyCachedType(PyObject *cached_type,
-                               const char *name,
-                               Py_ssize_t expected_basicsize);
-
-/* FetchCommonType.proto (used by CommonTypesMetaclass) */
-static PyTypeObject* __Pyx_FetchCommonTypeFromSpec(PyTypeObject *metaclass, PyObject *module, PyType_Spec *spec, PyObject *bases);
-
-/* CommonTypesMetaclass.proto (used by CythonFunctionShared) */
-static int __pyx_CommonTypesMetaclass_init(PyObject *module);
-#define __Pyx_CommonTypesMetaclass_USED
 
 /* CythonFunctionPerModule.proto (used by CythonFunctionShared) */
 #define __Pyx_CyFunction_USED
@@ -4365,9 +4561,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
 static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_6put_async(struct __pyx_obj_7ivshmem_7channel_7writers_Writer *__pyx_v_self, PyObject *__pyx_v_data, PyObject *__pyx_v_timeout); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_8put_parts_async(struct __pyx_obj_7ivshmem_7channel_7writers_Writer *__pyx_v_self, PyObject *__pyx_v_parts, PyObject *__pyx_v_timeout); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_10put_rows_async(struct __pyx_obj_7ivshmem_7channel_7writers_Writer *__pyx_v_self, PyObject *__pyx_v_rows, PyObject *__pyx_v_timeout); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_12loan(struct __pyx_obj_7ivshmem_7channel_7writers_Writer *__pyx_v_self, PyObject *__pyx_v_size); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_14__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7writers_Writer *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_16__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7writers_Writer *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_13loan(struct __pyx_obj_7ivshmem_7channel_7writers_Writer *__pyx_v_self, PyObject *__pyx_v_size); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_15__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7writers_Writer *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_17__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7writers_Writer *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
 static int __pyx_pf_7ivshmem_7channel_7writers_4Loan___cinit__(struct __pyx_obj_7ivshmem_7channel_7writers_Loan *__pyx_v_self, struct __pyx_obj_7ivshmem_7channel_7writers_Writer *__pyx_v_writer, uint32_t __pyx_v_size); /* proto */
 static int __pyx_pf_7ivshmem_7channel_7writers_4Loan_2__getbuffer__(struct __pyx_obj_7ivshmem_7channel_7writers_Loan *__pyx_v_self, Py_buffer *__pyx_v_view, int __pyx_v_flags); /* proto */
 static void __pyx_pf_7ivshmem_7channel_7writers_4Loan_4__releasebuffer__(struct __pyx_obj_7ivshmem_7channel_7writers_Loan *__pyx_v_self, CYTHON_UNUSED Py_buffer *__pyx_v_view); /* proto */
@@ -4406,6 +4602,29 @@ static PyObject *__pyx_tp_new_7ivshmem_7channel_7writers_Loan(PyTypeObject *t, P
 #endif
 #if CYTHON_VECTORCALL_TPNEW
 static PyObject *__pyx_tp_vectorcall_7ivshmem_7channel_7writers_Loan(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
+#endif
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async(PyObject *o, 
+#if CYTHON_VECTORCALL_TPNEW
+    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
+#else
+    PyObject *a, PyObject *k
+#endif
+); /*proto*/
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async(PyTypeObject *t, 
+#if CYTHON_VECTORCALL_TPNEW
+    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
+#else
+    PyObject *a, PyObject *k
+#endif
+); /*proto*/
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__pyx_tp_new_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
+#endif
+#if !CYTHON_VECTORCALL_TPNEW
+#define __pyx_tp_new_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async __pyx_tp_new_vectorcall_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async
+#endif
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__pyx_tp_vectorcall_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
 #endif
 /* #### Code section: late_includes ### */
 /* #### Code section: module_state ### */
@@ -4452,14 +4671,16 @@ namespace {
     PyTypeObject *__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd;
     PyObject *__pyx_type_7ivshmem_7channel_7writers_Writer;
     PyObject *__pyx_type_7ivshmem_7channel_7writers_Loan;
+    PyObject *__pyx_type_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async;
     PyTypeObject *__pyx_ptype_7ivshmem_7channel_7writers_Writer;
     PyTypeObject *__pyx_ptype_7ivshmem_7channel_7writers_Loan;
+    PyTypeObject *__pyx_ptype_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_items;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[3];
     PyObject *__pyx_codeobj_tab[14];
-    PyObject *__pyx_string_tab[138];
+    PyObject *__pyx_string_tab[153];
     PyObject *__pyx_number_tab[2];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
@@ -4470,6 +4691,25 @@ PyObject *__Pyx_PyFrozenDictType;
 /* CommonTypesMetaclass.module_state_decls */
 PyTypeObject *__pyx_CommonTypesMetaclassType;
 
+/* IterNextPlain.module_state_decls */
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030A0000
+PyObject *__Pyx_GetBuiltinNext_LimitedAPI_cache;
+#endif
+
+/* Coroutine.module_state_decls */
+PyTypeObject *__pyx_CoroutineType;
+PyTypeObject *__pyx_CoroutineAwaitType;
+
+/* Coro_CheckExact.module_state_decls */
+#if CYTHON_COMPILING_IN_LIMITED_API
+PyObject *__Pyx_CachedCoroType;
+#endif
+
+
+#if CYTHON_USE_FREELISTS
+struct __pyx_obj_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async *__pyx_freelist_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async[8];
+int __pyx_freecount_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async;
+#endif
 /* CachedMethodType.module_state_decls */
 #if CYTHON_COMPILING_IN_LIMITED_API
 PyObject *__Pyx_CachedMethodType;
@@ -4530,123 +4770,138 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u_gc __pyx_string_tab[18]
 #define __pyx_kp_u_isenabled __pyx_string_tab[19]
 #define __pyx_kp_u_ivshmem_errors __pyx_string_tab[20]
-#define __pyx_kp_u_ivshmem_text __pyx_string_tab[21]
-#define __pyx_kp_u_ivshmem_channel_writers_pyx __pyx_string_tab[22]
-#define __pyx_kp_u_no_message_has __pyx_string_tab[23]
-#define __pyx_kp_u_rows_a_buffer_of_two_dimensions __pyx_string_tab[24]
-#define __pyx_kp_u_self_writer_cannot_be_converted __pyx_string_tab[25]
-#define __pyx_kp_u_the_loan_was_published_or_droppe __pyx_string_tab[26]
-#define __pyx_kp_u_timeout_is_not_a_number __pyx_string_tab[27]
-#define __pyx_n_u_ChannelTypeError __pyx_string_tab[28]
-#define __pyx_n_u_ClosedError __pyx_string_tab[29]
-#define __pyx_n_u_Loan __pyx_string_tab[30]
-#define __pyx_n_u_Loan___enter __pyx_string_tab[31]
-#define __pyx_n_u_Loan___exit __pyx_string_tab[32]
-#define __pyx_n_u_Loan___reduce __pyx_string_tab[33]
-#define __pyx_n_u_Loan_drop __pyx_string_tab[34]
-#define __pyx_n_u_Loan_publish __pyx_string_tab[35]
-#define __pyx_n_u_Loan_publish_async __pyx_string_tab[36]
-#define __pyx_n_u_Writer __pyx_string_tab[37]
-#define __pyx_n_u_Writer___reduce_cython __pyx_string_tab[38]
-#define __pyx_n_u_Writer___setstate_cython __pyx_string_tab[39]
-#define __pyx_n_u_Writer_loan __pyx_string_tab[40]
-#define __pyx_n_u_Writer_put_async __pyx_string_tab[41]
-#define __pyx_n_u_Writer_put_parts __pyx_string_tab[42]
-#define __pyx_n_u_Writer_put_parts_async __pyx_string_tab[43]
-#define __pyx_n_u_Writer_put_rows __pyx_string_tab[44]
-#define __pyx_n_u_Writer_put_rows_async __pyx_string_tab[45]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[46]
-#define __pyx_n_u_annotate __pyx_string_tab[47]
-#define __pyx_n_u_enter __pyx_string_tab[48]
-#define __pyx_n_u_exit __pyx_string_tab[49]
-#define __pyx_n_u_func __pyx_string_tab[50]
-#define __pyx_n_u_getstate __pyx_string_tab[51]
-#define __pyx_n_u_main __pyx_string_tab[52]
-#define __pyx_n_u_module __pyx_string_tab[53]
-#define __pyx_n_u_name __pyx_string_tab[54]
-#define __pyx_n_u_pyx_state __pyx_string_tab[55]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[56]
-#define __pyx_n_u_qualname __pyx_string_tab[57]
-#define __pyx_n_u_reduce __pyx_string_tab[58]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[59]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[60]
-#define __pyx_n_u_set_name __pyx_string_tab[61]
-#define __pyx_n_u_setstate __pyx_string_tab[62]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[63]
-#define __pyx_n_u_test __pyx_string_tab[64]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[65]
-#define __pyx_n_u_array __pyx_string_tab[66]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[67]
-#define __pyx_n_u_at __pyx_string_tab[68]
-#define __pyx_n_u_buffers __pyx_string_tab[69]
-#define __pyx_n_u_cell __pyx_string_tab[70]
-#define __pyx_n_u_check_size __pyx_string_tab[71]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[72]
-#define __pyx_n_u_code __pyx_string_tab[73]
-#define __pyx_n_u_count __pyx_string_tab[74]
-#define __pyx_n_u_counted __pyx_string_tab[75]
-#define __pyx_n_u_data __pyx_string_tab[76]
-#define __pyx_n_u_drop __pyx_string_tab[77]
-#define __pyx_n_u_encode __pyx_string_tab[78]
-#define __pyx_n_u_encode_rows __pyx_string_tab[79]
-#define __pyx_n_u_error __pyx_string_tab[80]
-#define __pyx_n_u_errors __pyx_string_tab[81]
-#define __pyx_n_u_frombuffer __pyx_string_tab[82]
-#define __pyx_n_u_i __pyx_string_tab[83]
-#define __pyx_n_u_index __pyx_string_tab[84]
-#define __pyx_n_u_into __pyx_string_tab[85]
-#define __pyx_n_u_items __pyx_string_tab[86]
-#define __pyx_n_u_ivshmem_channel_writers __pyx_string_tab[87]
-#define __pyx_n_u_kind __pyx_string_tab[88]
-#define __pyx_n_u_len __pyx_string_tab[89]
-#define __pyx_n_u_length __pyx_string_tab[90]
-#define __pyx_n_u_loan __pyx_string_tab[91]
-#define __pyx_n_u_map __pyx_string_tab[92]
-#define __pyx_n_u_memoryview __pyx_string_tab[93]
-#define __pyx_n_u_ndim __pyx_string_tab[94]
-#define __pyx_n_u_numpy __pyx_string_tab[95]
-#define __pyx_n_u_operator __pyx_string_tab[96]
-#define __pyx_n_u_part __pyx_string_tab[97]
-#define __pyx_n_u_parts __pyx_string_tab[98]
-#define __pyx_n_u_pop __pyx_string_tab[99]
-#define __pyx_n_u_publish __pyx_string_tab[100]
-#define __pyx_n_u_publish_async __pyx_string_tab[101]
-#define __pyx_n_u_put __pyx_string_tab[102]
-#define __pyx_n_u_put_async __pyx_string_tab[103]
-#define __pyx_n_u_put_parts __pyx_string_tab[104]
-#define __pyx_n_u_put_parts_async __pyx_string_tab[105]
-#define __pyx_n_u_put_rows __pyx_string_tab[106]
-#define __pyx_n_u_put_rows_async __pyx_string_tab[107]
-#define __pyx_n_u_rows __pyx_string_tab[108]
-#define __pyx_n_u_self __pyx_string_tab[109]
-#define __pyx_n_u_setdefault __pyx_string_tab[110]
-#define __pyx_n_u_shape __pyx_string_tab[111]
-#define __pyx_n_u_size __pyx_string_tab[112]
-#define __pyx_n_u_spin __pyx_string_tab[113]
-#define __pyx_n_u_sum __pyx_string_tab[114]
-#define __pyx_n_u_text __pyx_string_tab[115]
-#define __pyx_n_u_time __pyx_string_tab[116]
-#define __pyx_n_u_timeout __pyx_string_tab[117]
-#define __pyx_n_u_uint8 __pyx_string_tab[118]
-#define __pyx_n_u_values __pyx_string_tab[119]
-#define __pyx_n_u_view __pyx_string_tab[120]
-#define __pyx_n_u_whole __pyx_string_tab[121]
-#define __pyx_n_u_writer __pyx_string_tab[122]
-#define __pyx_kp_b_PyObject_PyObject_int___pyx_skip __pyx_string_tab[123]
-#define __pyx_kp_b_PyObject_struct___pyx_obj_7ivshm __pyx_string_tab[124]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[125]
-#define __pyx_kp_b_iso88591_A_4t1_5_1_Q_Q __pyx_string_tab[126]
-#define __pyx_kp_b_iso88591_A_iq __pyx_string_tab[127]
-#define __pyx_kp_b_iso88591_A_q __pyx_string_tab[128]
-#define __pyx_kp_b_iso88591_A_F_t87_U_ZxvUVVW_5_A_aq_5_hgYa __pyx_string_tab[129]
-#define __pyx_kp_b_iso88591_A_31_Q_Qa_at7_a_4vWA_4uL_1_5_b_A __pyx_string_tab[130]
-#define __pyx_kp_b_iso88591_A_5Q_4q_d_t5_AS_a_1IQ_Q_HA_c_3ay __pyx_string_tab[131]
-#define __pyx_kp_b_iso88591_A_T_t4q_a_t7_4wit1 __pyx_string_tab[132]
-#define __pyx_kp_b_iso88591_nKq_T_t1_T_a_a_uG1_4r_HD_ARq_A __pyx_string_tab[133]
-#define __pyx_kp_b_iso88591_N_AT_j_ha __pyx_string_tab[134]
-#define __pyx_kp_b_iso88591_a_AV4vZq __pyx_string_tab[135]
-#define __pyx_kp_b_iso88591_1_AV4_A __pyx_string_tab[136]
-#define __pyx_kp_b_iso88591_Q_AV4_Q __pyx_string_tab[137]
+#define __pyx_kp_u_ivshmem_system_time_limits __pyx_string_tab[21]
+#define __pyx_kp_u_ivshmem_text __pyx_string_tab[22]
+#define __pyx_kp_u_ivshmem_channel_writers_pyx __pyx_string_tab[23]
+#define __pyx_kp_u_no_message_has __pyx_string_tab[24]
+#define __pyx_kp_u_rows_a_buffer_of_two_dimensions __pyx_string_tab[25]
+#define __pyx_kp_u_self_writer_cannot_be_converted __pyx_string_tab[26]
+#define __pyx_kp_u_the_loan_was_published_or_droppe __pyx_string_tab[27]
+#define __pyx_kp_u_timeout_is_not_a_number __pyx_string_tab[28]
+#define __pyx_n_u_ChannelCorrupt __pyx_string_tab[29]
+#define __pyx_n_u_ChannelTypeError __pyx_string_tab[30]
+#define __pyx_n_u_ClosedError __pyx_string_tab[31]
+#define __pyx_n_u_Loan __pyx_string_tab[32]
+#define __pyx_n_u_Loan___enter __pyx_string_tab[33]
+#define __pyx_n_u_Loan___exit __pyx_string_tab[34]
+#define __pyx_n_u_Loan___reduce __pyx_string_tab[35]
+#define __pyx_n_u_Loan_drop __pyx_string_tab[36]
+#define __pyx_n_u_Loan_publish __pyx_string_tab[37]
+#define __pyx_n_u_Loan_publish_async __pyx_string_tab[38]
+#define __pyx_n_u_Writer __pyx_string_tab[39]
+#define __pyx_n_u_Writer___reduce_cython __pyx_string_tab[40]
+#define __pyx_n_u_Writer___setstate_cython __pyx_string_tab[41]
+#define __pyx_n_u_Writer_loan __pyx_string_tab[42]
+#define __pyx_n_u_Writer_put_async __pyx_string_tab[43]
+#define __pyx_n_u_Writer_put_parts __pyx_string_tab[44]
+#define __pyx_n_u_Writer_put_parts_async __pyx_string_tab[45]
+#define __pyx_n_u_Writer_put_rows __pyx_string_tab[46]
+#define __pyx_n_u_Writer_put_rows_async __pyx_string_tab[47]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[48]
+#define __pyx_n_u_annotate __pyx_string_tab[49]
+#define __pyx_n_u_await __pyx_string_tab[50]
+#define __pyx_n_u_enter __pyx_string_tab[51]
+#define __pyx_n_u_exit __pyx_string_tab[52]
+#define __pyx_n_u_func __pyx_string_tab[53]
+#define __pyx_n_u_getstate __pyx_string_tab[54]
+#define __pyx_n_u_main __pyx_string_tab[55]
+#define __pyx_n_u_module __pyx_string_tab[56]
+#define __pyx_n_u_name __pyx_string_tab[57]
+#define __pyx_n_u_pyx_state __pyx_string_tab[58]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[59]
+#define __pyx_n_u_qualname __pyx_string_tab[60]
+#define __pyx_n_u_reduce __pyx_string_tab[61]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[62]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[63]
+#define __pyx_n_u_set_name __pyx_string_tab[64]
+#define __pyx_n_u_setstate __pyx_string_tab[65]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[66]
+#define __pyx_n_u_test __pyx_string_tab[67]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[68]
+#define __pyx_n_u_array __pyx_string_tab[69]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[70]
+#define __pyx_n_u_at __pyx_string_tab[71]
+#define __pyx_n_u_buffers __pyx_string_tab[72]
+#define __pyx_n_u_cell __pyx_string_tab[73]
+#define __pyx_n_u_check_size __pyx_string_tab[74]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[75]
+#define __pyx_n_u_close __pyx_string_tab[76]
+#define __pyx_n_u_code __pyx_string_tab[77]
+#define __pyx_n_u_count __pyx_string_tab[78]
+#define __pyx_n_u_counted __pyx_string_tab[79]
+#define __pyx_n_u_data __pyx_string_tab[80]
+#define __pyx_n_u_deadline __pyx_string_tab[81]
+#define __pyx_n_u_deadline_of __pyx_string_tab[82]
+#define __pyx_n_u_done __pyx_string_tab[83]
+#define __pyx_n_u_drop __pyx_string_tab[84]
+#define __pyx_n_u_encode __pyx_string_tab[85]
+#define __pyx_n_u_encode_rows __pyx_string_tab[86]
+#define __pyx_n_u_error __pyx_string_tab[87]
+#define __pyx_n_u_errors __pyx_string_tab[88]
+#define __pyx_n_u_frombuffer __pyx_string_tab[89]
+#define __pyx_n_u_i __pyx_string_tab[90]
+#define __pyx_n_u_index __pyx_string_tab[91]
+#define __pyx_n_u_into __pyx_string_tab[92]
+#define __pyx_n_u_items __pyx_string_tab[93]
+#define __pyx_n_u_ivshmem_channel_writers __pyx_string_tab[94]
+#define __pyx_n_u_kind __pyx_string_tab[95]
+#define __pyx_n_u_left __pyx_string_tab[96]
+#define __pyx_n_u_left_until __pyx_string_tab[97]
+#define __pyx_n_u_len __pyx_string_tab[98]
+#define __pyx_n_u_length __pyx_string_tab[99]
+#define __pyx_n_u_loan __pyx_string_tab[100]
+#define __pyx_n_u_map __pyx_string_tab[101]
+#define __pyx_n_u_memoryview __pyx_string_tab[102]
+#define __pyx_n_u_ndim __pyx_string_tab[103]
+#define __pyx_n_u_next __pyx_string_tab[104]
+#define __pyx_n_u_numpy __pyx_string_tab[105]
+#define __pyx_n_u_operator __pyx_string_tab[106]
+#define __pyx_n_u_part __pyx_string_tab[107]
+#define __pyx_n_u_parts __pyx_string_tab[108]
+#define __pyx_n_u_pop __pyx_string_tab[109]
+#define __pyx_n_u_publish __pyx_string_tab[110]
+#define __pyx_n_u_publish_async __pyx_string_tab[111]
+#define __pyx_n_u_put __pyx_string_tab[112]
+#define __pyx_n_u_put_async __pyx_string_tab[113]
+#define __pyx_n_u_put_parts __pyx_string_tab[114]
+#define __pyx_n_u_put_parts_async __pyx_string_tab[115]
+#define __pyx_n_u_put_rows __pyx_string_tab[116]
+#define __pyx_n_u_put_rows_async __pyx_string_tab[117]
+#define __pyx_n_u_rest __pyx_string_tab[118]
+#define __pyx_n_u_rows __pyx_string_tab[119]
+#define __pyx_n_u_self __pyx_string_tab[120]
+#define __pyx_n_u_send __pyx_string_tab[121]
+#define __pyx_n_u_setdefault __pyx_string_tab[122]
+#define __pyx_n_u_shape __pyx_string_tab[123]
+#define __pyx_n_u_size __pyx_string_tab[124]
+#define __pyx_n_u_spin __pyx_string_tab[125]
+#define __pyx_n_u_sum __pyx_string_tab[126]
+#define __pyx_n_u_system_time_limits __pyx_string_tab[127]
+#define __pyx_n_u_text __pyx_string_tab[128]
+#define __pyx_n_u_throw __pyx_string_tab[129]
+#define __pyx_n_u_time __pyx_string_tab[130]
+#define __pyx_n_u_timeout __pyx_string_tab[131]
+#define __pyx_n_u_uint8 __pyx_string_tab[132]
+#define __pyx_n_u_value __pyx_string_tab[133]
+#define __pyx_n_u_values __pyx_string_tab[134]
+#define __pyx_n_u_view __pyx_string_tab[135]
+#define __pyx_n_u_whole __pyx_string_tab[136]
+#define __pyx_n_u_writer __pyx_string_tab[137]
+#define __pyx_kp_b_PyObject_PyObject_int___pyx_skip __pyx_string_tab[138]
+#define __pyx_kp_b_PyObject_struct___pyx_obj_7ivshm __pyx_string_tab[139]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[140]
+#define __pyx_kp_b_iso88591_A_4t1_5_1_Q_Q __pyx_string_tab[141]
+#define __pyx_kp_b_iso88591_A_iq __pyx_string_tab[142]
+#define __pyx_kp_b_iso88591_A_q __pyx_string_tab[143]
+#define __pyx_kp_b_iso88591_A_F_t87_U_ZxvUVVW_5_A_aq_5_hgYa __pyx_string_tab[144]
+#define __pyx_kp_b_iso88591_A_31_Q_Qa_at7_a_4vWA_4uL_1_5_b_A __pyx_string_tab[145]
+#define __pyx_kp_b_iso88591_A_5Q_4q_d_t5_AS_a_1IQ_Q_HA_c_3ay __pyx_string_tab[146]
+#define __pyx_kp_b_iso88591_A_T_t4q_a_t7_4wit1 __pyx_string_tab[147]
+#define __pyx_kp_b_iso88591_nKq_T_t1_T_a_a_uG1_4r_HD_ARq_A __pyx_string_tab[148]
+#define __pyx_kp_b_iso88591_N_AT_j_ha __pyx_string_tab[149]
+#define __pyx_kp_b_iso88591_a_AV4vZq __pyx_string_tab[150]
+#define __pyx_kp_b_iso88591_Q_AV4_U_1 __pyx_string_tab[151]
+#define __pyx_kp_b_iso88591_1 __pyx_string_tab[152]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_2 __pyx_number_tab[1]
 /* #### Code section: module_state_clear ### */
@@ -4687,16 +4942,22 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_7channel_7writers_Writer);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_7writers_Loan);
   Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_7channel_7writers_Loan);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async);
+  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_items.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
   for (int i=0; i<14; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<138; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<153; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<2; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
 Py_CLEAR(clear_module_state->__pyx_CommonTypesMetaclassType);
+
+/* Coroutine.module_state_clear */
+Py_CLEAR(clear_module_state->__pyx_CoroutineType);
+Py_CLEAR(clear_module_state->__pyx_CoroutineAwaitType);
 
 /* CythonFunctionPerModule.module_state_clear */
 Py_CLEAR(clear_module_state->__pyx_CyFunctionType);
@@ -4740,16 +5001,22 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_7channel_7writers_Writer);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_7writers_Loan);
   Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_7channel_7writers_Loan);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async);
+  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_items.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
   for (int i=0; i<14; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<138; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<153; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<2; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
 Py_VISIT(traverse_module_state->__pyx_CommonTypesMetaclassType);
+
+/* Coroutine.module_state_traverse */
+Py_VISIT(traverse_module_state->__pyx_CoroutineType);
+Py_VISIT(traverse_module_state->__pyx_CoroutineAwaitType);
 
 /* CythonFunctionPerModule.module_state_traverse */
 Py_VISIT(traverse_module_state->__pyx_CyFunctionType);
@@ -5960,7 +6227,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_7channel_5roles_take_target(PyObject *
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":40
+/* "ivshmem/channel/writers.pyx":41
  *     """
  * 
  *     @cython.binding(False)  # a function that binds adds 40 ns to a call             # <<<<<<<<<<<<<<
@@ -6009,24 +6276,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 40, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 41, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 40, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 41, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 40, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 41, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "put", 0) < (0)) __PYX_ERR(0, 40, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "put", 0) < (0)) __PYX_ERR(0, 41, __pyx_L3_error)
 
-      /* "ivshmem/channel/writers.pyx":42
+      /* "ivshmem/channel/writers.pyx":43
  *     @cython.binding(False)  # a function that binds adds 40 ns to a call
  *     @cython.critical_section
  *     def put(self, data, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -6036,17 +6303,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("put", 0, 1, 2, i); __PYX_ERR(0, 40, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("put", 0, 1, 2, i); __PYX_ERR(0, 41, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 40, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 41, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 40, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 41, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -6059,7 +6326,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("put", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 40, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("put", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 41, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6072,7 +6339,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_7writers_6Writer_put(((struct __pyx_obj_7ivshmem_7channel_7writers_Writer *)__pyx_v_self), __pyx_v_data, __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/writers.pyx":40
+  /* "ivshmem/channel/writers.pyx":41
  *     """
  * 
  *     @cython.binding(False)  # a function that binds adds 40 ns to a call             # <<<<<<<<<<<<<<
@@ -6119,7 +6386,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_put(struct __pyx_ob
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/writers.pyx":61
+        /* "ivshmem/channel/writers.pyx":62
  *         """
  *         cdef Py_buffer view
  *         cdef uint32_t cell = 0             # <<<<<<<<<<<<<<
@@ -6128,7 +6395,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_put(struct __pyx_ob
 */
         __pyx_v_cell = 0;
 
-        /* "ivshmem/channel/writers.pyx":62
+        /* "ivshmem/channel/writers.pyx":63
  *         cdef Py_buffer view
  *         cdef uint32_t cell = 0
  *         take_payload(self.type, data, &view)             # <<<<<<<<<<<<<<
@@ -6137,11 +6404,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_put(struct __pyx_ob
 */
         __pyx_t_2 = __pyx_v_self->__pyx_base.type;
         __Pyx_INCREF(__pyx_t_2);
-        __pyx_t_3 = __pyx_f_7ivshmem_7channel_5roles_take_payload(__pyx_t_2, __pyx_v_data, (&__pyx_v_view)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 62, __pyx_L4_error)
+        __pyx_t_3 = __pyx_f_7ivshmem_7channel_5roles_take_payload(__pyx_t_2, __pyx_v_data, (&__pyx_v_view)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 63, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
 
-        /* "ivshmem/channel/writers.pyx":63
+        /* "ivshmem/channel/writers.pyx":64
  *         cdef uint32_t cell = 0
  *         take_payload(self.type, data, &view)
  *         try:             # <<<<<<<<<<<<<<
@@ -6150,17 +6417,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_put(struct __pyx_ob
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/writers.pyx":64
+          /* "ivshmem/channel/writers.pyx":65
  *         take_payload(self.type, data, &view)
  *         try:
  *             self.enter()  # last: what stands before can run other threads, which close it             # <<<<<<<<<<<<<<
  *             if <uint64_t>view.len > self.channel.record.geometry.limit:
  *                 raise self.too_long(view.len)
 */
-          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 64, __pyx_L7_error)
+          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 65, __pyx_L7_error)
 
 
-          /* "ivshmem/channel/writers.pyx":65
+          /* "ivshmem/channel/writers.pyx":66
  *         try:
  *             self.enter()  # last: what stands before can run other threads, which close it
  *             if <uint64_t>view.len > self.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
@@ -6172,23 +6439,23 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_put(struct __pyx_ob
           if (unlikely(__pyx_t_4)) {
 
 
-            /* "ivshmem/channel/writers.pyx":66
+            /* "ivshmem/channel/writers.pyx":67
  *             self.enter()  # last: what stands before can run other threads, which close it
  *             if <uint64_t>view.len > self.channel.record.geometry.limit:
  *                 raise self.too_long(view.len)             # <<<<<<<<<<<<<<
  *             self.find_room(&cell, timeout, spin)
  *             self.putting += 1
 */
-            __pyx_t_2 = PyLong_FromSsize_t(__pyx_v_view.len); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 66, __pyx_L7_error)
+            __pyx_t_2 = PyLong_FromSsize_t(__pyx_v_view.len); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 67, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_2);
-            __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.too_long(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_t_2); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 66, __pyx_L7_error)
+            __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.too_long(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_t_2); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 67, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_5);
             __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
             __Pyx_Raise(__pyx_t_5, 0, 0, 0);
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            __PYX_ERR(0, 66, __pyx_L7_error)
+            __PYX_ERR(0, 67, __pyx_L7_error)
 
-            /* "ivshmem/channel/writers.pyx":65
+            /* "ivshmem/channel/writers.pyx":66
  *         try:
  *             self.enter()  # last: what stands before can run other threads, which close it
  *             if <uint64_t>view.len > self.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
@@ -6197,17 +6464,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_put(struct __pyx_ob
 */
           }
 
-          /* "ivshmem/channel/writers.pyx":67
+          /* "ivshmem/channel/writers.pyx":68
  *             if <uint64_t>view.len > self.channel.record.geometry.limit:
  *                 raise self.too_long(view.len)
  *             self.find_room(&cell, timeout, spin)             # <<<<<<<<<<<<<<
  *             self.putting += 1
  *             try:
 */
-          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.find_room(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), (&__pyx_v_cell), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 67, __pyx_L7_error)
+          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.find_room(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), (&__pyx_v_cell), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 68, __pyx_L7_error)
 
 
-          /* "ivshmem/channel/writers.pyx":68
+          /* "ivshmem/channel/writers.pyx":69
  *                 raise self.too_long(view.len)
  *             self.find_room(&cell, timeout, spin)
  *             self.putting += 1             # <<<<<<<<<<<<<<
@@ -6216,7 +6483,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_put(struct __pyx_ob
 */
           __pyx_v_self->__pyx_base.putting = (__pyx_v_self->__pyx_base.putting + 1);
 
-          /* "ivshmem/channel/writers.pyx":69
+          /* "ivshmem/channel/writers.pyx":70
  *             self.find_room(&cell, timeout, spin)
  *             self.putting += 1
  *             try:             # <<<<<<<<<<<<<<
@@ -6233,17 +6500,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_put(struct __pyx_ob
               __Pyx_XGOTREF(__pyx_t_8);
               /*try:*/ {
 
-                /* "ivshmem/channel/writers.pyx":70
+                /* "ivshmem/channel/writers.pyx":71
  *             self.putting += 1
  *             try:
  *                 self.copy_in(cell, <const char *>view.buf, view.len)             # <<<<<<<<<<<<<<
  *                 if view.len >= LARGE:
  *                     self.wait_again(timeout)
 */
-                __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_in(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_cell, ((char const *)__pyx_v_view.buf), __pyx_v_view.len); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 70, __pyx_L13_error)
+                __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_in(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_cell, ((char const *)__pyx_v_view.buf), __pyx_v_view.len); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 71, __pyx_L13_error)
 
 
-                /* "ivshmem/channel/writers.pyx":71
+                /* "ivshmem/channel/writers.pyx":72
  *             try:
  *                 self.copy_in(cell, <const char *>view.buf, view.len)
  *                 if view.len >= LARGE:             # <<<<<<<<<<<<<<
@@ -6255,17 +6522,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_put(struct __pyx_ob
                 if (__pyx_t_4) {
 
 
-                  /* "ivshmem/channel/writers.pyx":72
+                  /* "ivshmem/channel/writers.pyx":73
  *                 self.copy_in(cell, <const char *>view.buf, view.len)
  *                 if view.len >= LARGE:
  *                     self.wait_again(timeout)             # <<<<<<<<<<<<<<
  *             except BaseException:
  *                 ivshmem_loan_drop(&self.writer, cell)
 */
-                  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait_again(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 72, __pyx_L13_error)
+                  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait_again(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 73, __pyx_L13_error)
 
 
-                  /* "ivshmem/channel/writers.pyx":71
+                  /* "ivshmem/channel/writers.pyx":72
  *             try:
  *                 self.copy_in(cell, <const char *>view.buf, view.len)
  *                 if view.len >= LARGE:             # <<<<<<<<<<<<<<
@@ -6274,7 +6541,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_put(struct __pyx_ob
 */
                 }
 
-                /* "ivshmem/channel/writers.pyx":69
+                /* "ivshmem/channel/writers.pyx":70
  *             self.find_room(&cell, timeout, spin)
  *             self.putting += 1
  *             try:             # <<<<<<<<<<<<<<
@@ -6290,7 +6557,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_put(struct __pyx_ob
               __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
               __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-              /* "ivshmem/channel/writers.pyx":73
+              /* "ivshmem/channel/writers.pyx":74
  *                 if view.len >= LARGE:
  *                     self.wait_again(timeout)
  *             except BaseException:             # <<<<<<<<<<<<<<
@@ -6300,12 +6567,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_put(struct __pyx_ob
               __pyx_t_3 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
               if (__pyx_t_3) {
                 __Pyx_AddTraceback("ivshmem.channel.writers.Writer.put", __pyx_clineno, __pyx_lineno, __pyx_filename);
-                if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_2, &__pyx_t_9) < 0) __PYX_ERR(0, 73, __pyx_L15_except_error)
+                if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_2, &__pyx_t_9) < 0) __PYX_ERR(0, 74, __pyx_L15_except_error)
                 __Pyx_XGOTREF(__pyx_t_5);
                 __Pyx_XGOTREF(__pyx_t_2);
                 __Pyx_XGOTREF(__pyx_t_9);
 
-                /* "ivshmem/channel/writers.pyx":74
+                /* "ivshmem/channel/writers.pyx":75
  *                     self.wait_again(timeout)
  *             except BaseException:
  *                 ivshmem_loan_drop(&self.writer, cell)             # <<<<<<<<<<<<<<
@@ -6314,7 +6581,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_put(struct __pyx_ob
 */
                 ivshmem_loan_drop((&__pyx_v_self->__pyx_base.writer), __pyx_v_cell);
 
-                /* "ivshmem/channel/writers.pyx":75
+                /* "ivshmem/channel/writers.pyx":76
  *             except BaseException:
  *                 ivshmem_loan_drop(&self.writer, cell)
  *                 raise             # <<<<<<<<<<<<<<
@@ -6326,11 +6593,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_put(struct __pyx_ob
                 __Pyx_XGIVEREF(__pyx_t_9);
                 __Pyx_ErrRestoreWithState(__pyx_t_5, __pyx_t_2, __pyx_t_9);
                 __pyx_t_5 = 0;  __pyx_t_2 = 0;  __pyx_t_9 = 0; 
-                __PYX_ERR(0, 75, __pyx_L15_except_error)
+                __PYX_ERR(0, 76, __pyx_L15_except_error)
               }
               goto __pyx_L15_except_error;
 
-              /* "ivshmem/channel/writers.pyx":69
+              /* "ivshmem/channel/writers.pyx":70
  *             self.find_room(&cell, timeout, spin)
  *             self.putting += 1
  *             try:             # <<<<<<<<<<<<<<
@@ -6347,7 +6614,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_put(struct __pyx_ob
             }
           }
 
-          /* "ivshmem/channel/writers.pyx":77
+          /* "ivshmem/channel/writers.pyx":78
  *                 raise
  *             finally:
  *                 self.putting -= 1             # <<<<<<<<<<<<<<
@@ -6394,24 +6661,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_put(struct __pyx_ob
             __pyx_L12:;
           }
 
-          /* "ivshmem/channel/writers.pyx":78
+          /* "ivshmem/channel/writers.pyx":79
  *             finally:
  *                 self.putting -= 1
  *             self.send(cell, view.len, 0)             # <<<<<<<<<<<<<<
  *             return self.writer.missed
  *         finally:
 */
-          __pyx_t_15 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.send(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_cell, __pyx_v_view.len, 0); if (unlikely(__pyx_t_15 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 78, __pyx_L7_error)
+          __pyx_t_15 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.send(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_cell, __pyx_v_view.len, 0); if (unlikely(__pyx_t_15 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 79, __pyx_L7_error)
 
 
-          /* "ivshmem/channel/writers.pyx":79
+          /* "ivshmem/channel/writers.pyx":80
  *                 self.putting -= 1
  *             self.send(cell, view.len, 0)
  *             return self.writer.missed             # <<<<<<<<<<<<<<
  *         finally:
  *             PyBuffer_Release(&view)
 */
-          __pyx_t_9 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->__pyx_base.writer.missed); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 79, __pyx_L7_error)
+          __pyx_t_9 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->__pyx_base.writer.missed); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 80, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_9);
           {
             PyObject *__pyx_temp;
@@ -6426,7 +6693,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_put(struct __pyx_ob
           goto __pyx_L6_return;
         }
 
-        /* "ivshmem/channel/writers.pyx":81
+        /* "ivshmem/channel/writers.pyx":82
  *             return self.writer.missed
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -6477,7 +6744,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_put(struct __pyx_ob
         }
       }
 
-      /* "ivshmem/channel/writers.pyx":40
+      /* "ivshmem/channel/writers.pyx":41
  *     """
  * 
  *     @cython.binding(False)  # a function that binds adds 40 ns to a call             # <<<<<<<<<<<<<<
@@ -6519,7 +6786,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_put(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":83
+/* "ivshmem/channel/writers.pyx":84
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6569,24 +6836,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_parts,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 83, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 84, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 83, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 84, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 83, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 84, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "put_parts", 0) < (0)) __PYX_ERR(0, 83, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "put_parts", 0) < (0)) __PYX_ERR(0, 84, __pyx_L3_error)
 
-      /* "ivshmem/channel/writers.pyx":84
+      /* "ivshmem/channel/writers.pyx":85
  * 
  *     @cython.critical_section
  *     def put_parts(self, parts, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -6596,17 +6863,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("put_parts", 0, 1, 2, i); __PYX_ERR(0, 83, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("put_parts", 0, 1, 2, i); __PYX_ERR(0, 84, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 83, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 84, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 83, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 84, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -6619,7 +6886,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("put_parts", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 83, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("put_parts", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 84, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6632,7 +6899,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(((struct __pyx_obj_7ivshmem_7channel_7writers_Writer *)__pyx_v_self), __pyx_v_parts, __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/writers.pyx":83
+  /* "ivshmem/channel/writers.pyx":84
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6691,7 +6958,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/writers.pyx":91
+        /* "ivshmem/channel/writers.pyx":92
  *         """
  *         cdef Loan loan
  *         buffers = [flat(part) for part in parts]             # <<<<<<<<<<<<<<
@@ -6699,16 +6966,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
  *         try:
 */
         { /* enter inner scope */
-          __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 91, __pyx_L8_error)
+          __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 92, __pyx_L8_error)
           __Pyx_GOTREF(__pyx_t_2);
           if (likely(PyList_CheckExact(__pyx_v_parts)) || PyTuple_CheckExact(__pyx_v_parts)) {
             __pyx_t_3 = __pyx_v_parts; __Pyx_INCREF(__pyx_t_3);
             __pyx_t_4 = 0;
             __pyx_t_5 = NULL;
           } else {
-            __pyx_t_4 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_v_parts); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 91, __pyx_L8_error)
+            __pyx_t_4 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_v_parts); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 92, __pyx_L8_error)
             __Pyx_GOTREF(__pyx_t_3);
-            __pyx_t_5 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 91, __pyx_L8_error)
+            __pyx_t_5 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 92, __pyx_L8_error)
           }
           for (;;) {
             if (likely(!__pyx_t_5)) {
@@ -6716,7 +6983,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
                 {
                   Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_3);
                   #if !CYTHON_ASSUME_SAFE_SIZE
-                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 91, __pyx_L8_error)
+                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 92, __pyx_L8_error)
                   #endif
                   if (__pyx_t_4 >= __pyx_temp) break;
                 }
@@ -6726,7 +6993,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
                 {
                   Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_3);
                   #if !CYTHON_ASSUME_SAFE_SIZE
-                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 91, __pyx_L8_error)
+                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 92, __pyx_L8_error)
                   #endif
                   if (__pyx_t_4 >= __pyx_temp) break;
                 }
@@ -6737,13 +7004,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
                 #endif
                 ++__pyx_t_4;
               }
-              if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 91, __pyx_L8_error)
+              if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 92, __pyx_L8_error)
             } else {
               __pyx_t_6 = __pyx_t_5(__pyx_t_3);
               if (unlikely(!__pyx_t_6)) {
                 PyObject* exc_type = PyErr_Occurred();
                 if (exc_type) {
-                  if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 91, __pyx_L8_error)
+                  if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 92, __pyx_L8_error)
                   PyErr_Clear();
                 }
                 break;
@@ -6752,10 +7019,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
             __Pyx_GOTREF(__pyx_t_6);
             __Pyx_XDECREF_SET(__pyx_7genexpr__pyx_v_part, __pyx_t_6);
             __pyx_t_6 = 0;
-            __pyx_t_6 = __pyx_f_7ivshmem_7channel_5roles_flat(__pyx_7genexpr__pyx_v_part, 0); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 91, __pyx_L8_error)
+            __pyx_t_6 = __pyx_f_7ivshmem_7channel_5roles_flat(__pyx_7genexpr__pyx_v_part, 0); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 92, __pyx_L8_error)
             __Pyx_GOTREF(__pyx_t_6);
             __Pyx_GIVEREF(__pyx_t_6);
-            if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_2, __pyx_t_6))) __PYX_ERR(0, 91, __pyx_L8_error)
+            if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_2, __pyx_t_6))) __PYX_ERR(0, 92, __pyx_L8_error)
             __pyx_t_6 = 0;
           }
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
@@ -6769,7 +7036,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
         __pyx_v_buffers = ((PyObject*)__pyx_t_2);
         __pyx_t_2 = 0;
 
-        /* "ivshmem/channel/writers.pyx":92
+        /* "ivshmem/channel/writers.pyx":93
  *         cdef Loan loan
  *         buffers = [flat(part) for part in parts]
  *         loan = self.loan(sum(map(len, buffers)))             # <<<<<<<<<<<<<<
@@ -6780,7 +7047,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
         __Pyx_INCREF(__pyx_t_3);
         __pyx_t_7 = NULL;
         __pyx_t_9 = NULL;
-        __pyx_t_10 = __Pyx_GetBuiltinName(__pyx_mstate_global->__pyx_n_u_len); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 92, __pyx_L4_error)
+        __pyx_t_10 = __Pyx_GetBuiltinName(__pyx_mstate_global->__pyx_n_u_len); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 93, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_10);
         __pyx_t_11 = 1;
         {
@@ -6788,7 +7055,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
           __pyx_t_8 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_map, __pyx_callargs+__pyx_t_11, (3-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
           __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 92, __pyx_L4_error)
+          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 93, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
         }
         __pyx_t_11 = 1;
@@ -6797,7 +7064,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
           __pyx_t_6 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_sum, __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 92, __pyx_L4_error)
+          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 93, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
         }
         __pyx_t_11 = 0;
@@ -6806,14 +7073,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
           __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_loan, __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 92, __pyx_L4_error)
+          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 93, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_2);
         }
-        if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan))))) __PYX_ERR(0, 92, __pyx_L4_error)
+        if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan))))) __PYX_ERR(0, 93, __pyx_L4_error)
         __pyx_v_loan = ((struct __pyx_obj_7ivshmem_7channel_7writers_Loan *)__pyx_t_2);
         __pyx_t_2 = 0;
 
-        /* "ivshmem/channel/writers.pyx":93
+        /* "ivshmem/channel/writers.pyx":94
  *         buffers = [flat(part) for part in parts]
  *         loan = self.loan(sum(map(len, buffers)))
  *         try:             # <<<<<<<<<<<<<<
@@ -6829,7 +7096,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
           __Pyx_XGOTREF(__pyx_t_14);
           /*try:*/ {
 
-            /* "ivshmem/channel/writers.pyx":94
+            /* "ivshmem/channel/writers.pyx":95
  *         loan = self.loan(sum(map(len, buffers)))
  *         try:
  *             with memoryview(loan) as into:             # <<<<<<<<<<<<<<
@@ -6837,12 +7104,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
  *                 for part in buffers:
 */
             /*with:*/ {
-              __pyx_t_2 = PyMemoryView_FromObject(((PyObject *)__pyx_v_loan)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 94, __pyx_L13_error)
+              __pyx_t_2 = PyMemoryView_FromObject(((PyObject *)__pyx_v_loan)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 95, __pyx_L13_error)
               __Pyx_GOTREF(__pyx_t_2);
-              __pyx_t_15 = __Pyx_PyObject_LookupSpecial(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 94, __pyx_L13_error)
+              __pyx_t_15 = __Pyx_PyObject_LookupSpecial(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 95, __pyx_L13_error)
               __Pyx_GOTREF(__pyx_t_15);
               __pyx_t_3 = NULL;
-              __pyx_t_8 = __Pyx_PyObject_LookupSpecial(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 94, __pyx_L19_error)
+              __pyx_t_8 = __Pyx_PyObject_LookupSpecial(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 95, __pyx_L19_error)
               __Pyx_GOTREF(__pyx_t_8);
               __pyx_t_11 = 1;
               #if CYTHON_UNPACK_METHODS
@@ -6861,7 +7128,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
                 __pyx_t_6 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_8, __pyx_callargs+__pyx_t_11, (1-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
                 __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
                 __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-                if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 94, __pyx_L19_error)
+                if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 95, __pyx_L19_error)
                 __Pyx_GOTREF(__pyx_t_6);
               }
               __pyx_t_8 = __pyx_t_6;
@@ -6879,7 +7146,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
                     __pyx_v_into = __pyx_t_8;
                     __pyx_t_8 = 0;
 
-                    /* "ivshmem/channel/writers.pyx":95
+                    /* "ivshmem/channel/writers.pyx":96
  *         try:
  *             with memoryview(loan) as into:
  *                 at = 0             # <<<<<<<<<<<<<<
@@ -6889,7 +7156,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
                     __Pyx_INCREF(__pyx_mstate_global->__pyx_int_0);
                     __pyx_v_at = __pyx_mstate_global->__pyx_int_0;
 
-                    /* "ivshmem/channel/writers.pyx":96
+                    /* "ivshmem/channel/writers.pyx":97
  *             with memoryview(loan) as into:
  *                 at = 0
  *                 for part in buffers:             # <<<<<<<<<<<<<<
@@ -6902,52 +7169,52 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
                       {
                         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_8);
                         #if !CYTHON_ASSUME_SAFE_SIZE
-                        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 96, __pyx_L23_error)
+                        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 97, __pyx_L23_error)
                         #endif
                         if (__pyx_t_4 >= __pyx_temp) break;
                       }
                       __pyx_t_2 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_8, __pyx_t_4, __Pyx_ReferenceSharing_OwnStrongReference);
                       ++__pyx_t_4;
-                      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 96, __pyx_L23_error)
+                      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 97, __pyx_L23_error)
                       __Pyx_GOTREF(__pyx_t_2);
                       __Pyx_XDECREF_SET(__pyx_v_part, __pyx_t_2);
                       __pyx_t_2 = 0;
 
-                      /* "ivshmem/channel/writers.pyx":97
+                      /* "ivshmem/channel/writers.pyx":98
  *                 at = 0
  *                 for part in buffers:
  *                     into[at : at + len(part)] = part             # <<<<<<<<<<<<<<
  *                     at += len(part)
  *         except BaseException:
 */
-                      __pyx_t_19 = PyObject_Length(__pyx_v_part); if (unlikely(__pyx_t_19 == ((Py_ssize_t)-1))) __PYX_ERR(0, 97, __pyx_L23_error)
-                      __pyx_t_2 = PyLong_FromSsize_t(__pyx_t_19); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 97, __pyx_L23_error)
+                      __pyx_t_19 = PyObject_Length(__pyx_v_part); if (unlikely(__pyx_t_19 == ((Py_ssize_t)-1))) __PYX_ERR(0, 98, __pyx_L23_error)
+                      __pyx_t_2 = PyLong_FromSsize_t(__pyx_t_19); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 98, __pyx_L23_error)
                       __Pyx_GOTREF(__pyx_t_2);
 
-                      __pyx_t_6 = __Pyx_PyNumber_Add_int_int(__pyx_v_at, __pyx_t_2); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 97, __pyx_L23_error)
+                      __pyx_t_6 = __Pyx_PyNumber_Add_int_int(__pyx_v_at, __pyx_t_2); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 98, __pyx_L23_error)
                       __Pyx_GOTREF(__pyx_t_6);
                       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-                      if (__Pyx_PyObject_SetSlice(__pyx_v_into, __pyx_v_part, 0, 0, &__pyx_v_at, &__pyx_t_6, NULL, 0, 0, 1) < (0)) __PYX_ERR(0, 97, __pyx_L23_error)
+                      if (__Pyx_PyObject_SetSlice(__pyx_v_into, __pyx_v_part, 0, 0, &__pyx_v_at, &__pyx_t_6, NULL, 0, 0, 1) < (0)) __PYX_ERR(0, 98, __pyx_L23_error)
                       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
 
-                      /* "ivshmem/channel/writers.pyx":98
+                      /* "ivshmem/channel/writers.pyx":99
  *                 for part in buffers:
  *                     into[at : at + len(part)] = part
  *                     at += len(part)             # <<<<<<<<<<<<<<
  *         except BaseException:
  *             loan.drop()
 */
-                      __pyx_t_19 = PyObject_Length(__pyx_v_part); if (unlikely(__pyx_t_19 == ((Py_ssize_t)-1))) __PYX_ERR(0, 98, __pyx_L23_error)
-                      __pyx_t_6 = PyLong_FromSsize_t(__pyx_t_19); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 98, __pyx_L23_error)
+                      __pyx_t_19 = PyObject_Length(__pyx_v_part); if (unlikely(__pyx_t_19 == ((Py_ssize_t)-1))) __PYX_ERR(0, 99, __pyx_L23_error)
+                      __pyx_t_6 = PyLong_FromSsize_t(__pyx_t_19); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 99, __pyx_L23_error)
                       __Pyx_GOTREF(__pyx_t_6);
 
-                      __pyx_t_2 = __Pyx_PyNumber_InPlaceAdd_int_int(__pyx_v_at, __pyx_t_6); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 98, __pyx_L23_error)
+                      __pyx_t_2 = __Pyx_PyNumber_InPlaceAdd_int_int(__pyx_v_at, __pyx_t_6); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 99, __pyx_L23_error)
                       __Pyx_GOTREF(__pyx_t_2);
                       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
                       __Pyx_DECREF_SET(__pyx_v_at, ((PyObject*)__pyx_t_2));
                       __pyx_t_2 = 0;
 
-                      /* "ivshmem/channel/writers.pyx":96
+                      /* "ivshmem/channel/writers.pyx":97
  *             with memoryview(loan) as into:
  *                 at = 0
  *                 for part in buffers:             # <<<<<<<<<<<<<<
@@ -6957,7 +7224,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
                     }
                     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
 
-                    /* "ivshmem/channel/writers.pyx":94
+                    /* "ivshmem/channel/writers.pyx":95
  *         loan = self.loan(sum(map(len, buffers)))
  *         try:
  *             with memoryview(loan) as into:             # <<<<<<<<<<<<<<
@@ -6979,23 +7246,23 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
                   __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
                   /*except:*/ {
                     __Pyx_AddTraceback("ivshmem.channel.writers.Writer.put_parts", __pyx_clineno, __pyx_lineno, __pyx_filename);
-                    if (__Pyx_GetException(&__pyx_t_8, &__pyx_t_2, &__pyx_t_6) < 0) __PYX_ERR(0, 94, __pyx_L25_except_error)
+                    if (__Pyx_GetException(&__pyx_t_8, &__pyx_t_2, &__pyx_t_6) < 0) __PYX_ERR(0, 95, __pyx_L25_except_error)
                     __Pyx_XGOTREF(__pyx_t_8);
                     __Pyx_XGOTREF(__pyx_t_2);
                     __Pyx_XGOTREF(__pyx_t_6);
                     {
                       PyObject* __pyx_temp[3] = {__pyx_t_8, __pyx_t_2, __pyx_t_6};
-                      __pyx_t_3 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 94, __pyx_L25_except_error)
+                      __pyx_t_3 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 95, __pyx_L25_except_error)
                       __Pyx_GOTREF(__pyx_t_3);
                     }
                     __pyx_t_20 = __Pyx_PyObject_Call(__pyx_t_15, __pyx_t_3, NULL);
                     __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
                     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-                    if (unlikely(!__pyx_t_20)) __PYX_ERR(0, 94, __pyx_L25_except_error)
+                    if (unlikely(!__pyx_t_20)) __PYX_ERR(0, 95, __pyx_L25_except_error)
                     __Pyx_GOTREF(__pyx_t_20);
                     __pyx_t_21 = __Pyx_PyObject_IsTrue(__pyx_t_20);
                     __Pyx_DECREF(__pyx_t_20); __pyx_t_20 = 0;
-                    if (__pyx_t_21 < (0)) __PYX_ERR(0, 94, __pyx_L25_except_error)
+                    if (__pyx_t_21 < (0)) __PYX_ERR(0, 95, __pyx_L25_except_error)
                     __pyx_t_22 = (!__pyx_t_21);
 
 
@@ -7006,7 +7273,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
                       __Pyx_XGIVEREF(__pyx_t_6);
                       __Pyx_ErrRestoreWithState(__pyx_t_8, __pyx_t_2, __pyx_t_6);
                       __pyx_t_8 = 0;  __pyx_t_2 = 0;  __pyx_t_6 = 0; 
-                      __PYX_ERR(0, 94, __pyx_L25_except_error)
+                      __PYX_ERR(0, 95, __pyx_L25_except_error)
                     }
                     __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
                     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -7032,7 +7299,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
                   if (__pyx_t_15) {
                     __pyx_t_18 = __Pyx_PyObject_Call(__pyx_t_15, __pyx_mstate_global->__pyx_tuple[0], NULL);
                     __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-                    if (unlikely(!__pyx_t_18)) __PYX_ERR(0, 94, __pyx_L13_error)
+                    if (unlikely(!__pyx_t_18)) __PYX_ERR(0, 95, __pyx_L13_error)
                     __Pyx_GOTREF(__pyx_t_18);
                     __Pyx_DECREF(__pyx_t_18); __pyx_t_18 = 0;
                   }
@@ -7047,7 +7314,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
               __pyx_L35:;
             }
 
-            /* "ivshmem/channel/writers.pyx":93
+            /* "ivshmem/channel/writers.pyx":94
  *         buffers = [flat(part) for part in parts]
  *         loan = self.loan(sum(map(len, buffers)))
  *         try:             # <<<<<<<<<<<<<<
@@ -7068,7 +7335,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
           __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
           __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-          /* "ivshmem/channel/writers.pyx":99
+          /* "ivshmem/channel/writers.pyx":100
  *                     into[at : at + len(part)] = part
  *                     at += len(part)
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -7078,12 +7345,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
           __pyx_t_23 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
           if (__pyx_t_23) {
             __Pyx_AddTraceback("ivshmem.channel.writers.Writer.put_parts", __pyx_clineno, __pyx_lineno, __pyx_filename);
-            if (__Pyx_GetException(&__pyx_t_6, &__pyx_t_2, &__pyx_t_8) < 0) __PYX_ERR(0, 99, __pyx_L15_except_error)
+            if (__Pyx_GetException(&__pyx_t_6, &__pyx_t_2, &__pyx_t_8) < 0) __PYX_ERR(0, 100, __pyx_L15_except_error)
             __Pyx_XGOTREF(__pyx_t_6);
             __Pyx_XGOTREF(__pyx_t_2);
             __Pyx_XGOTREF(__pyx_t_8);
 
-            /* "ivshmem/channel/writers.pyx":100
+            /* "ivshmem/channel/writers.pyx":101
  *                     at += len(part)
  *         except BaseException:
  *             loan.drop()             # <<<<<<<<<<<<<<
@@ -7097,12 +7364,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
               PyObject *__pyx_callargs[2] = {__pyx_t_7, NULL};
               __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_drop, __pyx_callargs+__pyx_t_11, (1-__pyx_t_11) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-              if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 100, __pyx_L15_except_error)
+              if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 101, __pyx_L15_except_error)
               __Pyx_GOTREF(__pyx_t_3);
             }
             __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-            /* "ivshmem/channel/writers.pyx":101
+            /* "ivshmem/channel/writers.pyx":102
  *         except BaseException:
  *             loan.drop()
  *             raise             # <<<<<<<<<<<<<<
@@ -7114,11 +7381,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
             __Pyx_XGIVEREF(__pyx_t_8);
             __Pyx_ErrRestoreWithState(__pyx_t_6, __pyx_t_2, __pyx_t_8);
             __pyx_t_6 = 0;  __pyx_t_2 = 0;  __pyx_t_8 = 0; 
-            __PYX_ERR(0, 101, __pyx_L15_except_error)
+            __PYX_ERR(0, 102, __pyx_L15_except_error)
           }
           goto __pyx_L15_except_error;
 
-          /* "ivshmem/channel/writers.pyx":93
+          /* "ivshmem/channel/writers.pyx":94
  *         buffers = [flat(part) for part in parts]
  *         loan = self.loan(sum(map(len, buffers)))
  *         try:             # <<<<<<<<<<<<<<
@@ -7134,7 +7401,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
           __pyx_L18_try_end:;
         }
 
-        /* "ivshmem/channel/writers.pyx":102
+        /* "ivshmem/channel/writers.pyx":103
  *             loan.drop()
  *             raise
  *         return loan.publish(timeout, spin=spin)             # <<<<<<<<<<<<<<
@@ -7150,13 +7417,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
           PyObject *__pyx_callargs[3] = {__pyx_t_2, __pyx_v_timeout, __pyx_v_spin};
           #if CYTHON_VECTORCALL
           __pyx_t_6 = __pyx_mstate_global->__pyx_tuple[1];
-          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 102, __pyx_L4_error)
+          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 103, __pyx_L4_error)
           __Pyx_INCREF(__pyx_t_6);
           #else
           {
             PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_spin};
             __pyx_t_6 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+2, 1);
-            if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 102, __pyx_L4_error)
+            if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 103, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_6);
           }
           #endif
@@ -7165,7 +7432,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
           #if CYTHON_VECTORCALL
           #endif
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 102, __pyx_L4_error)
+          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 103, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
         }
         {
@@ -7181,7 +7448,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/writers.pyx":83
+      /* "ivshmem/channel/writers.pyx":84
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7231,7 +7498,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_2put_parts(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":104
+/* "ivshmem/channel/writers.pyx":105
  *         return loan.publish(timeout, spin=spin)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7247,7 +7514,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7writers_6Writer_4put_rows, "Publish each row of an array as a message, and announce them together.\n\n        Args:\n            rows: a contiguous buffer of two dimensions or more (a numpy array, a memoryview): each\n                row is a message.\n            timeout, spin: as of `put`; the time for all.\n\n        Returns:\n            How many were published: all, unless the time was over; then at least one.\n\n        Raises:\n            TimeoutError: not one was published.\n            MessageTooLong, ChannelTypeError, ChannelCorrupt, ClosedError: as of `put`.\n        ");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7writers_6Writer_4put_rows, "Publish each row of an array as a message, and announce them together.\n\n        Args:\n            rows: a contiguous buffer of two dimensions or more (a numpy array, a memoryview): each\n                row is a message.\n            timeout, spin: as of `put`; the time for all.\n\n        Returns:\n            How many were published: all, unless the time was over; then at least one.\n\n        Raises:\n            TimeoutError: not one was published.\n            MessageTooLong, ChannelTypeError, ChannelCorrupt, ClosedError: as of `put`. (A\n                ChannelCorrupt after the first row ends the call, and the next one raises it.)\n        ");
 static PyMethodDef __pyx_mdef_7ivshmem_7channel_7writers_6Writer_5put_rows = {"put_rows", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7writers_6Writer_5put_rows, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7writers_6Writer_4put_rows};
 static PyObject *__pyx_pw_7ivshmem_7channel_7writers_6Writer_5put_rows(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -7281,24 +7548,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_rows,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 104, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 105, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 104, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 105, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 104, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 105, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "put_rows", 0) < (0)) __PYX_ERR(0, 104, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "put_rows", 0) < (0)) __PYX_ERR(0, 105, __pyx_L3_error)
 
-      /* "ivshmem/channel/writers.pyx":105
+      /* "ivshmem/channel/writers.pyx":106
  * 
  *     @cython.critical_section
  *     def put_rows(self, rows, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -7308,17 +7575,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("put_rows", 0, 1, 2, i); __PYX_ERR(0, 104, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("put_rows", 0, 1, 2, i); __PYX_ERR(0, 105, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 104, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 105, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 104, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 105, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -7331,7 +7598,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("put_rows", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 104, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("put_rows", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 105, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7344,7 +7611,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(((struct __pyx_obj_7ivshmem_7channel_7writers_Writer *)__pyx_v_self), __pyx_v_rows, __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/writers.pyx":104
+  /* "ivshmem/channel/writers.pyx":105
  *         return loan.publish(timeout, spin=spin)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7369,6 +7636,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
   uint64_t __pyx_v_time;
   int __pyx_v_code;
   PyObject *__pyx_v_whole = 0;
+  PyObject *__pyx_v_left = NULL;
+  PyObject *__pyx_v_deadline = NULL;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -7404,7 +7673,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/writers.pyx":121
+        /* "ivshmem/channel/writers.pyx":123
  *         """
  *         cdef Py_buffer view
  *         cdef uint32_t cell = 0             # <<<<<<<<<<<<<<
@@ -7413,7 +7682,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
 */
         __pyx_v_cell = 0;
 
-        /* "ivshmem/channel/writers.pyx":124
+        /* "ivshmem/channel/writers.pyx":126
  *         cdef uint64_t size, i, count
  *         cdef uint64_t time
  *         cdef int code = 0             # <<<<<<<<<<<<<<
@@ -7422,17 +7691,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
 */
         __pyx_v_code = 0;
 
-        /* "ivshmem/channel/writers.pyx":126
+        /* "ivshmem/channel/writers.pyx":128
  *         cdef int code = 0
  *         cdef object whole
  *         check_timeout(timeout)             # <<<<<<<<<<<<<<
  *         check_in_place(self.type, self.name)
  *         if self.type is not None:
 */
-        __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_check_timeout(__pyx_v_timeout); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 126, __pyx_L4_error)
+        __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_check_timeout(__pyx_v_timeout); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 128, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/writers.pyx":127
+        /* "ivshmem/channel/writers.pyx":129
  *         cdef object whole
  *         check_timeout(timeout)
  *         check_in_place(self.type, self.name)             # <<<<<<<<<<<<<<
@@ -7443,12 +7712,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
         __Pyx_INCREF(__pyx_t_3);
         __pyx_t_4 = __pyx_v_self->__pyx_base.__pyx_base.name;
         __Pyx_INCREF(__pyx_t_4);
-        __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_check_in_place(__pyx_t_3, ((PyObject*)__pyx_t_4)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 127, __pyx_L4_error)
+        __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_check_in_place(__pyx_t_3, ((PyObject*)__pyx_t_4)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 129, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
 
-        /* "ivshmem/channel/writers.pyx":128
+        /* "ivshmem/channel/writers.pyx":130
  *         check_timeout(timeout)
  *         check_in_place(self.type, self.name)
  *         if self.type is not None:             # <<<<<<<<<<<<<<
@@ -7459,7 +7728,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
         if (__pyx_t_5) {
 
 
-          /* "ivshmem/channel/writers.pyx":129
+          /* "ivshmem/channel/writers.pyx":131
  *         check_in_place(self.type, self.name)
  *         if self.type is not None:
  *             rows = self.type.encode_rows(rows)             # <<<<<<<<<<<<<<
@@ -7473,13 +7742,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
             PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_v_rows};
             __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_encode_rows, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 129, __pyx_L4_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 131, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
           __Pyx_DECREF_SET(__pyx_v_rows, __pyx_t_4);
           __pyx_t_4 = 0;
 
-          /* "ivshmem/channel/writers.pyx":128
+          /* "ivshmem/channel/writers.pyx":130
  *         check_timeout(timeout)
  *         check_in_place(self.type, self.name)
  *         if self.type is not None:             # <<<<<<<<<<<<<<
@@ -7488,33 +7757,33 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
 */
         }
 
-        /* "ivshmem/channel/writers.pyx":130
+        /* "ivshmem/channel/writers.pyx":132
  *         if self.type is not None:
  *             rows = self.type.encode_rows(rows)
  *         whole = memoryview(rows)             # <<<<<<<<<<<<<<
  *         if whole.ndim < 2:
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
 */
-        __pyx_t_4 = PyMemoryView_FromObject(__pyx_v_rows); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 130, __pyx_L4_error)
+        __pyx_t_4 = PyMemoryView_FromObject(__pyx_v_rows); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 132, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
         __pyx_v_whole = __pyx_t_4;
         __pyx_t_4 = 0;
 
-        /* "ivshmem/channel/writers.pyx":131
+        /* "ivshmem/channel/writers.pyx":133
  *             rows = self.type.encode_rows(rows)
  *         whole = memoryview(rows)
  *         if whole.ndim < 2:             # <<<<<<<<<<<<<<
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
  *         if self.claims or self.channel.record.geometry.kind == IVSHMEM_VALUE:
 */
-        __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_v_whole, __pyx_mstate_global->__pyx_n_u_ndim); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 131, __pyx_L4_error)
+        __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_v_whole, __pyx_mstate_global->__pyx_n_u_ndim); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 133, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
-        __pyx_t_5 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_t_4, __pyx_mstate_global->__pyx_int_2, Py_LT); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 131, __pyx_L4_error)
+        __pyx_t_5 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_t_4, __pyx_mstate_global->__pyx_int_2, Py_LT); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 133, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
         if (unlikely(__pyx_t_5)) {
 
 
-          /* "ivshmem/channel/writers.pyx":132
+          /* "ivshmem/channel/writers.pyx":134
  *         whole = memoryview(rows)
  *         if whole.ndim < 2:
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")             # <<<<<<<<<<<<<<
@@ -7527,14 +7796,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
             PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_rows_a_buffer_of_two_dimensions};
             __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 132, __pyx_L4_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 134, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
           __Pyx_Raise(__pyx_t_4, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __PYX_ERR(0, 132, __pyx_L4_error)
+          __PYX_ERR(0, 134, __pyx_L4_error)
 
-          /* "ivshmem/channel/writers.pyx":131
+          /* "ivshmem/channel/writers.pyx":133
  *             rows = self.type.encode_rows(rows)
  *         whole = memoryview(rows)
  *         if whole.ndim < 2:             # <<<<<<<<<<<<<<
@@ -7543,7 +7812,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
 */
         }
 
-        /* "ivshmem/channel/writers.pyx":133
+        /* "ivshmem/channel/writers.pyx":135
  *         if whole.ndim < 2:
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
  *         if self.claims or self.channel.record.geometry.kind == IVSHMEM_VALUE:             # <<<<<<<<<<<<<<
@@ -7565,7 +7834,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
         if (unlikely(__pyx_t_5)) {
 
 
-          /* "ivshmem/channel/writers.pyx":134
+          /* "ivshmem/channel/writers.pyx":136
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
  *         if self.claims or self.channel.record.geometry.kind == IVSHMEM_VALUE:
  *             raise ChannelTypeError(f"channel {self.name!r} takes one message at a time")             # <<<<<<<<<<<<<<
@@ -7573,9 +7842,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
  *         take_buffer(rows, &view, PyBUF_SIMPLE)
 */
           __pyx_t_3 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_ChannelTypeError); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 134, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_ChannelTypeError); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 136, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
-          __pyx_t_9 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 134, __pyx_L4_error)
+          __pyx_t_9 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 136, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_9);
           __pyx_t_10[0] = __pyx_mstate_global->__pyx_kp_u_channel;
           __pyx_t_10[1] = __pyx_t_9;
@@ -7589,7 +7858,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
           __pyx_t_2 |= __Pyx_PyUnicode_KIND_04(__pyx_t_10[1]);
           #endif
           __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_10, 3, __pyx_t_11, __pyx_t_2);
-          if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 134, __pyx_L4_error)
+          if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 136, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_12);
           __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
           __pyx_t_6 = 1;
@@ -7610,14 +7879,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
             __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
             __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 134, __pyx_L4_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 136, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
           __Pyx_Raise(__pyx_t_4, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __PYX_ERR(0, 134, __pyx_L4_error)
+          __PYX_ERR(0, 136, __pyx_L4_error)
 
-          /* "ivshmem/channel/writers.pyx":133
+          /* "ivshmem/channel/writers.pyx":135
  *         if whole.ndim < 2:
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
  *         if self.claims or self.channel.record.geometry.kind == IVSHMEM_VALUE:             # <<<<<<<<<<<<<<
@@ -7626,33 +7895,33 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
 */
         }
 
-        /* "ivshmem/channel/writers.pyx":135
+        /* "ivshmem/channel/writers.pyx":137
  *         if self.claims or self.channel.record.geometry.kind == IVSHMEM_VALUE:
  *             raise ChannelTypeError(f"channel {self.name!r} takes one message at a time")
  *         count = whole.shape[0]             # <<<<<<<<<<<<<<
  *         take_buffer(rows, &view, PyBUF_SIMPLE)
  *         try:
 */
-        __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_v_whole, __pyx_mstate_global->__pyx_n_u_shape); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 135, __pyx_L4_error)
+        __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_v_whole, __pyx_mstate_global->__pyx_n_u_shape); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 137, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
-        __pyx_t_8 = __Pyx_GetItemInt(__pyx_t_4, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 135, __pyx_L4_error)
+        __pyx_t_8 = __Pyx_GetItemInt(__pyx_t_4, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 137, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_8);
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-        __pyx_t_13 = __Pyx_PyLong_As_uint64_t(__pyx_t_8); if (unlikely((__pyx_t_13 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 135, __pyx_L4_error)
+        __pyx_t_13 = __Pyx_PyLong_As_uint64_t(__pyx_t_8); if (unlikely((__pyx_t_13 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 137, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
         __pyx_v_count = __pyx_t_13;
 
-        /* "ivshmem/channel/writers.pyx":136
+        /* "ivshmem/channel/writers.pyx":138
  *             raise ChannelTypeError(f"channel {self.name!r} takes one message at a time")
  *         count = whole.shape[0]
  *         take_buffer(rows, &view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
  *         try:
  *             self.enter()
 */
-        __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_take_buffer(__pyx_v_rows, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 136, __pyx_L4_error)
+        __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_take_buffer(__pyx_v_rows, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 138, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/writers.pyx":137
+        /* "ivshmem/channel/writers.pyx":139
  *         count = whole.shape[0]
  *         take_buffer(rows, &view, PyBUF_SIMPLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -7661,17 +7930,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/writers.pyx":138
+          /* "ivshmem/channel/writers.pyx":140
  *         take_buffer(rows, &view, PyBUF_SIMPLE)
  *         try:
  *             self.enter()             # <<<<<<<<<<<<<<
  *             size = view.len // count if count else 0
  *             if size > self.channel.record.geometry.limit:
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 138, __pyx_L12_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 140, __pyx_L12_error)
 
 
-          /* "ivshmem/channel/writers.pyx":139
+          /* "ivshmem/channel/writers.pyx":141
  *         try:
  *             self.enter()
  *             size = view.len // count if count else 0             # <<<<<<<<<<<<<<
@@ -7683,7 +7952,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
           if (__pyx_t_5) {
             if (unlikely(__pyx_v_count == 0)) {
               PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
-              __PYX_ERR(0, 139, __pyx_L12_error)
+              __PYX_ERR(0, 141, __pyx_L12_error)
             }
 
             __pyx_t_13 = (__pyx_v_view.len / __pyx_v_count);
@@ -7694,7 +7963,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
 
           __pyx_v_size = __pyx_t_13;
 
-          /* "ivshmem/channel/writers.pyx":140
+          /* "ivshmem/channel/writers.pyx":142
  *             self.enter()
  *             size = view.len // count if count else 0
  *             if size > self.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
@@ -7706,23 +7975,23 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
           if (unlikely(__pyx_t_5)) {
 
 
-            /* "ivshmem/channel/writers.pyx":141
+            /* "ivshmem/channel/writers.pyx":143
  *             size = view.len // count if count else 0
  *             if size > self.channel.record.geometry.limit:
  *                 raise self.too_long(size)             # <<<<<<<<<<<<<<
  *             time = microseconds() if self.times else 0
- *             i = 0
+ *             left = timeout
 */
-            __pyx_t_8 = __Pyx_PyLong_From_uint64_t(__pyx_v_size); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 141, __pyx_L12_error)
+            __pyx_t_8 = __Pyx_PyLong_From_uint64_t(__pyx_v_size); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 143, __pyx_L12_error)
             __Pyx_GOTREF(__pyx_t_8);
-            __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.too_long(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_t_8); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 141, __pyx_L12_error)
+            __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.too_long(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_t_8); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 143, __pyx_L12_error)
             __Pyx_GOTREF(__pyx_t_4);
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
             __Pyx_Raise(__pyx_t_4, 0, 0, 0);
             __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-            __PYX_ERR(0, 141, __pyx_L12_error)
+            __PYX_ERR(0, 143, __pyx_L12_error)
 
-            /* "ivshmem/channel/writers.pyx":140
+            /* "ivshmem/channel/writers.pyx":142
  *             self.enter()
  *             size = view.len // count if count else 0
  *             if size > self.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
@@ -7731,12 +8000,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
 */
           }
 
-          /* "ivshmem/channel/writers.pyx":142
+          /* "ivshmem/channel/writers.pyx":144
  *             if size > self.channel.record.geometry.limit:
  *                 raise self.too_long(size)
  *             time = microseconds() if self.times else 0             # <<<<<<<<<<<<<<
- *             i = 0
- *             while i < count:
+ *             left = timeout
+ *             deadline = None
 */
           if (__pyx_v_self->__pyx_base.times) {
 
@@ -7747,17 +8016,37 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
           }
           __pyx_v_time = __pyx_t_13;
 
-          /* "ivshmem/channel/writers.pyx":143
+          /* "ivshmem/channel/writers.pyx":145
  *                 raise self.too_long(size)
  *             time = microseconds() if self.times else 0
+ *             left = timeout             # <<<<<<<<<<<<<<
+ *             deadline = None
+ *             i = 0
+*/
+          __Pyx_INCREF(__pyx_v_timeout);
+          __pyx_v_left = __pyx_v_timeout;
+
+          /* "ivshmem/channel/writers.pyx":146
+ *             time = microseconds() if self.times else 0
+ *             left = timeout
+ *             deadline = None             # <<<<<<<<<<<<<<
+ *             i = 0
+ *             while i < count:
+*/
+          __Pyx_INCREF(Py_None);
+          __pyx_v_deadline = Py_None;
+
+          /* "ivshmem/channel/writers.pyx":147
+ *             left = timeout
+ *             deadline = None
  *             i = 0             # <<<<<<<<<<<<<<
  *             while i < count:
  *                 code = ivshmem_writer_ready(&self.writer)
 */
           __pyx_v_i = 0;
 
-          /* "ivshmem/channel/writers.pyx":144
- *             time = microseconds() if self.times else 0
+          /* "ivshmem/channel/writers.pyx":148
+ *             deadline = None
  *             i = 0
  *             while i < count:             # <<<<<<<<<<<<<<
  *                 code = ivshmem_writer_ready(&self.writer)
@@ -7769,7 +8058,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
 
             if (!__pyx_t_5) break;
 
-            /* "ivshmem/channel/writers.pyx":145
+            /* "ivshmem/channel/writers.pyx":149
  *             i = 0
  *             while i < count:
  *                 code = ivshmem_writer_ready(&self.writer)             # <<<<<<<<<<<<<<
@@ -7778,7 +8067,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
 */
             __pyx_v_code = ivshmem_writer_ready((&__pyx_v_self->__pyx_base.writer));
 
-            /* "ivshmem/channel/writers.pyx":146
+            /* "ivshmem/channel/writers.pyx":150
  *             while i < count:
  *                 code = ivshmem_writer_ready(&self.writer)
  *                 if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -7790,50 +8079,140 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
             if (__pyx_t_5) {
 
 
-              /* "ivshmem/channel/writers.pyx":147
+              /* "ivshmem/channel/writers.pyx":151
  *                 code = ivshmem_writer_ready(&self.writer)
  *                 if code == IVSHMEM_AGAIN:
  *                     if i:             # <<<<<<<<<<<<<<
  *                         self.announce()
- *                     code = self.wait(timeout, spin)
+ *                     if deadline is None:
 */
               __pyx_t_5 = (__pyx_v_i != 0);
 
               if (__pyx_t_5) {
 
 
-                /* "ivshmem/channel/writers.pyx":148
+                /* "ivshmem/channel/writers.pyx":152
  *                 if code == IVSHMEM_AGAIN:
  *                     if i:
  *                         self.announce()             # <<<<<<<<<<<<<<
- *                     code = self.wait(timeout, spin)
- *                     if code == IVSHMEM_AGAIN:
+ *                     if deadline is None:
+ *                         deadline = deadline_of(timeout)
 */
-                __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->announce(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 148, __pyx_L12_error)
+                __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->announce(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 152, __pyx_L12_error)
 
 
-                /* "ivshmem/channel/writers.pyx":147
+                /* "ivshmem/channel/writers.pyx":151
  *                 code = ivshmem_writer_ready(&self.writer)
  *                 if code == IVSHMEM_AGAIN:
  *                     if i:             # <<<<<<<<<<<<<<
  *                         self.announce()
- *                     code = self.wait(timeout, spin)
+ *                     if deadline is None:
 */
               }
 
-              /* "ivshmem/channel/writers.pyx":149
+              /* "ivshmem/channel/writers.pyx":153
  *                     if i:
  *                         self.announce()
- *                     code = self.wait(timeout, spin)             # <<<<<<<<<<<<<<
+ *                     if deadline is None:             # <<<<<<<<<<<<<<
+ *                         deadline = deadline_of(timeout)
+ *                     else:
+*/
+              __pyx_t_5 = (__pyx_v_deadline == Py_None);
+              if (__pyx_t_5) {
+
+
+                /* "ivshmem/channel/writers.pyx":154
+ *                         self.announce()
+ *                     if deadline is None:
+ *                         deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
+ *                     else:
+ *                         left = left_until(deadline)
+*/
+                __pyx_t_8 = NULL;
+                __Pyx_GetModuleGlobalName(__pyx_t_12, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 154, __pyx_L12_error)
+                __Pyx_GOTREF(__pyx_t_12);
+                __pyx_t_6 = 1;
+                #if CYTHON_UNPACK_METHODS
+                if (unlikely(PyMethod_Check(__pyx_t_12))) {
+                  __pyx_t_8 = PyMethod_GET_SELF(__pyx_t_12);
+                  assert(__pyx_t_8);
+                  PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_12);
+                  __Pyx_INCREF(__pyx_t_8);
+                  __Pyx_INCREF(__pyx__function);
+                  __Pyx_DECREF_SET(__pyx_t_12, __pyx__function);
+                  __pyx_t_6 = 0;
+                }
+                #endif
+                {
+                  PyObject *__pyx_callargs[2] = {__pyx_t_8, __pyx_v_timeout};
+                  __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_12, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+                  __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
+                  __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
+                  if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 154, __pyx_L12_error)
+                  __Pyx_GOTREF(__pyx_t_4);
+                }
+                __Pyx_DECREF_SET(__pyx_v_deadline, __pyx_t_4);
+                __pyx_t_4 = 0;
+
+                /* "ivshmem/channel/writers.pyx":153
+ *                     if i:
+ *                         self.announce()
+ *                     if deadline is None:             # <<<<<<<<<<<<<<
+ *                         deadline = deadline_of(timeout)
+ *                     else:
+*/
+                goto __pyx_L19;
+              }
+
+              /* "ivshmem/channel/writers.pyx":156
+ *                         deadline = deadline_of(timeout)
+ *                     else:
+ *                         left = left_until(deadline)             # <<<<<<<<<<<<<<
+ *                     code = self.wait(left, spin)
+ *                     if code == IVSHMEM_AGAIN:
+*/
+              /*else*/ {
+                __pyx_t_12 = NULL;
+                __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_left_until); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 156, __pyx_L12_error)
+                __Pyx_GOTREF(__pyx_t_8);
+                __pyx_t_6 = 1;
+                #if CYTHON_UNPACK_METHODS
+                if (unlikely(PyMethod_Check(__pyx_t_8))) {
+                  __pyx_t_12 = PyMethod_GET_SELF(__pyx_t_8);
+                  assert(__pyx_t_12);
+                  PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_8);
+                  __Pyx_INCREF(__pyx_t_12);
+                  __Pyx_INCREF(__pyx__function);
+                  __Pyx_DECREF_SET(__pyx_t_8, __pyx__function);
+                  __pyx_t_6 = 0;
+                }
+                #endif
+                {
+                  PyObject *__pyx_callargs[2] = {__pyx_t_12, __pyx_v_deadline};
+                  __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_8, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+                  __Pyx_XDECREF(__pyx_t_12); __pyx_t_12 = 0;
+                  __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+                  if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 156, __pyx_L12_error)
+                  __Pyx_GOTREF(__pyx_t_4);
+                }
+                __Pyx_DECREF_SET(__pyx_v_left, __pyx_t_4);
+                __pyx_t_4 = 0;
+              }
+              __pyx_L19:;
+
+              /* "ivshmem/channel/writers.pyx":157
+ *                     else:
+ *                         left = left_until(deadline)
+ *                     code = self.wait(left, spin)             # <<<<<<<<<<<<<<
  *                     if code == IVSHMEM_AGAIN:
  *                         if i:
 */
-              __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 149, __pyx_L12_error)
+              __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_left, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 157, __pyx_L12_error)
               __pyx_v_code = __pyx_t_2;
 
-              /* "ivshmem/channel/writers.pyx":150
- *                         self.announce()
- *                     code = self.wait(timeout, spin)
+              /* "ivshmem/channel/writers.pyx":158
+ *                         left = left_until(deadline)
+ *                     code = self.wait(left, spin)
  *                     if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *                         if i:
  *                             return i
@@ -7843,8 +8222,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
               if (__pyx_t_5) {
 
 
-                /* "ivshmem/channel/writers.pyx":151
- *                     code = self.wait(timeout, spin)
+                /* "ivshmem/channel/writers.pyx":159
+ *                     code = self.wait(left, spin)
  *                     if code == IVSHMEM_AGAIN:
  *                         if i:             # <<<<<<<<<<<<<<
  *                             return i
@@ -7855,14 +8234,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
                 if (__pyx_t_5) {
 
 
-                  /* "ivshmem/channel/writers.pyx":152
+                  /* "ivshmem/channel/writers.pyx":160
  *                     if code == IVSHMEM_AGAIN:
  *                         if i:
  *                             return i             # <<<<<<<<<<<<<<
  *                         raise self.blocked(timeout)
  *                 if code:
 */
-                  __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_i); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 152, __pyx_L12_error)
+                  __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_i); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 160, __pyx_L12_error)
                   __Pyx_GOTREF(__pyx_t_4);
                   {
                     PyObject *__pyx_temp;
@@ -7876,8 +8255,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
                   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
                   goto __pyx_L11_return;
 
-                  /* "ivshmem/channel/writers.pyx":151
- *                     code = self.wait(timeout, spin)
+                  /* "ivshmem/channel/writers.pyx":159
+ *                     code = self.wait(left, spin)
  *                     if code == IVSHMEM_AGAIN:
  *                         if i:             # <<<<<<<<<<<<<<
  *                             return i
@@ -7885,29 +8264,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
 */
                 }
 
-                /* "ivshmem/channel/writers.pyx":153
+                /* "ivshmem/channel/writers.pyx":161
  *                         if i:
  *                             return i
  *                         raise self.blocked(timeout)             # <<<<<<<<<<<<<<
  *                 if code:
- *                     raise self.fail(code)
+ *                     if i:
 */
-                __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.blocked(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_timeout); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 153, __pyx_L12_error)
+                __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.blocked(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_timeout); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 161, __pyx_L12_error)
                 __Pyx_GOTREF(__pyx_t_4);
                 __Pyx_Raise(__pyx_t_4, 0, 0, 0);
                 __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-                __PYX_ERR(0, 153, __pyx_L12_error)
+                __PYX_ERR(0, 161, __pyx_L12_error)
 
-                /* "ivshmem/channel/writers.pyx":150
- *                         self.announce()
- *                     code = self.wait(timeout, spin)
+                /* "ivshmem/channel/writers.pyx":158
+ *                         left = left_until(deadline)
+ *                     code = self.wait(left, spin)
  *                     if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *                         if i:
  *                             return i
 */
               }
 
-              /* "ivshmem/channel/writers.pyx":146
+              /* "ivshmem/channel/writers.pyx":150
  *             while i < count:
  *                 code = ivshmem_writer_ready(&self.writer)
  *                 if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -7916,64 +8295,125 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
 */
             }
 
-            /* "ivshmem/channel/writers.pyx":154
+            /* "ivshmem/channel/writers.pyx":162
  *                             return i
  *                         raise self.blocked(timeout)
  *                 if code:             # <<<<<<<<<<<<<<
- *                     raise self.fail(code)
- *                 if ivshmem_loan(&self.writer, &cell):
+ *                     if i:
+ *                         break
 */
             __pyx_t_5 = (__pyx_v_code != 0);
 
-            if (unlikely(__pyx_t_5)) {
+            if (__pyx_t_5) {
 
 
-              /* "ivshmem/channel/writers.pyx":155
+              /* "ivshmem/channel/writers.pyx":163
  *                         raise self.blocked(timeout)
  *                 if code:
+ *                     if i:             # <<<<<<<<<<<<<<
+ *                         break
+ *                     raise self.fail(code)
+*/
+              __pyx_t_5 = (__pyx_v_i != 0);
+
+              if (__pyx_t_5) {
+
+
+                /* "ivshmem/channel/writers.pyx":164
+ *                 if code:
+ *                     if i:
+ *                         break             # <<<<<<<<<<<<<<
+ *                     raise self.fail(code)
+ *                 if ivshmem_loan(&self.writer, &cell):
+*/
+                goto __pyx_L16_break;
+
+                /* "ivshmem/channel/writers.pyx":163
+ *                         raise self.blocked(timeout)
+ *                 if code:
+ *                     if i:             # <<<<<<<<<<<<<<
+ *                         break
+ *                     raise self.fail(code)
+*/
+              }
+
+              /* "ivshmem/channel/writers.pyx":165
+ *                     if i:
+ *                         break
  *                     raise self.fail(code)             # <<<<<<<<<<<<<<
  *                 if ivshmem_loan(&self.writer, &cell):
- *                     self.pause_for_cell()
+ *                     if i:
 */
-              __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 155, __pyx_L12_error)
+              __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 165, __pyx_L12_error)
               __Pyx_GOTREF(__pyx_t_4);
               __Pyx_Raise(__pyx_t_4, 0, 0, 0);
               __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-              __PYX_ERR(0, 155, __pyx_L12_error)
+              __PYX_ERR(0, 165, __pyx_L12_error)
 
-              /* "ivshmem/channel/writers.pyx":154
+              /* "ivshmem/channel/writers.pyx":162
  *                             return i
  *                         raise self.blocked(timeout)
  *                 if code:             # <<<<<<<<<<<<<<
- *                     raise self.fail(code)
- *                 if ivshmem_loan(&self.writer, &cell):
+ *                     if i:
+ *                         break
 */
             }
 
-            /* "ivshmem/channel/writers.pyx":156
- *                 if code:
+            /* "ivshmem/channel/writers.pyx":166
+ *                         break
  *                     raise self.fail(code)
  *                 if ivshmem_loan(&self.writer, &cell):             # <<<<<<<<<<<<<<
- *                     self.pause_for_cell()
- *                     continue  # look again whether there is room
+ *                     if i:
+ *                         self.announce()
 */
             __pyx_t_5 = (ivshmem_loan((&__pyx_v_self->__pyx_base.writer), (&__pyx_v_cell)) != 0);
 
             if (__pyx_t_5) {
 
 
-              /* "ivshmem/channel/writers.pyx":157
+              /* "ivshmem/channel/writers.pyx":167
  *                     raise self.fail(code)
  *                 if ivshmem_loan(&self.writer, &cell):
+ *                     if i:             # <<<<<<<<<<<<<<
+ *                         self.announce()
+ *                     self.pause_for_cell()
+*/
+              __pyx_t_5 = (__pyx_v_i != 0);
+
+              if (__pyx_t_5) {
+
+
+                /* "ivshmem/channel/writers.pyx":168
+ *                 if ivshmem_loan(&self.writer, &cell):
+ *                     if i:
+ *                         self.announce()             # <<<<<<<<<<<<<<
+ *                     self.pause_for_cell()
+ *                     continue  # look again whether there is room
+*/
+                __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->announce(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 168, __pyx_L12_error)
+
+
+                /* "ivshmem/channel/writers.pyx":167
+ *                     raise self.fail(code)
+ *                 if ivshmem_loan(&self.writer, &cell):
+ *                     if i:             # <<<<<<<<<<<<<<
+ *                         self.announce()
+ *                     self.pause_for_cell()
+*/
+              }
+
+              /* "ivshmem/channel/writers.pyx":169
+ *                     if i:
+ *                         self.announce()
  *                     self.pause_for_cell()             # <<<<<<<<<<<<<<
  *                     continue  # look again whether there is room
  *                 memcpy(self.at(cell), <const char *>view.buf + i * size, size)
 */
-              __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.pause_for_cell(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 157, __pyx_L12_error)
+              __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.pause_for_cell(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 169, __pyx_L12_error)
 
 
-              /* "ivshmem/channel/writers.pyx":158
- *                 if ivshmem_loan(&self.writer, &cell):
+              /* "ivshmem/channel/writers.pyx":170
+ *                         self.announce()
  *                     self.pause_for_cell()
  *                     continue  # look again whether there is room             # <<<<<<<<<<<<<<
  *                 memcpy(self.at(cell), <const char *>view.buf + i * size, size)
@@ -7981,16 +8421,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
 */
               goto __pyx_L15_continue;
 
-              /* "ivshmem/channel/writers.pyx":156
- *                 if code:
+              /* "ivshmem/channel/writers.pyx":166
+ *                         break
  *                     raise self.fail(code)
  *                 if ivshmem_loan(&self.writer, &cell):             # <<<<<<<<<<<<<<
- *                     self.pause_for_cell()
- *                     continue  # look again whether there is room
+ *                     if i:
+ *                         self.announce()
 */
             }
 
-            /* "ivshmem/channel/writers.pyx":159
+            /* "ivshmem/channel/writers.pyx":171
  *                     self.pause_for_cell()
  *                     continue  # look again whether there is room
  *                 memcpy(self.at(cell), <const char *>view.buf + i * size, size)             # <<<<<<<<<<<<<<
@@ -7999,7 +8439,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
 */
             (void)(memcpy(((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.at(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_cell), (((char const *)__pyx_v_view.buf) + (__pyx_v_i * __pyx_v_size)), __pyx_v_size));
 
-            /* "ivshmem/channel/writers.pyx":160
+            /* "ivshmem/channel/writers.pyx":172
  *                     continue  # look again whether there is room
  *                 memcpy(self.at(cell), <const char *>view.buf + i * size, size)
  *                 ivshmem_writer_add(&self.writer, cell, <uint32_t>size, time, 0)             # <<<<<<<<<<<<<<
@@ -8008,7 +8448,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
 */
             ivshmem_writer_add((&__pyx_v_self->__pyx_base.writer), __pyx_v_cell, ((uint32_t)__pyx_v_size), __pyx_v_time, 0);
 
-            /* "ivshmem/channel/writers.pyx":161
+            /* "ivshmem/channel/writers.pyx":173
  *                 memcpy(self.at(cell), <const char *>view.buf + i * size, size)
  *                 ivshmem_writer_add(&self.writer, cell, <uint32_t>size, time, 0)
  *                 self.missed += self.writer.missed             # <<<<<<<<<<<<<<
@@ -8017,7 +8457,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
 */
             __pyx_v_self->__pyx_base.missed = (__pyx_v_self->__pyx_base.missed + __pyx_v_self->__pyx_base.writer.missed);
 
-            /* "ivshmem/channel/writers.pyx":162
+            /* "ivshmem/channel/writers.pyx":174
  *                 ivshmem_writer_add(&self.writer, cell, <uint32_t>size, time, 0)
  *                 self.missed += self.writer.missed
  *                 i += 1             # <<<<<<<<<<<<<<
@@ -8027,25 +8467,26 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
             __pyx_v_i = (__pyx_v_i + 1);
             __pyx_L15_continue:;
           }
+          __pyx_L16_break:;
 
-          /* "ivshmem/channel/writers.pyx":163
+          /* "ivshmem/channel/writers.pyx":175
  *                 self.missed += self.writer.missed
  *                 i += 1
  *             self.announce()             # <<<<<<<<<<<<<<
  *             return i
  *         finally:
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->announce(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 163, __pyx_L12_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->announce(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 175, __pyx_L12_error)
 
 
-          /* "ivshmem/channel/writers.pyx":164
+          /* "ivshmem/channel/writers.pyx":176
  *                 i += 1
  *             self.announce()
  *             return i             # <<<<<<<<<<<<<<
  *         finally:
  *             PyBuffer_Release(&view)
 */
-          __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_i); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 164, __pyx_L12_error)
+          __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_i); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 176, __pyx_L12_error)
           __Pyx_GOTREF(__pyx_t_4);
           {
             PyObject *__pyx_temp;
@@ -8060,7 +8501,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
           goto __pyx_L11_return;
         }
 
-        /* "ivshmem/channel/writers.pyx":166
+        /* "ivshmem/channel/writers.pyx":178
  *             return i
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -8113,7 +8554,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
         }
       }
 
-      /* "ivshmem/channel/writers.pyx":104
+      /* "ivshmem/channel/writers.pyx":105
  *         return loan.publish(timeout, spin=spin)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8158,13 +8599,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
 
 
   __Pyx_XDECREF(__pyx_v_whole);
+  __Pyx_XDECREF(__pyx_v_left);
+  __Pyx_XDECREF(__pyx_v_deadline);
   __Pyx_XDECREF(__pyx_v_rows);
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":168
+/* "ivshmem/channel/writers.pyx":180
  *             PyBuffer_Release(&view)
  * 
  *     def put_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -8213,35 +8656,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 168, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 180, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 168, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 180, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 168, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 180, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "put_async", 0) < (0)) __PYX_ERR(0, 168, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "put_async", 0) < (0)) __PYX_ERR(0, 180, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("put_async", 0, 1, 2, i); __PYX_ERR(0, 168, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("put_async", 0, 1, 2, i); __PYX_ERR(0, 180, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 168, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 180, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 168, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 180, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -8252,7 +8695,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("put_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 168, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("put_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 180, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8284,21 +8727,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_6put_async(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("put_async", 0);
 
-  /* "ivshmem/channel/writers.pyx":170
+  /* "ivshmem/channel/writers.pyx":182
  *     def put_async(self, data, timeout=None):
  *         """The twin of `put` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_in_time(self, self.put, timeout, (data,))             # <<<<<<<<<<<<<<
  * 
  *     def put_parts_async(self, parts, timeout=None):
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_put); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 170, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_put); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 182, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 170, __pyx_L1_error)
+  __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 182, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_INCREF(__pyx_v_data);
   __Pyx_GIVEREF(__pyx_v_data);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_v_data) != (0)) __PYX_ERR(0, 170, __pyx_L1_error);
-  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, ((PyObject*)__pyx_t_2), NULL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 170, __pyx_L1_error)
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_v_data) != (0)) __PYX_ERR(0, 182, __pyx_L1_error);
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, ((PyObject*)__pyx_t_2), NULL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 182, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -8313,7 +8756,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_6put_async(struct _
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/writers.pyx":168
+  /* "ivshmem/channel/writers.pyx":180
  *             PyBuffer_Release(&view)
  * 
  *     def put_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -8334,12 +8777,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_6put_async(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":172
+/* "ivshmem/channel/writers.pyx":184
  *         return until_in_time(self, self.put, timeout, (data,))
  * 
  *     def put_parts_async(self, parts, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `put_parts` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return until_in_time(self, self.put_parts, timeout, (parts,))
+ *         # A tuple: each attempt goes through all of them.
 */
 
 /* Python wrapper */
@@ -8383,35 +8826,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_parts,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 172, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 184, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 172, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 184, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 172, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 184, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "put_parts_async", 0) < (0)) __PYX_ERR(0, 172, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "put_parts_async", 0) < (0)) __PYX_ERR(0, 184, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("put_parts_async", 0, 1, 2, i); __PYX_ERR(0, 172, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("put_parts_async", 0, 1, 2, i); __PYX_ERR(0, 184, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 172, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 184, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 172, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 184, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -8422,7 +8865,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("put_parts_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 172, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("put_parts_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 184, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8454,41 +8897,43 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_8put_parts_async(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("put_parts_async", 0);
 
-  /* "ivshmem/channel/writers.pyx":174
- *     def put_parts_async(self, parts, timeout=None):
+  /* "ivshmem/channel/writers.pyx":187
  *         """The twin of `put_parts` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return until_in_time(self, self.put_parts, timeout, (parts,))             # <<<<<<<<<<<<<<
+ *         # A tuple: each attempt goes through all of them.
+ *         return until_in_time(self, self.put_parts, timeout, (tuple(parts),))             # <<<<<<<<<<<<<<
  * 
- *     def put_rows_async(self, rows, timeout=None):
+ *     async def put_rows_async(self, rows, timeout=None):
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_put_parts); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 174, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_put_parts); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 187, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 174, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PySequence_Tuple(__pyx_v_parts); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 187, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __Pyx_INCREF(__pyx_v_parts);
-  __Pyx_GIVEREF(__pyx_v_parts);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_v_parts) != (0)) __PYX_ERR(0, 174, __pyx_L1_error);
-  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, ((PyObject*)__pyx_t_2), NULL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 174, __pyx_L1_error)
+  __pyx_t_3 = PyTuple_New(1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 187, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
+  __Pyx_GIVEREF(__pyx_t_2);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_3, 0, __pyx_t_2) != (0)) __PYX_ERR(0, 187, __pyx_L1_error);
+  __pyx_t_2 = 0;
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, ((PyObject*)__pyx_t_3), NULL); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 187, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   {
     PyObject *__pyx_temp;
     {
       __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_3;
+      __pyx_r = __pyx_t_2;
     }
     __Pyx_XDECREF(__pyx_temp);
   }
-  __pyx_t_3 = 0;
+  __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/writers.pyx":172
+  /* "ivshmem/channel/writers.pyx":184
  *         return until_in_time(self, self.put, timeout, (data,))
  * 
  *     def put_parts_async(self, parts, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `put_parts` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return until_in_time(self, self.put_parts, timeout, (parts,))
+ *         # A tuple: each attempt goes through all of them.
 */
 
   /* function exit code */
@@ -8503,13 +8948,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_8put_parts_async(st
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
+static PyObject *__pyx_gb_7ivshmem_7channel_7writers_6Writer_12generator(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
 
-/* "ivshmem/channel/writers.pyx":176
- *         return until_in_time(self, self.put_parts, timeout, (parts,))
+/* "ivshmem/channel/writers.pyx":189
+ *         return until_in_time(self, self.put_parts, timeout, (tuple(parts),))
  * 
- *     def put_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
- *         """The twin of `put_rows` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return until_in_time(self, self.put_rows, timeout, (rows,))
+ *     async def put_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
+ *         """The twin of `put_rows` for asyncio.
+ * 
 */
 
 /* Python wrapper */
@@ -8520,7 +8966,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7writers_6Writer_10put_rows_async, "The twin of `put_rows` for asyncio: a coroutine. To cancel it takes nothing.");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7writers_6Writer_10put_rows_async, "The twin of `put_rows` for asyncio.\n\n        After a cancellation it is unknown how many rows were published.\n        ");
 static PyMethodDef __pyx_mdef_7ivshmem_7channel_7writers_6Writer_11put_rows_async = {"put_rows_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7writers_6Writer_11put_rows_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7writers_6Writer_10put_rows_async};
 static PyObject *__pyx_pw_7ivshmem_7channel_7writers_6Writer_11put_rows_async(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -8553,35 +8999,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_rows,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 176, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 189, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 176, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 189, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 176, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 189, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "put_rows_async", 0) < (0)) __PYX_ERR(0, 176, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "put_rows_async", 0) < (0)) __PYX_ERR(0, 189, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("put_rows_async", 0, 1, 2, i); __PYX_ERR(0, 176, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("put_rows_async", 0, 1, 2, i); __PYX_ERR(0, 189, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 176, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 189, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 176, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 189, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -8592,7 +9038,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("put_rows_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 176, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("put_rows_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 189, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8614,68 +9060,573 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 }
 
 static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_10put_rows_async(struct __pyx_obj_7ivshmem_7channel_7writers_Writer *__pyx_v_self, PyObject *__pyx_v_rows, PyObject *__pyx_v_timeout) {
+  struct __pyx_obj_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async *__pyx_cur_scope;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  PyObject *__pyx_t_2 = NULL;
-  PyObject *__pyx_t_3 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("put_rows_async", 0);
-
-  /* "ivshmem/channel/writers.pyx":178
- *     def put_rows_async(self, rows, timeout=None):
- *         """The twin of `put_rows` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return until_in_time(self, self.put_rows, timeout, (rows,))             # <<<<<<<<<<<<<<
- * 
- *     cdef int announce(self) except -1:
-*/
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_put_rows); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 178, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 178, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  __Pyx_INCREF(__pyx_v_rows);
-  __Pyx_GIVEREF(__pyx_v_rows);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_v_rows) != (0)) __PYX_ERR(0, 178, __pyx_L1_error);
-  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, ((PyObject*)__pyx_t_2), NULL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 178, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  {
-    PyObject *__pyx_temp;
-    {
-      __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_3;
-    }
-    __Pyx_XDECREF(__pyx_temp);
+  __pyx_cur_scope = (struct __pyx_obj_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async *)__pyx_tp_new_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async, __pyx_mstate_global->__pyx_empty_tuple, NULL);
+  if (unlikely(!__pyx_cur_scope)) {
+    __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async *)Py_None);
+    __Pyx_INCREF(Py_None);
+    __PYX_ERR(0, 189, __pyx_L1_error)
+  } else {
+    __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
-  __pyx_t_3 = 0;
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/writers.pyx":176
- *         return until_in_time(self, self.put_parts, timeout, (parts,))
- * 
- *     def put_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
- *         """The twin of `put_rows` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return until_in_time(self, self.put_rows, timeout, (rows,))
-*/
+  __pyx_cur_scope->__pyx_v_self = __pyx_v_self;
+  __Pyx_INCREF((PyObject *)__pyx_cur_scope->__pyx_v_self);
+  __Pyx_GIVEREF((PyObject *)__pyx_cur_scope->__pyx_v_self);
+  __pyx_cur_scope->__pyx_v_rows = __pyx_v_rows;
+  __Pyx_INCREF(__pyx_cur_scope->__pyx_v_rows);
+  __Pyx_GIVEREF(__pyx_cur_scope->__pyx_v_rows);
+  __pyx_cur_scope->__pyx_v_timeout = __pyx_v_timeout;
+  __Pyx_INCREF(__pyx_cur_scope->__pyx_v_timeout);
+  __Pyx_GIVEREF(__pyx_cur_scope->__pyx_v_timeout);
+  {
+    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7writers_6Writer_12generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_put_rows_async, __pyx_mstate_global->__pyx_n_u_Writer_put_rows_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers); if (unlikely(!gen)) __PYX_ERR(0, 189, __pyx_L1_error)
+    __Pyx_DECREF(__pyx_cur_scope);
+    __Pyx_RefNannyFinishContext();
+    return (PyObject *) gen;
+  }
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_XDECREF(__pyx_t_3);
   __Pyx_AddTraceback("ivshmem.channel.writers.Writer.put_rows_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
-  __pyx_L0:;
+  __Pyx_DECREF((PyObject *)__pyx_cur_scope);
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":180
- *         return until_in_time(self, self.put_rows, timeout, (rows,))
+static PyObject *__pyx_gb_7ivshmem_7channel_7writers_6Writer_12generator(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value) /* generator body */
+{
+  struct __pyx_obj_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async *__pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async *)__pyx_generator->closure);
+  PyObject *__pyx_r = NULL;
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  size_t __pyx_t_4;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
+  int __pyx_t_8;
+  int __pyx_t_9;
+  PyObject *__pyx_t_10 = NULL;
+  __Pyx_PySendResult __pyx_t_11;
+  int __pyx_t_12;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("put_rows_async", 0);
+  switch (__pyx_generator->resume_label) {
+    case 0: goto __pyx_L3_first_run;
+    case 1: goto __pyx_L22_resume_from_await;
+    default: /* CPython raises the right error here */
+    __Pyx_RefNannyFinishContext();
+    return NULL;
+  }
+  __pyx_L3_first_run:;
+  if (unlikely(__pyx_sent_value != Py_None)) {
+    if (unlikely(__pyx_sent_value)) PyErr_SetString(PyExc_TypeError, "can't send non-None value to a just-started coroutine");
+    __PYX_ERR(0, 189, __pyx_L1_error)
+  }
+
+  /* "ivshmem/channel/writers.pyx":194
+ *         After a cancellation it is unknown how many rows were published.
+ *         """
+ *         deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
+ *         try:
+ *             rest = memoryview(rows)
+*/
+  __pyx_t_2 = NULL;
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 194, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  __pyx_t_4 = 1;
+  #if CYTHON_UNPACK_METHODS
+  if (unlikely(PyMethod_Check(__pyx_t_3))) {
+    __pyx_t_2 = PyMethod_GET_SELF(__pyx_t_3);
+    assert(__pyx_t_2);
+    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_3);
+    __Pyx_INCREF(__pyx_t_2);
+    __Pyx_INCREF(__pyx__function);
+    __Pyx_DECREF_SET(__pyx_t_3, __pyx__function);
+    __pyx_t_4 = 0;
+  }
+  #endif
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_cur_scope->__pyx_v_timeout};
+    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 194, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+  }
+  __Pyx_GIVEREF(__pyx_t_1);
+  __pyx_cur_scope->__pyx_v_deadline = __pyx_t_1;
+  __pyx_t_1 = 0;
+
+  /* "ivshmem/channel/writers.pyx":195
+ *         """
+ *         deadline = deadline_of(timeout)
+ *         try:             # <<<<<<<<<<<<<<
+ *             rest = memoryview(rows)
+ *         except ValueError:  # an array of dates, for which there is no format
+*/
+  {
+    __Pyx_ExceptionSave(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7);
+    __Pyx_XGOTREF(__pyx_t_5);
+    __Pyx_XGOTREF(__pyx_t_6);
+    __Pyx_XGOTREF(__pyx_t_7);
+    /*try:*/ {
+
+      /* "ivshmem/channel/writers.pyx":196
+ *         deadline = deadline_of(timeout)
+ *         try:
+ *             rest = memoryview(rows)             # <<<<<<<<<<<<<<
+ *         except ValueError:  # an array of dates, for which there is no format
+ *             rest = rows
+*/
+      __pyx_t_1 = PyMemoryView_FromObject(__pyx_cur_scope->__pyx_v_rows); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 196, __pyx_L4_error)
+      __Pyx_GOTREF(__pyx_t_1);
+      __Pyx_GIVEREF(__pyx_t_1);
+      __pyx_cur_scope->__pyx_v_rest = __pyx_t_1;
+      __pyx_t_1 = 0;
+
+      /* "ivshmem/channel/writers.pyx":195
+ *         """
+ *         deadline = deadline_of(timeout)
+ *         try:             # <<<<<<<<<<<<<<
+ *             rest = memoryview(rows)
+ *         except ValueError:  # an array of dates, for which there is no format
+*/
+    }
+    __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+    __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+    __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+    goto __pyx_L9_try_end;
+    __pyx_L4_error:;
+    __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+
+    /* "ivshmem/channel/writers.pyx":197
+ *         try:
+ *             rest = memoryview(rows)
+ *         except ValueError:  # an array of dates, for which there is no format             # <<<<<<<<<<<<<<
+ *             rest = rows
+ *         done = 0
+*/
+    __pyx_t_8 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_ValueError))));
+    if (__pyx_t_8) {
+      __Pyx_ErrRestore(0,0,0);
+
+      /* "ivshmem/channel/writers.pyx":198
+ *             rest = memoryview(rows)
+ *         except ValueError:  # an array of dates, for which there is no format
+ *             rest = rows             # <<<<<<<<<<<<<<
+ *         done = 0
+ *         while True:
+*/
+      __Pyx_INCREF(__pyx_cur_scope->__pyx_v_rows);
+      __Pyx_XGOTREF(__pyx_cur_scope->__pyx_v_rest);
+      __Pyx_XDECREF_SET(__pyx_cur_scope->__pyx_v_rest, __pyx_cur_scope->__pyx_v_rows);
+      __Pyx_GIVEREF(__pyx_cur_scope->__pyx_v_rows);
+      goto __pyx_L5_exception_handled;
+    }
+    goto __pyx_L6_except_error;
+
+    /* "ivshmem/channel/writers.pyx":195
+ *         """
+ *         deadline = deadline_of(timeout)
+ *         try:             # <<<<<<<<<<<<<<
+ *             rest = memoryview(rows)
+ *         except ValueError:  # an array of dates, for which there is no format
+*/
+    __pyx_L6_except_error:;
+    __Pyx_XGIVEREF(__pyx_t_5);
+    __Pyx_XGIVEREF(__pyx_t_6);
+    __Pyx_XGIVEREF(__pyx_t_7);
+    __Pyx_ExceptionReset(__pyx_t_5, __pyx_t_6, __pyx_t_7);
+    goto __pyx_L1_error;
+    __pyx_L5_exception_handled:;
+    __Pyx_XGIVEREF(__pyx_t_5);
+    __Pyx_XGIVEREF(__pyx_t_6);
+    __Pyx_XGIVEREF(__pyx_t_7);
+    __Pyx_ExceptionReset(__pyx_t_5, __pyx_t_6, __pyx_t_7);
+    __pyx_L9_try_end:;
+  }
+
+  /* "ivshmem/channel/writers.pyx":199
+ *         except ValueError:  # an array of dates, for which there is no format
+ *             rest = rows
+ *         done = 0             # <<<<<<<<<<<<<<
+ *         while True:
+ *             left = None if deadline is None else left_until(deadline)
+*/
+  __Pyx_INCREF(__pyx_mstate_global->__pyx_int_0);
+  __Pyx_GIVEREF(__pyx_mstate_global->__pyx_int_0);
+  __pyx_cur_scope->__pyx_v_done = __pyx_mstate_global->__pyx_int_0;
+
+  /* "ivshmem/channel/writers.pyx":200
+ *             rest = rows
+ *         done = 0
+ *         while True:             # <<<<<<<<<<<<<<
+ *             left = None if deadline is None else left_until(deadline)
+ *             try:
+*/
+  while (1) {
+
+    /* "ivshmem/channel/writers.pyx":201
+ *         done = 0
+ *         while True:
+ *             left = None if deadline is None else left_until(deadline)             # <<<<<<<<<<<<<<
+ *             try:
+ *                 put = await until_in_time(self, self.put_rows, left, (rest,))
+*/
+    __pyx_t_9 = (__pyx_cur_scope->__pyx_v_deadline == Py_None);
+    if (__pyx_t_9) {
+      __Pyx_INCREF(Py_None);
+      __pyx_t_1 = Py_None;
+    } else {
+      __pyx_t_2 = NULL;
+      __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_left_until); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 201, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_10);
+      __pyx_t_4 = 1;
+      #if CYTHON_UNPACK_METHODS
+      if (unlikely(PyMethod_Check(__pyx_t_10))) {
+        __pyx_t_2 = PyMethod_GET_SELF(__pyx_t_10);
+        assert(__pyx_t_2);
+        PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_10);
+        __Pyx_INCREF(__pyx_t_2);
+        __Pyx_INCREF(__pyx__function);
+        __Pyx_DECREF_SET(__pyx_t_10, __pyx__function);
+        __pyx_t_4 = 0;
+      }
+      #endif
+      {
+        PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_cur_scope->__pyx_v_deadline};
+        __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_10, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+        __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+        __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 201, __pyx_L1_error)
+        __Pyx_GOTREF(__pyx_t_3);
+      }
+      __pyx_t_1 = __pyx_t_3;
+      __pyx_t_3 = 0;
+    }
+
+    __Pyx_XGOTREF(__pyx_cur_scope->__pyx_v_left);
+    __Pyx_XDECREF_SET(__pyx_cur_scope->__pyx_v_left, __pyx_t_1);
+    __Pyx_GIVEREF(__pyx_t_1);
+    __pyx_t_1 = 0;
+
+    /* "ivshmem/channel/writers.pyx":202
+ *         while True:
+ *             left = None if deadline is None else left_until(deadline)
+ *             try:             # <<<<<<<<<<<<<<
+ *                 put = await until_in_time(self, self.put_rows, left, (rest,))
+ *             except (TimeoutError, ChannelCorrupt):
+*/
+    {
+      __Pyx_ExceptionSave(&__pyx_t_7, &__pyx_t_6, &__pyx_t_5);
+      __Pyx_XGOTREF(__pyx_t_7);
+      __Pyx_XGOTREF(__pyx_t_6);
+      __Pyx_XGOTREF(__pyx_t_5);
+      /*try:*/ {
+
+        /* "ivshmem/channel/writers.pyx":203
+ *             left = None if deadline is None else left_until(deadline)
+ *             try:
+ *                 put = await until_in_time(self, self.put_rows, left, (rest,))             # <<<<<<<<<<<<<<
+ *             except (TimeoutError, ChannelCorrupt):
+ *                 if not done:
+*/
+        __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_cur_scope->__pyx_v_self), __pyx_mstate_global->__pyx_n_u_put_rows); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 203, __pyx_L14_error)
+        __Pyx_GOTREF(__pyx_t_1);
+        __pyx_t_3 = PyTuple_New(1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 203, __pyx_L14_error)
+        __Pyx_GOTREF(__pyx_t_3);
+        __Pyx_INCREF(__pyx_cur_scope->__pyx_v_rest);
+        __Pyx_GIVEREF(__pyx_cur_scope->__pyx_v_rest);
+        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_3, 0, __pyx_cur_scope->__pyx_v_rest) != (0)) __PYX_ERR(0, 203, __pyx_L14_error);
+        __pyx_t_10 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_cur_scope->__pyx_v_self), __pyx_t_1, __pyx_cur_scope->__pyx_v_left, ((PyObject*)__pyx_t_3), NULL); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 203, __pyx_L14_error)
+        __Pyx_GOTREF(__pyx_t_10);
+        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+        __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+        __pyx_t_11 = __Pyx_Coroutine_Yield_From(__pyx_generator, __pyx_t_10, &__pyx_r);
+        __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
+        if (likely(__pyx_t_11 == PYGEN_NEXT)) {
+          __Pyx_GOTREF(__pyx_r);
+          __Pyx_XGIVEREF(__pyx_t_5);
+          __pyx_cur_scope->__pyx_t_0 = __pyx_t_5;
+          __Pyx_XGIVEREF(__pyx_t_6);
+          __pyx_cur_scope->__pyx_t_1 = __pyx_t_6;
+          __Pyx_XGIVEREF(__pyx_t_7);
+          __pyx_cur_scope->__pyx_t_2 = __pyx_t_7;
+          __Pyx_XGIVEREF(__pyx_r);
+          __Pyx_RefNannyFinishContext();
+          __Pyx_Coroutine_ResetAndClearException(__pyx_generator);
+          /* return from generator, awaiting value */
+          __pyx_generator->resume_label = 1;
+          return __pyx_r;
+          __pyx_L22_resume_from_await:;
+          __pyx_t_5 = __pyx_cur_scope->__pyx_t_0;
+          __pyx_cur_scope->__pyx_t_0 = 0;
+          __Pyx_XGOTREF(__pyx_t_5);
+          __pyx_t_6 = __pyx_cur_scope->__pyx_t_1;
+          __pyx_cur_scope->__pyx_t_1 = 0;
+          __Pyx_XGOTREF(__pyx_t_6);
+          __pyx_t_7 = __pyx_cur_scope->__pyx_t_2;
+          __pyx_cur_scope->__pyx_t_2 = 0;
+          __Pyx_XGOTREF(__pyx_t_7);
+          if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 203, __pyx_L14_error)
+          __pyx_t_10 = __pyx_sent_value; __Pyx_INCREF(__pyx_t_10);
+        } else if (likely(__pyx_t_11 == PYGEN_RETURN)) {
+          __Pyx_GOTREF(__pyx_r);
+          __pyx_t_10 = __pyx_r; __pyx_r = NULL;
+        } else {
+          __Pyx_XGOTREF(__pyx_r);
+          __PYX_ERR(0, 203, __pyx_L14_error)
+        }
+        __Pyx_XGOTREF(__pyx_cur_scope->__pyx_v_put);
+        __Pyx_XDECREF_SET(__pyx_cur_scope->__pyx_v_put, __pyx_t_10);
+        __Pyx_GIVEREF(__pyx_t_10);
+        __pyx_t_10 = 0;
+
+        /* "ivshmem/channel/writers.pyx":202
+ *         while True:
+ *             left = None if deadline is None else left_until(deadline)
+ *             try:             # <<<<<<<<<<<<<<
+ *                 put = await until_in_time(self, self.put_rows, left, (rest,))
+ *             except (TimeoutError, ChannelCorrupt):
+*/
+      }
+      __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+      __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+      __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+      goto __pyx_L21_try_end;
+      __pyx_L14_error:;
+      __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
+      __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
+      __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+
+      /* "ivshmem/channel/writers.pyx":204
+ *             try:
+ *                 put = await until_in_time(self, self.put_rows, left, (rest,))
+ *             except (TimeoutError, ChannelCorrupt):             # <<<<<<<<<<<<<<
+ *                 if not done:
+ *                     raise
+*/
+      __Pyx_ErrFetch(&__pyx_t_10, &__pyx_t_3, &__pyx_t_1);
+      __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_ChannelCorrupt); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 204, __pyx_L16_except_error)
+      __Pyx_GOTREF(__pyx_t_2);
+      __pyx_t_8 = __Pyx_PyErr_GivenExceptionMatches2(__pyx_t_10, ((PyObject *)(((PyTypeObject*)PyExc_TimeoutError))), __pyx_t_2);
+      __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+      __Pyx_ErrRestore(__pyx_t_10, __pyx_t_3, __pyx_t_1);
+      __pyx_t_10 = 0; __pyx_t_3 = 0; __pyx_t_1 = 0;
+      if (__pyx_t_8) {
+        __Pyx_AddTraceback("ivshmem.channel.writers.Writer.put_rows_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
+        if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_3, &__pyx_t_10) < 0) __PYX_ERR(0, 204, __pyx_L16_except_error)
+        __Pyx_XGOTREF(__pyx_t_1);
+        __Pyx_XGOTREF(__pyx_t_3);
+        __Pyx_XGOTREF(__pyx_t_10);
+
+        /* "ivshmem/channel/writers.pyx":205
+ *                 put = await until_in_time(self, self.put_rows, left, (rest,))
+ *             except (TimeoutError, ChannelCorrupt):
+ *                 if not done:             # <<<<<<<<<<<<<<
+ *                     raise
+ *                 return done
+*/
+        __pyx_t_9 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_done); if (unlikely((__pyx_t_9 < 0))) __PYX_ERR(0, 205, __pyx_L16_except_error)
+        __pyx_t_12 = (!__pyx_t_9);
+
+
+        if (unlikely(__pyx_t_12)) {
+
+
+          /* "ivshmem/channel/writers.pyx":206
+ *             except (TimeoutError, ChannelCorrupt):
+ *                 if not done:
+ *                     raise             # <<<<<<<<<<<<<<
+ *                 return done
+ *             done += put
+*/
+          __Pyx_GIVEREF(__pyx_t_1);
+          __Pyx_GIVEREF(__pyx_t_3);
+          __Pyx_XGIVEREF(__pyx_t_10);
+          __Pyx_ErrRestoreWithState(__pyx_t_1, __pyx_t_3, __pyx_t_10);
+          __pyx_t_1 = 0;  __pyx_t_3 = 0;  __pyx_t_10 = 0; 
+          __PYX_ERR(0, 206, __pyx_L16_except_error)
+
+          /* "ivshmem/channel/writers.pyx":205
+ *                 put = await until_in_time(self, self.put_rows, left, (rest,))
+ *             except (TimeoutError, ChannelCorrupt):
+ *                 if not done:             # <<<<<<<<<<<<<<
+ *                     raise
+ *                 return done
+*/
+        }
+
+        /* "ivshmem/channel/writers.pyx":207
+ *                 if not done:
+ *                     raise
+ *                 return done             # <<<<<<<<<<<<<<
+ *             done += put
+ *             rest = rest[put:]
+*/
+        {
+          PyObject *__pyx_temp;
+          {
+            __pyx_temp = __pyx_r;
+            __Pyx_INCREF(__pyx_cur_scope->__pyx_v_done);
+            __pyx_r = __pyx_cur_scope->__pyx_v_done;
+          }
+          __Pyx_XDECREF(__pyx_temp);
+        }
+        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+        __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+        __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
+        goto __pyx_L17_except_return;
+      }
+      goto __pyx_L16_except_error;
+
+      /* "ivshmem/channel/writers.pyx":202
+ *         while True:
+ *             left = None if deadline is None else left_until(deadline)
+ *             try:             # <<<<<<<<<<<<<<
+ *                 put = await until_in_time(self, self.put_rows, left, (rest,))
+ *             except (TimeoutError, ChannelCorrupt):
+*/
+      __pyx_L16_except_error:;
+      __Pyx_XGIVEREF(__pyx_t_7);
+      __Pyx_XGIVEREF(__pyx_t_6);
+      __Pyx_XGIVEREF(__pyx_t_5);
+      __Pyx_ExceptionReset(__pyx_t_7, __pyx_t_6, __pyx_t_5);
+      goto __pyx_L1_error;
+      __pyx_L17_except_return:;
+      __Pyx_XGIVEREF(__pyx_t_7);
+      __Pyx_XGIVEREF(__pyx_t_6);
+      __Pyx_XGIVEREF(__pyx_t_5);
+      __Pyx_ExceptionReset(__pyx_t_7, __pyx_t_6, __pyx_t_5);
+      goto __pyx_L0;
+      __pyx_L21_try_end:;
+    }
+
+    /* "ivshmem/channel/writers.pyx":208
+ *                     raise
+ *                 return done
+ *             done += put             # <<<<<<<<<<<<<<
+ *             rest = rest[put:]
+ *             if not rest.shape[0]:
+*/
+    __pyx_t_10 = __Pyx_PyNumber_InPlaceAdd_object_object(__pyx_cur_scope->__pyx_v_done, __pyx_cur_scope->__pyx_v_put); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 208, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_10);
+    __Pyx_GOTREF(__pyx_cur_scope->__pyx_v_done);
+    __Pyx_DECREF_SET(__pyx_cur_scope->__pyx_v_done, __pyx_t_10);
+    __Pyx_GIVEREF(__pyx_t_10);
+    __pyx_t_10 = 0;
+
+    /* "ivshmem/channel/writers.pyx":209
+ *                 return done
+ *             done += put
+ *             rest = rest[put:]             # <<<<<<<<<<<<<<
+ *             if not rest.shape[0]:
+ *                 return done
+*/
+    __pyx_t_10 = __Pyx_PyObject_GetSlice(__pyx_cur_scope->__pyx_v_rest, 0, 0, &__pyx_cur_scope->__pyx_v_put, NULL, NULL, 0, 0, 1); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 209, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_10);
+    __Pyx_GOTREF(__pyx_cur_scope->__pyx_v_rest);
+    __Pyx_DECREF_SET(__pyx_cur_scope->__pyx_v_rest, __pyx_t_10);
+    __Pyx_GIVEREF(__pyx_t_10);
+    __pyx_t_10 = 0;
+
+    /* "ivshmem/channel/writers.pyx":210
+ *             done += put
+ *             rest = rest[put:]
+ *             if not rest.shape[0]:             # <<<<<<<<<<<<<<
+ *                 return done
+ * 
+*/
+    __pyx_t_10 = __Pyx_PyObject_GetAttrStr(__pyx_cur_scope->__pyx_v_rest, __pyx_mstate_global->__pyx_n_u_shape); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 210, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_10);
+    __pyx_t_3 = __Pyx_GetItemInt(__pyx_t_10, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 210, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
+    __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
+    __pyx_t_12 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_12 < 0))) __PYX_ERR(0, 210, __pyx_L1_error)
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __pyx_t_9 = (!__pyx_t_12);
+
+
+    if (__pyx_t_9) {
+
+
+      /* "ivshmem/channel/writers.pyx":211
+ *             rest = rest[put:]
+ *             if not rest.shape[0]:
+ *                 return done             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int announce(self) except -1:
+*/
+      {
+        PyObject *__pyx_temp;
+        {
+          __pyx_temp = __pyx_r;
+          __Pyx_INCREF(__pyx_cur_scope->__pyx_v_done);
+          __pyx_r = __pyx_cur_scope->__pyx_v_done;
+        }
+        __Pyx_XDECREF(__pyx_temp);
+      }
+      goto __pyx_L0;
+
+      /* "ivshmem/channel/writers.pyx":210
+ *             done += put
+ *             rest = rest[put:]
+ *             if not rest.shape[0]:             # <<<<<<<<<<<<<<
+ *                 return done
+ * 
+*/
+    }
+  }
+  CYTHON_MAYBE_UNUSED_VAR(__pyx_cur_scope);
+
+  /* "ivshmem/channel/writers.pyx":189
+ *         return until_in_time(self, self.put_parts, timeout, (tuple(parts),))
+ * 
+ *     async def put_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
+ *         """The twin of `put_rows` for asyncio.
+ * 
+*/
+
+  /* function exit code */
+  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+  goto __pyx_L0;
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_10);
+  if (__Pyx_PyErr_Occurred()) {
+    __Pyx_Generator_Replace_StopIteration(0);
+    __Pyx_AddTraceback("put_rows_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  }
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  #if !CYTHON_USE_EXC_INFO_STACK
+  __Pyx_Coroutine_ResetAndClearException(__pyx_generator);
+  #endif
+  __pyx_generator->resume_label = -1;
+  __Pyx_Coroutine_clear((PyObject*)__pyx_generator);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/writers.pyx":213
+ *                 return done
  * 
  *     cdef int announce(self) except -1:             # <<<<<<<<<<<<<<
  *         ivshmem_writer_announce(&self.writer)
@@ -8689,7 +9640,7 @@ static int __pyx_f_7ivshmem_7channel_7writers_6Writer_announce(struct __pyx_obj_
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/writers.pyx":181
+  /* "ivshmem/channel/writers.pyx":214
  * 
  *     cdef int announce(self) except -1:
  *         ivshmem_writer_announce(&self.writer)             # <<<<<<<<<<<<<<
@@ -8698,21 +9649,21 @@ static int __pyx_f_7ivshmem_7channel_7writers_6Writer_announce(struct __pyx_obj_
 */
   ivshmem_writer_announce((&__pyx_v_self->__pyx_base.writer));
 
-  /* "ivshmem/channel/writers.pyx":182
+  /* "ivshmem/channel/writers.pyx":215
  *     cdef int announce(self) except -1:
  *         ivshmem_writer_announce(&self.writer)
  *         return self.membership.flush()             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 182, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 215, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/writers.pyx":180
- *         return until_in_time(self, self.put_rows, timeout, (rows,))
+  /* "ivshmem/channel/writers.pyx":213
+ *                 return done
  * 
  *     cdef int announce(self) except -1:             # <<<<<<<<<<<<<<
  *         ivshmem_writer_announce(&self.writer)
@@ -8728,7 +9679,7 @@ static int __pyx_f_7ivshmem_7channel_7writers_6Writer_announce(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":184
+/* "ivshmem/channel/writers.pyx":217
  *         return self.membership.flush()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8737,16 +9688,16 @@ static int __pyx_f_7ivshmem_7channel_7writers_6Writer_announce(struct __pyx_obj_
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7writers_6Writer_13loan(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_7writers_6Writer_14loan(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7writers_6Writer_12loan, "Borrow the memory of a message, to write into it without a copy.\n\n        Args:\n            size: bytes; None: the channel\047s limit, or the size of its type.\n\n        Returns:\n            A Loan: publish it, or use it in `with`, whose end publishes it.\n\n        Raises:\n            MessageTooLong: the channel\047s limit is less.\n            ChannelError: as many loans as the channel allows are out.\n            ChannelTypeError: pickle=True.\n            ClosedError: as of all calls.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_7writers_6Writer_13loan = {"loan", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7writers_6Writer_13loan, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7writers_6Writer_12loan};
-static PyObject *__pyx_pw_7ivshmem_7channel_7writers_6Writer_13loan(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7writers_6Writer_13loan, "Borrow the memory of a message, to write into it without a copy.\n\n        Args:\n            size: bytes; None: the channel\047s limit, or the size of its type.\n\n        Returns:\n            A Loan: publish it, or use it in `with`, whose end publishes it.\n\n        Raises:\n            MessageTooLong: the channel\047s limit is less.\n            ChannelError: as many loans as the channel allows are out.\n            ChannelTypeError: pickle=True.\n            ClosedError: as of all calls.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_7writers_6Writer_14loan = {"loan", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7writers_6Writer_14loan, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7writers_6Writer_13loan};
+static PyObject *__pyx_pw_7ivshmem_7channel_7writers_6Writer_14loan(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -8776,20 +9727,20 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 184, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 217, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 184, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 217, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "loan", 0) < (0)) __PYX_ERR(0, 184, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "loan", 0) < (0)) __PYX_ERR(0, 217, __pyx_L3_error)
 
-      /* "ivshmem/channel/writers.pyx":185
+      /* "ivshmem/channel/writers.pyx":218
  * 
  *     @cython.critical_section
  *     def loan(self, size=None):             # <<<<<<<<<<<<<<
@@ -8801,7 +9752,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 184, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 217, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -8812,7 +9763,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("loan", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 184, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("loan", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 217, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8823,9 +9774,9 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7writers_6Writer_12loan(((struct __pyx_obj_7ivshmem_7channel_7writers_Writer *)__pyx_v_self), __pyx_v_size);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7writers_6Writer_13loan(((struct __pyx_obj_7ivshmem_7channel_7writers_Writer *)__pyx_v_self), __pyx_v_size);
 
-  /* "ivshmem/channel/writers.pyx":184
+  /* "ivshmem/channel/writers.pyx":217
  *         return self.membership.flush()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8841,7 +9792,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_12loan(struct __pyx_obj_7ivshmem_7channel_7writers_Writer *__pyx_v_self, PyObject *__pyx_v_size) {
+static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_13loan(struct __pyx_obj_7ivshmem_7channel_7writers_Writer *__pyx_v_self, PyObject *__pyx_v_size) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -8868,17 +9819,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_12loan(struct __pyx
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/writers.pyx":200
+        /* "ivshmem/channel/writers.pyx":233
  *             ClosedError: as of all calls.
  *         """
  *         self.enter()             # <<<<<<<<<<<<<<
  *         size = self.channel.record.geometry.limit if size is None else operator.index(size)
  *         if size < 0:
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 200, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 233, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/writers.pyx":201
+        /* "ivshmem/channel/writers.pyx":234
  *         """
  *         self.enter()
  *         size = self.channel.record.geometry.limit if size is None else operator.index(size)             # <<<<<<<<<<<<<<
@@ -8887,15 +9838,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_12loan(struct __pyx
 */
         __pyx_t_4 = (__pyx_v_size == Py_None);
         if (__pyx_t_4) {
-          __pyx_t_5 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->__pyx_base.__pyx_base.channel.record.geometry.limit); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 201, __pyx_L4_error)
+          __pyx_t_5 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->__pyx_base.__pyx_base.channel.record.geometry.limit); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 234, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_5);
           __pyx_t_3 = __pyx_t_5;
           __pyx_t_5 = 0;
         } else {
           __pyx_t_6 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_operator); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 201, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_operator); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 234, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
-          __pyx_t_8 = __Pyx_PyObject_GetAttrStr(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_index); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 201, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyObject_GetAttrStr(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_index); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 234, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
           __pyx_t_9 = 1;
@@ -8915,7 +9866,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_12loan(struct __pyx
             __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_8, __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-            if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 201, __pyx_L4_error)
+            if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 234, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_5);
           }
           __pyx_t_3 = __pyx_t_5;
@@ -8925,18 +9876,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_12loan(struct __pyx
         __Pyx_DECREF_SET(__pyx_v_size, __pyx_t_3);
         __pyx_t_3 = 0;
 
-        /* "ivshmem/channel/writers.pyx":202
+        /* "ivshmem/channel/writers.pyx":235
  *         self.enter()
  *         size = self.channel.record.geometry.limit if size is None else operator.index(size)
  *         if size < 0:             # <<<<<<<<<<<<<<
  *             raise ValueError(f"no message has {size} bytes")
  *         if size > self.channel.record.geometry.limit:
 */
-        __pyx_t_4 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_v_size, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 202, __pyx_L4_error)
+        __pyx_t_4 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_v_size, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 235, __pyx_L4_error)
         if (unlikely(__pyx_t_4)) {
 
 
-          /* "ivshmem/channel/writers.pyx":203
+          /* "ivshmem/channel/writers.pyx":236
  *         size = self.channel.record.geometry.limit if size is None else operator.index(size)
  *         if size < 0:
  *             raise ValueError(f"no message has {size} bytes")             # <<<<<<<<<<<<<<
@@ -8944,7 +9895,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_12loan(struct __pyx
  *             raise self.too_long(size)
 */
           __pyx_t_5 = NULL;
-          __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_v_size, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 203, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_v_size, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 236, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
           __pyx_t_10[0] = __pyx_mstate_global->__pyx_kp_u_no_message_has;
           __pyx_t_10[1] = __pyx_t_8;
@@ -8958,7 +9909,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_12loan(struct __pyx
           __pyx_t_2 |= __Pyx_PyUnicode_KIND_04(__pyx_t_10[1]);
           #endif
           __pyx_t_6 = __Pyx_PyUnicode_Join(__pyx_t_10, 3, __pyx_t_11, __pyx_t_2);
-          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 203, __pyx_L4_error)
+          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 236, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
           __pyx_t_9 = 1;
@@ -8967,14 +9918,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_12loan(struct __pyx
             __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 203, __pyx_L4_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 236, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
           __Pyx_Raise(__pyx_t_3, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-          __PYX_ERR(0, 203, __pyx_L4_error)
+          __PYX_ERR(0, 236, __pyx_L4_error)
 
-          /* "ivshmem/channel/writers.pyx":202
+          /* "ivshmem/channel/writers.pyx":235
  *         self.enter()
  *         size = self.channel.record.geometry.limit if size is None else operator.index(size)
  *         if size < 0:             # <<<<<<<<<<<<<<
@@ -8983,34 +9934,34 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_12loan(struct __pyx
 */
         }
 
-        /* "ivshmem/channel/writers.pyx":204
+        /* "ivshmem/channel/writers.pyx":237
  *         if size < 0:
  *             raise ValueError(f"no message has {size} bytes")
  *         if size > self.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
  *             raise self.too_long(size)
  *         return Loan(self, size)
 */
-        __pyx_t_3 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->__pyx_base.__pyx_base.channel.record.geometry.limit); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 204, __pyx_L4_error)
+        __pyx_t_3 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->__pyx_base.__pyx_base.channel.record.geometry.limit); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 237, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
-        __pyx_t_4 = __Pyx_PyObject_CompareBoolGt_object_int(__pyx_v_size, __pyx_t_3, Py_GT); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 204, __pyx_L4_error)
+        __pyx_t_4 = __Pyx_PyObject_CompareBoolGt_object_int(__pyx_v_size, __pyx_t_3, Py_GT); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 237, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
         if (unlikely(__pyx_t_4)) {
 
 
-          /* "ivshmem/channel/writers.pyx":205
+          /* "ivshmem/channel/writers.pyx":238
  *             raise ValueError(f"no message has {size} bytes")
  *         if size > self.channel.record.geometry.limit:
  *             raise self.too_long(size)             # <<<<<<<<<<<<<<
  *         return Loan(self, size)
  * 
 */
-          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.too_long(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_size); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 205, __pyx_L4_error)
+          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.too_long(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_size); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 238, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_3);
           __Pyx_Raise(__pyx_t_3, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-          __PYX_ERR(0, 205, __pyx_L4_error)
+          __PYX_ERR(0, 238, __pyx_L4_error)
 
-          /* "ivshmem/channel/writers.pyx":204
+          /* "ivshmem/channel/writers.pyx":237
  *         if size < 0:
  *             raise ValueError(f"no message has {size} bytes")
  *         if size > self.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
@@ -9019,7 +9970,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_12loan(struct __pyx
 */
         }
 
-        /* "ivshmem/channel/writers.pyx":206
+        /* "ivshmem/channel/writers.pyx":239
  *         if size > self.channel.record.geometry.limit:
  *             raise self.too_long(size)
  *         return Loan(self, size)             # <<<<<<<<<<<<<<
@@ -9032,7 +9983,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_12loan(struct __pyx
           PyObject *__pyx_callargs[3] = {__pyx_t_6, ((PyObject *)__pyx_v_self), __pyx_v_size};
           __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_callargs+__pyx_t_9, (3-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 206, __pyx_L4_error)
+          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 239, __pyx_L4_error)
           __Pyx_GOTREF((PyObject *)__pyx_t_3);
         }
         {
@@ -9048,7 +9999,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_12loan(struct __pyx
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/writers.pyx":184
+      /* "ivshmem/channel/writers.pyx":217
  *         return self.membership.flush()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9098,16 +10049,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_12loan(struct __pyx
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7writers_6Writer_15__reduce_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_7writers_6Writer_16__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7writers_6Writer_14__reduce_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_7writers_6Writer_15__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7writers_6Writer_15__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7writers_6Writer_14__reduce_cython__};
-static PyObject *__pyx_pw_7ivshmem_7channel_7writers_6Writer_15__reduce_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7writers_6Writer_15__reduce_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_7writers_6Writer_16__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7writers_6Writer_16__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7writers_6Writer_15__reduce_cython__};
+static PyObject *__pyx_pw_7ivshmem_7channel_7writers_6Writer_16__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -9133,14 +10084,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7writers_6Writer_14__reduce_cython__(((struct __pyx_obj_7ivshmem_7channel_7writers_Writer *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7writers_6Writer_15__reduce_cython__(((struct __pyx_obj_7ivshmem_7channel_7writers_Writer *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_14__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7writers_Writer *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_15__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7writers_Writer *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -9180,16 +10131,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_14__reduce_cython__
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7writers_6Writer_17__setstate_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_7writers_6Writer_18__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7writers_6Writer_16__setstate_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_7writers_6Writer_17__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7writers_6Writer_17__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7writers_6Writer_16__setstate_cython__};
-static PyObject *__pyx_pw_7ivshmem_7channel_7writers_6Writer_17__setstate_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7writers_6Writer_17__setstate_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_7writers_6Writer_18__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7writers_6Writer_18__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7writers_6Writer_17__setstate_cython__};
+static PyObject *__pyx_pw_7ivshmem_7channel_7writers_6Writer_18__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -9255,7 +10206,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7writers_6Writer_16__setstate_cython__(((struct __pyx_obj_7ivshmem_7channel_7writers_Writer *)__pyx_v_self), __pyx_v___pyx_state);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7writers_6Writer_17__setstate_cython__(((struct __pyx_obj_7ivshmem_7channel_7writers_Writer *)__pyx_v_self), __pyx_v___pyx_state);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -9265,7 +10216,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_16__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7writers_Writer *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
+static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_17__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7writers_Writer *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -9297,7 +10248,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_16__setstate_cython
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":221
+/* "ivshmem/channel/writers.pyx":254
  *     """
  * 
  *     def __cinit__(self, Writer writer not None, uint32_t size):             # <<<<<<<<<<<<<<
@@ -9344,39 +10295,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_writer,&__pyx_mstate_global->__pyx_n_u_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 221, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 254, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 221, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 254, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 221, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 254, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 221, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 254, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, i); __PYX_ERR(0, 221, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, i); __PYX_ERR(0, 254, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 221, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 254, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 221, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 254, __pyx_L3_error)
     }
     __pyx_v_writer = ((struct __pyx_obj_7ivshmem_7channel_7writers_Writer *)values[0]);
-    __pyx_v_size = __Pyx_PyLong_As_uint32_t(values[1]); if (unlikely((__pyx_v_size == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 221, __pyx_L3_error)
+    __pyx_v_size = __Pyx_PyLong_As_uint32_t(values[1]); if (unlikely((__pyx_v_size == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 254, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 221, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 254, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9387,7 +10338,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_writer), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Writer, 0, "writer", 0))) __PYX_ERR(0, 221, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_writer), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Writer, 0, "writer", 0))) __PYX_ERR(0, 254, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_7writers_4Loan___cinit__(((struct __pyx_obj_7ivshmem_7channel_7writers_Loan *)__pyx_v_self), __pyx_v_writer, __pyx_v_size);
 
   /* function exit code */
@@ -9420,7 +10371,7 @@ static int __pyx_pf_7ivshmem_7channel_7writers_4Loan___cinit__(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/channel/writers.pyx":222
+  /* "ivshmem/channel/writers.pyx":255
  * 
  *     def __cinit__(self, Writer writer not None, uint32_t size):
  *         check_in_place(writer.type, writer.name)             # <<<<<<<<<<<<<<
@@ -9431,12 +10382,12 @@ static int __pyx_pf_7ivshmem_7channel_7writers_4Loan___cinit__(struct __pyx_obj_
   __Pyx_INCREF(__pyx_t_1);
   __pyx_t_2 = __pyx_v_writer->__pyx_base.__pyx_base.name;
   __Pyx_INCREF(__pyx_t_2);
-  __pyx_t_3 = __pyx_f_7ivshmem_7channel_5roles_check_in_place(__pyx_t_1, ((PyObject*)__pyx_t_2)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 222, __pyx_L1_error)
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_5roles_check_in_place(__pyx_t_1, ((PyObject*)__pyx_t_2)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 255, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
 
-  /* "ivshmem/channel/writers.pyx":223
+  /* "ivshmem/channel/writers.pyx":256
  *     def __cinit__(self, Writer writer not None, uint32_t size):
  *         check_in_place(writer.type, writer.name)
  *         self.writer = writer             # <<<<<<<<<<<<<<
@@ -9448,7 +10399,7 @@ static int __pyx_pf_7ivshmem_7channel_7writers_4Loan___cinit__(struct __pyx_obj_
   __Pyx_GOTREF((PyObject *)__pyx_v_self->writer);
   __Pyx_DECREF_SET(__pyx_v_self->writer, __pyx_v_writer);
 
-  /* "ivshmem/channel/writers.pyx":224
+  /* "ivshmem/channel/writers.pyx":257
  *         check_in_place(writer.type, writer.name)
  *         self.writer = writer
  *         self.size = size             # <<<<<<<<<<<<<<
@@ -9457,7 +10408,7 @@ static int __pyx_pf_7ivshmem_7channel_7writers_4Loan___cinit__(struct __pyx_obj_
 */
   __pyx_v_self->size = __pyx_v_size;
 
-  /* "ivshmem/channel/writers.pyx":225
+  /* "ivshmem/channel/writers.pyx":258
  *         self.writer = writer
  *         self.size = size
  *         if size > writer.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
@@ -9469,23 +10420,23 @@ static int __pyx_pf_7ivshmem_7channel_7writers_4Loan___cinit__(struct __pyx_obj_
   if (unlikely(__pyx_t_4)) {
 
 
-    /* "ivshmem/channel/writers.pyx":226
+    /* "ivshmem/channel/writers.pyx":259
  *         self.size = size
  *         if size > writer.channel.record.geometry.limit:
  *             raise writer.too_long(size)             # <<<<<<<<<<<<<<
  *         writer.loan_cell(&self.cell)
  *         self.live = True
 */
-    __pyx_t_2 = __Pyx_PyLong_From_uint32_t(__pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 226, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyLong_From_uint32_t(__pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 259, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.too_long(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_writer), __pyx_t_2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 226, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.too_long(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_writer), __pyx_t_2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 259, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 226, __pyx_L1_error)
+    __PYX_ERR(0, 259, __pyx_L1_error)
 
-    /* "ivshmem/channel/writers.pyx":225
+    /* "ivshmem/channel/writers.pyx":258
  *         self.writer = writer
  *         self.size = size
  *         if size > writer.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
@@ -9494,17 +10445,17 @@ static int __pyx_pf_7ivshmem_7channel_7writers_4Loan___cinit__(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/channel/writers.pyx":227
+  /* "ivshmem/channel/writers.pyx":260
  *         if size > writer.channel.record.geometry.limit:
  *             raise writer.too_long(size)
  *         writer.loan_cell(&self.cell)             # <<<<<<<<<<<<<<
  *         self.live = True
  * 
 */
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.loan_cell(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_writer), (&__pyx_v_self->cell)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 227, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.loan_cell(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_writer), (&__pyx_v_self->cell)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 260, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/writers.pyx":228
+  /* "ivshmem/channel/writers.pyx":261
  *             raise writer.too_long(size)
  *         writer.loan_cell(&self.cell)
  *         self.live = True             # <<<<<<<<<<<<<<
@@ -9513,7 +10464,7 @@ static int __pyx_pf_7ivshmem_7channel_7writers_4Loan___cinit__(struct __pyx_obj_
 */
   __pyx_v_self->live = 1;
 
-  /* "ivshmem/channel/writers.pyx":221
+  /* "ivshmem/channel/writers.pyx":254
  *     """
  * 
  *     def __cinit__(self, Writer writer not None, uint32_t size):             # <<<<<<<<<<<<<<
@@ -9535,7 +10486,7 @@ static int __pyx_pf_7ivshmem_7channel_7writers_4Loan___cinit__(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":230
+/* "ivshmem/channel/writers.pyx":263
  *         self.live = True
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
@@ -9582,7 +10533,7 @@ static int __pyx_pf_7ivshmem_7channel_7writers_4Loan_2__getbuffer__(struct __pyx
   __pyx_v_view->obj = Py_None; __Pyx_INCREF(Py_None);
   __Pyx_GIVEREF(__pyx_v_view->obj);
 
-  /* "ivshmem/channel/writers.pyx":231
+  /* "ivshmem/channel/writers.pyx":264
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):
  *         with cython.critical_section(self.writer):             # <<<<<<<<<<<<<<
@@ -9596,27 +10547,27 @@ static int __pyx_pf_7ivshmem_7channel_7writers_4Loan_2__getbuffer__(struct __pyx
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/writers.pyx":232
+        /* "ivshmem/channel/writers.pyx":265
  *     def __getbuffer__(self, Py_buffer *view, int flags):
  *         with cython.critical_section(self.writer):
  *             self.check()             # <<<<<<<<<<<<<<
  *             self.writer.begin_copy()  # by the user, until the buffer is released
  *             try:
 */
-        __pyx_t_2 = __pyx_f_7ivshmem_7channel_7writers_4Loan_check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 232, __pyx_L4_error)
+        __pyx_t_2 = __pyx_f_7ivshmem_7channel_7writers_4Loan_check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 265, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/writers.pyx":233
+        /* "ivshmem/channel/writers.pyx":266
  *         with cython.critical_section(self.writer):
  *             self.check()
  *             self.writer.begin_copy()  # by the user, until the buffer is released             # <<<<<<<<<<<<<<
  *             try:
  *                 PyBuffer_FillInfo(view, self, self.writer.at(self.cell), self.size, False, flags)
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.begin_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->writer)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 233, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.begin_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->writer)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 266, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/writers.pyx":234
+        /* "ivshmem/channel/writers.pyx":267
  *             self.check()
  *             self.writer.begin_copy()  # by the user, until the buffer is released
  *             try:             # <<<<<<<<<<<<<<
@@ -9632,17 +10583,17 @@ static int __pyx_pf_7ivshmem_7channel_7writers_4Loan_2__getbuffer__(struct __pyx
           __Pyx_XGOTREF(__pyx_t_5);
           /*try:*/ {
 
-            /* "ivshmem/channel/writers.pyx":235
+            /* "ivshmem/channel/writers.pyx":268
  *             self.writer.begin_copy()  # by the user, until the buffer is released
  *             try:
  *                 PyBuffer_FillInfo(view, self, self.writer.at(self.cell), self.size, False, flags)             # <<<<<<<<<<<<<<
  *             except BaseException:
  *                 self.writer.end_copy()
 */
-            __pyx_t_2 = PyBuffer_FillInfo(__pyx_v_view, ((PyObject *)__pyx_v_self), ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.at(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->writer), __pyx_v_self->cell), __pyx_v_self->size, 0, __pyx_v_flags); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 235, __pyx_L6_error)
+            __pyx_t_2 = PyBuffer_FillInfo(__pyx_v_view, ((PyObject *)__pyx_v_self), ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.at(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->writer), __pyx_v_self->cell), __pyx_v_self->size, 0, __pyx_v_flags); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 268, __pyx_L6_error)
 
 
-            /* "ivshmem/channel/writers.pyx":234
+            /* "ivshmem/channel/writers.pyx":267
  *             self.check()
  *             self.writer.begin_copy()  # by the user, until the buffer is released
  *             try:             # <<<<<<<<<<<<<<
@@ -9656,7 +10607,7 @@ static int __pyx_pf_7ivshmem_7channel_7writers_4Loan_2__getbuffer__(struct __pyx
           goto __pyx_L11_try_end;
           __pyx_L6_error:;
 
-          /* "ivshmem/channel/writers.pyx":236
+          /* "ivshmem/channel/writers.pyx":269
  *             try:
  *                 PyBuffer_FillInfo(view, self, self.writer.at(self.cell), self.size, False, flags)
  *             except BaseException:             # <<<<<<<<<<<<<<
@@ -9666,22 +10617,22 @@ static int __pyx_pf_7ivshmem_7channel_7writers_4Loan_2__getbuffer__(struct __pyx
           __pyx_t_2 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
           if (__pyx_t_2) {
             __Pyx_AddTraceback("ivshmem.channel.writers.Loan.__getbuffer__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-            if (__Pyx_GetException(&__pyx_t_6, &__pyx_t_7, &__pyx_t_8) < 0) __PYX_ERR(0, 236, __pyx_L8_except_error)
+            if (__Pyx_GetException(&__pyx_t_6, &__pyx_t_7, &__pyx_t_8) < 0) __PYX_ERR(0, 269, __pyx_L8_except_error)
             __Pyx_XGOTREF(__pyx_t_6);
             __Pyx_XGOTREF(__pyx_t_7);
             __Pyx_XGOTREF(__pyx_t_8);
 
-            /* "ivshmem/channel/writers.pyx":237
+            /* "ivshmem/channel/writers.pyx":270
  *                 PyBuffer_FillInfo(view, self, self.writer.at(self.cell), self.size, False, flags)
  *             except BaseException:
  *                 self.writer.end_copy()             # <<<<<<<<<<<<<<
  *                 raise
  *             self.exports += 1
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.end_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->writer)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 237, __pyx_L8_except_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.end_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->writer)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 270, __pyx_L8_except_error)
 
 
-            /* "ivshmem/channel/writers.pyx":238
+            /* "ivshmem/channel/writers.pyx":271
  *             except BaseException:
  *                 self.writer.end_copy()
  *                 raise             # <<<<<<<<<<<<<<
@@ -9693,11 +10644,11 @@ static int __pyx_pf_7ivshmem_7channel_7writers_4Loan_2__getbuffer__(struct __pyx
             __Pyx_XGIVEREF(__pyx_t_8);
             __Pyx_ErrRestoreWithState(__pyx_t_6, __pyx_t_7, __pyx_t_8);
             __pyx_t_6 = 0;  __pyx_t_7 = 0;  __pyx_t_8 = 0; 
-            __PYX_ERR(0, 238, __pyx_L8_except_error)
+            __PYX_ERR(0, 271, __pyx_L8_except_error)
           }
           goto __pyx_L8_except_error;
 
-          /* "ivshmem/channel/writers.pyx":234
+          /* "ivshmem/channel/writers.pyx":267
  *             self.check()
  *             self.writer.begin_copy()  # by the user, until the buffer is released
  *             try:             # <<<<<<<<<<<<<<
@@ -9713,7 +10664,7 @@ static int __pyx_pf_7ivshmem_7channel_7writers_4Loan_2__getbuffer__(struct __pyx
           __pyx_L11_try_end:;
         }
 
-        /* "ivshmem/channel/writers.pyx":239
+        /* "ivshmem/channel/writers.pyx":272
  *                 self.writer.end_copy()
  *                 raise
  *             self.exports += 1             # <<<<<<<<<<<<<<
@@ -9722,7 +10673,7 @@ static int __pyx_pf_7ivshmem_7channel_7writers_4Loan_2__getbuffer__(struct __pyx
 */
         __pyx_v_self->exports = (__pyx_v_self->exports + 1);
 
-        /* "ivshmem/channel/writers.pyx":240
+        /* "ivshmem/channel/writers.pyx":273
  *                 raise
  *             self.exports += 1
  *             self.writer.exports += 1             # <<<<<<<<<<<<<<
@@ -9732,7 +10683,7 @@ static int __pyx_pf_7ivshmem_7channel_7writers_4Loan_2__getbuffer__(struct __pyx
         __pyx_v_self->writer->__pyx_base.exports = (__pyx_v_self->writer->__pyx_base.exports + 1);
       }
 
-      /* "ivshmem/channel/writers.pyx":231
+      /* "ivshmem/channel/writers.pyx":264
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):
  *         with cython.critical_section(self.writer):             # <<<<<<<<<<<<<<
@@ -9753,7 +10704,7 @@ static int __pyx_pf_7ivshmem_7channel_7writers_4Loan_2__getbuffer__(struct __pyx
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/writers.pyx":230
+  /* "ivshmem/channel/writers.pyx":263
  *         self.live = True
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
@@ -9787,7 +10738,7 @@ static int __pyx_pf_7ivshmem_7channel_7writers_4Loan_2__getbuffer__(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":242
+/* "ivshmem/channel/writers.pyx":275
  *             self.writer.exports += 1
  * 
  *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
@@ -9818,7 +10769,7 @@ static void __pyx_pf_7ivshmem_7channel_7writers_4Loan_4__releasebuffer__(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__releasebuffer__", 0);
 
-  /* "ivshmem/channel/writers.pyx":243
+  /* "ivshmem/channel/writers.pyx":276
  * 
  *     def __releasebuffer__(self, Py_buffer *view):
  *         with cython.critical_section(self.writer):             # <<<<<<<<<<<<<<
@@ -9832,7 +10783,7 @@ static void __pyx_pf_7ivshmem_7channel_7writers_4Loan_4__releasebuffer__(struct 
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/writers.pyx":244
+        /* "ivshmem/channel/writers.pyx":277
  *     def __releasebuffer__(self, Py_buffer *view):
  *         with cython.critical_section(self.writer):
  *             self.exports -= 1             # <<<<<<<<<<<<<<
@@ -9841,7 +10792,7 @@ static void __pyx_pf_7ivshmem_7channel_7writers_4Loan_4__releasebuffer__(struct 
 */
         __pyx_v_self->exports = (__pyx_v_self->exports - 1);
 
-        /* "ivshmem/channel/writers.pyx":245
+        /* "ivshmem/channel/writers.pyx":278
  *         with cython.critical_section(self.writer):
  *             self.exports -= 1
  *             self.writer.exports -= 1             # <<<<<<<<<<<<<<
@@ -9850,18 +10801,18 @@ static void __pyx_pf_7ivshmem_7channel_7writers_4Loan_4__releasebuffer__(struct 
 */
         __pyx_v_self->writer->__pyx_base.exports = (__pyx_v_self->writer->__pyx_base.exports - 1);
 
-        /* "ivshmem/channel/writers.pyx":246
+        /* "ivshmem/channel/writers.pyx":279
  *             self.exports -= 1
  *             self.writer.exports -= 1
  *             self.writer.end_copy()             # <<<<<<<<<<<<<<
  * 
  *     def __reduce__(self):
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.end_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->writer)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 246, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.end_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->writer)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 279, __pyx_L4_error)
 
       }
 
-      /* "ivshmem/channel/writers.pyx":243
+      /* "ivshmem/channel/writers.pyx":276
  * 
  *     def __releasebuffer__(self, Py_buffer *view):
  *         with cython.critical_section(self.writer):             # <<<<<<<<<<<<<<
@@ -9882,7 +10833,7 @@ static void __pyx_pf_7ivshmem_7channel_7writers_4Loan_4__releasebuffer__(struct 
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/writers.pyx":242
+  /* "ivshmem/channel/writers.pyx":275
  *             self.writer.exports += 1
  * 
  *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
@@ -9900,7 +10851,7 @@ static void __pyx_pf_7ivshmem_7channel_7writers_4Loan_4__releasebuffer__(struct 
   __Pyx_RefNannyFinishContext();
 }
 
-/* "ivshmem/channel/writers.pyx":248
+/* "ivshmem/channel/writers.pyx":281
  *             self.writer.end_copy()
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -9962,7 +10913,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_6__reduce__(CYTHON_UN
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__reduce__", 0);
 
-  /* "ivshmem/channel/writers.pyx":249
+  /* "ivshmem/channel/writers.pyx":282
  * 
  *     def __reduce__(self):
  *         raise TypeError("a Loan cannot be copied or pickled")             # <<<<<<<<<<<<<<
@@ -9975,14 +10926,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_6__reduce__(CYTHON_UN
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_a_Loan_cannot_be_copied_or_pickl};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 249, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 282, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 249, __pyx_L1_error)
+  __PYX_ERR(0, 282, __pyx_L1_error)
 
-  /* "ivshmem/channel/writers.pyx":248
+  /* "ivshmem/channel/writers.pyx":281
  *             self.writer.end_copy()
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -10001,7 +10952,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_6__reduce__(CYTHON_UN
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":251
+/* "ivshmem/channel/writers.pyx":284
  *         raise TypeError("a Loan cannot be copied or pickled")
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -10027,7 +10978,7 @@ static Py_ssize_t __pyx_pw_7ivshmem_7channel_7writers_4Loan_9__len__(PyObject *_
 static Py_ssize_t __pyx_pf_7ivshmem_7channel_7writers_4Loan_8__len__(struct __pyx_obj_7ivshmem_7channel_7writers_Loan *__pyx_v_self) {
   Py_ssize_t __pyx_r;
 
-  /* "ivshmem/channel/writers.pyx":252
+  /* "ivshmem/channel/writers.pyx":285
  * 
  *     def __len__(self):
  *         return self.size             # <<<<<<<<<<<<<<
@@ -10040,7 +10991,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_7channel_7writers_4Loan_8__len__(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/writers.pyx":251
+  /* "ivshmem/channel/writers.pyx":284
  *         raise TypeError("a Loan cannot be copied or pickled")
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -10054,7 +11005,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_7channel_7writers_4Loan_8__len__(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":254
+/* "ivshmem/channel/writers.pyx":287
  *         return self.size
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -10076,7 +11027,7 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check(struct __pyx_obj_7ivsh
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check", 0);
 
-  /* "ivshmem/channel/writers.pyx":255
+  /* "ivshmem/channel/writers.pyx":288
  * 
  *     cdef int check(self) except -1:
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -10088,7 +11039,7 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check(struct __pyx_obj_7ivsh
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/writers.pyx":256
+    /* "ivshmem/channel/writers.pyx":289
  *     cdef int check(self) except -1:
  *         if not self.live:
  *             raise ClosedError("the loan was published or dropped")             # <<<<<<<<<<<<<<
@@ -10096,7 +11047,7 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check(struct __pyx_obj_7ivsh
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 256, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 289, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -10115,14 +11066,14 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check(struct __pyx_obj_7ivsh
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 256, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 289, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 256, __pyx_L1_error)
+    __PYX_ERR(0, 289, __pyx_L1_error)
 
-    /* "ivshmem/channel/writers.pyx":255
+    /* "ivshmem/channel/writers.pyx":288
  * 
  *     cdef int check(self) except -1:
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -10131,20 +11082,20 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check(struct __pyx_obj_7ivsh
 */
   }
 
-  /* "ivshmem/channel/writers.pyx":257
+  /* "ivshmem/channel/writers.pyx":290
  *         if not self.live:
  *             raise ClosedError("the loan was published or dropped")
  *         return self.writer.enter()             # <<<<<<<<<<<<<<
  * 
  *     cdef int check_exports(self) except -1:
 */
-  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->writer)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 257, __pyx_L1_error)
+  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->writer)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 290, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_6;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/writers.pyx":254
+  /* "ivshmem/channel/writers.pyx":287
  *         return self.size
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -10165,7 +11116,7 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":259
+/* "ivshmem/channel/writers.pyx":292
  *         return self.writer.enter()
  * 
  *     cdef int check_exports(self) except -1:             # <<<<<<<<<<<<<<
@@ -10189,7 +11140,7 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check_exports", 0);
 
-  /* "ivshmem/channel/writers.pyx":260
+  /* "ivshmem/channel/writers.pyx":293
  * 
  *     cdef int check_exports(self) except -1:
  *         if self.exports:             # <<<<<<<<<<<<<<
@@ -10201,7 +11152,7 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(struct __pyx_o
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/writers.pyx":261
+    /* "ivshmem/channel/writers.pyx":294
  *     cdef int check_exports(self) except -1:
  *         if self.exports:
  *             raise BufferError(             # <<<<<<<<<<<<<<
@@ -10210,7 +11161,7 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(struct __pyx_o
 */
     __pyx_t_3 = NULL;
 
-    /* "ivshmem/channel/writers.pyx":262
+    /* "ivshmem/channel/writers.pyx":295
  *         if self.exports:
  *             raise BufferError(
  *                 f"{counted(self.exports, 'memoryview')} or arrays of the loan are in use: release"             # <<<<<<<<<<<<<<
@@ -10218,9 +11169,9 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(struct __pyx_o
  *             )
 */
     __pyx_t_5 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 262, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 295, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_self->exports); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 262, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_self->exports); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 295, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_8 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -10240,13 +11191,13 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(struct __pyx_o
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 262, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 295, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
-    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_4, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 262, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_4, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 295, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __pyx_t_4 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_6, __pyx_mstate_global->__pyx_kp_u_or_arrays_of_the_loan_are_in_us); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 262, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_6, __pyx_mstate_global->__pyx_kp_u_or_arrays_of_the_loan_are_in_us); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 295, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __pyx_t_8 = 1;
@@ -10255,14 +11206,14 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(struct __pyx_o
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BufferError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 261, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 294, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 261, __pyx_L1_error)
+    __PYX_ERR(0, 294, __pyx_L1_error)
 
-    /* "ivshmem/channel/writers.pyx":260
+    /* "ivshmem/channel/writers.pyx":293
  * 
  *     cdef int check_exports(self) except -1:
  *         if self.exports:             # <<<<<<<<<<<<<<
@@ -10271,7 +11222,7 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/writers.pyx":265
+  /* "ivshmem/channel/writers.pyx":298
  *                 " them first (del)"
  *             )
  *         return 0             # <<<<<<<<<<<<<<
@@ -10284,7 +11235,7 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(struct __pyx_o
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/writers.pyx":259
+  /* "ivshmem/channel/writers.pyx":292
  *         return self.writer.enter()
  * 
  *     cdef int check_exports(self) except -1:             # <<<<<<<<<<<<<<
@@ -10308,7 +11259,7 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":267
+/* "ivshmem/channel/writers.pyx":300
  *         return 0
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -10346,20 +11297,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_5array___get__(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/writers.pyx":274
+  /* "ivshmem/channel/writers.pyx":307
  *         arrays cannot be published.
  *         """
  *         import numpy  # an extra, which only this needs             # <<<<<<<<<<<<<<
  * 
  *         if self.writer.type is not None:
 */
-  __pyx_t_2 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_numpy, 0, 0, NULL, 0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 274, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_numpy, 0, 0, NULL, 0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 307, __pyx_L1_error)
   __pyx_t_1 = __pyx_t_2;
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_numpy = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/writers.pyx":276
+  /* "ivshmem/channel/writers.pyx":309
  *         import numpy  # an extra, which only this needs
  * 
  *         if self.writer.type is not None:             # <<<<<<<<<<<<<<
@@ -10370,7 +11321,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_5array___get__(struct
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/writers.pyx":277
+    /* "ivshmem/channel/writers.pyx":310
  * 
  *         if self.writer.type is not None:
  *             return self.writer.type.array(memoryview(self))             # <<<<<<<<<<<<<<
@@ -10379,7 +11330,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_5array___get__(struct
 */
     __pyx_t_4 = __pyx_v_self->writer->__pyx_base.type;
     __Pyx_INCREF(__pyx_t_4);
-    __pyx_t_5 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 277, __pyx_L1_error)
+    __pyx_t_5 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 310, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6 = 0;
     {
@@ -10387,7 +11338,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_5array___get__(struct
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_array, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 277, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 310, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -10401,7 +11352,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_5array___get__(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/writers.pyx":276
+    /* "ivshmem/channel/writers.pyx":309
  *         import numpy  # an extra, which only this needs
  * 
  *         if self.writer.type is not None:             # <<<<<<<<<<<<<<
@@ -10410,7 +11361,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_5array___get__(struct
 */
   }
 
-  /* "ivshmem/channel/writers.pyx":278
+  /* "ivshmem/channel/writers.pyx":311
  *         if self.writer.type is not None:
  *             return self.writer.type.array(memoryview(self))
  *         return numpy.frombuffer(self, "uint8")             # <<<<<<<<<<<<<<
@@ -10424,7 +11375,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_5array___get__(struct
     PyObject *__pyx_callargs[3] = {__pyx_t_5, ((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_uint8};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_frombuffer, __pyx_callargs+__pyx_t_6, (3-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 278, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 311, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -10438,7 +11389,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_5array___get__(struct
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/writers.pyx":267
+  /* "ivshmem/channel/writers.pyx":300
  *         return 0
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -10460,7 +11411,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_5array___get__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":280
+/* "ivshmem/channel/writers.pyx":313
  *         return numpy.frombuffer(self, "uint8")
  * 
  *     def publish(self, timeout=None, *, size=None, spin=None):             # <<<<<<<<<<<<<<
@@ -10510,18 +11461,18 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_size,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 280, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 313, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 280, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 313, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "publish", 0) < (0)) __PYX_ERR(0, 280, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "publish", 0) < (0)) __PYX_ERR(0, 313, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
@@ -10529,7 +11480,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 280, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 313, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -10544,7 +11495,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("publish", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 280, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("publish", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 313, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10591,7 +11542,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("publish", 0);
 
-  /* "ivshmem/channel/writers.pyx":296
+  /* "ivshmem/channel/writers.pyx":329
  *             TimeoutError: as of `put`. The loan stays.
  *         """
  *         cdef Writer writer = self.writer             # <<<<<<<<<<<<<<
@@ -10603,7 +11554,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
   __pyx_v_writer = ((struct __pyx_obj_7ivshmem_7channel_7writers_Writer *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/writers.pyx":297
+  /* "ivshmem/channel/writers.pyx":330
  *         """
  *         cdef Writer writer = self.writer
  *         cdef uint32_t length = self.size             # <<<<<<<<<<<<<<
@@ -10614,7 +11565,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
 
   __pyx_v_length = __pyx_t_2;
 
-  /* "ivshmem/channel/writers.pyx":299
+  /* "ivshmem/channel/writers.pyx":332
  *         cdef uint32_t length = self.size
  *         cdef int code
  *         with cython.critical_section(self.writer):             # <<<<<<<<<<<<<<
@@ -10628,27 +11579,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/writers.pyx":300
+        /* "ivshmem/channel/writers.pyx":333
  *         cdef int code
  *         with cython.critical_section(self.writer):
  *             self.check()             # <<<<<<<<<<<<<<
  *             self.check_exports()
  *             if size is not None:
 */
-        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7writers_4Loan_check(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 300, __pyx_L4_error)
+        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7writers_4Loan_check(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 333, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/writers.pyx":301
+        /* "ivshmem/channel/writers.pyx":334
  *         with cython.critical_section(self.writer):
  *             self.check()
  *             self.check_exports()             # <<<<<<<<<<<<<<
  *             if size is not None:
  *                 if not 0 <= size <= self.size:
 */
-        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 301, __pyx_L4_error)
+        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 334, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/writers.pyx":302
+        /* "ivshmem/channel/writers.pyx":335
  *             self.check()
  *             self.check_exports()
  *             if size is not None:             # <<<<<<<<<<<<<<
@@ -10659,18 +11610,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
         if (__pyx_t_4) {
 
 
-          /* "ivshmem/channel/writers.pyx":303
+          /* "ivshmem/channel/writers.pyx":336
  *             self.check_exports()
  *             if size is not None:
  *                 if not 0 <= size <= self.size:             # <<<<<<<<<<<<<<
  *                     raise ValueError(f"{size} bytes of a loan of {self.size}")
  *                 length = size
 */
-          __pyx_t_4 = __Pyx_PyObject_CompareBoolLe_int_object(__pyx_mstate_global->__pyx_int_0, __pyx_v_size, Py_LE); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 303, __pyx_L4_error)
+          __pyx_t_4 = __Pyx_PyObject_CompareBoolLe_int_object(__pyx_mstate_global->__pyx_int_0, __pyx_v_size, Py_LE); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 336, __pyx_L4_error)
           if (__pyx_t_4) {
-            __pyx_t_5 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->size); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 303, __pyx_L4_error)
+            __pyx_t_5 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->size); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 336, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_5);
-            __pyx_t_4 = __Pyx_PyObject_CompareBoolLe_object_int(__pyx_v_size, __pyx_t_5, Py_LE); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 303, __pyx_L4_error)
+            __pyx_t_4 = __Pyx_PyObject_CompareBoolLe_object_int(__pyx_v_size, __pyx_t_5, Py_LE); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 336, __pyx_L4_error)
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
           }
           __pyx_t_6 = (!__pyx_t_4);
@@ -10679,7 +11630,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
           if (unlikely(__pyx_t_6)) {
 
 
-            /* "ivshmem/channel/writers.pyx":304
+            /* "ivshmem/channel/writers.pyx":337
  *             if size is not None:
  *                 if not 0 <= size <= self.size:
  *                     raise ValueError(f"{size} bytes of a loan of {self.size}")             # <<<<<<<<<<<<<<
@@ -10687,9 +11638,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
  *             if writer.type is not None:
 */
             __pyx_t_7 = NULL;
-            __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_v_size, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 304, __pyx_L4_error)
+            __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_v_size, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 337, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_8);
-            __pyx_t_9 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->size, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 304, __pyx_L4_error)
+            __pyx_t_9 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->size, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 337, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_9);
             __pyx_t_10[0] = __pyx_t_8;
             __pyx_t_10[1] = __pyx_mstate_global->__pyx_kp_u_bytes_of_a_loan_of;
@@ -10703,7 +11654,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
             __pyx_t_3 |= __Pyx_PyUnicode_KIND_04(__pyx_t_10[0]);
             #endif
             __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_10, 3, __pyx_t_11, __pyx_t_3);
-            if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 304, __pyx_L4_error)
+            if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 337, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_12);
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
             __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
@@ -10713,14 +11664,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
               __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_13, (2-__pyx_t_13) | (__pyx_t_13*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
               __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-              if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 304, __pyx_L4_error)
+              if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 337, __pyx_L4_error)
               __Pyx_GOTREF(__pyx_t_5);
             }
             __Pyx_Raise(__pyx_t_5, 0, 0, 0);
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            __PYX_ERR(0, 304, __pyx_L4_error)
+            __PYX_ERR(0, 337, __pyx_L4_error)
 
-            /* "ivshmem/channel/writers.pyx":303
+            /* "ivshmem/channel/writers.pyx":336
  *             self.check_exports()
  *             if size is not None:
  *                 if not 0 <= size <= self.size:             # <<<<<<<<<<<<<<
@@ -10729,17 +11680,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
 */
           }
 
-          /* "ivshmem/channel/writers.pyx":305
+          /* "ivshmem/channel/writers.pyx":338
  *                 if not 0 <= size <= self.size:
  *                     raise ValueError(f"{size} bytes of a loan of {self.size}")
  *                 length = size             # <<<<<<<<<<<<<<
  *             if writer.type is not None:
  *                 writer.type.check_size(length)
 */
-          __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_v_size); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 305, __pyx_L4_error)
+          __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_v_size); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 338, __pyx_L4_error)
           __pyx_v_length = __pyx_t_2;
 
-          /* "ivshmem/channel/writers.pyx":302
+          /* "ivshmem/channel/writers.pyx":335
  *             self.check()
  *             self.check_exports()
  *             if size is not None:             # <<<<<<<<<<<<<<
@@ -10748,7 +11699,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
 */
         }
 
-        /* "ivshmem/channel/writers.pyx":306
+        /* "ivshmem/channel/writers.pyx":339
  *                     raise ValueError(f"{size} bytes of a loan of {self.size}")
  *                 length = size
  *             if writer.type is not None:             # <<<<<<<<<<<<<<
@@ -10759,7 +11710,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
         if (__pyx_t_6) {
 
 
-          /* "ivshmem/channel/writers.pyx":307
+          /* "ivshmem/channel/writers.pyx":340
  *                 length = size
  *             if writer.type is not None:
  *                 writer.type.check_size(length)             # <<<<<<<<<<<<<<
@@ -10768,7 +11719,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
 */
           __pyx_t_12 = __pyx_v_writer->__pyx_base.type;
           __Pyx_INCREF(__pyx_t_12);
-          __pyx_t_7 = __Pyx_PyLong_From_uint32_t(__pyx_v_length); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 307, __pyx_L4_error)
+          __pyx_t_7 = __Pyx_PyLong_From_uint32_t(__pyx_v_length); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 340, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
           __pyx_t_13 = 0;
           {
@@ -10776,12 +11727,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
             __pyx_t_5 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_check_size, __pyx_callargs+__pyx_t_13, (2-__pyx_t_13) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_12); __pyx_t_12 = 0;
             __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-            if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 307, __pyx_L4_error)
+            if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 340, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_5);
           }
           __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-          /* "ivshmem/channel/writers.pyx":306
+          /* "ivshmem/channel/writers.pyx":339
  *                     raise ValueError(f"{size} bytes of a loan of {self.size}")
  *                 length = size
  *             if writer.type is not None:             # <<<<<<<<<<<<<<
@@ -10790,17 +11741,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
 */
         }
 
-        /* "ivshmem/channel/writers.pyx":308
+        /* "ivshmem/channel/writers.pyx":341
  *             if writer.type is not None:
  *                 writer.type.check_size(length)
  *             code = writer.wait(timeout, spin)             # <<<<<<<<<<<<<<
  *             if code == IVSHMEM_AGAIN:
  *                 raise writer.blocked(timeout)
 */
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_writer), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_3 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 308, __pyx_L4_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_writer), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_3 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 341, __pyx_L4_error)
         __pyx_v_code = __pyx_t_3;
 
-        /* "ivshmem/channel/writers.pyx":309
+        /* "ivshmem/channel/writers.pyx":342
  *                 writer.type.check_size(length)
  *             code = writer.wait(timeout, spin)
  *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -10812,20 +11763,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
         if (unlikely(__pyx_t_6)) {
 
 
-          /* "ivshmem/channel/writers.pyx":310
+          /* "ivshmem/channel/writers.pyx":343
  *             code = writer.wait(timeout, spin)
  *             if code == IVSHMEM_AGAIN:
  *                 raise writer.blocked(timeout)             # <<<<<<<<<<<<<<
  *             if code:
  *                 raise writer.fail(code)
 */
-          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.blocked(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_writer), __pyx_v_timeout); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 310, __pyx_L4_error)
+          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.blocked(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_writer), __pyx_v_timeout); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 343, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_5);
           __Pyx_Raise(__pyx_t_5, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-          __PYX_ERR(0, 310, __pyx_L4_error)
+          __PYX_ERR(0, 343, __pyx_L4_error)
 
-          /* "ivshmem/channel/writers.pyx":309
+          /* "ivshmem/channel/writers.pyx":342
  *                 writer.type.check_size(length)
  *             code = writer.wait(timeout, spin)
  *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -10834,7 +11785,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
 */
         }
 
-        /* "ivshmem/channel/writers.pyx":311
+        /* "ivshmem/channel/writers.pyx":344
  *             if code == IVSHMEM_AGAIN:
  *                 raise writer.blocked(timeout)
  *             if code:             # <<<<<<<<<<<<<<
@@ -10846,20 +11797,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
         if (unlikely(__pyx_t_6)) {
 
 
-          /* "ivshmem/channel/writers.pyx":312
+          /* "ivshmem/channel/writers.pyx":345
  *                 raise writer.blocked(timeout)
  *             if code:
  *                 raise writer.fail(code)             # <<<<<<<<<<<<<<
  *             self.check()
  *             self.check_exports()  # another thread may have made one during the wait
 */
-          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_writer), __pyx_v_code); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 312, __pyx_L4_error)
+          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_writer), __pyx_v_code); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 345, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_5);
           __Pyx_Raise(__pyx_t_5, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-          __PYX_ERR(0, 312, __pyx_L4_error)
+          __PYX_ERR(0, 345, __pyx_L4_error)
 
-          /* "ivshmem/channel/writers.pyx":311
+          /* "ivshmem/channel/writers.pyx":344
  *             if code == IVSHMEM_AGAIN:
  *                 raise writer.blocked(timeout)
  *             if code:             # <<<<<<<<<<<<<<
@@ -10868,27 +11819,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
 */
         }
 
-        /* "ivshmem/channel/writers.pyx":313
+        /* "ivshmem/channel/writers.pyx":346
  *             if code:
  *                 raise writer.fail(code)
  *             self.check()             # <<<<<<<<<<<<<<
  *             self.check_exports()  # another thread may have made one during the wait
  *             self.live = False
 */
-        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7writers_4Loan_check(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 313, __pyx_L4_error)
+        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7writers_4Loan_check(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 346, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/writers.pyx":314
+        /* "ivshmem/channel/writers.pyx":347
  *                 raise writer.fail(code)
  *             self.check()
  *             self.check_exports()  # another thread may have made one during the wait             # <<<<<<<<<<<<<<
  *             self.live = False
  *             writer.send(self.cell, length, 0)
 */
-        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 314, __pyx_L4_error)
+        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 347, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/writers.pyx":315
+        /* "ivshmem/channel/writers.pyx":348
  *             self.check()
  *             self.check_exports()  # another thread may have made one during the wait
  *             self.live = False             # <<<<<<<<<<<<<<
@@ -10897,24 +11848,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
 */
         __pyx_v_self->live = 0;
 
-        /* "ivshmem/channel/writers.pyx":316
+        /* "ivshmem/channel/writers.pyx":349
  *             self.check_exports()  # another thread may have made one during the wait
  *             self.live = False
  *             writer.send(self.cell, length, 0)             # <<<<<<<<<<<<<<
  *             return writer.writer.missed
  * 
 */
-        __pyx_t_14 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.send(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_writer), __pyx_v_self->cell, __pyx_v_length, 0); if (unlikely(__pyx_t_14 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 316, __pyx_L4_error)
+        __pyx_t_14 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.send(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_writer), __pyx_v_self->cell, __pyx_v_length, 0); if (unlikely(__pyx_t_14 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 349, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/writers.pyx":317
+        /* "ivshmem/channel/writers.pyx":350
  *             self.live = False
  *             writer.send(self.cell, length, 0)
  *             return writer.writer.missed             # <<<<<<<<<<<<<<
  * 
  *     def publish_async(self, timeout=None, *, size=None):
 */
-        __pyx_t_5 = __Pyx_PyLong_From_uint32_t(__pyx_v_writer->__pyx_base.writer.missed); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 317, __pyx_L4_error)
+        __pyx_t_5 = __Pyx_PyLong_From_uint32_t(__pyx_v_writer->__pyx_base.writer.missed); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 350, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_5);
         {
           PyObject *__pyx_temp;
@@ -10929,7 +11880,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/writers.pyx":299
+      /* "ivshmem/channel/writers.pyx":332
  *         cdef uint32_t length = self.size
  *         cdef int code
  *         with cython.critical_section(self.writer):             # <<<<<<<<<<<<<<
@@ -10953,7 +11904,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/writers.pyx":280
+  /* "ivshmem/channel/writers.pyx":313
  *         return numpy.frombuffer(self, "uint8")
  * 
  *     def publish(self, timeout=None, *, size=None, spin=None):             # <<<<<<<<<<<<<<
@@ -10980,7 +11931,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":319
+/* "ivshmem/channel/writers.pyx":352
  *             return writer.writer.missed
  * 
  *     def publish_async(self, timeout=None, *, size=None):             # <<<<<<<<<<<<<<
@@ -11029,25 +11980,25 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 319, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 352, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 319, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 352, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "publish_async", 0) < (0)) __PYX_ERR(0, 319, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "publish_async", 0) < (0)) __PYX_ERR(0, 352, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 319, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 352, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -11060,7 +12011,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("publish_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 319, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("publish_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 352, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11094,7 +12045,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_12publish_async(struc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("publish_async", 0);
 
-  /* "ivshmem/channel/writers.pyx":321
+  /* "ivshmem/channel/writers.pyx":354
  *     def publish_async(self, timeout=None, *, size=None):
  *         """The twin of `publish` for asyncio: a coroutine. If it is cancelled, the loan stays."""
  *         return until_in_time(self.writer, self.publish, timeout, (), {"size": size})             # <<<<<<<<<<<<<<
@@ -11103,14 +12054,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_12publish_async(struc
 */
   __pyx_t_1 = ((PyObject *)__pyx_v_self->writer);
   __Pyx_INCREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_publish); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 321, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_publish); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 354, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_3 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 321, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 354, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_size, __pyx_v_size) < (0)) __PYX_ERR(0, 321, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_size, __pyx_v_size) < (0)) __PYX_ERR(0, 354, __pyx_L1_error)
   __pyx_t_5.__pyx_n = 1;
   __pyx_t_5.options = ((PyObject*)__pyx_t_3);
-  __pyx_t_4 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1), __pyx_t_2, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple, &__pyx_t_5); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 321, __pyx_L1_error)
+  __pyx_t_4 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1), __pyx_t_2, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple, &__pyx_t_5); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 354, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -11126,7 +12077,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_12publish_async(struc
   __pyx_t_4 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/writers.pyx":319
+  /* "ivshmem/channel/writers.pyx":352
  *             return writer.writer.missed
  * 
  *     def publish_async(self, timeout=None, *, size=None):             # <<<<<<<<<<<<<<
@@ -11148,7 +12099,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_12publish_async(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":323
+/* "ivshmem/channel/writers.pyx":356
  *         return until_in_time(self.writer, self.publish, timeout, (), {"size": size})
  * 
  *     def drop(self):             # <<<<<<<<<<<<<<
@@ -11211,7 +12162,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_14drop(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("drop", 0);
 
-  /* "ivshmem/channel/writers.pyx":329
+  /* "ivshmem/channel/writers.pyx":362
  *             BufferError: as of `publish`.
  *         """
  *         with cython.critical_section(self.writer):             # <<<<<<<<<<<<<<
@@ -11225,7 +12176,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_14drop(struct __pyx_o
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/writers.pyx":330
+        /* "ivshmem/channel/writers.pyx":363
  *         """
  *         with cython.critical_section(self.writer):
  *             if not self.live:             # <<<<<<<<<<<<<<
@@ -11237,7 +12188,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_14drop(struct __pyx_o
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/writers.pyx":331
+          /* "ivshmem/channel/writers.pyx":364
  *         with cython.critical_section(self.writer):
  *             if not self.live:
  *                 return             # <<<<<<<<<<<<<<
@@ -11255,7 +12206,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_14drop(struct __pyx_o
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/writers.pyx":330
+          /* "ivshmem/channel/writers.pyx":363
  *         """
  *         with cython.critical_section(self.writer):
  *             if not self.live:             # <<<<<<<<<<<<<<
@@ -11264,17 +12215,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_14drop(struct __pyx_o
 */
         }
 
-        /* "ivshmem/channel/writers.pyx":332
+        /* "ivshmem/channel/writers.pyx":365
  *             if not self.live:
  *                 return
  *             self.check_exports()             # <<<<<<<<<<<<<<
  *             self.live = False
  *             if self.writer.open:
 */
-        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 332, __pyx_L4_error)
+        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 365, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/writers.pyx":333
+        /* "ivshmem/channel/writers.pyx":366
  *                 return
  *             self.check_exports()
  *             self.live = False             # <<<<<<<<<<<<<<
@@ -11283,7 +12234,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_14drop(struct __pyx_o
 */
         __pyx_v_self->live = 0;
 
-        /* "ivshmem/channel/writers.pyx":334
+        /* "ivshmem/channel/writers.pyx":367
  *             self.check_exports()
  *             self.live = False
  *             if self.writer.open:             # <<<<<<<<<<<<<<
@@ -11292,7 +12243,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_14drop(struct __pyx_o
 */
         if (__pyx_v_self->writer->__pyx_base.__pyx_base.open) {
 
-          /* "ivshmem/channel/writers.pyx":335
+          /* "ivshmem/channel/writers.pyx":368
  *             self.live = False
  *             if self.writer.open:
  *                 ivshmem_loan_drop(&self.writer.writer, self.cell)             # <<<<<<<<<<<<<<
@@ -11301,7 +12252,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_14drop(struct __pyx_o
 */
           ivshmem_loan_drop((&__pyx_v_self->writer->__pyx_base.writer), __pyx_v_self->cell);
 
-          /* "ivshmem/channel/writers.pyx":334
+          /* "ivshmem/channel/writers.pyx":367
  *             self.check_exports()
  *             self.live = False
  *             if self.writer.open:             # <<<<<<<<<<<<<<
@@ -11311,7 +12262,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_14drop(struct __pyx_o
         }
       }
 
-      /* "ivshmem/channel/writers.pyx":329
+      /* "ivshmem/channel/writers.pyx":362
  *             BufferError: as of `publish`.
  *         """
  *         with cython.critical_section(self.writer):             # <<<<<<<<<<<<<<
@@ -11340,7 +12291,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_14drop(struct __pyx_o
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/writers.pyx":323
+  /* "ivshmem/channel/writers.pyx":356
  *         return until_in_time(self.writer, self.publish, timeout, (), {"size": size})
  * 
  *     def drop(self):             # <<<<<<<<<<<<<<
@@ -11361,7 +12312,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_14drop(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":337
+/* "ivshmem/channel/writers.pyx":370
  *                 ivshmem_loan_drop(&self.writer.writer, self.cell)
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -11417,7 +12368,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_16__enter__(struct __
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__enter__", 0);
 
-  /* "ivshmem/channel/writers.pyx":338
+  /* "ivshmem/channel/writers.pyx":371
  * 
  *     def __enter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -11435,7 +12386,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_16__enter__(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/writers.pyx":337
+  /* "ivshmem/channel/writers.pyx":370
  *                 ivshmem_loan_drop(&self.writer.writer, self.cell)
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -11450,7 +12401,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_16__enter__(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":340
+/* "ivshmem/channel/writers.pyx":373
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -11505,33 +12456,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_kind,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 340, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 373, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         default:
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 340, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 373, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
       const Py_ssize_t used_pos_args = (kwd_pos_args < 1) ? kwd_pos_args : 1;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 340, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 373, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 340, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 373, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs < 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 340, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 373, __pyx_L3_error)
     }
     __pyx_v_kind = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 340, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 373, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11566,7 +12517,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_18__exit__(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__exit__", 0);
 
-  /* "ivshmem/channel/writers.pyx":341
+  /* "ivshmem/channel/writers.pyx":374
  * 
  *     def __exit__(self, kind, *error):
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -11578,7 +12529,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_18__exit__(struct __p
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/writers.pyx":342
+    /* "ivshmem/channel/writers.pyx":375
  *     def __exit__(self, kind, *error):
  *         if not self.live:
  *             return             # <<<<<<<<<<<<<<
@@ -11595,7 +12546,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_18__exit__(struct __p
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/writers.pyx":341
+    /* "ivshmem/channel/writers.pyx":374
  * 
  *     def __exit__(self, kind, *error):
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -11604,7 +12555,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_18__exit__(struct __p
 */
   }
 
-  /* "ivshmem/channel/writers.pyx":343
+  /* "ivshmem/channel/writers.pyx":376
  *         if not self.live:
  *             return
  *         if kind is None:             # <<<<<<<<<<<<<<
@@ -11615,7 +12566,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_18__exit__(struct __p
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/writers.pyx":344
+    /* "ivshmem/channel/writers.pyx":377
  *             return
  *         if kind is None:
  *             self.publish()             # <<<<<<<<<<<<<<
@@ -11629,12 +12580,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_18__exit__(struct __p
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_publish, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 344, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 377, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/writers.pyx":343
+    /* "ivshmem/channel/writers.pyx":376
  *         if not self.live:
  *             return
  *         if kind is None:             # <<<<<<<<<<<<<<
@@ -11644,7 +12595,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_18__exit__(struct __p
     goto __pyx_L4;
   }
 
-  /* "ivshmem/channel/writers.pyx":345
+  /* "ivshmem/channel/writers.pyx":378
  *         if kind is None:
  *             self.publish()
  *         elif self.exports == 0:             # <<<<<<<<<<<<<<
@@ -11656,7 +12607,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_18__exit__(struct __p
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/writers.pyx":346
+    /* "ivshmem/channel/writers.pyx":379
  *             self.publish()
  *         elif self.exports == 0:
  *             self.drop()             # <<<<<<<<<<<<<<
@@ -11670,12 +12621,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_18__exit__(struct __p
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_drop, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 346, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 379, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/writers.pyx":345
+    /* "ivshmem/channel/writers.pyx":378
  *         if kind is None:
  *             self.publish()
  *         elif self.exports == 0:             # <<<<<<<<<<<<<<
@@ -11685,7 +12636,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_18__exit__(struct __p
   }
   __pyx_L4:;
 
-  /* "ivshmem/channel/writers.pyx":340
+  /* "ivshmem/channel/writers.pyx":373
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -11707,7 +12658,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_18__exit__(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":348
+/* "ivshmem/channel/writers.pyx":381
  *             self.drop()
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -11732,7 +12683,7 @@ static void __pyx_pf_7ivshmem_7channel_7writers_4Loan_20__del__(struct __pyx_obj
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/writers.pyx":349
+  /* "ivshmem/channel/writers.pyx":382
  * 
  *     def __del__(self):
  *         if self.live and self.writer is not None and self.writer.open:             # <<<<<<<<<<<<<<
@@ -11760,7 +12711,7 @@ static void __pyx_pf_7ivshmem_7channel_7writers_4Loan_20__del__(struct __pyx_obj
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/writers.pyx":350
+    /* "ivshmem/channel/writers.pyx":383
  *     def __del__(self):
  *         if self.live and self.writer is not None and self.writer.open:
  *             ivshmem_loan_drop(&self.writer.writer, self.cell)             # <<<<<<<<<<<<<<
@@ -11769,7 +12720,7 @@ static void __pyx_pf_7ivshmem_7channel_7writers_4Loan_20__del__(struct __pyx_obj
 */
     ivshmem_loan_drop((&__pyx_v_self->writer->__pyx_base.writer), __pyx_v_self->cell);
 
-    /* "ivshmem/channel/writers.pyx":349
+    /* "ivshmem/channel/writers.pyx":382
  * 
  *     def __del__(self):
  *         if self.live and self.writer is not None and self.writer.open:             # <<<<<<<<<<<<<<
@@ -11778,7 +12729,7 @@ static void __pyx_pf_7ivshmem_7channel_7writers_4Loan_20__del__(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/channel/writers.pyx":348
+  /* "ivshmem/channel/writers.pyx":381
  *             self.drop()
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -11790,7 +12741,7 @@ static void __pyx_pf_7ivshmem_7channel_7writers_4Loan_20__del__(struct __pyx_obj
 
 }
 
-/* "ivshmem/channel/writers.pyx":352
+/* "ivshmem/channel/writers.pyx":385
  *             ivshmem_loan_drop(&self.writer.writer, self.cell)
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -11828,7 +12779,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_22__repr__(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__repr__", 0);
 
-  /* "ivshmem/channel/writers.pyx":353
+  /* "ivshmem/channel/writers.pyx":386
  * 
  *     def __repr__(self):
  *         state = "" if self.live else ", published or dropped"             # <<<<<<<<<<<<<<
@@ -11844,14 +12795,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_22__repr__(struct __p
   __pyx_v_state = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/writers.pyx":354
+  /* "ivshmem/channel/writers.pyx":387
  *     def __repr__(self):
  *         state = "" if self.live else ", published or dropped"
  *         return f"<ivshmem.channel.Loan of {self.size} bytes{state}>"             # <<<<<<<<<<<<<<
 */
-  __pyx_t_1 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->size, 0, ' ', 'd'); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 354, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->size, 0, ' ', 'd'); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 387, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 354, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 387, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_t_3[0] = __pyx_mstate_global->__pyx_kp_u_ivshmem_channel_Loan_of;
   __pyx_t_3[1] = __pyx_t_1;
@@ -11867,7 +12818,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_22__repr__(struct __p
   __pyx_t_5 |= __Pyx_PyUnicode_KIND_04(__pyx_t_3[3]);
   #endif
   __pyx_t_6 = __Pyx_PyUnicode_Join(__pyx_t_3, 5, __pyx_t_4, __pyx_t_5);
-  if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 354, __pyx_L1_error)
+  if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 387, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -11882,7 +12833,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_22__repr__(struct __p
   __pyx_t_6 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/writers.pyx":352
+  /* "ivshmem/channel/writers.pyx":385
  *             ivshmem_loan_drop(&self.writer.writer, self.cell)
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -12057,9 +13008,9 @@ static PyMethodDef __pyx_methods_7ivshmem_7channel_7writers_Writer[] = {
   {"put_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7writers_6Writer_7put_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7writers_6Writer_6put_async},
   {"put_parts_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7writers_6Writer_9put_parts_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7writers_6Writer_8put_parts_async},
   {"put_rows_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7writers_6Writer_11put_rows_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7writers_6Writer_10put_rows_async},
-  {"loan", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7writers_6Writer_13loan, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7writers_6Writer_12loan},
-  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7writers_6Writer_15__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7writers_6Writer_14__reduce_cython__},
-  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7writers_6Writer_17__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7writers_6Writer_16__setstate_cython__},
+  {"loan", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7writers_6Writer_14loan, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7writers_6Writer_13loan},
+  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7writers_6Writer_16__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7writers_6Writer_15__reduce_cython__},
+  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7writers_6Writer_18__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7writers_6Writer_17__setstate_cython__},
   {0, 0, 0, 0}
 };
 #if CYTHON_USE_TYPE_SPECS
@@ -12435,6 +13386,253 @@ static PyTypeObject __pyx_type_7ivshmem_7channel_7writers_Loan = {
 };
 #endif
 
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async(PyObject *o, 
+#if CYTHON_VECTORCALL_TPNEW
+    CYTHON_UNUSED PyObject *const *args, CYTHON_UNUSED Py_ssize_t nargs, CYTHON_UNUSED PyObject *kwnames
+#else
+    CYTHON_UNUSED PyObject *a, CYTHON_UNUSED PyObject *k
+#endif
+) {
+  return o;
+}
+
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async(PyTypeObject *t, 
+#if CYTHON_VECTORCALL_TPNEW
+    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
+#else
+    PyObject *a, PyObject *k
+#endif
+) {
+  PyObject *o;
+  #if CYTHON_USE_FREELISTS
+  if (likely((int)(__pyx_mstate_global->__pyx_freecount_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async > 0) & __PYX_CHECK_FINAL_TYPE_FOR_FREELISTS(t, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async, sizeof(struct __pyx_obj_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async))))
+  {
+    o = (PyObject*)__pyx_mstate_global->__pyx_freelist_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async[--__pyx_mstate_global->__pyx_freecount_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async];
+    #if CYTHON_USE_TYPE_SPECS
+    Py_DECREF(Py_TYPE(o));
+    #endif
+    memset(o, 0, sizeof(struct __pyx_obj_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async));
+    #if CYTHON_COMPILING_IN_LIMITED_API
+    (void) PyObject_Init(o, t);
+    #else
+    (void) PyObject_INIT(o, t);
+    #endif
+    PyObject_GC_Track(o);
+  } else
+  #endif
+  {
+    o = __Pyx_AllocateExtensionType(t, 1);
+  }
+  if (unlikely(!o)) return 0;
+  return __pyx_tp_new__initialisation_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async(o, 
+#if CYTHON_VECTORCALL_TPNEW
+    args, nargs, kwnames
+#else
+    a, k
+#endif
+);
+}
+
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__pyx_tp_new_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async(PyTypeObject *t, PyObject *a, PyObject *k) {
+  return __Pyx_CallTpnewAsVectorcall(__pyx_tp_new_vectorcall_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async, t, a, k);
+}
+#endif
+
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__pyx_tp_vectorcall_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
+  if (unlikely((PyTypeObject*)t != __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async || __Pyx_PyType_HasFeature((PyTypeObject*)t, Py_TPFLAGS_IS_ABSTRACT))) {
+    return __Pyx_CallNewInitFromVectorcall((PyTypeObject*)t, args, nargsf, kwnames);
+  }
+  Py_ssize_t nargs = PyVectorcall_NARGS(nargsf);
+  PyObject *o = __pyx_tp_new_vectorcall_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async((PyTypeObject*)t, args, nargs, kwnames);
+  return o;
+}
+#endif
+
+static void __pyx_tp_dealloc_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async(PyObject *o) {
+  struct __pyx_obj_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async *p = (struct __pyx_obj_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async *)o;
+  #if CYTHON_USE_TP_FINALIZE
+  if (unlikely(__Pyx_PyObject_GetSlot(o, tp_finalize, destructor)) && !__Pyx_PyObject_GC_IsFinalized(o)) {
+    if (__Pyx_PyObject_GetSlot(o, tp_dealloc, destructor) == __pyx_tp_dealloc_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async) {
+      if (PyObject_CallFinalizerFromDealloc(o)) return;
+    }
+  }
+  #endif
+  PyObject_GC_UnTrack(o);
+  Py_CLEAR(p->__pyx_v_deadline);
+  Py_CLEAR(p->__pyx_v_done);
+  Py_CLEAR(p->__pyx_v_left);
+  Py_CLEAR(p->__pyx_v_put);
+  Py_CLEAR(p->__pyx_v_rest);
+  Py_CLEAR(p->__pyx_v_rows);
+  Py_CLEAR(p->__pyx_v_self);
+  Py_CLEAR(p->__pyx_v_timeout);
+  Py_CLEAR(p->__pyx_t_0);
+  Py_CLEAR(p->__pyx_t_1);
+  Py_CLEAR(p->__pyx_t_2);
+  #if CYTHON_USE_FREELISTS
+  if (likely((int)(__pyx_mstate_global->__pyx_freecount_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async < 8) & __PYX_CHECK_FINAL_TYPE_FOR_FREELISTS(Py_TYPE(o), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async, sizeof(struct __pyx_obj_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async))))
+  {
+    __pyx_mstate_global->__pyx_freelist_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async[__pyx_mstate_global->__pyx_freecount_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async++] = ((struct __pyx_obj_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async *)o);
+  } else
+  #endif
+  {
+    PyTypeObject *tp = Py_TYPE(o);
+    #if CYTHON_USE_TYPE_SLOTS
+    (*tp->tp_free)(o);
+    #else
+    {
+      freefunc tp_free = (freefunc)PyType_GetSlot(tp, Py_tp_free);
+      if (tp_free) tp_free(o);
+    }
+    #endif
+    #if CYTHON_USE_TYPE_SPECS
+    Py_DECREF(tp);
+    #endif
+  }
+}
+
+static int __pyx_tp_traverse_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async(PyObject *o, visitproc v, void *a) {
+  int e;
+  struct __pyx_obj_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async *p = (struct __pyx_obj_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async *)o;
+  {
+    e = __Pyx_call_type_traverse(o, 1, v, a);
+    if (e) return e;
+  }
+  if (p->__pyx_v_deadline) {
+    e = (*v)(p->__pyx_v_deadline, a); if (e) return e;
+  }
+  if (p->__pyx_v_done) {
+    e = (*v)(p->__pyx_v_done, a); if (e) return e;
+  }
+  if (p->__pyx_v_left) {
+    e = (*v)(p->__pyx_v_left, a); if (e) return e;
+  }
+  if (p->__pyx_v_put) {
+    e = (*v)(p->__pyx_v_put, a); if (e) return e;
+  }
+  if (p->__pyx_v_rest) {
+    e = (*v)(p->__pyx_v_rest, a); if (e) return e;
+  }
+  if (p->__pyx_v_rows) {
+    e = (*v)(p->__pyx_v_rows, a); if (e) return e;
+  }
+  if (p->__pyx_v_self) {
+    e = (*v)(((PyObject *)p->__pyx_v_self), a); if (e) return e;
+  }
+  if (p->__pyx_v_timeout) {
+    e = (*v)(p->__pyx_v_timeout, a); if (e) return e;
+  }
+  if (p->__pyx_t_0) {
+    e = (*v)(p->__pyx_t_0, a); if (e) return e;
+  }
+  if (p->__pyx_t_1) {
+    e = (*v)(p->__pyx_t_1, a); if (e) return e;
+  }
+  if (p->__pyx_t_2) {
+    e = (*v)(p->__pyx_t_2, a); if (e) return e;
+  }
+  return 0;
+}
+#if CYTHON_USE_TYPE_SPECS
+static PyType_Slot __pyx_type_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async_slots[] = {
+  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async},
+  {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async},
+  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async},
+  #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
+  #if CYTHON_VECTORCALL_TPNEW
+  {Py_tp_vectorcall, (void *)__pyx_tp_vectorcall_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async},
+  #endif
+  #endif
+  {0, 0},
+};
+static PyType_Spec __pyx_type_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async_spec = {
+  "ivshmem.channel.writers.__pyx_scope_struct__put_rows_async",
+  sizeof(struct __pyx_obj_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async),
+  0,
+  Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_HAVE_GC,
+  __pyx_type_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async_slots,
+};
+#else
+
+static PyTypeObject __pyx_type_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async = {
+  PyVarObject_HEAD_INIT(0, 0)
+  "ivshmem.channel.writers.""__pyx_scope_struct__put_rows_async", /*tp_name*/
+  sizeof(struct __pyx_obj_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async), /*tp_basicsize*/
+  0, /*tp_itemsize*/
+  __pyx_tp_dealloc_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async, /*tp_dealloc*/
+  0, /*tp_vectorcall_offset*/
+  0, /*tp_getattr*/
+  0, /*tp_setattr*/
+  0, /*tp_as_async*/
+  0, /*tp_repr*/
+  0, /*tp_as_number*/
+  0, /*tp_as_sequence*/
+  0, /*tp_as_mapping*/
+  0, /*tp_hash*/
+  0, /*tp_call*/
+  0, /*tp_str*/
+  0, /*tp_getattro*/
+  0, /*tp_setattro*/
+  0, /*tp_as_buffer*/
+  Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_HAVE_GC, /*tp_flags*/
+  0, /*tp_doc*/
+  __pyx_tp_traverse_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async, /*tp_traverse*/
+  0, /*tp_clear*/
+  0, /*tp_richcompare*/
+  0, /*tp_weaklistoffset*/
+  0, /*tp_iter*/
+  0, /*tp_iternext*/
+  0, /*tp_methods*/
+  0, /*tp_members*/
+  0, /*tp_getset*/
+  0, /*tp_base*/
+  0, /*tp_dict*/
+  0, /*tp_descr_get*/
+  0, /*tp_descr_set*/
+  #if !CYTHON_USE_TYPE_SPECS
+  0, /*tp_dictoffset*/
+  #endif
+  0, /*tp_init*/
+  0, /*tp_alloc*/
+  __pyx_tp_new_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async, /*tp_new*/
+  0, /*tp_free*/
+  0, /*tp_is_gc*/
+  0, /*tp_bases*/
+  0, /*tp_mro*/
+  0, /*tp_cache*/
+  0, /*tp_subclasses*/
+  0, /*tp_weaklist*/
+  0, /*tp_del*/
+  0, /*tp_version_tag*/
+  #if CYTHON_USE_TP_FINALIZE
+  0, /*tp_finalize*/
+  #else
+  NULL, /*tp_finalize*/
+  #endif
+  #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
+  #if CYTHON_VECTORCALL_TPNEW
+  __pyx_tp_vectorcall_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async, /*tp_vectorcall*/
+  #else
+  NULL, /*tp_vectorcall*/
+  #endif
+  #endif
+  #if __PYX_NEED_TP_PRINT_SLOT == 1
+  0, /*tp_print*/
+  #endif
+  #if PY_VERSION_HEX >= 0x030C0000
+  0, /*tp_watched*/
+  #endif
+  #if PY_VERSION_HEX >= 0x030d00A4
+  0, /*tp_versions_used*/
+  #endif
+  #if CYTHON_COMPILING_IN_PYPY && PY_VERSION_HEX < 0x030a0000
+  0, /*tp_pypy_flags*/
+  #endif
+};
+#endif
+
 static PyMethodDef __pyx_methods[] = {
   {0, 0, 0, 0}
 };
@@ -12449,6 +13647,7 @@ static CYTHON_SMALL_CODE int __Pyx_modinit_Variable_export_code(__pyx_mstatetype
 static CYTHON_SMALL_CODE int __Pyx_modinit_Function_export_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7writers_Writer(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7writers_Loan(__pyx_mstatetype *__pyx_mstate); /*proto*/
+static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Variable_import_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
@@ -12495,11 +13694,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7writers_Writer(__p
   __pyx_vtable_7ivshmem_7channel_7writers_Writer.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd;
   __pyx_vtable_7ivshmem_7channel_7writers_Writer.announce = (int (*)(struct __pyx_obj_7ivshmem_7channel_7writers_Writer *))__pyx_f_7ivshmem_7channel_7writers_6Writer_announce;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 30, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 31, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Writer = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7writers_Writer_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Writer)) __PYX_ERR(0, 30, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Writer)) __PYX_ERR(0, 31, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Writer = &__pyx_type_7ivshmem_7channel_7writers_Writer;
   #endif
@@ -12507,7 +13706,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7writers_Writer(__p
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Writer->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Writer) < (0)) __PYX_ERR(0, 30, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Writer) < (0)) __PYX_ERR(0, 31, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Writer);
@@ -12517,12 +13716,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7writers_Writer(__p
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Writer->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Writer, __pyx_vtabptr_7ivshmem_7channel_7writers_Writer) < (0)) __PYX_ERR(0, 30, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Writer, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Writer) < (0)) __PYX_ERR(0, 30, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Writer, __pyx_vtabptr_7ivshmem_7channel_7writers_Writer) < (0)) __PYX_ERR(0, 31, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Writer, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Writer) < (0)) __PYX_ERR(0, 31, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Writer->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Writer->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_7writers_Writer, __pyx_base.__pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Writer) < (0)) __PYX_ERR(0, 30, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Writer) < (0)) __PYX_ERR(0, 31, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -12543,7 +13742,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7writers_Loan(__pyx
   __pyx_vtable_7ivshmem_7channel_7writers_Loan.check = (int (*)(struct __pyx_obj_7ivshmem_7channel_7writers_Loan *))__pyx_f_7ivshmem_7channel_7writers_4Loan_check;
   __pyx_vtable_7ivshmem_7channel_7writers_Loan.check_exports = (int (*)(struct __pyx_obj_7ivshmem_7channel_7writers_Loan *))__pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Loan = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7writers_Loan_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Loan)) __PYX_ERR(0, 209, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Loan = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7writers_Loan_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Loan)) __PYX_ERR(0, 242, __pyx_L1_error)
   #if !CYTHON_COMPILING_IN_LIMITED_API
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Loan->tp_as_buffer = &__pyx_tp_as_buffer_Loan;
   #elif defined(Py_bf_getbuffer) && defined(Py_bf_releasebuffer)
@@ -12559,7 +13758,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7writers_Loan(__pyx
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Loan) < (0)) __PYX_ERR(0, 209, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Loan) < (0)) __PYX_ERR(0, 242, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Loan);
@@ -12569,8 +13768,41 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7writers_Loan(__pyx
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Loan->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_vtabptr_7ivshmem_7channel_7writers_Loan) < (0)) __PYX_ERR(0, 209, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Loan, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Loan) < (0)) __PYX_ERR(0, 209, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_vtabptr_7ivshmem_7channel_7writers_Loan) < (0)) __PYX_ERR(0, 242, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Loan, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Loan) < (0)) __PYX_ERR(0, 242, __pyx_L1_error)
+  __Pyx_RefNannyFinishContext();
+  return 0;
+  __pyx_L1_error:;
+  __Pyx_RefNannyFinishContext();
+  return -1;
+}
+
+static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async(__pyx_mstatetype *__pyx_mstate) {
+  __Pyx_RefNannyDeclarations
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  CYTHON_UNUSED_VAR(__pyx_mstate);
+  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async", 0);
+  /*--- Exttype __pyx_obj_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async ---*/
+  #if CYTHON_USE_TYPE_SPECS
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async)) __PYX_ERR(0, 189, __pyx_L1_error)
+  #else
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async = &__pyx_type_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async;
+  #endif
+  #if !CYTHON_COMPILING_IN_LIMITED_API
+  #endif
+  #if !CYTHON_USE_TYPE_SPECS
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async) < (0)) __PYX_ERR(0, 189, __pyx_L1_error)
+  #endif
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async);
+  #endif
+  #if !CYTHON_COMPILING_IN_LIMITED_API
+  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async->tp_getattro == PyObject_GenericGetAttr)) {
+    __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async->tp_getattro = PyObject_GenericGetAttr;
+  }
+  #endif
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -13166,6 +14398,7 @@ __Pyx_RefNannySetupContext("PyInit_writers", 0);
   if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd) != 1)) __PYX_ERR(0, 1, __pyx_L1_error)
   if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7writers_Writer(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7writers_Loan(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
+  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7writers___pyx_scope_struct__put_rows_async(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   if (unlikely((__Pyx_modinit_Type_import_code(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   (void)__Pyx_modinit_Variable_import_code(__pyx_mstate);
@@ -13178,7 +14411,7 @@ __Pyx_RefNannySetupContext("PyInit_writers", 0);
  * 
  * import operator             # <<<<<<<<<<<<<<
  * 
- * from ..errors import ChannelTypeError, ClosedError
+ * from ..errors import ChannelCorrupt, ChannelTypeError, ClosedError
 */
   __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_operator, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 24, __pyx_L1_error)
   __pyx_t_2 = __pyx_t_1;
@@ -13189,19 +14422,19 @@ __Pyx_RefNannySetupContext("PyInit_writers", 0);
   /* "ivshmem/channel/writers.pyx":26
  * import operator
  * 
- * from ..errors import ChannelTypeError, ClosedError             # <<<<<<<<<<<<<<
+ * from ..errors import ChannelCorrupt, ChannelTypeError, ClosedError             # <<<<<<<<<<<<<<
+ * from ..system.time_limits import deadline_of, left_until
  * from ..text import counted
- * 
 */
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelTypeError,__pyx_mstate_global->__pyx_n_u_ClosedError};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 2, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 26, __pyx_L1_error)
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelCorrupt,__pyx_mstate_global->__pyx_n_u_ChannelTypeError,__pyx_mstate_global->__pyx_n_u_ClosedError};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 3, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 26, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelTypeError,__pyx_mstate_global->__pyx_n_u_ClosedError};
-    for (__pyx_t_3=0; __pyx_t_3 < 2; __pyx_t_3++) {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelCorrupt,__pyx_mstate_global->__pyx_n_u_ChannelTypeError,__pyx_mstate_global->__pyx_n_u_ClosedError};
+    for (__pyx_t_3=0; __pyx_t_3 < 3; __pyx_t_3++) {
       __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 26, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 26, __pyx_L1_error)
@@ -13212,20 +14445,20 @@ __Pyx_RefNannySetupContext("PyInit_writers", 0);
 
   /* "ivshmem/channel/writers.pyx":27
  * 
- * from ..errors import ChannelTypeError, ClosedError
- * from ..text import counted             # <<<<<<<<<<<<<<
- * 
+ * from ..errors import ChannelCorrupt, ChannelTypeError, ClosedError
+ * from ..system.time_limits import deadline_of, left_until             # <<<<<<<<<<<<<<
+ * from ..text import counted
  * 
 */
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 27, __pyx_L1_error)
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_deadline_of,__pyx_mstate_global->__pyx_n_u_left_until};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_system_time_limits, __pyx_imported_names, 2, __pyx_mstate_global->__pyx_kp_u_ivshmem_system_time_limits, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 27, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
-    __pyx_t_3 = 0; {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_deadline_of,__pyx_mstate_global->__pyx_n_u_left_until};
+    for (__pyx_t_3=0; __pyx_t_3 < 2; __pyx_t_3++) {
       __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 27, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 27, __pyx_L1_error)
@@ -13234,33 +14467,57 @@ __Pyx_RefNannySetupContext("PyInit_writers", 0);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/writers.pyx":83
+  /* "ivshmem/channel/writers.pyx":28
+ * from ..errors import ChannelCorrupt, ChannelTypeError, ClosedError
+ * from ..system.time_limits import deadline_of, left_until
+ * from ..text import counted             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 28, __pyx_L1_error)
+  }
+  __pyx_t_2 = __pyx_t_1;
+  __Pyx_GOTREF(__pyx_t_2);
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
+    __pyx_t_3 = 0; {
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 28, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 28, __pyx_L1_error)
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    }
+  }
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/writers.pyx":84
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def put_parts(self, parts, timeout=None, *, spin=None):
  *         """Copy several buffers into one message, one after the other; otherwise as `put`.
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 83, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 84, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
-  /* "ivshmem/channel/writers.pyx":84
+  /* "ivshmem/channel/writers.pyx":85
  * 
  *     @cython.critical_section
  *     def put_parts(self, parts, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Copy several buffers into one message, one after the other; otherwise as `put`.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 83, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 84, __pyx_L1_error)
 
-  /* "ivshmem/channel/writers.pyx":83
+  /* "ivshmem/channel/writers.pyx":84
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def put_parts(self, parts, timeout=None, *, spin=None):
  *         """Copy several buffers into one message, one after the other; otherwise as `put`.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_6Writer_3put_parts, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_put_parts, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 83, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_6Writer_3put_parts, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_put_parts, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 84, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -13268,36 +14525,36 @@ __Pyx_RefNannySetupContext("PyInit_writers", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[2]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Writer, __pyx_mstate_global->__pyx_n_u_put_parts, __pyx_t_4) < (0)) __PYX_ERR(0, 83, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Writer, __pyx_mstate_global->__pyx_n_u_put_parts, __pyx_t_4) < (0)) __PYX_ERR(0, 84, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/writers.pyx":104
+  /* "ivshmem/channel/writers.pyx":105
  *         return loan.publish(timeout, spin=spin)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def put_rows(self, rows, timeout=None, *, spin=None):
  *         """Publish each row of an array as a message, and announce them together.
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 104, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 105, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
 
-  /* "ivshmem/channel/writers.pyx":105
+  /* "ivshmem/channel/writers.pyx":106
  * 
  *     @cython.critical_section
  *     def put_rows(self, rows, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Publish each row of an array as a message, and announce them together.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 104, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 105, __pyx_L1_error)
 
-  /* "ivshmem/channel/writers.pyx":104
+  /* "ivshmem/channel/writers.pyx":105
  *         return loan.publish(timeout, spin=spin)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def put_rows(self, rows, timeout=None, *, spin=None):
  *         """Publish each row of an array as a message, and announce them together.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_6Writer_5put_rows, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_put_rows, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 104, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_6Writer_5put_rows, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_put_rows, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 105, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -13305,71 +14562,71 @@ __Pyx_RefNannySetupContext("PyInit_writers", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[2]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Writer, __pyx_mstate_global->__pyx_n_u_put_rows, __pyx_t_2) < (0)) __PYX_ERR(0, 104, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Writer, __pyx_mstate_global->__pyx_n_u_put_rows, __pyx_t_2) < (0)) __PYX_ERR(0, 105, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/writers.pyx":168
+  /* "ivshmem/channel/writers.pyx":180
  *             PyBuffer_Release(&view)
  * 
  *     def put_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `put` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_in_time(self, self.put, timeout, (data,))
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_6Writer_7put_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_put_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 168, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_6Writer_7put_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_put_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 180, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Writer, __pyx_mstate_global->__pyx_n_u_put_async, __pyx_t_2) < (0)) __PYX_ERR(0, 168, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Writer, __pyx_mstate_global->__pyx_n_u_put_async, __pyx_t_2) < (0)) __PYX_ERR(0, 180, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/writers.pyx":172
+  /* "ivshmem/channel/writers.pyx":184
  *         return until_in_time(self, self.put, timeout, (data,))
  * 
  *     def put_parts_async(self, parts, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `put_parts` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return until_in_time(self, self.put_parts, timeout, (parts,))
+ *         # A tuple: each attempt goes through all of them.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_6Writer_9put_parts_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_put_parts_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 172, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_6Writer_9put_parts_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_put_parts_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 184, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Writer, __pyx_mstate_global->__pyx_n_u_put_parts_async, __pyx_t_2) < (0)) __PYX_ERR(0, 172, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Writer, __pyx_mstate_global->__pyx_n_u_put_parts_async, __pyx_t_2) < (0)) __PYX_ERR(0, 184, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/writers.pyx":176
- *         return until_in_time(self, self.put_parts, timeout, (parts,))
+  /* "ivshmem/channel/writers.pyx":189
+ *         return until_in_time(self, self.put_parts, timeout, (tuple(parts),))
  * 
- *     def put_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
- *         """The twin of `put_rows` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return until_in_time(self, self.put_rows, timeout, (rows,))
+ *     async def put_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
+ *         """The twin of `put_rows` for asyncio.
+ * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_6Writer_11put_rows_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_put_rows_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 176, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_6Writer_11put_rows_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_Writer_put_rows_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 189, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Writer, __pyx_mstate_global->__pyx_n_u_put_rows_async, __pyx_t_2) < (0)) __PYX_ERR(0, 176, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Writer, __pyx_mstate_global->__pyx_n_u_put_rows_async, __pyx_t_2) < (0)) __PYX_ERR(0, 189, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/writers.pyx":184
+  /* "ivshmem/channel/writers.pyx":217
  *         return self.membership.flush()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def loan(self, size=None):
  *         """Borrow the memory of a message, to write into it without a copy.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_6Writer_13loan, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_loan, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 184, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_6Writer_14loan, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_loan, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 217, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Writer, __pyx_mstate_global->__pyx_n_u_loan, __pyx_t_2) < (0)) __PYX_ERR(0, 184, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Writer, __pyx_mstate_global->__pyx_n_u_loan, __pyx_t_2) < (0)) __PYX_ERR(0, 217, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -13377,7 +14634,7 @@ __Pyx_RefNannySetupContext("PyInit_writers", 0);
  *     raise TypeError, "self.writer cannot be converted to a Python object for pickling"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_6Writer_15__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(3, 1, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_6Writer_16__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(3, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -13391,7 +14648,7 @@ __Pyx_RefNannySetupContext("PyInit_writers", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "self.writer cannot be converted to a Python object for pickling"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_6Writer_17__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(3, 3, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_6Writer_18__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -13399,33 +14656,33 @@ __Pyx_RefNannySetupContext("PyInit_writers", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/writers.pyx":248
+  /* "ivshmem/channel/writers.pyx":281
  *             self.writer.end_copy()
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
  *         raise TypeError("a Loan cannot be copied or pickled")
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_4Loan_7__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 248, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_4Loan_7__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 281, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 248, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 281, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/writers.pyx":280
+  /* "ivshmem/channel/writers.pyx":313
  *         return numpy.frombuffer(self, "uint8")
  * 
  *     def publish(self, timeout=None, *, size=None, spin=None):             # <<<<<<<<<<<<<<
  *         """Publish it; afterwards the memory is the readers'.
  * 
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(2); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 280, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(2); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 313, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_size, Py_None) < (0)) __PYX_ERR(0, 280, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 280, __pyx_L1_error)
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_4Loan_11publish, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan_publish, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 280, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_size, Py_None) < (0)) __PYX_ERR(0, 313, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 313, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_4Loan_11publish, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan_publish, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 313, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -13433,20 +14690,20 @@ __Pyx_RefNannySetupContext("PyInit_writers", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[2]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_mstate_global->__pyx_n_u_publish, __pyx_t_4) < (0)) __PYX_ERR(0, 280, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_mstate_global->__pyx_n_u_publish, __pyx_t_4) < (0)) __PYX_ERR(0, 313, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/writers.pyx":319
+  /* "ivshmem/channel/writers.pyx":352
  *             return writer.writer.missed
  * 
  *     def publish_async(self, timeout=None, *, size=None):             # <<<<<<<<<<<<<<
  *         """The twin of `publish` for asyncio: a coroutine. If it is cancelled, the loan stays."""
  *         return until_in_time(self.writer, self.publish, timeout, (), {"size": size})
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 319, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 352, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_size, Py_None) < (0)) __PYX_ERR(0, 319, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_4Loan_13publish_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan_publish_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 319, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_size, Py_None) < (0)) __PYX_ERR(0, 352, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_4Loan_13publish_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan_publish_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 352, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -13454,52 +14711,52 @@ __Pyx_RefNannySetupContext("PyInit_writers", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[2]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_mstate_global->__pyx_n_u_publish_async, __pyx_t_2) < (0)) __PYX_ERR(0, 319, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_mstate_global->__pyx_n_u_publish_async, __pyx_t_2) < (0)) __PYX_ERR(0, 352, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/writers.pyx":323
+  /* "ivshmem/channel/writers.pyx":356
  *         return until_in_time(self.writer, self.publish, timeout, (), {"size": size})
  * 
  *     def drop(self):             # <<<<<<<<<<<<<<
  *         """Give it back without publishing it; may be called twice.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_4Loan_15drop, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan_drop, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 323, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_4Loan_15drop, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan_drop, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 356, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_mstate_global->__pyx_n_u_drop, __pyx_t_2) < (0)) __PYX_ERR(0, 323, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_mstate_global->__pyx_n_u_drop, __pyx_t_2) < (0)) __PYX_ERR(0, 356, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/writers.pyx":337
+  /* "ivshmem/channel/writers.pyx":370
  *                 ivshmem_loan_drop(&self.writer.writer, self.cell)
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
  *         return self
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_4Loan_17__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 337, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_4Loan_17__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 370, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_2) < (0)) __PYX_ERR(0, 337, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_2) < (0)) __PYX_ERR(0, 370, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/writers.pyx":340
+  /* "ivshmem/channel/writers.pyx":373
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
  *         if not self.live:
  *             return
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_4Loan_19__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 340, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_4Loan_19__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 373, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_2) < (0)) __PYX_ERR(0, 340, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_2) < (0)) __PYX_ERR(0, 373, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/writers.pyx":1
@@ -13552,8 +14809,8 @@ static int __Pyx_InitCachedBuiltins(__pyx_mstatetype *__pyx_mstate) {
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __pyx_builtin_sum = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_sum); if (!__pyx_builtin_sum) __PYX_ERR(0, 92, __pyx_L1_error)
-  __pyx_builtin_map = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_map); if (!__pyx_builtin_map) __PYX_ERR(0, 92, __pyx_L1_error)
+  __pyx_builtin_sum = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_sum); if (!__pyx_builtin_sum) __PYX_ERR(0, 93, __pyx_L1_error)
+  __pyx_builtin_map = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_map); if (!__pyx_builtin_map) __PYX_ERR(0, 93, __pyx_L1_error)
 
   /* Cached unbound methods */
   __pyx_mstate->__pyx_umethod_PyDict_Type_items.type = (PyObject*)&PyDict_Type;
@@ -13576,7 +14833,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/channel/writers.pyx":94
+  /* "ivshmem/channel/writers.pyx":95
  *         loan = self.loan(sum(map(len, buffers)))
  *         try:
  *             with memoryview(loan) as into:             # <<<<<<<<<<<<<<
@@ -13585,12 +14842,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[3] = {Py_None, Py_None, Py_None};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 94, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 95, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
 
-  /* "ivshmem/channel/writers.pyx":102
+  /* "ivshmem/channel/writers.pyx":103
  *             loan.drop()
  *             raise
  *         return loan.publish(timeout, spin=spin)             # <<<<<<<<<<<<<<
@@ -13599,12 +14856,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_spin};
-    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 102, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 103, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "ivshmem/channel/writers.pyx":83
+  /* "ivshmem/channel/writers.pyx":84
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -13613,7 +14870,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 83, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 84, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
@@ -13654,41 +14911,41 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{6},{20},{59},{28},{15},{22},{1},{25},{1},{1},{4},{179},{34},{8},{8},{7},{6},{2},{9},{14},{12},{27},{15},{68},{63},{33},{23},{16},{11},{4},{14},{13},{15},{9},{12},{18},{6},{24},{26},{11},{16},{16},{22},{15},{21},{20},{12},{9},{8},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{5},{18},{2},{7},{4},{10},{18},{4},{5},{7},{4},{4},{6},{11},{5},{6},{10},{1},{5},{4},{5},{23},{4},{3},{6},{4},{3},{10},{4},{5},{8},{4},{5},{3},{7},{13},{3},{9},{9},{15},{8},{14},{4},{4},{10},{5},{4},{4},{3},{4},{4},{7},{5},{6},{4},{5},{6}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{246},{208},{9},{46},{11},{7},{105},{445},{127},{63},{211},{30},{22},{22},{22}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{6},{20},{59},{28},{15},{22},{1},{25},{1},{1},{4},{179},{34},{8},{8},{7},{6},{2},{9},{14},{26},{12},{27},{15},{68},{63},{33},{23},{14},{16},{11},{4},{14},{13},{15},{9},{12},{18},{6},{24},{26},{11},{16},{16},{22},{15},{21},{20},{12},{9},{9},{8},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{5},{18},{2},{7},{4},{10},{18},{5},{4},{5},{7},{4},{8},{11},{4},{4},{6},{11},{5},{6},{10},{1},{5},{4},{5},{23},{4},{4},{10},{3},{6},{4},{3},{10},{4},{4},{5},{8},{4},{5},{3},{7},{13},{3},{9},{9},{15},{8},{14},{4},{4},{4},{4},{10},{5},{4},{4},{3},{18},{4},{5},{4},{7},{5},{5},{6},{4},{5},{6}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{246},{208},{9},{46},{11},{7},{105},{502},{127},{63},{211},{30},{22},{28},{5}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1757 bytes) */
-static const char cstring[] = "x\332}U\317s\333\266\022\226Z\047c\265N\"\371W\3426M\241\306il7UG\023%\316\270\235v\374\234\244\355\264\223g\3459\311\264\027\016DB\026j\212\224\010P\262\332\367fz\364\221G\034q\344\221G\035u\314QG\035\363\047\370Ox\273 \245\330N\246\036\213\\\000\213\335\375\276\375\000\222\306@2A\322\247\337$\224\270>\365\320\"~@h\020\320\201\231\227-\226\256\320\200\021\356\221P\260\035\0220\227Q\301p\261M\232<\020\222l8\314\335$\222\036a8\217\2216\023\202\0362B%\204\226\274\3156d\300\030i\006\364\260\315<\271y\217t\302\206\313E\2139\230\320\t\374N\2079\225\357xO\264\332\254]\261[\324\363\230[\3715\253\352\373\037\236A\330g\276\304\254\020to [\276G\270 \220\2307X@%s\007D\310\200\333\222\005\350\344\221\375\047\373_\327\036\325\010\365\034\250\371\017fKAD\330\260]*D\n\273\021rW\002,9\3500Q!?7\311\300\017\211\307\240*\351\223\016\370\235\335\000x=\"\2304\254\334\205\002}I%\367=\013\266s\357\360.qx\000Ix\217\341\356\247\324\025\254B\211\201`\033o\322`\304\366;<\005\335\341\366\221\313\034\3528\026\254\261\0142\004\021\264\3412\346\341\363\320\346\"\265\234)5,\010\374@LG\222\035\313\314\376&\213\360M?\340\300\201\250t\006\307\236?kE\213\n\022\370}\261\003\035i\204\315&\260\204\r\356\373\220\021z\"\000\210@B\021=s\356\2316\202?iB\251\214\332\255i \301\334f%Mq\016\226\327c\201L\211\243d?\355\217\337@\326M\010\203\026X\232)\252\017\365\274O\004\250\026?\224\246\024\037\345\343\205mh\360^\n\356\000:\365\004\031\330s}\301\034c\"\303\370\253X\026h\213\005\2265\035\035s9\033\004\314\tm\226\r1\2271\262\n\316\332\026\025\003\317~e\020\246\317\267\273m\203\313\262f\363 \007\001*xg\005!ff\047\224gC\232q\207\006R\\\034\277\343\205\355\2720L},k\177p\014\277\307\240v\353\031H\3409kZV\246H\3008#b\312\201e5C\334fY\207\323\202\341\257M\271g\336\276\023\272f\306\243m\363\006\351X\231\033\232=\211\022\304\205nH\335\251\323\224\321w\330\231M\260c\034\000G\263\300\342L\372w\270\263,\270\216\260Z.,\333\017@\005\334c\34622\250\271_\231\315\n*S\021\013\233\271\256\335b\366\221%\370\237\314\006\2151\013`""\311\200\332\254A\355#\333w\230\355\207\2364\017\3468TRl?\363p%}\032j\315\301JOW3\360\333ix\316=\007(\364\244\017mh\213\213\367Sv\324\216\300\313e\036\374\203\276\261\365m\332\0017?\030\3648\353{p\300@\304\235\001$\205\213\312\017\260\333\246\343\035P|*\272s\332\203f\317D3S\307\005\231L\005q^\030h\341\001\005j\035\326\244\241+E\213\302\335\006\314\010\270\243D\330\306\013\003\217Xv\314B\200\366\250G\335\220\t,\265\337\362]\226\202\332\037\374;=\275[\033o\315{\360\021\220$\323\307\021\357Xp[u\250\264[\2339\\8\347\371\326\376\307\305\213\266\225]N\357\3375[5\225l\346\260\376\2075\013\374z>w6sM\227\312\\*\007\020A\307\005\021\344\360\263\204w4sR\263\317An@[z;\211\\\233\003o\002D\3429\342\014j\370\230\204\366\024,\370Z\333Y\367\255\355\254\375V\215\301\026+\273\232\236\300g\346\037\221\275\265\317\207\356@\253\203C\361\236\370\325\232\200/\001~\\,I\305\221\260@\301\3345\362\206\366\221\255Y\000\270\274\251k\242\000%g}\376\316O\346>:\371*\252\377\275;\231\377\370\244v\"\243\352d\341\n\332\017\242\017\321.F\363*?\271R\212\326\324mU\307\361\245\324\373\352\t\217\272*\217\346\265\223.\274n\254\235\336\312\025\256\234<\215\3128%\243Gj[o\306;\311\213\341\355\341\357\243\343\327\275\361\213\227\343\227\257\322\340\037\200\327\302b\264\245v\307\237Ub\032w\247\323\353QK\035\352\337b\212\313\353\021W]\235O\343U\243\247\252\014\211\356\334O\252\247$W\270\245\352\247\227s\2055\225\1773\277\022\325#:\231_\215h$!\355\272\246)\236^\364J\355N\026\226\242Z\024\252_\343|\\\232\314\027\243\217TYU\323\204\227\243\006\340K+\001|f\323q$\324\272j\351\303\370\267\2449\334\033va}\274\370\205.\353\235\270\036;I\031c\\\212^\252*\304\236_J\013S\0175\304. C\227\241\224,\345\236\032\304\037\047\300\343\265\2230\372W\344\250\r}7^\203\010\305U\030l\352\2526\325}\247z\372 \276\231\030\202M9_\2007\235\024\257\217\257\177\025W\343\335\370 )M\212K\321\003\365!T\276|=\352Nn\334T?\353\372d\371SUS\241\3365\224\301\002\346\204\305O\301\355\346m]\235\334\270\245\034\275\021\227\343*\356\207\275\237\0006f\022""\02711\320\253\227q3\264`\371\206\272\246\341\265\202\345!\223\367\025U}\355%\217\207\227\206\317\207\301hq\364\3605\324\201TT\365\343\270\220\254&\177\216VG\275\327\365Iq9\372EI\275\035\0036\350\006\002)\250\022\202\253\276Y\270\211\344*\n\315\273\373 \251\237^\315\025\226\2422\020\324U\227\323\352\322\016?Py\265\004\256\377\201\232V\260\205\205I\t\200\030\234&($\371\t8\207:\363jE\331zQ\337\327T\017\222<\302\272\215)&\327\212\231H\215\216S\035b\204\0271h\347t!w\365K`\272\204\r\221X\300\244XB\377\253\2603\323\272Y\331V\000\243\254K\000\264\246\3731O\344\260:\236\273\245\274\370\227\244\233\212\357\000\373\3759@\256\276\271r\047\215\231\265>\013\207-\377Q\031\332kQ\000\300~\002\312L\245[\320\256\347\272;\336\330\035\225F\353#\350\363\2322%\365@T\333\332\250\203\251o\001Z\027\t|\010X)\010)\237\306\334\303\252W\243&\304\333\005b`.\033?\301z/V\221\201Z\214\356\000\333s\352G\375\010\224`\202^\327\371\361\334\272~\226\224\337\000O\377\003\336\017\364Z\274\036\3771,\214VF\255\327t<\367\245\246\323\265\227@D/\376=\351\216\347@\221gg\377J\266\206\273\343\271\257\343\372\331\331\377&;\303\372\377\001:\022\300+";
-    PyObject *data = __Pyx_DecompressString(cstring, 1757, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1846 bytes) */
+static const char cstring[] = "x\332}UMo\333F\023\226\3368\201\235:\211\344\257\330m\336t\025;\215\235\246*\204(q\340\026-\374:I[\264H\255\324q\320^\210\025\271\262XS$\305]JV\320\002=\372\310\343\036\367\310#\217:\352\230\243\216:\372\047\370\047\2743KJ\361GP\303\"gwgg\346y\346\331%\251\367\004\343$}z\rB\211\343Q\027-\342\005\204\006\001\355\351y\321d\351\n\r\030\261]\022r\266E\002\3460\312\031.\266H\303\016\270 \353\026s6\210\240\207\030\316e\244\3058\247\007\214P\001\241\205\335b\353\"`\2144\002z\320b\256\330xD\374\260\356\330\274\311,Lh\005\236\3573\253\374\255\335\341\315\026k\225\315&u]\346\224\177\311\252\372\356\373W\020\366\225\0470+\004\335\351\211\246\347\022\233\023Hl\327Y@\005sz\204\213\3006\005\013\320\311%\273/v\277\252>\253\022\352ZP\363\237\314\024\234\360\260n:\224\363\024v=\264\035\001\260D\317g\274L~j\220\236\027\022\227AU\302#>\370\235\335\000x]\302\231\320\254<\200\002=A\205\355\271\006l\267\335\203\007\304\262\003Hbw\030\356~I\035\316\312\224h\010\246\366&uFL\317\267S\320\276m\036:\314\242\226e\300\032\313 C\020N\353\016c.>\017L\233\247\2265\246\206\005\201\027\360\361\210\367\270\200\027Rl8v\313\026\223\025\301\216Df\177\235\305\376\272\033\330\300\016/\373\275#\327\2334\251I9\t\274.\337\202^\325\303F\003\370\303\326w=\250\005\272\305\001\"G\252\221\027f=\322\r\006\177\322\000\020\214\232\315q \316\234F9Mq\016\260\333a\201H)\245d7\355\234W\307~\350\020\232\007\340o\242\265.\324\3631y H/\024\272\024\017\205\345\206-h\375N\nn\307\013\202\320\027\331h\017:\372\002\231\332q<\316,mb\047\360W6\014\320 \013\014c<:\262\305d\0200+4Y6\304\314\332\310\3529k\033\224\367\\\363\255\306\233>?\35465J\303\230\314\203l8\250\345\322\n\002\316L?\024gC\352\261O\003\301/\216/ya\363.\014S\037\303\330\355\035\301\3579\234\n\343\025\010\3425k\030F\246\\\300\010v\227\"\366\t#c2\014\243\021\342~\3038\030W\016\177-j\273\372\355Y\241\243g\\\332\322oP\224\221\271\241\331\021\250Y\\h\207\324\031;\215\251\275D\323d\202\035\341\000\310\232\004\346g\322_\"\3210\340\376\302jmn\230^\000\342\260]\246o/\r\337""\366\312\223YNE\252mn2\3071\233\314<4\270\375\216\231 =f\000,\021P\223\325\251yh\242bL\317\202_\350\n\375`\226E\005\265\030\265\320{\3746\274\206\005g\0015\302\\\334\220>5\377\372\224\246G\265\021x\2554\265m\273\026\320\353\n\017z\325\342\027/\273\354t\036\202\227\303\032\002\177\006$\267\035\207\271\360\017\007\004\325\322\242>l\362\202^\307f]\027N\250\013}\205\223\340\367\240\014\270\007\275\000E\242\205\342\303\261I\265zN\262\240\221\211\326&\242\272\240\256\261\216\316\353)\000\266q\204\047\035\356%\013\032b\261\006\r\035\301\233\024\256P\340\223\303U\310\303\326\345{\t\357#\321\204\3358\227\035\345\020\270x\326\241N\310\364\203#\244n\323sXJ\305n\357\327\364\232x\270\376\301|\004\337!A2\305\035\332\276\001\027\246O\205\331\334\310\341\3029\317\017\366\277.^\264\215\354\026\374\370\256\311\252\256d#\207 \236V\r\360\353x\266\265\221k8T\344R\201\201\254|\007d\225\303/#~&\230\225\232]\033\004\014\324\246\327 \317\265l3\320\252\003N\317\240\006\266Cs\014\026|\215\315L3\306f&\032\243\212m0\262[\357\005|\351\376\025\331\007\373|h\037\344\020\034\360\217\304\257T9|\214\360\373f\010\312\017y\252H}`\240\207\344\341$\000|%\250\243\243\000%g}\376\311\217\246\256\037\177\031\325\376\331\036M\177r\\=\026Qe4{\003\355\047\321\025\264\013\321\264\314\217n\024\243\025\271*k8\276\232z\337<\266\243\266\314\243y\353\270\r\257\345\225\323\273\271\231\033\307/\243\022N\211\350\231\334T\033\361V\362\246\277\332\377cp\364\2763|\263?\334\177\233\006\377\017x\315\316E\017\345\366\360\277\345\230\306\355\361\364Z\324\224\007\352\367\230\342\362Zd\313\266\312\247\361*\321KY\202D\367\037\047\225\323{\271\231\273\262vz-7\263\"\363\047\323\213Q-\242\243\351\245\210F\002\322\256)\232\342\351Do\345\366hv>\252F\241\374%\316\307\305\321t!\272.K\262\222&\274\026\325\001_Z\t\340\323\233\216\".\327dS\035\304\277\047\215\376N\277\r\353\303\271{\252\244\266\342Zl%%\214q5\332\227\025\210==\237\026&\237*\210=\203\014]\203R\262\224;\262\027\177\222\000\217\267\216\303\350\177\221%\327\325\203x\005\"\024""\226`\260\241*JW\367\255\354\250\275\370NR\303\001x\337\216\332\030H\027v\017\366\321Q\341\366\360\366\227q%\336\216\367\222\342\2500\037=\221W\000\303\002z.\337\221?\251\032\332=uEUF\313\253\352\033\244\364d\371s\371..\306\245\321\302g\262*C\265\255\366c\275\007\013\203}\237A\204;\253\270\343\256\264\324z\\\202\325\002\026\220\206]\031-|\nD0]e\001\253\204^\250\005l\016\364\353\\\352eyK\301\324\"\342\302\026<\226Tv\225\233<\357_\355\277\356\007\203\271\301\323\367P6rXQ\317\343\231d)y7X\032t\336\327F\205\205\350g)\324&\224Y\2006\"\356\031Y\324D\234\314\336\301\256H\n]\177\360$\251\235\336\314\315\314G%`\266-\257\245\025\247\322x\"\363r\036\\\177\203\372\026\261\3673\243\"\200\323\265\351\240\220\344Gh\026\324\231\227\213\322Ts\352\261\242\252\227\344\021\342*\246\030\335*d\352\326\007 \0250Fx\023\203\350Ngs7\277\200\026\025\261\223\002\013\030\025\212\350\177\023vf\207D\257lJ\200QRE\000ZU\335\330ND\2772\234\272+\335\370\347\244}JP\265{(\224\317\001r\345\344\306\3754f\246\231,\034j\345\007\251[Q\215\002\000\366#P\246+}\010-|\255\332\303\365\355Aq\2606\000Y\254H]R\007\324\270\251\264\254\230\374\006\240\265\221\300\247\200\225\202\002\363i\314\035\254z)j@\274m \006\346\262\361\013\254\367b\025\031\250\271\350>\260=%\177P\317@\035:\350m\225\037N\255\251WI\351\004x\372\033x\337S+\361Z\374g\177f\2608h\276\247\303\251/\024\035\257\355\003\021\235\370\217\244=\234\372*\326\047\2660\231\377+\331\352\277\031\224\006\225\341\365JR\374?9\375\007@";
+    PyObject *data = __Pyx_DecompressString(cstring, 1846, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2289 bytes) */
-static const char cstring[] = "\277 bytes\000\003 \377of a loa\375n\006\001 or ar\357rays\024\001the\376\024\003are in \377use: rel\337ease \032\000m \377first (d\177el) takR\000\377one mess\277age atX\000t\377ime(tree\377 fragmen\377t), publ\337ishedm\001dr\377opped.<i\377vshmem.c\377hannel.L\356\217\004>?NT\000Not\374r\001R\000Cython\357 is v\000ibe\377rately s\177tricter\230\000\376\313\000PEP-484\357 and\261\000jec\377ts subcl\367ass\244\001f bu\367ilt\324\000type\377s. If yo\357u ne\223\000to \361p%\000%\t\212 n se\355t\365\001 \047\236\000ota\337tion_<\000in\277g\047 dirb\000i\375v\230 o Fals\257e.a \276\002c)\002 \177be copi\357\003\377pickleda\217dd_n\326\000\354\004B\000s\277ableen\002\001g\327cis\004\003d\223%er\357rors\241%tex\365t\256$/\256$/wri\376\201 s.pyxno\376\202Fhas row{s:\352@buff\243 N\366@two\264\000\221@s\306\000ys\315!\372\001ed, \303A\366-\000 f\216`each\276\314Eself.]\003 \276\313\tnvert\263#a\033 P\232Cob\362!>\002\351\002\304\243 \311fw\215\000\361Q\252aouut\206\002o\273anum\336@\325C\214cT\247@E\376\001Cl\217osed\006\002\241a\245a.{__\331`er__\006\005\367xit\004\006redu\203ce\025\004\355a.\002\200\204\004\000\t_?asyncW\300\"\000\0034V\0007\004c\363b__\017\006\214`\215s\203`e_\013\014\313\205\0016\004p\353utG\t.\014\001par\003ts\025\010\013\002\025\016\253A:\010\272A\276\227\003__Pyx\001\000D\337ict_N\200`Re\007f__\213\204\004\341\000\200&\217 \377\002\377__func__\237__get\253\003\n\000m\367ain\020\001modu\235l2\002nam:\002\270`_\314 \004\007\001vt\217\204\001;\001qu3al\035\005\312%__\217,\010\006{exo\001set_Q\005\371st\010\253.__tes\376\257@_is_cor\316\203`ine\210\210\002\216Bio\335.\r\006sat\277\204\003sc\377ellcheck\177_sizecl0\000\375_\324\000traceb\377ackcodec\357ount\000\002edd7ata\354\207\001en\026\001\000\003\361_\225\205\001\324\205\002\330\205\003from\376\236\205\003iindexi\377ntoitemst\220\210\r\344\205\004k#\000len\000\000\367gth\306\211\001mapm\377emoryvie\377wndimnumopyop\245\210\001or\372A\016\375Bpop\201\211\004\210\211\004\366c\257`\000\254f\245f\256f""\033\006\261\002\332a\217g\335\206\001\376\235\206\001setdefa\377ultshape\376\226!spinsum\350\255\207\001\215\212\001\340\205\004u\330\0008va\357lues\247\001who\273le\272\207\003PyO\270\206\003*\355(\001\007, \210  __\376\233bkip_dis\177patch)\000\025\001\330\035\n7\007\000\032, S\tPy\305_\226\210\004*>\022\025\006\205\002)\000\376\274\00164_t (v\377oid)\000fla\373t\000\211cin_pl\262\202`\000\223\214\001\240\212\001ed\005\003w\177ithout_\230\210\003\377s\000micros\356\242`nds\353\010str\367uct\346\004obj_\3557\227\214\004_7\230\214\004_4e\3720\000_\224\210\004End *\360\276\r\274%\330\013M\013pt_a\367rgsM\02014sl\373ee\266@g_tas\377ks_until\276\332\204\002ime *\203Co\215p\202\214\001alA\002\220 \030\t\200\377\001\330\004\n\210+\220Q\377\200A\330\010\013\2104\210\277t\2201\330\014\r\010\0015\373\220\003\010\001\020\220\010\230\001\377\330\r\021\220\031\230#\230\277Q\330\014\020\220\005(\003\016\277\210i\220q\230\0015\001\017\373\210q=\000\030\031\360\036\000\377\t\r\210F\220!\330\010\375\017G\0008\2307\240)\250\377:\260U\270#\270Z\300\377x\310v\320UV\320V\365WW\003\002#\000\014\022\220*\377\230A\320\035.\250a\250\375q\017\005$\220h\230g\240\357Y\250a\330\034\000$\220i\357\230q\240\001J\0031\220F\373\230!\246\000%3\2601\360\377 \000\t\036\230Q\360\006\377\000\t\031\230\001\340\010\025\377\220Q\220a\330\010\026\220wa\220tt\000$\240a\312\003\377v\220W\230A\330\014\023\377\2204\220u\230L\250\001\377\250\021\330\010\020\220\n\230w!\2301\337\003\006\220b\335\000\370\204\003\335\000\200\"x\220s\230$\377\230h\240g\250Y\260f\357\270C\270q\210\000\320\022\"\377\240!\240:\250Q\250d\271\260\335\000\203!V\2301Y\000\010\273\023\220\224\002\2306\240Y\000\t\362\236!\006\210\000l\004C\230y\250\373\013\260\321 \017\210u\220B\377\220d\230(\240\047\250\031\366?\000\020\026\n\000)\2401\240\376\231\002<\230v\240T\250\034\325\260\334\"\001\366\001\"+\000a\330\377\020\027\320\027+\2501\250\377A\250T\260\021\330\020\023\357\2205\230\003\267\000\024\027\220\377q\330\030\034\230I\240Q\377\330""\024\033\2304\230u\240yA\256\"\026\000u\230C\230\032\000\375\033\336\000\034#\2401\330\030\377\036\230d\240(\250!\250\2751<\0011\330\024\032\331\000e4t\002M\000<\333!\240\024\354!\200@\377\024\030\230\017\240q\330\024\367\025\330\020\304#3\230a\230\377w\240n\260D\270\005\270\377R\270r\300\022\3006\310\374\205\000\207!1\240D\250\t\260\377\026\260z\300\026\300v\310\377Q\330\020\024\220K\230t?\2407\250!\330\020\213@\246a\367\t\230\021\367!1\340\014\034\277\230A\230Q\230a\343`\047\3775\260Q\360\016\000\t\023;\220!\221@q\230\006\230\003\254c\3375\230\001\230\023(\000S\240w\001\240\025\277A\t\330\021\306\000\310\343\002P\002b\000H\315@\245\000\001\230\377\025\230c\240\022\2403\240_a\240y\260\001\323\001#_\001G\330\017\020\236\204\004\303\204\002\202\204\0031\247 \373U\250\271`\360\014\000\016&\250\347 \225\000\236\204\0014\304 \020\241\000\020\247\220\016\230\355`\346\204\003\014\270\204\0017\335\230\304\000!\240\021\361@4\240\377w\250i\260t\2701\320\377\004\036\230n\250K\260q\352\367cT\354A\037\360\0001\340\r\215%N\003\020\220\366BH\004\357AG]\230\362\"4\220r\326\000H\260 \372\245\002*\254@R\240q\320(\277A\300\021\300$\300\345@\031\376\247!\017\210v\220V\2307}\240\277 \026\220e\230;\330\000.\370`\023\2206\351\000a\306`\226`\372\303aC\262\001\026\220f\230H\326\363@Q\330\255\000q\254Af\230\361E\254\001\370f\307\013\022\220%\220\177q\230\004\230G\2408\207`\375\014Q\001\027\240\001\320\004$\377\240N\260!\340\010\017\210\375}\240@T\240\031\250$\250\377j\270\t\300\025\300h\310\277a\320\004&\240a\024\005V\377\2404\240v\250Z\260q\337\320\004+\2501\n\t{\260\377*\270A\320\004-\250Q> \t|\260:\270Q";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2289, 3145);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2437 bytes) */
+static const char cstring[] = "\277 bytes\000\003 \377of a loa\375n\006\001 or ar\357rays\024\001the\376\024\003are in \377use: rel\337ease \032\000m \377first (d\177el) takR\000\377one mess\277age atX\000t\377ime(tree\377 fragmen\377t), publ\337ishedm\001dr\377opped.<i\377vshmem.c\377hannel.L\356\217\004>?NT\000Not\374r\001R\000Cython\357 is v\000ibe\377rately s\177tricter\230\000\376\313\000PEP-484\357 and\261\000jec\377ts subcl\367ass\244\001f bu\367ilt\324\000type\377s. If yo\357u ne\223\000to \361p%\000%\t\212 n se\355t\365\001 \047\236\000ota\337tion_<\000in\277g\047 dirb\000i\375v\230 o Fals\257e.a \276\002c)\002 \177be copi\357\003\377pickleda\217dd_n\326\000\354\004B\000s\277ableen\002\001g\327cis\004\003d\223%er\357rors\241%sys\371t\255 \337!_limi\275t\021\006text\310$/\336\310$/wri\233 s.\337pyxno\234Fha\177s rows:\204`\317buff\275 \220`tw)o\316\000\253@s\340\000s\347!\224!\317ed, \335A-\000 f\336\250`each\346Ese\327lf.]\003 \345\tnvwert\315#a P\264C\203ob\214A>\002\203\"\275 \343fw\270\215\000\213q\304aout\206\002o\256\325anum\370@C\246cC\277orrupt\007\004T\372\317@E\246!Close\361d\006\002\311a\315a.__e\355n\243`__\006\005xit~\004\006reduce\025\004\360\225\204\001.\002\250\204\004\000\t_asy\207ncW\316\"\000\003V\0007\004c\246\233\204\002__\017\006\264`s\253`eq_\013\014\363\205\0016\004putG\t}.\014\001parts\025\010\300\013\002\025\016\271A:\010\310A\227\003__\367Pyx\001\000Dict\373_N\216`Ref__\030\263\204\004\341\000\t\000wa\370\001\211&\230 \376\210\"__func_?___get\264\003\n\000\357main\020\001mod;ul;\002namC\002\317`\231_ \004\007\001vt\300\204\001;\001qgual\035\005\323%__\230,\366\010\006exo\001set_\362Q\005st\010\264.__te\375s\270@_is_co\235r\232`ine\271\210\002\227Bi\273o.\r\006sat\326\204\003s\377cellchec\377k_sizecl\3720\000_\324\000trace\337backc\256aco\177decount\000\002\377eddatade\363ad*\001\000\005_ofd7one\271\210\001en-\001\000\003\361_\310\205\001\241\206\002\245\206\003from\376\321\205\003iindexi\377ntoitems\364\335\210\r\227\206\004k#\000left\372\000\001_\177\000illen""\356\000\000gth\241\212\001map\377memoryvi\377ewndimne\377xtnumpyo\315p\204\211\001or\261a\264bpo\001p\340\211\004\347\211\004\255\204\003\346`\343f\334f\345f\020\033\006\303\002\221\204\001\306gr\353 \246\207\001\346\206\001\377sendsetd\377efaultsh\367ape\314!spin\347sum\206\210\017\214\210\001thr\323ow\213\213\001\304\206\004u\211 8v\257alue\000\002s\317\001w\357hole\243\210\003PyO\266\241\207\003*(\001\007, \276  \373__\355bkip_d\377ispatch)a\000\025\001\035\n7\007\000\032, S\t\027Py_\377\210\004*>\022\025\006\205\002\373)\000\301\00164_t \377(void)\000f\357lat\000\333cin_\313pl\324`\000\226\215\001\243\213\001ed\376\005\003without\375_\201\211\003s\000micr\343os\357`\321 \353\010str\367uct\346\004obj_m7\232\215\004_7\233\215\004_4\203A}_\375\210\004End *\276\r\370\274%\330\013M\013pt_ar\373gsM\02014sle\375e\322@g_task\371s\214\204\003\254\205\002ime *6\203Cop\205\215\001alA\002\220 \357ntil\034\005\200\001\330\377\004\n\210+\220Q\200A\377\330\010\013\2104\210t\220\3571\330\014\r\010\0015\220\003\376\010\001\020\220\010\230\001\330\r\377\021\220\031\230#\230Q\330\357\014\020\220\005(\003\016\210i\357\220q\230\0015\001\017\210q\376=\000\030\031\360\036\000\t\r\177\210F\220!\330\010\017G\000\3778\2307\240)\250:\260\377U\270#\270Z\300x\310\177v\320UV\320VWW\003\375\002#\000\014\022\220*\230A\177\320\035.\250a\250q\017\005\377$\220h\230g\240Y\250\373a\330\034\000$\220i\230q\373\240\001J\0031\220F\230!\376\246\000%3\2601\360\"\000\377\t\036\230Q\360\006\000\t\377\031\230\001\340\010\025\220Q\377\220a\330\010\026\220a\220\335tt\000$\240a\312\003v\220\377W\230A\330\014\023\2204\377\220u\230L\250\001\250\021\377\330\010\020\220\n\230!\230\0351\337\003\006\220b\335\000\204\003\335\000\376\200\"x\220s\230$\230h\377\240g\250Y\260f\270C\373\270q\210\000\320\022\"\240!\177\240:\250Q\250d\260\335\000\356\203!V\2301Y\000\010\023\220\256\224\002\2306\240Y\000\t\236!\006\374\210\000l\004C\230y\250\013\260\376\321 \017\210u\220B\220d\277\230(\240\047\250\031?\000\020\275\026\n""\000)\2401\240\231\002<\177\230v\240T\250\034\260\336 \336L\000\330\014\027\220q\000\020\220\365\001\200!\"5\000a\330\020\027\377\320\027+\2501\250A\250\377T\260\021\330\020\023\2205\353\230\003\301\000\024&\001\030\034\230\357I\240Q\330\t\000y\240\003\177\2401\330\030#\240;\317!\377\340\030\037\230z\250\021\250\377!\330\024\033\2304\230u\277\240A\240V\2501$\001u\177\230C\230q\330\030\033\203 \373\034#.\001\036\230d\240(\303\250!\033\000X\000\036\002\034\000\031\330K\024\032\206 e\241\002p\000<\210A\343\240\024\231A\255@n\n\030\230\017\177\240q\330\024\025\330\020\375#\3773\230a\230w\240n\260\377D\270\005\270R\270r\300\317\022\3006\310\264\000\300!1\240\377D\250\t\260\026\260z\300\377\026\300v\310Q\330\020\024\277\220K\230t\2407\244\000\020\334\304@\337a\t\230\021\260A1\340\377\014\034\230A\230Q\230a\377\200A\330\0475\260Q\360\277\016\000\t\023\220!\312@q\363\230\006\254\003\345c5\230\001\230}\023(\000S\240\001\240\025\370A\207\t\330\021\332\000\222\"P\002b\000H\366\206`\024\030&\000\025\230c\240\377\022\2403\240a\240y\260u\001\337\001#_\001\330\017\020\327\204\004\264\374\204\002\273\204\0031\326 U\250\362`\360\217\014\000\016&\240@\225\000\327\204\0014\372\235@\020\241\000\020\220\016\230a\364\221\205\001\241\205\001\014\361\204\0017\230!\330\357\020!\240\021\252`4\240w\377\250i\260t\2701\320\004\377\036\230n\250K\260q\360\325 \262\204\001T\245a\037\360\0001\340\033\r%N\003\020\220\257bH\004\250awG\2301\342A4\220r\326\000\351H\260 \245\002*\300@R\240q\377\320(A\300\021\300$\300\372\224`\031\247!\017\210v\220V\367\2307\240x\000\026\220e\230u;\330\000q\361\204\0016\230\025\205@\323y\250\305`\374aC\262\001\026\220\267f\230H\207`Q\330\255\000q\216\254Af\230E\254\001\261\204\006\307\013\022\377\220%\220q\230\004\230G\373\2408\271`\014\023\2206\230\377\027\240\001\320\004$\240N\177\260!\340\010\017\210}\240@\377T\240\031\250$\250j\270\377\t\300\025\300h\310a\320\357\004&\240a\024\005V\2404\377\240v\250Z\260q\320\004\313-\250\255\206\002\020/\002\024\001|\260\377:\270U""\300!\3001\320\017\n1\260\021";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2437, 3322);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (3145 bytes) */
-static const char bytes[] = " bytes bytes of a loan of  or arrays of the loan are in use: release them first (del) takes one message at a time(tree fragment), published or dropped.<ivshmem.channel.Loan of >?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a Loan cannot be copied or pickledadd_notechannel disableenablegcisenabledivshmem.errorsivshmem.textivshmem/channel/writers.pyxno message has rows: a buffer of two dimensions is needed, one row for each messageself.writer cannot be converted to a Python object for picklingthe loan was published or droppedtimeout is not a numberChannelTypeErrorClosedErrorLoanLoan.__enter__Loan.__exit__Loan.__reduce__Loan.dropLoan.publishLoan.publish_asyncWriterWriter.__reduce_cython__Writer.__setstate_cython__Writer.loanWriter.put_asyncWriter.put_partsWriter.put_parts_asyncWriter.put_rowsWriter.put_rows_async__Pyx_PyDict_NextRef__annotate____enter____exit____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutinearrayasyncio.coroutinesatbufferscellcheck_sizecline_in_tracebackcodecountcounteddatadropencodeencode_rowserrorerrorsfrombufferiindexintoitemsivshmem.channel.writerskindlenlengthloanmapmemoryviewndimnumpyoperatorpartpartspoppublishpublish_asyncputput_asyncput_partsput_parts_asyncput_rowsput_rows_asyncrowsselfsetdefaultshapesizespinsumtexttimetimeoutuint8valuesviewwholewriterPyObject *(PyObject *, int __pyx_skip_dispatch)\000int (PyObject *, PyObject *)\000int (PyObject *, PyObject *, PyObject *, Py_buffer *)\000int (PyObject *, Py_buffer *, int)\000uint64_t (void)\000flat\000check_in_place\000take_typed\000take_without_objects\000microsecondsPyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *, struct __pyx_opt_args_7ivshmem_7channel_14sleepi""ng_tasks_until_in_time *__pyx_optional_args)\000until_in_time\200\001\330\004\n\210+\220Q\200A\330\010\013\2104\210t\2201\330\014\r\330\010\013\2105\220\003\2201\330\014\020\220\010\230\001\330\r\021\220\031\230#\230Q\330\014\020\220\005\220Q\200A\330\010\016\210i\220q\230\001\200A\330\010\017\210q\200A\330\030\031\360\036\000\t\r\210F\220!\330\010\017\210t\2208\2307\240)\250:\260U\270#\270Z\300x\310v\320UV\320VW\330\010\013\2105\220\002\220!\330\014\022\220*\230A\320\035.\250a\250q\330\010\013\2105\220\002\220$\220h\230g\240Y\250a\330\014\022\220$\220i\230q\240\001\330\010\017\210t\2201\220F\230!\200A\330%3\2601\360 \000\t\036\230Q\360\006\000\t\031\230\001\340\010\025\220Q\220a\330\010\026\220a\220t\2307\240$\240a\330\010\013\2104\210v\220W\230A\330\014\023\2204\220u\230L\250\001\250\021\330\010\020\220\n\230!\2301\330\010\013\2105\220\006\220b\230\001\330\014\022\220*\230A\230Q\330\010\013\2104\210x\220s\230$\230h\240g\250Y\260f\270C\270q\330\014\022\320\022\"\240!\240:\250Q\250d\260!\330\010\020\220\005\220V\2301\230A\330\010\023\2201\220F\230!\2306\240\021\330\010\t\330\014\020\220\006\220a\330\014\023\2204\220u\230C\230y\250\013\2601\330\014\017\210u\220B\220d\230(\240\047\250\031\260!\330\020\026\220d\230)\2401\240A\330\014\023\220<\230v\240T\250\034\260Q\330\014\020\220\001\330\014\022\220\"\220B\220a\330\020\027\320\027+\2501\250A\250T\260\021\330\020\023\2205\230\003\2301\330\024\027\220q\330\030\034\230I\240Q\330\024\033\2304\230u\240A\240Y\250a\330\024\027\220u\230C\230q\330\030\033\2301\330\034#\2401\330\030\036\230d\240(\250!\2501\330\020\023\2201\330\024\032\230$\230e\2401\240A\330\020\023\220<\230q\240\001\240\024\240Y\250a\250q\330\024\030\230\017\240q\330\024\025\330\020\026\220a\220t\2303\230a\230w\240n\260D\270\005\270R\270r\300\022\3006\310\021\330\020\"\240!\2401\240D\250\t\260\026\260z\300\026\300v\310Q\330\020\024\220K\230t\2407\250!\330\020\025\220Q\330\014\020\220\t\230\021\330\014\023\2201\340\014\034\230A\230Q\230a\200A\330\0475\260Q\360""\016\000\t\023\220!\2204\220q\230\006\230d\240(\250!\330\010\017\210t\2205\230\001\230\023\230A\230S\240\001\240\025\240a\330\010\t\330\021\033\2301\230I\240Q\330\020\025\220Q\330\020\024\220H\230A\330\024\030\230\001\230\025\230c\240\022\2403\240a\240y\260\001\330\024\032\230#\230Q\230a\330\017\020\330\014\020\220\005\220Q\330\014\r\330\010\017\210t\2208\2301\230I\240U\250!\200A\360\014\000\016&\240T\250\021\330\014\017\210t\2204\220q\330\020\021\330\014\020\220\016\230a\330\014\020\220\010\230\001\330\014\017\210t\2207\230!\330\020!\240\021\240!\2404\240w\250i\260t\2701\320\004\036\230n\250K\260q\360 \000\t\036\230T\240\021\330\010\037\230t\2401\340\r%\240T\250\021\330\014\020\220\006\220a\330\014\020\220\016\230a\330\014\017\210u\220G\2301\330\020\023\2204\220r\230\023\230H\240D\250\001\330\024\032\230*\240A\240R\240q\320(A\300\021\300$\300a\330\020\031\230\021\330\014\017\210v\220V\2307\240!\330\020\026\220e\230;\240a\240q\330\014\023\2206\230\025\230a\230y\250\001\330\014\017\210u\220C\220q\330\020\026\220f\230H\240A\240Q\330\014\017\210q\330\020\026\220f\230E\240\021\240!\330\014\020\220\006\220a\330\014\020\220\016\230a\330\014\020\220\010\230\001\330\014\022\220%\220q\230\004\230G\2408\2501\330\014\023\2206\230\027\240\001\320\004$\240N\260!\340\010\017\210}\230A\230T\240\031\250$\250j\270\t\300\025\300h\310a\320\004&\240a\340\010\017\210}\230A\230V\2404\240v\250Z\260q\320\004+\2501\340\010\017\210}\230A\230V\2404\240{\260*\270A\320\004-\250Q\340\010\017\210}\230A\230V\2404\240|\260:\270Q";
+    #else /* compression: none (3322 bytes) */
+static const char bytes[] = " bytes bytes of a loan of  or arrays of the loan are in use: release them first (del) takes one message at a time(tree fragment), published or dropped.<ivshmem.channel.Loan of >?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a Loan cannot be copied or pickledadd_notechannel disableenablegcisenabledivshmem.errorsivshmem.system.time_limitsivshmem.textivshmem/channel/writers.pyxno message has rows: a buffer of two dimensions is needed, one row for each messageself.writer cannot be converted to a Python object for picklingthe loan was published or droppedtimeout is not a numberChannelCorruptChannelTypeErrorClosedErrorLoanLoan.__enter__Loan.__exit__Loan.__reduce__Loan.dropLoan.publishLoan.publish_asyncWriterWriter.__reduce_cython__Writer.__setstate_cython__Writer.loanWriter.put_asyncWriter.put_partsWriter.put_parts_asyncWriter.put_rowsWriter.put_rows_async__Pyx_PyDict_NextRef__annotate____await____enter____exit____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutinearrayasyncio.coroutinesatbufferscellcheck_sizecline_in_tracebackclosecodecountcounteddatadeadlinedeadline_ofdonedropencodeencode_rowserrorerrorsfrombufferiindexintoitemsivshmem.channel.writerskindleftleft_untillenlengthloanmapmemoryviewndimnextnumpyoperatorpartpartspoppublishpublish_asyncputput_asyncput_partsput_parts_asyncput_rowsput_rows_asyncrestrowsselfsendsetdefaultshapesizespinsumsystem.time_limitstextthrowtimetimeoutuint8valuevaluesviewwholewriterPyObject *(PyObject *, int __pyx_skip_dispatch)\000int (PyObject *, PyObject *)\000int (PyObject *, PyObject *, PyObject *, Py_buffer *)\000int (PyObject *, Py_buffer *, int)\000uint64_t (void)\000flat\000check_in_place\000take_typed\000take_without_objects\000microsecondsPyObject *(struct _""_pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *, struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time *__pyx_optional_args)\000until_in_time\200\001\330\004\n\210+\220Q\200A\330\010\013\2104\210t\2201\330\014\r\330\010\013\2105\220\003\2201\330\014\020\220\010\230\001\330\r\021\220\031\230#\230Q\330\014\020\220\005\220Q\200A\330\010\016\210i\220q\230\001\200A\330\010\017\210q\200A\330\030\031\360\036\000\t\r\210F\220!\330\010\017\210t\2208\2307\240)\250:\260U\270#\270Z\300x\310v\320UV\320VW\330\010\013\2105\220\002\220!\330\014\022\220*\230A\320\035.\250a\250q\330\010\013\2105\220\002\220$\220h\230g\240Y\250a\330\014\022\220$\220i\230q\240\001\330\010\017\210t\2201\220F\230!\200A\330%3\2601\360\"\000\t\036\230Q\360\006\000\t\031\230\001\340\010\025\220Q\220a\330\010\026\220a\220t\2307\240$\240a\330\010\013\2104\210v\220W\230A\330\014\023\2204\220u\230L\250\001\250\021\330\010\020\220\n\230!\2301\330\010\013\2105\220\006\220b\230\001\330\014\022\220*\230A\230Q\330\010\013\2104\210x\220s\230$\230h\240g\250Y\260f\270C\270q\330\014\022\320\022\"\240!\240:\250Q\250d\260!\330\010\020\220\005\220V\2301\230A\330\010\023\2201\220F\230!\2306\240\021\330\010\t\330\014\020\220\006\220a\330\014\023\2204\220u\230C\230y\250\013\2601\330\014\017\210u\220B\220d\230(\240\047\250\031\260!\330\020\026\220d\230)\2401\240A\330\014\023\220<\230v\240T\250\034\260Q\330\014\023\2201\330\014\027\220q\330\014\020\220\001\330\014\022\220\"\220B\220a\330\020\027\320\027+\2501\250A\250T\260\021\330\020\023\2205\230\003\2301\330\024\027\220q\330\030\034\230I\240Q\330\024\027\220y\240\003\2401\330\030#\240;\250a\250q\340\030\037\230z\250\021\250!\330\024\033\2304\230u\240A\240V\2501\330\024\027\220u\230C\230q\330\030\033\2301\330\034#\2401\330\030\036\230d\240(\250!\2501\330\020\023\2201\330\024\027\220q\330\030\031\330\024\032\230$\230e\2401\240A\330\020\023\220<\230q\240\001\240\024\240Y\250a\250q\330\024\027\220q\330\030\034\230I\240Q\330\024""\030\230\017\240q\330\024\025\330\020\026\220a\220t\2303\230a\230w\240n\260D\270\005\270R\270r\300\022\3006\310\021\330\020\"\240!\2401\240D\250\t\260\026\260z\300\026\300v\310Q\330\020\024\220K\230t\2407\250!\330\020\025\220Q\330\014\020\220\t\230\021\330\014\023\2201\340\014\034\230A\230Q\230a\200A\330\0475\260Q\360\016\000\t\023\220!\2204\220q\230\006\230d\240(\250!\330\010\017\210t\2205\230\001\230\023\230A\230S\240\001\240\025\240a\330\010\t\330\021\033\2301\230I\240Q\330\020\025\220Q\330\020\024\220H\230A\330\024\030\230\001\230\025\230c\240\022\2403\240a\240y\260\001\330\024\032\230#\230Q\230a\330\017\020\330\014\020\220\005\220Q\330\014\r\330\010\017\210t\2208\2301\230I\240U\250!\200A\360\014\000\016&\240T\250\021\330\014\017\210t\2204\220q\330\020\021\330\014\020\220\016\230a\330\014\020\220\010\230\001\330\014\017\210t\2207\230!\330\020!\240\021\240!\2404\240w\250i\260t\2701\320\004\036\230n\250K\260q\360 \000\t\036\230T\240\021\330\010\037\230t\2401\340\r%\240T\250\021\330\014\020\220\006\220a\330\014\020\220\016\230a\330\014\017\210u\220G\2301\330\020\023\2204\220r\230\023\230H\240D\250\001\330\024\032\230*\240A\240R\240q\320(A\300\021\300$\300a\330\020\031\230\021\330\014\017\210v\220V\2307\240!\330\020\026\220e\230;\240a\240q\330\014\023\2206\230\025\230a\230y\250\001\330\014\017\210u\220C\220q\330\020\026\220f\230H\240A\240Q\330\014\017\210q\330\020\026\220f\230E\240\021\240!\330\014\020\220\006\220a\330\014\020\220\016\230a\330\014\020\220\010\230\001\330\014\022\220%\220q\230\004\230G\2408\2501\330\014\023\2206\230\027\240\001\320\004$\240N\260!\340\010\017\210}\230A\230T\240\031\250$\250j\270\t\300\025\300h\310a\320\004&\240a\340\010\017\210}\230A\230V\2404\240v\250Z\260q\320\004-\250Q\360\006\000\t\020\210}\230A\230V\2404\240|\260:\270U\300!\3001\320\n1\260\021";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 123; i++) {
+    for (int i = 0; i < 138; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 28) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 29) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)
@@ -13696,8 +14953,8 @@ static const char bytes[] = " bytes bytes of a loan of  or arrays of the loan ar
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 123; i < 138; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-123].length;
+    for (int i = 138; i < 153; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-138].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -13707,14 +14964,14 @@ static const char bytes[] = " bytes bytes of a loan of  or arrays of the loan ar
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 138; i++) {
+    for (Py_ssize_t i = 0; i < 153; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 123;
+      PyObject **table = stringtab + 138;
       for (Py_ssize_t i=0; i<15; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
@@ -13801,32 +15058,32 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 10, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 83};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 189};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_rows, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_deadline, __pyx_mstate->__pyx_n_u_rest, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_n_u_left, __pyx_mstate->__pyx_n_u_put};
+    __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_put_rows_async, __pyx_mstate->__pyx_kp_b_iso88591_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 10, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 84};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_parts, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_loan, __pyx_mstate->__pyx_n_u_buffers, __pyx_mstate->__pyx_n_u_into, __pyx_mstate->__pyx_n_u_at, __pyx_mstate->__pyx_n_u_part, __pyx_mstate->__pyx_n_u_part};
-    __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_put_parts, __pyx_mstate->__pyx_kp_b_iso88591_A_5Q_4q_d_t5_AS_a_1IQ_Q_HA_c_3ay, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_put_parts, __pyx_mstate->__pyx_kp_b_iso88591_A_5Q_4q_d_t5_AS_a_1IQ_Q_HA_c_3ay, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 12, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 104};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_rows, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_cell, __pyx_mstate->__pyx_n_u_size, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_time, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_whole};
-    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_put_rows, __pyx_mstate->__pyx_kp_b_iso88591_A_31_Q_Qa_at7_a_4vWA_4uL_1_5_b_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 14, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 105};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_rows, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_cell, __pyx_mstate->__pyx_n_u_size, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_time, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_whole, __pyx_mstate->__pyx_n_u_left, __pyx_mstate->__pyx_n_u_deadline};
+    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_put_rows, __pyx_mstate->__pyx_kp_b_iso88591_A_31_Q_Qa_at7_a_4vWA_4uL_1_5_b_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 168};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 180};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_put_async, __pyx_mstate->__pyx_kp_b_iso88591_a_AV4vZq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_put_async, __pyx_mstate->__pyx_kp_b_iso88591_a_AV4vZq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 172};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 184};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_parts, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_put_parts_async, __pyx_mstate->__pyx_kp_b_iso88591_Q_AV4_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_put_parts_async, __pyx_mstate->__pyx_kp_b_iso88591_Q_AV4_U_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 176};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_rows, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_put_rows_async, __pyx_mstate->__pyx_kp_b_iso88591_1_AV4_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 184};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 217};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_size};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_loan, __pyx_mstate->__pyx_kp_b_iso88591_A_F_t87_U_ZxvUVVW_5_A_aq_5_hgYa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
@@ -13841,32 +15098,32 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 248};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 281};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 2, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 280};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 2, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 313};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_size, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_writer, __pyx_mstate->__pyx_n_u_length, __pyx_mstate->__pyx_n_u_code};
     __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_publish, __pyx_mstate->__pyx_kp_b_iso88591_nKq_T_t1_T_a_a_uG1_4r_HD_ARq_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 319};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 352};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_size};
     __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_publish_async, __pyx_mstate->__pyx_kp_b_iso88591_N_AT_j_ha, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 323};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 356};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_drop, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t4q_a_t7_4wit1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 337};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 370};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_enter, __pyx_mstate->__pyx_kp_b_iso88591_A_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 340};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 373};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_kind, __pyx_mstate->__pyx_n_u_error};
     __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_5_1_Q_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
@@ -13911,6 +15168,25 @@ static int __Pyx_InitGlobals(void) {
 
   /* CommonTypesMetaclass.init */
   if (likely(__pyx_CommonTypesMetaclass_init(__pyx_m) == 0)); else
+  
+  if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 1, __pyx_L1_error)
+
+  /* Coroutine.init */
+  if (likely(__pyx_Coroutine_init(__pyx_m) == 0)); else
+  
+  if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 1, __pyx_L1_error)
+
+  /* Coro_CheckExact.init */
+  #if CYTHON_COMPILING_IN_LIMITED_API
+  {
+      PyObject *typesModule=NULL;
+      typesModule = PyImport_ImportModule("types");
+      if (typesModule) {
+          __pyx_mstate_global->__Pyx_CachedCoroType = PyObject_GetAttrString(typesModule, "CoroutineType");
+          Py_DECREF(typesModule);
+      }
+  } // error handling follows
+  #endif
   
   if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 1, __pyx_L1_error)
 
@@ -16327,6 +17603,1996 @@ static CYTHON_INLINE PyObject *__Pyx_GetItemInt_Fast(PyObject *o, Py_ssize_t i,
     return __Pyx_GetItemInt_Generic_size(o, i);
 }
 
+/* dict_setdefault (used by FetchCommonType) */
+static CYTHON_INLINE PyObject *__Pyx_PyDict_SetDefault(PyObject *d, PyObject *key, PyObject *default_value) {
+    PyObject* value;
+#if __PYX_LIMITED_VERSION_HEX >= 0x030F0000 || (!CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d00A4)
+    PyDict_SetDefaultRef(d, key, default_value, &value);
+#elif CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX >= 0x030C0000
+    PyObject *args[] = {d, key, default_value};
+    value = PyObject_VectorcallMethod(__pyx_mstate_global->__pyx_n_u_setdefault, args, 3 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
+#elif CYTHON_COMPILING_IN_LIMITED_API
+    value = PyObject_CallMethodObjArgs(d, __pyx_mstate_global->__pyx_n_u_setdefault, key, default_value, NULL);
+#else
+    value = PyDict_SetDefault(d, key, default_value);
+    if (unlikely(!value)) return NULL;
+    Py_INCREF(value);
+#endif
+    return value;
+}
+
+/* AddModuleRef (used by FetchSharedCythonModule) */
+#if CYTHON_COMPILING_IN_CPYTHON_FREETHREADING && PY_VERSION_HEX < 0x030F00a3
+  static PyObject *__Pyx_PyImport_AddModuleObjectRef(PyObject *name) {
+      PyObject *module_dict = PyImport_GetModuleDict();
+      PyObject *m;
+      if (PyMapping_GetOptionalItem(module_dict, name, &m) < 0) {
+          return NULL;
+      }
+      if (m != NULL && PyModule_Check(m)) {
+          return m;
+      }
+      Py_XDECREF(m);
+      m = PyModule_NewObject(name);
+      if (m == NULL)
+          return NULL;
+      if (PyDict_CheckExact(module_dict)) {
+          PyObject *new_m;
+          (void)PyDict_SetDefaultRef(module_dict, name, m, &new_m);
+          Py_DECREF(m);
+          return new_m;
+      } else {
+           if (PyObject_SetItem(module_dict, name, m) != 0) {
+                Py_DECREF(m);
+                return NULL;
+            }
+            return m;
+      }
+  }
+  static PyObject *__Pyx_PyImport_AddModuleRef(const char *name) {
+      if ((PY_VERSION_HEX >= 0x030E0000) &&  Py_Version >= 0x030E0100) {
+          return PyImport_AddModuleRef(name);
+      }
+      PyObject *py_name = PyUnicode_FromString(name);
+      if (!py_name) return NULL;
+      PyObject *module = __Pyx_PyImport_AddModuleObjectRef(py_name);
+      Py_DECREF(py_name);
+      return module;
+  }
+#elif __PYX_LIMITED_VERSION_HEX < 0x030d0000
+  static PyObject *__Pyx_PyImport_AddModuleRef(const char *name) {
+      PyObject *module = PyImport_AddModule(name);
+      Py_XINCREF(module);
+      return module;
+  }
+#endif
+
+/* FetchSharedCythonModule (used by FetchCommonType) */
+static PyObject *__Pyx_FetchSharedCythonABIModule(void) {
+    return __Pyx_PyImport_AddModuleRef(__PYX_ABI_MODULE_NAME);
+}
+
+/* VerifyCachedType (used by FetchCommonType) */
+static int __Pyx_VerifyCachedType(PyObject *cached_type,
+                               const char *name,
+                               Py_ssize_t expected_basicsize) {
+    Py_ssize_t basicsize;
+    if (!PyType_Check(cached_type)) {
+        PyErr_Format(PyExc_TypeError,
+            "Shared Cython type %.200s is not a type object", name);
+        return -1;
+    }
+    if (expected_basicsize == 0) {
+        return 0; // size is inherited, nothing useful to check
+    }
+#if CYTHON_COMPILING_IN_LIMITED_API && CYTHON_OPAQUE_OBJECTS
+    if (expected_basicsize < 0) {
+        basicsize = PyType_GetTypeDataSize((PyTypeObject*)cached_type);
+    } else
+#endif
+    {
+    #if CYTHON_COMPILING_IN_LIMITED_API
+        PyObject *py_basicsize;
+        py_basicsize = PyObject_GetAttrString(cached_type, "__basicsize__");
+        if (unlikely(!py_basicsize)) return -1;
+        basicsize = PyLong_AsSsize_t(py_basicsize);
+        Py_DECREF(py_basicsize);
+        py_basicsize = NULL;
+        if (unlikely(basicsize == (Py_ssize_t)-1) && PyErr_Occurred()) return -1;
+    #else
+        basicsize = ((PyTypeObject*) cached_type)->tp_basicsize;
+    #endif
+    }
+    if ((expected_basicsize >= 0) ?
+            (basicsize != expected_basicsize) :
+            (basicsize < -expected_basicsize)) {
+        PyErr_Format(PyExc_TypeError,
+            "Shared Cython type %.200s has the wrong size, try recompiling",
+            name);
+        return -1;
+    }
+    return 0;
+}
+
+/* FetchCommonType (used by CommonTypesMetaclass) */
+#if __PYX_LIMITED_VERSION_HEX < 0x030C0000
+static PyObject* __Pyx_PyType_FromMetaclass(PyTypeObject *metaclass, PyObject *module, PyType_Spec *spec, PyObject *bases) {
+    PyObject *result = __Pyx_PyType_FromModuleAndSpec(module, spec, bases);
+    if (result && metaclass) {
+        PyObject *old_tp = (PyObject*)Py_TYPE(result);
+        Py_INCREF((PyObject*)metaclass);
+        Py_SET_TYPE(result, metaclass);
+        Py_DECREF(old_tp);
+        PyType_Modified((PyTypeObject*)result);
+    }
+    return result;
+}
+#else
+#define __Pyx_PyType_FromMetaclass(me, mo, s, b) PyType_FromMetaclass(me, mo, s, b)
+#endif
+static PyTypeObject *__Pyx_FetchCommonTypeFromSpec(PyTypeObject *metaclass, PyObject *module, PyType_Spec *spec, PyObject *bases) {
+    PyObject *abi_module = NULL, *cached_type = NULL, *abi_module_dict, *new_cached_type, *py_object_name;
+    int get_item_ref_result;
+    const char* object_name = strrchr(spec->name, '.');
+    object_name = object_name ? object_name+1 : spec->name;
+    py_object_name = PyUnicode_FromString(object_name);
+    if (!py_object_name) return NULL;
+    abi_module = __Pyx_FetchSharedCythonABIModule();
+    if (!abi_module) goto done;
+    abi_module_dict = PyModule_GetDict(abi_module);
+    if (!abi_module_dict) goto done;
+    get_item_ref_result = __Pyx_PyDict_GetItemRef(abi_module_dict, py_object_name, &cached_type);
+    if (get_item_ref_result == 1) {
+        if (__Pyx_VerifyCachedType(
+              cached_type,
+              object_name,
+              spec->basicsize) < 0) {
+            goto bad;
+        }
+        goto done;
+    } else if (unlikely(get_item_ref_result == -1)) {
+        goto bad;
+    }
+    cached_type = __Pyx_PyType_FromMetaclass(
+        metaclass,
+        CYTHON_USE_MODULE_STATE ? module : abi_module,
+        spec, bases);
+    if (unlikely(!cached_type)) goto bad;
+    new_cached_type = __Pyx_PyDict_SetDefault(abi_module_dict, py_object_name, cached_type);
+    if (unlikely(new_cached_type != cached_type)) {
+        if (unlikely(!new_cached_type)) goto bad;
+        Py_DECREF(cached_type);
+        cached_type = new_cached_type;
+        if (__Pyx_VerifyCachedType(
+                cached_type,
+                object_name,
+                spec->basicsize) < 0) {
+            goto bad;
+        }
+        goto done;
+    } else {
+        Py_DECREF(new_cached_type);
+    }
+done:
+    Py_XDECREF(abi_module);
+    Py_DECREF(py_object_name);
+    assert(cached_type == NULL || PyType_Check(cached_type));
+    return (PyTypeObject *) cached_type;
+bad:
+    Py_XDECREF(cached_type);
+    cached_type = NULL;
+    goto done;
+}
+
+/* CommonTypesMetaclass (used by CoroutineBase) */
+static PyObject* __pyx_CommonTypesMetaclass_get_module(CYTHON_UNUSED PyObject *self, CYTHON_UNUSED void* context) {
+    return PyUnicode_FromString(__PYX_ABI_MODULE_NAME);
+}
+#if __PYX_LIMITED_VERSION_HEX < 0x030A0000
+static PyObject* __pyx_CommonTypesMetaclass_call(CYTHON_UNUSED PyObject *self, CYTHON_UNUSED PyObject *args, CYTHON_UNUSED PyObject *kwds) {
+    PyErr_SetString(PyExc_TypeError, "Cannot instantiate Cython internal types");
+    return NULL;
+}
+static int __pyx_CommonTypesMetaclass_setattr(CYTHON_UNUSED PyObject *self, CYTHON_UNUSED PyObject *attr, CYTHON_UNUSED PyObject *value) {
+    PyErr_SetString(PyExc_TypeError, "Cython internal types are immutable");
+    return -1;
+}
+#endif
+static PyGetSetDef __pyx_CommonTypesMetaclass_getset[] = {
+    {"__module__", __pyx_CommonTypesMetaclass_get_module, NULL, NULL, NULL},
+    {0, 0, 0, 0, 0}
+};
+static PyType_Slot __pyx_CommonTypesMetaclass_slots[] = {
+    {Py_tp_getset, (void *)__pyx_CommonTypesMetaclass_getset},
+    #if __PYX_LIMITED_VERSION_HEX < 0x030A0000
+    {Py_tp_call, (void*)__pyx_CommonTypesMetaclass_call},
+    {Py_tp_new, (void*)__pyx_CommonTypesMetaclass_call},
+    {Py_tp_setattro, (void*)__pyx_CommonTypesMetaclass_setattr},
+    #endif
+    {0, 0}
+};
+static PyType_Spec __pyx_CommonTypesMetaclass_spec = {
+    __PYX_TYPE_MODULE_PREFIX "_common_types_metatype",
+    0,
+    0,
+    Py_TPFLAGS_IMMUTABLETYPE |
+    Py_TPFLAGS_DISALLOW_INSTANTIATION |
+    Py_TPFLAGS_DEFAULT,
+    __pyx_CommonTypesMetaclass_slots
+};
+static int __pyx_CommonTypesMetaclass_init(PyObject *module) {
+    __pyx_mstatetype *mstate = __Pyx_PyModule_GetState(module);
+    PyObject *bases = PyTuple_Pack(1, &PyType_Type);
+    if (unlikely(!bases)) {
+        return -1;
+    }
+    mstate->__pyx_CommonTypesMetaclassType = __Pyx_FetchCommonTypeFromSpec(NULL, module, &__pyx_CommonTypesMetaclass_spec, bases);
+    Py_DECREF(bases);
+    if (unlikely(mstate->__pyx_CommonTypesMetaclassType == NULL)) {
+        return -1;
+    }
+    return 0;
+}
+
+/* CallTypeTraverse (used by CoroutineBase) */
+#if !CYTHON_USE_TYPE_SPECS
+#else
+static int __Pyx_call_type_traverse(PyObject *o, int always_call, visitproc visit, void *arg) {
+    if (!always_call) {
+        PyTypeObject *base = __Pyx_PyObject_GetSlot(o, tp_base, PyTypeObject*);
+        unsigned long flags = PyType_GetFlags(base);
+        if (flags & Py_TPFLAGS_HEAPTYPE) {
+            return 0;
+        }
+    }
+    Py_VISIT((PyObject*)Py_TYPE(o));
+    return 0;
+}
+#endif
+
+/* IterNextPlain (used by CoroutineBase) */
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030A0000
+static PyObject *__Pyx_GetBuiltinNext_LimitedAPI(void) {
+    if (unlikely(!__pyx_mstate_global->__Pyx_GetBuiltinNext_LimitedAPI_cache))
+        __pyx_mstate_global->__Pyx_GetBuiltinNext_LimitedAPI_cache = __Pyx_GetBuiltinName(__pyx_mstate_global->__pyx_n_u_next);
+    return __pyx_mstate_global->__Pyx_GetBuiltinNext_LimitedAPI_cache;
+}
+#endif
+static CYTHON_INLINE PyObject *__Pyx_PyIter_Next_Plain(PyObject *iterator) {
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030A0000
+    PyObject *result;
+    PyObject *next = __Pyx_GetBuiltinNext_LimitedAPI();
+    if (unlikely(!next)) return NULL;
+    result = PyObject_CallFunctionObjArgs(next, iterator, NULL);
+    return result;
+#else
+    (void)&__Pyx_GetBuiltinName; // only for early limited API
+    iternextfunc iternext = __Pyx_PyObject_GetIterNextFunc(iterator);
+    assert(iternext);
+    return iternext(iterator);
+#endif
+}
+
+/* PyObjectCallMethod1 (used by CoroutineBase) */
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethod1(PyObject* obj, PyObject* method_name, PyObject* arg) {
+#if CYTHON_VECTORCALL && (__PYX_LIMITED_VERSION_HEX >= 0x030C0000 || !CYTHON_COMPILING_IN_LIMITED_API)
+    PyObject *args[2] = {obj, arg};
+    return PyObject_VectorcallMethod(method_name, args, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
+#elif CYTHON_COMPILING_IN_LIMITED_API
+    return PyObject_CallMethodObjArgs(obj, method_name, arg, NULL);
+#else
+    return PyObject_CallMethodOneArg(obj, method_name, arg);
+#endif
+}
+
+/* PyObjectCallNoArg (used by CoroutineBase) */
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallNoArg(PyObject *func) {
+    PyObject *arg[2] = {NULL, NULL};
+    return __Pyx_PyObject_FastCall(func, arg + 1, 0 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET);
+}
+
+/* ReturnWithStopIteration (used by CoroutineBase) */
+static void __Pyx__ReturnWithStopIteration(PyObject* value, int async);
+static CYTHON_INLINE void __Pyx_ReturnWithStopIteration(PyObject* value, int async, int iternext) {
+    if (value == Py_None) {
+        if (async || !iternext)
+            PyErr_SetNone(async ? PyExc_StopAsyncIteration : PyExc_StopIteration);
+        return;
+    }
+    __Pyx__ReturnWithStopIteration(value, async);
+}
+static void __Pyx__ReturnWithStopIteration(PyObject* value, int async) {
+#if CYTHON_COMPILING_IN_CPYTHON
+    __Pyx_PyThreadState_declare
+#endif
+    PyObject *exc;
+    PyObject *exc_type = async ? PyExc_StopAsyncIteration : PyExc_StopIteration;
+#if CYTHON_COMPILING_IN_CPYTHON
+    if ((PY_VERSION_HEX >= (0x030C00A6)) || unlikely(PyTuple_Check(value) || PyExceptionInstance_Check(value))) {
+        if (PY_VERSION_HEX >= (0x030e00A1)) {
+            exc = __Pyx_PyObject_CallOneArg(exc_type, value);
+        } else {
+            PyObject *args_tuple = PyTuple_New(1);
+            if (unlikely(!args_tuple)) return;
+            Py_INCREF(value);
+            PyTuple_SET_ITEM(args_tuple, 0, value);
+            exc = PyObject_Call(exc_type, args_tuple, NULL);
+            Py_DECREF(args_tuple);
+        }
+        if (unlikely(!exc)) return;
+    } else {
+        Py_INCREF(value);
+        exc = value;
+    }
+    #if CYTHON_FAST_THREAD_STATE
+    __Pyx_PyThreadState_assign
+    #if CYTHON_USE_EXC_INFO_STACK
+    if (!__pyx_tstate->exc_info->exc_value)
+    #else
+    if (!__pyx_tstate->exc_type)
+    #endif
+    {
+        Py_INCREF(exc_type);
+        __Pyx_ErrRestore(exc_type, exc, NULL);
+        return;
+    }
+    #endif
+#else
+    exc = __Pyx_PyObject_CallOneArg(exc_type, value);
+    if (unlikely(!exc)) return;
+#endif
+    PyErr_SetObject(exc_type, exc);
+    Py_DECREF(exc);
+}
+
+/* CoroutineBase (used by Coroutine) */
+#if !CYTHON_COMPILING_IN_LIMITED_API
+#include <frameobject.h>
+#if PY_VERSION_HEX >= 0x030b00a6 && !defined(PYPY_VERSION)
+  #ifndef Py_BUILD_CORE
+    #define Py_BUILD_CORE 1
+  #endif
+  #include "internal/pycore_frame.h"
+#endif
+#endif // CYTHON_COMPILING_IN_LIMITED_API
+static CYTHON_INLINE void
+__Pyx_Coroutine_Undelegate(__pyx_CoroutineObject *gen) {
+#if CYTHON_USE_AM_SEND
+    gen->yieldfrom_am_send = NULL;
+#endif
+    Py_CLEAR(gen->yieldfrom);
+}
+static int __Pyx_PyGen__FetchStopIterationValue(PyThreadState *__pyx_tstate, PyObject **pvalue) {
+    PyObject *et, *ev, *tb;
+    PyObject *value = NULL;
+    CYTHON_UNUSED_VAR(__pyx_tstate);
+    __Pyx_ErrFetch(&et, &ev, &tb);
+    if (!et) {
+        Py_XDECREF(tb);
+        Py_XDECREF(ev);
+        Py_INCREF(Py_None);
+        *pvalue = Py_None;
+        return 0;
+    }
+    if (likely(et == PyExc_StopIteration)) {
+        if (!ev) {
+            Py_INCREF(Py_None);
+            value = Py_None;
+        }
+        else if (likely(Py_IS_TYPE(ev, (PyTypeObject*)PyExc_StopIteration))) {
+            #if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_GRAAL
+            value = PyObject_GetAttr(ev, __pyx_mstate_global->__pyx_n_u_value);
+            if (unlikely(!value)) goto limited_api_failure;
+            #else
+            value = ((PyStopIterationObject *)ev)->value;
+            Py_INCREF(value);
+            #endif
+            Py_DECREF(ev);
+        }
+        else if (unlikely(PyTuple_Check(ev))) {
+            Py_ssize_t tuple_size = __Pyx_PyTuple_GET_SIZE(ev);
+            #if !CYTHON_ASSUME_SAFE_SIZE
+            if (unlikely(tuple_size < 0)) {
+                Py_XDECREF(tb);
+                Py_DECREF(ev);
+                Py_DECREF(et);
+                return -1;
+            }
+            #endif
+            if (tuple_size >= 1) {
+#if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
+                value = PyTuple_GET_ITEM(ev, 0);
+                Py_INCREF(value);
+#elif CYTHON_ASSUME_SAFE_MACROS
+                value = PySequence_ITEM(ev, 0);
+#else
+                value = PySequence_GetItem(ev, 0);
+                if (!value) goto limited_api_failure;
+#endif
+            } else {
+                Py_INCREF(Py_None);
+                value = Py_None;
+            }
+            Py_DECREF(ev);
+        }
+        else if (!__Pyx_TypeCheck(ev, (PyTypeObject*)PyExc_StopIteration)) {
+            value = ev;
+        }
+        if (likely(value)) {
+            Py_XDECREF(tb);
+            Py_DECREF(et);
+            *pvalue = value;
+            return 0;
+        }
+    } else if (!__Pyx_PyErr_GivenExceptionMatches(et, PyExc_StopIteration)) {
+        __Pyx_ErrRestore(et, ev, tb);
+        return -1;
+    }
+    PyErr_NormalizeException(&et, &ev, &tb);
+    if (unlikely(!PyObject_TypeCheck(ev, (PyTypeObject*)PyExc_StopIteration))) {
+        __Pyx_ErrRestore(et, ev, tb);
+        return -1;
+    }
+    Py_XDECREF(tb);
+    Py_DECREF(et);
+#if CYTHON_COMPILING_IN_LIMITED_API
+    value = PyObject_GetAttr(ev, __pyx_mstate_global->__pyx_n_u_value);
+#else
+    value = ((PyStopIterationObject *)ev)->value;
+    Py_INCREF(value);
+#endif
+    Py_DECREF(ev);
+#if CYTHON_COMPILING_IN_LIMITED_API
+    if (unlikely(!value)) return -1;
+#endif
+    *pvalue = value;
+    return 0;
+#if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_GRAAL || !CYTHON_ASSUME_SAFE_MACROS
+  limited_api_failure:
+    Py_XDECREF(et);
+    Py_XDECREF(tb);
+    Py_XDECREF(ev);
+    return -1;
+#endif
+}
+static CYTHON_INLINE
+__Pyx_PySendResult __Pyx_Coroutine_status_from_result(PyObject **retval) {
+    if (*retval) {
+        return PYGEN_NEXT;
+    } else if (likely(__Pyx_PyGen__FetchStopIterationValue(__Pyx_PyThreadState_Current, retval) == 0)) {
+        return PYGEN_RETURN;
+    } else {
+        return PYGEN_ERROR;
+    }
+}
+static CYTHON_INLINE
+void __Pyx_Coroutine_ExceptionClear(__Pyx_ExcInfoStruct *exc_state) {
+#if PY_VERSION_HEX >= 0x030B00a4
+    Py_CLEAR(exc_state->exc_value);
+#else
+    PyObject *t, *v, *tb;
+    t = exc_state->exc_type;
+    v = exc_state->exc_value;
+    tb = exc_state->exc_traceback;
+    exc_state->exc_type = NULL;
+    exc_state->exc_value = NULL;
+    exc_state->exc_traceback = NULL;
+    Py_XDECREF(t);
+    Py_XDECREF(v);
+    Py_XDECREF(tb);
+#endif
+}
+#define __Pyx_Coroutine_AlreadyRunningError(gen)  (__Pyx__Coroutine_AlreadyRunningError(gen), (PyObject*)NULL)
+static void __Pyx__Coroutine_AlreadyRunningError(__pyx_CoroutineObject *gen) {
+    const char *msg;
+    CYTHON_MAYBE_UNUSED_VAR(gen);
+    if ((0)) {
+    #ifdef __Pyx_Coroutine_USED
+    } else if (__Pyx_Coroutine_Check((PyObject*)gen)) {
+        msg = "coroutine already executing";
+    #endif
+    #ifdef __Pyx_AsyncGen_USED
+    } else if (__Pyx_AsyncGen_CheckExact((PyObject*)gen)) {
+        msg = "async generator already executing";
+    #endif
+    } else {
+        msg = "generator already executing";
+    }
+    PyErr_SetString(PyExc_ValueError, msg);
+}
+static void __Pyx_Coroutine_AlreadyTerminatedError(PyObject *gen, PyObject *value, int closing) {
+    CYTHON_MAYBE_UNUSED_VAR(gen);
+    CYTHON_MAYBE_UNUSED_VAR(closing);
+    #ifdef __Pyx_Coroutine_USED
+    if (!closing && __Pyx_Coroutine_Check(gen)) {
+        PyErr_SetString(PyExc_RuntimeError, "cannot reuse already awaited coroutine");
+    } else
+    #endif
+    if (value) {
+        #ifdef __Pyx_AsyncGen_USED
+        if (__Pyx_AsyncGen_CheckExact(gen))
+            PyErr_SetNone(PyExc_StopAsyncIteration);
+        else
+        #endif
+        PyErr_SetNone(PyExc_StopIteration);
+    }
+}
+static
+__Pyx_PySendResult __Pyx_Coroutine_SendEx(__pyx_CoroutineObject *self, PyObject *value, PyObject **result, int closing) {
+    __Pyx_PyThreadState_declare
+    PyThreadState *tstate;
+    __Pyx_ExcInfoStruct *exc_state;
+    PyObject *retval;
+    assert(__Pyx_Coroutine_get_is_running(self));  // Callers should ensure is_running
+    if (unlikely(self->resume_label == -1)) {
+        __Pyx_Coroutine_AlreadyTerminatedError((PyObject*)self, value, closing);
+        return PYGEN_ERROR;
+    }
+#if CYTHON_FAST_THREAD_STATE
+    __Pyx_PyThreadState_assign
+    tstate = __pyx_tstate;
+#else
+    tstate = __Pyx_PyThreadState_Current;
+#endif
+    exc_state = &self->gi_exc_state;
+    if (exc_state->exc_value) {
+        #if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY
+        #else
+        PyObject *exc_tb;
+        #if PY_VERSION_HEX >= 0x030B00a4 && !CYTHON_COMPILING_IN_CPYTHON
+        exc_tb = PyException_GetTraceback(exc_state->exc_value);
+        #elif PY_VERSION_HEX >= 0x030B00a4
+        exc_tb = ((PyBaseExceptionObject*) exc_state->exc_value)->traceback;
+        #else
+        exc_tb = exc_state->exc_traceback;
+        #endif
+        if (exc_tb) {
+            PyTracebackObject *tb = (PyTracebackObject *) exc_tb;
+            PyFrameObject *f = tb->tb_frame;
+            PyFrameObject *old_f_back = f->f_back;
+            #if PY_VERSION_HEX >= 0x030B00A1
+            f->f_back = PyThreadState_GetFrame(tstate);
+            #else
+            Py_XINCREF(tstate->frame);
+            f->f_back = tstate->frame;
+            #endif
+            Py_XDECREF(old_f_back);
+            #if PY_VERSION_HEX >= 0x030B00a4 && !CYTHON_COMPILING_IN_CPYTHON
+            Py_DECREF(exc_tb);
+            #endif
+        }
+        #endif
+    }
+#if CYTHON_USE_EXC_INFO_STACK
+    exc_state->previous_item = tstate->exc_info;
+    tstate->exc_info = exc_state;
+#else
+    if (exc_state->exc_type) {
+        __Pyx_ExceptionSwap(&exc_state->exc_type, &exc_state->exc_value, &exc_state->exc_traceback);
+    } else {
+        __Pyx_Coroutine_ExceptionClear(exc_state);
+        __Pyx_ExceptionSave(&exc_state->exc_type, &exc_state->exc_value, &exc_state->exc_traceback);
+    }
+#endif
+    retval = self->body(self, tstate, value);
+#if CYTHON_USE_EXC_INFO_STACK
+    exc_state = &self->gi_exc_state;
+    tstate->exc_info = exc_state->previous_item;
+    exc_state->previous_item = NULL;
+    __Pyx_Coroutine_ResetFrameBackpointer(exc_state);
+#endif
+    *result = retval;
+    if (self->resume_label == -1) {
+        return likely(retval) ? PYGEN_RETURN : PYGEN_ERROR;
+    }
+    return PYGEN_NEXT;
+}
+static CYTHON_INLINE void __Pyx_Coroutine_ResetFrameBackpointer(__Pyx_ExcInfoStruct *exc_state) {
+#if CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_LIMITED_API
+    CYTHON_UNUSED_VAR(exc_state);
+#else
+    PyObject *exc_tb;
+    #if PY_VERSION_HEX >= 0x030B00a4
+    if (!exc_state->exc_value) return;
+    exc_tb = PyException_GetTraceback(exc_state->exc_value);
+    #else
+    exc_tb = exc_state->exc_traceback;
+    #endif
+    if (likely(exc_tb)) {
+        PyTracebackObject *tb = (PyTracebackObject *) exc_tb;
+        PyFrameObject *f = tb->tb_frame;
+        Py_CLEAR(f->f_back);
+        #if PY_VERSION_HEX >= 0x030B00a4
+        Py_DECREF(exc_tb);
+        #endif
+    }
+#endif
+}
+#define __Pyx_Coroutine_MethodReturnFromResult(gen, result, retval, iternext)\
+    ((result) == PYGEN_NEXT ? (retval) : __Pyx__Coroutine_MethodReturnFromResult(gen, result, retval, iternext))
+static PyObject *
+__Pyx__Coroutine_MethodReturnFromResult(PyObject* gen, __Pyx_PySendResult result, PyObject *retval, int iternext) {
+    CYTHON_MAYBE_UNUSED_VAR(gen);
+    if (likely(result == PYGEN_RETURN)) {
+        int is_async = 0;
+        #ifdef __Pyx_AsyncGen_USED
+        is_async = __Pyx_AsyncGen_CheckExact(gen);
+        #endif
+        __Pyx_ReturnWithStopIteration(retval, is_async, iternext);
+        Py_XDECREF(retval);
+    }
+    return NULL;
+}
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE
+PyObject *__Pyx_PyGen_Send(PyGenObject *gen, PyObject *arg) {
+#if PY_VERSION_HEX <= 0x030A00A1
+    return _PyGen_Send(gen, arg);
+#else
+    PyObject *result;
+    if (PyIter_Send((PyObject*)gen, arg ? arg : Py_None, &result) == PYGEN_RETURN) {
+        if (PyAsyncGen_CheckExact(gen)) {
+            assert(result == Py_None);
+            PyErr_SetNone(PyExc_StopAsyncIteration);
+        }
+        else if (result == Py_None) {
+            PyErr_SetNone(PyExc_StopIteration);
+        }
+        else {
+#if PY_VERSION_HEX < 0x030d00A1
+            _PyGen_SetStopIterationValue(result);
+#else
+            if (!PyTuple_Check(result) && !PyExceptionInstance_Check(result)) {
+                PyErr_SetObject(PyExc_StopIteration, result);
+            } else {
+                PyObject *exc = __Pyx_PyObject_CallOneArg(PyExc_StopIteration, result);
+                if (likely(exc != NULL)) {
+                    PyErr_SetObject(PyExc_StopIteration, exc);
+                    Py_DECREF(exc);
+                }
+            }
+#endif
+        }
+        Py_DECREF(result);
+        result = NULL;
+    }
+    return result;
+#endif
+}
+#endif
+static CYTHON_INLINE __Pyx_PySendResult
+__Pyx_Coroutine_FinishDelegation(__pyx_CoroutineObject *gen, PyObject** retval) {
+    __Pyx_PySendResult result;
+    PyObject *val = NULL;
+    assert(__Pyx_Coroutine_get_is_running(gen));
+    __Pyx_Coroutine_Undelegate(gen);
+    __Pyx_PyGen__FetchStopIterationValue(__Pyx_PyThreadState_Current, &val);
+    result = __Pyx_Coroutine_SendEx(gen, val, retval, 0);
+    Py_XDECREF(val);
+    return result;
+}
+#if CYTHON_USE_AM_SEND
+static __Pyx_PySendResult
+__Pyx_Coroutine_SendToDelegate(__pyx_CoroutineObject *gen, __Pyx_pyiter_sendfunc gen_am_send, PyObject *value, PyObject **retval) {
+    PyObject *ret = NULL;
+    __Pyx_PySendResult delegate_result, result;
+    assert(__Pyx_Coroutine_get_is_running(gen));
+    delegate_result = gen_am_send(gen->yieldfrom, value, &ret);
+    if (delegate_result == PYGEN_NEXT) {
+        assert (ret != NULL);
+        *retval = ret;
+        return PYGEN_NEXT;
+    }
+    assert (delegate_result != PYGEN_ERROR || ret == NULL);
+    __Pyx_Coroutine_Undelegate(gen);
+    result = __Pyx_Coroutine_SendEx(gen, ret, retval, 0);
+    Py_XDECREF(ret);
+    return result;
+}
+#endif
+static PyObject *__Pyx_Coroutine_Send(PyObject *self, PyObject *value) {
+    PyObject *retval = NULL;
+    __Pyx_PySendResult result = __Pyx_Coroutine_AmSend(self, value, &retval);
+    return __Pyx_Coroutine_MethodReturnFromResult(self, result, retval, 0);
+}
+static __Pyx_PySendResult
+__Pyx_Coroutine_AmSend(PyObject *self, PyObject *value, PyObject **retval) {
+    __Pyx_PySendResult result;
+    __pyx_CoroutineObject *gen = (__pyx_CoroutineObject*) self;
+    if (unlikely(__Pyx_Coroutine_test_and_set_is_running(gen))) {
+        *retval = __Pyx_Coroutine_AlreadyRunningError(gen);
+        return PYGEN_ERROR;
+    }
+    #if CYTHON_USE_AM_SEND
+    if (gen->yieldfrom_am_send) {
+        result = __Pyx_Coroutine_SendToDelegate(gen, gen->yieldfrom_am_send, value, retval);
+    } else
+    #endif
+    if (gen->yieldfrom) {
+        PyObject *yf = gen->yieldfrom;
+        PyObject *ret;
+      #if !CYTHON_USE_AM_SEND
+        #ifdef __Pyx_Generator_USED
+        if (__Pyx_Generator_CheckExact(yf)) {
+            ret = __Pyx_Coroutine_Send(yf, value);
+        } else
+        #endif
+        #ifdef __Pyx_Coroutine_USED
+        if (__Pyx_Coroutine_Check(yf)) {
+            ret = __Pyx_Coroutine_Send(yf, value);
+        } else
+        #endif
+        #ifdef __Pyx_AsyncGen_USED
+        if (__pyx_PyAsyncGenASend_CheckExact(yf)) {
+            ret = __Pyx_async_gen_asend_send(yf, value);
+        } else
+        #endif
+        #if CYTHON_COMPILING_IN_CPYTHON
+        if (PyGen_CheckExact(yf)) {
+            ret = __Pyx_PyGen_Send((PyGenObject*)yf, value == Py_None ? NULL : value);
+        } else
+        if (PyCoro_CheckExact(yf)) {
+            ret = __Pyx_PyGen_Send((PyGenObject*)yf, value == Py_None ? NULL : value);
+        } else
+        #endif
+      #endif
+        {
+            if (value == Py_None && PyIter_Check(yf))
+                ret = __Pyx_PyIter_Next_Plain(yf);
+            else
+                ret = __Pyx_PyObject_CallMethod1(yf, __pyx_mstate_global->__pyx_n_u_send, value);
+        }
+        if (likely(ret)) {
+            __Pyx_Coroutine_unset_is_running(gen);
+            *retval = ret;
+            return PYGEN_NEXT;
+        }
+        result = __Pyx_Coroutine_FinishDelegation(gen, retval);
+    } else {
+        result = __Pyx_Coroutine_SendEx(gen, value, retval, 0);
+    }
+    __Pyx_Coroutine_unset_is_running(gen);
+    return result;
+}
+static int __Pyx_Coroutine_CloseIter(__pyx_CoroutineObject *gen, PyObject *yf) {
+    __Pyx_PySendResult result;
+    PyObject *retval = NULL;
+    CYTHON_UNUSED_VAR(gen);
+    assert(__Pyx_Coroutine_get_is_running(gen));
+    #ifdef __Pyx_Generator_USED
+    if (__Pyx_Generator_CheckExact(yf)) {
+        result = __Pyx_Coroutine_Close(yf, &retval);
+    } else
+    #endif
+    #ifdef __Pyx_Coroutine_USED
+    if (__Pyx_Coroutine_Check(yf)) {
+        result = __Pyx_Coroutine_Close(yf, &retval);
+    } else
+    if (__Pyx_CoroutineAwait_CheckExact(yf)) {
+        result = __Pyx_CoroutineAwait_Close((__pyx_CoroutineAwaitObject*)yf);
+    } else
+    #endif
+    #ifdef __Pyx_AsyncGen_USED
+    if (__pyx_PyAsyncGenASend_CheckExact(yf)) {
+        retval = __Pyx_async_gen_asend_close(yf, NULL);
+        result = PYGEN_RETURN;
+    } else
+    if (__pyx_PyAsyncGenAThrow_CheckExact(yf)) {
+        retval = __Pyx_async_gen_athrow_close(yf, NULL);
+        result = PYGEN_RETURN;
+    } else
+    #endif
+    {
+        PyObject *meth;
+        result = PYGEN_RETURN;
+        meth = __Pyx_PyObject_GetAttrStrNoError(yf, __pyx_mstate_global->__pyx_n_u_close);
+        if (unlikely(!meth)) {
+            if (unlikely(PyErr_Occurred())) {
+                PyErr_WriteUnraisable(yf);
+            }
+        } else {
+            retval = __Pyx_PyObject_CallNoArg(meth);
+            Py_DECREF(meth);
+            if (unlikely(!retval)) {
+                result = PYGEN_ERROR;
+            }
+        }
+    }
+    Py_XDECREF(retval);
+    return result == PYGEN_ERROR ? -1 : 0;
+}
+static PyObject *__Pyx_Generator_Next(PyObject *self) {
+    __Pyx_PySendResult result;
+    PyObject *retval = NULL;
+    __pyx_CoroutineObject *gen = (__pyx_CoroutineObject*) self;
+    if (unlikely(__Pyx_Coroutine_test_and_set_is_running(gen))) {
+        return __Pyx_Coroutine_AlreadyRunningError(gen);
+    }
+    #if CYTHON_USE_AM_SEND
+    if (gen->yieldfrom_am_send) {
+        result = __Pyx_Coroutine_SendToDelegate(gen, gen->yieldfrom_am_send, Py_None, &retval);
+    } else
+    #endif
+    if (gen->yieldfrom) {
+        PyObject *yf = gen->yieldfrom;
+        PyObject *ret;
+        #ifdef __Pyx_Generator_USED
+        if (__Pyx_Generator_CheckExact(yf)) {
+            ret = __Pyx_Generator_Next(yf);
+        } else
+        #endif
+        #ifdef __Pyx_Coroutine_USED
+        if (__Pyx_Coroutine_CheckExact(yf)) {
+            ret = __Pyx_Coroutine_Send(yf, Py_None);
+        } else
+        #endif
+        #if CYTHON_COMPILING_IN_CPYTHON && (PY_VERSION_HEX < 0x030A00A3 || !CYTHON_USE_AM_SEND)
+        if (PyGen_CheckExact(yf)) {
+            ret = __Pyx_PyGen_Send((PyGenObject*)yf, NULL);
+        } else
+        #endif
+            ret = __Pyx_PyIter_Next_Plain(yf);
+        if (likely(ret)) {
+            __Pyx_Coroutine_unset_is_running(gen);
+            return ret;
+        }
+        result = __Pyx_Coroutine_FinishDelegation(gen, &retval);
+    } else {
+        result = __Pyx_Coroutine_SendEx(gen, Py_None, &retval, 0);
+    }
+    __Pyx_Coroutine_unset_is_running(gen);
+    return __Pyx_Coroutine_MethodReturnFromResult(self, result, retval, 1);
+}
+static PyObject *__Pyx_Coroutine_Close_Method(PyObject *self, PyObject *arg) {
+    PyObject *retval = NULL;
+    __Pyx_PySendResult result;
+    CYTHON_UNUSED_VAR(arg);
+    result = __Pyx_Coroutine_Close(self, &retval);
+    if (unlikely(result == PYGEN_ERROR))
+        return NULL;
+    Py_XDECREF(retval);
+    Py_RETURN_NONE;
+}
+static __Pyx_PySendResult
+__Pyx_Coroutine_Close(PyObject *self, PyObject **retval) {
+    __pyx_CoroutineObject *gen = (__pyx_CoroutineObject *) self;
+    __Pyx_PySendResult result;
+    PyObject *yf;
+    int err = 0;
+    if (unlikely(__Pyx_Coroutine_test_and_set_is_running(gen))) {
+        *retval = __Pyx_Coroutine_AlreadyRunningError(gen);
+        return PYGEN_ERROR;
+    }
+    yf = gen->yieldfrom;
+    if (yf) {
+        Py_INCREF(yf);
+        err = __Pyx_Coroutine_CloseIter(gen, yf);
+        __Pyx_Coroutine_Undelegate(gen);
+        Py_DECREF(yf);
+    }
+    if (err == 0)
+        PyErr_SetNone(PyExc_GeneratorExit);
+    result = __Pyx_Coroutine_SendEx(gen, NULL, retval, 1);
+    if (result == PYGEN_ERROR) {
+        __Pyx_PyThreadState_declare
+        __Pyx_PyThreadState_assign
+        __Pyx_Coroutine_unset_is_running(gen);
+        if (!__Pyx_PyErr_Occurred()) {
+            return PYGEN_RETURN;
+        } else if (likely(__Pyx_PyErr_ExceptionMatches2(PyExc_GeneratorExit, PyExc_StopIteration))) {
+            __Pyx_PyErr_Clear();
+            return PYGEN_RETURN;
+        }
+        return PYGEN_ERROR;
+    } else if (likely(result == PYGEN_RETURN && *retval == Py_None)) {
+        __Pyx_Coroutine_unset_is_running(gen);
+        return PYGEN_RETURN;
+    } else {
+        const char *msg;
+        Py_DECREF(*retval);
+        *retval = NULL;
+        if ((0)) {
+        #ifdef __Pyx_Coroutine_USED
+        } else if (__Pyx_Coroutine_Check(self)) {
+            msg = "coroutine ignored GeneratorExit";
+        #endif
+        #ifdef __Pyx_AsyncGen_USED
+        } else if (__Pyx_AsyncGen_CheckExact(self)) {
+            msg = "async generator ignored GeneratorExit";
+        #endif
+        } else {
+            msg = "generator ignored GeneratorExit";
+        }
+        PyErr_SetString(PyExc_RuntimeError, msg);
+        __Pyx_Coroutine_unset_is_running(gen);
+        return PYGEN_ERROR;
+    }
+}
+static PyObject *__Pyx__Coroutine_Throw(PyObject *self, PyObject *typ, PyObject *val, PyObject *tb,
+                                        PyObject *args, int close_on_genexit) {
+    __pyx_CoroutineObject *gen = (__pyx_CoroutineObject *) self;
+    PyObject *yf;
+    if (unlikely(__Pyx_Coroutine_test_and_set_is_running(gen)))
+        return __Pyx_Coroutine_AlreadyRunningError(gen);
+    yf = gen->yieldfrom;
+    if (yf) {
+        __Pyx_PySendResult result;
+        PyObject *ret;
+        Py_INCREF(yf);
+        if (__Pyx_PyErr_GivenExceptionMatches(typ, PyExc_GeneratorExit) && close_on_genexit) {
+            int err = __Pyx_Coroutine_CloseIter(gen, yf);
+            Py_DECREF(yf);
+            __Pyx_Coroutine_Undelegate(gen);
+            if (err < 0)
+                goto propagate_exception;
+            goto throw_here;
+        }
+        if (0
+        #ifdef __Pyx_Generator_USED
+            || __Pyx_Generator_CheckExact(yf)
+        #endif
+        #ifdef __Pyx_Coroutine_USED
+            || __Pyx_Coroutine_Check(yf)
+        #endif
+            ) {
+            ret = __Pyx__Coroutine_Throw(yf, typ, val, tb, args, close_on_genexit);
+        #ifdef __Pyx_Coroutine_USED
+        } else if (__Pyx_CoroutineAwait_CheckExact(yf)) {
+            ret = __Pyx__Coroutine_Throw(((__pyx_CoroutineAwaitObject*)yf)->coroutine, typ, val, tb, args, close_on_genexit);
+        #endif
+        } else {
+            PyObject *meth = __Pyx_PyObject_GetAttrStrNoError(yf, __pyx_mstate_global->__pyx_n_u_throw);
+            if (unlikely(!meth)) {
+                Py_DECREF(yf);
+                if (unlikely(PyErr_Occurred())) {
+                    __Pyx_Coroutine_unset_is_running(gen);
+                    return NULL;
+                }
+                __Pyx_Coroutine_Undelegate(gen);
+                goto throw_here;
+            }
+            if (args) {
+                ret = __Pyx_PyObject_Call(meth, args, NULL);
+            } else {
+                PyObject *cargs[4] = {NULL, typ, val, tb};
+                size_t nargs = 1U + (val != NULL) + (tb != NULL);
+                ret = __Pyx_PyObject_FastCall(meth, cargs+1, nargs | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET);
+            }
+            Py_DECREF(meth);
+        }
+        Py_DECREF(yf);
+        if (ret) {
+            __Pyx_Coroutine_unset_is_running(gen);
+            return ret;
+        }
+        result = __Pyx_Coroutine_FinishDelegation(gen, &ret);
+        __Pyx_Coroutine_unset_is_running(gen);
+        return __Pyx_Coroutine_MethodReturnFromResult(self, result, ret, 0);
+    }
+throw_here:
+    __Pyx_Raise(typ, val, tb, NULL);
+propagate_exception:
+    {
+        PyObject *retval = NULL;
+        __Pyx_PySendResult result = __Pyx_Coroutine_SendEx(gen, NULL, &retval, 0);
+        __Pyx_Coroutine_unset_is_running(gen);
+        return __Pyx_Coroutine_MethodReturnFromResult(self, result, retval, 0);
+    }
+}
+static PyObject *__Pyx_Coroutine_Throw(PyObject *self,
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030A0000
+    PyObject *args
+#else
+    PyObject *const *args, Py_ssize_t nargs
+#endif
+) {
+    PyObject *typ;
+    PyObject *val = NULL;
+    PyObject *tb = NULL;
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030A0000
+    if (unlikely(!PyArg_UnpackTuple(args, "throw", 1, 3, &typ, &val, &tb)))
+        return NULL;
+#else
+    switch (nargs) {
+    case 3:
+        tb = args[2];
+        CYTHON_FALLTHROUGH;
+    case 2:
+        val = args[1];
+        CYTHON_FALLTHROUGH;
+    case 1:
+        typ = args[0];
+        break;
+    default:
+        PyErr_SetString(PyExc_TypeError, "throw takes between 1 and 3 positional arguments");
+        return NULL;
+    }
+#endif
+    return __Pyx__Coroutine_Throw(self, typ, val, tb,
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030A0000
+                                  args,
+#else
+                                  NULL,
+#endif
+                                  1);
+}
+static CYTHON_INLINE int __Pyx_Coroutine_traverse_excstate(__Pyx_ExcInfoStruct *exc_state, visitproc visit, void *arg) {
+#if PY_VERSION_HEX >= 0x030B00a4
+    Py_VISIT(exc_state->exc_value);
+#else
+    Py_VISIT(exc_state->exc_type);
+    Py_VISIT(exc_state->exc_value);
+    Py_VISIT(exc_state->exc_traceback);
+#endif
+    return 0;
+}
+static int __Pyx_Coroutine_traverse(__pyx_CoroutineObject *gen, visitproc visit, void *arg) {
+    {
+        int e = __Pyx_call_type_traverse((PyObject*)gen, 1, visit, arg);
+        if (e) return e;
+    }
+    Py_VISIT(gen->closure);
+    Py_VISIT(gen->classobj);
+    Py_VISIT(gen->yieldfrom);
+    return __Pyx_Coroutine_traverse_excstate(&gen->gi_exc_state, visit, arg);
+}
+static int __Pyx_Coroutine_clear(PyObject *self) {
+    __pyx_CoroutineObject *gen = (__pyx_CoroutineObject *) self;
+    Py_CLEAR(gen->closure);
+    Py_CLEAR(gen->classobj);
+    __Pyx_Coroutine_Undelegate(gen);
+    __Pyx_Coroutine_ExceptionClear(&gen->gi_exc_state);
+#ifdef __Pyx_AsyncGen_USED
+    if (__Pyx_AsyncGen_CheckExact(self)) {
+        Py_CLEAR(((__pyx_PyAsyncGenObject*)gen)->ag_finalizer);
+    }
+#endif
+    Py_CLEAR(gen->gi_code);
+    Py_CLEAR(gen->gi_frame);
+    Py_CLEAR(gen->gi_name);
+    Py_CLEAR(gen->gi_qualname);
+    Py_CLEAR(gen->gi_modulename);
+    return 0;
+}
+static void __Pyx_Coroutine_dealloc(PyObject *self) {
+    __pyx_CoroutineObject *gen = (__pyx_CoroutineObject *) self;
+    PyObject_GC_UnTrack(gen);
+    #if PY_VERSION_HEX < 0x030C0000 || CYTHON_COMPILING_IN_LIMITED_API
+    if (gen->gi_weakreflist != NULL)
+    #endif
+        PyObject_ClearWeakRefs(self);
+    if (gen->resume_label >= 0) {
+#if CYTHON_USE_TP_FINALIZE
+        PyObject_GC_Track(self);
+        if (unlikely(PyObject_CallFinalizerFromDealloc(self)))
+        {
+            return;
+        }
+        PyObject_GC_UnTrack(self);
+#endif
+    }
+#ifdef __Pyx_AsyncGen_USED
+    if (__Pyx_AsyncGen_CheckExact(self)) {
+        /* We have to handle this case for asynchronous generators
+           right here, because this code has to be between UNTRACK
+           and GC_Del. */
+        Py_CLEAR(((__pyx_PyAsyncGenObject*)self)->ag_finalizer);
+    }
+#endif
+    __Pyx_Coroutine_clear(self);
+    __Pyx_PyHeapTypeObject_GC_Del(gen);
+}
+#if CYTHON_USE_TP_FINALIZE
+static void __Pyx_Coroutine_del(PyObject *self) {
+    PyObject *error_type, *error_value, *error_traceback;
+    __pyx_CoroutineObject *gen = (__pyx_CoroutineObject *) self;
+    __Pyx_PyThreadState_declare
+    if (gen->resume_label < 0) {
+        return;
+    }
+    __Pyx_PyThreadState_assign
+    __Pyx_ErrFetch(&error_type, &error_value, &error_traceback);
+#ifdef __Pyx_AsyncGen_USED
+    if (__Pyx_AsyncGen_CheckExact(self)) {
+        __pyx_PyAsyncGenObject *agen = (__pyx_PyAsyncGenObject*)self;
+        PyObject *finalizer = agen->ag_finalizer;
+        if (finalizer && !agen->ag_closed) {
+            PyObject *res = __Pyx_PyObject_CallOneArg(finalizer, self);
+            if (unlikely(!res)) {
+                PyErr_WriteUnraisable(self);
+            } else {
+                Py_DECREF(res);
+            }
+            __Pyx_ErrRestore(error_type, error_value, error_traceback);
+            return;
+        }
+    }
+#endif
+    if (unlikely(gen->resume_label == 0 && !error_value)) {
+#ifdef __Pyx_Coroutine_USED
+#ifdef __Pyx_Generator_USED
+    if (!__Pyx_Generator_CheckExact(self))
+#endif
+        {
+        PyObject_GC_UnTrack(self);
+        if (unlikely(PyErr_WarnFormat(PyExc_RuntimeWarning, 1, "coroutine '%.50S' was never awaited", gen->gi_qualname) < 0))
+            PyErr_WriteUnraisable(self);
+        PyObject_GC_Track(self);
+        }
+#endif
+    } else {
+        PyObject *retval = NULL;
+        __Pyx_PySendResult result = __Pyx_Coroutine_Close(self, &retval);
+        if (result == PYGEN_ERROR) {
+            PyErr_WriteUnraisable(self);
+        } else {
+            Py_XDECREF(retval);
+        }
+    }
+    __Pyx_ErrRestore(error_type, error_value, error_traceback);
+}
+#endif
+static PyObject *
+__Pyx_Coroutine_get_name(__pyx_CoroutineObject *self, void *context)
+{
+    PyObject *name = self->gi_name;
+    CYTHON_UNUSED_VAR(context);
+    if (unlikely(!name)) name = Py_None;
+    Py_INCREF(name);
+    return name;
+}
+static int
+__Pyx_Coroutine_set_name(__pyx_CoroutineObject *self, PyObject *value, void *context)
+{
+    CYTHON_UNUSED_VAR(context);
+    if (unlikely(value == NULL || !PyUnicode_Check(value))) {
+        PyErr_SetString(PyExc_TypeError,
+                        "__name__ must be set to a string object");
+        return -1;
+    }
+    Py_INCREF(value);
+    __Pyx_Py_XDECREF_SET(self->gi_name, value);
+    return 0;
+}
+static PyObject *
+__Pyx_Coroutine_get_qualname(__pyx_CoroutineObject *self, void *context)
+{
+    PyObject *name = self->gi_qualname;
+    CYTHON_UNUSED_VAR(context);
+    if (unlikely(!name)) name = Py_None;
+    Py_INCREF(name);
+    return name;
+}
+static int
+__Pyx_Coroutine_set_qualname(__pyx_CoroutineObject *self, PyObject *value, void *context)
+{
+    CYTHON_UNUSED_VAR(context);
+    if (unlikely(value == NULL || !PyUnicode_Check(value))) {
+        PyErr_SetString(PyExc_TypeError,
+                        "__qualname__ must be set to a string object");
+        return -1;
+    }
+    Py_INCREF(value);
+    __Pyx_Py_XDECREF_SET(self->gi_qualname, value);
+    return 0;
+}
+#if !CYTHON_COMPILING_IN_LIMITED_API
+static PyObject *
+__Pyx__Coroutine_get_frame_locked(__pyx_CoroutineObject *self) {
+    PyObject *frame;
+    frame = self->gi_frame;
+    if (!frame) {
+        if (unlikely(!self->gi_code)) {
+            Py_RETURN_NONE;
+        }
+        PyObject *globals = PyDict_New();
+        if (unlikely(!globals)) return NULL;
+        frame = (PyObject *) PyFrame_New(
+            PyThreadState_Get(),            /*PyThreadState *tstate,*/
+            (PyCodeObject*) self->gi_code,  /*PyCodeObject *code,*/
+            globals,                        /*PyObject *globals,*/
+            0                               /*PyObject *locals*/
+        );
+        Py_DECREF(globals);
+        if (unlikely(!frame))
+            return NULL;
+        if (unlikely(self->gi_frame)) {
+            Py_DECREF(frame);
+            frame = self->gi_frame;
+        } else {
+            self->gi_frame = frame;
+        }
+    }
+    Py_INCREF(frame);
+    return frame;
+}
+#endif
+static PyObject *
+__Pyx__Coroutine_get_frame(__pyx_CoroutineObject *self)
+{
+#if !CYTHON_COMPILING_IN_LIMITED_API
+    PyObject *frame;
+    __Pyx_BEGIN_CRITICAL_SECTION((PyObject*)self);
+    frame = __Pyx__Coroutine_get_frame_locked(self);
+    __Pyx_END_CRITICAL_SECTION();
+    return frame;
+#else
+    CYTHON_UNUSED_VAR(self);
+    Py_RETURN_NONE;
+#endif
+}
+static PyObject *
+__Pyx_Coroutine_get_frame(__pyx_CoroutineObject *self, void *context) {
+    CYTHON_UNUSED_VAR(context);
+    PyObject *frame = self->gi_frame;
+    if (frame)
+        return __Pyx_NewRef(frame);
+    return __Pyx__Coroutine_get_frame(self);
+}
+static __pyx_CoroutineObject *__Pyx__Coroutine_New(
+            PyTypeObject* type, __pyx_coroutine_body_t body, PyObject *code, PyObject *closure,
+            PyObject *name, PyObject *qualname, PyObject *module_name) {
+    __pyx_CoroutineObject *gen = PyObject_GC_New(__pyx_CoroutineObject, type);
+    if (unlikely(!gen))
+        return NULL;
+    return __Pyx__Coroutine_NewInit(gen, body, code, closure, name, qualname, module_name);
+}
+static __pyx_CoroutineObject *__Pyx__Coroutine_NewInit(
+            __pyx_CoroutineObject *gen, __pyx_coroutine_body_t body, PyObject *code, PyObject *closure,
+            PyObject *name, PyObject *qualname, PyObject *module_name) {
+    gen->body = body;
+    gen->closure = closure;
+    Py_XINCREF(closure);
+    gen->is_running = 0;
+    gen->resume_label = 0;
+    gen->classobj = NULL;
+    gen->yieldfrom = NULL;
+    gen->yieldfrom_am_send = NULL;
+    #if PY_VERSION_HEX >= 0x030B00a4 && !CYTHON_COMPILING_IN_LIMITED_API
+    gen->gi_exc_state.exc_value = NULL;
+    #else
+    gen->gi_exc_state.exc_type = NULL;
+    gen->gi_exc_state.exc_value = NULL;
+    gen->gi_exc_state.exc_traceback = NULL;
+    #endif
+#if CYTHON_USE_EXC_INFO_STACK
+    gen->gi_exc_state.previous_item = NULL;
+#endif
+#if PY_VERSION_HEX < 0x030C0000 || CYTHON_COMPILING_IN_LIMITED_API
+    gen->gi_weakreflist = NULL;
+#endif
+    Py_XINCREF(qualname);
+    gen->gi_qualname = qualname;
+    Py_XINCREF(name);
+    gen->gi_name = name;
+    Py_XINCREF(module_name);
+    gen->gi_modulename = module_name;
+    Py_XINCREF(code);
+    gen->gi_code = code;
+    gen->gi_frame = NULL;
+#if CYTHON_USE_SYS_MONITORING && (CYTHON_PROFILE || CYTHON_TRACE)
+    memset(gen->__pyx_pymonitoring_state, 0, sizeof(gen->__pyx_pymonitoring_state));
+    gen->__pyx_pymonitoring_version = 0;
+#endif
+    PyObject_GC_Track(gen);
+    return gen;
+}
+static char __Pyx_Coroutine_test_and_set_is_running(__pyx_CoroutineObject *gen) {
+    char result;
+    __Pyx_BEGIN_CRITICAL_SECTION((PyObject*)gen);
+    result = gen->is_running;
+    gen->is_running = 1;
+    __Pyx_END_CRITICAL_SECTION();
+    return result;
+}
+static void __Pyx_Coroutine_unset_is_running(__pyx_CoroutineObject *gen) {
+    __Pyx_BEGIN_CRITICAL_SECTION((PyObject*)gen);
+    assert(gen->is_running);
+    gen->is_running = 0;
+    __Pyx_END_CRITICAL_SECTION();
+}
+static char __Pyx_Coroutine_get_is_running(__pyx_CoroutineObject *gen) {
+    char result;
+    __Pyx_BEGIN_CRITICAL_SECTION((PyObject*)gen);
+    result = gen->is_running;
+    __Pyx_END_CRITICAL_SECTION();
+    return result;
+}
+static PyObject *__Pyx_Coroutine_get_is_running_getter(PyObject *gen, void *closure) {
+    CYTHON_UNUSED_VAR(closure);
+    char result = __Pyx_Coroutine_get_is_running((__pyx_CoroutineObject*)gen);
+    if (result) Py_RETURN_TRUE;
+    else Py_RETURN_FALSE;
+}
+#if __PYX_HAS_PY_AM_SEND == 2
+static void __Pyx_SetBackportTypeAmSend(PyTypeObject *type, __Pyx_PyAsyncMethodsStruct *static_amsend_methods, __Pyx_pyiter_sendfunc am_send) {
+    Py_ssize_t ptr_offset = (char*)(type->tp_as_async) - (char*)type;
+    if (ptr_offset < 0 || ptr_offset > type->tp_basicsize) {
+        return;
+    }
+    memcpy((void*)static_amsend_methods, (void*)(type->tp_as_async), sizeof(*type->tp_as_async));
+    static_amsend_methods->am_send = am_send;
+    type->tp_as_async = __Pyx_SlotTpAsAsync(static_amsend_methods);
+}
+#endif
+static PyObject *__Pyx_Coroutine_fail_reduce_ex(PyObject *self, PyObject *arg) {
+    CYTHON_UNUSED_VAR(arg);
+    __Pyx_RaiseTypeErrorWithObjectType(
+        "cannot pickle '" __Pyx_FMT_TYPENAME "' object", self);
+    return NULL;
+}
+
+/* Coroutine (used by CoroutineYieldFrom) */
+static void __Pyx_CoroutineAwait_dealloc(PyObject *self) {
+    PyObject_GC_UnTrack(self);
+    Py_CLEAR(((__pyx_CoroutineAwaitObject*)self)->coroutine);
+    __Pyx_PyHeapTypeObject_GC_Del(self);
+}
+static int __Pyx_CoroutineAwait_traverse(__pyx_CoroutineAwaitObject *self, visitproc visit, void *arg) {
+    {
+        int e = __Pyx_call_type_traverse((PyObject*)self, 1, visit, arg);
+        if (e) return e;
+    }
+    Py_VISIT(self->coroutine);
+    return 0;
+}
+static int __Pyx_CoroutineAwait_clear(__pyx_CoroutineAwaitObject *self) {
+    Py_CLEAR(self->coroutine);
+    return 0;
+}
+static PyObject *__Pyx_CoroutineAwait_Next(__pyx_CoroutineAwaitObject *self) {
+    return __Pyx_Generator_Next(self->coroutine);
+}
+static PyObject *__Pyx_CoroutineAwait_Send(__pyx_CoroutineAwaitObject *self, PyObject *value) {
+    return __Pyx_Coroutine_Send(self->coroutine, value);
+}
+#if __PYX_HAS_PY_AM_SEND
+static __Pyx_PySendResult __Pyx_CoroutineAwait_AmSend(PyObject *self, PyObject *value, PyObject **retval) {
+    return __Pyx_Coroutine_AmSend(((__pyx_CoroutineAwaitObject*)self)->coroutine, value, retval);
+}
+#endif
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030A0000
+static PyObject *__Pyx_CoroutineAwait_Throw(__pyx_CoroutineAwaitObject *self, PyObject *args) {
+    return __Pyx_Coroutine_Throw(self->coroutine, args);
+}
+#else
+static PyObject *__Pyx_CoroutineAwait_Throw(__pyx_CoroutineAwaitObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    return __Pyx_Coroutine_Throw(self->coroutine, args, nargs);
+}
+#endif
+static __Pyx_PySendResult __Pyx_CoroutineAwait_Close(__pyx_CoroutineAwaitObject *self) {
+    PyObject *retval = NULL;
+    __Pyx_PySendResult result = __Pyx_Coroutine_Close(self->coroutine, &retval);
+    Py_XDECREF(retval);
+    return result;
+}
+static PyObject *__Pyx_CoroutineAwait_Close_Method(__pyx_CoroutineAwaitObject *self, PyObject *arg) {
+    PyObject *retval = NULL;
+    __Pyx_PySendResult result;
+    CYTHON_UNUSED_VAR(arg);
+    result = __Pyx_Coroutine_Close(self->coroutine, &retval);
+    if (unlikely(result == PYGEN_ERROR))
+        return NULL;
+    Py_XDECREF(retval);
+    Py_RETURN_NONE;
+}
+static PyObject *__Pyx_CoroutineAwait_self(PyObject *self) {
+    Py_INCREF(self);
+    return self;
+}
+#if !CYTHON_COMPILING_IN_PYPY
+static PyObject *__Pyx_CoroutineAwait_no_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
+    CYTHON_UNUSED_VAR(type);
+    CYTHON_UNUSED_VAR(args);
+    CYTHON_UNUSED_VAR(kwargs);
+    PyErr_SetString(PyExc_TypeError, "cannot instantiate type, use 'await coroutine' instead");
+    return NULL;
+}
+#endif
+static PyMethodDef __pyx_CoroutineAwait_methods[] = {
+    {"send", (PyCFunction) __Pyx_CoroutineAwait_Send, METH_O,
+     PyDoc_STR("send(arg) -> send 'arg' into coroutine,\nreturn next yielded value or raise StopIteration.")},
+    {"throw", __PYX_REINTERPRET_FUNCION(PyCFunction, __Pyx_CoroutineAwait_Throw),
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030A0000
+        METH_VARARGS,
+#else
+        METH_FASTCALL,
+#endif
+     PyDoc_STR("throw(typ[,val[,tb]]) -> raise exception in coroutine,\nreturn next yielded value or raise StopIteration.")},
+    {"close", (PyCFunction) __Pyx_CoroutineAwait_Close_Method, METH_NOARGS, PyDoc_STR("close() -> raise GeneratorExit inside coroutine.")},
+    {"__reduce_ex__", (PyCFunction) __Pyx_Coroutine_fail_reduce_ex, METH_O, 0},
+    {"__reduce__", (PyCFunction) __Pyx_Coroutine_fail_reduce_ex, METH_NOARGS, 0},
+    {0, 0, 0, 0}
+};
+static PyType_Slot __pyx_CoroutineAwaitType_slots[] = {
+    {Py_tp_dealloc, (void *)__Pyx_CoroutineAwait_dealloc},
+    {Py_tp_traverse, (void *)__Pyx_CoroutineAwait_traverse},
+    {Py_tp_clear, (void *)__Pyx_CoroutineAwait_clear},
+#if !CYTHON_COMPILING_IN_PYPY
+    {Py_tp_new, (void *)__Pyx_CoroutineAwait_no_new},
+#endif
+    {Py_tp_methods, (void *)__pyx_CoroutineAwait_methods},
+    {Py_tp_iter, (void *)__Pyx_CoroutineAwait_self},
+    {Py_tp_iternext, (void *)__Pyx_CoroutineAwait_Next},
+#if __PYX_HAS_PY_AM_SEND == 1
+    {Py_am_send, (void *)__Pyx_CoroutineAwait_AmSend},
+#endif
+    {0, 0},
+};
+static PyType_Spec __pyx_CoroutineAwaitType_spec = {
+    __PYX_TYPE_MODULE_PREFIX "coroutine_wrapper",
+    sizeof(__pyx_CoroutineAwaitObject),
+    0,
+    Py_TPFLAGS_IMMUTABLETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION |
+    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | __Pyx_TPFLAGS_HAVE_AM_SEND,
+    __pyx_CoroutineAwaitType_slots
+};
+#if __PYX_HAS_PY_AM_SEND == 2 // backport
+static __Pyx_PyAsyncMethodsStruct __pyx_CoroutineAwait_as_async;
+#endif
+static CYTHON_INLINE PyObject *__Pyx__Coroutine_await(PyObject *coroutine) {
+    __pyx_CoroutineAwaitObject *await = PyObject_GC_New(__pyx_CoroutineAwaitObject, __pyx_mstate_global->__pyx_CoroutineAwaitType);
+    if (unlikely(!await)) return NULL;
+    Py_INCREF(coroutine);
+    await->coroutine = coroutine;
+    PyObject_GC_Track(await);
+    return (PyObject*)await;
+}
+static PyObject *__Pyx_Coroutine_await(PyObject *coroutine) {
+    if (unlikely(!coroutine || !__Pyx_Coroutine_Check(coroutine))) {
+        PyErr_SetString(PyExc_TypeError, "invalid input, expected coroutine");
+        return NULL;
+    }
+    return __Pyx__Coroutine_await(coroutine);
+}
+static PyMethodDef __pyx_Coroutine_methods[] = {
+    {"send", (PyCFunction) __Pyx_Coroutine_Send, METH_O,
+     PyDoc_STR("send(arg) -> send 'arg' into coroutine,\nreturn next iterated value or raise StopIteration.")},
+    {"throw", __PYX_REINTERPRET_FUNCION(PyCFunction, __Pyx_Coroutine_Throw),
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030A0000
+        METH_VARARGS,
+#else
+        METH_FASTCALL,
+#endif
+     PyDoc_STR("throw(typ[,val[,tb]]) -> raise exception in coroutine,\nreturn next iterated value or raise StopIteration.")},
+    {"close", (PyCFunction) __Pyx_Coroutine_Close_Method, METH_NOARGS, PyDoc_STR("close() -> raise GeneratorExit inside coroutine.")},
+    {"__reduce_ex__", (PyCFunction) __Pyx_Coroutine_fail_reduce_ex, METH_O, 0},
+    {"__reduce__", (PyCFunction) __Pyx_Coroutine_fail_reduce_ex, METH_NOARGS, 0},
+    {0, 0, 0, 0}
+};
+static PyMemberDef __pyx_Coroutine_memberlist[] = {
+    {"cr_await", T_OBJECT, offsetof(__pyx_CoroutineObject, yieldfrom), READONLY,
+     PyDoc_STR("object being awaited, or None")},
+    {"cr_code", T_OBJECT, offsetof(__pyx_CoroutineObject, gi_code), READONLY, NULL},
+    {"__module__", T_OBJECT, offsetof(__pyx_CoroutineObject, gi_modulename), 0, 0},
+#if PY_VERSION_HEX < 0x030C0000 || CYTHON_COMPILING_IN_LIMITED_API
+    {"__weaklistoffset__", T_PYSSIZET, offsetof(__pyx_CoroutineObject, gi_weakreflist), READONLY, 0},
+#endif
+    {0, 0, 0, 0, 0}
+};
+static PyGetSetDef __pyx_Coroutine_getsets[] = {
+    {"__name__", (getter)__Pyx_Coroutine_get_name, (setter)__Pyx_Coroutine_set_name,
+     PyDoc_STR("name of the coroutine"), 0},
+    {"__qualname__", (getter)__Pyx_Coroutine_get_qualname, (setter)__Pyx_Coroutine_set_qualname,
+     PyDoc_STR("qualified name of the coroutine"), 0},
+    {"cr_frame", (getter)__Pyx_Coroutine_get_frame, NULL,
+     PyDoc_STR("Frame of the coroutine"), 0},
+    {"cr_running", __Pyx_Coroutine_get_is_running_getter, NULL, NULL, NULL},
+    {0, 0, 0, 0, 0}
+};
+static PyType_Slot __pyx_CoroutineType_slots[] = {
+    {Py_tp_dealloc, (void *)__Pyx_Coroutine_dealloc},
+    {Py_am_await, (void *)&__Pyx_Coroutine_await},
+    {Py_tp_traverse, (void *)__Pyx_Coroutine_traverse},
+    {Py_tp_methods, (void *)__pyx_Coroutine_methods},
+    {Py_tp_members, (void *)__pyx_Coroutine_memberlist},
+    {Py_tp_getset, (void *)__pyx_Coroutine_getsets},
+    {Py_tp_getattro, (void *) PyObject_GenericGetAttr},
+#if CYTHON_USE_TP_FINALIZE
+    {Py_tp_finalize, (void *)__Pyx_Coroutine_del},
+#endif
+#if __PYX_HAS_PY_AM_SEND == 1
+    {Py_am_send, (void *)__Pyx_Coroutine_AmSend},
+#endif
+    {0, 0},
+};
+static PyType_Spec __pyx_CoroutineType_spec = {
+    __PYX_TYPE_MODULE_PREFIX "coroutine",
+    sizeof(__pyx_CoroutineObject),
+    0,
+#if PY_VERSION_HEX >= 0x030C0000 && !CYTHON_COMPILING_IN_LIMITED_API
+    Py_TPFLAGS_MANAGED_WEAKREF |
+#endif
+    Py_TPFLAGS_IMMUTABLETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION |
+    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | __Pyx_TPFLAGS_HAVE_AM_SEND,
+    __pyx_CoroutineType_slots
+};
+#if __PYX_HAS_PY_AM_SEND == 2
+static __Pyx_PyAsyncMethodsStruct __pyx_Coroutine_as_async;
+#endif
+static int __pyx_Coroutine_init(PyObject *module) {
+    __pyx_mstatetype *mstate;
+    CYTHON_MAYBE_UNUSED_VAR(module);
+    mstate = __Pyx_PyModule_GetState(module);
+    mstate->__pyx_CoroutineType = __Pyx_FetchCommonTypeFromSpec(
+        mstate->__pyx_CommonTypesMetaclassType, module, &__pyx_CoroutineType_spec, NULL);
+    if (unlikely(!mstate->__pyx_CoroutineType))
+        return -1;
+#if __PYX_HAS_PY_AM_SEND == 2
+    __Pyx_SetBackportTypeAmSend(mstate->__pyx_CoroutineType, &__pyx_Coroutine_as_async, &__Pyx_Coroutine_AmSend);
+#endif
+#ifdef __Pyx_IterableCoroutine_USED
+    if (unlikely(__pyx_IterableCoroutine_init(module) == -1))
+        return -1;
+#endif
+    mstate->__pyx_CoroutineAwaitType = __Pyx_FetchCommonTypeFromSpec(NULL, module, &__pyx_CoroutineAwaitType_spec, NULL);
+    if (unlikely(!mstate->__pyx_CoroutineAwaitType))
+        return -1;
+#if __PYX_HAS_PY_AM_SEND == 2
+    __Pyx_SetBackportTypeAmSend(mstate->__pyx_CoroutineAwaitType, &__pyx_CoroutineAwait_as_async, &__Pyx_CoroutineAwait_AmSend);
+#endif
+    return 0;
+}
+
+/* CoroutineSetYieldFrom (used by CoroutineYieldFrom) */
+static void
+__Pyx_Coroutine_Set_Owned_Yield_From(__pyx_CoroutineObject *gen, PyObject *yf) {
+    assert (!gen->yieldfrom);
+#if CYTHON_USE_AM_SEND
+    assert (!gen->yieldfrom_am_send);
+    #if PY_VERSION_HEX < 0x030A00F0
+    if (__Pyx_PyType_HasFeature(Py_TYPE(yf), __Pyx_TPFLAGS_HAVE_AM_SEND))
+    #endif
+    {
+        __Pyx_pyiter_sendfunc am_send;
+        #if __PYX_LIMITED_VERSION_HEX >= 0x030A0000
+        am_send = __Pyx_PyObject_TryGetSubSlot(yf, tp_as_async, am_send, __Pyx_pyiter_sendfunc);
+        #else
+        __Pyx_PyAsyncMethodsStruct* tp_as_async = (__Pyx_PyAsyncMethodsStruct*) Py_TYPE(yf)->tp_as_async;
+        am_send = tp_as_async ? tp_as_async->am_send : NULL;
+        #endif
+        if (likely(am_send)) {
+            gen->yieldfrom_am_send = am_send;
+        }
+    }
+#endif
+    gen->yieldfrom = yf;
+}
+
+/* Coro_CheckExact (used by GetAwaitIter) */
+#if CYTHON_COMPILING_IN_LIMITED_API
+static int __Pyx_PyCoro_CheckExact(PyObject *o) {
+    return (PyObject*)Py_TYPE(o) == __pyx_mstate_global->__Pyx_CachedCoroType;
+}
+#endif
+
+/* PyObjectGetMethod (used by GetAwaitIter) */
+#if !CYTHON_VECTORCALL
+static int __Pyx_PyObject_GetMethod(PyObject *obj, PyObject *name, PyObject **method) {
+    PyObject *attr = __Pyx_PyObject_GetAttrStr(obj, name);
+#if CYTHON_UNPACK_METHODS
+    if (likely(attr) && PyMethod_Check(attr) && likely(PyMethod_GET_SELF(attr) == obj)) {
+        PyObject *function = PyMethod_GET_FUNCTION(attr);
+        Py_INCREF(function);
+        Py_DECREF(attr);
+        *method = function;
+        return 1;
+    }
+#endif
+    *method = attr;
+    return 0;
+}
+#endif
+
+/* GetAwaitIter (used by CoroutineYieldFrom) */
+static CYTHON_INLINE PyObject *__Pyx_Coroutine_GetAwaitableIter(PyObject *o) {
+#ifdef __Pyx_Coroutine_USED
+    if (__Pyx_Coroutine_Check(o)) {
+        return __Pyx_NewRef(o);
+    }
+#endif
+    return __Pyx__Coroutine_GetAwaitableIter(o);
+}
+static void __Pyx_Coroutine_AwaitableIterError(PyObject *source) {
+#if (PY_VERSION_HEX < 0x030d0000 || defined(_PyErr_FormatFromCause)) && !CYTHON_COMPILING_IN_LIMITED_API
+    __Pyx_TypeName source_type_name = __Pyx_PyType_GetFullyQualifiedName(Py_TYPE(source));
+    _PyErr_FormatFromCause(PyExc_TypeError,
+        "'async for' received an invalid object from __anext__: " __Pyx_FMT_TYPENAME, source_type_name);
+    __Pyx_DECREF_TypeName(source_type_name);
+#else
+    PyObject *exc, *val, *val2, *tb;
+    assert(PyErr_Occurred());
+    __Pyx_PyErr_FetchException(&exc, &val, &tb);
+#if __PYX_LIMITED_VERSION_HEX < 0x030C0000
+    PyErr_NormalizeException(&exc, &val, &tb);
+    if (tb != NULL) {
+        PyException_SetTraceback(val, tb);
+        Py_DECREF(tb);
+    }
+    Py_DECREF(exc);
+#endif
+    assert(!PyErr_Occurred());
+    __Pyx_RaiseTypeErrorWithObjectType(
+        "'async for' received an invalid object from __anext__: " __Pyx_FMT_TYPENAME, source);
+    __Pyx_PyErr_FetchException(&exc, &val2, &tb);
+#if __PYX_LIMITED_VERSION_HEX < 0x030C0000
+    PyErr_NormalizeException(&exc, &val2, &tb);
+#endif
+    Py_INCREF(val);
+    PyException_SetCause(val2, val);
+    PyException_SetContext(val2, val);
+    __Pyx_PyErr_RestoreException(exc, val2, tb);
+#endif
+}
+static PyObject *__Pyx__Coroutine_GetAwaitableIter(PyObject *obj) {
+    PyObject *res;
+    unaryfunc am_await;
+    am_await = __Pyx_PyObject_TryGetSubSlot(obj, tp_as_async, am_await, unaryfunc);
+    if (likely(am_await)) {
+        res = (*am_await)(obj);
+    } else
+#if CYTHON_COMPILING_IN_CPYTHON && defined(CO_ITERABLE_COROUTINE)
+#if PY_VERSION_HEX >= 0x030C00A6
+    if (PyGen_CheckExact(obj) && (PyGen_GetCode((PyGenObject*)obj)->co_flags & CO_ITERABLE_COROUTINE))
+#else
+    if (PyGen_CheckExact(obj) && ((PyGenObject*)obj)->gi_code && ((PyCodeObject *)((PyGenObject*)obj)->gi_code)->co_flags & CO_ITERABLE_COROUTINE)
+#endif
+    {
+        return __Pyx_NewRef(obj);
+    } else
+#endif
+    {
+#if CYTHON_VECTORCALL && (__PYX_LIMITED_VERSION_HEX >= 0x030C0000 || !CYTHON_COMPILING_IN_LIMITED_API)
+        PyObject *args[] = { obj };
+        res = PyObject_VectorcallMethod(__pyx_mstate_global->__pyx_n_u_await, args, 1 |  PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
+        if (unlikely(!res)) {
+            if (PyErr_ExceptionMatches(PyExc_AttributeError)) {
+                PyObject *type, *value, *traceback;
+                __Pyx_PyErr_FetchException(&type, &value, &traceback);
+                int has_attr = PyObject_HasAttr(obj, __pyx_mstate_global->__pyx_n_u_await);
+                __Pyx_PyErr_RestoreException(type, value, traceback);
+                if (!has_attr) goto slot_error;
+            }
+        }
+#else
+        PyObject *method = NULL;
+        int is_method = __Pyx_PyObject_GetMethod(obj, __pyx_mstate_global->__pyx_n_u_await, &method);
+        if (likely(is_method)) {
+            res = __Pyx_PyObject_CallOneArg(method, obj);
+        } else if (likely(method)) {
+            res = __Pyx_PyObject_CallNoArg(method);
+        } else
+            goto slot_error;
+        Py_DECREF(method);
+#endif
+    }
+    if (unlikely(!res)) {
+        __Pyx_Coroutine_AwaitableIterError(obj);
+        goto bad;
+    }
+    if (unlikely(!PyIter_Check(res))) {
+        __Pyx_RaiseTypeErrorWithObjectType(
+            "__await__() returned non-iterator of type '" __Pyx_FMT_TYPENAME "'", res);
+        Py_CLEAR(res);
+    } else {
+        int is_coroutine = 0;
+        #ifdef __Pyx_Coroutine_USED
+        is_coroutine |= __Pyx_Coroutine_Check(res);
+        #endif
+        is_coroutine |= __Pyx_PyCoro_CheckExact(res);
+        if (unlikely(is_coroutine)) {
+            /* __await__ must return an *iterator*, not
+               a coroutine or another awaitable (see PEP 492) */
+            PyErr_SetString(PyExc_TypeError,
+                            "__await__() returned a coroutine");
+            Py_CLEAR(res);
+        }
+    }
+    return res;
+slot_error:
+    __Pyx_RaiseTypeErrorWithObjectType(
+        "object " __Pyx_FMT_TYPENAME " can't be used in 'await' expression", obj);
+bad:
+    return NULL;
+}
+
+/* CoroutineYieldFrom */
+static __Pyx_PySendResult __Pyx_Coroutine_Yield_From_Coroutine(__pyx_CoroutineObject *gen, PyObject *source, PyObject **retval) {
+    __Pyx_PySendResult result;
+    if (unlikely(((__pyx_CoroutineObject*)source)->yieldfrom)) {
+        PyErr_SetString(
+            PyExc_RuntimeError,
+            "coroutine is being awaited already");
+        return PYGEN_ERROR;
+    }
+    result = __Pyx_Coroutine_AmSend(source, Py_None, retval);
+    if (result == PYGEN_NEXT) {
+        Py_INCREF(source);
+        __Pyx_Coroutine_Set_Owned_Yield_From(gen, source);
+    }
+    return result;
+}
+static __Pyx_PySendResult __Pyx_Coroutine_Yield_From_Generic(__pyx_CoroutineObject *gen, PyObject *source, PyObject **retval) {
+    __Pyx_PySendResult result;
+    PyObject *source_gen = NULL;
+    source_gen = __Pyx_Coroutine_GetAwaitableIter(source);
+    if (unlikely(!source_gen)) return PYGEN_ERROR;
+    if (__Pyx_Coroutine_Check(source_gen)) {
+        result = __Pyx_Coroutine_Yield_From_Coroutine(gen, source_gen, retval);
+        Py_DECREF(source_gen);
+        return result;
+    }
+    *retval = __Pyx_PyIter_Next_Plain(source_gen);
+    if (*retval) {
+        __Pyx_Coroutine_Set_Owned_Yield_From(gen, source_gen);
+        return PYGEN_NEXT;
+    }
+    result = __Pyx_Coroutine_status_from_result(retval);
+    Py_XDECREF(source_gen);
+    return result;
+}
+static CYTHON_INLINE __Pyx_PySendResult __Pyx_Coroutine_Yield_From(__pyx_CoroutineObject *gen, PyObject *source, PyObject **retval) {
+    if (__Pyx_Coroutine_Check(source)) {
+        return __Pyx_Coroutine_Yield_From_Coroutine(gen, source, retval);
+    }
+#ifdef __Pyx_AsyncGen_USED
+    if (__pyx_PyAsyncGenASend_CheckExact(source)) {
+        *retval = __Pyx_async_gen_asend_iternext(source);
+        if (*retval) {
+            Py_INCREF(source);
+            __Pyx_Coroutine_Set_Owned_Yield_From(gen, source);
+            return PYGEN_NEXT;
+        }
+        return __Pyx_Coroutine_status_from_result(retval);
+    }
+#endif
+    return __Pyx_Coroutine_Yield_From_Generic(gen, source, retval);
+}
+
+/* PyNumberBinop */
+#if !(CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_GRAAL || CYTHON_COMPILING_IN_LIMITED_API)
+#if CYTHON_USE_TYPE_SLOTS || __PYX_LIMITED_VERSION_HEX >= 0x030A0000
+#ifndef __Pyx_DEFINED_BinopTypeError
+#define __Pyx_DEFINED_BinopTypeError
+static void __Pyx_BinopTypeError(PyObject *op1, PyObject *op2, const char* op, int inplace) {
+    char opname[4] = {op[0], op[1], 0, 0};
+    if (inplace) {
+        opname[op[1] ? 2 : 1] = '=';
+    }
+    __Pyx_RaiseErrorWithObjectTypes1(
+        PyExc_TypeError,
+        "unsupported operand type(s) for %.3s: '" __Pyx_FMT_TYPENAME "' and '" __Pyx_FMT_TYPENAME "'",
+        opname, op1, op2);
+}
+#endif
+#endif
+#ifndef __Pyx_DEFINED_PyNumber_Add_xfloat_object
+#define __Pyx_DEFINED_PyNumber_Add_xfloat_object
+static PyObject* __Pyx_PyNumber_Add_xfloat_object(PyObject *op1, PyObject *op2, int inplace) {
+    if (PyLong_CheckExact(op2)) {
+        double int_op2;
+        #if CYTHON_USE_PYLONG_INTERNALS
+        if (__Pyx_PyLong_IsCompact(op2)) {
+            Py_ssize_t compact_op2 = __Pyx_PyLong_CompactValue(op2);
+            if (compact_op2 == 0) return __Pyx_NewRef(op1);
+            int_op2 = (double) compact_op2;
+        } else
+        #endif
+        {
+            int_op2 = PyLong_AsDouble(op2);
+            if (unlikely((int_op2 == -1.) && PyErr_Occurred())) return NULL;
+            #if !CYTHON_USE_PYLONG_INTERNALS
+            if (int_op2 == 0.) return __Pyx_NewRef(op1);
+            #endif
+        }
+        double float_op1 = __Pyx_PyFloat_AS_DOUBLE(op1);
+        #if !CYTHON_ASSUME_SAFE_MACROS
+        if (unlikely((float_op1 == -1.) && PyErr_Occurred())) return NULL;
+        #endif
+        return PyFloat_FromDouble(float_op1 + int_op2);
+    }
+    if (PyLong_Check(op2)) {
+        binaryfunc slot_func = __Pyx_PyType_GetSubSlot(&PyFloat_Type, tp_as_number, nb_add, binaryfunc);
+        if (likely(slot_func)) {
+            return slot_func(op1, op2);
+        }
+    }
+    #if CYTHON_USE_TYPE_SLOTS || __PYX_LIMITED_VERSION_HEX >= 0x030A0000
+    {
+        PyTypeObject *type_op2 = Py_TYPE(op2);
+        binaryfunc slot_func = __Pyx_PyType_GetSubSlot(type_op2, tp_as_number, nb_add, binaryfunc);
+        if (likely(slot_func)) {
+            PyObject *result = slot_func(op1, op2);
+            if (likely(result != Py_NotImplemented)) {
+                return result;
+            }
+            Py_DECREF(result);
+        }
+        __Pyx_BinopTypeError(op1, op2, "+", inplace);
+        return NULL;
+    }
+    #else
+    return (inplace) ? PyNumber_InPlaceAdd(op1, op2) : PyNumber_Add(op1, op2);
+    #endif
+}
+#endif
+#ifndef __Pyx_DEFINED_PyNumber_Add_xint_object
+#define __Pyx_DEFINED_PyNumber_Add_xint_object
+static PyObject* __Pyx_PyNumber_Add_xint_object(PyObject *op1, PyObject *op2, int inplace) {
+    if (PyFloat_CheckExact(op2)) {
+        double int_op1;
+        #if CYTHON_USE_PYLONG_INTERNALS
+        if (__Pyx_PyLong_IsCompact(op1)) {
+            Py_ssize_t compact_op1 = __Pyx_PyLong_CompactValue(op1);
+            if (compact_op1 == 0) return __Pyx_NewRef(op2);
+            int_op1 = (double) compact_op1;
+        } else
+        #endif
+        {
+            int_op1 = PyLong_AsDouble(op1);
+            if (unlikely((int_op1 == -1.) && PyErr_Occurred())) return NULL;
+            #if !CYTHON_USE_PYLONG_INTERNALS
+            if (int_op1 == 0.) return __Pyx_NewRef(op2);
+            #endif
+        }
+        double float_op2 = __Pyx_PyFloat_AS_DOUBLE(op2);
+        #if !CYTHON_ASSUME_SAFE_MACROS
+        if (unlikely((float_op2 == -1.) && PyErr_Occurred())) return NULL;
+        #endif
+        return PyFloat_FromDouble(int_op1 + float_op2);
+    }
+    #if CYTHON_USE_TYPE_SLOTS || __PYX_LIMITED_VERSION_HEX >= 0x030A0000
+    {
+        PyTypeObject *type_op2 = Py_TYPE(op2);
+        binaryfunc slot_func = __Pyx_PyType_GetSubSlot(type_op2, tp_as_number, nb_add, binaryfunc);
+        if (likely(slot_func)) {
+            PyObject *result = slot_func(op1, op2);
+            if (likely(result != Py_NotImplemented)) {
+                return result;
+            }
+            Py_DECREF(result);
+        }
+        __Pyx_BinopTypeError(op1, op2, "+", inplace);
+        return NULL;
+    }
+    #else
+    return (inplace) ? PyNumber_InPlaceAdd(op1, op2) : PyNumber_Add(op1, op2);
+    #endif
+}
+#endif
+static CYTHON_INLINE PyObject* __Pyx__PyNumber_Add_object_object(PyObject *op1, PyObject *op2, int inplace) {
+    if (PyFloat_CheckExact(op1)) {
+        if (PyFloat_CheckExact(op2)) {
+            double float_op2 = __Pyx_PyFloat_AS_DOUBLE(op2);
+            #if !CYTHON_ASSUME_SAFE_MACROS
+            if (unlikely((float_op2 == -1.) && PyErr_Occurred())) return NULL;
+            #endif
+            double float_op1 = __Pyx_PyFloat_AS_DOUBLE(op1);
+            #if !CYTHON_ASSUME_SAFE_MACROS
+            if (unlikely((float_op1 == -1.) && PyErr_Occurred())) return NULL;
+            #endif
+            return PyFloat_FromDouble(float_op1 + float_op2);
+        }
+        return __Pyx_PyNumber_Add_xfloat_object(op1, op2, inplace);
+    }
+    if (PyLong_CheckExact(op1)) {
+        if (PyLong_CheckExact(op2)) {
+            #if CYTHON_USE_PYLONG_INTERNALS
+            if (__Pyx_PyLong_IsCompact(op1)) {
+                Py_ssize_t int_op1 = __Pyx_PyLong_CompactValue(op1);
+                if (int_op1 == 0) return __Pyx_NewRef(op2);
+                if (__Pyx_PyLong_IsCompact(op2)) {
+                    Py_ssize_t int_op2 = __Pyx_PyLong_CompactValue(op2);
+                    if (int_op2 == 0) return __Pyx_NewRef(op1);
+                    return PyLong_FromSsize_t(int_op1 + int_op2);
+                }
+            }
+            else if (__Pyx_PyLong_IsZero(op2)) return __Pyx_NewRef(op1);
+            #endif
+            binaryfunc slot_func = __Pyx_PyType_GetSubSlot(&PyLong_Type, tp_as_number, nb_add, binaryfunc);
+            if (likely(slot_func)) {
+                return slot_func(op1, op2);
+            }
+        }
+        return __Pyx_PyNumber_Add_xint_object(op1, op2, inplace);
+    }
+    return (inplace) ? PyNumber_InPlaceAdd(op1, op2) : PyNumber_Add(op1, op2);
+}
+#endif
+
+/* SliceObject */
+static CYTHON_INLINE PyObject* __Pyx_PyObject_GetSlice(PyObject* obj,
+        Py_ssize_t cstart, Py_ssize_t cstop,
+        PyObject** _py_start, PyObject** _py_stop, PyObject** _py_slice,
+        int has_cstart, int has_cstop, CYTHON_UNUSED int wraparound) {
+#if CYTHON_USE_TYPE_SLOTS
+    PyMappingMethods* mp = Py_TYPE(obj)->tp_as_mapping;
+    if (likely(mp && mp->mp_subscript))
+#else
+    if ((1))
+#endif
+    {
+        PyObject* result;
+        PyObject *py_slice, *py_start, *py_stop;
+        if (_py_slice) {
+            py_slice = *_py_slice;
+        } else {
+            PyObject* owned_start = NULL;
+            PyObject* owned_stop = NULL;
+            if (_py_start) {
+                py_start = *_py_start;
+            } else {
+                if (has_cstart) {
+                    owned_start = py_start = PyLong_FromSsize_t(cstart);
+                    if (unlikely(!py_start)) goto bad;
+                } else
+                    py_start = Py_None;
+            }
+            if (_py_stop) {
+                py_stop = *_py_stop;
+            } else {
+                if (has_cstop) {
+                    owned_stop = py_stop = PyLong_FromSsize_t(cstop);
+                    if (unlikely(!py_stop)) {
+                        Py_XDECREF(owned_start);
+                        goto bad;
+                    }
+                } else
+                    py_stop = Py_None;
+            }
+            py_slice = PySlice_New(py_start, py_stop, Py_None);
+            Py_XDECREF(owned_start);
+            Py_XDECREF(owned_stop);
+            if (unlikely(!py_slice)) goto bad;
+        }
+#if CYTHON_USE_TYPE_SLOTS
+        result = mp->mp_subscript(obj, py_slice);
+#else
+        result = PyObject_GetItem(obj, py_slice);
+#endif
+        if (!_py_slice) {
+            Py_DECREF(py_slice);
+        }
+        return result;
+    } else {
+        __Pyx_RaiseTypeErrorWithObjectType(
+            "'" __Pyx_FMT_TYPENAME "' object is unsliceable", obj);
+    }
+bad:
+    return NULL;
+}
+
+/* pep479 */
+static void __Pyx_Generator_Replace_StopIteration(int in_async_gen) {
+    PyObject *exc, *val, *tb, *cur_exc, *new_exc;
+    __Pyx_PyThreadState_declare
+    int is_async_stopiteration = 0;
+    CYTHON_MAYBE_UNUSED_VAR(in_async_gen);
+    __Pyx_PyThreadState_assign
+    cur_exc = __Pyx_PyErr_CurrentExceptionType();
+    if (likely(!__Pyx_PyErr_GivenExceptionMatches(cur_exc, PyExc_StopIteration))) {
+        if (in_async_gen && unlikely(__Pyx_PyErr_GivenExceptionMatches(cur_exc, PyExc_StopAsyncIteration))) {
+            is_async_stopiteration = 1;
+        } else {
+            return;
+        }
+    }
+    __Pyx_GetException(&exc, &val, &tb);
+    Py_XDECREF(exc);
+    Py_XDECREF(tb);
+    new_exc = PyObject_CallFunction(PyExc_RuntimeError, "s",
+        is_async_stopiteration ? "async generator raised StopAsyncIteration" :
+        in_async_gen ? "async generator raised StopIteration" :
+        "generator raised StopIteration");
+    if (!new_exc) {
+        Py_XDECREF(val);
+        return;
+    }
+    PyException_SetCause(new_exc, val); // steals ref to val
+    PyErr_SetObject(PyExc_RuntimeError, new_exc);
+    Py_DECREF(new_exc);
+}
+
 /* PyObjectCompare */
 #ifndef __Pyx_DEFINED_PyObject_CompareFloatIntBoolGt
 #define __Pyx_DEFINED_PyObject_CompareFloatIntBoolGt
@@ -17366,22 +20632,6 @@ static int __Pyx_call_next_tp_traverse(PyObject* obj, visitproc v, void *a, trav
     return 0;
 }
 
-/* CallTypeTraverse */
-#if !CYTHON_USE_TYPE_SPECS
-#else
-static int __Pyx_call_type_traverse(PyObject *o, int always_call, visitproc visit, void *arg) {
-    if (!always_call) {
-        PyTypeObject *base = __Pyx_PyObject_GetSlot(o, tp_base, PyTypeObject*);
-        unsigned long flags = PyType_GetFlags(base);
-        if (flags & Py_TPFLAGS_HEAPTYPE) {
-            return 0;
-        }
-    }
-    Py_VISIT((PyObject*)Py_TYPE(o));
-    return 0;
-}
-#endif
-
 /* AllocateExtensionType */
 static PyObject *__Pyx_AllocateExtensionType(PyTypeObject *t, int is_final) {
     if (is_final || likely(!__Pyx_PyType_HasFeature(t, Py_TPFLAGS_IS_ABSTRACT))) {
@@ -18284,237 +21534,6 @@ static PyObject* __Pyx_ImportFrom(PyObject* module, PyObject* name) {
         PyErr_Format(PyExc_ImportError, "cannot import name %S", name);
     }
     return value;
-}
-
-/* dict_setdefault (used by FetchCommonType) */
-static CYTHON_INLINE PyObject *__Pyx_PyDict_SetDefault(PyObject *d, PyObject *key, PyObject *default_value) {
-    PyObject* value;
-#if __PYX_LIMITED_VERSION_HEX >= 0x030F0000 || (!CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d00A4)
-    PyDict_SetDefaultRef(d, key, default_value, &value);
-#elif CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX >= 0x030C0000
-    PyObject *args[] = {d, key, default_value};
-    value = PyObject_VectorcallMethod(__pyx_mstate_global->__pyx_n_u_setdefault, args, 3 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
-#elif CYTHON_COMPILING_IN_LIMITED_API
-    value = PyObject_CallMethodObjArgs(d, __pyx_mstate_global->__pyx_n_u_setdefault, key, default_value, NULL);
-#else
-    value = PyDict_SetDefault(d, key, default_value);
-    if (unlikely(!value)) return NULL;
-    Py_INCREF(value);
-#endif
-    return value;
-}
-
-/* AddModuleRef (used by FetchSharedCythonModule) */
-#if CYTHON_COMPILING_IN_CPYTHON_FREETHREADING && PY_VERSION_HEX < 0x030F00a3
-  static PyObject *__Pyx_PyImport_AddModuleObjectRef(PyObject *name) {
-      PyObject *module_dict = PyImport_GetModuleDict();
-      PyObject *m;
-      if (PyMapping_GetOptionalItem(module_dict, name, &m) < 0) {
-          return NULL;
-      }
-      if (m != NULL && PyModule_Check(m)) {
-          return m;
-      }
-      Py_XDECREF(m);
-      m = PyModule_NewObject(name);
-      if (m == NULL)
-          return NULL;
-      if (PyDict_CheckExact(module_dict)) {
-          PyObject *new_m;
-          (void)PyDict_SetDefaultRef(module_dict, name, m, &new_m);
-          Py_DECREF(m);
-          return new_m;
-      } else {
-           if (PyObject_SetItem(module_dict, name, m) != 0) {
-                Py_DECREF(m);
-                return NULL;
-            }
-            return m;
-      }
-  }
-  static PyObject *__Pyx_PyImport_AddModuleRef(const char *name) {
-      if ((PY_VERSION_HEX >= 0x030E0000) &&  Py_Version >= 0x030E0100) {
-          return PyImport_AddModuleRef(name);
-      }
-      PyObject *py_name = PyUnicode_FromString(name);
-      if (!py_name) return NULL;
-      PyObject *module = __Pyx_PyImport_AddModuleObjectRef(py_name);
-      Py_DECREF(py_name);
-      return module;
-  }
-#elif __PYX_LIMITED_VERSION_HEX < 0x030d0000
-  static PyObject *__Pyx_PyImport_AddModuleRef(const char *name) {
-      PyObject *module = PyImport_AddModule(name);
-      Py_XINCREF(module);
-      return module;
-  }
-#endif
-
-/* FetchSharedCythonModule (used by FetchCommonType) */
-static PyObject *__Pyx_FetchSharedCythonABIModule(void) {
-    return __Pyx_PyImport_AddModuleRef(__PYX_ABI_MODULE_NAME);
-}
-
-/* VerifyCachedType (used by FetchCommonType) */
-static int __Pyx_VerifyCachedType(PyObject *cached_type,
-                               const char *name,
-                               Py_ssize_t expected_basicsize) {
-    Py_ssize_t basicsize;
-    if (!PyType_Check(cached_type)) {
-        PyErr_Format(PyExc_TypeError,
-            "Shared Cython type %.200s is not a type object", name);
-        return -1;
-    }
-    if (expected_basicsize == 0) {
-        return 0; // size is inherited, nothing useful to check
-    }
-#if CYTHON_COMPILING_IN_LIMITED_API && CYTHON_OPAQUE_OBJECTS
-    if (expected_basicsize < 0) {
-        basicsize = PyType_GetTypeDataSize((PyTypeObject*)cached_type);
-    } else
-#endif
-    {
-    #if CYTHON_COMPILING_IN_LIMITED_API
-        PyObject *py_basicsize;
-        py_basicsize = PyObject_GetAttrString(cached_type, "__basicsize__");
-        if (unlikely(!py_basicsize)) return -1;
-        basicsize = PyLong_AsSsize_t(py_basicsize);
-        Py_DECREF(py_basicsize);
-        py_basicsize = NULL;
-        if (unlikely(basicsize == (Py_ssize_t)-1) && PyErr_Occurred()) return -1;
-    #else
-        basicsize = ((PyTypeObject*) cached_type)->tp_basicsize;
-    #endif
-    }
-    if ((expected_basicsize >= 0) ?
-            (basicsize != expected_basicsize) :
-            (basicsize < -expected_basicsize)) {
-        PyErr_Format(PyExc_TypeError,
-            "Shared Cython type %.200s has the wrong size, try recompiling",
-            name);
-        return -1;
-    }
-    return 0;
-}
-
-/* FetchCommonType (used by CommonTypesMetaclass) */
-#if __PYX_LIMITED_VERSION_HEX < 0x030C0000
-static PyObject* __Pyx_PyType_FromMetaclass(PyTypeObject *metaclass, PyObject *module, PyType_Spec *spec, PyObject *bases) {
-    PyObject *result = __Pyx_PyType_FromModuleAndSpec(module, spec, bases);
-    if (result && metaclass) {
-        PyObject *old_tp = (PyObject*)Py_TYPE(result);
-        Py_INCREF((PyObject*)metaclass);
-        Py_SET_TYPE(result, metaclass);
-        Py_DECREF(old_tp);
-        PyType_Modified((PyTypeObject*)result);
-    }
-    return result;
-}
-#else
-#define __Pyx_PyType_FromMetaclass(me, mo, s, b) PyType_FromMetaclass(me, mo, s, b)
-#endif
-static PyTypeObject *__Pyx_FetchCommonTypeFromSpec(PyTypeObject *metaclass, PyObject *module, PyType_Spec *spec, PyObject *bases) {
-    PyObject *abi_module = NULL, *cached_type = NULL, *abi_module_dict, *new_cached_type, *py_object_name;
-    int get_item_ref_result;
-    const char* object_name = strrchr(spec->name, '.');
-    object_name = object_name ? object_name+1 : spec->name;
-    py_object_name = PyUnicode_FromString(object_name);
-    if (!py_object_name) return NULL;
-    abi_module = __Pyx_FetchSharedCythonABIModule();
-    if (!abi_module) goto done;
-    abi_module_dict = PyModule_GetDict(abi_module);
-    if (!abi_module_dict) goto done;
-    get_item_ref_result = __Pyx_PyDict_GetItemRef(abi_module_dict, py_object_name, &cached_type);
-    if (get_item_ref_result == 1) {
-        if (__Pyx_VerifyCachedType(
-              cached_type,
-              object_name,
-              spec->basicsize) < 0) {
-            goto bad;
-        }
-        goto done;
-    } else if (unlikely(get_item_ref_result == -1)) {
-        goto bad;
-    }
-    cached_type = __Pyx_PyType_FromMetaclass(
-        metaclass,
-        CYTHON_USE_MODULE_STATE ? module : abi_module,
-        spec, bases);
-    if (unlikely(!cached_type)) goto bad;
-    new_cached_type = __Pyx_PyDict_SetDefault(abi_module_dict, py_object_name, cached_type);
-    if (unlikely(new_cached_type != cached_type)) {
-        if (unlikely(!new_cached_type)) goto bad;
-        Py_DECREF(cached_type);
-        cached_type = new_cached_type;
-        if (__Pyx_VerifyCachedType(
-                cached_type,
-                object_name,
-                spec->basicsize) < 0) {
-            goto bad;
-        }
-        goto done;
-    } else {
-        Py_DECREF(new_cached_type);
-    }
-done:
-    Py_XDECREF(abi_module);
-    Py_DECREF(py_object_name);
-    assert(cached_type == NULL || PyType_Check(cached_type));
-    return (PyTypeObject *) cached_type;
-bad:
-    Py_XDECREF(cached_type);
-    cached_type = NULL;
-    goto done;
-}
-
-/* CommonTypesMetaclass (used by CythonFunctionShared) */
-static PyObject* __pyx_CommonTypesMetaclass_get_module(CYTHON_UNUSED PyObject *self, CYTHON_UNUSED void* context) {
-    return PyUnicode_FromString(__PYX_ABI_MODULE_NAME);
-}
-#if __PYX_LIMITED_VERSION_HEX < 0x030A0000
-static PyObject* __pyx_CommonTypesMetaclass_call(CYTHON_UNUSED PyObject *self, CYTHON_UNUSED PyObject *args, CYTHON_UNUSED PyObject *kwds) {
-    PyErr_SetString(PyExc_TypeError, "Cannot instantiate Cython internal types");
-    return NULL;
-}
-static int __pyx_CommonTypesMetaclass_setattr(CYTHON_UNUSED PyObject *self, CYTHON_UNUSED PyObject *attr, CYTHON_UNUSED PyObject *value) {
-    PyErr_SetString(PyExc_TypeError, "Cython internal types are immutable");
-    return -1;
-}
-#endif
-static PyGetSetDef __pyx_CommonTypesMetaclass_getset[] = {
-    {"__module__", __pyx_CommonTypesMetaclass_get_module, NULL, NULL, NULL},
-    {0, 0, 0, 0, 0}
-};
-static PyType_Slot __pyx_CommonTypesMetaclass_slots[] = {
-    {Py_tp_getset, (void *)__pyx_CommonTypesMetaclass_getset},
-    #if __PYX_LIMITED_VERSION_HEX < 0x030A0000
-    {Py_tp_call, (void*)__pyx_CommonTypesMetaclass_call},
-    {Py_tp_new, (void*)__pyx_CommonTypesMetaclass_call},
-    {Py_tp_setattro, (void*)__pyx_CommonTypesMetaclass_setattr},
-    #endif
-    {0, 0}
-};
-static PyType_Spec __pyx_CommonTypesMetaclass_spec = {
-    __PYX_TYPE_MODULE_PREFIX "_common_types_metatype",
-    0,
-    0,
-    Py_TPFLAGS_IMMUTABLETYPE |
-    Py_TPFLAGS_DISALLOW_INSTANTIATION |
-    Py_TPFLAGS_DEFAULT,
-    __pyx_CommonTypesMetaclass_slots
-};
-static int __pyx_CommonTypesMetaclass_init(PyObject *module) {
-    __pyx_mstatetype *mstate = __Pyx_PyModule_GetState(module);
-    PyObject *bases = PyTuple_Pack(1, &PyType_Type);
-    if (unlikely(!bases)) {
-        return -1;
-    }
-    mstate->__pyx_CommonTypesMetaclassType = __Pyx_FetchCommonTypeFromSpec(NULL, module, &__pyx_CommonTypesMetaclass_spec, bases);
-    Py_DECREF(bases);
-    if (unlikely(mstate->__pyx_CommonTypesMetaclassType == NULL)) {
-        return -1;
-    }
-    return 0;
 }
 
 /* CythonFunctionPerModule (used by CythonFunctionShared) */
