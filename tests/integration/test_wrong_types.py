@@ -99,7 +99,7 @@ def test_a_hostile_peer_that_wants_more_vectors_than_there_are() -> None:
         ivshmem.connect(server.path)
 
 
-@pytest.mark.parametrize("wrong", ["1", b"1", object(), float("nan")], ids=repr)
+@pytest.mark.parametrize("wrong", ["1", b"1", [1], float("nan")], ids=repr)
 def test_what_is_no_time_limit_of_a_channel(wrong: Any) -> None:
     """It is refused also where the call would not wait, and takes and sends nothing."""
     refusal = ValueError if isinstance(wrong, float) else TypeError
