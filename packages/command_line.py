@@ -57,6 +57,19 @@ def _in_one_line(found: re.Match[str]) -> str:
     return re.sub(r"\n +", " ", found[0])
 
 
+_FILES = {"FILE": shtab.FILE, "PATH": shtab.FILE, "DIR": shtab.DIRECTORY}
+
+
+def _name_files(parser: argparse.ArgumentParser) -> None:
+    """Say which arguments are files: for these, shells complete the names of files."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                _name_files(inner)
+        elif isinstance(action.metavar, str) and action.metavar in _FILES:
+            action.complete = _FILES[action.metavar]  # type: ignore[attr-defined]  # for shtab
+
+
 def _shorten(parser: argparse.ArgumentParser) -> None:
     """Describe subcommands in a line each, as zsh lists them."""
     for action in parser._actions:
@@ -72,6 +85,7 @@ def write(folder: Path) -> None:
     for name, parser in commands().items():
         (folder / f"{name}.1").write_text(man_page(name, parser))
         _shorten(parser)
+        _name_files(parser)
         for shell, file in (("bash", f"{name}.bash"), ("zsh", f"_{name}")):
             (folder / file).write_text(shtab.complete(parser, shell))
 

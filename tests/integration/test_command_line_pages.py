@@ -137,6 +137,16 @@ def test_bash(pages: Path, command: str) -> None:
         assert not subcommands(parser) or there == set(subcommands(parser)), words
 
 
+def test_bash_completes_files(pages: Path, tmp_path: Path) -> None:
+    (tmp_path / "recording").touch()
+    lines = [
+        f"ivshmem channel record {tmp_path}/rec",
+        f"ivshmem channel replay {tmp_path}/rec",
+        f"ivshmem serve --pid-file {tmp_path}/rec",
+    ]
+    assert asked(pages, "ivshmem", lines) == [{f"{tmp_path}/recording"}] * len(lines)
+
+
 def test_zsh(pages: Path) -> None:
     for words, parser in PARSERS.items():
         text = (pages / f"_{words.split()[0]}").read_text()

@@ -3013,7 +3013,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *__pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd;
 
 
-/* "ivshmem/channel/roles.pyx":328
+/* "ivshmem/channel/roles.pyx":329
  * # -- readers --------------------------------------------------------------------------------------
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3651,6 +3651,9 @@ static void __Pyx_ArgTypeError(PyObject *obj, PyTypeObject *type, const char *na
 
 /* ArgTypeTest.proto */
 static CYTHON_INLINE int __Pyx_ArgTypeTest(PyObject *obj, PyTypeObject *type, int none_allowed, const char *name, int exact);
+
+/* PyUnicode_Unicode.proto */
+static CYTHON_INLINE PyObject* __Pyx_PyUnicode_Unicode(PyObject *obj);
 
 /* RejectKeywords.export */
 static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds);
@@ -4367,7 +4370,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_codeobj_tab[7];
-    PyObject *__pyx_string_tab[106];
+    PyObject *__pyx_string_tab[109];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
 #if CYTHON_COMPILING_IN_LIMITED_API
@@ -4416,112 +4419,115 @@ static __pyx_mstatetype __pyx_mstate_global_static =
 static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_static;
 #endif
 /* #### Code section: constant_name_defines ### */
-#define __pyx_kp_u_at_once_which_are_all_that_it_w __pyx_string_tab[0]
-#define __pyx_kp_u_bytes_and_its_limit_is __pyx_string_tab[1]
-#define __pyx_kp_u_is_full __pyx_string_tab[2]
-#define __pyx_kp_u_is_full_a_reader_took_nothing_f __pyx_string_tab[3]
-#define __pyx_kp_u_messages_in_a_row_were_overwrit __pyx_string_tab[4]
-#define __pyx_kp_u_of_Python_objects_its_bytes_are __pyx_string_tab[5]
-#define __pyx_kp_u_of_messages_release_them_first __pyx_string_tab[6]
-#define __pyx_kp_u_open_or_wrote_messages_that_a_r __pyx_string_tab[7]
-#define __pyx_kp_u_open_create_it_with_more_reader __pyx_string_tab[8]
-#define __pyx_kp_u_or_arrays_of_loans_are_in_use_r __pyx_string_tab[9]
-#define __pyx_kp_u_s __pyx_string_tab[10]
-#define __pyx_kp_u_tree_fragment __pyx_string_tab[11]
-#define __pyx_kp_u__3 __pyx_string_tab[12]
-#define __pyx_kp_u__2 __pyx_string_tab[13]
-#define __pyx_kp_u_a_message_of __pyx_string_tab[14]
-#define __pyx_kp_u_its_writer_is_faster_than_this __pyx_string_tab[15]
-#define __pyx_kp_u_with_pickle_True_messages_are_o __pyx_string_tab[16]
-#define __pyx_kp_u_ __pyx_string_tab[17]
-#define __pyx_kp_u_Note_that_Cython_is_deliberately __pyx_string_tab[18]
-#define __pyx_kp_u_a __pyx_string_tab[19]
-#define __pyx_kp_u_add_note __pyx_string_tab[20]
-#define __pyx_kp_u_channel __pyx_string_tab[21]
-#define __pyx_kp_u_disable __pyx_string_tab[22]
-#define __pyx_kp_u_enable __pyx_string_tab[23]
-#define __pyx_kp_u_gc __pyx_string_tab[24]
-#define __pyx_kp_u_isenabled __pyx_string_tab[25]
-#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[26]
-#define __pyx_kp_u_ivshmem_text __pyx_string_tab[27]
-#define __pyx_kp_u_ivshmem_channel_roles_pyx __pyx_string_tab[28]
-#define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[29]
-#define __pyx_kp_u_timeout_is_not_a_number __pyx_string_tab[30]
-#define __pyx_n_u_B __pyx_string_tab[31]
-#define __pyx_n_u_ChannelError __pyx_string_tab[32]
-#define __pyx_n_u_ChannelTypeError __pyx_string_tab[33]
-#define __pyx_n_u_MessageTooLong __pyx_string_tab[34]
-#define __pyx_n_u_Overtaken __pyx_string_tab[35]
-#define __pyx_n_u_ReaderEnd __pyx_string_tab[36]
-#define __pyx_n_u_ReaderEnd___reduce_cython __pyx_string_tab[37]
-#define __pyx_n_u_ReaderEnd___setstate_cython __pyx_string_tab[38]
-#define __pyx_n_u_ReaderEnd_close __pyx_string_tab[39]
-#define __pyx_n_u_WriterEnd __pyx_string_tab[40]
-#define __pyx_n_u_WriterEnd___reduce_cython __pyx_string_tab[41]
-#define __pyx_n_u_WriterEnd___setstate_cython __pyx_string_tab[42]
-#define __pyx_n_u_WriterEnd_close __pyx_string_tab[43]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[44]
-#define __pyx_n_u_annotate __pyx_string_tab[45]
-#define __pyx_n_u_func __pyx_string_tab[46]
-#define __pyx_n_u_getstate __pyx_string_tab[47]
-#define __pyx_n_u_main __pyx_string_tab[48]
-#define __pyx_n_u_module __pyx_string_tab[49]
-#define __pyx_n_u_name_2 __pyx_string_tab[50]
-#define __pyx_n_u_pyx_capi __pyx_string_tab[51]
-#define __pyx_n_u_pyx_state __pyx_string_tab[52]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[53]
-#define __pyx_n_u_qualname __pyx_string_tab[54]
-#define __pyx_n_u_reduce __pyx_string_tab[55]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[56]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[57]
-#define __pyx_n_u_set_name __pyx_string_tab[58]
-#define __pyx_n_u_setstate __pyx_string_tab[59]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[60]
-#define __pyx_n_u_test __pyx_string_tab[61]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[62]
-#define __pyx_n_u_all_of __pyx_string_tab[63]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[64]
-#define __pyx_n_u_cast __pyx_string_tab[65]
-#define __pyx_n_u_channels __pyx_string_tab[66]
-#define __pyx_n_u_check_dtype __pyx_string_tab[67]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[68]
-#define __pyx_n_u_close __pyx_string_tab[69]
-#define __pyx_n_u_counted __pyx_string_tab[70]
-#define __pyx_n_u_data __pyx_string_tab[71]
-#define __pyx_n_u_dtype __pyx_string_tab[72]
-#define __pyx_n_u_encode __pyx_string_tab[73]
-#define __pyx_n_u_errors __pyx_string_tab[74]
-#define __pyx_n_u_flat __pyx_string_tab[75]
-#define __pyx_n_u_found __pyx_string_tab[76]
-#define __pyx_n_u_g __pyx_string_tab[77]
-#define __pyx_n_u_hasobject __pyx_string_tab[78]
-#define __pyx_n_u_history __pyx_string_tab[79]
-#define __pyx_n_u_in_place __pyx_string_tab[80]
-#define __pyx_n_u_index __pyx_string_tab[81]
-#define __pyx_n_u_items __pyx_string_tab[82]
-#define __pyx_n_u_ivshmem_channel_roles __pyx_string_tab[83]
-#define __pyx_n_u_loan __pyx_string_tab[84]
-#define __pyx_n_u_membership __pyx_string_tab[85]
-#define __pyx_n_u_memoryview __pyx_string_tab[86]
-#define __pyx_n_u_message_type __pyx_string_tab[87]
-#define __pyx_n_u_name __pyx_string_tab[88]
-#define __pyx_n_u_overflow __pyx_string_tab[89]
-#define __pyx_n_u_pop __pyx_string_tab[90]
-#define __pyx_n_u_reader __pyx_string_tab[91]
-#define __pyx_n_u_self __pyx_string_tab[92]
-#define __pyx_n_u_setdefault __pyx_string_tab[93]
-#define __pyx_n_u_text __pyx_string_tab[94]
-#define __pyx_n_u_undecodable __pyx_string_tab[95]
-#define __pyx_n_u_values __pyx_string_tab[96]
-#define __pyx_n_u_view __pyx_string_tab[97]
-#define __pyx_n_u_writer __pyx_string_tab[98]
-#define __pyx_kp_b_PyObject_PyObject_was_removed __pyx_string_tab[99]
-#define __pyx_kp_b_PyObject_PyObject_int___pyx_skip __pyx_string_tab[100]
-#define __pyx_kp_b_PyObject_struct_ivshmem_record_f __pyx_string_tab[101]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[102]
-#define __pyx_kp_b_iso88591_q_avQ_AQa_Qe5 __pyx_string_tab[103]
-#define __pyx_kp_b_iso88591_A_4vT_WD_Kwa_Qb_XQ __pyx_string_tab[104]
-#define __pyx_kp_b_iso88591_A_4vT_Yd_k_Q_4z_j __pyx_string_tab[105]
+#define __pyx_kp_u__2 __pyx_string_tab[0]
+#define __pyx_kp_u_at_once_which_are_all_that_it_w __pyx_string_tab[1]
+#define __pyx_kp_u_bytes_and_its_limit_is __pyx_string_tab[2]
+#define __pyx_kp_u_is_full __pyx_string_tab[3]
+#define __pyx_kp_u_is_full_a_reader_took_nothing_f __pyx_string_tab[4]
+#define __pyx_kp_u_messages_in_a_row_were_overwrit __pyx_string_tab[5]
+#define __pyx_kp_u_of_Python_objects_its_bytes_are __pyx_string_tab[6]
+#define __pyx_kp_u_of_messages_release_them_first __pyx_string_tab[7]
+#define __pyx_kp_u_open_or_wrote_messages_that_a_r __pyx_string_tab[8]
+#define __pyx_kp_u_open_create_it_with_more_reader __pyx_string_tab[9]
+#define __pyx_kp_u_or_arrays_of_loans_are_in_use_r __pyx_string_tab[10]
+#define __pyx_kp_u_s __pyx_string_tab[11]
+#define __pyx_kp_u_tree_fragment __pyx_string_tab[12]
+#define __pyx_kp_u__4 __pyx_string_tab[13]
+#define __pyx_kp_u__3 __pyx_string_tab[14]
+#define __pyx_kp_u_a_message_of __pyx_string_tab[15]
+#define __pyx_kp_u_its_writer_is_faster_than_this __pyx_string_tab[16]
+#define __pyx_kp_u_with_pickle_True_messages_are_o __pyx_string_tab[17]
+#define __pyx_kp_u_create_it_with_more_writers __pyx_string_tab[18]
+#define __pyx_kp_u_ __pyx_string_tab[19]
+#define __pyx_kp_u_None __pyx_string_tab[20]
+#define __pyx_kp_u_Note_that_Cython_is_deliberately __pyx_string_tab[21]
+#define __pyx_kp_u_a __pyx_string_tab[22]
+#define __pyx_kp_u_add_note __pyx_string_tab[23]
+#define __pyx_kp_u_channel __pyx_string_tab[24]
+#define __pyx_kp_u_disable __pyx_string_tab[25]
+#define __pyx_kp_u_enable __pyx_string_tab[26]
+#define __pyx_kp_u_gc __pyx_string_tab[27]
+#define __pyx_kp_u_isenabled __pyx_string_tab[28]
+#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[29]
+#define __pyx_kp_u_ivshmem_text __pyx_string_tab[30]
+#define __pyx_kp_u_ivshmem_channel_roles_pyx __pyx_string_tab[31]
+#define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[32]
+#define __pyx_kp_u_timeout_is_not_a_number __pyx_string_tab[33]
+#define __pyx_n_u_B __pyx_string_tab[34]
+#define __pyx_n_u_ChannelError __pyx_string_tab[35]
+#define __pyx_n_u_ChannelTypeError __pyx_string_tab[36]
+#define __pyx_n_u_MessageTooLong __pyx_string_tab[37]
+#define __pyx_n_u_Overtaken __pyx_string_tab[38]
+#define __pyx_n_u_ReaderEnd __pyx_string_tab[39]
+#define __pyx_n_u_ReaderEnd___reduce_cython __pyx_string_tab[40]
+#define __pyx_n_u_ReaderEnd___setstate_cython __pyx_string_tab[41]
+#define __pyx_n_u_ReaderEnd_close __pyx_string_tab[42]
+#define __pyx_n_u_WriterEnd __pyx_string_tab[43]
+#define __pyx_n_u_WriterEnd___reduce_cython __pyx_string_tab[44]
+#define __pyx_n_u_WriterEnd___setstate_cython __pyx_string_tab[45]
+#define __pyx_n_u_WriterEnd_close __pyx_string_tab[46]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[47]
+#define __pyx_n_u_annotate __pyx_string_tab[48]
+#define __pyx_n_u_func __pyx_string_tab[49]
+#define __pyx_n_u_getstate __pyx_string_tab[50]
+#define __pyx_n_u_main __pyx_string_tab[51]
+#define __pyx_n_u_module __pyx_string_tab[52]
+#define __pyx_n_u_name_2 __pyx_string_tab[53]
+#define __pyx_n_u_pyx_capi __pyx_string_tab[54]
+#define __pyx_n_u_pyx_state __pyx_string_tab[55]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[56]
+#define __pyx_n_u_qualname __pyx_string_tab[57]
+#define __pyx_n_u_reduce __pyx_string_tab[58]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[59]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[60]
+#define __pyx_n_u_set_name __pyx_string_tab[61]
+#define __pyx_n_u_setstate __pyx_string_tab[62]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[63]
+#define __pyx_n_u_test __pyx_string_tab[64]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[65]
+#define __pyx_n_u_all_of __pyx_string_tab[66]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[67]
+#define __pyx_n_u_cast __pyx_string_tab[68]
+#define __pyx_n_u_channels __pyx_string_tab[69]
+#define __pyx_n_u_check_dtype __pyx_string_tab[70]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[71]
+#define __pyx_n_u_close __pyx_string_tab[72]
+#define __pyx_n_u_counted __pyx_string_tab[73]
+#define __pyx_n_u_data __pyx_string_tab[74]
+#define __pyx_n_u_dtype __pyx_string_tab[75]
+#define __pyx_n_u_encode __pyx_string_tab[76]
+#define __pyx_n_u_errors __pyx_string_tab[77]
+#define __pyx_n_u_flat __pyx_string_tab[78]
+#define __pyx_n_u_found __pyx_string_tab[79]
+#define __pyx_n_u_g __pyx_string_tab[80]
+#define __pyx_n_u_hasobject __pyx_string_tab[81]
+#define __pyx_n_u_history __pyx_string_tab[82]
+#define __pyx_n_u_in_place __pyx_string_tab[83]
+#define __pyx_n_u_index __pyx_string_tab[84]
+#define __pyx_n_u_items __pyx_string_tab[85]
+#define __pyx_n_u_ivshmem_channel_roles __pyx_string_tab[86]
+#define __pyx_n_u_loan __pyx_string_tab[87]
+#define __pyx_n_u_membership __pyx_string_tab[88]
+#define __pyx_n_u_memoryview __pyx_string_tab[89]
+#define __pyx_n_u_message_type __pyx_string_tab[90]
+#define __pyx_n_u_name __pyx_string_tab[91]
+#define __pyx_n_u_overflow __pyx_string_tab[92]
+#define __pyx_n_u_pop __pyx_string_tab[93]
+#define __pyx_n_u_reader __pyx_string_tab[94]
+#define __pyx_n_u_self __pyx_string_tab[95]
+#define __pyx_n_u_setdefault __pyx_string_tab[96]
+#define __pyx_n_u_text __pyx_string_tab[97]
+#define __pyx_n_u_undecodable __pyx_string_tab[98]
+#define __pyx_n_u_values __pyx_string_tab[99]
+#define __pyx_n_u_view __pyx_string_tab[100]
+#define __pyx_n_u_writer __pyx_string_tab[101]
+#define __pyx_kp_b_PyObject_PyObject_was_removed __pyx_string_tab[102]
+#define __pyx_kp_b_PyObject_PyObject_int___pyx_skip __pyx_string_tab[103]
+#define __pyx_kp_b_PyObject_struct_ivshmem_record_f __pyx_string_tab[104]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[105]
+#define __pyx_kp_b_iso88591_q_avQ_AQa_Qe5 __pyx_string_tab[106]
+#define __pyx_kp_b_iso88591_A_4vT_WD_Kwa_Qb_XQ __pyx_string_tab[107]
+#define __pyx_kp_b_iso88591_A_4vT_Yd_k_Q_4z_j __pyx_string_tab[108]
 /* #### Code section: module_state_clear ### */
 #if CYTHON_USE_MODULE_STATE
 static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
@@ -4562,7 +4568,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<7; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<106; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<109; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
 Py_CLEAR(clear_module_state->__pyx_CommonTypesMetaclassType);
@@ -4611,7 +4617,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<7; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<106; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<109; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
 Py_VISIT(traverse_module_state->__pyx_CommonTypesMetaclassType);
@@ -7256,6 +7262,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
   struct ivshmem_writer_tables *__pyx_v_tables;
   uint64_t __pyx_v_cells;
   int __pyx_v_code;
+  PyObject *__pyx_v_more = NULL;
   int __pyx_r;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
@@ -7269,7 +7276,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
   PyObject *__pyx_t_9 = NULL;
   PyObject *__pyx_t_10 = NULL;
   PyObject *__pyx_t_11 = NULL;
-  PyObject *__pyx_t_12[5];
+  PyObject *__pyx_t_12[6];
   Py_ssize_t __pyx_t_13;
   size_t __pyx_t_14;
   int __pyx_lineno = 0;
@@ -7552,7 +7559,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
  *             raise MemoryError
  *         code = ivshmem_writer_open(&self.writer)             # <<<<<<<<<<<<<<
  *         if code == IVSHMEM_TAKEN:
- *             raise ChannelError(
+ *             more = "" if g.kind == IVSHMEM_VALUE else "; create it with more writers"
 */
   __pyx_v_code = ivshmem_writer_open((&__pyx_v_self->writer));
 
@@ -7560,8 +7567,8 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
  *             raise MemoryError
  *         code = ivshmem_writer_open(&self.writer)
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
+ *             more = "" if g.kind == IVSHMEM_VALUE else "; create it with more writers"
  *             raise ChannelError(
- *                 f"channel {self.name!r}: {all_of(g.writers, 'writer')} open, or wrote messages that"
 */
   __pyx_t_3 = (__pyx_v_code == IVSHMEM_TAKEN);
 
@@ -7571,60 +7578,100 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
     /* "ivshmem/channel/roles.pyx":171
  *         code = ivshmem_writer_open(&self.writer)
  *         if code == IVSHMEM_TAKEN:
- *             raise ChannelError(             # <<<<<<<<<<<<<<
+ *             more = "" if g.kind == IVSHMEM_VALUE else "; create it with more writers"             # <<<<<<<<<<<<<<
+ *             raise ChannelError(
  *                 f"channel {self.name!r}: {all_of(g.writers, 'writer')} open, or wrote messages that"
- *                 " a reader has yet to read; create it with more writers"
 */
-    __pyx_t_6 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 171, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_7);
+    __pyx_t_3 = (__pyx_v_g->kind == IVSHMEM_VALUE);
+
+    if (__pyx_t_3) {
+      __Pyx_INCREF(__pyx_mstate_global->__pyx_kp_u__2);
+      __pyx_t_5 = __pyx_mstate_global->__pyx_kp_u__2;
+    } else {
+      __Pyx_INCREF(__pyx_mstate_global->__pyx_kp_u_create_it_with_more_writers);
+      __pyx_t_5 = __pyx_mstate_global->__pyx_kp_u_create_it_with_more_writers;
+    }
+
+    __pyx_v_more = ((PyObject*)__pyx_t_5);
+    __pyx_t_5 = 0;
 
     /* "ivshmem/channel/roles.pyx":172
  *         if code == IVSHMEM_TAKEN:
+ *             more = "" if g.kind == IVSHMEM_VALUE else "; create it with more writers"
+ *             raise ChannelError(             # <<<<<<<<<<<<<<
+ *                 f"channel {self.name!r}: {all_of(g.writers, 'writer')} open, or wrote messages that"
+ *                 f" a reader has yet to read{more}"
+*/
+    __pyx_t_6 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 172, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_7);
+
+    /* "ivshmem/channel/roles.pyx":173
+ *             more = "" if g.kind == IVSHMEM_VALUE else "; create it with more writers"
  *             raise ChannelError(
  *                 f"channel {self.name!r}: {all_of(g.writers, 'writer')} open, or wrote messages that"             # <<<<<<<<<<<<<<
- *                 " a reader has yet to read; create it with more writers"
+ *                 f" a reader has yet to read{more}"
  *             )
 */
-    __pyx_t_8 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 172, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 173, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
-    __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_all_of); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 172, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_all_of); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 173, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
-    __pyx_t_10 = __Pyx_PyLong_From_uint32_t(__pyx_v_g->writers); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 172, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyLong_From_uint32_t(__pyx_v_g->writers); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 173, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
-    __pyx_t_11 = PyTuple_New(2); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 172, __pyx_L1_error)
+    __pyx_t_11 = PyTuple_New(2); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 173, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __Pyx_GIVEREF(__pyx_t_10);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 0, __pyx_t_10) != (0)) __PYX_ERR(0, 172, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 0, __pyx_t_10) != (0)) __PYX_ERR(0, 173, __pyx_L1_error);
     __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_writer);
     __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_writer);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 1, __pyx_mstate_global->__pyx_n_u_writer) != (0)) __PYX_ERR(0, 172, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 1, __pyx_mstate_global->__pyx_n_u_writer) != (0)) __PYX_ERR(0, 173, __pyx_L1_error);
     __pyx_t_10 = 0;
-    __pyx_t_10 = __Pyx_PyObject_Call(__pyx_t_9, __pyx_t_11, NULL); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 172, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyObject_Call(__pyx_t_9, __pyx_t_11, NULL); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 173, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-    __pyx_t_11 = __Pyx_PyObject_FormatSimple(__pyx_t_10, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 172, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyObject_FormatSimple(__pyx_t_10, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 173, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
+
+    /* "ivshmem/channel/roles.pyx":174
+ *             raise ChannelError(
+ *                 f"channel {self.name!r}: {all_of(g.writers, 'writer')} open, or wrote messages that"
+ *                 f" a reader has yet to read{more}"             # <<<<<<<<<<<<<<
+ *             )
+ *         if code:
+*/
+    __pyx_t_10 = __Pyx_PyUnicode_Unicode(__pyx_v_more); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 174, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_10);
     __pyx_t_12[0] = __pyx_mstate_global->__pyx_kp_u_channel;
     __pyx_t_12[1] = __pyx_t_8;
-    __pyx_t_12[2] = __pyx_mstate_global->__pyx_kp_u__2;
+    __pyx_t_12[2] = __pyx_mstate_global->__pyx_kp_u__3;
     __pyx_t_12[3] = __pyx_t_11;
     __pyx_t_12[4] = __pyx_mstate_global->__pyx_kp_u_open_or_wrote_messages_that_a_r;
-    __pyx_t_13 = 93;
+    __pyx_t_12[5] = __pyx_t_10;
+
+    /* "ivshmem/channel/roles.pyx":173
+ *             more = "" if g.kind == IVSHMEM_VALUE else "; create it with more writers"
+ *             raise ChannelError(
+ *                 f"channel {self.name!r}: {all_of(g.writers, 'writer')} open, or wrote messages that"             # <<<<<<<<<<<<<<
+ *                 f" a reader has yet to read{more}"
+ *             )
+*/
+    __pyx_t_13 = 64;
     #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_13 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_12[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_12[3]);
+    __pyx_t_13 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_12[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_12[3]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_12[5]);
     #endif
     __pyx_t_1 = 0;
     #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_12[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_12[3]);
+    __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_12[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_12[3]) | __Pyx_PyUnicode_KIND_04(__pyx_t_12[5]);
     #endif
-    __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_12, 5, __pyx_t_13, __pyx_t_1);
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 172, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_10);
+    __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_12, 6, __pyx_t_13, __pyx_t_1);
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 173, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+    __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __pyx_t_14 = 1;
     #if CYTHON_UNPACK_METHODS
     if (unlikely(PyMethod_Check(__pyx_t_7))) {
@@ -7638,29 +7685,29 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
     }
     #endif
     {
-      PyObject *__pyx_callargs[2] = {__pyx_t_6, __pyx_t_10};
+      PyObject *__pyx_callargs[2] = {__pyx_t_6, __pyx_t_9};
       __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_14, (2-__pyx_t_14) | (__pyx_t_14*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
-      __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
+      __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 171, __pyx_L1_error)
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 172, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
     }
     __Pyx_Raise(__pyx_t_5, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __PYX_ERR(0, 171, __pyx_L1_error)
+    __PYX_ERR(0, 172, __pyx_L1_error)
 
     /* "ivshmem/channel/roles.pyx":170
  *             raise MemoryError
  *         code = ivshmem_writer_open(&self.writer)
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
+ *             more = "" if g.kind == IVSHMEM_VALUE else "; create it with more writers"
  *             raise ChannelError(
- *                 f"channel {self.name!r}: {all_of(g.writers, 'writer')} open, or wrote messages that"
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":175
- *                 " a reader has yet to read; create it with more writers"
+  /* "ivshmem/channel/roles.pyx":176
+ *                 f" a reader has yet to read{more}"
  *             )
  *         if code:             # <<<<<<<<<<<<<<
  *             raise self.fail(code)
@@ -7671,21 +7718,21 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
   if (unlikely(__pyx_t_3)) {
 
 
-    /* "ivshmem/channel/roles.pyx":176
+    /* "ivshmem/channel/roles.pyx":177
  *             )
  *         if code:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
  *         self.enlist()
  * 
 */
-    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 176, __pyx_L1_error)
+    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 177, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_Raise(__pyx_t_5, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __PYX_ERR(0, 176, __pyx_L1_error)
+    __PYX_ERR(0, 177, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":175
- *                 " a reader has yet to read; create it with more writers"
+    /* "ivshmem/channel/roles.pyx":176
+ *                 f" a reader has yet to read{more}"
  *             )
  *         if code:             # <<<<<<<<<<<<<<
  *             raise self.fail(code)
@@ -7693,14 +7740,14 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":177
+  /* "ivshmem/channel/roles.pyx":178
  *         if code:
  *             raise self.fail(code)
  *         self.enlist()             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enlist(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 177, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enlist(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 178, __pyx_L1_error)
 
 
   /* "ivshmem/channel/roles.pyx":143
@@ -7729,12 +7776,13 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 
 
 
+  __Pyx_XDECREF(__pyx_v_more);
 
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":179
+/* "ivshmem/channel/roles.pyx":180
  *         self.enlist()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7812,7 +7860,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2close(struct __py
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/roles.pyx":186
+        /* "ivshmem/channel/roles.pyx":187
  *             BufferError: a memoryview or an array of a Loan is alive. Nothing has changed then.
  *         """
  *         if self.open and self.exports and self.membership.usable():             # <<<<<<<<<<<<<<
@@ -7844,7 +7892,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2close(struct __py
         if (unlikely(__pyx_t_2)) {
 
 
-          /* "ivshmem/channel/roles.pyx":187
+          /* "ivshmem/channel/roles.pyx":188
  *         """
  *         if self.open and self.exports and self.membership.usable():
  *             raise BufferError(             # <<<<<<<<<<<<<<
@@ -7853,37 +7901,37 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2close(struct __py
 */
           __pyx_t_5 = NULL;
 
-          /* "ivshmem/channel/roles.pyx":188
+          /* "ivshmem/channel/roles.pyx":189
  *         if self.open and self.exports and self.membership.usable():
  *             raise BufferError(
  *                 f"channel {self.name!r}: {counted(self.exports, 'memoryview')} or arrays of loans"             # <<<<<<<<<<<<<<
  *                 " are in use: release them first (del)"
  *             )
 */
-          __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 188, __pyx_L4_error)
+          __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 189, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
-          __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 188, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 189, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
-          __pyx_t_8 = __Pyx_PyLong_From_int(__pyx_v_self->exports); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 188, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyLong_From_int(__pyx_v_self->exports); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 189, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
-          __pyx_t_9 = PyTuple_New(2); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 188, __pyx_L4_error)
+          __pyx_t_9 = PyTuple_New(2); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 189, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_9);
           __Pyx_GIVEREF(__pyx_t_8);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 0, __pyx_t_8) != (0)) __PYX_ERR(0, 188, __pyx_L4_error);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 0, __pyx_t_8) != (0)) __PYX_ERR(0, 189, __pyx_L4_error);
           __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_memoryview);
           __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_memoryview);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 1, __pyx_mstate_global->__pyx_n_u_memoryview) != (0)) __PYX_ERR(0, 188, __pyx_L4_error);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 1, __pyx_mstate_global->__pyx_n_u_memoryview) != (0)) __PYX_ERR(0, 189, __pyx_L4_error);
           __pyx_t_8 = 0;
-          __pyx_t_8 = __Pyx_PyObject_Call(__pyx_t_7, __pyx_t_9, NULL); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 188, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyObject_Call(__pyx_t_7, __pyx_t_9, NULL); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 189, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
           __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-          __pyx_t_9 = __Pyx_PyObject_FormatSimple(__pyx_t_8, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 188, __pyx_L4_error)
+          __pyx_t_9 = __Pyx_PyObject_FormatSimple(__pyx_t_8, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 189, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_9);
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
           __pyx_t_10[0] = __pyx_mstate_global->__pyx_kp_u_channel;
           __pyx_t_10[1] = __pyx_t_6;
-          __pyx_t_10[2] = __pyx_mstate_global->__pyx_kp_u__2;
+          __pyx_t_10[2] = __pyx_mstate_global->__pyx_kp_u__3;
           __pyx_t_10[3] = __pyx_t_9;
           __pyx_t_10[4] = __pyx_mstate_global->__pyx_kp_u_or_arrays_of_loans_are_in_use_r;
           __pyx_t_11 = 66;
@@ -7895,7 +7943,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2close(struct __py
           __pyx_t_12 |= __Pyx_PyUnicode_KIND_04(__pyx_t_10[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_10[3]);
           #endif
           __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_10, 5, __pyx_t_11, __pyx_t_12);
-          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 188, __pyx_L4_error)
+          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 189, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
           __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
@@ -7905,14 +7953,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2close(struct __py
             __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BufferError)), __pyx_callargs+__pyx_t_13, (2-__pyx_t_13) | (__pyx_t_13*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 187, __pyx_L4_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 188, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
           __Pyx_Raise(__pyx_t_4, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __PYX_ERR(0, 187, __pyx_L4_error)
+          __PYX_ERR(0, 188, __pyx_L4_error)
 
-          /* "ivshmem/channel/roles.pyx":186
+          /* "ivshmem/channel/roles.pyx":187
  *             BufferError: a memoryview or an array of a Loan is alive. Nothing has changed then.
  *         """
  *         if self.open and self.exports and self.membership.usable():             # <<<<<<<<<<<<<<
@@ -7921,7 +7969,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2close(struct __py
 */
         }
 
-        /* "ivshmem/channel/roles.pyx":191
+        /* "ivshmem/channel/roles.pyx":192
  *                 " are in use: release them first (del)"
  *             )
  *         ChannelEnd.close(self)             # <<<<<<<<<<<<<<
@@ -7935,13 +7983,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2close(struct __py
           PyObject *__pyx_callargs[2] = {__pyx_t_8, ((PyObject *)__pyx_v_self)};
           __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_13, (2-__pyx_t_13) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
-          if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 191, __pyx_L4_error)
+          if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 192, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_4);
         }
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
       }
 
-      /* "ivshmem/channel/roles.pyx":179
+      /* "ivshmem/channel/roles.pyx":180
  *         self.enlist()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7981,7 +8029,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2close(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":193
+/* "ivshmem/channel/roles.pyx":194
  *         ChannelEnd.close(self)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -8004,7 +8052,7 @@ static void __pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_5__dealloc__(PyObject *
 
 static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4__dealloc__(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
 
-  /* "ivshmem/channel/roles.pyx":194
+  /* "ivshmem/channel/roles.pyx":195
  * 
  *     def __dealloc__(self):
  *         free(self.writer.tables.cell_of)             # <<<<<<<<<<<<<<
@@ -8013,7 +8061,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4__dealloc__(struct __p
 */
   free(__pyx_v_self->writer.tables.cell_of);
 
-  /* "ivshmem/channel/roles.pyx":195
+  /* "ivshmem/channel/roles.pyx":196
  *     def __dealloc__(self):
  *         free(self.writer.tables.cell_of)
  *         free(self.writer.tables.free)             # <<<<<<<<<<<<<<
@@ -8022,7 +8070,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4__dealloc__(struct __p
 */
   free(__pyx_v_self->writer.tables.free);
 
-  /* "ivshmem/channel/roles.pyx":196
+  /* "ivshmem/channel/roles.pyx":197
  *         free(self.writer.tables.cell_of)
  *         free(self.writer.tables.free)
  *         free(self.writer.tables.references)             # <<<<<<<<<<<<<<
@@ -8031,7 +8079,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4__dealloc__(struct __p
 */
   free(__pyx_v_self->writer.tables.references);
 
-  /* "ivshmem/channel/roles.pyx":197
+  /* "ivshmem/channel/roles.pyx":198
  *         free(self.writer.tables.free)
  *         free(self.writer.tables.references)
  *         free(self.writer.tables.pinned)             # <<<<<<<<<<<<<<
@@ -8040,7 +8088,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4__dealloc__(struct __p
 */
   free(__pyx_v_self->writer.tables.pinned);
 
-  /* "ivshmem/channel/roles.pyx":198
+  /* "ivshmem/channel/roles.pyx":199
  *         free(self.writer.tables.references)
  *         free(self.writer.tables.pinned)
  *         free(self.writer.tables.backlogs)             # <<<<<<<<<<<<<<
@@ -8049,7 +8097,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4__dealloc__(struct __p
 */
   free(__pyx_v_self->writer.tables.backlogs);
 
-  /* "ivshmem/channel/roles.pyx":193
+  /* "ivshmem/channel/roles.pyx":194
  *         ChannelEnd.close(self)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -8061,7 +8109,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4__dealloc__(struct __p
 
 }
 
-/* "ivshmem/channel/roles.pyx":202
+/* "ivshmem/channel/roles.pyx":203
  *     # As a ChannelEnd.
  * 
  *     cdef int ready(self) noexcept:             # <<<<<<<<<<<<<<
@@ -8072,7 +8120,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4__dealloc__(struct __p
 static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_ready(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/roles.pyx":203
+  /* "ivshmem/channel/roles.pyx":204
  * 
  *     cdef int ready(self) noexcept:
  *         if self.claims:             # <<<<<<<<<<<<<<
@@ -8081,7 +8129,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_ready(struct __pyx_obj_7i
 */
   if (__pyx_v_self->claims) {
 
-    /* "ivshmem/channel/roles.pyx":204
+    /* "ivshmem/channel/roles.pyx":205
  *     cdef int ready(self) noexcept:
  *         if self.claims:
  *             return ivshmem_queue_ready(&self.writer)             # <<<<<<<<<<<<<<
@@ -8094,7 +8142,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_ready(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/roles.pyx":203
+    /* "ivshmem/channel/roles.pyx":204
  * 
  *     cdef int ready(self) noexcept:
  *         if self.claims:             # <<<<<<<<<<<<<<
@@ -8103,7 +8151,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_ready(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":205
+  /* "ivshmem/channel/roles.pyx":206
  *         if self.claims:
  *             return ivshmem_queue_ready(&self.writer)
  *         return ivshmem_writer_ready(&self.writer)             # <<<<<<<<<<<<<<
@@ -8116,7 +8164,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_ready(struct __pyx_obj_7i
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":202
+  /* "ivshmem/channel/roles.pyx":203
  *     # As a ChannelEnd.
  * 
  *     cdef int ready(self) noexcept:             # <<<<<<<<<<<<<<
@@ -8130,7 +8178,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_ready(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":207
+/* "ivshmem/channel/roles.pyx":208
  *         return ivshmem_writer_ready(&self.writer)
  * 
  *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
@@ -8141,7 +8189,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_ready(struct __pyx_obj_7i
 static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_attempt(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/roles.pyx":208
+  /* "ivshmem/channel/roles.pyx":209
  * 
  *     cdef int attempt(self) except? -2:
  *         return self.ready()             # <<<<<<<<<<<<<<
@@ -8154,7 +8202,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_attempt(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":207
+  /* "ivshmem/channel/roles.pyx":208
  *         return ivshmem_writer_ready(&self.writer)
  * 
  *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
@@ -8168,7 +8216,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_attempt(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":210
+/* "ivshmem/channel/roles.pyx":211
  *         return self.ready()
  * 
  *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
@@ -8179,7 +8227,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_attempt(struct __pyx_obj_
 static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/roles.pyx":211
+  /* "ivshmem/channel/roles.pyx":212
  * 
  *     cdef int begin_sleep(self) except? -2:
  *         if self.claims:             # <<<<<<<<<<<<<<
@@ -8188,7 +8236,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_
 */
   if (__pyx_v_self->claims) {
 
-    /* "ivshmem/channel/roles.pyx":212
+    /* "ivshmem/channel/roles.pyx":213
  *     cdef int begin_sleep(self) except? -2:
  *         if self.claims:
  *             ivshmem_queue_writer_sleep(&self.writer)             # <<<<<<<<<<<<<<
@@ -8197,7 +8245,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_
 */
     ivshmem_queue_writer_sleep((&__pyx_v_self->writer));
 
-    /* "ivshmem/channel/roles.pyx":213
+    /* "ivshmem/channel/roles.pyx":214
  *         if self.claims:
  *             ivshmem_queue_writer_sleep(&self.writer)
  *             return ivshmem_queue_ready(&self.writer)             # <<<<<<<<<<<<<<
@@ -8210,7 +8258,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/roles.pyx":211
+    /* "ivshmem/channel/roles.pyx":212
  * 
  *     cdef int begin_sleep(self) except? -2:
  *         if self.claims:             # <<<<<<<<<<<<<<
@@ -8219,7 +8267,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":214
+  /* "ivshmem/channel/roles.pyx":215
  *             ivshmem_queue_writer_sleep(&self.writer)
  *             return ivshmem_queue_ready(&self.writer)
  *         return ivshmem_writer_sleep(&self.writer)             # <<<<<<<<<<<<<<
@@ -8232,7 +8280,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":210
+  /* "ivshmem/channel/roles.pyx":211
  *         return self.ready()
  * 
  *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
@@ -8246,7 +8294,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":216
+/* "ivshmem/channel/roles.pyx":217
  *         return ivshmem_writer_sleep(&self.writer)
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -8256,7 +8304,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_
 
 static void __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_end_sleep(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
 
-  /* "ivshmem/channel/roles.pyx":217
+  /* "ivshmem/channel/roles.pyx":218
  * 
  *     cdef void end_sleep(self) noexcept:
  *         ivshmem_sleep_end(&self.channel, &self.writer.sleep)             # <<<<<<<<<<<<<<
@@ -8265,7 +8313,7 @@ static void __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_end_sleep(struct __pyx_o
 */
   ivshmem_sleep_end((&__pyx_v_self->__pyx_base.channel), (&__pyx_v_self->writer.sleep));
 
-  /* "ivshmem/channel/roles.pyx":216
+  /* "ivshmem/channel/roles.pyx":217
  *         return ivshmem_writer_sleep(&self.writer)
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -8277,7 +8325,7 @@ static void __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_end_sleep(struct __pyx_o
 
 }
 
-/* "ivshmem/channel/roles.pyx":219
+/* "ivshmem/channel/roles.pyx":220
  *         ivshmem_sleep_end(&self.channel, &self.writer.sleep)
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -8294,7 +8342,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_restore(struct __pyx_obj_
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/roles.pyx":220
+  /* "ivshmem/channel/roles.pyx":221
  * 
  *     cdef int restore(self) except -1:
  *         ivshmem_writer_beat(&self.writer)             # <<<<<<<<<<<<<<
@@ -8303,7 +8351,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_restore(struct __pyx_obj_
 */
   ivshmem_writer_beat((&__pyx_v_self->writer));
 
-  /* "ivshmem/channel/roles.pyx":221
+  /* "ivshmem/channel/roles.pyx":222
  *     cdef int restore(self) except -1:
  *         ivshmem_writer_beat(&self.writer)
  *         if self.awaited and self.ready() == 0:             # <<<<<<<<<<<<<<
@@ -8329,17 +8377,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_restore(struct __pyx_obj_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/roles.pyx":222
+    /* "ivshmem/channel/roles.pyx":223
  *         ivshmem_writer_beat(&self.writer)
  *         if self.awaited and self.ready() == 0:
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 222, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 223, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/roles.pyx":221
+    /* "ivshmem/channel/roles.pyx":222
  *     cdef int restore(self) except -1:
  *         ivshmem_writer_beat(&self.writer)
  *         if self.awaited and self.ready() == 0:             # <<<<<<<<<<<<<<
@@ -8348,7 +8396,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_restore(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":223
+  /* "ivshmem/channel/roles.pyx":224
  *         if self.awaited and self.ready() == 0:
  *             self.membership.kick_all()
  *         return 0             # <<<<<<<<<<<<<<
@@ -8361,7 +8409,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_restore(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":219
+  /* "ivshmem/channel/roles.pyx":220
  *         ivshmem_sleep_end(&self.channel, &self.writer.sleep)
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -8378,7 +8426,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_restore(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":225
+/* "ivshmem/channel/roles.pyx":226
  *         return 0
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -8389,7 +8437,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_restore(struct __pyx_obj_
 static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_give_up(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/roles.pyx":226
+  /* "ivshmem/channel/roles.pyx":227
  * 
  *     cdef int give_up(self) except -1:
  *         ivshmem_writer_close(&self.writer)             # <<<<<<<<<<<<<<
@@ -8398,7 +8446,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_give_up(struct __pyx_obj_
 */
   ivshmem_writer_close((&__pyx_v_self->writer));
 
-  /* "ivshmem/channel/roles.pyx":227
+  /* "ivshmem/channel/roles.pyx":228
  *     cdef int give_up(self) except -1:
  *         ivshmem_writer_close(&self.writer)
  *         return 0             # <<<<<<<<<<<<<<
@@ -8411,7 +8459,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_give_up(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":225
+  /* "ivshmem/channel/roles.pyx":226
  *         return 0
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -8425,7 +8473,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_give_up(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":231
+/* "ivshmem/channel/roles.pyx":232
  *     # What all kinds of writers have in common.
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -8457,14 +8505,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_5limit___get__(str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/roles.pyx":234
+  /* "ivshmem/channel/roles.pyx":235
  *     def limit(self):
  *         """Bytes that a message can have."""
  *         return self.channel.record.geometry.limit             # <<<<<<<<<<<<<<
  * 
  *     cdef char *at(self, uint32_t cell) noexcept nogil:
 */
-  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->__pyx_base.channel.record.geometry.limit); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 234, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->__pyx_base.channel.record.geometry.limit); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 235, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -8477,7 +8525,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_5limit___get__(str
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":231
+  /* "ivshmem/channel/roles.pyx":232
  *     # What all kinds of writers have in common.
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -8496,7 +8544,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_5limit___get__(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":236
+/* "ivshmem/channel/roles.pyx":237
  *         return self.channel.record.geometry.limit
  * 
  *     cdef char *at(self, uint32_t cell) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8507,7 +8555,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_5limit___get__(str
 static char *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_at(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self, uint32_t __pyx_v_cell) {
   char *__pyx_r;
 
-  /* "ivshmem/channel/roles.pyx":240
+  /* "ivshmem/channel/roles.pyx":241
  *             <char *>self.channel.area.memory.start
  *             + self.writer.cells_at
  *             + cell * self.channel.layout.cell_bytes             # <<<<<<<<<<<<<<
@@ -8520,7 +8568,7 @@ static char *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_at(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":236
+  /* "ivshmem/channel/roles.pyx":237
  *         return self.channel.record.geometry.limit
  * 
  *     cdef char *at(self, uint32_t cell) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8533,7 +8581,7 @@ static char *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_at(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":243
+/* "ivshmem/channel/roles.pyx":244
  *         )
  * 
  *     cdef object blocked(self, object timeout):             # <<<<<<<<<<<<<<
@@ -8561,7 +8609,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("blocked", 0);
 
-  /* "ivshmem/channel/roles.pyx":244
+  /* "ivshmem/channel/roles.pyx":245
  * 
  *     cdef object blocked(self, object timeout):
  *         return TimeoutError(             # <<<<<<<<<<<<<<
@@ -8570,26 +8618,26 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked(struct __py
 */
   __pyx_t_2 = NULL;
 
-  /* "ivshmem/channel/roles.pyx":246
+  /* "ivshmem/channel/roles.pyx":247
  *         return TimeoutError(
  *             f"channel {self.name!r} is full: a reader took nothing for {timeout:g} s"
  *             if timeout             # <<<<<<<<<<<<<<
  *             else f"channel {self.name!r} is full"
  *         )
 */
-  __pyx_t_4 = __Pyx_PyObject_IsTrue(__pyx_v_timeout); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 246, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_IsTrue(__pyx_v_timeout); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 247, __pyx_L1_error)
   if (__pyx_t_4) {
 
-    /* "ivshmem/channel/roles.pyx":245
+    /* "ivshmem/channel/roles.pyx":246
  *     cdef object blocked(self, object timeout):
  *         return TimeoutError(
  *             f"channel {self.name!r} is full: a reader took nothing for {timeout:g} s"             # <<<<<<<<<<<<<<
  *             if timeout
  *             else f"channel {self.name!r} is full"
 */
-    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 245, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 246, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyObject_Format(__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 245, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_Format(__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 246, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_channel;
     __pyx_t_7[1] = __pyx_t_5;
@@ -8605,7 +8653,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked(struct __py
     __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_7[3]);
     #endif
     __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 5, __pyx_t_8, __pyx_t_9);
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 245, __pyx_L1_error)
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 246, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -8613,14 +8661,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked(struct __py
     __pyx_t_10 = 0;
   } else {
 
-    /* "ivshmem/channel/roles.pyx":247
+    /* "ivshmem/channel/roles.pyx":248
  *             f"channel {self.name!r} is full: a reader took nothing for {timeout:g} s"
  *             if timeout
  *             else f"channel {self.name!r} is full"             # <<<<<<<<<<<<<<
  *         )
  * 
 */
-    __pyx_t_10 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 247, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 248, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __pyx_t_11[0] = __pyx_mstate_global->__pyx_kp_u_channel;
     __pyx_t_11[1] = __pyx_t_10;
@@ -8634,7 +8682,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked(struct __py
     __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_11[1]);
     #endif
     __pyx_t_6 = __Pyx_PyUnicode_Join(__pyx_t_11, 3, __pyx_t_8, __pyx_t_9);
-    if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 247, __pyx_L1_error)
+    if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 248, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __pyx_t_3 = __pyx_t_6;
@@ -8647,7 +8695,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked(struct __py
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TimeoutError)), __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 244, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 245, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -8661,7 +8709,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked(struct __py
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":243
+  /* "ivshmem/channel/roles.pyx":244
  *         )
  * 
  *     cdef object blocked(self, object timeout):             # <<<<<<<<<<<<<<
@@ -8685,7 +8733,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":250
+/* "ivshmem/channel/roles.pyx":251
  *         )
  * 
  *     cdef int loan_cell(self, uint32_t *cell) except -1:             # <<<<<<<<<<<<<<
@@ -8701,7 +8749,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_loan_cell(struct __pyx_ob
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/roles.pyx":251
+  /* "ivshmem/channel/roles.pyx":252
  * 
  *     cdef int loan_cell(self, uint32_t *cell) except -1:
  *         while ivshmem_loan(&self.writer, cell):             # <<<<<<<<<<<<<<
@@ -8714,18 +8762,18 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_loan_cell(struct __pyx_ob
 
     if (!__pyx_t_1) break;
 
-    /* "ivshmem/channel/roles.pyx":252
+    /* "ivshmem/channel/roles.pyx":253
  *     cdef int loan_cell(self, uint32_t *cell) except -1:
  *         while ivshmem_loan(&self.writer, cell):
  *             self.pause_for_cell()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->pause_for_cell(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 252, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->pause_for_cell(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 253, __pyx_L1_error)
 
   }
 
-  /* "ivshmem/channel/roles.pyx":253
+  /* "ivshmem/channel/roles.pyx":254
  *         while ivshmem_loan(&self.writer, cell):
  *             self.pause_for_cell()
  *         return 0             # <<<<<<<<<<<<<<
@@ -8738,7 +8786,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_loan_cell(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":250
+  /* "ivshmem/channel/roles.pyx":251
  *         )
  * 
  *     cdef int loan_cell(self, uint32_t *cell) except -1:             # <<<<<<<<<<<<<<
@@ -8755,7 +8803,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_loan_cell(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":255
+/* "ivshmem/channel/roles.pyx":256
  *         return 0
  * 
  *     cdef int find_room(self, uint32_t *cell, object timeout, object spin) except -1:             # <<<<<<<<<<<<<<
@@ -8775,17 +8823,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("find_room", 0);
 
-  /* "ivshmem/channel/roles.pyx":258
+  /* "ivshmem/channel/roles.pyx":259
  *         """Wait until a message can be published, and borrow a cell for it."""
  *         cdef int code
  *         check_timeout(timeout)             # <<<<<<<<<<<<<<
  *         while True:
  *             code = self.ready()
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_check_timeout(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 258, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_check_timeout(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 259, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/roles.pyx":259
+  /* "ivshmem/channel/roles.pyx":260
  *         cdef int code
  *         check_timeout(timeout)
  *         while True:             # <<<<<<<<<<<<<<
@@ -8794,7 +8842,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
 */
   while (1) {
 
-    /* "ivshmem/channel/roles.pyx":260
+    /* "ivshmem/channel/roles.pyx":261
  *         check_timeout(timeout)
  *         while True:
  *             code = self.ready()             # <<<<<<<<<<<<<<
@@ -8803,7 +8851,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
 */
     __pyx_v_code = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->ready(__pyx_v_self);
 
-    /* "ivshmem/channel/roles.pyx":261
+    /* "ivshmem/channel/roles.pyx":262
  *         while True:
  *             code = self.ready()
  *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -8815,17 +8863,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/roles.pyx":262
+      /* "ivshmem/channel/roles.pyx":263
  *             code = self.ready()
  *             if code == IVSHMEM_AGAIN:
  *                 code = self.wait(timeout, spin)             # <<<<<<<<<<<<<<
  *                 if code == IVSHMEM_AGAIN:
  *                     raise self.blocked(timeout)
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 262, __pyx_L1_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 263, __pyx_L1_error)
       __pyx_v_code = __pyx_t_1;
 
-      /* "ivshmem/channel/roles.pyx":263
+      /* "ivshmem/channel/roles.pyx":264
  *             if code == IVSHMEM_AGAIN:
  *                 code = self.wait(timeout, spin)
  *                 if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -8837,20 +8885,20 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
       if (unlikely(__pyx_t_2)) {
 
 
-        /* "ivshmem/channel/roles.pyx":264
+        /* "ivshmem/channel/roles.pyx":265
  *                 code = self.wait(timeout, spin)
  *                 if code == IVSHMEM_AGAIN:
  *                     raise self.blocked(timeout)             # <<<<<<<<<<<<<<
  *             if code:
  *                 raise self.fail(code)
 */
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->blocked(__pyx_v_self, __pyx_v_timeout); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 264, __pyx_L1_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->blocked(__pyx_v_self, __pyx_v_timeout); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 265, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_3);
         __Pyx_Raise(__pyx_t_3, 0, 0, 0);
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-        __PYX_ERR(0, 264, __pyx_L1_error)
+        __PYX_ERR(0, 265, __pyx_L1_error)
 
-        /* "ivshmem/channel/roles.pyx":263
+        /* "ivshmem/channel/roles.pyx":264
  *             if code == IVSHMEM_AGAIN:
  *                 code = self.wait(timeout, spin)
  *                 if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -8859,7 +8907,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
 */
       }
 
-      /* "ivshmem/channel/roles.pyx":261
+      /* "ivshmem/channel/roles.pyx":262
  *         while True:
  *             code = self.ready()
  *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -8868,7 +8916,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
 */
     }
 
-    /* "ivshmem/channel/roles.pyx":265
+    /* "ivshmem/channel/roles.pyx":266
  *                 if code == IVSHMEM_AGAIN:
  *                     raise self.blocked(timeout)
  *             if code:             # <<<<<<<<<<<<<<
@@ -8880,20 +8928,20 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
     if (unlikely(__pyx_t_2)) {
 
 
-      /* "ivshmem/channel/roles.pyx":266
+      /* "ivshmem/channel/roles.pyx":267
  *                     raise self.blocked(timeout)
  *             if code:
  *                 raise self.fail(code)             # <<<<<<<<<<<<<<
  *             if ivshmem_loan(&self.writer, cell) == 0:
  *                 return 0
 */
-      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 266, __pyx_L1_error)
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 267, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
       __Pyx_Raise(__pyx_t_3, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __PYX_ERR(0, 266, __pyx_L1_error)
+      __PYX_ERR(0, 267, __pyx_L1_error)
 
-      /* "ivshmem/channel/roles.pyx":265
+      /* "ivshmem/channel/roles.pyx":266
  *                 if code == IVSHMEM_AGAIN:
  *                     raise self.blocked(timeout)
  *             if code:             # <<<<<<<<<<<<<<
@@ -8902,7 +8950,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
 */
     }
 
-    /* "ivshmem/channel/roles.pyx":267
+    /* "ivshmem/channel/roles.pyx":268
  *             if code:
  *                 raise self.fail(code)
  *             if ivshmem_loan(&self.writer, cell) == 0:             # <<<<<<<<<<<<<<
@@ -8914,7 +8962,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/roles.pyx":268
+      /* "ivshmem/channel/roles.pyx":269
  *                 raise self.fail(code)
  *             if ivshmem_loan(&self.writer, cell) == 0:
  *                 return 0             # <<<<<<<<<<<<<<
@@ -8927,7 +8975,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/roles.pyx":267
+      /* "ivshmem/channel/roles.pyx":268
  *             if code:
  *                 raise self.fail(code)
  *             if ivshmem_loan(&self.writer, cell) == 0:             # <<<<<<<<<<<<<<
@@ -8936,18 +8984,18 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
 */
     }
 
-    /* "ivshmem/channel/roles.pyx":269
+    /* "ivshmem/channel/roles.pyx":270
  *             if ivshmem_loan(&self.writer, cell) == 0:
  *                 return 0
  *             self.pause_for_cell()             # <<<<<<<<<<<<<<
  * 
  *     cdef int pause_for_cell(self) except -1:
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->pause_for_cell(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 269, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->pause_for_cell(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 270, __pyx_L1_error)
 
   }
 
-  /* "ivshmem/channel/roles.pyx":255
+  /* "ivshmem/channel/roles.pyx":256
  *         return 0
  * 
  *     cdef int find_room(self, uint32_t *cell, object timeout, object spin) except -1:             # <<<<<<<<<<<<<<
@@ -8969,7 +9017,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":271
+/* "ivshmem/channel/roles.pyx":272
  *             self.pause_for_cell()
  * 
  *     cdef int pause_for_cell(self) except -1:             # <<<<<<<<<<<<<<
@@ -8998,7 +9046,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("pause_for_cell", 0);
 
-  /* "ivshmem/channel/roles.pyx":274
+  /* "ivshmem/channel/roles.pyx":275
  *         """Let another thread, which puts a large message, give its cell back."""
  *         cdef timespec pause
  *         if not self.putting:             # <<<<<<<<<<<<<<
@@ -9010,7 +9058,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/roles.pyx":275
+    /* "ivshmem/channel/roles.pyx":276
  *         cdef timespec pause
  *         if not self.putting:
  *             raise ChannelError(             # <<<<<<<<<<<<<<
@@ -9018,40 +9066,40 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
  *                 " all that it was made for"
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 275, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 276, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
 
-    /* "ivshmem/channel/roles.pyx":276
+    /* "ivshmem/channel/roles.pyx":277
  *         if not self.putting:
  *             raise ChannelError(
  *                 f"channel {self.name!r}: {counted(self.writer.loaned, 'loan')} at once, which are"             # <<<<<<<<<<<<<<
  *                 " all that it was made for"
  *             )
 */
-    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 276, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 277, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 276, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 277, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->writer.loaned); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 276, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->writer.loaned); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 277, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_8 = PyTuple_New(2); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 276, __pyx_L1_error)
+    __pyx_t_8 = PyTuple_New(2); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 277, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_GIVEREF(__pyx_t_7);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_8, 0, __pyx_t_7) != (0)) __PYX_ERR(0, 276, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_8, 0, __pyx_t_7) != (0)) __PYX_ERR(0, 277, __pyx_L1_error);
     __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_loan);
     __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_loan);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_8, 1, __pyx_mstate_global->__pyx_n_u_loan) != (0)) __PYX_ERR(0, 276, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_8, 1, __pyx_mstate_global->__pyx_n_u_loan) != (0)) __PYX_ERR(0, 277, __pyx_L1_error);
     __pyx_t_7 = 0;
-    __pyx_t_7 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_t_8, NULL); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 276, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_t_8, NULL); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 277, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_t_7, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 276, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_t_7, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 277, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_channel;
     __pyx_t_9[1] = __pyx_t_5;
-    __pyx_t_9[2] = __pyx_mstate_global->__pyx_kp_u__2;
+    __pyx_t_9[2] = __pyx_mstate_global->__pyx_kp_u__3;
     __pyx_t_9[3] = __pyx_t_8;
     __pyx_t_9[4] = __pyx_mstate_global->__pyx_kp_u_at_once_which_are_all_that_it_w;
     __pyx_t_10 = 54;
@@ -9063,7 +9111,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
     __pyx_t_11 |= __Pyx_PyUnicode_KIND_04(__pyx_t_9[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_9[3]);
     #endif
     __pyx_t_7 = __Pyx_PyUnicode_Join(__pyx_t_9, 5, __pyx_t_10, __pyx_t_11);
-    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 276, __pyx_L1_error)
+    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 277, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
@@ -9085,14 +9133,14 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 275, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 276, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 275, __pyx_L1_error)
+    __PYX_ERR(0, 276, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":274
+    /* "ivshmem/channel/roles.pyx":275
  *         """Let another thread, which puts a large message, give its cell back."""
  *         cdef timespec pause
  *         if not self.putting:             # <<<<<<<<<<<<<<
@@ -9101,7 +9149,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":279
+  /* "ivshmem/channel/roles.pyx":280
  *                 " all that it was made for"
  *             )
  *         pause.tv_sec = 0             # <<<<<<<<<<<<<<
@@ -9110,7 +9158,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
 */
   __pyx_v_pause.tv_sec = 0;
 
-  /* "ivshmem/channel/roles.pyx":280
+  /* "ivshmem/channel/roles.pyx":281
  *             )
  *         pause.tv_sec = 0
  *         pause.tv_nsec = 20_000  # of the 0.1 ms that a copy takes as a rule             # <<<<<<<<<<<<<<
@@ -9119,7 +9167,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
 */
   __pyx_v_pause.tv_nsec = 0x4E20;
 
-  /* "ivshmem/channel/roles.pyx":281
+  /* "ivshmem/channel/roles.pyx":282
  *         pause.tv_sec = 0
  *         pause.tv_nsec = 20_000  # of the 0.1 ms that a copy takes as a rule
  *         with nogil:             # <<<<<<<<<<<<<<
@@ -9132,7 +9180,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
       __Pyx_FastGIL_Remember();
       /*try:*/ {
 
-        /* "ivshmem/channel/roles.pyx":282
+        /* "ivshmem/channel/roles.pyx":283
  *         pause.tv_nsec = 20_000  # of the 0.1 ms that a copy takes as a rule
  *         with nogil:
  *             nanosleep(&pause, NULL)             # <<<<<<<<<<<<<<
@@ -9142,7 +9190,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
         (void)(nanosleep((&__pyx_v_pause), NULL));
       }
 
-      /* "ivshmem/channel/roles.pyx":281
+      /* "ivshmem/channel/roles.pyx":282
  *         pause.tv_sec = 0
  *         pause.tv_nsec = 20_000  # of the 0.1 ms that a copy takes as a rule
  *         with nogil:             # <<<<<<<<<<<<<<
@@ -9159,30 +9207,30 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
       }
   }
 
-  /* "ivshmem/channel/roles.pyx":283
+  /* "ivshmem/channel/roles.pyx":284
  *         with nogil:
  *             nanosleep(&pause, NULL)
  *         PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *         return self.enter()
  * 
 */
-  __pyx_t_11 = PyErr_CheckSignals(); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 283, __pyx_L1_error)
+  __pyx_t_11 = PyErr_CheckSignals(); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 284, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/roles.pyx":284
+  /* "ivshmem/channel/roles.pyx":285
  *             nanosleep(&pause, NULL)
  *         PyErr_CheckSignals()
  *         return self.enter()             # <<<<<<<<<<<<<<
  * 
  *     cdef int copy_in(self, uint32_t cell, const char *data, uint64_t size) except -1:
 */
-  __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 284, __pyx_L1_error)
+  __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 285, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_11;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":271
+  /* "ivshmem/channel/roles.pyx":272
  *             self.pause_for_cell()
  * 
  *     cdef int pause_for_cell(self) except -1:             # <<<<<<<<<<<<<<
@@ -9208,7 +9256,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":286
+/* "ivshmem/channel/roles.pyx":287
  *         return self.enter()
  * 
  *     cdef int copy_in(self, uint32_t cell, const char *data, uint64_t size) except -1:             # <<<<<<<<<<<<<<
@@ -9224,7 +9272,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_copy_in(struct __pyx_obj_
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/roles.pyx":287
+  /* "ivshmem/channel/roles.pyx":288
  * 
  *     cdef int copy_in(self, uint32_t cell, const char *data, uint64_t size) except -1:
  *         if size < LARGE:             # <<<<<<<<<<<<<<
@@ -9236,7 +9284,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_copy_in(struct __pyx_obj_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/roles.pyx":288
+    /* "ivshmem/channel/roles.pyx":289
  *     cdef int copy_in(self, uint32_t cell, const char *data, uint64_t size) except -1:
  *         if size < LARGE:
  *             memcpy(self.at(cell), data, size)             # <<<<<<<<<<<<<<
@@ -9245,7 +9293,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_copy_in(struct __pyx_obj_
 */
     (void)(memcpy(((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->at(__pyx_v_self, __pyx_v_cell), __pyx_v_data, __pyx_v_size));
 
-    /* "ivshmem/channel/roles.pyx":289
+    /* "ivshmem/channel/roles.pyx":290
  *         if size < LARGE:
  *             memcpy(self.at(cell), data, size)
  *             return 0             # <<<<<<<<<<<<<<
@@ -9258,7 +9306,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_copy_in(struct __pyx_obj_
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/roles.pyx":287
+    /* "ivshmem/channel/roles.pyx":288
  * 
  *     cdef int copy_in(self, uint32_t cell, const char *data, uint64_t size) except -1:
  *         if size < LARGE:             # <<<<<<<<<<<<<<
@@ -9267,17 +9315,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_copy_in(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":290
+  /* "ivshmem/channel/roles.pyx":291
  *             memcpy(self.at(cell), data, size)
  *             return 0
  *         self.begin_copy()             # <<<<<<<<<<<<<<
  *         with nogil:
  *             memcpy(self.at(cell), data, size)
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.begin_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 290, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.begin_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 291, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/roles.pyx":291
+  /* "ivshmem/channel/roles.pyx":292
  *             return 0
  *         self.begin_copy()
  *         with nogil:             # <<<<<<<<<<<<<<
@@ -9290,7 +9338,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_copy_in(struct __pyx_obj_
       __Pyx_FastGIL_Remember();
       /*try:*/ {
 
-        /* "ivshmem/channel/roles.pyx":292
+        /* "ivshmem/channel/roles.pyx":293
  *         self.begin_copy()
  *         with nogil:
  *             memcpy(self.at(cell), data, size)             # <<<<<<<<<<<<<<
@@ -9300,7 +9348,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_copy_in(struct __pyx_obj_
         (void)(memcpy(((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->at(__pyx_v_self, __pyx_v_cell), __pyx_v_data, __pyx_v_size));
       }
 
-      /* "ivshmem/channel/roles.pyx":291
+      /* "ivshmem/channel/roles.pyx":292
  *             return 0
  *         self.begin_copy()
  *         with nogil:             # <<<<<<<<<<<<<<
@@ -9317,20 +9365,20 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_copy_in(struct __pyx_obj_
       }
   }
 
-  /* "ivshmem/channel/roles.pyx":293
+  /* "ivshmem/channel/roles.pyx":294
  *         with nogil:
  *             memcpy(self.at(cell), data, size)
  *         return self.end_copy()             # <<<<<<<<<<<<<<
  * 
  *     cdef uint64_t send(self, uint32_t cell, uint32_t length, uint64_t user) except? 0:
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.end_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 293, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.end_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 294, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_2;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":286
+  /* "ivshmem/channel/roles.pyx":287
  *         return self.enter()
  * 
  *     cdef int copy_in(self, uint32_t cell, const char *data, uint64_t size) except -1:             # <<<<<<<<<<<<<<
@@ -9347,7 +9395,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_copy_in(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":295
+/* "ivshmem/channel/roles.pyx":296
  *         return self.end_copy()
  * 
  *     cdef uint64_t send(self, uint32_t cell, uint32_t length, uint64_t user) except? 0:             # <<<<<<<<<<<<<<
@@ -9366,7 +9414,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/roles.pyx":297
+  /* "ivshmem/channel/roles.pyx":298
  *     cdef uint64_t send(self, uint32_t cell, uint32_t length, uint64_t user) except? 0:
  *         """Publish a loan; there is room. The position that it got, of calls."""
  *         cdef uint64_t position = self.writer.next             # <<<<<<<<<<<<<<
@@ -9377,7 +9425,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
 
   __pyx_v_position = __pyx_t_1;
 
-  /* "ivshmem/channel/roles.pyx":298
+  /* "ivshmem/channel/roles.pyx":299
  *         """Publish a loan; there is room. The position that it got, of calls."""
  *         cdef uint64_t position = self.writer.next
  *         cdef uint64_t time = microseconds() if self.times else 0             # <<<<<<<<<<<<<<
@@ -9393,7 +9441,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
   }
   __pyx_v_time = __pyx_t_1;
 
-  /* "ivshmem/channel/roles.pyx":299
+  /* "ivshmem/channel/roles.pyx":300
  *         cdef uint64_t position = self.writer.next
  *         cdef uint64_t time = microseconds() if self.times else 0
  *         if self.claims:             # <<<<<<<<<<<<<<
@@ -9402,7 +9450,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
 */
   if (__pyx_v_self->claims) {
 
-    /* "ivshmem/channel/roles.pyx":300
+    /* "ivshmem/channel/roles.pyx":301
  *         cdef uint64_t time = microseconds() if self.times else 0
  *         if self.claims:
  *             position = ivshmem_queue_publish(&self.writer, cell, length, time, user)             # <<<<<<<<<<<<<<
@@ -9411,7 +9459,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
 */
     __pyx_v_position = ivshmem_queue_publish((&__pyx_v_self->writer), __pyx_v_cell, __pyx_v_length, __pyx_v_time, __pyx_v_user);
 
-    /* "ivshmem/channel/roles.pyx":299
+    /* "ivshmem/channel/roles.pyx":300
  *         cdef uint64_t position = self.writer.next
  *         cdef uint64_t time = microseconds() if self.times else 0
  *         if self.claims:             # <<<<<<<<<<<<<<
@@ -9421,7 +9469,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/roles.pyx":302
+  /* "ivshmem/channel/roles.pyx":303
  *             position = ivshmem_queue_publish(&self.writer, cell, length, time, user)
  *         else:
  *             ivshmem_writer_add(&self.writer, cell, length, time, user)             # <<<<<<<<<<<<<<
@@ -9431,7 +9479,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
   /*else*/ {
     ivshmem_writer_add((&__pyx_v_self->writer), __pyx_v_cell, __pyx_v_length, __pyx_v_time, __pyx_v_user);
 
-    /* "ivshmem/channel/roles.pyx":303
+    /* "ivshmem/channel/roles.pyx":304
  *         else:
  *             ivshmem_writer_add(&self.writer, cell, length, time, user)
  *             ivshmem_writer_announce(&self.writer)             # <<<<<<<<<<<<<<
@@ -9440,7 +9488,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
 */
     ivshmem_writer_announce((&__pyx_v_self->writer));
 
-    /* "ivshmem/channel/roles.pyx":304
+    /* "ivshmem/channel/roles.pyx":305
  *             ivshmem_writer_add(&self.writer, cell, length, time, user)
  *             ivshmem_writer_announce(&self.writer)
  *             self.missed += self.writer.missed             # <<<<<<<<<<<<<<
@@ -9451,7 +9499,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/roles.pyx":305
+  /* "ivshmem/channel/roles.pyx":306
  *             ivshmem_writer_announce(&self.writer)
  *             self.missed += self.writer.missed
  *         if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -9463,17 +9511,17 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/roles.pyx":306
+    /* "ivshmem/channel/roles.pyx":307
  *             self.missed += self.writer.missed
  *         if self.membership.rings.count:
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *         return position
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 306, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 307, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/roles.pyx":305
+    /* "ivshmem/channel/roles.pyx":306
  *             ivshmem_writer_announce(&self.writer)
  *             self.missed += self.writer.missed
  *         if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -9482,7 +9530,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":307
+  /* "ivshmem/channel/roles.pyx":308
  *         if self.membership.rings.count:
  *             self.membership.flush()
  *         return position             # <<<<<<<<<<<<<<
@@ -9495,7 +9543,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":295
+  /* "ivshmem/channel/roles.pyx":296
  *         return self.end_copy()
  * 
  *     cdef uint64_t send(self, uint32_t cell, uint32_t length, uint64_t user) except? 0:             # <<<<<<<<<<<<<<
@@ -9514,7 +9562,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":309
+/* "ivshmem/channel/roles.pyx":310
  *         return position
  * 
  *     cdef int wait_again(self, object timeout) except -1:             # <<<<<<<<<<<<<<
@@ -9534,17 +9582,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_wait_again(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait_again", 0);
 
-  /* "ivshmem/channel/roles.pyx":312
+  /* "ivshmem/channel/roles.pyx":313
  *         """After a time without the GIL: whether there is still room, and a channel."""
  *         cdef int code
  *         code = self.wait(timeout, None)             # <<<<<<<<<<<<<<
  *         if code == IVSHMEM_AGAIN:
  *             raise self.blocked(timeout)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, Py_None); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 312, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, Py_None); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 313, __pyx_L1_error)
   __pyx_v_code = __pyx_t_1;
 
-  /* "ivshmem/channel/roles.pyx":313
+  /* "ivshmem/channel/roles.pyx":314
  *         cdef int code
  *         code = self.wait(timeout, None)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -9556,20 +9604,20 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_wait_again(struct __pyx_o
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/roles.pyx":314
+    /* "ivshmem/channel/roles.pyx":315
  *         code = self.wait(timeout, None)
  *         if code == IVSHMEM_AGAIN:
  *             raise self.blocked(timeout)             # <<<<<<<<<<<<<<
  *         if code:
  *             raise self.fail(code)
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->blocked(__pyx_v_self, __pyx_v_timeout); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 314, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->blocked(__pyx_v_self, __pyx_v_timeout); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 315, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 314, __pyx_L1_error)
+    __PYX_ERR(0, 315, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":313
+    /* "ivshmem/channel/roles.pyx":314
  *         cdef int code
  *         code = self.wait(timeout, None)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -9578,7 +9626,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_wait_again(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":315
+  /* "ivshmem/channel/roles.pyx":316
  *         if code == IVSHMEM_AGAIN:
  *             raise self.blocked(timeout)
  *         if code:             # <<<<<<<<<<<<<<
@@ -9590,20 +9638,20 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_wait_again(struct __pyx_o
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/roles.pyx":316
+    /* "ivshmem/channel/roles.pyx":317
  *             raise self.blocked(timeout)
  *         if code:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 316, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 317, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 316, __pyx_L1_error)
+    __PYX_ERR(0, 317, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":315
+    /* "ivshmem/channel/roles.pyx":316
  *         if code == IVSHMEM_AGAIN:
  *             raise self.blocked(timeout)
  *         if code:             # <<<<<<<<<<<<<<
@@ -9612,7 +9660,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_wait_again(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":317
+  /* "ivshmem/channel/roles.pyx":318
  *         if code:
  *             raise self.fail(code)
  *         return 0             # <<<<<<<<<<<<<<
@@ -9625,7 +9673,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_wait_again(struct __pyx_o
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":309
+  /* "ivshmem/channel/roles.pyx":310
  *         return position
  * 
  *     cdef int wait_again(self, object timeout) except -1:             # <<<<<<<<<<<<<<
@@ -9645,7 +9693,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_wait_again(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":319
+/* "ivshmem/channel/roles.pyx":320
  *         return 0
  * 
  *     cdef object too_long(self, object size):             # <<<<<<<<<<<<<<
@@ -9672,7 +9720,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_too_long(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("too_long", 0);
 
-  /* "ivshmem/channel/roles.pyx":320
+  /* "ivshmem/channel/roles.pyx":321
  * 
  *     cdef object too_long(self, object size):
  *         return MessageTooLong(             # <<<<<<<<<<<<<<
@@ -9680,29 +9728,29 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_too_long(struct __p
  *             f" {self.channel.record.geometry.limit}"
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 320, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 321, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
-  /* "ivshmem/channel/roles.pyx":321
+  /* "ivshmem/channel/roles.pyx":322
  *     cdef object too_long(self, object size):
  *         return MessageTooLong(
  *             f"channel {self.name!r}: a message of {size} bytes, and its limit is"             # <<<<<<<<<<<<<<
  *             f" {self.channel.record.geometry.limit}"
  *         )
 */
-  __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 321, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 322, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_5 = __Pyx_PyObject_FormatSimple(__pyx_v_size, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 321, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyObject_FormatSimple(__pyx_v_size, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 322, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
 
-  /* "ivshmem/channel/roles.pyx":322
+  /* "ivshmem/channel/roles.pyx":323
  *         return MessageTooLong(
  *             f"channel {self.name!r}: a message of {size} bytes, and its limit is"
  *             f" {self.channel.record.geometry.limit}"             # <<<<<<<<<<<<<<
  *         )
  * 
 */
-  __pyx_t_6 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->__pyx_base.channel.record.geometry.limit, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 322, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->__pyx_base.channel.record.geometry.limit, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 323, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_channel;
   __pyx_t_7[1] = __pyx_t_4;
@@ -9711,7 +9759,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_too_long(struct __p
   __pyx_t_7[4] = __pyx_mstate_global->__pyx_kp_u_bytes_and_its_limit_is;
   __pyx_t_7[5] = __pyx_t_6;
 
-  /* "ivshmem/channel/roles.pyx":321
+  /* "ivshmem/channel/roles.pyx":322
  *     cdef object too_long(self, object size):
  *         return MessageTooLong(
  *             f"channel {self.name!r}: a message of {size} bytes, and its limit is"             # <<<<<<<<<<<<<<
@@ -9727,7 +9775,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_too_long(struct __p
   __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_7[3]);
   #endif
   __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 6, __pyx_t_8, __pyx_t_9);
-  if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 321, __pyx_L1_error)
+  if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 322, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_10);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
@@ -9750,7 +9798,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_too_long(struct __p
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 320, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 321, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -9764,7 +9812,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_too_long(struct __p
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":319
+  /* "ivshmem/channel/roles.pyx":320
  *         return 0
  * 
  *     cdef object too_long(self, object size):             # <<<<<<<<<<<<<<
@@ -10144,7 +10192,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_8__setstate_cython
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":332
+/* "ivshmem/channel/roles.pyx":333
  *     """The slot of a reader, or of a server; or, where memory can only be read, none."""
  * 
  *     def __cinit__(             # <<<<<<<<<<<<<<
@@ -10179,40 +10227,40 @@ static int __pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_1__cinit__(PyObject *__p
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_channels,&__pyx_mstate_global->__pyx_n_u_membership,&__pyx_mstate_global->__pyx_n_u_found,&__pyx_mstate_global->__pyx_n_u_message_type,&__pyx_mstate_global->__pyx_n_u_overflow,&__pyx_mstate_global->__pyx_n_u_history,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_VARARGS(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 332, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 333, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  6:
         values[5] = __Pyx_ArgRef_VARARGS(__pyx_args, 5);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 332, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 333, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  5:
         values[4] = __Pyx_ArgRef_VARARGS(__pyx_args, 4);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 332, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 333, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  4:
         values[3] = __Pyx_ArgRef_VARARGS(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 332, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 333, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_VARARGS(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 332, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 333, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_VARARGS(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 332, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 333, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 332, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 333, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 332, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 333, __pyx_L3_error)
 
-      /* "ivshmem/channel/roles.pyx":337
+      /* "ivshmem/channel/roles.pyx":338
  *         Membership membership not None,
  *         dict found not None,
  *         message_type=None,             # <<<<<<<<<<<<<<
@@ -10221,29 +10269,29 @@ static int __pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_1__cinit__(PyObject *__p
 */
       if (!values[3]) values[3] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 3, 6, i); __PYX_ERR(0, 332, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 3, 6, i); __PYX_ERR(0, 333, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  6:
         values[5] = __Pyx_ArgRef_VARARGS(__pyx_args, 5);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 332, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 333, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  5:
         values[4] = __Pyx_ArgRef_VARARGS(__pyx_args, 4);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 332, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 333, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  4:
         values[3] = __Pyx_ArgRef_VARARGS(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 332, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 333, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_VARARGS(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 332, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 333, __pyx_L3_error)
         values[1] = __Pyx_ArgRef_VARARGS(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 332, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 333, __pyx_L3_error)
         values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 332, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 333, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -10254,19 +10302,19 @@ static int __pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_1__cinit__(PyObject *__p
     __pyx_v_found = ((PyObject*)values[2]);
     __pyx_v_message_type = values[3];
     if (values[4]) {
-      __pyx_v_overflow = __Pyx_PyLong_As_uint32_t(values[4]); if (unlikely((__pyx_v_overflow == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 338, __pyx_L3_error)
+      __pyx_v_overflow = __Pyx_PyLong_As_uint32_t(values[4]); if (unlikely((__pyx_v_overflow == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 339, __pyx_L3_error)
     } else {
       __pyx_v_overflow = ((uint32_t)0);
     }
     if (values[5]) {
-      __pyx_v_history = __Pyx_PyLong_As_uint32_t(values[5]); if (unlikely((__pyx_v_history == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 339, __pyx_L3_error)
+      __pyx_v_history = __Pyx_PyLong_As_uint32_t(values[5]); if (unlikely((__pyx_v_history == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 340, __pyx_L3_error)
     } else {
       __pyx_v_history = ((uint32_t)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 3, 6, __pyx_nargs); __PYX_ERR(0, 332, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 3, 6, __pyx_nargs); __PYX_ERR(0, 333, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10277,11 +10325,11 @@ static int __pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_1__cinit__(PyObject *__p
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 335, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_found), (&PyDict_Type), 0, "found", 1))) __PYX_ERR(0, 336, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 336, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_found), (&PyDict_Type), 0, "found", 1))) __PYX_ERR(0, 337, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_found, __pyx_v_message_type, __pyx_v_overflow, __pyx_v_history);
 
-  /* "ivshmem/channel/roles.pyx":332
+  /* "ivshmem/channel/roles.pyx":333
  *     """The slot of a reader, or of a server; or, where memory can only be read, none."""
  * 
  *     def __cinit__(             # <<<<<<<<<<<<<<
@@ -10330,17 +10378,17 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/channel/roles.pyx":343
+  /* "ivshmem/channel/roles.pyx":344
  *         cdef ivshmem_geometry *g
  *         cdef int code
  *         open_channel(self, channels, membership, found)             # <<<<<<<<<<<<<<
  *         self.type = message_type
  *         g = &self.channel.record.geometry
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5roles_open_channel(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_found); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 343, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5roles_open_channel(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_found); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 344, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/roles.pyx":344
+  /* "ivshmem/channel/roles.pyx":345
  *         cdef int code
  *         open_channel(self, channels, membership, found)
  *         self.type = message_type             # <<<<<<<<<<<<<<
@@ -10352,7 +10400,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
   __Pyx_GOTREF(__pyx_v_self->type);
   __Pyx_DECREF_SET(__pyx_v_self->type, __pyx_v_message_type);
 
-  /* "ivshmem/channel/roles.pyx":345
+  /* "ivshmem/channel/roles.pyx":346
  *         open_channel(self, channels, membership, found)
  *         self.type = message_type
  *         g = &self.channel.record.geometry             # <<<<<<<<<<<<<<
@@ -10361,7 +10409,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
 */
   __pyx_v_g = (&__pyx_v_self->__pyx_base.channel.record.geometry);
 
-  /* "ivshmem/channel/roles.pyx":346
+  /* "ivshmem/channel/roles.pyx":347
  *         self.type = message_type
  *         g = &self.channel.record.geometry
  *         self.holds = g.views + 2             # <<<<<<<<<<<<<<
@@ -10370,7 +10418,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
 */
   __pyx_v_self->holds = (__pyx_v_g->views + 2);
 
-  /* "ivshmem/channel/roles.pyx":347
+  /* "ivshmem/channel/roles.pyx":348
  *         g = &self.channel.record.geometry
  *         self.holds = g.views + 2
  *         self.held = <Held *>malloc(self.holds * sizeof(Held))             # <<<<<<<<<<<<<<
@@ -10379,7 +10427,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
 */
   __pyx_v_self->held = ((struct __pyx_t_7ivshmem_7channel_5roles_Held *)malloc((__pyx_v_self->holds * (sizeof(struct __pyx_t_7ivshmem_7channel_5roles_Held)))));
 
-  /* "ivshmem/channel/roles.pyx":348
+  /* "ivshmem/channel/roles.pyx":349
  *         self.holds = g.views + 2
  *         self.held = <Held *>malloc(self.holds * sizeof(Held))
  *         if self.held == NULL:             # <<<<<<<<<<<<<<
@@ -10391,16 +10439,16 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/roles.pyx":349
+    /* "ivshmem/channel/roles.pyx":350
  *         self.held = <Held *>malloc(self.holds * sizeof(Held))
  *         if self.held == NULL:
  *             raise MemoryError             # <<<<<<<<<<<<<<
  *         self.reader.channel = &self.channel
  *         self.reader.member = &membership.member
 */
-    PyErr_NoMemory(); __PYX_ERR(0, 349, __pyx_L1_error)
+    PyErr_NoMemory(); __PYX_ERR(0, 350, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":348
+    /* "ivshmem/channel/roles.pyx":349
  *         self.holds = g.views + 2
  *         self.held = <Held *>malloc(self.holds * sizeof(Held))
  *         if self.held == NULL:             # <<<<<<<<<<<<<<
@@ -10409,7 +10457,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":350
+  /* "ivshmem/channel/roles.pyx":351
  *         if self.held == NULL:
  *             raise MemoryError
  *         self.reader.channel = &self.channel             # <<<<<<<<<<<<<<
@@ -10418,7 +10466,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
 */
   __pyx_v_self->reader.channel = (&__pyx_v_self->__pyx_base.channel);
 
-  /* "ivshmem/channel/roles.pyx":351
+  /* "ivshmem/channel/roles.pyx":352
  *             raise MemoryError
  *         self.reader.channel = &self.channel
  *         self.reader.member = &membership.member             # <<<<<<<<<<<<<<
@@ -10427,7 +10475,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
 */
   __pyx_v_self->reader.member = (&__pyx_v_membership->member);
 
-  /* "ivshmem/channel/roles.pyx":352
+  /* "ivshmem/channel/roles.pyx":353
  *         self.reader.channel = &self.channel
  *         self.reader.member = &membership.member
  *         self.reader.overflow = <ivshmem_overflow>overflow             # <<<<<<<<<<<<<<
@@ -10436,7 +10484,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
 */
   __pyx_v_self->reader.overflow = ((enum ivshmem_overflow)__pyx_v_overflow);
 
-  /* "ivshmem/channel/roles.pyx":353
+  /* "ivshmem/channel/roles.pyx":354
  *         self.reader.member = &membership.member
  *         self.reader.overflow = <ivshmem_overflow>overflow
  *         code = ivshmem_reader_open(&self.reader, history)             # <<<<<<<<<<<<<<
@@ -10445,7 +10493,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
 */
   __pyx_v_code = ivshmem_reader_open((&__pyx_v_self->reader), __pyx_v_history);
 
-  /* "ivshmem/channel/roles.pyx":354
+  /* "ivshmem/channel/roles.pyx":355
  *         self.reader.overflow = <ivshmem_overflow>overflow
  *         code = ivshmem_reader_open(&self.reader, history)
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -10457,7 +10505,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/roles.pyx":355
+    /* "ivshmem/channel/roles.pyx":356
  *         code = ivshmem_reader_open(&self.reader, history)
  *         if code == IVSHMEM_TAKEN:
  *             raise ChannelError(             # <<<<<<<<<<<<<<
@@ -10465,40 +10513,40 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
  *                 " readers"
 */
     __pyx_t_4 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 355, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 356, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
 
-    /* "ivshmem/channel/roles.pyx":356
+    /* "ivshmem/channel/roles.pyx":357
  *         if code == IVSHMEM_TAKEN:
  *             raise ChannelError(
  *                 f"channel {self.name!r}: {all_of(g.readers, 'reader')} open; create it with more"             # <<<<<<<<<<<<<<
  *                 " readers"
  *             )
 */
-    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 356, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 357, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_all_of); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 356, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_all_of); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 357, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_v_g->readers); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 356, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_v_g->readers); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 357, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
-    __pyx_t_9 = PyTuple_New(2); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 356, __pyx_L1_error)
+    __pyx_t_9 = PyTuple_New(2); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 357, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_GIVEREF(__pyx_t_8);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 0, __pyx_t_8) != (0)) __PYX_ERR(0, 356, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 0, __pyx_t_8) != (0)) __PYX_ERR(0, 357, __pyx_L1_error);
     __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_reader);
     __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_reader);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 1, __pyx_mstate_global->__pyx_n_u_reader) != (0)) __PYX_ERR(0, 356, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 1, __pyx_mstate_global->__pyx_n_u_reader) != (0)) __PYX_ERR(0, 357, __pyx_L1_error);
     __pyx_t_8 = 0;
-    __pyx_t_8 = __Pyx_PyObject_Call(__pyx_t_7, __pyx_t_9, NULL); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 356, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyObject_Call(__pyx_t_7, __pyx_t_9, NULL); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 357, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-    __pyx_t_9 = __Pyx_PyObject_FormatSimple(__pyx_t_8, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 356, __pyx_L1_error)
+    __pyx_t_9 = __Pyx_PyObject_FormatSimple(__pyx_t_8, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 357, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __pyx_t_10[0] = __pyx_mstate_global->__pyx_kp_u_channel;
     __pyx_t_10[1] = __pyx_t_6;
-    __pyx_t_10[2] = __pyx_mstate_global->__pyx_kp_u__2;
+    __pyx_t_10[2] = __pyx_mstate_global->__pyx_kp_u__3;
     __pyx_t_10[3] = __pyx_t_9;
     __pyx_t_10[4] = __pyx_mstate_global->__pyx_kp_u_open_create_it_with_more_reader;
     __pyx_t_11 = 44;
@@ -10510,7 +10558,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
     __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_10[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_10[3]);
     #endif
     __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_10, 5, __pyx_t_11, __pyx_t_1);
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 356, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 357, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
@@ -10532,14 +10580,14 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 355, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 356, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 355, __pyx_L1_error)
+    __PYX_ERR(0, 356, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":354
+    /* "ivshmem/channel/roles.pyx":355
  *         self.reader.overflow = <ivshmem_overflow>overflow
  *         code = ivshmem_reader_open(&self.reader, history)
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -10548,7 +10596,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":359
+  /* "ivshmem/channel/roles.pyx":360
  *                 " readers"
  *             )
  *         if code:             # <<<<<<<<<<<<<<
@@ -10560,20 +10608,20 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/roles.pyx":360
+    /* "ivshmem/channel/roles.pyx":361
  *             )
  *         if code:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
  *         self.enlist()
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 360, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 361, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 360, __pyx_L1_error)
+    __PYX_ERR(0, 361, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":359
+    /* "ivshmem/channel/roles.pyx":360
  *                 " readers"
  *             )
  *         if code:             # <<<<<<<<<<<<<<
@@ -10582,17 +10630,17 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":361
+  /* "ivshmem/channel/roles.pyx":362
  *         if code:
  *             raise self.fail(code)
  *         self.enlist()             # <<<<<<<<<<<<<<
  * 
  *     def __dealloc__(self):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enlist(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 361, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enlist(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 362, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/roles.pyx":332
+  /* "ivshmem/channel/roles.pyx":333
  *     """The slot of a reader, or of a server; or, where memory can only be read, none."""
  * 
  *     def __cinit__(             # <<<<<<<<<<<<<<
@@ -10621,7 +10669,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":363
+/* "ivshmem/channel/roles.pyx":364
  *         self.enlist()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -10644,7 +10692,7 @@ static void __pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_3__dealloc__(PyObject *
 
 static void __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_2__dealloc__(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self) {
 
-  /* "ivshmem/channel/roles.pyx":364
+  /* "ivshmem/channel/roles.pyx":365
  * 
  *     def __dealloc__(self):
  *         free(self.held)             # <<<<<<<<<<<<<<
@@ -10653,7 +10701,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_2__dealloc__(struct __p
 */
   free(__pyx_v_self->held);
 
-  /* "ivshmem/channel/roles.pyx":363
+  /* "ivshmem/channel/roles.pyx":364
  *         self.enlist()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -10665,7 +10713,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_2__dealloc__(struct __p
 
 }
 
-/* "ivshmem/channel/roles.pyx":366
+/* "ivshmem/channel/roles.pyx":367
  *         free(self.held)
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -10676,7 +10724,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_2__dealloc__(struct __p
 static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_give_up(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/roles.pyx":367
+  /* "ivshmem/channel/roles.pyx":368
  * 
  *     cdef int give_up(self) except -1:
  *         ivshmem_reader_close(&self.reader)             # <<<<<<<<<<<<<<
@@ -10685,7 +10733,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_give_up(struct __pyx_obj_
 */
   ivshmem_reader_close((&__pyx_v_self->reader));
 
-  /* "ivshmem/channel/roles.pyx":368
+  /* "ivshmem/channel/roles.pyx":369
  *     cdef int give_up(self) except -1:
  *         ivshmem_reader_close(&self.reader)
  *         return 0             # <<<<<<<<<<<<<<
@@ -10698,7 +10746,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_give_up(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":366
+  /* "ivshmem/channel/roles.pyx":367
  *         free(self.held)
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -10712,7 +10760,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_give_up(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":370
+/* "ivshmem/channel/roles.pyx":371
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -10787,7 +10835,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4close(struct __py
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/roles.pyx":377
+        /* "ivshmem/channel/roles.pyx":378
  *             BufferError: a View of a message is alive. Nothing has changed then.
  *         """
  *         if self.open and self.views and self.membership.usable():             # <<<<<<<<<<<<<<
@@ -10819,7 +10867,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4close(struct __py
         if (unlikely(__pyx_t_2)) {
 
 
-          /* "ivshmem/channel/roles.pyx":378
+          /* "ivshmem/channel/roles.pyx":379
  *         """
  *         if self.open and self.views and self.membership.usable():
  *             raise BufferError(f"{counted(self.views, 'view')} of messages: release them first")             # <<<<<<<<<<<<<<
@@ -10828,9 +10876,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4close(struct __py
 */
           __pyx_t_5 = NULL;
           __pyx_t_7 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 378, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 379, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
-          __pyx_t_9 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->views); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 378, __pyx_L4_error)
+          __pyx_t_9 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->views); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 379, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_9);
           __pyx_t_10 = 1;
           #if CYTHON_UNPACK_METHODS
@@ -10850,13 +10898,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4close(struct __py
             __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
             __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-            if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 378, __pyx_L4_error)
+            if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 379, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_6);
           }
-          __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_t_6, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 378, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_t_6, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 379, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-          __pyx_t_6 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_8, __pyx_mstate_global->__pyx_kp_u_of_messages_release_them_first); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 378, __pyx_L4_error)
+          __pyx_t_6 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_8, __pyx_mstate_global->__pyx_kp_u_of_messages_release_them_first); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 379, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
           __pyx_t_10 = 1;
@@ -10865,14 +10913,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4close(struct __py
             __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BufferError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 378, __pyx_L4_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 379, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
           __Pyx_Raise(__pyx_t_4, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __PYX_ERR(0, 378, __pyx_L4_error)
+          __PYX_ERR(0, 379, __pyx_L4_error)
 
-          /* "ivshmem/channel/roles.pyx":377
+          /* "ivshmem/channel/roles.pyx":378
  *             BufferError: a View of a message is alive. Nothing has changed then.
  *         """
  *         if self.open and self.views and self.membership.usable():             # <<<<<<<<<<<<<<
@@ -10881,7 +10929,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4close(struct __py
 */
         }
 
-        /* "ivshmem/channel/roles.pyx":379
+        /* "ivshmem/channel/roles.pyx":380
  *         if self.open and self.views and self.membership.usable():
  *             raise BufferError(f"{counted(self.views, 'view')} of messages: release them first")
  *         ChannelEnd.close(self)             # <<<<<<<<<<<<<<
@@ -10895,13 +10943,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4close(struct __py
           PyObject *__pyx_callargs[2] = {__pyx_t_6, ((PyObject *)__pyx_v_self)};
           __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 379, __pyx_L4_error)
+          if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 380, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_4);
         }
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
       }
 
-      /* "ivshmem/channel/roles.pyx":370
+      /* "ivshmem/channel/roles.pyx":371
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -10941,7 +10989,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4close(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":381
+/* "ivshmem/channel/roles.pyx":382
  *         ChannelEnd.close(self)
  * 
  *     cdef bint is_rung(self) noexcept:             # <<<<<<<<<<<<<<
@@ -10954,7 +11002,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_is_rung(struct __pyx_obj_
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/roles.pyx":382
+  /* "ivshmem/channel/roles.pyx":383
  * 
  *     cdef bint is_rung(self) noexcept:
  *         return self.usable() and ivshmem_is_rung_always(&self.membership.member, &self.channel)             # <<<<<<<<<<<<<<
@@ -10982,7 +11030,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_is_rung(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":381
+  /* "ivshmem/channel/roles.pyx":382
  *         ChannelEnd.close(self)
  * 
  *     cdef bint is_rung(self) noexcept:             # <<<<<<<<<<<<<<
@@ -10996,7 +11044,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_is_rung(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":384
+/* "ivshmem/channel/roles.pyx":385
  *         return self.usable() and ivshmem_is_rung_always(&self.membership.member, &self.channel)
  * 
  *     cdef int make_room(self) except -1:             # <<<<<<<<<<<<<<
@@ -11012,7 +11060,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_make_room(struct __pyx_ob
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/roles.pyx":391
+  /* "ivshmem/channel/roles.pyx":392
  *         """
  *         cdef Held *grown
  *         if self.holding == self.holds:             # <<<<<<<<<<<<<<
@@ -11024,7 +11072,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_make_room(struct __pyx_ob
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/roles.pyx":392
+    /* "ivshmem/channel/roles.pyx":393
  *         cdef Held *grown
  *         if self.holding == self.holds:
  *             grown = <Held *>realloc(self.held, 2 * <size_t>self.holds * sizeof(Held))             # <<<<<<<<<<<<<<
@@ -11033,7 +11081,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_make_room(struct __pyx_ob
 */
     __pyx_v_grown = ((struct __pyx_t_7ivshmem_7channel_5roles_Held *)realloc(__pyx_v_self->held, ((2 * ((size_t)__pyx_v_self->holds)) * (sizeof(struct __pyx_t_7ivshmem_7channel_5roles_Held)))));
 
-    /* "ivshmem/channel/roles.pyx":393
+    /* "ivshmem/channel/roles.pyx":394
  *         if self.holding == self.holds:
  *             grown = <Held *>realloc(self.held, 2 * <size_t>self.holds * sizeof(Held))
  *             if grown == NULL:             # <<<<<<<<<<<<<<
@@ -11045,16 +11093,16 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_make_room(struct __pyx_ob
     if (unlikely(__pyx_t_1)) {
 
 
-      /* "ivshmem/channel/roles.pyx":394
+      /* "ivshmem/channel/roles.pyx":395
  *             grown = <Held *>realloc(self.held, 2 * <size_t>self.holds * sizeof(Held))
  *             if grown == NULL:
  *                 raise MemoryError             # <<<<<<<<<<<<<<
  *             self.held = grown
  *             self.holds *= 2
 */
-      PyErr_NoMemory(); __PYX_ERR(0, 394, __pyx_L1_error)
+      PyErr_NoMemory(); __PYX_ERR(0, 395, __pyx_L1_error)
 
-      /* "ivshmem/channel/roles.pyx":393
+      /* "ivshmem/channel/roles.pyx":394
  *         if self.holding == self.holds:
  *             grown = <Held *>realloc(self.held, 2 * <size_t>self.holds * sizeof(Held))
  *             if grown == NULL:             # <<<<<<<<<<<<<<
@@ -11063,7 +11111,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_make_room(struct __pyx_ob
 */
     }
 
-    /* "ivshmem/channel/roles.pyx":395
+    /* "ivshmem/channel/roles.pyx":396
  *             if grown == NULL:
  *                 raise MemoryError
  *             self.held = grown             # <<<<<<<<<<<<<<
@@ -11072,7 +11120,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_make_room(struct __pyx_ob
 */
     __pyx_v_self->held = __pyx_v_grown;
 
-    /* "ivshmem/channel/roles.pyx":396
+    /* "ivshmem/channel/roles.pyx":397
  *                 raise MemoryError
  *             self.held = grown
  *             self.holds *= 2             # <<<<<<<<<<<<<<
@@ -11081,7 +11129,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_make_room(struct __pyx_ob
 */
     __pyx_v_self->holds = (__pyx_v_self->holds * 2);
 
-    /* "ivshmem/channel/roles.pyx":391
+    /* "ivshmem/channel/roles.pyx":392
  *         """
  *         cdef Held *grown
  *         if self.holding == self.holds:             # <<<<<<<<<<<<<<
@@ -11090,7 +11138,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_make_room(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":397
+  /* "ivshmem/channel/roles.pyx":398
  *             self.held = grown
  *             self.holds *= 2
  *         return 0             # <<<<<<<<<<<<<<
@@ -11103,7 +11151,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_make_room(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":384
+  /* "ivshmem/channel/roles.pyx":385
  *         return self.usable() and ivshmem_is_rung_always(&self.membership.member, &self.channel)
  * 
  *     cdef int make_room(self) except -1:             # <<<<<<<<<<<<<<
@@ -11121,7 +11169,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_make_room(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":399
+/* "ivshmem/channel/roles.pyx":400
  *         return 0
  * 
  *     cdef int hold(self, const ivshmem_message *message) except -1:             # <<<<<<<<<<<<<<
@@ -11136,17 +11184,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/roles.pyx":401
+  /* "ivshmem/channel/roles.pyx":402
  *     cdef int hold(self, const ivshmem_message *message) except -1:
  *         """Note that a message is being looked at."""
  *         self.make_room()             # <<<<<<<<<<<<<<
  *         self.held[self.holding].message = message[0]
  *         self.held[self.holding].kept = False
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->make_room(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 401, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->make_room(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 402, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/roles.pyx":402
+  /* "ivshmem/channel/roles.pyx":403
  *         """Note that a message is being looked at."""
  *         self.make_room()
  *         self.held[self.holding].message = message[0]             # <<<<<<<<<<<<<<
@@ -11155,7 +11203,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
 */
   (__pyx_v_self->held[__pyx_v_self->holding]).message = (__pyx_v_message[0]);
 
-  /* "ivshmem/channel/roles.pyx":403
+  /* "ivshmem/channel/roles.pyx":404
  *         self.make_room()
  *         self.held[self.holding].message = message[0]
  *         self.held[self.holding].kept = False             # <<<<<<<<<<<<<<
@@ -11164,7 +11212,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
 */
   (__pyx_v_self->held[__pyx_v_self->holding]).kept = 0;
 
-  /* "ivshmem/channel/roles.pyx":404
+  /* "ivshmem/channel/roles.pyx":405
  *         self.held[self.holding].message = message[0]
  *         self.held[self.holding].kept = False
  *         self.holding += 1             # <<<<<<<<<<<<<<
@@ -11173,7 +11221,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
 */
   __pyx_v_self->holding = (__pyx_v_self->holding + 1);
 
-  /* "ivshmem/channel/roles.pyx":405
+  /* "ivshmem/channel/roles.pyx":406
  *         self.held[self.holding].kept = False
  *         self.holding += 1
  *         return 0             # <<<<<<<<<<<<<<
@@ -11186,7 +11234,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":399
+  /* "ivshmem/channel/roles.pyx":400
  *         return 0
  * 
  *     cdef int hold(self, const ivshmem_message *message) except -1:             # <<<<<<<<<<<<<<
@@ -11203,7 +11251,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":407
+/* "ivshmem/channel/roles.pyx":408
  *         return 0
  * 
  *     cdef int put_back(self, const ivshmem_message *message) except -1:             # <<<<<<<<<<<<<<
@@ -11218,20 +11266,20 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_put_back(struct __pyx_obj
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/roles.pyx":409
+  /* "ivshmem/channel/roles.pyx":410
  *     cdef int put_back(self, const ivshmem_message *message) except -1:
  *         """Undo that a message was taken, which is held: what took it failed."""
  *         return self.let_go(message.writer, message.position)             # <<<<<<<<<<<<<<
  * 
  *     cdef bint is_for_ever(self, object error) except -1:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->let_go(__pyx_v_self, __pyx_v_message->writer, __pyx_v_message->position); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 409, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->let_go(__pyx_v_self, __pyx_v_message->writer, __pyx_v_message->position); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 410, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":407
+  /* "ivshmem/channel/roles.pyx":408
  *         return 0
  * 
  *     cdef int put_back(self, const ivshmem_message *message) except -1:             # <<<<<<<<<<<<<<
@@ -11248,7 +11296,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_put_back(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":411
+/* "ivshmem/channel/roles.pyx":412
  *         return self.let_go(message.writer, message.position)
  * 
  *     cdef bint is_for_ever(self, object error) except -1:             # <<<<<<<<<<<<<<
@@ -11268,16 +11316,16 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_is_for_ever(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("is_for_ever", 0);
 
-  /* "ivshmem/channel/roles.pyx":416
+  /* "ivshmem/channel/roles.pyx":417
  *         Other exceptions are those of a moment: of a signal handler, or for lack of memory.
  *         """
  *         return isinstance(error, self.type.undecodable) and not isinstance(error, MemoryError)             # <<<<<<<<<<<<<<
  * 
  *     cdef int forget(self, unsigned writer, uint64_t position) except -1:
 */
-  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_v_self->type, __pyx_mstate_global->__pyx_n_u_undecodable); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 416, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_v_self->type, __pyx_mstate_global->__pyx_n_u_undecodable); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 417, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_3 = PyObject_IsInstance(__pyx_v_error, __pyx_t_2); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 416, __pyx_L1_error)
+  __pyx_t_3 = PyObject_IsInstance(__pyx_v_error, __pyx_t_2); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 417, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   if (__pyx_t_3) {
 
@@ -11300,7 +11348,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_is_for_ever(struct __pyx_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":411
+  /* "ivshmem/channel/roles.pyx":412
  *         return self.let_go(message.writer, message.position)
  * 
  *     cdef bint is_for_ever(self, object error) except -1:             # <<<<<<<<<<<<<<
@@ -11319,7 +11367,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_is_for_ever(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":418
+/* "ivshmem/channel/roles.pyx":419
  *         return isinstance(error, self.type.undecodable) and not isinstance(error, MemoryError)
  * 
  *     cdef int forget(self, unsigned writer, uint64_t position) except -1:             # <<<<<<<<<<<<<<
@@ -11336,7 +11384,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
   int __pyx_t_4;
   int __pyx_t_5;
 
-  /* "ivshmem/channel/roles.pyx":421
+  /* "ivshmem/channel/roles.pyx":422
  *         """Note that a message is not looked at any more; its writer hears of it later."""
  *         cdef uint32_t i
  *         for i in range(self.holding):             # <<<<<<<<<<<<<<
@@ -11350,7 +11398,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_i = __pyx_t_3;
 
-    /* "ivshmem/channel/roles.pyx":423
+    /* "ivshmem/channel/roles.pyx":424
  *         for i in range(self.holding):
  *             if (
  *                 self.held[i].message.writer == writer             # <<<<<<<<<<<<<<
@@ -11368,7 +11416,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
       goto __pyx_L6_bool_binop_done;
     }
 
-    /* "ivshmem/channel/roles.pyx":424
+    /* "ivshmem/channel/roles.pyx":425
  *             if (
  *                 self.held[i].message.writer == writer
  *                 and self.held[i].message.position == position             # <<<<<<<<<<<<<<
@@ -11382,7 +11430,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
 
     __pyx_L6_bool_binop_done:;
 
-    /* "ivshmem/channel/roles.pyx":422
+    /* "ivshmem/channel/roles.pyx":423
  *         cdef uint32_t i
  *         for i in range(self.holding):
  *             if (             # <<<<<<<<<<<<<<
@@ -11392,7 +11440,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/channel/roles.pyx":426
+      /* "ivshmem/channel/roles.pyx":427
  *                 and self.held[i].message.position == position
  *             ):
  *                 self.holding -= 1             # <<<<<<<<<<<<<<
@@ -11401,7 +11449,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
 */
       __pyx_v_self->holding = (__pyx_v_self->holding - 1);
 
-      /* "ivshmem/channel/roles.pyx":427
+      /* "ivshmem/channel/roles.pyx":428
  *             ):
  *                 self.holding -= 1
  *                 self.held[i] = self.held[self.holding]             # <<<<<<<<<<<<<<
@@ -11410,7 +11458,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
 */
       (__pyx_v_self->held[__pyx_v_i]) = (__pyx_v_self->held[__pyx_v_self->holding]);
 
-      /* "ivshmem/channel/roles.pyx":428
+      /* "ivshmem/channel/roles.pyx":429
  *                 self.holding -= 1
  *                 self.held[i] = self.held[self.holding]
  *                 break             # <<<<<<<<<<<<<<
@@ -11419,7 +11467,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
 */
       goto __pyx_L4_break;
 
-      /* "ivshmem/channel/roles.pyx":422
+      /* "ivshmem/channel/roles.pyx":423
  *         cdef uint32_t i
  *         for i in range(self.holding):
  *             if (             # <<<<<<<<<<<<<<
@@ -11431,7 +11479,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
   __pyx_L4_break:;
 
 
-  /* "ivshmem/channel/roles.pyx":429
+  /* "ivshmem/channel/roles.pyx":430
  *                 self.held[i] = self.held[self.holding]
  *                 break
  *         return 0             # <<<<<<<<<<<<<<
@@ -11444,7 +11492,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":418
+  /* "ivshmem/channel/roles.pyx":419
  *         return isinstance(error, self.type.undecodable) and not isinstance(error, MemoryError)
  * 
  *     cdef int forget(self, unsigned writer, uint64_t position) except -1:             # <<<<<<<<<<<<<<
@@ -11459,7 +11507,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":431
+/* "ivshmem/channel/roles.pyx":432
  *         return 0
  * 
  *     cdef int let_go(self, unsigned writer, uint64_t position) except -1:             # <<<<<<<<<<<<<<
@@ -11482,7 +11530,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/roles.pyx":433
+  /* "ivshmem/channel/roles.pyx":434
  *     cdef int let_go(self, unsigned writer, uint64_t position) except -1:
  *         """Do the same, and tell the writer up to which message nothing is looked at."""
  *         cdef uint64_t oldest = self.reader.sources[writer].next             # <<<<<<<<<<<<<<
@@ -11493,17 +11541,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
 
   __pyx_v_oldest = __pyx_t_1;
 
-  /* "ivshmem/channel/roles.pyx":435
+  /* "ivshmem/channel/roles.pyx":436
  *         cdef uint64_t oldest = self.reader.sources[writer].next
  *         cdef uint32_t i
  *         self.forget(writer, position)             # <<<<<<<<<<<<<<
  *         for i in range(self.holding):
  *             if self.held[i].message.writer == writer and (
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->forget(__pyx_v_self, __pyx_v_writer, __pyx_v_position); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 435, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->forget(__pyx_v_self, __pyx_v_writer, __pyx_v_position); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 436, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/roles.pyx":436
+  /* "ivshmem/channel/roles.pyx":437
  *         cdef uint32_t i
  *         self.forget(writer, position)
  *         for i in range(self.holding):             # <<<<<<<<<<<<<<
@@ -11517,7 +11565,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
   for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
     __pyx_v_i = __pyx_t_5;
 
-    /* "ivshmem/channel/roles.pyx":437
+    /* "ivshmem/channel/roles.pyx":438
  *         self.forget(writer, position)
  *         for i in range(self.holding):
  *             if self.held[i].message.writer == writer and (             # <<<<<<<<<<<<<<
@@ -11535,7 +11583,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
       goto __pyx_L6_bool_binop_done;
     }
 
-    /* "ivshmem/channel/roles.pyx":438
+    /* "ivshmem/channel/roles.pyx":439
  *         for i in range(self.holding):
  *             if self.held[i].message.writer == writer and (
  *                 ivshmem_ahead(oldest, self.held[i].message.position) < <uint64_t>1 << 39             # <<<<<<<<<<<<<<
@@ -11549,7 +11597,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
 
     __pyx_L6_bool_binop_done:;
 
-    /* "ivshmem/channel/roles.pyx":437
+    /* "ivshmem/channel/roles.pyx":438
  *         self.forget(writer, position)
  *         for i in range(self.holding):
  *             if self.held[i].message.writer == writer and (             # <<<<<<<<<<<<<<
@@ -11559,7 +11607,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/channel/roles.pyx":440
+      /* "ivshmem/channel/roles.pyx":441
  *                 ivshmem_ahead(oldest, self.held[i].message.position) < <uint64_t>1 << 39
  *             ):
  *                 oldest = self.held[i].message.position             # <<<<<<<<<<<<<<
@@ -11570,7 +11618,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
 
       __pyx_v_oldest = __pyx_t_1;
 
-      /* "ivshmem/channel/roles.pyx":437
+      /* "ivshmem/channel/roles.pyx":438
  *         self.forget(writer, position)
  *         for i in range(self.holding):
  *             if self.held[i].message.writer == writer and (             # <<<<<<<<<<<<<<
@@ -11581,7 +11629,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
   }
 
 
-  /* "ivshmem/channel/roles.pyx":441
+  /* "ivshmem/channel/roles.pyx":442
  *             ):
  *                 oldest = self.held[i].message.position
  *         if self.usable():             # <<<<<<<<<<<<<<
@@ -11593,7 +11641,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
   if (__pyx_t_6) {
 
 
-    /* "ivshmem/channel/roles.pyx":442
+    /* "ivshmem/channel/roles.pyx":443
  *                 oldest = self.held[i].message.position
  *         if self.usable():
  *             ivshmem_release(&self.reader, writer, oldest)             # <<<<<<<<<<<<<<
@@ -11602,7 +11650,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
 */
     ivshmem_release((&__pyx_v_self->reader), __pyx_v_writer, __pyx_v_oldest);
 
-    /* "ivshmem/channel/roles.pyx":443
+    /* "ivshmem/channel/roles.pyx":444
  *         if self.usable():
  *             ivshmem_release(&self.reader, writer, oldest)
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -11614,17 +11662,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/channel/roles.pyx":444
+      /* "ivshmem/channel/roles.pyx":445
  *             ivshmem_release(&self.reader, writer, oldest)
  *             if self.membership.rings.count:
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 444, __pyx_L1_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 445, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/roles.pyx":443
+      /* "ivshmem/channel/roles.pyx":444
  *         if self.usable():
  *             ivshmem_release(&self.reader, writer, oldest)
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -11633,7 +11681,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
 */
     }
 
-    /* "ivshmem/channel/roles.pyx":441
+    /* "ivshmem/channel/roles.pyx":442
  *             ):
  *                 oldest = self.held[i].message.position
  *         if self.usable():             # <<<<<<<<<<<<<<
@@ -11642,7 +11690,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":445
+  /* "ivshmem/channel/roles.pyx":446
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *         return 0             # <<<<<<<<<<<<<<
@@ -11655,7 +11703,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":431
+  /* "ivshmem/channel/roles.pyx":432
  *         return 0
  * 
  *     cdef int let_go(self, unsigned writer, uint64_t position) except -1:             # <<<<<<<<<<<<<<
@@ -11674,7 +11722,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":447
+/* "ivshmem/channel/roles.pyx":448
  *         return 0
  * 
  *     cdef object starved(self):             # <<<<<<<<<<<<<<
@@ -11700,7 +11748,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("starved", 0);
 
-  /* "ivshmem/channel/roles.pyx":448
+  /* "ivshmem/channel/roles.pyx":449
  * 
  *     cdef object starved(self):
  *         return Overtaken(             # <<<<<<<<<<<<<<
@@ -11708,19 +11756,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __py
  *             " row were overwritten while they were copied"
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_Overtaken); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 448, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_Overtaken); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 449, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
-  /* "ivshmem/channel/roles.pyx":449
+  /* "ivshmem/channel/roles.pyx":450
  *     cdef object starved(self):
  *         return Overtaken(
  *             f"channel {self.name!r}: its writer is faster than this reader: {TRIES} messages in a"             # <<<<<<<<<<<<<<
  *             " row were overwritten while they were copied"
  *         )
 */
-  __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 449, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 450, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_5 = __Pyx_PyUnicode_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_5roles_TRIES, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 449, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyUnicode_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_5roles_TRIES, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 450, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_channel;
   __pyx_t_6[1] = __pyx_t_4;
@@ -11736,7 +11784,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __py
   __pyx_t_8 |= __Pyx_PyUnicode_KIND_04(__pyx_t_6[1]);
   #endif
   __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_6, 5, __pyx_t_7, __pyx_t_8);
-  if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 449, __pyx_L1_error)
+  if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 450, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_9);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
@@ -11758,7 +11806,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __py
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 448, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 449, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -11772,7 +11820,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __py
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":447
+  /* "ivshmem/channel/roles.pyx":448
  *         return 0
  * 
  *     cdef object starved(self):             # <<<<<<<<<<<<<<
@@ -11796,7 +11844,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":453
+/* "ivshmem/channel/roles.pyx":454
  *         )
  * 
  *     cdef int copy_to(self, const ivshmem_message *message, char *into) except? -2:             # <<<<<<<<<<<<<<
@@ -11826,7 +11874,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("copy_to", 0);
 
-  /* "ivshmem/channel/roles.pyx":455
+  /* "ivshmem/channel/roles.pyx":456
  *     cdef int copy_to(self, const ivshmem_message *message, char *into) except? -2:
  *         """Copy a message out, check it and let it go; 0, or IVSHMEM_OVERTAKEN."""
  *         cdef const char *at = <const char *>self.channel.area.memory.start + message.offset             # <<<<<<<<<<<<<<
@@ -11835,7 +11883,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
   __pyx_v_at = (((char const *)__pyx_v_self->__pyx_base.channel.area.memory.start) + __pyx_v_message->offset);
 
-  /* "ivshmem/channel/roles.pyx":457
+  /* "ivshmem/channel/roles.pyx":458
  *         cdef const char *at = <const char *>self.channel.area.memory.start + message.offset
  *         cdef int code
  *         if message.length < LARGE and not self.holding:             # <<<<<<<<<<<<<<
@@ -11861,7 +11909,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/roles.pyx":458
+    /* "ivshmem/channel/roles.pyx":459
  *         cdef int code
  *         if message.length < LARGE and not self.holding:
  *             memcpy(into, at, message.length)             # <<<<<<<<<<<<<<
@@ -11870,7 +11918,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
     (void)(memcpy(__pyx_v_into, __pyx_v_at, __pyx_v_message->length));
 
-    /* "ivshmem/channel/roles.pyx":459
+    /* "ivshmem/channel/roles.pyx":460
  *         if message.length < LARGE and not self.holding:
  *             memcpy(into, at, message.length)
  *             code = ivshmem_check(&self.channel, message)             # <<<<<<<<<<<<<<
@@ -11879,7 +11927,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
     __pyx_v_code = ivshmem_check((&__pyx_v_self->__pyx_base.channel), __pyx_v_message);
 
-    /* "ivshmem/channel/roles.pyx":460
+    /* "ivshmem/channel/roles.pyx":461
  *             memcpy(into, at, message.length)
  *             code = ivshmem_check(&self.channel, message)
  *             ivshmem_release(             # <<<<<<<<<<<<<<
@@ -11888,7 +11936,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
     ivshmem_release((&__pyx_v_self->reader), __pyx_v_message->writer, (__pyx_v_self->reader.sources[__pyx_v_message->writer]).next);
 
-    /* "ivshmem/channel/roles.pyx":463
+    /* "ivshmem/channel/roles.pyx":464
  *                 &self.reader, message.writer, self.reader.sources[message.writer].next
  *             )
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -11900,17 +11948,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/roles.pyx":464
+      /* "ivshmem/channel/roles.pyx":465
  *             )
  *             if self.membership.rings.count:
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *         else:
  *             self.hold(message)
 */
-      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 464, __pyx_L1_error)
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 465, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/roles.pyx":463
+      /* "ivshmem/channel/roles.pyx":464
  *                 &self.reader, message.writer, self.reader.sources[message.writer].next
  *             )
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -11919,7 +11967,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/roles.pyx":457
+    /* "ivshmem/channel/roles.pyx":458
  *         cdef const char *at = <const char *>self.channel.area.memory.start + message.offset
  *         cdef int code
  *         if message.length < LARGE and not self.holding:             # <<<<<<<<<<<<<<
@@ -11929,7 +11977,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/roles.pyx":466
+  /* "ivshmem/channel/roles.pyx":467
  *                 self.membership.flush()
  *         else:
  *             self.hold(message)             # <<<<<<<<<<<<<<
@@ -11937,20 +11985,20 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
  *             try:
 */
   /*else*/ {
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->hold(__pyx_v_self, __pyx_v_message); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 466, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->hold(__pyx_v_self, __pyx_v_message); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 467, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/roles.pyx":467
+    /* "ivshmem/channel/roles.pyx":468
  *         else:
  *             self.hold(message)
  *             self.membership.mapping.pin()  # which keeps the region from being closed             # <<<<<<<<<<<<<<
  *             try:
  *                 with nogil:
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->__pyx_base.membership->mapping); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 467, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->__pyx_base.membership->mapping); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 468, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/roles.pyx":468
+    /* "ivshmem/channel/roles.pyx":469
  *             self.hold(message)
  *             self.membership.mapping.pin()  # which keeps the region from being closed
  *             try:             # <<<<<<<<<<<<<<
@@ -11959,7 +12007,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
     /*try:*/ {
 
-      /* "ivshmem/channel/roles.pyx":469
+      /* "ivshmem/channel/roles.pyx":470
  *             self.membership.mapping.pin()  # which keeps the region from being closed
  *             try:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -11972,7 +12020,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/channel/roles.pyx":470
+            /* "ivshmem/channel/roles.pyx":471
  *             try:
  *                 with nogil:
  *                     ivshmem_copy_payload(into, at, message.length)             # <<<<<<<<<<<<<<
@@ -11982,7 +12030,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
             ivshmem_copy_payload(__pyx_v_into, __pyx_v_at, __pyx_v_message->length);
           }
 
-          /* "ivshmem/channel/roles.pyx":469
+          /* "ivshmem/channel/roles.pyx":470
  *             self.membership.mapping.pin()  # which keeps the region from being closed
  *             try:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -11999,17 +12047,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
           }
       }
 
-      /* "ivshmem/channel/roles.pyx":471
+      /* "ivshmem/channel/roles.pyx":472
  *                 with nogil:
  *                     ivshmem_copy_payload(into, at, message.length)
  *                 self.enter()             # <<<<<<<<<<<<<<
  *                 code = ivshmem_check(&self.channel, message)
  *             finally:
 */
-      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 471, __pyx_L8_error)
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 472, __pyx_L8_error)
 
 
-      /* "ivshmem/channel/roles.pyx":472
+      /* "ivshmem/channel/roles.pyx":473
  *                     ivshmem_copy_payload(into, at, message.length)
  *                 self.enter()
  *                 code = ivshmem_check(&self.channel, message)             # <<<<<<<<<<<<<<
@@ -12019,7 +12067,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
       __pyx_v_code = ivshmem_check((&__pyx_v_self->__pyx_base.channel), __pyx_v_message);
     }
 
-    /* "ivshmem/channel/roles.pyx":474
+    /* "ivshmem/channel/roles.pyx":475
  *                 code = ivshmem_check(&self.channel, message)
  *             finally:
  *                 self.let_go(message.writer, message.position)             # <<<<<<<<<<<<<<
@@ -12028,10 +12076,10 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
     /*finally:*/ {
       /*normal exit:*/{
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->let_go(__pyx_v_self, __pyx_v_message->writer, __pyx_v_message->position); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 474, __pyx_L1_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->let_go(__pyx_v_self, __pyx_v_message->writer, __pyx_v_message->position); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 475, __pyx_L1_error)
 
 
-        /* "ivshmem/channel/roles.pyx":475
+        /* "ivshmem/channel/roles.pyx":476
  *             finally:
  *                 self.let_go(message.writer, message.position)
  *                 self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -12057,17 +12105,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
         __pyx_t_3 = __pyx_lineno; __pyx_t_4 = __pyx_clineno; __pyx_t_5 = __pyx_filename;
         {
 
-          /* "ivshmem/channel/roles.pyx":474
+          /* "ivshmem/channel/roles.pyx":475
  *                 code = ivshmem_check(&self.channel, message)
  *             finally:
  *                 self.let_go(message.writer, message.position)             # <<<<<<<<<<<<<<
  *                 self.membership.mapping.unpin()
  *         if code:
 */
-          __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->let_go(__pyx_v_self, __pyx_v_message->writer, __pyx_v_message->position); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 474, __pyx_L14_error)
+          __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->let_go(__pyx_v_self, __pyx_v_message->writer, __pyx_v_message->position); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 475, __pyx_L14_error)
 
 
-          /* "ivshmem/channel/roles.pyx":475
+          /* "ivshmem/channel/roles.pyx":476
  *             finally:
  *                 self.let_go(message.writer, message.position)
  *                 self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -12103,7 +12151,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/roles.pyx":476
+  /* "ivshmem/channel/roles.pyx":477
  *                 self.let_go(message.writer, message.position)
  *                 self.membership.mapping.unpin()
  *         if code:             # <<<<<<<<<<<<<<
@@ -12115,7 +12163,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/roles.pyx":477
+    /* "ivshmem/channel/roles.pyx":478
  *                 self.membership.mapping.unpin()
  *         if code:
  *             ivshmem_reader_lose(&self.reader, message.writer)             # <<<<<<<<<<<<<<
@@ -12123,7 +12171,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
     ivshmem_reader_lose((&__pyx_v_self->reader), __pyx_v_message->writer);
 
-    /* "ivshmem/channel/roles.pyx":476
+    /* "ivshmem/channel/roles.pyx":477
  *                 self.let_go(message.writer, message.position)
  *                 self.membership.mapping.unpin()
  *         if code:             # <<<<<<<<<<<<<<
@@ -12132,7 +12180,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":478
+  /* "ivshmem/channel/roles.pyx":479
  *         if code:
  *             ivshmem_reader_lose(&self.reader, message.writer)
  *         return code             # <<<<<<<<<<<<<<
@@ -12143,7 +12191,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":453
+  /* "ivshmem/channel/roles.pyx":454
  *         )
  * 
  *     cdef int copy_to(self, const ivshmem_message *message, char *into) except? -2:             # <<<<<<<<<<<<<<
@@ -13086,11 +13134,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5roles_ReaderEnd(__
   __pyx_vtable_7ivshmem_7channel_5roles_ReaderEnd.copy_to = (int (*)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message const *, char *))__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to;
   __pyx_vtable_7ivshmem_7channel_5roles_ReaderEnd.starved = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *))__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 328, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 329, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5roles_ReaderEnd_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd)) __PYX_ERR(0, 328, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd)) __PYX_ERR(0, 329, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd = &__pyx_type_7ivshmem_7channel_5roles_ReaderEnd;
   #endif
@@ -13098,7 +13146,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5roles_ReaderEnd(__
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) < (0)) __PYX_ERR(0, 328, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) < (0)) __PYX_ERR(0, 329, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd);
@@ -13108,12 +13156,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5roles_ReaderEnd(__
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, __pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd) < (0)) __PYX_ERR(0, 328, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_ReaderEnd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) < (0)) __PYX_ERR(0, 328, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, __pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd) < (0)) __PYX_ERR(0, 329, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_ReaderEnd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) < (0)) __PYX_ERR(0, 329, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd, __pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) < (0)) __PYX_ERR(0, 328, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) < (0)) __PYX_ERR(0, 329, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -13757,19 +13805,19 @@ __Pyx_RefNannySetupContext("PyInit_roles", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_flat, __pyx_t_2) < (0)) __PYX_ERR(0, 124, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/roles.pyx":179
+  /* "ivshmem/channel/roles.pyx":180
  *         self.enlist()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def close(self):
  *         """Free the slot; may be called twice.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5roles_9WriterEnd_3close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_WriterEnd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_roles, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 179, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5roles_9WriterEnd_3close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_WriterEnd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_roles, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 180, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 179, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 180, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -13799,19 +13847,19 @@ __Pyx_RefNannySetupContext("PyInit_roles", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/roles.pyx":370
+  /* "ivshmem/channel/roles.pyx":371
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def close(self):
  *         """Free the slot; may be called twice.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5roles_9ReaderEnd_5close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ReaderEnd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_roles, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 370, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5roles_9ReaderEnd_5close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ReaderEnd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_roles, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 371, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 370, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 371, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -13915,41 +13963,41 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{44},{25},{8},{36},{58},{134},{32},{83},{34},{56},{2},{15},{1},{2},{15},{41},{112},{1},{179},{2},{8},{8},{7},{6},{2},{9},{14},{12},{25},{50},{23},{1},{12},{16},{14},{9},{9},{27},{29},{15},{9},{27},{29},{15},{20},{12},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{6},{18},{4},{8},{11},{18},{5},{7},{4},{5},{6},{6},{4},{5},{1},{9},{7},{8},{5},{5},{21},{4},{10},{10},{12},{4},{8},{3},{6},{4},{10},{4},{11},{6},{4},{6}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{44},{25},{8},{36},{58},{134},{32},{54},{34},{56},{2},{15},{1},{2},{15},{41},{112},{29},{1},{4},{179},{2},{8},{8},{7},{6},{2},{9},{14},{12},{25},{50},{23},{1},{12},{16},{14},{9},{9},{27},{29},{15},{9},{27},{29},{15},{20},{12},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{6},{18},{4},{8},{11},{18},{5},{7},{4},{5},{6},{6},{4},{5},{1},{9},{7},{8},{5},{5},{21},{4},{10},{10},{12},{4},{8},{3},{6},{4},{10},{4},{11},{6},{4},{6}};
     const struct { const unsigned int length: 9; } bytes_length_index[] = {{34},{405},{44},{9},{41},{57},{66}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1223 bytes) */
-static const char cstring[] = "x\332\215U\317o\0247\024\336\225RTZT\001EB\352\311\225P!%l[)-UPUQ\240R\325\002\t\212D{r\274\2367\273f=\366`{v3=q\314q\217{\314q\2179r\344\317\310\237\301\237\320\317\236\331\311\226DU#m\374f\336\257\357}\357\371\r\023\201Y#i\213\315\306J\216\231p\304\204\326,\214\241P\201\315\204g\205\310\210\345\326\261a\035\310o1a2\250<\323\252\200\205\362,\376\362\n^\355\271\303\004s\004/\307\202\265\023fl\030+3J1XA\336\213\021y\246L4\26336#$\265Sr3\247B \023\241h\002\004\252\033\235\264\245\242\214\331\234\355\326al\r\263\303W$\203\337I0\022\252\006x\2269D\307\023L\221\322\263\322Y\2117\253\352\214e%\001U!j\346\tI\035\216\360\200U\036\316,\013uIl\246\220\242\n\253\034[\321\250Tr\242\351\247}WQ\014\275*a\007Uj\022>a-X\256\234\207_I&9\315\234\rtVnb\264\343e\014^k\n\340\047\275y\300$\016\230G\312\001\200\025\026\365D>\310\371\024\362b\213&\232\217\351\204s\242N\225k+LC\010(Fi\027\302\274\223\221\336d\376Np\340!wbT\220\t\233\203\035\026\233\327\202\216\301\032\216\033$\251\277\302G\t\325\230\206\342\006B\364K\260\326\251\352j\217X:>\233V\214\305\224b?\232\356\201\006M&\333bSE\263X\rZ^G\370\245p\261\317\261A\007e\025\016\322\360\035\214(\034\374\374,\322\233X}\324L\005\300\240(5$\007\2364:\034\234\222\035\330\335\047\273\367\266\177\334N\001\034%,\314WC\251\305jb\206\225\322\0019\343\030\370\001\373-g\265\255\230!\214\036\360\225\260[w\000\227&NO\024\330ma0\344\"(k8\3341\354\267Y\246\034\222(\224\t\357_\205\3664\020qD9,I\002\222!\r#/\206\232\310\304\377#\251|#ej\352\307\005\025\003r\316:\277z\nt\030Z\371\2336\3027\316j\240-\353C\220\231Q.*\035\030\347\216\262J\022\347,\253R~c\315=\3201UBC+\225Q\201\363\240\n\212\243\016\342\200\t}7U\001\366~y\324\204~\022s\267\362>8I\317O\233\236\356[\373\2075\243\347\270\265AL\310\274HS\360\304d\2350\350@\310\324\036\316\327U \316\203\257\213\224R[O/\323\300\341\261\023\316\307[W\235\213w\246L\3618\337\255\017\361{\214\211\340\317@\343\013\3129o\273\006-\347yed<G\253H\370+\2042\351\264Y\245\323\033#\212t\202o.E\251Vr\353\022\305i\210\035\214\212""\327\225\320+\207UC\316U\321\275\240\303\370\200B\272$~\r\312\271\002\321>\362h\"W\236K\353\320Ge\010\253\233[\\\321\332He\007\335k/qk\333\201\361rLr\302\323\262\223\032J\216\032\203\023\222\206BN\022Y\322V&P\226\211 \222\031\031i3jF1\327\"\344\320g#\254\260\346Nc\013\004\353j\204)5\302(\223\321!\310/\272\261m3\017\322\250\306\355\204\227\2303?V%$\270\306[\337.\213x}(\022\020?\010\271\266\263\322\226\355\226#\235\203\205v\306\343U\000\n`\315\"\335S\241+\3621N\263\252v\353\347\t\033\373\372\316\231\270\331\303\347\014t\027\210\235]h\261\205\235\023\257Oj\351D\225\034\367\263\024\240n\263\027\025\377\262\\\217\373\037\312\017e>\254\362\034K\351b\257N\233\220\264&Xd\225\\\301\002\347\374~\313,\277\337R\313\267\261==_]\\\254\270\017\362\376\217\020\337}{\326\026\376\264\023?,\265\002\244\037\2669`M\255\3126{q z\315L\255&\240\027WBjd\326\210\3557\225\267\337\200^\374\240\3616o\257P\322\245\241C\005kMi\021\257`b\227Z\227E\000\271@\010L\371\233\376\351\306\047Gw\347{o\372\357\257\366>\272z\364z~i.\346\323\305\336\351\306\215\371\303\371\336\\\234n|z\264\003\201\026\337\037\367\217\257\275y\370\376\263\336\345+G\333G\323\371\376\342\306\342\345\361\343\345\306\362\367\223\331[qz\345\372\374\356bo1\204\335\315e\177yc\371\347\311\336\351\307\327\347_-\372\213s\216\177\035g\313[\313\311\333\233\357\372\255\343\351\325/\026_.\266\027\177/\257-o\237\\;\271u\362\352]\377\375\245\336\345\317\233\010\377\000\365\226\202\250";
-    PyObject *data = __Pyx_DecompressString(cstring, 1223, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1225 bytes) */
+static const char cstring[] = "x\332\215U\317o\0247\024\336\225RTZT\001EB\352\311\225P!%l[)-UPUQ\240R\325\002\t\212D{r\274\2367\273f=\366`{v3=q\314q\217{\314q\2179r\344\317\310\237\301\237\320\317\236\231\315\226DU#m\346\215\337\257\357}\357\371\r\023\201Y#i\213\315\306J\216\231p\304\204\326,\214\241P\201\315\204g\205\310\210\345\326\261a\035\310o1a2\250<\323\252\200\205\362,\376\362\n^\355s\207\t\346\010^\216\005k\047\314\3300Vf\224b\260\202\274\027#\362L\231hfglFHj\247\344fN\205@&B\321\004\010T7:iKE\031\2639\333\255\303\330\032f\207\257H\006\277\223`$T\r\360,s\210\2167\230\"\245g\245\263\022\047]u\306\262\222\200\252\0205\363\204\244\016\217\360\200U\036\316,\013uIl\246\220\242\n]\216\255hT*9\321\364\323\276\253(\206\356J\330A\225\232\204OX\013\226+\347\341W\222IN3g\003\235\225\233\030]\3612\006\2575\005\360\223N\222\327\003&!\303\047\362\016\024\254\260(\252q\3601\242pN\324\2518m\205ij\006\213@\177!\222;\031\351M\346\357\004\207Rs\047F\005\231\2609\330a\261?-\256\030\254\2411\222\017`\261\205\302G\t\200M\303b\003!\372%X\353l\254\312\213XV\2245l\217\305\224\"\345M\203P\251&\223m\261\251\242Y\254\006]\255#\374R\270\330\312\330\203\203\262\n\007i\276\016F\024\016.&\244\001\352\177~f\r=\213\024\047f\0375\223\001\264\250Z\r\311\301O\243\313\301)\271\252f\367\311\356\275\355\037\267S\006G\t,\363\325Pj\321M\315\260R:\000T\034\005?`\277\345\254\266\0253\204\361C\001%\354\326\035@\266\211\023\024\005v[\030\014\272\010\312\032\016w\014\374m\226)\207$\n<\300\373W\241=\rD\034S\016K\222\200dH\303\310\213\241&2\361\377H*\337H\231\232\372qA\305\200\234\263\316wo\201\016C+\177\323F\370\306Y\r\264e}\010\2663\312E\245\003\343\334QVI\342\234eU\312o\254\271\007:\246Jhh\2452*p\036TAq\334A\0340a0LU\200\275_\0365\241\237\304\334\255\274\017N\322\373\323\246\351\373\326\376a\315\3509nn\020\0232/\322\230<1\331J\030\254@\310\324\036\316\327U \316\203\257\213\224R[O/S\243\361\272\022\316\307[W\235\213w\246L\3618\337\255\017\361{\214\211\340\317@\343\013\3129o\273\006-\347yed|\216\272H\370+\2042\351i\263J\247\023#\212""\364\004\337\\\212Rur\353\022\305i\210\035\214\212\327\225\320\235C\327\220sU\254\016\3500\276\240\220U\022\277\006\345\\\201h\037y4\221+\317\245u\350\2432\204\365\315-\356pm\244\262\203\325\261\227\270\326\355\300x9&9\341i\341I\r%G\215\301\tIC!\047\211,i+\023(\313D\020\311\214\214\264\0315\243\230k\021r\350\263\021\326Xs\351\261&\202u5\302\224\032a\224\311\350\020\344\027\253\261m3\017\322\250\306\365\205C\314\231\037\253\022\022\\\343Zh\267I\274>\024\t\210\037\205\\\333Yi\313v\r\222\316\301B;\343\361*\000\005\260f\221\356\251\320\025\371\030\247Y\021\273\365\363\204\215}}\347L\334\354\341\223\006\272\013\304\316.\264\330\302R\212\327\047\265t\242J\216\373Y\nP\267\331\213\212\177Y\256\307\375\017\345\2072\037Vy\216\245t\261\327J\233\220\264&Xd\225\354`\201s~\277e\226\337o\251\345\333X\257\236w\027\027+\356\203\274\377#\304w\337\236\265\205?]\211\037\226Z\001\322\017\333\034\260\246Ve\233\2758\020\275f\246\272\t\350\305\225\220\032\2315b\373]\345\355G\242\027\277x\274\315\333+\224ti\350P\301ZSZ\304\035L\354R\353\262\010 \027\010\201)\177\323?\335\370\344\350\356|\357M\377\375\325\336GW\217^\317/\315\305|\272\330;\335\2701\1778\337\233\213\323\215O\217v \320\342\373\343\376\361\2657\017\337\177\326\273|\345h\373h:\337_\334X\274<~\274\334X\376~2{+N\257\\\237\337]\354-\206\260\273\271\354/o,\377<\331;\375\370\372\374\253E\177q\316\361\257\343lyk9y{\363]\277u<\275\372\305\342\313\305\366\342\357\345\265\345\355\223k\047\267N^\275\353\277\277\324\273\374y\023\341\037\316\265\2048";
+    PyObject *data = __Pyx_DecompressString(cstring, 1225, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1641 bytes) */
-static const char cstring[] = "\377 at once\377, which \377are all \373th\026\000it wa\377s made f\377or bytes\377, and it\337s lim\037\000is\233  \001\000fu3\000\001\004:\337 a re3\000r \377took not\357hing?\002 me\377ssages i}n#\001ow wer\000\377overwrit\267ten\207\001le\200\000e\375y\026\003copied\377 of Pyth\377on objec\307ts:\202\002\221\002\263\003dd\341r[\000Y\000(\000p\000s p\347rocm\000\326\005no \357peer\317\000y s\367ee \321\000set;\367 us\363\000 dty\337pe wi`\000ut\372\\\005,!\001pickl_e=Tru1\000f\272\006\275:\343\000leas\247\002m\337 firs\313 pe}n0\002wrote\345\007t\315\"\217&h\325 yet\235 \016\245\"; c\256 ,\000\357!~\000\347 mo\206@\214!ersC oP\000\014\023\340#\037\000r\267@\367ray)\000f lo\207ans\305B\340 \330\000\222\022(\377del) s(t\375r\205 fragme?nt).: \271A\235Dp\356!\336#\204\003\343Bast\277 \206\235`n \336\"\343C4\001\266! \340\237)\342F\322a\255D\341ehav\361e\226`\316c\203!lend?, view\223A\360@\235y\236apar\344A\235A`\357put`\370b`geOt`?N\333!\243\204\002C\220c\367is \322\000iber\357atel\337@tri\375c\244\006PEP-48\3554\271\204\002re\273b su\277bclass\254cb\237uilti\324\000\204`s\377. If you\027 ne\370`t\266`%\000%\t\317then\302`\300@he\377 \047annota\337tion_\303`in\377g\047 direc\363ti\344\000;\000Fals\377e.a add_mn\225`ch/\000el\"\000\177sableen\002\001\357gcis\004\003div\377shmem.er\357rors\006\005tex\365t\023\004/;\004/rol\377es.pyxno\376\374\000fault _\377_reduce_\337_ due\341ano{n-\214 vial\033\000\377cinit__t\277imeout\273\206\001n\377ot a num\226\273 BC\227\003Ex\001\005\004T\327ype\013\002M\271\206\003To\377oLongOve\177rtakenR\352\206\002WEnd\000\006.|\006c\260\206\002{__\017\tsets\255 \373e_\013\017close\007Wri\344`M\000\000\006>\017\017\t\370?\016.\007K\002__Pyx\332\001\000D\217`_N\304 Re\347f__\257D\245 __f\377unc____g\274\222\005\n\000main\020\001m\357odul!\002nam|)\002\355 _capi.\0014\010\001\307\003_\023\001vt\316AG\001\017qual)\005\211E\205.\243F{ex{\001set_]\005\261s\200\010\240.\274@es\302@_\277is_cor\305@i\377neall_of\377asyncio.\276\016\006scast\354ds""\277check_\350\210\002c\365l1\000_\341\000trac\337eback\370\"co\377unteddat\375a\217\211\002encode\276\205\204\003flatf\035\000d\357ghas\202\212\003hisotory\250 plD\000_index\273@m\256\204\006\262\346\204\004.\246\204\002\232\210\001me\344as?hipmem8\000\362\206\001\344\221\213\004\273\205\001e\342!\215\213\001flo\357wpop\337\210\004elf\237setde\337\204\002\207\205\001u\370g\000\227\000\275\205\001value\271s\272\207\001\257\211\003PyO\237\213\002 \373*(\001\007)\000was\273_rp\000ved\r\022,\347 in\273\205\001\316Bkip\277_dispa\270 )\031\000\025\001A\010, L\t\002\030\035\t\3761\001_buffer\303 *>\022\025\006\205\002o\004st\367ruc\217\005obj_\3557\230\207\004_7\301\207\004_4e\357nds_\261\206\005nd \331*j\013  10\215G_M\334\231F<\013)\000u\237 64\377_t (voidK)\000\215a\000\316c\372E\000\217\207\001R\304Bd\005\003\315\215\004_\261\216\004\000\315\214\001\375_\374\210\004\000micro\017seco\277\000\254H\356\004\342\005\345r\036\000r\324\000n\000act\377s_of\200\001\330\004\377\n\210+\220Q\200\001\360\377\020\000\005\020\210q\220\006\377\220a\220v\230Q\330\004\377\024\220A\220Q\220a\330\357\004\013\210:\006\000e\2305\377\240\001\240\021\200A\360\016\377\000\t\014\2104\210v\220\377T\230\024\230W\240D\250\377\004\250K\260w\270a\330\377\014\022\220+\230Q\230b\376%\000\027\250\001\250\024\250X\377\260Q\330\010\022\220&\230\373\001\230(\016Y\240d\250$\277\250k\270\027\300\0012\004\330\377\020\032\230!\2304\230z\377\250\021\250\047\260\021\260$\377\260j\300\001\360\006\000\t\001\023<\003";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1641, 2408);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1646 bytes) */
+static const char cstring[] = "\377 at once\377, which \377are all \373th\026\000it wa\377s made f\377or bytes\377, and it\337s lim\037\000is\233  \001\000fu3\000\001\004:\337 a re3\000r \377took not\357hing?\002 me\377ssages i}n#\001ow wer\000\377overwrit\267ten\207\001le\200\000e\375y\026\003copied\377 of Pyth\377on objec\307ts:\202\002\221\002\263\003dd\341r[\000Y\000(\000p\000s p\347rocm\000\326\005no \357peer\317\000y s\367ee \321\000set;\367 us\363\000 dty\337pe wi`\000ut\372\\\005,!\001pickl_e=Tru1\000f\272\006\275:\343\000leas\247\002m\337 firs\313 pe}n0\002wrote\345\007t\315\"\217&h\325 yet\235 v\245\" o3\000; c\263 81\000\364!\203\000 mo\213@\303#}s\250\001array\007\000\177f loans\250B\370\303 \273\000u\022(del)\337 s(tr\350\000fr\377agment).\003: \234A\200D\321!\301#\371!\230 \316\307Aast\242 \200`n \020\301\"\306C4\001\231! \202)\305F\265a<\220D\304ehave\371@\261c\376\346\001lend, v\247iew\366!\323@y\201ap\363ar\307A\200A`put}`\333b`get`\373\023\376\243\003s?NoneNt\337!\247\204\002C\224cis \363\000\377iberatel\336\343@tric\305\006PE\337P-484\275\204\002re\376\277b subcla\373ss\260cbuilt\371i\365\000\210`s. If\177 you ne\374`\361t\272`%\000%\tthen\374\306`\304@he \047an\377notation\375_\307`ing\047 d?irecti\205 ;\000\377False.a \337add_n\231`ch\366/\000el\"\000sabl\367een\002\001gcis\376\004\003divshme\377m.errors^\006\005text\023\004/;\004\377/roles.p\357yxno\374\000fau\377lt __red\377uce__ du\275e\345anon-\214 v\367ial\033\000cini\377t__timeo\373ut\277\206\001not ao num\273 BC\227\003yEx\001\005\004Type\013\002\375M\275\206\003TooLon\377gOvertakwenR\356\206\002End\000\006\265.|\006c\264\206\002__\017\ts\267ets\255 e_\013\017c\377loseWrit\003erM\000\000\006>\017\017\t?\016.\007\276K\002__Pyx\001\000D\366\217`_N\304 Ref_\371_\257D\245 __fun?c____g\222\005\n\000\357main\020\001mod;ul!\002nam)\002\355 \037_capi.\001\010\001\307\003\315_\023\001vt\316AG\001qu\303al)\005\211E\205.\243Fex^{\001set_]\005s\200\010\354\240.\274@es\302@_is\357_cor\305@ine\377all_ofas\277yncio.\016\006s\357cast""\354dschoeck_\354\210\002cl1\000\375_\341\000traceb\367ack\370\"coun\177teddata\223\211\002\277encode\205\204\003f\357latf\035\000dgh\373as\206\212\003histo\333ry\250 plD\000in\227dex\273@m\256\204\006\346\204\004.\354\246\204\002\273\210\001me\344ashi\017pmem8\000\223\207\001\225\213\004\273\205\001\371e\342!\221\213\001flowp\373op\200\211\004elfse\047tde\337\204\002\207\205\001ug\000\227\000~\275\205\001values\333\207\001\356\306\210\003PyO\243\213\002 *(\376\001\007)\000was_r\356p\000ved\r\022, i\371n\273\205\001\316Bkip_doispa\270 )\000\025\001\206A\010, L\t\002\030\035\t1\001_\377buffer *\360>\022\025\006\205\002o\004stru}c\217\005obj_7\230\207\004\373_7\301\207\004_4end{s_\261\206\005nd *j\0136  10\215G_M\231F<\013\367)\000u\237 64_t\377 (void)\000\222\215a\000\316c\372E\000\217\207\001\304BdT\005\003\321\215\004_\265\216\004\000\356\214\001_\374\210\004\377\000microseCco\277\000\254H\356\004\342\005r\036\000\371r\324\000n\000acts_\377of\200\001\330\004\n\210\377+\220Q\200\001\360\020\000\377\005\020\210q\220\006\220a\377\220v\230Q\330\004\024\220\377A\220Q\220a\330\004\013\373\210:\006\000e\2305\240\001\377\240\021\200A\360\016\000\t\377\014\2104\210v\220T\230\377\024\230W\240D\250\004\250\377K\260w\270a\330\014\022\277\220+\230Q\230b%\000\027\377\250\001\250\024\250X\260Q\377\330\010\022\220&\230\001\230\376(\016Y\240d\250$\250k\357\270\027\300\0012\004\330\020\032\377\230!\2304\230z\250\021\377\250\047\260\021\260$\260j\177\300\001\360\006\000\t\023<\003";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1646, 2412);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (2408 bytes) */
-static const char bytes[] = " at once, which are all that it was made for bytes, and its limit is  is full is full: a reader took nothing for  messages in a row were overwritten while they were copied of Python objects: its bytes are addresses of this process, which no peer may see or set; use a dtype without objects, or pickle=True of messages: release them first open, or wrote messages that a reader has yet to read; create it with more writers open; create it with more readers or arrays of loans are in use: release them first (del) s(tree fragment).: : a message of : its writer is faster than this reader: : with pickle=True messages are objects, which have no bytes to lend, view or copy in parts: use `put` and `get`?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a add_notechannel disableenablegcisenabledivshmem.errorsivshmem.textivshmem/channel/roles.pyxno default __reduce__ due to non-trivial __cinit__timeout is not a numberBChannelErrorChannelTypeErrorMessageTooLongOvertakenReaderEndReaderEnd.__reduce_cython__ReaderEnd.__setstate_cython__ReaderEnd.closeWriterEndWriterEnd.__reduce_cython__WriterEnd.__setstate_cython__WriterEnd.close__Pyx_PyDict_NextRef__annotate____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineall_ofasyncio.coroutinescastchannelscheck_dtypecline_in_tracebackclosecounteddatadtypeencodeerrorsflatfoundghasobjecthistoryin_placeindexitemsivshmem.channel.rolesloanmembershipmemoryviewmessage_typenameoverflowpopreaderselfsetdefaulttextundecodablevaluesviewwriterPyObject *(PyObject *)\000was_removedPyObject *(PyObject *, int __pyx_skip_dispatch)\000int (PyObject *, PyObject *)\000int (PyObject *, PyObject *, PyObject *, Py_buffer *)\000int (PyObject *, Py_buffer *, int)\000int (struct __pyx_obj_7ivsh""mem_7channel_4ends_ChannelEnd *, PyObject *, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, PyObject *)\000uint64_t (void)\000flat\000check_in_place\000take_typed\000take_without_objects\000open_channel\000microsecondsPyObject *(struct ivshmem_record *)\000facts_of\200\001\330\004\n\210+\220Q\200\001\360\020\000\005\020\210q\220\006\220a\220v\230Q\330\004\024\220A\220Q\220a\330\004\013\210:\220Q\220e\2305\240\001\240\021\200A\360\016\000\t\014\2104\210v\220T\230\024\230W\240D\250\004\250K\260w\270a\330\014\022\220+\230Q\230b\240\001\240\027\250\001\250\024\250X\260Q\330\010\022\220&\230\001\230\021\200A\360\016\000\t\014\2104\210v\220T\230\024\230Y\240d\250$\250k\270\027\300\001\330\014\022\220+\230Q\330\020\032\230!\2304\230z\250\021\250\047\260\021\260$\260j\300\001\360\006\000\t\023\220&\230\001\230\021";
+    #else /* compression: none (2412 bytes) */
+static const char bytes[] = " at once, which are all that it was made for bytes, and its limit is  is full is full: a reader took nothing for  messages in a row were overwritten while they were copied of Python objects: its bytes are addresses of this process, which no peer may see or set; use a dtype without objects, or pickle=True of messages: release them first open, or wrote messages that a reader has yet to read open; create it with more readers or arrays of loans are in use: release them first (del) s(tree fragment).: : a message of : its writer is faster than this reader: : with pickle=True messages are objects, which have no bytes to lend, view or copy in parts: use `put` and `get`; create it with more writers?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a add_notechannel disableenablegcisenabledivshmem.errorsivshmem.textivshmem/channel/roles.pyxno default __reduce__ due to non-trivial __cinit__timeout is not a numberBChannelErrorChannelTypeErrorMessageTooLongOvertakenReaderEndReaderEnd.__reduce_cython__ReaderEnd.__setstate_cython__ReaderEnd.closeWriterEndWriterEnd.__reduce_cython__WriterEnd.__setstate_cython__WriterEnd.close__Pyx_PyDict_NextRef__annotate____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineall_ofasyncio.coroutinescastchannelscheck_dtypecline_in_tracebackclosecounteddatadtypeencodeerrorsflatfoundghasobjecthistoryin_placeindexitemsivshmem.channel.rolesloanmembershipmemoryviewmessage_typenameoverflowpopreaderselfsetdefaulttextundecodablevaluesviewwriterPyObject *(PyObject *)\000was_removedPyObject *(PyObject *, int __pyx_skip_dispatch)\000int (PyObject *, PyObject *)\000int (PyObject *, PyObject *, PyObject *, Py_buffer *)\000int (PyObject *, Py_buffer *, int)\000int (struct __pyx_obj_7""ivshmem_7channel_4ends_ChannelEnd *, PyObject *, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, PyObject *)\000uint64_t (void)\000flat\000check_in_place\000take_typed\000take_without_objects\000open_channel\000microsecondsPyObject *(struct ivshmem_record *)\000facts_of\200\001\330\004\n\210+\220Q\200\001\360\020\000\005\020\210q\220\006\220a\220v\230Q\330\004\024\220A\220Q\220a\330\004\013\210:\220Q\220e\2305\240\001\240\021\200A\360\016\000\t\014\2104\210v\220T\230\024\230W\240D\250\004\250K\260w\270a\330\014\022\220+\230Q\230b\240\001\240\027\250\001\250\024\250X\260Q\330\010\022\220&\230\001\230\021\200A\360\016\000\t\014\2104\210v\220T\230\024\230Y\240d\250$\250k\270\027\300\001\330\014\022\220+\230Q\330\020\032\230!\2304\230z\250\021\250\047\260\021\260$\260j\300\001\360\006\000\t\023\220&\230\001\230\021";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 99; i++) {
+    for (int i = 0; i < 102; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 31) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 34) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)
@@ -13957,8 +14005,8 @@ static const char bytes[] = " at once, which are all that it was made for bytes,
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 99; i < 106; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-99].length;
+    for (int i = 102; i < 109; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-102].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -13968,14 +14016,14 @@ static const char bytes[] = " at once, which are all that it was made for bytes,
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 106; i++) {
+    for (Py_ssize_t i = 0; i < 109; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 99;
+      PyObject **table = stringtab + 102;
       for (Py_ssize_t i=0; i<7; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
@@ -14036,7 +14084,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_roles_pyx, __pyx_mstate->__pyx_n_u_flat, __pyx_mstate->__pyx_kp_b_iso88591_q_avQ_AQa_Qe5, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 179};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 180};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_roles_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4vT_Yd_k_Q_4z_j, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
@@ -14051,7 +14099,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 370};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 371};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_roles_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4vT_WD_Kwa_Qb_XQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
@@ -16042,6 +16090,13 @@ static CYTHON_INLINE int __Pyx_ArgTypeTest(PyObject *obj, PyTypeObject *type, in
     return 0;
 }
 
+/* PyUnicode_Unicode */
+static CYTHON_INLINE PyObject* __Pyx_PyUnicode_Unicode(PyObject *obj) {
+    if (unlikely(obj == Py_None))
+        obj = __pyx_mstate_global->__pyx_kp_u_None;
+    return __Pyx_NewRef(obj);
+}
+
 /* RejectKeywords */
 static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds) {
     PyObject *key = NULL;
@@ -17520,7 +17575,7 @@ static PyObject* __Pyx_ImportFrom(PyObject* module, PyObject* name) {
         if (unlikely(!module_name_str)) { goto modbad; }
         module_name = PyUnicode_FromString(module_name_str);
         if (unlikely(!module_name)) { goto modbad; }
-        module_dot = PyUnicode_Concat(module_name, __pyx_mstate_global->__pyx_kp_u__3);
+        module_dot = PyUnicode_Concat(module_name, __pyx_mstate_global->__pyx_kp_u__4);
         if (unlikely(!module_dot)) { goto modbad; }
         full_name = PyUnicode_Concat(module_dot, name);
         if (unlikely(!full_name)) { goto modbad; }

@@ -168,9 +168,10 @@ cdef class WriterEnd(ChannelEnd):
             raise MemoryError
         code = ivshmem_writer_open(&self.writer)
         if code == IVSHMEM_TAKEN:
+            more = "" if g.kind == IVSHMEM_VALUE else "; create it with more writers"
             raise ChannelError(
                 f"channel {self.name!r}: {all_of(g.writers, 'writer')} open, or wrote messages that"
-                " a reader has yet to read; create it with more writers"
+                f" a reader has yet to read{more}"
             )
         if code:
             raise self.fail(code)
