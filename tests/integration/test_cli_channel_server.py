@@ -70,7 +70,7 @@ def test_it_ends_with_its_server(socket_path: str, directory: Path, words: str) 
         with file.open("rb") as stream:
             messages = {each.data for _, _, each in make_reader(stream).iter_messages()}
         assert messages == {b"content", b"message"}
-        assert json.loads(output)["messages"] == 1
+        assert json.loads(output)["messages"] == 2
 
 
 def log_is_read(channels: channel.Channels) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -156,8 +157,14 @@ def test_migrate_holds_them_until_the_guest_has_let_go(directory: Path) -> None:
                 until(lambda: reports(sides[0])[master.process.pid].pending == 0)
                 assert reports(sides[0])[other.process.pid].pending == 2
                 assert reports(sides[0])[other.process.pid].held
-                other.qmp("system_reset")  # the guest lets go
-                until(lambda: other.process.pid not in reports(sides[0]))
+
+                def let_go() -> bool:
+                    """The guest lets go, if it was asked to by then; so it is reset again."""
+                    other.qmp("system_reset")
+                    time.sleep(0.2)
+                    return other.process.pid not in reports(sides[0])
+
+                until(let_go)
                 assert host.id not in (0, 1)
         finally:
             moving.join()
