@@ -252,5 +252,5 @@ def test_a_task_does_not_look_all_the_time(region: Region, loop: str) -> None:
             running = LOOPS[loop]()
             steps, seconds, found = running.run_until_complete(wait())
             running.close()
-    assert steps < 64 + seconds / 0.001
+    assert steps < 2 * (64 + seconds / 0.001)  # it takes thousands if it never sleeps
     assert found == b"it comes"
