@@ -229,7 +229,7 @@ def test_what_a_reader_keeps_for_long_is_unfinished(region: Region, distance: in
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_a_task_does_not_look_all_the_time(region: Region, loop: str) -> None:
-    """A head says that there is something, which no reader finds: the task sleeps all the same."""
+    """A spoiled head announces a message that no reader finds: the task sleeps nevertheless."""
 
     async def wait() -> tuple[int, float, bytes | None]:
         began = time.monotonic()

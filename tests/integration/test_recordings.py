@@ -566,7 +566,7 @@ def test_a_value_s_content_is_recorded(
 
 
 def test_topics_without_messages(socket_path: str, channels: Channels, directory: Path) -> None:
-    """Of another program's file: how large messages can be is not known, so there is no channel."""
+    """Another program's file does not say how large they can be: replay creates no channel."""
     file = directory / "a.mcap"
     with file.open("wb") as stream:
         writer: Any = Writer(stream)

@@ -79,7 +79,7 @@ class Form:
     def value(self, message: bytes) -> Any:
         """Return a message for JSON: a string, or a list of an array's elements.
 
-        What is no text is an object {"base64": ..}, which no text is mistaken for.
+        A message that is not UTF-8 is an object {"base64": ..}: no string can be mistaken for it.
         """
         if (array := self._array(message)) is not None:
             return array.tolist()

@@ -86,7 +86,7 @@ class PathWatch(Uncopied):
             if path in before:
                 self._logged[path] = before[path]
             return
-        except (OSError, ValueError) as error:  # ValueError: the group that it had is no more
+        except (OSError, ValueError) as error:  # ValueError: its group was deleted
             reason = getattr(error, "strerror", None) or str(error)
             if getattr(error, "errno", None) == errno.EADDRINUSE:
                 reason = "another process listens there"
