@@ -17,7 +17,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WHEEL := build/wheel$(VENV:.venv%=%)
 CYTHON := $(addprefix native/,descriptors wire mapping spin bell areas) _core \
-    $(addprefix channel/,membership records ends sleeping_tasks roles writers views readers queues calls streams \
+    $(addprefix channel/,membership records ends sleeping_tasks roles writers views readers values queues calls streams \
     stream_poll pumps)
 # Not all modules are compiled, of numpy for example, but those that are imported, when they are.
 INSTALL := -m pip install --quiet --no-compile

@@ -30,6 +30,7 @@ CHANNEL = (
     "writers",
     "views",
     "readers",
+    "values",
     "queues",
     "calls",
     "streams",
@@ -47,7 +48,7 @@ FAST = {
         f"channel/{name}"
         for name in (
             *("membership", "roles", "writers", "views", "readers"),
-            *("queues", "calls", "streams"),
+            *("values", "queues", "calls", "streams"),
         )
     ),
 }

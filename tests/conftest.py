@@ -61,11 +61,9 @@ _tests = itertools.count(1)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave all but every Nth case of a test that is marked sampled(N) to the night.
 
-    Guests come first: the worker that has them boots them once, and the others take the rest. So
-    does what takes ten seconds: the others would wait for it at the end.
+    Guests come first: the worker that has them boots them once, and the others take the rest.
     """
-    first = ("tests/vm/", "tests/integration/test_docs.py")
-    items.sort(key=lambda item: not item.nodeid.startswith(first))
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/vm/"))
     seen: Counter[str] = Counter()
     for item in items:
         if (mark := item.get_closest_marker("sampled")) is None:

@@ -22,13 +22,13 @@ from fuzz.target import Finding, Target
 from fuzz.targets import TARGETS
 
 COUNTS = {
-    "client": 700,
-    "server": 350,
-    "directory": 700,
-    "control": 200,
-    "config": 1000,
-    "channel": 100,
-    "header": 3,
+    "client": 350,
+    "server": 175,
+    "directory": 350,
+    "control": 100,
+    "config": 500,
+    "channel": 50,
+    "header": 1,
 }
 
 # A campaign has an alarm of its own.

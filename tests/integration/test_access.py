@@ -57,6 +57,7 @@ CLIENT = """
 # -- let in or not --------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(2)
 @needs_root
 @pytest.mark.parametrize(
     ("rules", "answer"),

@@ -172,6 +172,7 @@ def test_what_is_not_a_saved_region(
     assert path.read_bytes() == contents
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "what",
     ["status", "top", "reload", "evict 1", "hold 1", "release 1", "qemu", "connect", "save f"],
@@ -383,6 +384,7 @@ def test_the_fix_for_memory_is_typed(
         assert gone(pid)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", ["text", "fifo", "device", "dangling link", "stale socket"])
 @pytest.mark.parametrize("option", ["-S", "--file"])
 def test_a_file_where_a_directory_is_needed(

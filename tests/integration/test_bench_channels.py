@@ -31,6 +31,7 @@ def durations(way: Way, turns: int = 3) -> list[int]:
         return list(pair.trips(turns)) + list(pair.trips(turns))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", [*OURS, peers.Pipe], ids=lambda kind: kind.__name__)
 def test_messages_in_a_turn(kind: type[Exchange]) -> None:
     assert all(took > 0 for took in durations(kind(64, 128)))
@@ -47,6 +48,7 @@ def test_ends_in_an_event_loop(way: Way) -> None:
     assert all(took > 0 for took in durations(way))
 
 
+@pytest.mark.nightly
 @needs_compiler
 def test_ends_in_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(in_c.InC, "program", tmp_path / "channel")

@@ -165,6 +165,7 @@ def test_ways_are_chosen_by_words() -> None:
         roundtrips.chosen(PEERS, "pipe,carrier pigeon")
 
 
+@pytest.mark.nightly
 @needs_compiler
 def test_the_command(tmp_path: Path) -> None:
     file = tmp_path / "a.json"

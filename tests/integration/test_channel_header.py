@@ -72,6 +72,7 @@ def test_no_compiler_warns(tmp_path: Path, compiler: str, language: str) -> None
     subprocess.run([*command, f"-I{channel.get_include()}", source], check=True)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("way", ["kill", "stop"])
 @pytest.mark.parametrize(("program", "operation"), STEPS)
 def test_at_each_step(build: Build, program: str, operation: str, way: str) -> None:
@@ -179,6 +180,7 @@ def test_python_reads_golden_bytes() -> None:
             assert e.accept(0).recv(100) == b"waits\0"
 
 
+@pytest.mark.nightly
 def test_readers_that_drop_the_newest(build: Build) -> None:
     """`missed` counts them, whatever becomes of a reader; no cell is lost, or used too early."""
     assert output_of(build("discard", *ADDRESSES)) == "ended well\n"
@@ -188,6 +190,7 @@ def test_a_reader_that_is_overtaken(build: Build) -> None:
     assert output_of(build("overtaken", *ADDRESSES)) == "ended well\n"
 
 
+@pytest.mark.nightly
 def test_an_end_that_is_refused(build: Build) -> None:
     """It leaves no slot taken: else the channel could not be removed, and writers would wait."""
     assert output_of(build("refused", *ADDRESSES)) == "ended well\n"

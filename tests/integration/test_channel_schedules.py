@@ -297,6 +297,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     return built
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize(("program", "script"), ALL)
 def test_schedules_by_chance(build: Build, program: str, script: str) -> None:
     assert build(program).output("random", script, "500") == f"{script}: 500 schedules\n"
@@ -316,7 +317,7 @@ def test_all_schedules_with_one_preemption(build: Build, program: str, script: s
     assert int(found[1]) > 10
 
 
-@pytest.mark.sampled(16)
+@pytest.mark.sampled(32)
 @pytest.mark.parametrize(("program", "script"), ALL)
 def test_all_schedules_in_which_one_store_is_late(build: Build, program: str, script: str) -> None:
     """With one preemption, each with one store that stays in its buffer as long as it can."""
@@ -530,6 +531,7 @@ def told(script: str, said: str) -> Followed:
     return Followed(given, followed, forbidden, loose, said)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(("program", "script"), EACH)
 def test_the_c_follows_each_schedule(build: Build, program: str, script: str) -> None:
     followed = follow(build(program), script, schedules.lines(program, script))
@@ -537,7 +539,7 @@ def test_the_c_follows_each_schedule(build: Build, program: str, script: str) ->
     assert followed.is_exact(), followed.said
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize(("program", "script"), SEEN)
 def test_what_follows_shows_each_point_that_is_missing(
     build: Build, program: str, script: str
@@ -576,6 +578,7 @@ def test_the_c_follows_the_model(
     assert followed.loose <= loose * followed.given, followed.said
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("program", [*NEEDED])
 def test_each_point_of_the_header_is_needed(build: Build, program: str) -> None:
     built = build(program)

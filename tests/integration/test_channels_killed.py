@@ -410,6 +410,7 @@ def test_a_stopped_reader_is_not_waited_for_and_is_told(region: Region, channels
         assert lost
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("way", ["get", "get_rows"])
 def test_what_a_reader_got_and_what_it_lost_is_all_there_was(region: Region, way: str) -> None:
     """It is stopped again and again while its writer does not wait for it any more."""

@@ -69,6 +69,7 @@ def spoils(region: Region, begin: bytes, what: str, at: int, seconds: float) -> 
     return False
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("what", WAITS)
 def test_a_call_that_waits(what: str) -> None:
     call, end, expected = WAITS[what]

@@ -487,7 +487,7 @@ class TestConnect:
             {"event": "interrupt", "vector": 1, "rings": 1},
         ]
 
-    @pytest.mark.sampled(2)
+    @pytest.mark.sampled(6)
     @pytest.mark.parametrize(
         ("command", "message"),
         [

@@ -130,6 +130,7 @@ def started_for(path: Path) -> list[int]:
 
 
 class TestHere:
+    @pytest.mark.nightly
     def test_a_table(self, temporary: Path) -> None:
         out, errors = run("--seconds", "0.2")
         shown_well(out)
@@ -212,6 +213,7 @@ class TestHere:
             assert command.end(number) == (status, "", "")
         assert list(temporary.iterdir()) == []
 
+    @pytest.mark.nightly
     def test_nobody_survives_it(self, temporary: Path) -> None:
         """Killed, it leaves a socket behind, but no process: see `temporary`."""
         with running("--seconds", "60") as command:
@@ -291,6 +293,7 @@ class TestPeers:
         assert "os.eventfd, two processes here" in out
         assert errors.splitlines()[0] == "  0%  round trip to peer 0"
 
+    @pytest.mark.nightly
     def test_the_memory_is_left_alone(self, server: MakeServer) -> None:
         path = server(1 << 16).path
         with ivshmem.connect(path, timeout=PATIENCE) as witness:
@@ -304,6 +307,7 @@ class TestPeers:
             with memoryview(witness.region) as memory:
                 assert bytes(memory) == pattern
 
+    @pytest.mark.nightly
     def test_the_ping_comes_first(self, server: MakeServer) -> None:
         """It goes on ringing, and says what to start."""
         path = server(vectors=3).path
@@ -325,6 +329,7 @@ class TestPeers:
             said = one_error_line("--peer", "0", "-S", path, "--timeout", "0.2")
         assert "peer 0 did not answer for 0.2 seconds: is `ivshmem bench --echo 1` running" in said
 
+    @pytest.mark.nightly
     def test_ctrl_c_while_nobody_answers(self, server: MakeServer) -> None:
         path = server().path
         with (
@@ -334,6 +339,7 @@ class TestPeers:
             ping.expect("no answer yet")
             assert ping.end(signal.SIGINT) == (130, "", "")
 
+    @pytest.mark.nightly
     def test_the_echo_dies_in_the_middle(self, server: MakeServer, temporary: Path) -> None:
         path = server().path
         with running("--echo", "-S", path) as echo:
@@ -347,6 +353,7 @@ class TestPeers:
         assert last.startswith("ivshmem: peer 0 ")
         assert " left after " in last or "not connected" in last
 
+    @pytest.mark.nightly
     def test_who_is_there_falls_silent(
         self, server: MakeServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -389,6 +396,7 @@ class TestPeers:
                 done.set()
                 thread.join()
 
+    @pytest.mark.sampled(2)
     @pytest.mark.parametrize("end", ["--peer", "--echo"])
     def test_who_is_not_there(self, server: MakeServer, end: str) -> None:
         path = server().path
@@ -512,6 +520,7 @@ class TestNames:
         ):
             yield path, names
 
+    @pytest.mark.nightly
     def test_the_ping_says_who_it_is(self, named: tuple[str, ivshmem.Directory]) -> None:
         """As long as nobody answers."""
         path, names = named

@@ -306,6 +306,7 @@ def test_a_place_at_work_is_freed_by_force_only(socket_path: str, channels: Chan
     until(lambda: channels.closed)
 
 
+@pytest.mark.nightly
 def test_a_silent_place_is_freed(socket_path: str, channels: Channels) -> None:
     """That of a process that is stopped; when it continues, it finds out and ends."""
     channels.create_queue("jobs", limit=8)

@@ -20,6 +20,7 @@ from ivshmem import Server, channel
 pytestmark = pytest.mark.usefixtures("commands")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "words",
     [

@@ -105,6 +105,7 @@ def test_tail_as_json(socket_path: str, channels: Channels) -> None:
     assert seen == {"data": {"base64": "Yf8K"}, "writer": 0, "position": 1, "size": 3, "lost": 0}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("form", "shown", "value"),
     [
@@ -419,6 +420,7 @@ def test_wrong_use(socket_path: str, channels: Channels, words: str, said: str) 
 # -- a channel that is removed --------------------------------------------------------------------
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("kind", "words"),
     [

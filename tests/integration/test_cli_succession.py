@@ -225,6 +225,7 @@ def test_what_cannot_be_served_ends_the_parent(tmp_path: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("new", [[], ["--supervise"]], ids=["plain", "supervised"])
 @pytest.mark.parametrize("old", [[], ["--supervise"]], ids=["plain", "supervised"])
 def test_taken_over(serve: Serve, peers: list[RawPeer], old: list[str], new: list[str]) -> None:
@@ -265,6 +266,7 @@ def test_nobody_to_take_over_from(tmp_path: Path) -> None:
     assert "socket.control: no server to take over from listens here: " in done.stderr
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("after", range(4))
 def test_a_successor_that_dies(serve: Serve, peers: list[RawPeer], after: int) -> None:
     """At each step of the handover; the former one goes on."""
@@ -321,6 +323,7 @@ def test_who_has_let_go_does_nothing_more(serve: Serve, peers: list[RawPeer]) ->
     serving.path.unlink()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("call", ["eventfd", "epoll_ctl", "open"])
 def test_a_successor_that_fails_leaves_all_to_the_next(
     tmp_path_factory: pytest.TempPathFactory, serve: Serve, peers: list[RawPeer], call: str
@@ -499,6 +502,7 @@ def test_the_interpreter_is_gone(
     serving.pid_file.unlink()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("change", ["version", "a region", "a peer", "a setting"])
 def test_what_cannot_be_understood_is_not_taken(
     serve: Serve, peers: list[RawPeer], monkeypatch: pytest.MonkeyPatch, change: str

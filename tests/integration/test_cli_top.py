@@ -90,6 +90,7 @@ def first_words(lines: list[str], head: str) -> list[str]:
 # -- ivshmem top ----------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("key", [b"q", b"Q", b"\x03"])
 def test_it_lives_until_a_key(served: Child, socket_path: str, key: bytes) -> None:
     with Terminal("top", "-S", socket_path, "-i", "0.1") as top:
@@ -239,6 +240,7 @@ def test_help(top: Terminal) -> None:
         assert queues(top.drawn("/ filter")) == "abc"
 
 
+@pytest.mark.sampled(2)
 def test_scroll(top: Terminal) -> None:
     top.resize(5, 60)
     assert re.match(r"1-3 of \d+  q end", top.drawn(" of ")[-1])
@@ -253,6 +255,7 @@ def test_scroll(top: Terminal) -> None:
     top.drawn("^1-3 of ")
 
 
+@pytest.mark.sampled(2)
 def test_unknown_keys_do_nothing(top: Terminal) -> None:
     before = top.screen()
     for keys in (b"\x1b[15~", b"\x1b[1;5C", b"\xff\xfe", b"\x1b[200~", b"\x00", b"zZ1"):
@@ -265,7 +268,7 @@ def test_unknown_keys_do_nothing(top: Terminal) -> None:
     assert top.drawn("/ filter")[1:] == before[1:]
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize(
     ("rows", "columns"), [(1, 1), (2, 1), (1, 200), (3, 3), (4, 7), (500, 10), (24, 120)]
 )
@@ -280,6 +283,7 @@ def test_sizes(top: Terminal, rows: int, columns: int) -> None:
         assert len(top.drawn()) <= rows
 
 
+@pytest.mark.sampled(2)
 def test_stopped_and_continued(top: Terminal) -> None:
     top.type(b"\x1a")
     top.expect("<stopped>")
@@ -290,6 +294,7 @@ def test_stopped_and_continued(top: Terminal) -> None:
     assert queues(top.drawn("cat")) == "abc"
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("command", [("top",), ("channel", "top")], ids=" ".join)
 def test_signals(
@@ -301,6 +306,8 @@ def test_signals(
         assert top.end() == 128 + number
 
 
+@pytest.mark.nightly
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("command", [("top",), ("channel", "top")], ids=" ".join)
 def test_nobody_reads(served: Child, socket_path: str, command: tuple[str, ...]) -> None:
     """What it draws fills the terminal's buffer, and SIGTERM ends it all the same."""
@@ -314,6 +321,7 @@ def test_nobody_reads(served: Child, socket_path: str, command: tuple[str, ...])
         assert top.process.wait(PATIENCE) == 128 + signal.SIGTERM
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("environment", "coloured"),
     [({}, True), ({"NO_COLOR": "1"}, False), ({"CLICOLOR": "0"}, False)],

@@ -101,6 +101,7 @@ QUICK = ("plain", "nobody there", "no socket", "wait in vain")
 LONG = [pytest.param(way, marks=pytest.mark.nightly) for way in CONNECTS if way not in QUICK]
 
 
+@pytest.mark.sampled(2)
 @EVERY
 @pytest.mark.parametrize("way", [*QUICK, *LONG])
 def test_connect(scene: Scene, way: str, every: int) -> None:

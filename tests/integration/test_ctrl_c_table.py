@@ -141,6 +141,7 @@ def read(place: Place, look: Callable[[Region], object]) -> None:
         look(region)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("way", table(MEMORY, "path, empty file", "attach"))
 def test_memory(place: Place, way: str) -> None:
     def after(where: str) -> None:
@@ -335,6 +336,7 @@ ASYNC: dict[str, Callable[[Served], Any]] = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("way", table(ASYNC, "plain", "nobody there", "wait in vain"))
 def test_asyncio(scene: Served, way: str) -> None:

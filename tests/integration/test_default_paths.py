@@ -92,6 +92,7 @@ def all_commands_find_it() -> None:
 
 
 class TestWhereAServerListens:
+    @pytest.mark.nightly
     def test_root(self) -> None:
         def body() -> None:
             with serving(at=OF_ROOT):

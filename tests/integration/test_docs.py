@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from support.pages import HOME
 
 
+@pytest.mark.nightly
 def test_the_pages_build_without_a_warning(tmp_path: Path) -> None:
     """Without HTML, which is a third of the time and gives no warnings of its own."""
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "dummy"]

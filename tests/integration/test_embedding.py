@@ -127,6 +127,7 @@ def pair() -> Iterator[tuple[ivshmem.Client, ivshmem.Client]]:
 Pair = tuple[ivshmem.Client, ivshmem.Client]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("spin", [False, True])
 def test_a_loop_of_its_own(embedded: Any, pair: Pair, spin: bool) -> None:
     a, b = pair

@@ -241,7 +241,7 @@ def test_killed_before_it_listens(tmp_path: Path, lives: contextlib.ExitStack) -
     assert not os.path.lexists(life.path)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("case", FEW, ids=words)
 def test_a_signal(tmp_path: Path, lives: contextlib.ExitStack, case: tuple[str, str, int]) -> None:
     run(tmp_path, lives, case)
@@ -299,6 +299,7 @@ def _is_pending(pid: int, number: int) -> bool:
     return False
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("place", ["supervisor.py:start_anew", "supervise.py:supervise"])
 def test_told_to_end_while_it_takes_the_parents_place(

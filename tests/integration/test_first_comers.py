@@ -578,6 +578,7 @@ def _save(path: Path) -> None:
 RACES: list[Callable[[Path], None]] = [*CALLS, _attach, _read, _save]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "seconds", [0.3, pytest.param(6.0, marks=pytest.mark.nightly)], ids=["short", "long"]
 )

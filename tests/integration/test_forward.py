@@ -129,7 +129,8 @@ def give_up(sock: socket.socket, other: socket.socket) -> None:
     reset(sock)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.nightly
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("half_closed", [False, True])
 @pytest.mark.parametrize("unix", [False, True])
 def test_resets_beside_a_socket_that_takes_nothing(
@@ -160,6 +161,7 @@ def test_resets_beside_a_socket_that_takes_nothing(
                 assert is_reset(near) or unix
 
 
+@pytest.mark.nightly
 def test_an_end_in_order_has_no_limit(place: tuple[Path, str], pair: Pair) -> None:
     """Who takes what was sent before a close may be slower than after a reset."""
     with pair.joined() as (near, far):
@@ -348,6 +350,7 @@ def test_who_finds_all_connections_in_use_waits(place: tuple[Path, str]) -> None
         pass
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("side", ["near", "far"])
 def test_a_side_that_is_killed(place: tuple[Path, str], side: str) -> None:
     """Its connections are reset at the other side; when it is there again, new ones work."""
@@ -372,6 +375,7 @@ def test_a_side_that_is_killed(place: tuple[Path, str], side: str) -> None:
             assert exchanged(near, far, 100_000, 3)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("side", ["near", "far"])
 def test_a_side_that_ends(place: tuple[Path, str], side: str) -> None:
     with own_pair(place, f"ended-{side}") as pair, pair.joined() as (near, far):
@@ -403,6 +407,7 @@ def test_a_side_that_is_silent(place: tuple[Path, str]) -> None:
             assert exchanged(near, far, 1000, 4)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("side", ["near", "far"])
 def test_descriptors_that_run_out(place: tuple[Path, str], side: str) -> None:
     """Those who come wait; nobody is lost, and the loop does not spin."""
@@ -577,6 +582,7 @@ def test_stdio_that_is_reset(place: tuple[Path, str], pair: Pair) -> None:
     )
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("how", "line"),
     [
@@ -608,6 +614,7 @@ def test_stdio_of_the_wrong_kind(place: tuple[Path, str], pair: Pair, how: str, 
         os.close(fd)
 
 
+@pytest.mark.nightly
 def test_stdio_whose_user_is_killed(place: tuple[Path, str]) -> None:
     """Nobody reads its output, nobody writes its input, and the target takes nothing."""
     words = [sys.executable, "-m", "ivshmem", "forward", "-S", place[1], "user", "--stdio"]

@@ -84,6 +84,7 @@ def answers(path: str, pair: Pair) -> None:
     assert process.returncode == 0
 
 
+@pytest.mark.nightly
 def test_a_new_server_with_new_memory(directory: Path, socket_path: str) -> None:
     """Connections continue without a server. When the new one is there, both sides join it."""
     words = ("--connections", 4)
@@ -109,6 +110,7 @@ def test_a_new_server_with_new_memory(directory: Path, socket_path: str) -> None
                 assert found.connections == 4  # whichever side made it
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("side", ["near", "far"])
 def test_a_side_that_starts_with_the_new_server(
     directory: Path, socket_path: str, side: str
@@ -146,6 +148,7 @@ def test_a_new_server_with_the_same_memory(directory: Path, socket_path: str) ->
             answers(socket_path, pair)
 
 
+@pytest.mark.nightly
 def test_a_new_server_beside_a_virtual_machine(
     directory: Path, socket_path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,6 +168,7 @@ def test_a_new_server_beside_a_virtual_machine(
             assert exchanged(near, far, 100_000, 10)
 
 
+@pytest.mark.nightly
 def test_a_signal_after_the_server(directory: Path, socket_path: str) -> None:
     """It ends as ever, also while it waits for a server."""
     with served(socket_path) as server, joined_pair(directory, socket_path) as pair:
@@ -174,6 +178,7 @@ def test_a_signal_after_the_server(directory: Path, socket_path: str) -> None:
         assert pair.far.end() == 0
 
 
+@pytest.mark.nightly
 def test_a_new_server_without_channels(directory: Path, socket_path: str) -> None:
     with served(socket_path) as server:
         words = ("p", "--listen", "tcp:127.0.0.1:0", "--connections", 4)
@@ -185,6 +190,7 @@ def test_a_new_server_without_channels(directory: Path, socket_path: str) -> Non
         assert "the region has no room for channels" in side.text()
 
 
+@pytest.mark.nightly
 def test_a_channel_that_is_removed_by_force(directory: Path, socket_path: str) -> None:
     """Its connections are reset, and both sides open it again."""
     with served(socket_path), joined_pair(directory, socket_path) as pair:
@@ -216,6 +222,7 @@ def test_a_place_that_is_freed(directory: Path, socket_path: str) -> None:
             assert exchanged(near, far, 100_000, 7)
 
 
+@pytest.mark.nightly
 def test_stdio_whose_channel_is_removed(directory: Path, socket_path: str) -> None:
     words = [sys.executable, "-m", "ivshmem", "forward", "-S", socket_path, "p", "--stdio"]
     with served(socket_path), joined_pair(directory, socket_path) as pair:
@@ -228,6 +235,7 @@ def test_stdio_whose_channel_is_removed(directory: Path, socket_path: str) -> No
             assert b"forward p: the connection ended early: " in process.stderr.read()
 
 
+@pytest.mark.nightly
 def test_a_stopped_server_is_waited_for(directory: Path, socket_path: str) -> None:
     """One that does not answer does not stop the loop for long, and is joined when it does."""
     with served(socket_path) as server, joined_pair(directory, socket_path) as pair:
@@ -244,6 +252,7 @@ def test_a_stopped_server_is_waited_for(directory: Path, socket_path: str) -> No
         assert pair.far.process.poll() is None
 
 
+@pytest.mark.nightly
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("side", ["near", "far"])
 def test_a_name_that_becomes_another_kind(directory: Path, socket_path: str, side: str) -> None:
@@ -290,6 +299,7 @@ def test_a_name_that_becomes_another_kind(directory: Path, socket_path: str, sid
         assert both.end() == single.end() == 0
 
 
+@pytest.mark.nightly
 def test_a_new_server_where_a_name_is_of_another_kind(directory: Path, socket_path: str) -> None:
     with served(socket_path) as server, joined_pair(directory, socket_path) as pair:
         server.kill()

@@ -85,6 +85,7 @@ def test_a_program_runs_alone(bundles: Path, home: Path) -> None:
     assert [module.stat().st_ino for module in unpacked(home)] == before  # unpacked once
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("command", ["guest", "channel", "connect", "forward", "doctor", "serve"])
 def test_a_guest_has_what_it_uses(bundles: Path, home: Path, command: str) -> None:
     done = ran(bundles / "ivshmem.pyz", command, "--help", XDG_CACHE_HOME=str(home))
@@ -261,6 +262,7 @@ ATTACKS = (
 )
 
 
+@pytest.mark.sampled(6)
 @as_root
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.__name__)
 def test_no_module_of_another_user_is_loaded(

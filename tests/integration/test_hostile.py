@@ -176,6 +176,7 @@ def test_a_peer_that_refuses_to_listen_has_left(
             until(lambda: {p.id for p in serving.peers} == {witness.id, third.id})
 
 
+@pytest.mark.nightly
 def test_never_reading(serving: ivshmem.Server, witness: RawPeer) -> None:
     """Its buffer fills up, and everybody else goes on."""
     with RawPeer(serving.path):

@@ -133,7 +133,7 @@ def scene(make_scene: Callable[[Rules], Scene]) -> Scene:
 # -- the others go on -----------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", ATTACKS)
 def test_the_others_go_on(scene: Scene, name: str) -> None:
     source, processes = ATTACKS[name]
@@ -330,6 +330,7 @@ def answers(process: subprocess.Popen[bytes]) -> bool:
     return bool(select.select([answer], [], [], 0)[0]) and b"return" in answer.readline()
 
 
+@pytest.mark.sampled(3)
 @needs_qemu
 @pytest.mark.qemu
 @pytest.mark.parametrize("name", sorted({*ATTACKS} - {"clears O_NONBLOCK"}))

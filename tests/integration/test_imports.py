@@ -151,6 +151,7 @@ def modules(importtime: str) -> set[str]:
     return {line.rpartition("|")[2].strip() for line in importtime.splitlines() if "|" in line}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", TABLE)
 def test_a_command_imports_no_more(tmp_path: Path, name: str) -> None:
     command, ours, costly = TABLE[name]
@@ -337,6 +338,7 @@ def test_each_command_has_a_line() -> None:
     assert {line.split()[0] for line in ROOMS_OF} == set(main.SUBCOMMANDS)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("line", ROOMS_OF)
 def test_a_command_enters_no_other_room(asked: Path, tmp_path: Path, line: str) -> None:
     """A command of a channel knows nothing of servers, for example.

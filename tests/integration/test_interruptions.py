@@ -261,7 +261,7 @@ PAIRS = [
 ]
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(28)
 @pytest.mark.parametrize("started", [True, False], ids=["started", "idle"])
 @pytest.mark.parametrize(("call", "act"), PAIRS)
 def test_a_handler_at_each_line_of_a_call(

@@ -90,6 +90,7 @@ def limited(limit: int, *words: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.nightly
 def test_too_few_descriptors_are_noticed_before_anybody_connects(tmp_path: Path) -> None:
     """With as many as it needs to listen it also serves; with fewer it has not listened."""
     serve = ["serve", "-q", "-l", "64K", "-S", str(tmp_path / "socket")]

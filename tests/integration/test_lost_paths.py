@@ -328,6 +328,7 @@ def serving(*options: str) -> Iterator[subprocess.Popen[str]]:
             process.terminate()
 
 
+@pytest.mark.nightly
 def test_a_supervised_child_and_its_successor(socket_path: str) -> None:
     """Each finds what the one before bound again."""
     with serving("--supervise", "-S", socket_path) as process, RawPeer(socket_path) as first:
@@ -347,6 +348,7 @@ def test_a_supervised_child_and_its_successor(socket_path: str) -> None:
     assert not os.path.exists(socket_path)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("replaced", [False, True])
 def test_a_successor_says_what_became_of_the_path(socket_path: str, replaced: bool) -> None:
     """It used to print "serving on" a path by which nobody could connect."""
@@ -383,6 +385,7 @@ def test_a_successor_says_what_became_of_the_path(socket_path: str, replaced: bo
         os.unlink(socket_path)
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("commands")
 def test_what_the_commands_say(socket_path: str) -> None:
     def ivshmem(*words: str) -> str:

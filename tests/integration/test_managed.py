@@ -140,7 +140,7 @@ def test_systemd_socket_activate(path: str) -> None:
     assert process.returncode == 0
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("reverse", [False, True], ids=["in-order", "reversed"])
 @pytest.mark.parametrize("passed", [False, True], ids=["own-socket", "passed-socket"])
 def test_killed(
@@ -295,6 +295,7 @@ def test_what_is_seen_cannot_be_had(
         settle(peers)
 
 
+@pytest.mark.nightly
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("reverse", [False, True], ids=["in-order", "reversed"])
 def test_killed_at_any_moment(manage: Manage, region: list[str], path: str, reverse: bool) -> None:
@@ -339,6 +340,7 @@ def test_killed_at_any_moment(manage: Manage, region: list[str], path: str, reve
         peer.close()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("killed", [False, True], ids=["reads-on", "killed"])
 def test_the_manager_is_busy(
     manage: Manage, region: list[str], path: str, peers: list[RawPeer], killed: bool
@@ -373,6 +375,7 @@ def test_the_manager_is_busy(
     settle(peers)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

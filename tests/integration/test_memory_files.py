@@ -49,7 +49,7 @@ def run(*arguments: object, status: int | None = 0) -> subprocess.CompletedProce
 # -- killed at any moment -------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("source", ["name", "path", "replaced", "directory", "image"])
 def test_killed_while_it_makes_one(source: str, directory: Path, shm_name: str) -> None:
     """Nothing is left: neither memory under a hidden name, nor half of something."""
@@ -116,6 +116,7 @@ def test_what_a_name_leads_to(directory: Path) -> None:
             assert made.info().name_leads_to is None
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("how", ["removed", "replaced"])
 def test_a_name_that_is_lost_while_it_is_served(how: str, directory: Path, shm_name: str) -> None:
     """status and doctor say so, and a second server says that it shares another memory."""
@@ -166,6 +167,7 @@ def serving(*options: object) -> Iterator[subprocess.Popen[str]]:
 # -- files of 0 bytes -----------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(3)
 @root_only
 @pytest.mark.parametrize("existing", [None, "attach", "grow", "refuse", "replace"])
 def test_an_empty_file_is_made(existing: str | None, directory: Path, shm_name: str) -> None:
@@ -213,6 +215,7 @@ def test_an_empty_file_that_cannot_be_filled_stays_empty(directory: Path) -> Non
 # -- another user's -------------------------------------------------------------------------------
 
 
+@pytest.mark.nightly
 @root_only
 def test_another_users_memory_is_accepted_if_one_asks(directory: Path, shm_name: str) -> None:
     """By the option that the message names, in each command that has it."""

@@ -69,7 +69,7 @@ def _peer(path: str) -> RawPeer | None:
         return None
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(18)
 @pytest.mark.parametrize("when", ["from the start", "later"])
 @pytest.mark.parametrize("output", KINDS, indirect=True)
 @pytest.mark.parametrize("server", SERVERS)
@@ -89,6 +89,7 @@ def test_a_server_whose_output_nobody_reads(
     assert not os.path.lexists(path)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("gone", ["stdout", "stderr"])
 @pytest.mark.parametrize("server", SERVERS)
 def test_a_server_whose_reader_goes(tmp_path: Path, server: str, gone: str) -> None:
@@ -141,6 +142,7 @@ def test_what_else_breaks_is_said(read: bool) -> None:
     assert said == (b"ivshmem: the server has closed the connection\n" if read else b"")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("where", ["closed pipe", "/dev/full"])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_whose_reader_is_gone(tmp_path: Path, command: str, where: str) -> None:
@@ -168,6 +170,7 @@ def test_a_command_whose_reader_is_gone(tmp_path: Path, command: str, where: str
         os.close(end)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("state", ["Ctrl-S", "full"])
 def test_top_on_a_terminal_that_nobody_reads(tmp_path: Path, state: str, number: int) -> None:

@@ -38,6 +38,7 @@ def test_the_units_of_the_wheel() -> None:
     assert (prefix / "lib/sysusers.d/ivshmem.conf").read_text().splitlines()[-1].startswith("u ")
 
 
+@pytest.mark.nightly
 def test_the_files_of_the_sdist(tmp_path: Path) -> None:
     """All that git has: so `make test` works from an sdist, too."""
     if not (HOME / ".git").exists():

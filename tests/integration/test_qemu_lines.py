@@ -210,6 +210,7 @@ OLD = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("line", OLD)
 def test_an_old_line_is_translated(line: str) -> None:
     done = sh(f"{IVSHMEM} qemu {line}")

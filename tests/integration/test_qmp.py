@@ -70,6 +70,7 @@ def greet_and_listen(client: socket.socket) -> None:
     until_closed(client)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("act", "reason"),
     [
@@ -140,6 +141,7 @@ def test_it_has_something_for_the_last_client(directory: Path, late: bytes) -> N
     assert len(calls) == 3
 
 
+@pytest.mark.nightly
 def test_what_is_json_and_no_monitor(directory: Path) -> None:
     with (
         Liar(directory / "qmp", lambda client: client.sendall(b"{}\n")),

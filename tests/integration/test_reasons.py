@@ -19,6 +19,7 @@ from support.waiting import PATIENCE, Background
 IVSHMEM = [sys.executable, "-m", "ivshmem"]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("form", ["text", "json"])
 @pytest.mark.parametrize("more", [[], ["--supervise"]], ids=["serve", "supervise"])
 @pytest.mark.parametrize("address", ["/nobody/is/there", "relative"])

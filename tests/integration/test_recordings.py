@@ -668,7 +668,8 @@ def test_a_channel_that_cannot_be_read_is_told_of(
     assert stored(file) == [("log", b"x")]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.nightly
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_progress_on_a_terminal_that_nobody_reads(
     socket_path: str, channels: Channels, directory: Path, number: int

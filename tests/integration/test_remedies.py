@@ -216,6 +216,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     os.kill(int((folder / "pid").read_text()), 15)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case", TYPED)
 def test_what_is_advised_works(case: str, place: Path) -> None:
     typed, said, instead = TYPED[case]

@@ -175,6 +175,7 @@ def _check(ended: Ended, kind: str) -> None:
     assert _REMEDY[kind].search(lines[0]), lines
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("command", "limit"),
     [

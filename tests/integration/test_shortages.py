@@ -60,6 +60,7 @@ def ask(child: Child) -> str:
     return child.line()
 
 
+@pytest.mark.sampled(2)
 @each_way
 def test_newcomers_wait_for_descriptors(socket_path: str, program: str) -> None:
     """Not one is accepted and let down; each leave lets the next in; waiting costs nothing."""
@@ -110,6 +111,7 @@ def end(child: Child) -> str:
     return child.finish()
 
 
+@pytest.mark.sampled(2)
 @each_way
 @needs_root
 def test_too_many_descriptors_in_flight(socket_path: str, program: str) -> None:

@@ -84,6 +84,7 @@ def test_each_answer_by_wrong_values(pair: Pair) -> None:
     assert said > 30
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("raw", "words"),
     [
@@ -195,6 +196,7 @@ def statuses(*words: str) -> Scripted:
     return Scripted(*({"status": word} for word in words))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "busy", ["setup", "active", "device", "failing", "postcopy-device", "postcopy-tomorrow", "new"]
 )
@@ -246,6 +248,7 @@ def test_postcopy_whose_destination_is_gone(pair: Pair, monkeypatch: pytest.Monk
         until_back(pair)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("status", ["setup", "active", "new"])
 def test_what_is_under_way_is_cancelled(pair: Pair, status: str) -> None:
     pair.source.instead = {

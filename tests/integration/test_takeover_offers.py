@@ -167,6 +167,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
             yield from places(each, (*path, number))
 
 
+@pytest.mark.nightly
 def test_every_field_with_every_wrong_value(service: Service) -> None:
     """Each place of a true offer, replaced, left out, or with one element more."""
     offer = offer_of(service)
@@ -284,6 +285,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("what", ["stops", "is silent"])
 @pytest.mark.parametrize("after", range(3))
 def test_a_taker_that_stops_holds_nobody_up(

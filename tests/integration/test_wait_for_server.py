@@ -94,6 +94,7 @@ def test_the_client_may_come_first(
     assert not place.exists()
 
 
+@pytest.mark.sampled(3)
 @each_way
 @pytest.mark.parametrize("before", [make_nothing, make_no_directory, make_stale, make_dangling])
 def test_no_longer_than_asked(place: Path, connect: Way, before: Callable[[Path], None]) -> None:

@@ -34,7 +34,7 @@ LONG = [
 ]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("kind", "name"), BY_DAY)
 def test_no_interleaving_has_a_fault(kind: str, name: str) -> None:
     assert holds(KINDS[kind].BY_DAY[name].case()).ends
@@ -53,7 +53,7 @@ def fault_without(kind: str, point: str) -> str | None:
     return explore(setting.case(without=[point])).fault
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(16)
 @pytest.mark.parametrize(("kind", "point"), [each for each in POINTS if each not in LONG])
 def test_each_point_is_needed(kind: str, point: str) -> None:
     assert fault_without(kind, point)

@@ -53,7 +53,7 @@ def busy(request: pytest.FixtureRequest) -> Iterator[Busy]:
     made.close()
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("timeout", [0, 1e-9, 0.05])
 @pytest.mark.parametrize("what", ["rings", "news", "both"])
 def test_it_ends_though_something_happens_all_the_time(

@@ -180,6 +180,7 @@ def test_what_was_there_before_stays(root: Path, ran: list[tuple[str, ...]]) -> 
     assert {**after, "etc/group": ""} == {**before, "etc/group": ""}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", sorted(FILES))
 @pytest.mark.parametrize("kind", ["file", "link", "folder"])
 def test_another_s_file_is_never_replaced(
@@ -272,6 +273,7 @@ def killed_at(number: int, root: Path, *options: str) -> bool:
     return os.WIFSIGNALED(status)
 
 
+@pytest.mark.nightly
 def test_killed_anywhere(root: Path, ran: list[tuple[str, ...]]) -> None:
     """Whether the set-up or its undo is killed: both can be repeated, and nothing is left."""
     before = tree(root)
@@ -294,6 +296,7 @@ def test_killed_anywhere(root: Path, ran: list[tuple[str, ...]]) -> None:
     assert undone > 10
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EPERM, errno.EROFS])
 @pytest.mark.parametrize("number", [1, 4, 9])
 def test_what_cannot_be_written_is_said_in_one_line(

@@ -235,7 +235,7 @@ ERRORS = [
 ]  # fmt: skip
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("iommu", [True, False])
 @pytest.mark.parametrize("before", ["", "pci-stub", "vfio-pci"])
 @pytest.mark.parametrize("call", sorted({*CALLS.values()} - {"CHECK_EXTENSION"}))
@@ -258,6 +258,7 @@ def test_a_call_that_fails_changes_nothing(
 # -- nobody loses the device that it uses ----------------------------------------------------------
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("driver", ["uio_ivshmem", "uio_pci_generic"])
 @pytest.mark.parametrize("iommu", [True, False])
 @pytest.mark.parametrize("access", ["vfio", "noiommu", "measure"])

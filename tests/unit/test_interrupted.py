@@ -143,7 +143,7 @@ def device(path: Path) -> None:
     self.region.close()
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("way", WAYS)
 def test_interrupted_anywhere(way: str, tmp_path: Path) -> None:
     names = {"old", "empty", "odd", "image", "former"}

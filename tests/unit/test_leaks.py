@@ -44,6 +44,7 @@ KINDS: dict[Callable[[], Any], str] = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("leave", KINDS)
 def test_what_a_test_leaves_is_noticed(leave: Callable[[], Any]) -> None:
     guard = Guard()

@@ -39,6 +39,7 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         assert output.read_on() == b"\r\x1b[K"
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", ["terminal", "terminal, Ctrl-S"])
 def test_a_terminal_that_nobody_reads(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The work goes on to its end; of what was shown only the newest is there, and each line."""

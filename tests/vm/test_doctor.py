@@ -217,6 +217,7 @@ class TestWell:
         assert checks["self-interrupt"].found == "4 of 4 vectors"
         a.end()
 
+    @pytest.mark.nightly
     def test_each_device_and_a_plain_one_needs_no_iommu(self, manual: Manual) -> None:
         run = manual.guest.run(PROGRAM)
         a, b = Patient(run), Patient(run, 1)

@@ -203,6 +203,7 @@ def whole(make: MakeGroup, kind: str) -> Group:
     return group
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.qemu
 @pytest.mark.parametrize(
     ("kind", "uris"),
@@ -350,6 +351,7 @@ def test_there_and_back(group: MakeGroup) -> None:
     moving.check_there()
 
 
+@pytest.mark.nightly
 def test_host_clients(group: MakeGroup) -> None:
     """Told to go at the source, or named in a note; at the destination they attach."""
     moving = pair(group, "doorbell")
@@ -486,6 +488,7 @@ def test_a_server_with_peers(group: MakeGroup) -> None:
     assert early.plan().steps
 
 
+@pytest.mark.nightly
 def test_plugged_back_by_hand_too_early(group: MakeGroup) -> None:
     early = whole(group, "doorbell")
     early.destination["b"].plug("doorbell", early.where[1])
@@ -527,6 +530,7 @@ def test_a_bus_without_plugging(group: MakeGroup) -> None:
     assert "its bus pcie.0 cannot do that" in refused(fixed)
 
 
+@pytest.mark.nightly
 def test_a_destination_that_does_not_wait(group: MakeGroup) -> None:
     hasty = whole(group, "plain")
     hasty.destination["b"].kill()
@@ -544,6 +548,7 @@ def test_a_capability_that_is_of_no_use(group: MakeGroup) -> None:
     assert "its source has the capability x-ignore-shared on" in refused(other)
 
 
+@pytest.mark.nightly
 def test_a_qemu_that_was_told_of_a_leave(group: MakeGroup) -> None:
     told = whole(group, "doorbell")
     ivshmem.connect(told.where[0], timeout=20).close()
@@ -552,6 +557,7 @@ def test_a_qemu_that_was_told_of_a_leave(group: MakeGroup) -> None:
     assert told.plan(Options(force=True)).steps
 
 
+@pytest.mark.nightly
 def test_a_server_without_a_control_socket(group: MakeGroup) -> None:
     with ExitStack() as undo:
         other = group("doorbell")
@@ -643,6 +649,7 @@ def each_moment(which: slice = slice(None), *, first: bool = True, last: bool = 
     return found
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("kind", "command", "count"), each_moment())
 def test_killed_and_resumed(group: MakeGroup, kind: str, command: str, count: int) -> None:
     moving = pair(group, kind)
@@ -655,6 +662,7 @@ def test_killed_and_resumed(group: MakeGroup, kind: str, command: str, count: in
     assert len(steps) == len(set(steps))
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(("kind", "command", "count"), each_moment(BEFORE_IT_ARRIVES, first=False))
 def test_killed_and_put_back(group: MakeGroup, kind: str, command: str, count: int) -> None:
     moving = pair(group, kind)
@@ -697,6 +705,7 @@ def test_killed_and_put_back_from_a_file(group: MakeGroup) -> None:
     moving.check_here()
 
 
+@pytest.mark.nightly
 def test_no_way_back_once_one_has_arrived(group: MakeGroup) -> None:
     moving = pair(group, "doorbell")
     killed_after(moving, "migrate-incoming", 2)
@@ -721,6 +730,7 @@ class Once:
             call()
 
 
+@pytest.mark.nightly
 @pytest.mark.qemu
 @pytest.mark.parametrize("kind", ONE_BY_DAY)
 def test_a_destination_is_killed(group: MakeGroup, kind: str) -> None:
@@ -777,6 +787,7 @@ def test_the_source_is_killed(group: MakeGroup) -> None:
     assert moving.source["b"].status == "running"
 
 
+@pytest.mark.nightly
 @pytest.mark.qemu
 @pytest.mark.parametrize("uris", ["unix", pytest.param("file", marks=pytest.mark.nightly)])
 def test_the_destination_refuses(group: MakeGroup, uris: str) -> None:
@@ -792,6 +803,7 @@ def test_the_destination_refuses(group: MakeGroup, uris: str) -> None:
     moving.check_here(waiting=False)
 
 
+@pytest.mark.nightly
 def test_the_destination_is_full(directory: Path) -> None:
     """Its memory is a file in which no room is reserved, unlike ours, and its QEMU dies of that."""
     with ExitStack() as undo:
@@ -864,6 +876,7 @@ def cut_off(pid: int, uri: str) -> None:
 _PIDFD_GETFD = 438  # the number of the system call
 
 
+@pytest.mark.nightly
 def test_a_file_that_cannot_be_written(group: MakeGroup) -> None:
     moving = pair(group, "plain")
     (moving.folder / "a.uri.part").mkdir()
@@ -1038,6 +1051,7 @@ def test_ended_by_a_signal(group: MakeGroup, number: signal.Signals) -> None:
     moving.check_here(waiting=False)
 
 
+@pytest.mark.nightly
 def test_cancelled_while_connecting(group: MakeGroup) -> None:
     """Whenever that is: the task does end, and the monitor is free for the next one."""
     monitor = str(group("plain").bare("a").monitor)

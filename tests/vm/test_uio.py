@@ -43,6 +43,7 @@ def program(text: str) -> str:
     return BEGIN + "\n".join(line.removeprefix(" " * 8) for line in text.splitlines())
 
 
+@pytest.mark.nightly
 def test_memory_and_interrupts(manual: Manual, manual_host: ivshmem.Client, driver: Path) -> None:
     """Each vector arrives, as one for all; and the driver has the device all the time."""
     host = manual_host

@@ -27,8 +27,9 @@ from .channels import Channels, open  # noqa: A004 - as guest.open
 from .info import ChannelInfo, PlaceInfo, ReaderInfo, SpoiledInfo, WriterInfo
 from .kinds import Bytes, Calls, Channel, Messages, Queue, Value
 from .queues import QueueReader, Taken
-from .readers import Reader, ValueReader
+from .readers import Reader
 from .streams import Stream, StreamListener
+from .values import ValueReader
 from .views import View
 from .writers import Loan, Writer
 

@@ -17,8 +17,9 @@ from . import records, streams, types
 from .calls import Caller, CallServer
 from .pickled import Pickled
 from .queues import QueueReader
-from .readers import Reader, ValueReader
+from .readers import Reader
 from .streams import Stream, StreamListener
+from .values import ValueReader
 from .writers import Writer
 
 if TYPE_CHECKING:

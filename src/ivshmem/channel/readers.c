@@ -2082,7 +2082,6 @@ struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd;
 struct __pyx_obj_7ivshmem_7channel_5views_Received;
 struct __pyx_obj_7ivshmem_7channel_5views_View;
 struct __pyx_obj_7ivshmem_7channel_7readers_Reader;
-struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader;
 struct __pyx_obj_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async;
 
 /* "native/descriptors.pxd":10
@@ -2721,21 +2720,7 @@ struct __pyx_obj_7ivshmem_7channel_7readers_Reader {
 };
 
 
-/* "ivshmem/channel/readers.pxd":23
- * 
- * 
- * cdef class ValueReader(ReaderEnd):             # <<<<<<<<<<<<<<
- *     cdef ivshmem_message message
- *     cdef uint64_t seen  # what `next` of its source was before the last look
-*/
-struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader {
-  struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd __pyx_base;
-  struct ivshmem_message message;
-  uint64_t seen;
-};
-
-
-/* "ivshmem/channel/readers.pyx":388
+/* "ivshmem/channel/readers.pyx":387
  *         return until_something(self, self.get_into, timeout, (buffer,))
  * 
  *     async def get_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
@@ -3147,7 +3132,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5views_View {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5views_View *__pyx_vtabptr_7ivshmem_7channel_5views_View;
 
 
-/* "ivshmem/channel/readers.pyx":40
+/* "ivshmem/channel/readers.pyx":39
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3167,23 +3152,6 @@ struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader {
   PyObject *(*decoded)(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *);
 };
 static struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *__pyx_vtabptr_7ivshmem_7channel_7readers_Reader;
-
-
-/* "ivshmem/channel/readers.pyx":422
- * 
- * 
- * @cython.no_gc_clear             # <<<<<<<<<<<<<<
- * cdef class ValueReader(ReaderEnd):
- *     """One reader of a value; made by its `reader()`. It iterates over contents as they change.
-*/
-
-struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader {
-  struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd __pyx_base;
-  int (*look)(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *);
-  PyObject *(*latest)(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *, int, PyObject *);
-  PyObject *(*decoded)(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *, PyObject *, uint64_t);
-};
-static struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *__pyx_vtabptr_7ivshmem_7channel_7readers_ValueReader;
 /* #### Code section: utility_code_proto ### */
 
 /* --- Runtime support code (head) --- */
@@ -4483,15 +4451,6 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_put_back(struct __pyx_obj_
 static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_copy_out(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self); /* proto*/
 static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_got(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin, PyObject *__pyx_v_absent); /* proto*/
 static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_decoded(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self); /* proto*/
-static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_attempt(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self); /* proto*/
-static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_look(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self); /* proto*/
-static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_put_back(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self, struct ivshmem_message const *__pyx_v_message); /* proto*/
-static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_begin_sleep(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self); /* proto*/
-static void __pyx_f_7ivshmem_7channel_7readers_11ValueReader_end_sleep(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self); /* proto*/
-static int64_t __pyx_f_7ivshmem_7channel_7readers_11ValueReader_probe(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self, void **__pyx_v_what, __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe); /* proto*/
-static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_restore(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self); /* proto*/
-static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self, int __pyx_v_code, PyObject *__pyx_v_absent); /* proto*/
-static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_decoded(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self, PyObject *__pyx_v_data, uint64_t __pyx_v_seen); /* proto*/
 
 /* Module declarations from "libc.stdint" */
 
@@ -4555,7 +4514,6 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *(*__pyx_f_7ivshmem_7chann
 /* Module declarations from "ivshmem.channel.readers" */
 static PyObject *__pyx_v_7ivshmem_7channel_7readers_OVERWRITTEN = 0;
 static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_reader(void *); /*proto*/
-static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_value(void *); /*proto*/
 /* #### Code section: typeinfo ### */
 /* #### Code section: before_global_var ### */
 #define __Pyx_MODULE_NAME "ivshmem.channel.readers"
@@ -4566,7 +4524,7 @@ int __pyx_module_is_main_ivshmem__channel__readers = 0;
 /* #### Code section: global_var ### */
 static PyObject *__pyx_builtin_object;
 /* #### Code section: string_decls ### */
-static const char __pyx_k_Internal_the_reading_ends_of_a_c[] = "Internal: the reading ends of a channel of messages, and of a value.\n\nKnows: payloads as Python takes them. Does not know: slots and cells (roles.pyx); the protocol,\nwhich is in ivshmem_channel.h.\n";
+static const char __pyx_k_Internal_the_reading_end_of_a_ch[] = "Internal: the reading end of a channel of messages.\n\nKnows: payloads as Python takes them. Does not know: slots and cells (roles.pyx); the protocol,\nwhich is in ivshmem_channel.h.\n";
 /* #### Code section: decls ### */
 static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4lost___get__(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_get(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin); /* proto */
@@ -4585,21 +4543,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_25__aiter__(struct 
 static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_27__anext__(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_29__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_31__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_get(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_2wait_changed(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_4_changed_or(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self, PyObject *__pyx_v_absent, PyObject *__pyx_v_timeout); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_6view(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_8wait_changed_async(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self, PyObject *__pyx_v_timeout); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_10__iter__(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_12__next__(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_14__aiter__(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_16__anext__(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_18__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_20__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_7readers_Reader(PyObject *o, PyObject *a, PyObject *k); /*proto*/
 static PyObject *__pyx_tp_new_7ivshmem_7channel_7readers_Reader(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_7readers_ValueReader(PyObject *o, PyObject *a, PyObject *k); /*proto*/
-static PyObject *__pyx_tp_new_7ivshmem_7channel_7readers_ValueReader(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
@@ -4669,18 +4614,16 @@ namespace {
     PyTypeObject *__pyx_ptype_7ivshmem_7channel_5views_Received;
     PyTypeObject *__pyx_ptype_7ivshmem_7channel_5views_View;
     PyObject *__pyx_type_7ivshmem_7channel_7readers_Reader;
-    PyObject *__pyx_type_7ivshmem_7channel_7readers_ValueReader;
     PyObject *__pyx_type_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async;
     PyTypeObject *__pyx_ptype_7ivshmem_7channel_7readers_Reader;
-    PyTypeObject *__pyx_ptype_7ivshmem_7channel_7readers_ValueReader;
     PyTypeObject *__pyx_ptype_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_items;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_slice[1];
     PyObject *__pyx_tuple[2];
-    PyObject *__pyx_codeobj_tab[17];
-    PyObject *__pyx_string_tab[127];
+    PyObject *__pyx_codeobj_tab[10];
+    PyObject *__pyx_string_tab[111];
     PyObject *__pyx_number_tab[3];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
@@ -4784,98 +4727,82 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_Reader_get_rows_async __pyx_string_tab[32]
 #define __pyx_n_u_Reader_view __pyx_string_tab[33]
 #define __pyx_n_u_Reader_view_async __pyx_string_tab[34]
-#define __pyx_n_u_ValueReader __pyx_string_tab[35]
-#define __pyx_n_u_ValueReader___reduce_cython __pyx_string_tab[36]
-#define __pyx_n_u_ValueReader___setstate_cython __pyx_string_tab[37]
-#define __pyx_n_u_ValueReader__changed_or __pyx_string_tab[38]
-#define __pyx_n_u_ValueReader_get __pyx_string_tab[39]
-#define __pyx_n_u_ValueReader_view __pyx_string_tab[40]
-#define __pyx_n_u_ValueReader_wait_changed __pyx_string_tab[41]
-#define __pyx_n_u_ValueReader_wait_changed_async __pyx_string_tab[42]
-#define __pyx_n_u__4 __pyx_string_tab[43]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[44]
-#define __pyx_n_u_annotate __pyx_string_tab[45]
-#define __pyx_n_u_await __pyx_string_tab[46]
-#define __pyx_n_u_func __pyx_string_tab[47]
-#define __pyx_n_u_getstate __pyx_string_tab[48]
-#define __pyx_n_u_main __pyx_string_tab[49]
-#define __pyx_n_u_module __pyx_string_tab[50]
-#define __pyx_n_u_name __pyx_string_tab[51]
-#define __pyx_n_u_pyx_state __pyx_string_tab[52]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[53]
-#define __pyx_n_u_qualname __pyx_string_tab[54]
-#define __pyx_n_u_reduce __pyx_string_tab[55]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[56]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[57]
-#define __pyx_n_u_set_name __pyx_string_tab[58]
-#define __pyx_n_u_setstate __pyx_string_tab[59]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[60]
-#define __pyx_n_u_test __pyx_string_tab[61]
-#define __pyx_n_u_changed_or __pyx_string_tab[62]
-#define __pyx_n_u_get_or __pyx_string_tab[63]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[64]
-#define __pyx_n_u_rows_or_none __pyx_string_tab[65]
-#define __pyx_n_u_absent __pyx_string_tab[66]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[67]
-#define __pyx_n_u_buffer __pyx_string_tab[68]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[69]
-#define __pyx_n_u_close __pyx_string_tab[70]
-#define __pyx_n_u_code __pyx_string_tab[71]
-#define __pyx_n_u_count __pyx_string_tab[72]
-#define __pyx_n_u_counted __pyx_string_tab[73]
-#define __pyx_n_u_decode __pyx_string_tab[74]
-#define __pyx_n_u_encode __pyx_string_tab[75]
-#define __pyx_n_u_errors __pyx_string_tab[76]
-#define __pyx_n_u_found __pyx_string_tab[77]
-#define __pyx_n_u_get __pyx_string_tab[78]
-#define __pyx_n_u_get_async __pyx_string_tab[79]
-#define __pyx_n_u_get_into __pyx_string_tab[80]
-#define __pyx_n_u_get_into_async __pyx_string_tab[81]
-#define __pyx_n_u_get_rows __pyx_string_tab[82]
-#define __pyx_n_u_get_rows_async __pyx_string_tab[83]
-#define __pyx_n_u_i __pyx_string_tab[84]
-#define __pyx_n_u_items __pyx_string_tab[85]
-#define __pyx_n_u_ivshmem_channel_readers __pyx_string_tab[86]
-#define __pyx_n_u_message __pyx_string_tab[87]
-#define __pyx_n_u_ndim __pyx_string_tab[88]
-#define __pyx_n_u_next __pyx_string_tab[89]
-#define __pyx_n_u_object __pyx_string_tab[90]
-#define __pyx_n_u_pop __pyx_string_tab[91]
-#define __pyx_n_u_rows __pyx_string_tab[92]
-#define __pyx_n_u_self __pyx_string_tab[93]
-#define __pyx_n_u_send __pyx_string_tab[94]
-#define __pyx_n_u_setdefault __pyx_string_tab[95]
-#define __pyx_n_u_shape __pyx_string_tab[96]
-#define __pyx_n_u_size __pyx_string_tab[97]
-#define __pyx_n_u_spin __pyx_string_tab[98]
-#define __pyx_n_u_text __pyx_string_tab[99]
-#define __pyx_n_u_throw __pyx_string_tab[100]
-#define __pyx_n_u_timeout __pyx_string_tab[101]
-#define __pyx_n_u_tries __pyx_string_tab[102]
-#define __pyx_n_u_value __pyx_string_tab[103]
-#define __pyx_n_u_values __pyx_string_tab[104]
-#define __pyx_n_u_view __pyx_string_tab[105]
-#define __pyx_n_u_view_async __pyx_string_tab[106]
-#define __pyx_n_u_wait_changed __pyx_string_tab[107]
-#define __pyx_n_u_wait_changed_async __pyx_string_tab[108]
-#define __pyx_n_u_whole __pyx_string_tab[109]
-#define __pyx_kp_b_PyObject_struct___pyx_obj_7ivshm __pyx_string_tab[110]
-#define __pyx_kp_b_int_PyObject_PyObject_int_PyObje __pyx_string_tab[111]
-#define __pyx_kp_b_struct___pyx_obj_7ivshmem_7chann __pyx_string_tab[112]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[113]
-#define __pyx_kp_b_iso88591_A_t9AV9Cq __pyx_string_tab[114]
-#define __pyx_kp_b_iso88591_A_at7_a_4wc_XWIQ_a_4z_ha_4uAYa_1 __pyx_string_tab[115]
-#define __pyx_kp_b_iso88591_A_1_F_t7_4uAYgQ __pyx_string_tab[116]
-#define __pyx_kp_b_iso88591_A_31_Jaq_5_b_AQ_V1A_1D_t7_4uCy_1 __pyx_string_tab[117]
-#define __pyx_kp_b_iso88591_A_5Q_1D_t7_1_U_1_4uAYa_1_a_7_Jd __pyx_string_tab[118]
-#define __pyx_kp_b_iso88591_A_F_t7_4uAYgQ __pyx_string_tab[119]
-#define __pyx_kp_b_iso88591_A_at7_a_F_t5_5_1_1_1_e1A_wavT __pyx_string_tab[120]
-#define __pyx_kp_b_iso88591_A_F_t7_4uD __pyx_string_tab[121]
-#define __pyx_kp_b_iso88591_AV7_j __pyx_string_tab[122]
-#define __pyx_kp_b_iso88591_avT __pyx_string_tab[123]
-#define __pyx_kp_b_iso88591_AV_34_Q __pyx_string_tab[124]
-#define __pyx_kp_b_iso88591_Q_avT_Ja __pyx_string_tab[125]
-#define __pyx_kp_b_iso88591_1 __pyx_string_tab[126]
+#define __pyx_n_u__4 __pyx_string_tab[35]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[36]
+#define __pyx_n_u_annotate __pyx_string_tab[37]
+#define __pyx_n_u_await __pyx_string_tab[38]
+#define __pyx_n_u_func __pyx_string_tab[39]
+#define __pyx_n_u_getstate __pyx_string_tab[40]
+#define __pyx_n_u_main __pyx_string_tab[41]
+#define __pyx_n_u_module __pyx_string_tab[42]
+#define __pyx_n_u_name __pyx_string_tab[43]
+#define __pyx_n_u_pyx_state __pyx_string_tab[44]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[45]
+#define __pyx_n_u_qualname __pyx_string_tab[46]
+#define __pyx_n_u_reduce __pyx_string_tab[47]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[48]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[49]
+#define __pyx_n_u_set_name __pyx_string_tab[50]
+#define __pyx_n_u_setstate __pyx_string_tab[51]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[52]
+#define __pyx_n_u_test __pyx_string_tab[53]
+#define __pyx_n_u_get_or __pyx_string_tab[54]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[55]
+#define __pyx_n_u_rows_or_none __pyx_string_tab[56]
+#define __pyx_n_u_absent __pyx_string_tab[57]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[58]
+#define __pyx_n_u_buffer __pyx_string_tab[59]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[60]
+#define __pyx_n_u_close __pyx_string_tab[61]
+#define __pyx_n_u_code __pyx_string_tab[62]
+#define __pyx_n_u_count __pyx_string_tab[63]
+#define __pyx_n_u_counted __pyx_string_tab[64]
+#define __pyx_n_u_decode __pyx_string_tab[65]
+#define __pyx_n_u_encode __pyx_string_tab[66]
+#define __pyx_n_u_errors __pyx_string_tab[67]
+#define __pyx_n_u_found __pyx_string_tab[68]
+#define __pyx_n_u_get __pyx_string_tab[69]
+#define __pyx_n_u_get_async __pyx_string_tab[70]
+#define __pyx_n_u_get_into __pyx_string_tab[71]
+#define __pyx_n_u_get_into_async __pyx_string_tab[72]
+#define __pyx_n_u_get_rows __pyx_string_tab[73]
+#define __pyx_n_u_get_rows_async __pyx_string_tab[74]
+#define __pyx_n_u_i __pyx_string_tab[75]
+#define __pyx_n_u_items __pyx_string_tab[76]
+#define __pyx_n_u_ivshmem_channel_readers __pyx_string_tab[77]
+#define __pyx_n_u_message __pyx_string_tab[78]
+#define __pyx_n_u_ndim __pyx_string_tab[79]
+#define __pyx_n_u_next __pyx_string_tab[80]
+#define __pyx_n_u_object __pyx_string_tab[81]
+#define __pyx_n_u_pop __pyx_string_tab[82]
+#define __pyx_n_u_rows __pyx_string_tab[83]
+#define __pyx_n_u_self __pyx_string_tab[84]
+#define __pyx_n_u_send __pyx_string_tab[85]
+#define __pyx_n_u_setdefault __pyx_string_tab[86]
+#define __pyx_n_u_shape __pyx_string_tab[87]
+#define __pyx_n_u_size __pyx_string_tab[88]
+#define __pyx_n_u_spin __pyx_string_tab[89]
+#define __pyx_n_u_text __pyx_string_tab[90]
+#define __pyx_n_u_throw __pyx_string_tab[91]
+#define __pyx_n_u_timeout __pyx_string_tab[92]
+#define __pyx_n_u_tries __pyx_string_tab[93]
+#define __pyx_n_u_value __pyx_string_tab[94]
+#define __pyx_n_u_values __pyx_string_tab[95]
+#define __pyx_n_u_view __pyx_string_tab[96]
+#define __pyx_n_u_view_async __pyx_string_tab[97]
+#define __pyx_n_u_whole __pyx_string_tab[98]
+#define __pyx_kp_b_PyObject_struct___pyx_obj_7ivshm __pyx_string_tab[99]
+#define __pyx_kp_b_int_PyObject_PyObject_int_PyObje __pyx_string_tab[100]
+#define __pyx_kp_b_struct___pyx_obj_7ivshmem_7chann __pyx_string_tab[101]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[102]
+#define __pyx_kp_b_iso88591_A_t9AV9Cq __pyx_string_tab[103]
+#define __pyx_kp_b_iso88591_A_at7_a_4wc_XWIQ_a_4z_ha_4uAYa_1 __pyx_string_tab[104]
+#define __pyx_kp_b_iso88591_A_31_Jaq_5_b_AQ_V1A_1D_t7_4uCy_1 __pyx_string_tab[105]
+#define __pyx_kp_b_iso88591_A_5Q_1D_t7_1_U_1_4uAYa_1_a_7_Jd __pyx_string_tab[106]
+#define __pyx_kp_b_iso88591_AV7_j __pyx_string_tab[107]
+#define __pyx_kp_b_iso88591_avT __pyx_string_tab[108]
+#define __pyx_kp_b_iso88591_Q_avT_Ja __pyx_string_tab[109]
+#define __pyx_kp_b_iso88591_1 __pyx_string_tab[110]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_1 __pyx_number_tab[1]
 #define __pyx_int_2 __pyx_number_tab[2]
@@ -4917,8 +4844,6 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_5views_View);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_7readers_Reader);
   Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_7channel_7readers_Reader);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader);
-  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_7channel_7readers_ValueReader);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async);
   Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_items.method);
@@ -4926,8 +4851,8 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<1; ++i) { Py_CLEAR(clear_module_state->__pyx_slice[i]); }
   for (int i=0; i<2; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<17; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<127; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<10; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<111; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -4979,8 +4904,6 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_5views_View);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_7readers_Reader);
   Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_7channel_7readers_Reader);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader);
-  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_7channel_7readers_ValueReader);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async);
   Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_items.method);
@@ -4988,8 +4911,8 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<1; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_slice[i]); }
   for (int i=0; i<2; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<17; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<127; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<10; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<111; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -6208,8 +6131,8 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_7channel_5roles_take_target(PyObject *
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":29
- * # -- messages -------------------------------------------------------------------------------------
+/* "ivshmem/channel/readers.pyx":28
+ * 
  * 
  * cdef int64_t probe_reader(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
  *     cdef ivshmem_reader *reader = <ivshmem_reader *>what
@@ -6225,7 +6148,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_reader(void *__pyx_v_wha
   unsigned int __pyx_t_3;
   int __pyx_t_4;
 
-  /* "ivshmem/channel/readers.pyx":30
+  /* "ivshmem/channel/readers.pyx":29
  * 
  * cdef int64_t probe_reader(void *what) noexcept nogil:
  *     cdef ivshmem_reader *reader = <ivshmem_reader *>what             # <<<<<<<<<<<<<<
@@ -6234,7 +6157,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_reader(void *__pyx_v_wha
 */
   __pyx_v_reader = ((struct ivshmem_reader *)__pyx_v_what);
 
-  /* "ivshmem/channel/readers.pyx":32
+  /* "ivshmem/channel/readers.pyx":31
  *     cdef ivshmem_reader *reader = <ivshmem_reader *>what
  *     cdef unsigned i
  *     for i in range(reader.channel.record.geometry.writers):             # <<<<<<<<<<<<<<
@@ -6248,7 +6171,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_reader(void *__pyx_v_wha
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_i = __pyx_t_3;
 
-    /* "ivshmem/channel/readers.pyx":35
+    /* "ivshmem/channel/readers.pyx":34
  *         if ivshmem_value(
  *             ivshmem_get(reader.channel, ivshmem_source_head_at(reader, i))
  *         ) != reader.sources[i].next:             # <<<<<<<<<<<<<<
@@ -6258,7 +6181,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_reader(void *__pyx_v_wha
     __pyx_t_4 = (ivshmem_value(ivshmem_get(__pyx_v_reader->channel, ivshmem_source_head_at(__pyx_v_reader, __pyx_v_i))) != (__pyx_v_reader->sources[__pyx_v_i]).next);
 
 
-    /* "ivshmem/channel/readers.pyx":33
+    /* "ivshmem/channel/readers.pyx":32
  *     cdef unsigned i
  *     for i in range(reader.channel.record.geometry.writers):
  *         if ivshmem_value(             # <<<<<<<<<<<<<<
@@ -6268,7 +6191,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_reader(void *__pyx_v_wha
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/channel/readers.pyx":36
+      /* "ivshmem/channel/readers.pyx":35
  *             ivshmem_get(reader.channel, ivshmem_source_head_at(reader, i))
  *         ) != reader.sources[i].next:
  *             return 1             # <<<<<<<<<<<<<<
@@ -6281,7 +6204,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_reader(void *__pyx_v_wha
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/readers.pyx":33
+      /* "ivshmem/channel/readers.pyx":32
  *     cdef unsigned i
  *     for i in range(reader.channel.record.geometry.writers):
  *         if ivshmem_value(             # <<<<<<<<<<<<<<
@@ -6292,7 +6215,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_reader(void *__pyx_v_wha
   }
 
 
-  /* "ivshmem/channel/readers.pyx":37
+  /* "ivshmem/channel/readers.pyx":36
  *         ) != reader.sources[i].next:
  *             return 1
  *     return 0             # <<<<<<<<<<<<<<
@@ -6305,8 +6228,8 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_reader(void *__pyx_v_wha
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":29
- * # -- messages -------------------------------------------------------------------------------------
+  /* "ivshmem/channel/readers.pyx":28
+ * 
  * 
  * cdef int64_t probe_reader(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
  *     cdef ivshmem_reader *reader = <ivshmem_reader *>what
@@ -6320,7 +6243,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_reader(void *__pyx_v_wha
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":48
+/* "ivshmem/channel/readers.pyx":47
  *     """
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6352,14 +6275,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4lost___get__(struc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/readers.pyx":51
+  /* "ivshmem/channel/readers.pyx":50
  *     def lost(self):
  *         """How many messages were overwritten before this reader took them."""
  *         return ivshmem_reader_lost(&self.reader)             # <<<<<<<<<<<<<<
  * 
  *     # As a ChannelEnd.
 */
-  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(ivshmem_reader_lost((&__pyx_v_self->__pyx_base.reader))); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 51, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(ivshmem_reader_lost((&__pyx_v_self->__pyx_base.reader))); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 50, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -6372,7 +6295,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4lost___get__(struc
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":48
+  /* "ivshmem/channel/readers.pyx":47
  *     """
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6391,7 +6314,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4lost___get__(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":55
+/* "ivshmem/channel/readers.pyx":54
  *     # As a ChannelEnd.
  * 
  *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
@@ -6408,7 +6331,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_attempt(struct __pyx_obj_7
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/readers.pyx":56
+  /* "ivshmem/channel/readers.pyx":55
  * 
  *     cdef int attempt(self) except? -2:
  *         return 0 if self.kept else self.take_new()             # <<<<<<<<<<<<<<
@@ -6421,7 +6344,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_attempt(struct __pyx_obj_7
 
     __pyx_t_1 = 0;
   } else {
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take_new(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 56, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take_new(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 55, __pyx_L1_error)
     __pyx_t_1 = __pyx_t_3;
   }
 
@@ -6430,7 +6353,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_attempt(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":55
+  /* "ivshmem/channel/readers.pyx":54
  *     # As a ChannelEnd.
  * 
  *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
@@ -6447,7 +6370,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_attempt(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":58
+/* "ivshmem/channel/readers.pyx":57
  *         return 0 if self.kept else self.take_new()
  * 
  *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
@@ -6461,7 +6384,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_begin_sleep(struct __pyx_o
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/readers.pyx":59
+  /* "ivshmem/channel/readers.pyx":58
  * 
  *     cdef int begin_sleep(self) except? -2:
  *         cdef int code = ivshmem_reader_sleep(&self.reader)             # <<<<<<<<<<<<<<
@@ -6470,7 +6393,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_begin_sleep(struct __pyx_o
 */
   __pyx_v_code = ivshmem_reader_sleep((&__pyx_v_self->__pyx_base.reader));
 
-  /* "ivshmem/channel/readers.pyx":60
+  /* "ivshmem/channel/readers.pyx":59
  *     cdef int begin_sleep(self) except? -2:
  *         cdef int code = ivshmem_reader_sleep(&self.reader)
  *         if self.kept or self.reader.slot == IVSHMEM_NO_SLOT and probe_reader(&self.reader):             # <<<<<<<<<<<<<<
@@ -6506,7 +6429,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_begin_sleep(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/readers.pyx":61
+    /* "ivshmem/channel/readers.pyx":60
  *         cdef int code = ivshmem_reader_sleep(&self.reader)
  *         if self.kept or self.reader.slot == IVSHMEM_NO_SLOT and probe_reader(&self.reader):
  *             return 0             # <<<<<<<<<<<<<<
@@ -6519,7 +6442,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_begin_sleep(struct __pyx_o
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/readers.pyx":60
+    /* "ivshmem/channel/readers.pyx":59
  *     cdef int begin_sleep(self) except? -2:
  *         cdef int code = ivshmem_reader_sleep(&self.reader)
  *         if self.kept or self.reader.slot == IVSHMEM_NO_SLOT and probe_reader(&self.reader):             # <<<<<<<<<<<<<<
@@ -6528,7 +6451,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_begin_sleep(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":62
+  /* "ivshmem/channel/readers.pyx":61
  *         if self.kept or self.reader.slot == IVSHMEM_NO_SLOT and probe_reader(&self.reader):
  *             return 0
  *         return code             # <<<<<<<<<<<<<<
@@ -6541,7 +6464,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_begin_sleep(struct __pyx_o
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":58
+  /* "ivshmem/channel/readers.pyx":57
  *         return 0 if self.kept else self.take_new()
  * 
  *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
@@ -6556,7 +6479,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_begin_sleep(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":64
+/* "ivshmem/channel/readers.pyx":63
  *         return code
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6567,7 +6490,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_begin_sleep(struct __pyx_o
 static void __pyx_f_7ivshmem_7channel_7readers_6Reader_end_sleep(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/channel/readers.pyx":65
+  /* "ivshmem/channel/readers.pyx":64
  * 
  *     cdef void end_sleep(self) noexcept:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
@@ -6579,7 +6502,7 @@ static void __pyx_f_7ivshmem_7channel_7readers_6Reader_end_sleep(struct __pyx_ob
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/readers.pyx":66
+    /* "ivshmem/channel/readers.pyx":65
  *     cdef void end_sleep(self) noexcept:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:
  *             ivshmem_sleep_end(&self.channel, &self.reader.sleep)             # <<<<<<<<<<<<<<
@@ -6588,7 +6511,7 @@ static void __pyx_f_7ivshmem_7channel_7readers_6Reader_end_sleep(struct __pyx_ob
 */
     ivshmem_sleep_end((&__pyx_v_self->__pyx_base.__pyx_base.channel), (&__pyx_v_self->__pyx_base.reader.sleep));
 
-    /* "ivshmem/channel/readers.pyx":65
+    /* "ivshmem/channel/readers.pyx":64
  * 
  *     cdef void end_sleep(self) noexcept:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
@@ -6597,7 +6520,7 @@ static void __pyx_f_7ivshmem_7channel_7readers_6Reader_end_sleep(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":64
+  /* "ivshmem/channel/readers.pyx":63
  *         return code
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6609,7 +6532,7 @@ static void __pyx_f_7ivshmem_7channel_7readers_6Reader_end_sleep(struct __pyx_ob
 
 }
 
-/* "ivshmem/channel/readers.pyx":68
+/* "ivshmem/channel/readers.pyx":67
  *             ivshmem_sleep_end(&self.channel, &self.reader.sleep)
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -6620,7 +6543,7 @@ static void __pyx_f_7ivshmem_7channel_7readers_6Reader_end_sleep(struct __pyx_ob
 static int64_t __pyx_f_7ivshmem_7channel_7readers_6Reader_probe(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self, void **__pyx_v_what, __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe) {
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/readers.pyx":69
+  /* "ivshmem/channel/readers.pyx":68
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         what[0] = &self.reader             # <<<<<<<<<<<<<<
@@ -6629,7 +6552,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_6Reader_probe(struct __pyx_obj
 */
   (__pyx_v_what[0]) = (&__pyx_v_self->__pyx_base.reader);
 
-  /* "ivshmem/channel/readers.pyx":70
+  /* "ivshmem/channel/readers.pyx":69
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         what[0] = &self.reader
  *         probe[0] = probe_reader             # <<<<<<<<<<<<<<
@@ -6638,7 +6561,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_6Reader_probe(struct __pyx_obj
 */
   (__pyx_v_probe[0]) = __pyx_f_7ivshmem_7channel_7readers_probe_reader;
 
-  /* "ivshmem/channel/readers.pyx":71
+  /* "ivshmem/channel/readers.pyx":70
  *         what[0] = &self.reader
  *         probe[0] = probe_reader
  *         return 1             # <<<<<<<<<<<<<<
@@ -6651,7 +6574,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_6Reader_probe(struct __pyx_obj
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":68
+  /* "ivshmem/channel/readers.pyx":67
  *             ivshmem_sleep_end(&self.channel, &self.reader.sleep)
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -6665,7 +6588,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_6Reader_probe(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":73
+/* "ivshmem/channel/readers.pyx":72
  *         return 1
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -6682,7 +6605,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_restore(struct __pyx_obj_7
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/readers.pyx":74
+  /* "ivshmem/channel/readers.pyx":73
  * 
  *     cdef int restore(self) except -1:
  *         ivshmem_reader_beat(&self.reader)             # <<<<<<<<<<<<<<
@@ -6691,7 +6614,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_restore(struct __pyx_obj_7
 */
   ivshmem_reader_beat((&__pyx_v_self->__pyx_base.reader));
 
-  /* "ivshmem/channel/readers.pyx":75
+  /* "ivshmem/channel/readers.pyx":74
  *     cdef int restore(self) except -1:
  *         ivshmem_reader_beat(&self.reader)
  *         if self.awaited and (self.kept or probe_reader(&self.reader)):             # <<<<<<<<<<<<<<
@@ -6727,17 +6650,17 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_restore(struct __pyx_obj_7
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/readers.pyx":76
+    /* "ivshmem/channel/readers.pyx":75
  *         ivshmem_reader_beat(&self.reader)
  *         if self.awaited and (self.kept or probe_reader(&self.reader)):
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 76, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 75, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/readers.pyx":75
+    /* "ivshmem/channel/readers.pyx":74
  *     cdef int restore(self) except -1:
  *         ivshmem_reader_beat(&self.reader)
  *         if self.awaited and (self.kept or probe_reader(&self.reader)):             # <<<<<<<<<<<<<<
@@ -6746,7 +6669,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_restore(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":77
+  /* "ivshmem/channel/readers.pyx":76
  *         if self.awaited and (self.kept or probe_reader(&self.reader)):
  *             self.membership.kick_all()
  *         return 0             # <<<<<<<<<<<<<<
@@ -6759,7 +6682,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_restore(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":73
+  /* "ivshmem/channel/readers.pyx":72
  *         return 1
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -6776,7 +6699,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_restore(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":81
+/* "ivshmem/channel/readers.pyx":80
  *     # Reading.
  * 
  *     cdef int take(self, object timeout, object spin) except? -2:             # <<<<<<<<<<<<<<
@@ -6804,27 +6727,27 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("take", 0);
 
-  /* "ivshmem/channel/readers.pyx":85
+  /* "ivshmem/channel/readers.pyx":84
  *         cdef int code
  *         cdef ivshmem_message message
  *         check_timeout(timeout)             # <<<<<<<<<<<<<<
  *         self.enter()
  *         if self.take_kept():
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_check_timeout(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 85, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_check_timeout(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 84, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/readers.pyx":86
+  /* "ivshmem/channel/readers.pyx":85
  *         cdef ivshmem_message message
  *         check_timeout(timeout)
  *         self.enter()             # <<<<<<<<<<<<<<
  *         if self.take_kept():
  *             return self.tell_lost()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 86, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 85, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/readers.pyx":87
+  /* "ivshmem/channel/readers.pyx":86
  *         check_timeout(timeout)
  *         self.enter()
  *         if self.take_kept():             # <<<<<<<<<<<<<<
@@ -6836,20 +6759,20 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/readers.pyx":88
+    /* "ivshmem/channel/readers.pyx":87
  *         self.enter()
  *         if self.take_kept():
  *             return self.tell_lost()             # <<<<<<<<<<<<<<
  *         code = self.take_new()
  *         if code == IVSHMEM_AGAIN:
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->tell_lost(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 88, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->tell_lost(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 87, __pyx_L1_error)
     {
       __pyx_r = __pyx_t_1;
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/readers.pyx":87
+    /* "ivshmem/channel/readers.pyx":86
  *         check_timeout(timeout)
  *         self.enter()
  *         if self.take_kept():             # <<<<<<<<<<<<<<
@@ -6858,17 +6781,17 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":89
+  /* "ivshmem/channel/readers.pyx":88
  *         if self.take_kept():
  *             return self.tell_lost()
  *         code = self.take_new()             # <<<<<<<<<<<<<<
  *         if code == IVSHMEM_AGAIN:
  *             if timeout is not None and timeout == 0 and not self.watched:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take_new(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 89, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take_new(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 88, __pyx_L1_error)
   __pyx_v_code = __pyx_t_1;
 
-  /* "ivshmem/channel/readers.pyx":90
+  /* "ivshmem/channel/readers.pyx":89
  *             return self.tell_lost()
  *         code = self.take_new()
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6880,7 +6803,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/readers.pyx":91
+    /* "ivshmem/channel/readers.pyx":90
  *         code = self.take_new()
  *         if code == IVSHMEM_AGAIN:
  *             if timeout is not None and timeout == 0 and not self.watched:             # <<<<<<<<<<<<<<
@@ -6896,7 +6819,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
 
       goto __pyx_L6_bool_binop_done;
     }
-    __pyx_t_3 = (__Pyx_PyLong_BoolEqObjC(__pyx_v_timeout, __pyx_mstate_global->__pyx_int_0, 0, 0)); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 91, __pyx_L1_error)
+    __pyx_t_3 = (__Pyx_PyLong_BoolEqObjC(__pyx_v_timeout, __pyx_mstate_global->__pyx_int_0, 0, 0)); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 90, __pyx_L1_error)
     if (__pyx_t_3) {
 
     } else {
@@ -6914,7 +6837,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/readers.pyx":92
+      /* "ivshmem/channel/readers.pyx":91
  *         if code == IVSHMEM_AGAIN:
  *             if timeout is not None and timeout == 0 and not self.watched:
  *                 ivshmem_reader_settle(&self.reader)             # <<<<<<<<<<<<<<
@@ -6923,17 +6846,17 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
 */
       ivshmem_reader_settle((&__pyx_v_self->__pyx_base.reader));
 
-      /* "ivshmem/channel/readers.pyx":93
+      /* "ivshmem/channel/readers.pyx":92
  *             if timeout is not None and timeout == 0 and not self.watched:
  *                 ivshmem_reader_settle(&self.reader)
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *                 return code
  *             code = self.wait(timeout, spin)
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 93, __pyx_L1_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 92, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/readers.pyx":94
+      /* "ivshmem/channel/readers.pyx":93
  *                 ivshmem_reader_settle(&self.reader)
  *                 self.membership.flush()
  *                 return code             # <<<<<<<<<<<<<<
@@ -6946,7 +6869,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/readers.pyx":91
+      /* "ivshmem/channel/readers.pyx":90
  *         code = self.take_new()
  *         if code == IVSHMEM_AGAIN:
  *             if timeout is not None and timeout == 0 and not self.watched:             # <<<<<<<<<<<<<<
@@ -6955,17 +6878,17 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
 */
     }
 
-    /* "ivshmem/channel/readers.pyx":95
+    /* "ivshmem/channel/readers.pyx":94
  *                 self.membership.flush()
  *                 return code
  *             code = self.wait(timeout, spin)             # <<<<<<<<<<<<<<
  *             if code == IVSHMEM_AGAIN:
  *                 return code
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 95, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 94, __pyx_L1_error)
     __pyx_v_code = __pyx_t_1;
 
-    /* "ivshmem/channel/readers.pyx":96
+    /* "ivshmem/channel/readers.pyx":95
  *                 return code
  *             code = self.wait(timeout, spin)
  *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6977,7 +6900,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/readers.pyx":97
+      /* "ivshmem/channel/readers.pyx":96
  *             code = self.wait(timeout, spin)
  *             if code == IVSHMEM_AGAIN:
  *                 return code             # <<<<<<<<<<<<<<
@@ -6990,7 +6913,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/readers.pyx":96
+      /* "ivshmem/channel/readers.pyx":95
  *                 return code
  *             code = self.wait(timeout, spin)
  *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6999,7 +6922,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
 */
     }
 
-    /* "ivshmem/channel/readers.pyx":98
+    /* "ivshmem/channel/readers.pyx":97
  *             if code == IVSHMEM_AGAIN:
  *                 return code
  *             if self.take_kept():  # another thread left it             # <<<<<<<<<<<<<<
@@ -7011,20 +6934,20 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/readers.pyx":99
+      /* "ivshmem/channel/readers.pyx":98
  *                 return code
  *             if self.take_kept():  # another thread left it
  *                 return self.tell_lost()             # <<<<<<<<<<<<<<
  *         if self.membership.rings.count:
  *             message = self.message  # another thread may take one during the flush
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->tell_lost(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 99, __pyx_L1_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->tell_lost(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 98, __pyx_L1_error)
       {
         __pyx_r = __pyx_t_1;
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/readers.pyx":98
+      /* "ivshmem/channel/readers.pyx":97
  *             if code == IVSHMEM_AGAIN:
  *                 return code
  *             if self.take_kept():  # another thread left it             # <<<<<<<<<<<<<<
@@ -7033,7 +6956,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
 */
     }
 
-    /* "ivshmem/channel/readers.pyx":90
+    /* "ivshmem/channel/readers.pyx":89
  *             return self.tell_lost()
  *         code = self.take_new()
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -7042,7 +6965,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":100
+  /* "ivshmem/channel/readers.pyx":99
  *             if self.take_kept():  # another thread left it
  *                 return self.tell_lost()
  *         if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -7054,7 +6977,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/readers.pyx":101
+    /* "ivshmem/channel/readers.pyx":100
  *                 return self.tell_lost()
  *         if self.membership.rings.count:
  *             message = self.message  # another thread may take one during the flush             # <<<<<<<<<<<<<<
@@ -7065,7 +6988,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
 
     __pyx_v_message = __pyx_t_4;
 
-    /* "ivshmem/channel/readers.pyx":102
+    /* "ivshmem/channel/readers.pyx":101
  *         if self.membership.rings.count:
  *             message = self.message  # another thread may take one during the flush
  *             try:             # <<<<<<<<<<<<<<
@@ -7081,17 +7004,17 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
       __Pyx_XGOTREF(__pyx_t_7);
       /*try:*/ {
 
-        /* "ivshmem/channel/readers.pyx":103
+        /* "ivshmem/channel/readers.pyx":102
  *             message = self.message  # another thread may take one during the flush
  *             try:
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *             except BaseException:
  *                 if code == 0:
 */
-        __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 103, __pyx_L12_error)
+        __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 102, __pyx_L12_error)
 
 
-        /* "ivshmem/channel/readers.pyx":102
+        /* "ivshmem/channel/readers.pyx":101
  *         if self.membership.rings.count:
  *             message = self.message  # another thread may take one during the flush
  *             try:             # <<<<<<<<<<<<<<
@@ -7105,7 +7028,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
       goto __pyx_L17_try_end;
       __pyx_L12_error:;
 
-      /* "ivshmem/channel/readers.pyx":104
+      /* "ivshmem/channel/readers.pyx":103
  *             try:
  *                 self.membership.flush()
  *             except BaseException:             # <<<<<<<<<<<<<<
@@ -7115,12 +7038,12 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
       __pyx_t_1 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
       if (__pyx_t_1) {
         __Pyx_AddTraceback("ivshmem.channel.readers.Reader.take", __pyx_clineno, __pyx_lineno, __pyx_filename);
-        if (__Pyx_GetException(&__pyx_t_8, &__pyx_t_9, &__pyx_t_10) < 0) __PYX_ERR(0, 104, __pyx_L14_except_error)
+        if (__Pyx_GetException(&__pyx_t_8, &__pyx_t_9, &__pyx_t_10) < 0) __PYX_ERR(0, 103, __pyx_L14_except_error)
         __Pyx_XGOTREF(__pyx_t_8);
         __Pyx_XGOTREF(__pyx_t_9);
         __Pyx_XGOTREF(__pyx_t_10);
 
-        /* "ivshmem/channel/readers.pyx":105
+        /* "ivshmem/channel/readers.pyx":104
  *                 self.membership.flush()
  *             except BaseException:
  *                 if code == 0:             # <<<<<<<<<<<<<<
@@ -7132,17 +7055,17 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/readers.pyx":106
+          /* "ivshmem/channel/readers.pyx":105
  *             except BaseException:
  *                 if code == 0:
  *                     self.keep(&message)             # <<<<<<<<<<<<<<
  *                 raise
  *             self.enter()
 */
-          __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self, (&__pyx_v_message)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 106, __pyx_L14_except_error)
+          __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self, (&__pyx_v_message)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 105, __pyx_L14_except_error)
 
 
-          /* "ivshmem/channel/readers.pyx":105
+          /* "ivshmem/channel/readers.pyx":104
  *                 self.membership.flush()
  *             except BaseException:
  *                 if code == 0:             # <<<<<<<<<<<<<<
@@ -7151,7 +7074,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
 */
         }
 
-        /* "ivshmem/channel/readers.pyx":107
+        /* "ivshmem/channel/readers.pyx":106
  *                 if code == 0:
  *                     self.keep(&message)
  *                 raise             # <<<<<<<<<<<<<<
@@ -7163,11 +7086,11 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
         __Pyx_XGIVEREF(__pyx_t_10);
         __Pyx_ErrRestoreWithState(__pyx_t_8, __pyx_t_9, __pyx_t_10);
         __pyx_t_8 = 0;  __pyx_t_9 = 0;  __pyx_t_10 = 0; 
-        __PYX_ERR(0, 107, __pyx_L14_except_error)
+        __PYX_ERR(0, 106, __pyx_L14_except_error)
       }
       goto __pyx_L14_except_error;
 
-      /* "ivshmem/channel/readers.pyx":102
+      /* "ivshmem/channel/readers.pyx":101
  *         if self.membership.rings.count:
  *             message = self.message  # another thread may take one during the flush
  *             try:             # <<<<<<<<<<<<<<
@@ -7183,17 +7106,17 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
       __pyx_L17_try_end:;
     }
 
-    /* "ivshmem/channel/readers.pyx":108
+    /* "ivshmem/channel/readers.pyx":107
  *                     self.keep(&message)
  *                 raise
  *             self.enter()             # <<<<<<<<<<<<<<
  *             self.message = message
  *         if code:
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 108, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 107, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/readers.pyx":109
+    /* "ivshmem/channel/readers.pyx":108
  *                 raise
  *             self.enter()
  *             self.message = message             # <<<<<<<<<<<<<<
@@ -7202,7 +7125,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
 */
     __pyx_v_self->message = __pyx_v_message;
 
-    /* "ivshmem/channel/readers.pyx":100
+    /* "ivshmem/channel/readers.pyx":99
  *             if self.take_kept():  # another thread left it
  *                 return self.tell_lost()
  *         if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -7211,7 +7134,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":110
+  /* "ivshmem/channel/readers.pyx":109
  *             self.enter()
  *             self.message = message
  *         if code:             # <<<<<<<<<<<<<<
@@ -7223,20 +7146,20 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/readers.pyx":111
+    /* "ivshmem/channel/readers.pyx":110
  *             self.message = message
  *         if code:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
  *         return self.tell_lost()
  * 
 */
-    __pyx_t_10 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 111, __pyx_L1_error)
+    __pyx_t_10 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 110, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_Raise(__pyx_t_10, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-    __PYX_ERR(0, 111, __pyx_L1_error)
+    __PYX_ERR(0, 110, __pyx_L1_error)
 
-    /* "ivshmem/channel/readers.pyx":110
+    /* "ivshmem/channel/readers.pyx":109
  *             self.enter()
  *             self.message = message
  *         if code:             # <<<<<<<<<<<<<<
@@ -7245,20 +7168,20 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":112
+  /* "ivshmem/channel/readers.pyx":111
  *         if code:
  *             raise self.fail(code)
  *         return self.tell_lost()             # <<<<<<<<<<<<<<
  * 
  *     cdef int take_new(self) except? -2:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->tell_lost(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 112, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->tell_lost(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 111, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":81
+  /* "ivshmem/channel/readers.pyx":80
  *     # Reading.
  * 
  *     cdef int take(self, object timeout, object spin) except? -2:             # <<<<<<<<<<<<<<
@@ -7281,7 +7204,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":114
+/* "ivshmem/channel/readers.pyx":113
  *         return self.tell_lost()
  * 
  *     cdef int take_new(self) except? -2:             # <<<<<<<<<<<<<<
@@ -7297,7 +7220,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_new(struct __pyx_obj_
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/readers.pyx":115
+  /* "ivshmem/channel/readers.pyx":114
  * 
  *     cdef int take_new(self) except? -2:
  *         if self.holding == self.holds:             # <<<<<<<<<<<<<<
@@ -7309,17 +7232,17 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_new(struct __pyx_obj_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/readers.pyx":116
+    /* "ivshmem/channel/readers.pyx":115
  *     cdef int take_new(self) except? -2:
  *         if self.holding == self.holds:
  *             self.make_room()             # <<<<<<<<<<<<<<
  *         return ivshmem_take(&self.reader, &self.message)
  * 
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.make_room(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 116, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.make_room(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 115, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/readers.pyx":115
+    /* "ivshmem/channel/readers.pyx":114
  * 
  *     cdef int take_new(self) except? -2:
  *         if self.holding == self.holds:             # <<<<<<<<<<<<<<
@@ -7328,7 +7251,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_new(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":117
+  /* "ivshmem/channel/readers.pyx":116
  *         if self.holding == self.holds:
  *             self.make_room()
  *         return ivshmem_take(&self.reader, &self.message)             # <<<<<<<<<<<<<<
@@ -7341,7 +7264,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_new(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":114
+  /* "ivshmem/channel/readers.pyx":113
  *         return self.tell_lost()
  * 
  *     cdef int take_new(self) except? -2:             # <<<<<<<<<<<<<<
@@ -7358,7 +7281,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_new(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":119
+/* "ivshmem/channel/readers.pyx":118
  *         return ivshmem_take(&self.reader, &self.message)
  * 
  *     cdef int tell_lost(self) except -1:             # <<<<<<<<<<<<<<
@@ -7389,7 +7312,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("tell_lost", 0);
 
-  /* "ivshmem/channel/readers.pyx":121
+  /* "ivshmem/channel/readers.pyx":120
  *     cdef int tell_lost(self) except -1:
  *         """Raise MessagesLost if a reader that blocks lost messages before this one."""
  *         cdef uint64_t lost = self.message.lost             # <<<<<<<<<<<<<<
@@ -7400,7 +7323,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost(struct __pyx_obj
 
   __pyx_v_lost = __pyx_t_1;
 
-  /* "ivshmem/channel/readers.pyx":122
+  /* "ivshmem/channel/readers.pyx":121
  *         """Raise MessagesLost if a reader that blocks lost messages before this one."""
  *         cdef uint64_t lost = self.message.lost
  *         if lost == 0 or self.reader.overflow != IVSHMEM_BLOCK:             # <<<<<<<<<<<<<<
@@ -7426,7 +7349,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost(struct __pyx_obj
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/readers.pyx":123
+    /* "ivshmem/channel/readers.pyx":122
  *         cdef uint64_t lost = self.message.lost
  *         if lost == 0 or self.reader.overflow != IVSHMEM_BLOCK:
  *             return 0             # <<<<<<<<<<<<<<
@@ -7439,7 +7362,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost(struct __pyx_obj
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/readers.pyx":122
+    /* "ivshmem/channel/readers.pyx":121
  *         """Raise MessagesLost if a reader that blocks lost messages before this one."""
  *         cdef uint64_t lost = self.message.lost
  *         if lost == 0 or self.reader.overflow != IVSHMEM_BLOCK:             # <<<<<<<<<<<<<<
@@ -7448,7 +7371,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":124
+  /* "ivshmem/channel/readers.pyx":123
  *         if lost == 0 or self.reader.overflow != IVSHMEM_BLOCK:
  *             return 0
  *         self.message.lost = 0             # <<<<<<<<<<<<<<
@@ -7457,17 +7380,17 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost(struct __pyx_obj
 */
   __pyx_v_self->message.lost = 0;
 
-  /* "ivshmem/channel/readers.pyx":125
+  /* "ivshmem/channel/readers.pyx":124
  *             return 0
  *         self.message.lost = 0
  *         self.keep(&self.message)             # <<<<<<<<<<<<<<
  *         raise MessagesLost(
  *             f"channel {self.name!r}: this process was stopped, and writers continued without it:"
 */
-  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self, (&__pyx_v_self->message)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 125, __pyx_L1_error)
+  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self, (&__pyx_v_self->message)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 124, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/readers.pyx":126
+  /* "ivshmem/channel/readers.pyx":125
  *         self.message.lost = 0
  *         self.keep(&self.message)
  *         raise MessagesLost(             # <<<<<<<<<<<<<<
@@ -7475,43 +7398,43 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost(struct __pyx_obj
  *             f" {counted(lost, 'message')} of a writer were lost",
 */
   __pyx_t_6 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_MessagesLost); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 126, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_MessagesLost); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 125, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
 
-  /* "ivshmem/channel/readers.pyx":127
+  /* "ivshmem/channel/readers.pyx":126
  *         self.keep(&self.message)
  *         raise MessagesLost(
  *             f"channel {self.name!r}: this process was stopped, and writers continued without it:"             # <<<<<<<<<<<<<<
  *             f" {counted(lost, 'message')} of a writer were lost",
  *             lost,
 */
-  __pyx_t_8 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 127, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 126, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
 
-  /* "ivshmem/channel/readers.pyx":128
+  /* "ivshmem/channel/readers.pyx":127
  *         raise MessagesLost(
  *             f"channel {self.name!r}: this process was stopped, and writers continued without it:"
  *             f" {counted(lost, 'message')} of a writer were lost",             # <<<<<<<<<<<<<<
  *             lost,
  *         )
 */
-  __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 128, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 127, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_9);
-  __pyx_t_10 = __Pyx_PyLong_From_uint64_t(__pyx_v_lost); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 128, __pyx_L1_error)
+  __pyx_t_10 = __Pyx_PyLong_From_uint64_t(__pyx_v_lost); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 127, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_10);
-  __pyx_t_11 = PyTuple_New(2); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 128, __pyx_L1_error)
+  __pyx_t_11 = PyTuple_New(2); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 127, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_11);
   __Pyx_GIVEREF(__pyx_t_10);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 0, __pyx_t_10) != (0)) __PYX_ERR(0, 128, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 0, __pyx_t_10) != (0)) __PYX_ERR(0, 127, __pyx_L1_error);
   __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_message);
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_message);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 1, __pyx_mstate_global->__pyx_n_u_message) != (0)) __PYX_ERR(0, 128, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 1, __pyx_mstate_global->__pyx_n_u_message) != (0)) __PYX_ERR(0, 127, __pyx_L1_error);
   __pyx_t_10 = 0;
-  __pyx_t_10 = __Pyx_PyObject_Call(__pyx_t_9, __pyx_t_11, NULL); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 128, __pyx_L1_error)
+  __pyx_t_10 = __Pyx_PyObject_Call(__pyx_t_9, __pyx_t_11, NULL); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 127, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_10);
   __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
   __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-  __pyx_t_11 = __Pyx_PyObject_FormatSimple(__pyx_t_10, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 128, __pyx_L1_error)
+  __pyx_t_11 = __Pyx_PyObject_FormatSimple(__pyx_t_10, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 127, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_11);
   __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
   __pyx_t_12[0] = __pyx_mstate_global->__pyx_kp_u_channel;
@@ -7520,7 +7443,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost(struct __pyx_obj
   __pyx_t_12[3] = __pyx_t_11;
   __pyx_t_12[4] = __pyx_mstate_global->__pyx_kp_u_of_a_writer_were_lost;
 
-  /* "ivshmem/channel/readers.pyx":127
+  /* "ivshmem/channel/readers.pyx":126
  *         self.keep(&self.message)
  *         raise MessagesLost(
  *             f"channel {self.name!r}: this process was stopped, and writers continued without it:"             # <<<<<<<<<<<<<<
@@ -7536,19 +7459,19 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost(struct __pyx_obj
   __pyx_t_4 |= __Pyx_PyUnicode_KIND_04(__pyx_t_12[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_12[3]);
   #endif
   __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_12, 5, __pyx_t_13, __pyx_t_4);
-  if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 127, __pyx_L1_error)
+  if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 126, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_10);
   __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
   __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
 
-  /* "ivshmem/channel/readers.pyx":129
+  /* "ivshmem/channel/readers.pyx":128
  *             f"channel {self.name!r}: this process was stopped, and writers continued without it:"
  *             f" {counted(lost, 'message')} of a writer were lost",
  *             lost,             # <<<<<<<<<<<<<<
  *         )
  * 
 */
-  __pyx_t_11 = __Pyx_PyLong_From_uint64_t(__pyx_v_lost); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 129, __pyx_L1_error)
+  __pyx_t_11 = __Pyx_PyLong_From_uint64_t(__pyx_v_lost); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 128, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_11);
   __pyx_t_14 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -7569,14 +7492,14 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost(struct __pyx_obj
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 126, __pyx_L1_error)
+    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 125, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
   }
   __Pyx_Raise(__pyx_t_5, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-  __PYX_ERR(0, 126, __pyx_L1_error)
+  __PYX_ERR(0, 125, __pyx_L1_error)
 
-  /* "ivshmem/channel/readers.pyx":119
+  /* "ivshmem/channel/readers.pyx":118
  *         return ivshmem_take(&self.reader, &self.message)
  * 
  *     cdef int tell_lost(self) except -1:             # <<<<<<<<<<<<<<
@@ -7602,7 +7525,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":132
+/* "ivshmem/channel/readers.pyx":131
  *         )
  * 
  *     cdef bint take_kept(self) noexcept:             # <<<<<<<<<<<<<<
@@ -7619,7 +7542,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_kept(struct __pyx_obj
   uint32_t __pyx_t_4;
   struct ivshmem_message __pyx_t_5;
 
-  /* "ivshmem/channel/readers.pyx":135
+  /* "ivshmem/channel/readers.pyx":134
  *         """Take a message that a call before this one left."""
  *         cdef uint32_t i
  *         if not self.kept:             # <<<<<<<<<<<<<<
@@ -7631,7 +7554,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_kept(struct __pyx_obj
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/readers.pyx":136
+    /* "ivshmem/channel/readers.pyx":135
  *         cdef uint32_t i
  *         if not self.kept:
  *             return False             # <<<<<<<<<<<<<<
@@ -7644,7 +7567,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_kept(struct __pyx_obj
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/readers.pyx":135
+    /* "ivshmem/channel/readers.pyx":134
  *         """Take a message that a call before this one left."""
  *         cdef uint32_t i
  *         if not self.kept:             # <<<<<<<<<<<<<<
@@ -7653,7 +7576,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_kept(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":137
+  /* "ivshmem/channel/readers.pyx":136
  *         if not self.kept:
  *             return False
  *         for i in range(self.holding):             # <<<<<<<<<<<<<<
@@ -7667,7 +7590,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_kept(struct __pyx_obj
   for (__pyx_t_4 = 0; __pyx_t_4 < __pyx_t_3; __pyx_t_4+=1) {
     __pyx_v_i = __pyx_t_4;
 
-    /* "ivshmem/channel/readers.pyx":138
+    /* "ivshmem/channel/readers.pyx":137
  *             return False
  *         for i in range(self.holding):
  *             if self.held[i].kept:             # <<<<<<<<<<<<<<
@@ -7676,7 +7599,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_kept(struct __pyx_obj
 */
     if ((__pyx_v_self->__pyx_base.held[__pyx_v_i]).kept) {
 
-      /* "ivshmem/channel/readers.pyx":139
+      /* "ivshmem/channel/readers.pyx":138
  *         for i in range(self.holding):
  *             if self.held[i].kept:
  *                 self.message = self.held[i].message             # <<<<<<<<<<<<<<
@@ -7687,7 +7610,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_kept(struct __pyx_obj
 
       __pyx_v_self->message = __pyx_t_5;
 
-      /* "ivshmem/channel/readers.pyx":140
+      /* "ivshmem/channel/readers.pyx":139
  *             if self.held[i].kept:
  *                 self.message = self.held[i].message
  *                 self.holding -= 1             # <<<<<<<<<<<<<<
@@ -7696,7 +7619,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_kept(struct __pyx_obj
 */
       __pyx_v_self->__pyx_base.holding = (__pyx_v_self->__pyx_base.holding - 1);
 
-      /* "ivshmem/channel/readers.pyx":141
+      /* "ivshmem/channel/readers.pyx":140
  *                 self.message = self.held[i].message
  *                 self.holding -= 1
  *                 self.held[i] = self.held[self.holding]             # <<<<<<<<<<<<<<
@@ -7705,7 +7628,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_kept(struct __pyx_obj
 */
       (__pyx_v_self->__pyx_base.held[__pyx_v_i]) = (__pyx_v_self->__pyx_base.held[__pyx_v_self->__pyx_base.holding]);
 
-      /* "ivshmem/channel/readers.pyx":142
+      /* "ivshmem/channel/readers.pyx":141
  *                 self.holding -= 1
  *                 self.held[i] = self.held[self.holding]
  *                 break             # <<<<<<<<<<<<<<
@@ -7714,7 +7637,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_kept(struct __pyx_obj
 */
       goto __pyx_L5_break;
 
-      /* "ivshmem/channel/readers.pyx":138
+      /* "ivshmem/channel/readers.pyx":137
  *             return False
  *         for i in range(self.holding):
  *             if self.held[i].kept:             # <<<<<<<<<<<<<<
@@ -7726,7 +7649,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_kept(struct __pyx_obj
   __pyx_L5_break:;
 
 
-  /* "ivshmem/channel/readers.pyx":143
+  /* "ivshmem/channel/readers.pyx":142
  *                 self.held[i] = self.held[self.holding]
  *                 break
  *         self.kept -= 1             # <<<<<<<<<<<<<<
@@ -7735,7 +7658,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_kept(struct __pyx_obj
 */
   __pyx_v_self->kept = (__pyx_v_self->kept - 1);
 
-  /* "ivshmem/channel/readers.pyx":144
+  /* "ivshmem/channel/readers.pyx":143
  *                 break
  *         self.kept -= 1
  *         return True             # <<<<<<<<<<<<<<
@@ -7748,7 +7671,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_kept(struct __pyx_obj
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":132
+  /* "ivshmem/channel/readers.pyx":131
  *         )
  * 
  *     cdef bint take_kept(self) noexcept:             # <<<<<<<<<<<<<<
@@ -7763,7 +7686,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_kept(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":146
+/* "ivshmem/channel/readers.pyx":145
  *         return True
  * 
  *     cdef int keep(self, const ivshmem_message *message) except -1:             # <<<<<<<<<<<<<<
@@ -7778,30 +7701,30 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_keep(struct __pyx_obj_7ivs
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/readers.pyx":148
+  /* "ivshmem/channel/readers.pyx":147
  *     cdef int keep(self, const ivshmem_message *message) except -1:
  *         """Leave a message that was taken for the next call."""
  *         self.hold(message)             # <<<<<<<<<<<<<<
  *         return self.put_back(message)
  * 
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.hold(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_message); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 148, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.hold(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_message); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 147, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/readers.pyx":149
+  /* "ivshmem/channel/readers.pyx":148
  *         """Leave a message that was taken for the next call."""
  *         self.hold(message)
  *         return self.put_back(message)             # <<<<<<<<<<<<<<
  * 
  *     cdef int put_back(self, const ivshmem_message *message) except -1:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.put_back(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_message); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 149, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.put_back(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_message); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 148, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":146
+  /* "ivshmem/channel/readers.pyx":145
  *         return True
  * 
  *     cdef int keep(self, const ivshmem_message *message) except -1:             # <<<<<<<<<<<<<<
@@ -7818,7 +7741,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_keep(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":151
+/* "ivshmem/channel/readers.pyx":150
  *         return self.put_back(message)
  * 
  *     cdef int put_back(self, const ivshmem_message *message) except -1:             # <<<<<<<<<<<<<<
@@ -7835,7 +7758,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_put_back(struct __pyx_obj_
   int __pyx_t_4;
   int __pyx_t_5;
 
-  /* "ivshmem/channel/readers.pyx":153
+  /* "ivshmem/channel/readers.pyx":152
  *     cdef int put_back(self, const ivshmem_message *message) except -1:
  *         cdef uint32_t i
  *         for i in range(self.holding):             # <<<<<<<<<<<<<<
@@ -7849,7 +7772,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_put_back(struct __pyx_obj_
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_i = __pyx_t_3;
 
-    /* "ivshmem/channel/readers.pyx":155
+    /* "ivshmem/channel/readers.pyx":154
  *         for i in range(self.holding):
  *             if (
  *                 self.held[i].message.writer == message.writer             # <<<<<<<<<<<<<<
@@ -7867,7 +7790,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_put_back(struct __pyx_obj_
       goto __pyx_L6_bool_binop_done;
     }
 
-    /* "ivshmem/channel/readers.pyx":156
+    /* "ivshmem/channel/readers.pyx":155
  *             if (
  *                 self.held[i].message.writer == message.writer
  *                 and self.held[i].message.position == message.position             # <<<<<<<<<<<<<<
@@ -7881,7 +7804,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_put_back(struct __pyx_obj_
 
     __pyx_L6_bool_binop_done:;
 
-    /* "ivshmem/channel/readers.pyx":154
+    /* "ivshmem/channel/readers.pyx":153
  *         cdef uint32_t i
  *         for i in range(self.holding):
  *             if (             # <<<<<<<<<<<<<<
@@ -7891,7 +7814,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_put_back(struct __pyx_obj_
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/channel/readers.pyx":158
+      /* "ivshmem/channel/readers.pyx":157
  *                 and self.held[i].message.position == message.position
  *             ):
  *                 self.held[i].kept = True             # <<<<<<<<<<<<<<
@@ -7900,7 +7823,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_put_back(struct __pyx_obj_
 */
       (__pyx_v_self->__pyx_base.held[__pyx_v_i]).kept = 1;
 
-      /* "ivshmem/channel/readers.pyx":159
+      /* "ivshmem/channel/readers.pyx":158
  *             ):
  *                 self.held[i].kept = True
  *                 self.kept += 1             # <<<<<<<<<<<<<<
@@ -7909,7 +7832,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_put_back(struct __pyx_obj_
 */
       __pyx_v_self->kept = (__pyx_v_self->kept + 1);
 
-      /* "ivshmem/channel/readers.pyx":160
+      /* "ivshmem/channel/readers.pyx":159
  *                 self.held[i].kept = True
  *                 self.kept += 1
  *                 break             # <<<<<<<<<<<<<<
@@ -7918,7 +7841,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_put_back(struct __pyx_obj_
 */
       goto __pyx_L4_break;
 
-      /* "ivshmem/channel/readers.pyx":154
+      /* "ivshmem/channel/readers.pyx":153
  *         cdef uint32_t i
  *         for i in range(self.holding):
  *             if (             # <<<<<<<<<<<<<<
@@ -7930,7 +7853,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_put_back(struct __pyx_obj_
   __pyx_L4_break:;
 
 
-  /* "ivshmem/channel/readers.pyx":161
+  /* "ivshmem/channel/readers.pyx":160
  *                 self.kept += 1
  *                 break
  *         return 0             # <<<<<<<<<<<<<<
@@ -7943,7 +7866,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_put_back(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":151
+  /* "ivshmem/channel/readers.pyx":150
  *         return self.put_back(message)
  * 
  *     cdef int put_back(self, const ivshmem_message *message) except -1:             # <<<<<<<<<<<<<<
@@ -7958,7 +7881,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_put_back(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":163
+/* "ivshmem/channel/readers.pyx":162
  *         return 0
  * 
  *     cdef object copy_out(self):             # <<<<<<<<<<<<<<
@@ -7986,7 +7909,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_copy_out(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("copy_out", 0);
 
-  /* "ivshmem/channel/readers.pyx":165
+  /* "ivshmem/channel/readers.pyx":164
  *     cdef object copy_out(self):
  *         """Copy the message that was taken; None: it was overwritten."""
  *         cdef ivshmem_message message = self.message             # <<<<<<<<<<<<<<
@@ -7997,7 +7920,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_copy_out(struct __py
 
   __pyx_v_message = __pyx_t_1;
 
-  /* "ivshmem/channel/readers.pyx":168
+  /* "ivshmem/channel/readers.pyx":167
  *         cdef bytes data
  *         cdef int code
  *         try:             # <<<<<<<<<<<<<<
@@ -8013,19 +7936,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_copy_out(struct __py
     __Pyx_XGOTREF(__pyx_t_4);
     /*try:*/ {
 
-      /* "ivshmem/channel/readers.pyx":169
+      /* "ivshmem/channel/readers.pyx":168
  *         cdef int code
  *         try:
  *             data = PyBytes_FromStringAndSize(NULL, message.length)             # <<<<<<<<<<<<<<
  *         except MemoryError:
  *             self.keep(&message)
 */
-      __pyx_t_5 = PyBytes_FromStringAndSize(NULL, __pyx_v_message.length); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 169, __pyx_L3_error)
+      __pyx_t_5 = PyBytes_FromStringAndSize(NULL, __pyx_v_message.length); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 168, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_5);
       __pyx_v_data = ((PyObject*)__pyx_t_5);
       __pyx_t_5 = 0;
 
-      /* "ivshmem/channel/readers.pyx":168
+      /* "ivshmem/channel/readers.pyx":167
  *         cdef bytes data
  *         cdef int code
  *         try:             # <<<<<<<<<<<<<<
@@ -8040,7 +7963,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_copy_out(struct __py
     __pyx_L3_error:;
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-    /* "ivshmem/channel/readers.pyx":170
+    /* "ivshmem/channel/readers.pyx":169
  *         try:
  *             data = PyBytes_FromStringAndSize(NULL, message.length)
  *         except MemoryError:             # <<<<<<<<<<<<<<
@@ -8050,22 +7973,22 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_copy_out(struct __py
     __pyx_t_6 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_MemoryError))));
     if (__pyx_t_6) {
       __Pyx_AddTraceback("ivshmem.channel.readers.Reader.copy_out", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_7, &__pyx_t_8) < 0) __PYX_ERR(0, 170, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_7, &__pyx_t_8) < 0) __PYX_ERR(0, 169, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_5);
       __Pyx_XGOTREF(__pyx_t_7);
       __Pyx_XGOTREF(__pyx_t_8);
 
-      /* "ivshmem/channel/readers.pyx":171
+      /* "ivshmem/channel/readers.pyx":170
  *             data = PyBytes_FromStringAndSize(NULL, message.length)
  *         except MemoryError:
  *             self.keep(&message)             # <<<<<<<<<<<<<<
  *             raise
  *         code = self.copy_to(&message, PyBytes_AS_STRING(data))
 */
-      __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self, (&__pyx_v_message)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 171, __pyx_L5_except_error)
+      __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self, (&__pyx_v_message)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 170, __pyx_L5_except_error)
 
 
-      /* "ivshmem/channel/readers.pyx":172
+      /* "ivshmem/channel/readers.pyx":171
  *         except MemoryError:
  *             self.keep(&message)
  *             raise             # <<<<<<<<<<<<<<
@@ -8077,11 +8000,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_copy_out(struct __py
       __Pyx_XGIVEREF(__pyx_t_8);
       __Pyx_ErrRestoreWithState(__pyx_t_5, __pyx_t_7, __pyx_t_8);
       __pyx_t_5 = 0;  __pyx_t_7 = 0;  __pyx_t_8 = 0; 
-      __PYX_ERR(0, 172, __pyx_L5_except_error)
+      __PYX_ERR(0, 171, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/channel/readers.pyx":168
+    /* "ivshmem/channel/readers.pyx":167
  *         cdef bytes data
  *         cdef int code
  *         try:             # <<<<<<<<<<<<<<
@@ -8097,17 +8020,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_copy_out(struct __py
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/channel/readers.pyx":173
+  /* "ivshmem/channel/readers.pyx":172
  *             self.keep(&message)
  *             raise
  *         code = self.copy_to(&message, PyBytes_AS_STRING(data))             # <<<<<<<<<<<<<<
  *         return data if code == 0 else None
  * 
 */
-  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), PyBytes_AS_STRING(__pyx_v_data)); if (unlikely(__pyx_t_6 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 173, __pyx_L1_error)
+  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), PyBytes_AS_STRING(__pyx_v_data)); if (unlikely(__pyx_t_6 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 172, __pyx_L1_error)
   __pyx_v_code = __pyx_t_6;
 
-  /* "ivshmem/channel/readers.pyx":174
+  /* "ivshmem/channel/readers.pyx":173
  *             raise
  *         code = self.copy_to(&message, PyBytes_AS_STRING(data))
  *         return data if code == 0 else None             # <<<<<<<<<<<<<<
@@ -8135,7 +8058,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_copy_out(struct __py
   __pyx_t_8 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":163
+  /* "ivshmem/channel/readers.pyx":162
  *         return 0
  * 
  *     cdef object copy_out(self):             # <<<<<<<<<<<<<<
@@ -8159,7 +8082,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_copy_out(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":176
+/* "ivshmem/channel/readers.pyx":175
  *         return data if code == 0 else None
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -8207,20 +8130,20 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 176, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 175, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 176, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 175, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get", 0) < (0)) __PYX_ERR(0, 176, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get", 0) < (0)) __PYX_ERR(0, 175, __pyx_L3_error)
 
-      /* "ivshmem/channel/readers.pyx":178
+      /* "ivshmem/channel/readers.pyx":177
  *     @cython.binding(False)
  *     @cython.critical_section
  *     def get(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -8233,7 +8156,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 176, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 175, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -8246,7 +8169,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 176, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 175, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8259,7 +8182,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_6Reader_get(((struct __pyx_obj_7ivshmem_7channel_7readers_Reader *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/readers.pyx":176
+  /* "ivshmem/channel/readers.pyx":175
  *         return data if code == 0 else None
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -8292,14 +8215,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_get(struct __pyx_ob
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/readers.pyx":203
+        /* "ivshmem/channel/readers.pyx":202
  *             ClosedError: the reader, the channels or the region is closed.
  *         """
  *         return self.got(timeout, spin, None)             # <<<<<<<<<<<<<<
  * 
  *     cdef object got(self, object timeout, object spin, object absent):
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->got(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 203, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->got(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 202, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           PyObject *__pyx_temp;
@@ -8314,7 +8237,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_get(struct __pyx_ob
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/readers.pyx":176
+      /* "ivshmem/channel/readers.pyx":175
  *         return data if code == 0 else None
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -8352,7 +8275,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_get(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":205
+/* "ivshmem/channel/readers.pyx":204
  *         return self.got(timeout, spin, None)
  * 
  *     cdef object got(self, object timeout, object spin, object absent):             # <<<<<<<<<<<<<<
@@ -8376,7 +8299,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_got(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("got", 0);
 
-  /* "ivshmem/channel/readers.pyx":208
+  /* "ivshmem/channel/readers.pyx":207
  *         """Return a copy of the next message; `absent`: none came in time."""
  *         cdef object data
  *         for _ in range(TRIES):             # <<<<<<<<<<<<<<
@@ -8390,21 +8313,21 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_got(struct __pyx_obj
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v__ = __pyx_t_3;
 
-    /* "ivshmem/channel/readers.pyx":209
+    /* "ivshmem/channel/readers.pyx":208
  *         cdef object data
  *         for _ in range(TRIES):
  *             if self.take(timeout, spin):             # <<<<<<<<<<<<<<
  *                 return absent
  *             if self.type is not None:
 */
-    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_4 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 209, __pyx_L1_error)
+    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_4 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 208, __pyx_L1_error)
     __pyx_t_5 = (__pyx_t_4 != 0);
 
 
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/channel/readers.pyx":210
+      /* "ivshmem/channel/readers.pyx":209
  *         for _ in range(TRIES):
  *             if self.take(timeout, spin):
  *                 return absent             # <<<<<<<<<<<<<<
@@ -8422,7 +8345,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_got(struct __pyx_obj
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/readers.pyx":209
+      /* "ivshmem/channel/readers.pyx":208
  *         cdef object data
  *         for _ in range(TRIES):
  *             if self.take(timeout, spin):             # <<<<<<<<<<<<<<
@@ -8431,7 +8354,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_got(struct __pyx_obj
 */
     }
 
-    /* "ivshmem/channel/readers.pyx":211
+    /* "ivshmem/channel/readers.pyx":210
  *             if self.take(timeout, spin):
  *                 return absent
  *             if self.type is not None:             # <<<<<<<<<<<<<<
@@ -8442,19 +8365,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_got(struct __pyx_obj
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/channel/readers.pyx":212
+      /* "ivshmem/channel/readers.pyx":211
  *                 return absent
  *             if self.type is not None:
  *                 data = self.decoded()             # <<<<<<<<<<<<<<
  *                 if data is not OVERWRITTEN:
  *                     return data
 */
-      __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->decoded(__pyx_v_self); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 212, __pyx_L1_error)
+      __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->decoded(__pyx_v_self); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 211, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
       __Pyx_XDECREF_SET(__pyx_v_data, __pyx_t_6);
       __pyx_t_6 = 0;
 
-      /* "ivshmem/channel/readers.pyx":213
+      /* "ivshmem/channel/readers.pyx":212
  *             if self.type is not None:
  *                 data = self.decoded()
  *                 if data is not OVERWRITTEN:             # <<<<<<<<<<<<<<
@@ -8465,7 +8388,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_got(struct __pyx_obj
       if (__pyx_t_5) {
 
 
-        /* "ivshmem/channel/readers.pyx":214
+        /* "ivshmem/channel/readers.pyx":213
  *                 data = self.decoded()
  *                 if data is not OVERWRITTEN:
  *                     return data             # <<<<<<<<<<<<<<
@@ -8483,7 +8406,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_got(struct __pyx_obj
         }
         goto __pyx_L0;
 
-        /* "ivshmem/channel/readers.pyx":213
+        /* "ivshmem/channel/readers.pyx":212
  *             if self.type is not None:
  *                 data = self.decoded()
  *                 if data is not OVERWRITTEN:             # <<<<<<<<<<<<<<
@@ -8492,7 +8415,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_got(struct __pyx_obj
 */
       }
 
-      /* "ivshmem/channel/readers.pyx":211
+      /* "ivshmem/channel/readers.pyx":210
  *             if self.take(timeout, spin):
  *                 return absent
  *             if self.type is not None:             # <<<<<<<<<<<<<<
@@ -8502,7 +8425,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_got(struct __pyx_obj
       goto __pyx_L6;
     }
 
-    /* "ivshmem/channel/readers.pyx":216
+    /* "ivshmem/channel/readers.pyx":215
  *                     return data
  *             else:
  *                 data = self.copy_out()             # <<<<<<<<<<<<<<
@@ -8510,12 +8433,12 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_got(struct __pyx_obj
  *                     return data
 */
     /*else*/ {
-      __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->copy_out(__pyx_v_self); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 216, __pyx_L1_error)
+      __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->copy_out(__pyx_v_self); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 215, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
       __Pyx_XDECREF_SET(__pyx_v_data, __pyx_t_6);
       __pyx_t_6 = 0;
 
-      /* "ivshmem/channel/readers.pyx":217
+      /* "ivshmem/channel/readers.pyx":216
  *             else:
  *                 data = self.copy_out()
  *                 if data is not None:             # <<<<<<<<<<<<<<
@@ -8526,7 +8449,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_got(struct __pyx_obj
       if (__pyx_t_5) {
 
 
-        /* "ivshmem/channel/readers.pyx":218
+        /* "ivshmem/channel/readers.pyx":217
  *                 data = self.copy_out()
  *                 if data is not None:
  *                     return data             # <<<<<<<<<<<<<<
@@ -8544,7 +8467,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_got(struct __pyx_obj
         }
         goto __pyx_L0;
 
-        /* "ivshmem/channel/readers.pyx":217
+        /* "ivshmem/channel/readers.pyx":216
  *             else:
  *                 data = self.copy_out()
  *                 if data is not None:             # <<<<<<<<<<<<<<
@@ -8557,20 +8480,20 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_got(struct __pyx_obj
   }
 
 
-  /* "ivshmem/channel/readers.pyx":219
+  /* "ivshmem/channel/readers.pyx":218
  *                 if data is not None:
  *                     return data
  *         raise self.starved()             # <<<<<<<<<<<<<<
  * 
  *     cdef object decoded(self):
 */
-  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 219, __pyx_L1_error)
+  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 218, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __Pyx_Raise(__pyx_t_6, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-  __PYX_ERR(0, 219, __pyx_L1_error)
+  __PYX_ERR(0, 218, __pyx_L1_error)
 
-  /* "ivshmem/channel/readers.pyx":205
+  /* "ivshmem/channel/readers.pyx":204
  *         return self.got(timeout, spin, None)
  * 
  *     cdef object got(self, object timeout, object spin, object absent):             # <<<<<<<<<<<<<<
@@ -8591,7 +8514,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_got(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":221
+/* "ivshmem/channel/readers.pyx":220
  *         raise self.starved()
  * 
  *     cdef object decoded(self):             # <<<<<<<<<<<<<<
@@ -8629,7 +8552,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_decoded(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("decoded", 0);
 
-  /* "ivshmem/channel/readers.pyx":227
+  /* "ivshmem/channel/readers.pyx":226
  *         next call's.
  *         """
  *         cdef ivshmem_message message = self.message             # <<<<<<<<<<<<<<
@@ -8640,7 +8563,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_decoded(struct __pyx
 
   __pyx_v_message = __pyx_t_1;
 
-  /* "ivshmem/channel/readers.pyx":228
+  /* "ivshmem/channel/readers.pyx":227
  *         """
  *         cdef ivshmem_message message = self.message
  *         cdef object found = OVERWRITTEN             # <<<<<<<<<<<<<<
@@ -8650,17 +8573,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_decoded(struct __pyx
   __Pyx_INCREF(__pyx_v_7ivshmem_7channel_7readers_OVERWRITTEN);
   __pyx_v_found = __pyx_v_7ivshmem_7channel_7readers_OVERWRITTEN;
 
-  /* "ivshmem/channel/readers.pyx":230
+  /* "ivshmem/channel/readers.pyx":229
  *         cdef object found = OVERWRITTEN
  *         cdef bytes data
  *         self.hold(&message)             # <<<<<<<<<<<<<<
  *         try:
  *             data = PyBytes_FromStringAndSize(NULL, message.length)
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.hold(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 230, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.hold(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 229, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/readers.pyx":231
+  /* "ivshmem/channel/readers.pyx":230
  *         cdef bytes data
  *         self.hold(&message)
  *         try:             # <<<<<<<<<<<<<<
@@ -8676,33 +8599,33 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_decoded(struct __pyx
     __Pyx_XGOTREF(__pyx_t_5);
     /*try:*/ {
 
-      /* "ivshmem/channel/readers.pyx":232
+      /* "ivshmem/channel/readers.pyx":231
  *         self.hold(&message)
  *         try:
  *             data = PyBytes_FromStringAndSize(NULL, message.length)             # <<<<<<<<<<<<<<
  *             if self.copy_to(&message, PyBytes_AS_STRING(data)) == 0:
  *                 found = self.type.decode(data)
 */
-      __pyx_t_6 = PyBytes_FromStringAndSize(NULL, __pyx_v_message.length); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 232, __pyx_L3_error)
+      __pyx_t_6 = PyBytes_FromStringAndSize(NULL, __pyx_v_message.length); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 231, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_6);
       __pyx_v_data = ((PyObject*)__pyx_t_6);
       __pyx_t_6 = 0;
 
-      /* "ivshmem/channel/readers.pyx":233
+      /* "ivshmem/channel/readers.pyx":232
  *         try:
  *             data = PyBytes_FromStringAndSize(NULL, message.length)
  *             if self.copy_to(&message, PyBytes_AS_STRING(data)) == 0:             # <<<<<<<<<<<<<<
  *                 found = self.type.decode(data)
  *         except BaseException as error:
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), PyBytes_AS_STRING(__pyx_v_data)); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 233, __pyx_L3_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), PyBytes_AS_STRING(__pyx_v_data)); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 232, __pyx_L3_error)
       __pyx_t_7 = (__pyx_t_2 == 0);
 
 
       if (__pyx_t_7) {
 
 
-        /* "ivshmem/channel/readers.pyx":234
+        /* "ivshmem/channel/readers.pyx":233
  *             data = PyBytes_FromStringAndSize(NULL, message.length)
  *             if self.copy_to(&message, PyBytes_AS_STRING(data)) == 0:
  *                 found = self.type.decode(data)             # <<<<<<<<<<<<<<
@@ -8716,13 +8639,13 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_decoded(struct __pyx
           PyObject *__pyx_callargs[2] = {__pyx_t_8, __pyx_v_data};
           __pyx_t_6 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
-          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 234, __pyx_L3_error)
+          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 233, __pyx_L3_error)
           __Pyx_GOTREF(__pyx_t_6);
         }
         __Pyx_DECREF_SET(__pyx_v_found, __pyx_t_6);
         __pyx_t_6 = 0;
 
-        /* "ivshmem/channel/readers.pyx":233
+        /* "ivshmem/channel/readers.pyx":232
  *         try:
  *             data = PyBytes_FromStringAndSize(NULL, message.length)
  *             if self.copy_to(&message, PyBytes_AS_STRING(data)) == 0:             # <<<<<<<<<<<<<<
@@ -8731,7 +8654,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_decoded(struct __pyx
 */
       }
 
-      /* "ivshmem/channel/readers.pyx":231
+      /* "ivshmem/channel/readers.pyx":230
  *         cdef bytes data
  *         self.hold(&message)
  *         try:             # <<<<<<<<<<<<<<
@@ -8747,7 +8670,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_decoded(struct __pyx
     __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
 
-    /* "ivshmem/channel/readers.pyx":235
+    /* "ivshmem/channel/readers.pyx":234
  *             if self.copy_to(&message, PyBytes_AS_STRING(data)) == 0:
  *                 found = self.type.decode(data)
  *         except BaseException as error:             # <<<<<<<<<<<<<<
@@ -8757,7 +8680,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_decoded(struct __pyx
     __pyx_t_2 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_2) {
       __Pyx_AddTraceback("ivshmem.channel.readers.Reader.decoded", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_6, &__pyx_t_8, &__pyx_t_10) < 0) __PYX_ERR(0, 235, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_6, &__pyx_t_8, &__pyx_t_10) < 0) __PYX_ERR(0, 234, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_6);
       __Pyx_XGOTREF(__pyx_t_8);
       __Pyx_XGOTREF(__pyx_t_10);
@@ -8765,28 +8688,28 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_decoded(struct __pyx
       __pyx_v_error = __pyx_t_8;
       /*try:*/ {
 
-        /* "ivshmem/channel/readers.pyx":236
+        /* "ivshmem/channel/readers.pyx":235
  *                 found = self.type.decode(data)
  *         except BaseException as error:
  *             if self.is_for_ever(error):             # <<<<<<<<<<<<<<
  *                 self.let_go(message.writer, message.position)
  *             else:
 */
-        __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.is_for_ever(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_error); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 236, __pyx_L15_error)
+        __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.is_for_ever(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_error); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 235, __pyx_L15_error)
         if (__pyx_t_7) {
 
 
-          /* "ivshmem/channel/readers.pyx":237
+          /* "ivshmem/channel/readers.pyx":236
  *         except BaseException as error:
  *             if self.is_for_ever(error):
  *                 self.let_go(message.writer, message.position)             # <<<<<<<<<<<<<<
  *             else:
  *                 self.put_back(&message)
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.let_go(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_message.writer, __pyx_v_message.position); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 237, __pyx_L15_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.let_go(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_message.writer, __pyx_v_message.position); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 236, __pyx_L15_error)
 
 
-          /* "ivshmem/channel/readers.pyx":236
+          /* "ivshmem/channel/readers.pyx":235
  *                 found = self.type.decode(data)
  *         except BaseException as error:
  *             if self.is_for_ever(error):             # <<<<<<<<<<<<<<
@@ -8796,7 +8719,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_decoded(struct __pyx
           goto __pyx_L17;
         }
 
-        /* "ivshmem/channel/readers.pyx":239
+        /* "ivshmem/channel/readers.pyx":238
  *                 self.let_go(message.writer, message.position)
  *             else:
  *                 self.put_back(&message)             # <<<<<<<<<<<<<<
@@ -8804,12 +8727,12 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_decoded(struct __pyx
  *         self.let_go(message.writer, message.position)
 */
         /*else*/ {
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.put_back(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 239, __pyx_L15_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.put_back(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 238, __pyx_L15_error)
 
         }
         __pyx_L17:;
 
-        /* "ivshmem/channel/readers.pyx":240
+        /* "ivshmem/channel/readers.pyx":239
  *             else:
  *                 self.put_back(&message)
  *             raise             # <<<<<<<<<<<<<<
@@ -8821,10 +8744,10 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_decoded(struct __pyx
         __Pyx_XGIVEREF(__pyx_t_10);
         __Pyx_ErrRestoreWithState(__pyx_t_6, __pyx_t_8, __pyx_t_10);
         __pyx_t_6 = 0;  __pyx_t_8 = 0;  __pyx_t_10 = 0; 
-        __PYX_ERR(0, 240, __pyx_L15_error)
+        __PYX_ERR(0, 239, __pyx_L15_error)
       }
 
-      /* "ivshmem/channel/readers.pyx":235
+      /* "ivshmem/channel/readers.pyx":234
  *             if self.copy_to(&message, PyBytes_AS_STRING(data)) == 0:
  *                 found = self.type.decode(data)
  *         except BaseException as error:             # <<<<<<<<<<<<<<
@@ -8865,7 +8788,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_decoded(struct __pyx
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/channel/readers.pyx":231
+    /* "ivshmem/channel/readers.pyx":230
  *         cdef bytes data
  *         self.hold(&message)
  *         try:             # <<<<<<<<<<<<<<
@@ -8881,17 +8804,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_decoded(struct __pyx
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/channel/readers.pyx":241
+  /* "ivshmem/channel/readers.pyx":240
  *                 self.put_back(&message)
  *             raise
  *         self.let_go(message.writer, message.position)             # <<<<<<<<<<<<<<
  *         return found
  * 
 */
-  __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.let_go(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_message.writer, __pyx_v_message.position); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 241, __pyx_L1_error)
+  __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.let_go(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_message.writer, __pyx_v_message.position); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 240, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/readers.pyx":242
+  /* "ivshmem/channel/readers.pyx":241
  *             raise
  *         self.let_go(message.writer, message.position)
  *         return found             # <<<<<<<<<<<<<<
@@ -8909,7 +8832,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_decoded(struct __pyx
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":221
+  /* "ivshmem/channel/readers.pyx":220
  *         raise self.starved()
  * 
  *     cdef object decoded(self):             # <<<<<<<<<<<<<<
@@ -8934,7 +8857,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_decoded(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":244
+/* "ivshmem/channel/readers.pyx":243
  *         return found
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8984,24 +8907,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_buffer,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 244, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 243, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 244, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 243, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 244, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 243, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into", 0) < (0)) __PYX_ERR(0, 244, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into", 0) < (0)) __PYX_ERR(0, 243, __pyx_L3_error)
 
-      /* "ivshmem/channel/readers.pyx":245
+      /* "ivshmem/channel/readers.pyx":244
  * 
  *     @cython.critical_section
  *     def get_into(self, buffer, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -9011,17 +8934,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, i); __PYX_ERR(0, 244, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, i); __PYX_ERR(0, 243, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 244, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 243, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 244, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 243, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -9034,7 +8957,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 244, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 243, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9047,7 +8970,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(((struct __pyx_obj_7ivshmem_7channel_7readers_Reader *)__pyx_v_self), __pyx_v_buffer, __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/readers.pyx":244
+  /* "ivshmem/channel/readers.pyx":243
  *         return found
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9104,7 +9027,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/readers.pyx":259
+        /* "ivshmem/channel/readers.pyx":258
  *         cdef Py_buffer view
  *         cdef ivshmem_message message
  *         take_target(self.type, self.name, buffer, &view)             # <<<<<<<<<<<<<<
@@ -9115,12 +9038,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
         __Pyx_INCREF(__pyx_t_2);
         __pyx_t_3 = __pyx_v_self->__pyx_base.__pyx_base.name;
         __Pyx_INCREF(__pyx_t_3);
-        __pyx_t_4 = __pyx_f_7ivshmem_7channel_5roles_take_target(__pyx_t_2, ((PyObject*)__pyx_t_3), __pyx_v_buffer, (&__pyx_v_view)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 259, __pyx_L4_error)
+        __pyx_t_4 = __pyx_f_7ivshmem_7channel_5roles_take_target(__pyx_t_2, ((PyObject*)__pyx_t_3), __pyx_v_buffer, (&__pyx_v_view)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 258, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
 
-        /* "ivshmem/channel/readers.pyx":260
+        /* "ivshmem/channel/readers.pyx":259
  *         cdef ivshmem_message message
  *         take_target(self.type, self.name, buffer, &view)
  *         try:             # <<<<<<<<<<<<<<
@@ -9129,7 +9052,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/readers.pyx":261
+          /* "ivshmem/channel/readers.pyx":260
  *         take_target(self.type, self.name, buffer, &view)
  *         try:
  *             for _ in range(TRIES):             # <<<<<<<<<<<<<<
@@ -9143,21 +9066,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
           for (__pyx_t_7 = 0; __pyx_t_7 < __pyx_t_6; __pyx_t_7+=1) {
             __pyx_v__ = __pyx_t_7;
 
-            /* "ivshmem/channel/readers.pyx":262
+            /* "ivshmem/channel/readers.pyx":261
  *         try:
  *             for _ in range(TRIES):
  *                 if self.take(timeout, spin):             # <<<<<<<<<<<<<<
  *                     return None
  *                 message = self.message
 */
-            __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_4 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 262, __pyx_L7_error)
+            __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_4 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 261, __pyx_L7_error)
             __pyx_t_8 = (__pyx_t_4 != 0);
 
 
             if (__pyx_t_8) {
 
 
-              /* "ivshmem/channel/readers.pyx":263
+              /* "ivshmem/channel/readers.pyx":262
  *             for _ in range(TRIES):
  *                 if self.take(timeout, spin):
  *                     return None             # <<<<<<<<<<<<<<
@@ -9175,7 +9098,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
               __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
               goto __pyx_L6_return;
 
-              /* "ivshmem/channel/readers.pyx":262
+              /* "ivshmem/channel/readers.pyx":261
  *         try:
  *             for _ in range(TRIES):
  *                 if self.take(timeout, spin):             # <<<<<<<<<<<<<<
@@ -9184,7 +9107,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
 */
             }
 
-            /* "ivshmem/channel/readers.pyx":264
+            /* "ivshmem/channel/readers.pyx":263
  *                 if self.take(timeout, spin):
  *                     return None
  *                 message = self.message             # <<<<<<<<<<<<<<
@@ -9195,7 +9118,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
 
             __pyx_v_message = __pyx_t_9;
 
-            /* "ivshmem/channel/readers.pyx":265
+            /* "ivshmem/channel/readers.pyx":264
  *                     return None
  *                 message = self.message
  *                 if message.length > <uint64_t>view.len:             # <<<<<<<<<<<<<<
@@ -9207,7 +9130,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
             if (unlikely(__pyx_t_8)) {
 
 
-              /* "ivshmem/channel/readers.pyx":266
+              /* "ivshmem/channel/readers.pyx":265
  *                 message = self.message
  *                 if message.length > <uint64_t>view.len:
  *                     message.lost = 0             # <<<<<<<<<<<<<<
@@ -9216,17 +9139,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
 */
               __pyx_v_message.lost = 0;
 
-              /* "ivshmem/channel/readers.pyx":267
+              /* "ivshmem/channel/readers.pyx":266
  *                 if message.length > <uint64_t>view.len:
  *                     message.lost = 0
  *                     self.keep(&message)             # <<<<<<<<<<<<<<
  *                     raise MessageTooLong(
  *                         f"a message of {message.length} bytes, and the buffer has {view.len}"
 */
-              __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self, (&__pyx_v_message)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 267, __pyx_L7_error)
+              __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self, (&__pyx_v_message)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 266, __pyx_L7_error)
 
 
-              /* "ivshmem/channel/readers.pyx":268
+              /* "ivshmem/channel/readers.pyx":267
  *                     message.lost = 0
  *                     self.keep(&message)
  *                     raise MessageTooLong(             # <<<<<<<<<<<<<<
@@ -9234,19 +9157,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
  *                     )
 */
               __pyx_t_2 = NULL;
-              __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 268, __pyx_L7_error)
+              __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 267, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_10);
 
-              /* "ivshmem/channel/readers.pyx":269
+              /* "ivshmem/channel/readers.pyx":268
  *                     self.keep(&message)
  *                     raise MessageTooLong(
  *                         f"a message of {message.length} bytes, and the buffer has {view.len}"             # <<<<<<<<<<<<<<
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf) == 0:
 */
-              __pyx_t_11 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 269, __pyx_L7_error)
+              __pyx_t_11 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 268, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_11);
-              __pyx_t_12 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 269, __pyx_L7_error)
+              __pyx_t_12 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 268, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_12);
               __pyx_t_13[0] = __pyx_mstate_global->__pyx_kp_u_a_message_of;
               __pyx_t_13[1] = __pyx_t_11;
@@ -9258,7 +9181,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
               #endif
               __pyx_t_4 = 0;
               __pyx_t_15 = __Pyx_PyUnicode_Join(__pyx_t_13, 4, __pyx_t_14, __pyx_t_4);
-              if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 269, __pyx_L7_error)
+              if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 268, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_15);
               __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
               __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
@@ -9280,14 +9203,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
                 __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
                 __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
                 __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-                if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 268, __pyx_L7_error)
+                if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 267, __pyx_L7_error)
                 __Pyx_GOTREF(__pyx_t_3);
               }
               __Pyx_Raise(__pyx_t_3, 0, 0, 0);
               __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-              __PYX_ERR(0, 268, __pyx_L7_error)
+              __PYX_ERR(0, 267, __pyx_L7_error)
 
-              /* "ivshmem/channel/readers.pyx":265
+              /* "ivshmem/channel/readers.pyx":264
  *                     return None
  *                 message = self.message
  *                 if message.length > <uint64_t>view.len:             # <<<<<<<<<<<<<<
@@ -9296,28 +9219,28 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
 */
             }
 
-            /* "ivshmem/channel/readers.pyx":271
+            /* "ivshmem/channel/readers.pyx":270
  *                         f"a message of {message.length} bytes, and the buffer has {view.len}"
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf) == 0:             # <<<<<<<<<<<<<<
  *                     return message.length
  *             raise self.starved()
 */
-            __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), ((char *)__pyx_v_view.buf)); if (unlikely(__pyx_t_4 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 271, __pyx_L7_error)
+            __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), ((char *)__pyx_v_view.buf)); if (unlikely(__pyx_t_4 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 270, __pyx_L7_error)
             __pyx_t_8 = (__pyx_t_4 == 0);
 
 
             if (__pyx_t_8) {
 
 
-              /* "ivshmem/channel/readers.pyx":272
+              /* "ivshmem/channel/readers.pyx":271
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf) == 0:
  *                     return message.length             # <<<<<<<<<<<<<<
  *             raise self.starved()
  *         finally:
 */
-              __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_v_message.length); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 272, __pyx_L7_error)
+              __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_v_message.length); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 271, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_3);
               {
                 PyObject *__pyx_temp;
@@ -9331,7 +9254,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
               __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
               goto __pyx_L6_return;
 
-              /* "ivshmem/channel/readers.pyx":271
+              /* "ivshmem/channel/readers.pyx":270
  *                         f"a message of {message.length} bytes, and the buffer has {view.len}"
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf) == 0:             # <<<<<<<<<<<<<<
@@ -9342,21 +9265,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
           }
 
 
-          /* "ivshmem/channel/readers.pyx":273
+          /* "ivshmem/channel/readers.pyx":272
  *                 if self.copy_to(&message, <char *>view.buf) == 0:
  *                     return message.length
  *             raise self.starved()             # <<<<<<<<<<<<<<
  *         finally:
  *             PyBuffer_Release(&view)
 */
-          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 273, __pyx_L7_error)
+          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 272, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_3);
           __Pyx_Raise(__pyx_t_3, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-          __PYX_ERR(0, 273, __pyx_L7_error)
+          __PYX_ERR(0, 272, __pyx_L7_error)
         }
 
-        /* "ivshmem/channel/readers.pyx":275
+        /* "ivshmem/channel/readers.pyx":274
  *             raise self.starved()
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -9410,7 +9333,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
         }
       }
 
-      /* "ivshmem/channel/readers.pyx":244
+      /* "ivshmem/channel/readers.pyx":243
  *         return found
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9456,7 +9379,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":277
+/* "ivshmem/channel/readers.pyx":276
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9506,24 +9429,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_rows,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 277, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 276, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 277, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 276, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 277, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 276, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_rows", 0) < (0)) __PYX_ERR(0, 277, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_rows", 0) < (0)) __PYX_ERR(0, 276, __pyx_L3_error)
 
-      /* "ivshmem/channel/readers.pyx":278
+      /* "ivshmem/channel/readers.pyx":277
  * 
  *     @cython.critical_section
  *     def get_rows(self, rows, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -9533,17 +9456,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_rows", 0, 1, 2, i); __PYX_ERR(0, 277, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_rows", 0, 1, 2, i); __PYX_ERR(0, 276, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 277, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 276, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 277, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 276, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -9556,7 +9479,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_rows", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 277, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_rows", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 276, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9569,7 +9492,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(((struct __pyx_obj_7ivshmem_7channel_7readers_Reader *)__pyx_v_self), __pyx_v_rows, __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/readers.pyx":277
+  /* "ivshmem/channel/readers.pyx":276
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9631,7 +9554,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/readers.pyx":298
+        /* "ivshmem/channel/readers.pyx":297
  *         cdef uint64_t size, i, count
  *         cdef int code
  *         cdef int tries = 0             # <<<<<<<<<<<<<<
@@ -9640,33 +9563,33 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
         __pyx_v_tries = 0;
 
-        /* "ivshmem/channel/readers.pyx":300
+        /* "ivshmem/channel/readers.pyx":299
  *         cdef int tries = 0
  *         cdef ivshmem_message message
  *         cdef object whole = memoryview(rows)             # <<<<<<<<<<<<<<
  *         if whole.ndim < 2:
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
 */
-        __pyx_t_2 = PyMemoryView_FromObject(__pyx_v_rows); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 300, __pyx_L4_error)
+        __pyx_t_2 = PyMemoryView_FromObject(__pyx_v_rows); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 299, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         __pyx_v_whole = __pyx_t_2;
         __pyx_t_2 = 0;
 
-        /* "ivshmem/channel/readers.pyx":301
+        /* "ivshmem/channel/readers.pyx":300
  *         cdef ivshmem_message message
  *         cdef object whole = memoryview(rows)
  *         if whole.ndim < 2:             # <<<<<<<<<<<<<<
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
  *         count = whole.shape[0]
 */
-        __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_v_whole, __pyx_mstate_global->__pyx_n_u_ndim); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 301, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_v_whole, __pyx_mstate_global->__pyx_n_u_ndim); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 300, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
-        __pyx_t_3 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_t_2, __pyx_mstate_global->__pyx_int_2, Py_LT); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 301, __pyx_L4_error)
+        __pyx_t_3 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_t_2, __pyx_mstate_global->__pyx_int_2, Py_LT); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 300, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
         if (unlikely(__pyx_t_3)) {
 
 
-          /* "ivshmem/channel/readers.pyx":302
+          /* "ivshmem/channel/readers.pyx":301
  *         cdef object whole = memoryview(rows)
  *         if whole.ndim < 2:
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")             # <<<<<<<<<<<<<<
@@ -9679,14 +9602,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
             PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_rows_a_buffer_of_two_dimensions};
             __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 302, __pyx_L4_error)
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 301, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_2);
           }
           __Pyx_Raise(__pyx_t_2, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-          __PYX_ERR(0, 302, __pyx_L4_error)
+          __PYX_ERR(0, 301, __pyx_L4_error)
 
-          /* "ivshmem/channel/readers.pyx":301
+          /* "ivshmem/channel/readers.pyx":300
  *         cdef ivshmem_message message
  *         cdef object whole = memoryview(rows)
  *         if whole.ndim < 2:             # <<<<<<<<<<<<<<
@@ -9695,23 +9618,23 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
         }
 
-        /* "ivshmem/channel/readers.pyx":303
+        /* "ivshmem/channel/readers.pyx":302
  *         if whole.ndim < 2:
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
  *         count = whole.shape[0]             # <<<<<<<<<<<<<<
  *         take_target(self.type, self.name, rows, &view)
  *         try:
 */
-        __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_v_whole, __pyx_mstate_global->__pyx_n_u_shape); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 303, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_v_whole, __pyx_mstate_global->__pyx_n_u_shape); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 302, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
-        __pyx_t_4 = __Pyx_GetItemInt(__pyx_t_2, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 303, __pyx_L4_error)
+        __pyx_t_4 = __Pyx_GetItemInt(__pyx_t_2, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 302, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-        __pyx_t_6 = __Pyx_PyLong_As_uint64_t(__pyx_t_4); if (unlikely((__pyx_t_6 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 303, __pyx_L4_error)
+        __pyx_t_6 = __Pyx_PyLong_As_uint64_t(__pyx_t_4); if (unlikely((__pyx_t_6 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 302, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
         __pyx_v_count = __pyx_t_6;
 
-        /* "ivshmem/channel/readers.pyx":304
+        /* "ivshmem/channel/readers.pyx":303
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
  *         count = whole.shape[0]
  *         take_target(self.type, self.name, rows, &view)             # <<<<<<<<<<<<<<
@@ -9722,12 +9645,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
         __Pyx_INCREF(__pyx_t_4);
         __pyx_t_2 = __pyx_v_self->__pyx_base.__pyx_base.name;
         __Pyx_INCREF(__pyx_t_2);
-        __pyx_t_7 = __pyx_f_7ivshmem_7channel_5roles_take_target(__pyx_t_4, ((PyObject*)__pyx_t_2), __pyx_v_rows, (&__pyx_v_view)); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 304, __pyx_L4_error)
+        __pyx_t_7 = __pyx_f_7ivshmem_7channel_5roles_take_target(__pyx_t_4, ((PyObject*)__pyx_t_2), __pyx_v_rows, (&__pyx_v_view)); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 303, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
 
-        /* "ivshmem/channel/readers.pyx":305
+        /* "ivshmem/channel/readers.pyx":304
  *         count = whole.shape[0]
  *         take_target(self.type, self.name, rows, &view)
  *         try:             # <<<<<<<<<<<<<<
@@ -9736,7 +9659,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/readers.pyx":306
+          /* "ivshmem/channel/readers.pyx":305
  *         take_target(self.type, self.name, rows, &view)
  *         try:
  *             size = view.len // count if count else 0             # <<<<<<<<<<<<<<
@@ -9748,7 +9671,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
           if (__pyx_t_3) {
             if (unlikely(__pyx_v_count == 0)) {
               PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
-              __PYX_ERR(0, 306, __pyx_L8_error)
+              __PYX_ERR(0, 305, __pyx_L8_error)
             }
 
             __pyx_t_6 = (__pyx_v_view.len / __pyx_v_count);
@@ -9759,7 +9682,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 
           __pyx_v_size = __pyx_t_6;
 
-          /* "ivshmem/channel/readers.pyx":307
+          /* "ivshmem/channel/readers.pyx":306
  *         try:
  *             size = view.len // count if count else 0
  *             i = 0             # <<<<<<<<<<<<<<
@@ -9768,7 +9691,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
           __pyx_v_i = 0;
 
-          /* "ivshmem/channel/readers.pyx":308
+          /* "ivshmem/channel/readers.pyx":307
  *             size = view.len // count if count else 0
  *             i = 0
  *             while i < count:             # <<<<<<<<<<<<<<
@@ -9781,7 +9704,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 
             if (!__pyx_t_3) break;
 
-            /* "ivshmem/channel/readers.pyx":309
+            /* "ivshmem/channel/readers.pyx":308
  *             i = 0
  *             while i < count:
  *                 if i == 0:             # <<<<<<<<<<<<<<
@@ -9793,21 +9716,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/readers.pyx":310
+              /* "ivshmem/channel/readers.pyx":309
  *             while i < count:
  *                 if i == 0:
  *                     if self.take(timeout, spin):             # <<<<<<<<<<<<<<
  *                         return 0
  *                 elif not self.take_kept():
 */
-              __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_7 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 310, __pyx_L8_error)
+              __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_7 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 309, __pyx_L8_error)
               __pyx_t_3 = (__pyx_t_7 != 0);
 
 
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/readers.pyx":311
+                /* "ivshmem/channel/readers.pyx":310
  *                 if i == 0:
  *                     if self.take(timeout, spin):
  *                         return 0             # <<<<<<<<<<<<<<
@@ -9826,7 +9749,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
                 __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
                 goto __pyx_L7_return;
 
-                /* "ivshmem/channel/readers.pyx":310
+                /* "ivshmem/channel/readers.pyx":309
  *             while i < count:
  *                 if i == 0:
  *                     if self.take(timeout, spin):             # <<<<<<<<<<<<<<
@@ -9835,7 +9758,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
               }
 
-              /* "ivshmem/channel/readers.pyx":309
+              /* "ivshmem/channel/readers.pyx":308
  *             i = 0
  *             while i < count:
  *                 if i == 0:             # <<<<<<<<<<<<<<
@@ -9845,7 +9768,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
               goto __pyx_L12;
             }
 
-            /* "ivshmem/channel/readers.pyx":312
+            /* "ivshmem/channel/readers.pyx":311
  *                     if self.take(timeout, spin):
  *                         return 0
  *                 elif not self.take_kept():             # <<<<<<<<<<<<<<
@@ -9857,17 +9780,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/readers.pyx":313
+              /* "ivshmem/channel/readers.pyx":312
  *                         return 0
  *                 elif not self.take_kept():
  *                     code = self.take_new()             # <<<<<<<<<<<<<<
  *                     if code == IVSHMEM_AGAIN:
  *                         break
 */
-              __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take_new(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 313, __pyx_L8_error)
+              __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take_new(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 312, __pyx_L8_error)
               __pyx_v_code = __pyx_t_7;
 
-              /* "ivshmem/channel/readers.pyx":314
+              /* "ivshmem/channel/readers.pyx":313
  *                 elif not self.take_kept():
  *                     code = self.take_new()
  *                     if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -9879,7 +9802,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/readers.pyx":315
+                /* "ivshmem/channel/readers.pyx":314
  *                     code = self.take_new()
  *                     if code == IVSHMEM_AGAIN:
  *                         break             # <<<<<<<<<<<<<<
@@ -9888,7 +9811,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
                 goto __pyx_L11_break;
 
-                /* "ivshmem/channel/readers.pyx":314
+                /* "ivshmem/channel/readers.pyx":313
  *                 elif not self.take_kept():
  *                     code = self.take_new()
  *                     if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -9897,7 +9820,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
               }
 
-              /* "ivshmem/channel/readers.pyx":316
+              /* "ivshmem/channel/readers.pyx":315
  *                     if code == IVSHMEM_AGAIN:
  *                         break
  *                     if code:  # how many rows were filled comes first: the next call raises it             # <<<<<<<<<<<<<<
@@ -9909,7 +9832,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/readers.pyx":318
+                /* "ivshmem/channel/readers.pyx":317
  *                     if code:  # how many rows were filled comes first: the next call raises it
  *                         self.reader.turn = (
  *                             self.reader.turn or self.channel.record.geometry.writers             # <<<<<<<<<<<<<<
@@ -9926,7 +9849,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
                 __pyx_t_8 = __pyx_v_self->__pyx_base.__pyx_base.channel.record.geometry.writers;
                 __pyx_L16_bool_binop_done:;
 
-                /* "ivshmem/channel/readers.pyx":317
+                /* "ivshmem/channel/readers.pyx":316
  *                         break
  *                     if code:  # how many rows were filled comes first: the next call raises it
  *                         self.reader.turn = (             # <<<<<<<<<<<<<<
@@ -9936,7 +9859,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
                 __pyx_v_self->__pyx_base.reader.turn = (__pyx_t_8 - 1);
 
 
-                /* "ivshmem/channel/readers.pyx":320
+                /* "ivshmem/channel/readers.pyx":319
  *                             self.reader.turn or self.channel.record.geometry.writers
  *                         ) - 1
  *                         break             # <<<<<<<<<<<<<<
@@ -9945,7 +9868,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
                 goto __pyx_L11_break;
 
-                /* "ivshmem/channel/readers.pyx":316
+                /* "ivshmem/channel/readers.pyx":315
  *                     if code == IVSHMEM_AGAIN:
  *                         break
  *                     if code:  # how many rows were filled comes first: the next call raises it             # <<<<<<<<<<<<<<
@@ -9954,7 +9877,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
               }
 
-              /* "ivshmem/channel/readers.pyx":321
+              /* "ivshmem/channel/readers.pyx":320
  *                         ) - 1
  *                         break
  *                     if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:             # <<<<<<<<<<<<<<
@@ -9980,17 +9903,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/readers.pyx":322
+                /* "ivshmem/channel/readers.pyx":321
  *                         break
  *                     if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
  *                         self.keep(&self.message)             # <<<<<<<<<<<<<<
  *                         break
  *                 message = self.message
 */
-                __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self, (&__pyx_v_self->message)); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 322, __pyx_L8_error)
+                __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self, (&__pyx_v_self->message)); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 321, __pyx_L8_error)
 
 
-                /* "ivshmem/channel/readers.pyx":323
+                /* "ivshmem/channel/readers.pyx":322
  *                     if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
  *                         self.keep(&self.message)
  *                         break             # <<<<<<<<<<<<<<
@@ -9999,7 +9922,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
                 goto __pyx_L11_break;
 
-                /* "ivshmem/channel/readers.pyx":321
+                /* "ivshmem/channel/readers.pyx":320
  *                         ) - 1
  *                         break
  *                     if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:             # <<<<<<<<<<<<<<
@@ -10008,7 +9931,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
               }
 
-              /* "ivshmem/channel/readers.pyx":312
+              /* "ivshmem/channel/readers.pyx":311
  *                     if self.take(timeout, spin):
  *                         return 0
  *                 elif not self.take_kept():             # <<<<<<<<<<<<<<
@@ -10018,7 +9941,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
             }
             __pyx_L12:;
 
-            /* "ivshmem/channel/readers.pyx":324
+            /* "ivshmem/channel/readers.pyx":323
  *                         self.keep(&self.message)
  *                         break
  *                 message = self.message             # <<<<<<<<<<<<<<
@@ -10029,7 +9952,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 
             __pyx_v_message = __pyx_t_10;
 
-            /* "ivshmem/channel/readers.pyx":325
+            /* "ivshmem/channel/readers.pyx":324
  *                         break
  *                 message = self.message
  *                 if message.length > size:             # <<<<<<<<<<<<<<
@@ -10041,7 +9964,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/readers.pyx":326
+              /* "ivshmem/channel/readers.pyx":325
  *                 message = self.message
  *                 if message.length > size:
  *                     message.lost = 0             # <<<<<<<<<<<<<<
@@ -10050,17 +9973,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
               __pyx_v_message.lost = 0;
 
-              /* "ivshmem/channel/readers.pyx":327
+              /* "ivshmem/channel/readers.pyx":326
  *                 if message.length > size:
  *                     message.lost = 0
  *                     self.keep(&message)             # <<<<<<<<<<<<<<
  *                     if i:
  *                         break
 */
-              __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self, (&__pyx_v_message)); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 327, __pyx_L8_error)
+              __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self, (&__pyx_v_message)); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 326, __pyx_L8_error)
 
 
-              /* "ivshmem/channel/readers.pyx":328
+              /* "ivshmem/channel/readers.pyx":327
  *                     message.lost = 0
  *                     self.keep(&message)
  *                     if i:             # <<<<<<<<<<<<<<
@@ -10072,7 +9995,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/readers.pyx":329
+                /* "ivshmem/channel/readers.pyx":328
  *                     self.keep(&message)
  *                     if i:
  *                         break             # <<<<<<<<<<<<<<
@@ -10081,7 +10004,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
                 goto __pyx_L11_break;
 
-                /* "ivshmem/channel/readers.pyx":328
+                /* "ivshmem/channel/readers.pyx":327
  *                     message.lost = 0
  *                     self.keep(&message)
  *                     if i:             # <<<<<<<<<<<<<<
@@ -10090,7 +10013,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
               }
 
-              /* "ivshmem/channel/readers.pyx":330
+              /* "ivshmem/channel/readers.pyx":329
  *                     if i:
  *                         break
  *                     raise MessageTooLong(             # <<<<<<<<<<<<<<
@@ -10098,19 +10021,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
  *                     )
 */
               __pyx_t_4 = NULL;
-              __Pyx_GetModuleGlobalName(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 330, __pyx_L8_error)
+              __Pyx_GetModuleGlobalName(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 329, __pyx_L8_error)
               __Pyx_GOTREF(__pyx_t_11);
 
-              /* "ivshmem/channel/readers.pyx":331
+              /* "ivshmem/channel/readers.pyx":330
  *                         break
  *                     raise MessageTooLong(
  *                         f"a message of {message.length} bytes, and a row has {size}"             # <<<<<<<<<<<<<<
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf + i * size) == 0:
 */
-              __pyx_t_12 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 331, __pyx_L8_error)
+              __pyx_t_12 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 330, __pyx_L8_error)
               __Pyx_GOTREF(__pyx_t_12);
-              __pyx_t_13 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 331, __pyx_L8_error)
+              __pyx_t_13 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 330, __pyx_L8_error)
               __Pyx_GOTREF(__pyx_t_13);
               __pyx_t_14[0] = __pyx_mstate_global->__pyx_kp_u_a_message_of;
               __pyx_t_14[1] = __pyx_t_12;
@@ -10122,7 +10045,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
               #endif
               __pyx_t_7 = 0;
               __pyx_t_16 = __Pyx_PyUnicode_Join(__pyx_t_14, 4, __pyx_t_15, __pyx_t_7);
-              if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 331, __pyx_L8_error)
+              if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 330, __pyx_L8_error)
               __Pyx_GOTREF(__pyx_t_16);
               __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
               __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
@@ -10144,14 +10067,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
                 __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
                 __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
                 __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-                if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 330, __pyx_L8_error)
+                if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 329, __pyx_L8_error)
                 __Pyx_GOTREF(__pyx_t_2);
               }
               __Pyx_Raise(__pyx_t_2, 0, 0, 0);
               __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-              __PYX_ERR(0, 330, __pyx_L8_error)
+              __PYX_ERR(0, 329, __pyx_L8_error)
 
-              /* "ivshmem/channel/readers.pyx":325
+              /* "ivshmem/channel/readers.pyx":324
  *                         break
  *                 message = self.message
  *                 if message.length > size:             # <<<<<<<<<<<<<<
@@ -10160,21 +10083,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
             }
 
-            /* "ivshmem/channel/readers.pyx":333
+            /* "ivshmem/channel/readers.pyx":332
  *                         f"a message of {message.length} bytes, and a row has {size}"
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf + i * size) == 0:             # <<<<<<<<<<<<<<
  *                     i += 1
  *                     tries = 0
 */
-            __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), (((char *)__pyx_v_view.buf) + (__pyx_v_i * __pyx_v_size))); if (unlikely(__pyx_t_7 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 333, __pyx_L8_error)
+            __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), (((char *)__pyx_v_view.buf) + (__pyx_v_i * __pyx_v_size))); if (unlikely(__pyx_t_7 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 332, __pyx_L8_error)
             __pyx_t_3 = (__pyx_t_7 == 0);
 
 
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/readers.pyx":334
+              /* "ivshmem/channel/readers.pyx":333
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf + i * size) == 0:
  *                     i += 1             # <<<<<<<<<<<<<<
@@ -10183,7 +10106,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
               __pyx_v_i = (__pyx_v_i + 1);
 
-              /* "ivshmem/channel/readers.pyx":335
+              /* "ivshmem/channel/readers.pyx":334
  *                 if self.copy_to(&message, <char *>view.buf + i * size) == 0:
  *                     i += 1
  *                     tries = 0             # <<<<<<<<<<<<<<
@@ -10192,7 +10115,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
               __pyx_v_tries = 0;
 
-              /* "ivshmem/channel/readers.pyx":333
+              /* "ivshmem/channel/readers.pyx":332
  *                         f"a message of {message.length} bytes, and a row has {size}"
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf + i * size) == 0:             # <<<<<<<<<<<<<<
@@ -10202,7 +10125,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
               goto __pyx_L23;
             }
 
-            /* "ivshmem/channel/readers.pyx":337
+            /* "ivshmem/channel/readers.pyx":336
  *                     tries = 0
  *                 else:
  *                     tries += 1             # <<<<<<<<<<<<<<
@@ -10212,7 +10135,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
             /*else*/ {
               __pyx_v_tries = (__pyx_v_tries + 1);
 
-              /* "ivshmem/channel/readers.pyx":338
+              /* "ivshmem/channel/readers.pyx":337
  *                 else:
  *                     tries += 1
  *                     if tries == TRIES:             # <<<<<<<<<<<<<<
@@ -10224,7 +10147,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/readers.pyx":339
+                /* "ivshmem/channel/readers.pyx":338
  *                     tries += 1
  *                     if tries == TRIES:
  *                         if i:             # <<<<<<<<<<<<<<
@@ -10236,7 +10159,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
                 if (__pyx_t_3) {
 
 
-                  /* "ivshmem/channel/readers.pyx":340
+                  /* "ivshmem/channel/readers.pyx":339
  *                     if tries == TRIES:
  *                         if i:
  *                             break             # <<<<<<<<<<<<<<
@@ -10245,7 +10168,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
                   goto __pyx_L11_break;
 
-                  /* "ivshmem/channel/readers.pyx":339
+                  /* "ivshmem/channel/readers.pyx":338
  *                     tries += 1
  *                     if tries == TRIES:
  *                         if i:             # <<<<<<<<<<<<<<
@@ -10254,20 +10177,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
                 }
 
-                /* "ivshmem/channel/readers.pyx":341
+                /* "ivshmem/channel/readers.pyx":340
  *                         if i:
  *                             break
  *                         raise self.starved()             # <<<<<<<<<<<<<<
  *             return i
  *         finally:
 */
-                __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 341, __pyx_L8_error)
+                __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 340, __pyx_L8_error)
                 __Pyx_GOTREF(__pyx_t_2);
                 __Pyx_Raise(__pyx_t_2, 0, 0, 0);
                 __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-                __PYX_ERR(0, 341, __pyx_L8_error)
+                __PYX_ERR(0, 340, __pyx_L8_error)
 
-                /* "ivshmem/channel/readers.pyx":338
+                /* "ivshmem/channel/readers.pyx":337
  *                 else:
  *                     tries += 1
  *                     if tries == TRIES:             # <<<<<<<<<<<<<<
@@ -10280,14 +10203,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
           }
           __pyx_L11_break:;
 
-          /* "ivshmem/channel/readers.pyx":342
+          /* "ivshmem/channel/readers.pyx":341
  *                             break
  *                         raise self.starved()
  *             return i             # <<<<<<<<<<<<<<
  *         finally:
  *             PyBuffer_Release(&view)
 */
-          __pyx_t_2 = __Pyx_PyLong_From_uint64_t(__pyx_v_i); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 342, __pyx_L8_error)
+          __pyx_t_2 = __Pyx_PyLong_From_uint64_t(__pyx_v_i); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 341, __pyx_L8_error)
           __Pyx_GOTREF(__pyx_t_2);
           {
             PyObject *__pyx_temp;
@@ -10302,7 +10225,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
           goto __pyx_L7_return;
         }
 
-        /* "ivshmem/channel/readers.pyx":344
+        /* "ivshmem/channel/readers.pyx":343
  *             return i
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -10356,7 +10279,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
         }
       }
 
-      /* "ivshmem/channel/readers.pyx":277
+      /* "ivshmem/channel/readers.pyx":276
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -10407,7 +10330,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":346
+/* "ivshmem/channel/readers.pyx":345
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -10456,20 +10379,20 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 346, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 345, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 346, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 345, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "view", 0) < (0)) __PYX_ERR(0, 346, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "view", 0) < (0)) __PYX_ERR(0, 345, __pyx_L3_error)
 
-      /* "ivshmem/channel/readers.pyx":347
+      /* "ivshmem/channel/readers.pyx":346
  * 
  *     @cython.critical_section
  *     def view(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -10482,7 +10405,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 346, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 345, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -10495,7 +10418,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("view", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 346, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("view", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 345, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10508,7 +10431,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(((struct __pyx_obj_7ivshmem_7channel_7readers_Reader *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/readers.pyx":346
+  /* "ivshmem/channel/readers.pyx":345
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -10552,7 +10475,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/readers.pyx":364
+        /* "ivshmem/channel/readers.pyx":363
  *             MessagesLost, ChannelCorrupt, ClosedError: as of `get`.
  *         """
  *         check_in_place(self.type, self.name)             # <<<<<<<<<<<<<<
@@ -10563,12 +10486,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
         __Pyx_INCREF(__pyx_t_2);
         __pyx_t_3 = __pyx_v_self->__pyx_base.__pyx_base.name;
         __Pyx_INCREF(__pyx_t_3);
-        __pyx_t_4 = __pyx_f_7ivshmem_7channel_5roles_check_in_place(__pyx_t_2, ((PyObject*)__pyx_t_3)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 364, __pyx_L4_error)
+        __pyx_t_4 = __pyx_f_7ivshmem_7channel_5roles_check_in_place(__pyx_t_2, ((PyObject*)__pyx_t_3)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 363, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
 
-        /* "ivshmem/channel/readers.pyx":365
+        /* "ivshmem/channel/readers.pyx":364
  *         """
  *         check_in_place(self.type, self.name)
  *         if self.views >= self.channel.record.geometry.views:             # <<<<<<<<<<<<<<
@@ -10580,7 +10503,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
         if (unlikely(__pyx_t_5)) {
 
 
-          /* "ivshmem/channel/readers.pyx":366
+          /* "ivshmem/channel/readers.pyx":365
  *         check_in_place(self.type, self.name)
  *         if self.views >= self.channel.record.geometry.views:
  *             raise ChannelError(             # <<<<<<<<<<<<<<
@@ -10588,35 +10511,35 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
  *                 " that it was made for: release one"
 */
           __pyx_t_2 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 366, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 365, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
 
-          /* "ivshmem/channel/readers.pyx":367
+          /* "ivshmem/channel/readers.pyx":366
  *         if self.views >= self.channel.record.geometry.views:
  *             raise ChannelError(
  *                 f"channel {self.name!r}: {counted(self.views, 'view')} at once, which are all"             # <<<<<<<<<<<<<<
  *                 " that it was made for: release one"
  *             )
 */
-          __pyx_t_7 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 367, __pyx_L4_error)
+          __pyx_t_7 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 366, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
-          __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 367, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 366, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
-          __pyx_t_9 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->__pyx_base.views); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 367, __pyx_L4_error)
+          __pyx_t_9 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->__pyx_base.views); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 366, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_9);
-          __pyx_t_10 = PyTuple_New(2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 367, __pyx_L4_error)
+          __pyx_t_10 = PyTuple_New(2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 366, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_10);
           __Pyx_GIVEREF(__pyx_t_9);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 0, __pyx_t_9) != (0)) __PYX_ERR(0, 367, __pyx_L4_error);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 0, __pyx_t_9) != (0)) __PYX_ERR(0, 366, __pyx_L4_error);
           __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_view);
           __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_view);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 1, __pyx_mstate_global->__pyx_n_u_view) != (0)) __PYX_ERR(0, 367, __pyx_L4_error);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 1, __pyx_mstate_global->__pyx_n_u_view) != (0)) __PYX_ERR(0, 366, __pyx_L4_error);
           __pyx_t_9 = 0;
-          __pyx_t_9 = __Pyx_PyObject_Call(__pyx_t_8, __pyx_t_10, NULL); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 367, __pyx_L4_error)
+          __pyx_t_9 = __Pyx_PyObject_Call(__pyx_t_8, __pyx_t_10, NULL); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 366, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_9);
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
           __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-          __pyx_t_10 = __Pyx_PyObject_FormatSimple(__pyx_t_9, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 367, __pyx_L4_error)
+          __pyx_t_10 = __Pyx_PyObject_FormatSimple(__pyx_t_9, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 366, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_10);
           __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
           __pyx_t_11[0] = __pyx_mstate_global->__pyx_kp_u_channel;
@@ -10633,7 +10556,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
           __pyx_t_4 |= __Pyx_PyUnicode_KIND_04(__pyx_t_11[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_11[3]);
           #endif
           __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_11, 5, __pyx_t_12, __pyx_t_4);
-          if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 367, __pyx_L4_error)
+          if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 366, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_9);
           __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
           __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
@@ -10655,14 +10578,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
             __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
             __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 366, __pyx_L4_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 365, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
           __Pyx_Raise(__pyx_t_3, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-          __PYX_ERR(0, 366, __pyx_L4_error)
+          __PYX_ERR(0, 365, __pyx_L4_error)
 
-          /* "ivshmem/channel/readers.pyx":365
+          /* "ivshmem/channel/readers.pyx":364
  *         """
  *         check_in_place(self.type, self.name)
  *         if self.views >= self.channel.record.geometry.views:             # <<<<<<<<<<<<<<
@@ -10671,21 +10594,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
 */
         }
 
-        /* "ivshmem/channel/readers.pyx":370
+        /* "ivshmem/channel/readers.pyx":369
  *                 " that it was made for: release one"
  *             )
  *         if self.take(timeout, spin):             # <<<<<<<<<<<<<<
  *             return None
  *         return view_of(self, self.message)
 */
-        __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_4 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 370, __pyx_L4_error)
+        __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_4 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 369, __pyx_L4_error)
         __pyx_t_5 = (__pyx_t_4 != 0);
 
 
         if (__pyx_t_5) {
 
 
-          /* "ivshmem/channel/readers.pyx":371
+          /* "ivshmem/channel/readers.pyx":370
  *             )
  *         if self.take(timeout, spin):
  *             return None             # <<<<<<<<<<<<<<
@@ -10703,7 +10626,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/readers.pyx":370
+          /* "ivshmem/channel/readers.pyx":369
  *                 " that it was made for: release one"
  *             )
  *         if self.take(timeout, spin):             # <<<<<<<<<<<<<<
@@ -10712,14 +10635,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
 */
         }
 
-        /* "ivshmem/channel/readers.pyx":372
+        /* "ivshmem/channel/readers.pyx":371
  *         if self.take(timeout, spin):
  *             return None
  *         return view_of(self, self.message)             # <<<<<<<<<<<<<<
  * 
  *     def get_async(self, timeout=None):
 */
-        __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_5views_view_of(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_self->message)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 372, __pyx_L4_error)
+        __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_5views_view_of(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_self->message)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 371, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
         {
           PyObject *__pyx_temp;
@@ -10734,7 +10657,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/readers.pyx":346
+      /* "ivshmem/channel/readers.pyx":345
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -10778,7 +10701,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":374
+/* "ivshmem/channel/readers.pyx":373
  *         return view_of(self, self.message)
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -10826,24 +10749,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 374, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 373, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 374, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 373, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_async", 0) < (0)) __PYX_ERR(0, 374, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_async", 0) < (0)) __PYX_ERR(0, 373, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 374, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 373, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -10854,7 +10777,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 374, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 373, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10885,16 +10808,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_8get_async(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("get_async", 0);
 
-  /* "ivshmem/channel/readers.pyx":376
+  /* "ivshmem/channel/readers.pyx":375
  *     def get_async(self, timeout=None):
  *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_content(self, "get", self._get_or, timeout)             # <<<<<<<<<<<<<<
  * 
  *     @cython.binding(False)
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get_or); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 376, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get_or); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 375, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_content(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get, __pyx_t_1, __pyx_v_timeout); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 376, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_content(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get, __pyx_t_1, __pyx_v_timeout); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 375, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
@@ -10908,7 +10831,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_8get_async(struct _
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":374
+  /* "ivshmem/channel/readers.pyx":373
  *         return view_of(self, self.message)
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -10928,7 +10851,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_8get_async(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":378
+/* "ivshmem/channel/readers.pyx":377
  *         return until_content(self, "get", self._get_or, timeout)
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -10976,39 +10899,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_absent,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 378, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 377, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 378, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 377, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 378, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 377, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_get_or", 0) < (0)) __PYX_ERR(0, 378, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_get_or", 0) < (0)) __PYX_ERR(0, 377, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_get_or", 1, 2, 2, i); __PYX_ERR(0, 378, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_get_or", 1, 2, 2, i); __PYX_ERR(0, 377, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 378, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 377, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 378, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 377, __pyx_L3_error)
     }
     __pyx_v_absent = values[0];
     __pyx_v_timeout = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_get_or", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 378, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_get_or", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 377, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11046,14 +10969,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_10_get_or(struct __
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/readers.pyx":382
+        /* "ivshmem/channel/readers.pyx":381
  *     def _get_or(self, absent, timeout):
  *         """Do what `get` does; return `absent` if no message came."""
  *         return self.got(timeout, None, absent)             # <<<<<<<<<<<<<<
  * 
  *     def get_into_async(self, buffer, timeout=None):
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->got(__pyx_v_self, __pyx_v_timeout, Py_None, __pyx_v_absent); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 382, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->got(__pyx_v_self, __pyx_v_timeout, Py_None, __pyx_v_absent); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 381, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           PyObject *__pyx_temp;
@@ -11068,7 +10991,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_10_get_or(struct __
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/readers.pyx":378
+      /* "ivshmem/channel/readers.pyx":377
  *         return until_content(self, "get", self._get_or, timeout)
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -11106,7 +11029,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_10_get_or(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":384
+/* "ivshmem/channel/readers.pyx":383
  *         return self.got(timeout, None, absent)
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
@@ -11155,35 +11078,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_buffer,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 384, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 383, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 384, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 383, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 384, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 383, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into_async", 0) < (0)) __PYX_ERR(0, 384, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into_async", 0) < (0)) __PYX_ERR(0, 383, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, i); __PYX_ERR(0, 384, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, i); __PYX_ERR(0, 383, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 384, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 383, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 384, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 383, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -11194,7 +11117,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 384, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 383, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11226,21 +11149,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_12get_into_async(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("get_into_async", 0);
 
-  /* "ivshmem/channel/readers.pyx":386
+  /* "ivshmem/channel/readers.pyx":385
  *     def get_into_async(self, buffer, timeout=None):
  *         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.get_into, timeout, (buffer,))             # <<<<<<<<<<<<<<
  * 
  *     async def get_rows_async(self, rows, timeout=None):
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get_into); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 386, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get_into); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 385, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 386, __pyx_L1_error)
+  __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 385, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_INCREF(__pyx_v_buffer);
   __Pyx_GIVEREF(__pyx_v_buffer);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_v_buffer) != (0)) __PYX_ERR(0, 386, __pyx_L1_error);
-  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, ((PyObject*)__pyx_t_2)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 386, __pyx_L1_error)
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_v_buffer) != (0)) __PYX_ERR(0, 385, __pyx_L1_error);
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, ((PyObject*)__pyx_t_2)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 385, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -11255,7 +11178,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_12get_into_async(st
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":384
+  /* "ivshmem/channel/readers.pyx":383
  *         return self.got(timeout, None, absent)
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
@@ -11277,7 +11200,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_12get_into_async(st
 }
 static PyObject *__pyx_gb_7ivshmem_7channel_7readers_6Reader_16generator(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
 
-/* "ivshmem/channel/readers.pyx":388
+/* "ivshmem/channel/readers.pyx":387
  *         return until_something(self, self.get_into, timeout, (buffer,))
  * 
  *     async def get_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
@@ -11326,35 +11249,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_rows,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 388, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 387, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 388, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 387, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 388, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 387, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_rows_async", 0) < (0)) __PYX_ERR(0, 388, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_rows_async", 0) < (0)) __PYX_ERR(0, 387, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_rows_async", 0, 1, 2, i); __PYX_ERR(0, 388, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_rows_async", 0, 1, 2, i); __PYX_ERR(0, 387, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 388, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 387, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 388, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 387, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -11365,7 +11288,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_rows_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 388, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_rows_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 387, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11398,7 +11321,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_14get_rows_async(st
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 388, __pyx_L1_error)
+    __PYX_ERR(0, 387, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
@@ -11412,7 +11335,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_14get_rows_async(st
   __Pyx_INCREF(__pyx_cur_scope->__pyx_v_timeout);
   __Pyx_GIVEREF(__pyx_cur_scope->__pyx_v_timeout);
   {
-    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7readers_6Reader_16generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_get_rows_async, __pyx_mstate_global->__pyx_n_u_Reader_get_rows_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers); if (unlikely(!gen)) __PYX_ERR(0, 388, __pyx_L1_error)
+    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7readers_6Reader_16generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_get_rows_async, __pyx_mstate_global->__pyx_n_u_Reader_get_rows_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers); if (unlikely(!gen)) __PYX_ERR(0, 387, __pyx_L1_error)
     __Pyx_DECREF(__pyx_cur_scope);
     __Pyx_RefNannyFinishContext();
     return (PyObject *) gen;
@@ -11453,30 +11376,30 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7readers_6Reader_16generator(__pyx_C
   __pyx_L3_first_run:;
   if (unlikely(__pyx_sent_value != Py_None)) {
     if (unlikely(__pyx_sent_value)) PyErr_SetString(PyExc_TypeError, "can't send non-None value to a just-started coroutine");
-    __PYX_ERR(0, 388, __pyx_L1_error)
+    __PYX_ERR(0, 387, __pyx_L1_error)
   }
 
-  /* "ivshmem/channel/readers.pyx":390
+  /* "ivshmem/channel/readers.pyx":389
  *     async def get_rows_async(self, rows, timeout=None):
  *         """The twin of `get_rows` for asyncio. To cancel it takes nothing."""
  *         if memoryview(rows).shape[:1] == (0,):             # <<<<<<<<<<<<<<
  *             return self.get_rows(rows, 0)
  *         found = await until_something(self, self._rows_or_none, timeout, (rows,))
 */
-  __pyx_t_1 = PyMemoryView_FromObject(__pyx_cur_scope->__pyx_v_rows); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 390, __pyx_L1_error)
+  __pyx_t_1 = PyMemoryView_FromObject(__pyx_cur_scope->__pyx_v_rows); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 389, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_shape); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 390, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_shape); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 389, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = __Pyx_PyObject_GetSlice(__pyx_t_2, 0, 1, NULL, NULL, &__pyx_mstate_global->__pyx_slice[0], 0, 1, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 390, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetSlice(__pyx_t_2, 0, 1, NULL, NULL, &__pyx_mstate_global->__pyx_slice[0], 0, 1, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 389, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  __pyx_t_3 = __Pyx_PyObject_RichCompareBool(__pyx_t_1, __pyx_mstate_global->__pyx_tuple[0], Py_EQ); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 390, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_RichCompareBool(__pyx_t_1, __pyx_mstate_global->__pyx_tuple[0], Py_EQ); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 389, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/readers.pyx":391
+    /* "ivshmem/channel/readers.pyx":390
  *         """The twin of `get_rows` for asyncio. To cancel it takes nothing."""
  *         if memoryview(rows).shape[:1] == (0,):
  *             return self.get_rows(rows, 0)             # <<<<<<<<<<<<<<
@@ -11490,7 +11413,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7readers_6Reader_16generator(__pyx_C
       PyObject *__pyx_callargs[3] = {__pyx_t_2, __pyx_cur_scope->__pyx_v_rows, __pyx_mstate_global->__pyx_int_0};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get_rows, __pyx_callargs+__pyx_t_4, (3-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 391, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 390, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -11504,7 +11427,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7readers_6Reader_16generator(__pyx_C
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/readers.pyx":390
+    /* "ivshmem/channel/readers.pyx":389
  *     async def get_rows_async(self, rows, timeout=None):
  *         """The twin of `get_rows` for asyncio. To cancel it takes nothing."""
  *         if memoryview(rows).shape[:1] == (0,):             # <<<<<<<<<<<<<<
@@ -11513,21 +11436,21 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7readers_6Reader_16generator(__pyx_C
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":392
+  /* "ivshmem/channel/readers.pyx":391
  *         if memoryview(rows).shape[:1] == (0,):
  *             return self.get_rows(rows, 0)
  *         found = await until_something(self, self._rows_or_none, timeout, (rows,))             # <<<<<<<<<<<<<<
  *         return found or 0
  * 
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_cur_scope->__pyx_v_self), __pyx_mstate_global->__pyx_n_u_rows_or_none); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 392, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_cur_scope->__pyx_v_self), __pyx_mstate_global->__pyx_n_u_rows_or_none); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 391, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 392, __pyx_L1_error)
+  __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 391, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_INCREF(__pyx_cur_scope->__pyx_v_rows);
   __Pyx_GIVEREF(__pyx_cur_scope->__pyx_v_rows);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_cur_scope->__pyx_v_rows) != (0)) __PYX_ERR(0, 392, __pyx_L1_error);
-  __pyx_t_5 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_cur_scope->__pyx_v_self), __pyx_t_1, __pyx_cur_scope->__pyx_v_timeout, ((PyObject*)__pyx_t_2)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 392, __pyx_L1_error)
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_cur_scope->__pyx_v_rows) != (0)) __PYX_ERR(0, 391, __pyx_L1_error);
+  __pyx_t_5 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_cur_scope->__pyx_v_self), __pyx_t_1, __pyx_cur_scope->__pyx_v_timeout, ((PyObject*)__pyx_t_2)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 391, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -11542,34 +11465,34 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7readers_6Reader_16generator(__pyx_C
     __pyx_generator->resume_label = 1;
     return __pyx_r;
     __pyx_L5_resume_from_await:;
-    if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 392, __pyx_L1_error)
+    if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 391, __pyx_L1_error)
     __pyx_t_5 = __pyx_sent_value; __Pyx_INCREF(__pyx_t_5);
   } else if (likely(__pyx_t_6 == PYGEN_RETURN)) {
     __Pyx_GOTREF(__pyx_r);
     __pyx_t_5 = __pyx_r; __pyx_r = NULL;
   } else {
     __Pyx_XGOTREF(__pyx_r);
-    __PYX_ERR(0, 392, __pyx_L1_error)
+    __PYX_ERR(0, 391, __pyx_L1_error)
   }
   __Pyx_GIVEREF(__pyx_t_5);
   __pyx_cur_scope->__pyx_v_found = __pyx_t_5;
   __pyx_t_5 = 0;
 
-  /* "ivshmem/channel/readers.pyx":393
+  /* "ivshmem/channel/readers.pyx":392
  *             return self.get_rows(rows, 0)
  *         found = await until_something(self, self._rows_or_none, timeout, (rows,))
  *         return found or 0             # <<<<<<<<<<<<<<
  * 
  *     def _rows_or_none(self, rows, timeout):
 */
-  __pyx_t_3 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_found); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 393, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_found); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 392, __pyx_L1_error)
   if (!__pyx_t_3) {
   } else {
     __Pyx_INCREF(__pyx_cur_scope->__pyx_v_found);
     __pyx_t_5 = __pyx_cur_scope->__pyx_v_found;
     goto __pyx_L6_bool_binop_done;
   }
-  __pyx_t_2 = __Pyx_PyLong_From_long(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 393, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_long(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 392, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_t_5 = __pyx_t_2;
   __pyx_t_2 = 0;
@@ -11586,7 +11509,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7readers_6Reader_16generator(__pyx_C
   goto __pyx_L0;
   CYTHON_MAYBE_UNUSED_VAR(__pyx_cur_scope);
 
-  /* "ivshmem/channel/readers.pyx":388
+  /* "ivshmem/channel/readers.pyx":387
  *         return until_something(self, self.get_into, timeout, (buffer,))
  * 
  *     async def get_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
@@ -11614,7 +11537,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7readers_6Reader_16generator(__pyx_C
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":395
+/* "ivshmem/channel/readers.pyx":394
  *         return found or 0
  * 
  *     def _rows_or_none(self, rows, timeout):             # <<<<<<<<<<<<<<
@@ -11663,39 +11586,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_rows,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 395, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 394, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 395, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 394, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 395, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 394, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_rows_or_none", 0) < (0)) __PYX_ERR(0, 395, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_rows_or_none", 0) < (0)) __PYX_ERR(0, 394, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_rows_or_none", 1, 2, 2, i); __PYX_ERR(0, 395, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_rows_or_none", 1, 2, 2, i); __PYX_ERR(0, 394, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 395, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 394, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 395, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 394, __pyx_L3_error)
     }
     __pyx_v_rows = values[0];
     __pyx_v_timeout = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_rows_or_none", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 395, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_rows_or_none", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 394, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11729,7 +11652,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_17_rows_or_none(str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_rows_or_none", 0);
 
-  /* "ivshmem/channel/readers.pyx":396
+  /* "ivshmem/channel/readers.pyx":395
  * 
  *     def _rows_or_none(self, rows, timeout):
  *         return self.get_rows(rows, timeout) or None             # <<<<<<<<<<<<<<
@@ -11743,10 +11666,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_17_rows_or_none(str
     PyObject *__pyx_callargs[3] = {__pyx_t_3, __pyx_v_rows, __pyx_v_timeout};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get_rows, __pyx_callargs+__pyx_t_4, (3-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 396, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 395, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  __pyx_t_5 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 396, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 395, __pyx_L1_error)
   if (!__pyx_t_5) {
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   } else {
@@ -11769,7 +11692,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_17_rows_or_none(str
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":395
+  /* "ivshmem/channel/readers.pyx":394
  *         return found or 0
  * 
  *     def _rows_or_none(self, rows, timeout):             # <<<<<<<<<<<<<<
@@ -11790,7 +11713,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_17_rows_or_none(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":398
+/* "ivshmem/channel/readers.pyx":397
  *         return self.get_rows(rows, timeout) or None
  * 
  *     def view_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -11838,24 +11761,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 398, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 397, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 398, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 397, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "view_async", 0) < (0)) __PYX_ERR(0, 398, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "view_async", 0) < (0)) __PYX_ERR(0, 397, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 398, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 397, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -11866,7 +11789,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("view_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 398, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("view_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 397, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11897,16 +11820,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_19view_async(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("view_async", 0);
 
-  /* "ivshmem/channel/readers.pyx":400
+  /* "ivshmem/channel/readers.pyx":399
  *     def view_async(self, timeout=None):
  *         """The twin of `view` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.view, timeout, ())             # <<<<<<<<<<<<<<
  * 
  *     def __iter__(self):
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_view); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 400, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_view); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 399, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 400, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 399, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
@@ -11920,7 +11843,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_19view_async(struct
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":398
+  /* "ivshmem/channel/readers.pyx":397
  *         return self.get_rows(rows, timeout) or None
  * 
  *     def view_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -11940,7 +11863,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_19view_async(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":402
+/* "ivshmem/channel/readers.pyx":401
  *         return until_something(self, self.view, timeout, ())
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -11968,7 +11891,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_21__iter__(struct _
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__iter__", 0);
 
-  /* "ivshmem/channel/readers.pyx":403
+  /* "ivshmem/channel/readers.pyx":402
  * 
  *     def __iter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -11986,7 +11909,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_21__iter__(struct _
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":402
+  /* "ivshmem/channel/readers.pyx":401
  *         return until_something(self, self.view, timeout, ())
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -12001,7 +11924,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_21__iter__(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":405
+/* "ivshmem/channel/readers.pyx":404
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -12035,7 +11958,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_23__next__(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__next__", 0);
 
-  /* "ivshmem/channel/readers.pyx":406
+  /* "ivshmem/channel/readers.pyx":405
  * 
  *     def __next__(self):
  *         return self.get()             # <<<<<<<<<<<<<<
@@ -12049,7 +11972,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_23__next__(struct _
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 406, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 405, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -12063,7 +11986,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_23__next__(struct _
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":405
+  /* "ivshmem/channel/readers.pyx":404
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -12083,7 +12006,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_23__next__(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":408
+/* "ivshmem/channel/readers.pyx":407
  *         return self.get()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -12111,7 +12034,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_25__aiter__(struct 
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__aiter__", 0);
 
-  /* "ivshmem/channel/readers.pyx":409
+  /* "ivshmem/channel/readers.pyx":408
  * 
  *     def __aiter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -12129,7 +12052,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_25__aiter__(struct 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":408
+  /* "ivshmem/channel/readers.pyx":407
  *         return self.get()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -12144,12 +12067,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_25__aiter__(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":411
+/* "ivshmem/channel/readers.pyx":410
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
  *         return self.get_async()
- * 
 */
 
 /* Python wrapper */
@@ -12178,12 +12100,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_27__anext__(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__anext__", 0);
 
-  /* "ivshmem/channel/readers.pyx":412
+  /* "ivshmem/channel/readers.pyx":411
  * 
  *     def __anext__(self):
  *         return self.get_async()             # <<<<<<<<<<<<<<
- * 
- * 
 */
   __pyx_t_2 = ((PyObject *)__pyx_v_self);
   __Pyx_INCREF(__pyx_t_2);
@@ -12192,7 +12112,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_27__anext__(struct 
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get_async, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 412, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 411, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -12206,12 +12126,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_27__anext__(struct 
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":411
+  /* "ivshmem/channel/readers.pyx":410
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
  *         return self.get_async()
- * 
 */
 
   /* function exit code */
@@ -12431,2447 +12350,6 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_31__setstate_cython
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
-
-/* "ivshmem/channel/readers.pyx":417
- * # -- values ---------------------------------------------------------------------------------------
- * 
- * cdef int64_t probe_value(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
- *     cdef ivshmem_reader *reader = <ivshmem_reader *>what
- *     return ivshmem_value(ivshmem_head(reader.channel, 0)) != reader.sources[0].next
-*/
-
-static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_value(void *__pyx_v_what) {
-  struct ivshmem_reader *__pyx_v_reader;
-  int64_t __pyx_r;
-
-  /* "ivshmem/channel/readers.pyx":418
- * 
- * cdef int64_t probe_value(void *what) noexcept nogil:
- *     cdef ivshmem_reader *reader = <ivshmem_reader *>what             # <<<<<<<<<<<<<<
- *     return ivshmem_value(ivshmem_head(reader.channel, 0)) != reader.sources[0].next
- * 
-*/
-  __pyx_v_reader = ((struct ivshmem_reader *)__pyx_v_what);
-
-  /* "ivshmem/channel/readers.pyx":419
- * cdef int64_t probe_value(void *what) noexcept nogil:
- *     cdef ivshmem_reader *reader = <ivshmem_reader *>what
- *     return ivshmem_value(ivshmem_head(reader.channel, 0)) != reader.sources[0].next             # <<<<<<<<<<<<<<
- * 
- * 
-*/
-  {
-
-    __pyx_r = (ivshmem_value(ivshmem_head(__pyx_v_reader->channel, 0)) != (__pyx_v_reader->sources[0]).next);
-  }
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/readers.pyx":417
- * # -- values ---------------------------------------------------------------------------------------
- * 
- * cdef int64_t probe_value(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
- *     cdef ivshmem_reader *reader = <ivshmem_reader *>what
- *     return ivshmem_value(ivshmem_head(reader.channel, 0)) != reader.sources[0].next
-*/
-
-  /* function exit code */
-  __pyx_L0:;
-
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/readers.pyx":430
- *     """
- * 
- *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
- *         """Look for a content that this reader has not seen."""
- *         if not probe_value(&self.reader):
-*/
-
-static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_attempt(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self) {
-  int __pyx_r;
-  int __pyx_t_1;
-
-  /* "ivshmem/channel/readers.pyx":432
- *     cdef int attempt(self) except? -2:
- *         """Look for a content that this reader has not seen."""
- *         if not probe_value(&self.reader):             # <<<<<<<<<<<<<<
- *             return IVSHMEM_AGAIN
- *         return self.look()
-*/
-  __pyx_t_1 = (!(__pyx_f_7ivshmem_7channel_7readers_probe_value((&__pyx_v_self->__pyx_base.reader)) != 0));
-
-  if (__pyx_t_1) {
-
-
-    /* "ivshmem/channel/readers.pyx":433
- *         """Look for a content that this reader has not seen."""
- *         if not probe_value(&self.reader):
- *             return IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
- *         return self.look()
- * 
-*/
-    {
-
-      __pyx_r = IVSHMEM_AGAIN;
-    }
-    goto __pyx_L0;
-
-    /* "ivshmem/channel/readers.pyx":432
- *     cdef int attempt(self) except? -2:
- *         """Look for a content that this reader has not seen."""
- *         if not probe_value(&self.reader):             # <<<<<<<<<<<<<<
- *             return IVSHMEM_AGAIN
- *         return self.look()
-*/
-  }
-
-  /* "ivshmem/channel/readers.pyx":434
- *         if not probe_value(&self.reader):
- *             return IVSHMEM_AGAIN
- *         return self.look()             # <<<<<<<<<<<<<<
- * 
- *     cdef int look(self) noexcept:
-*/
-  {
-
-    __pyx_r = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->look(__pyx_v_self);
-  }
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/readers.pyx":430
- *     """
- * 
- *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
- *         """Look for a content that this reader has not seen."""
- *         if not probe_value(&self.reader):
-*/
-
-  /* function exit code */
-  __pyx_L0:;
-
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/readers.pyx":436
- *         return self.look()
- * 
- *     cdef int look(self) noexcept:             # <<<<<<<<<<<<<<
- *         self.seen = self.reader.sources[0].next
- *         return ivshmem_value_look(&self.reader, &self.message)
-*/
-
-static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_look(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self) {
-  int __pyx_r;
-  uint64_t __pyx_t_1;
-
-  /* "ivshmem/channel/readers.pyx":437
- * 
- *     cdef int look(self) noexcept:
- *         self.seen = self.reader.sources[0].next             # <<<<<<<<<<<<<<
- *         return ivshmem_value_look(&self.reader, &self.message)
- * 
-*/
-  __pyx_t_1 = (__pyx_v_self->__pyx_base.reader.sources[0]).next;
-
-  __pyx_v_self->seen = __pyx_t_1;
-
-  /* "ivshmem/channel/readers.pyx":438
- *     cdef int look(self) noexcept:
- *         self.seen = self.reader.sources[0].next
- *         return ivshmem_value_look(&self.reader, &self.message)             # <<<<<<<<<<<<<<
- * 
- *     cdef int put_back(self, const ivshmem_message *message) except -1:
-*/
-  {
-
-    __pyx_r = ivshmem_value_look((&__pyx_v_self->__pyx_base.reader), (&__pyx_v_self->message));
-  }
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/readers.pyx":436
- *         return self.look()
- * 
- *     cdef int look(self) noexcept:             # <<<<<<<<<<<<<<
- *         self.seen = self.reader.sources[0].next
- *         return ivshmem_value_look(&self.reader, &self.message)
-*/
-
-  /* function exit code */
-  __pyx_L0:;
-
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/readers.pyx":440
- *         return ivshmem_value_look(&self.reader, &self.message)
- * 
- *     cdef int put_back(self, const ivshmem_message *message) except -1:             # <<<<<<<<<<<<<<
- *         """Undo that a content was seen, which is held."""
- *         self.reader.sources[0].next = self.seen
-*/
-
-static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_put_back(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self, struct ivshmem_message const *__pyx_v_message) {
-  int __pyx_r;
-  uint64_t __pyx_t_1;
-  int __pyx_t_2;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-
-  /* "ivshmem/channel/readers.pyx":442
- *     cdef int put_back(self, const ivshmem_message *message) except -1:
- *         """Undo that a content was seen, which is held."""
- *         self.reader.sources[0].next = self.seen             # <<<<<<<<<<<<<<
- *         return ReaderEnd.put_back(self, message)
- * 
-*/
-  __pyx_t_1 = __pyx_v_self->seen;
-
-  (__pyx_v_self->__pyx_base.reader.sources[0]).next = __pyx_t_1;
-
-  /* "ivshmem/channel/readers.pyx":443
- *         """Undo that a content was seen, which is held."""
- *         self.reader.sources[0].next = self.seen
- *         return ReaderEnd.put_back(self, message)             # <<<<<<<<<<<<<<
- * 
- *     cdef int begin_sleep(self) except? -2:
-*/
-  __pyx_t_2 = __pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd->put_back(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_message); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 443, __pyx_L1_error)
-  {
-    __pyx_r = __pyx_t_2;
-  }
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/readers.pyx":440
- *         return ivshmem_value_look(&self.reader, &self.message)
- * 
- *     cdef int put_back(self, const ivshmem_message *message) except -1:             # <<<<<<<<<<<<<<
- *         """Undo that a content was seen, which is held."""
- *         self.reader.sources[0].next = self.seen
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem.channel.readers.ValueReader.put_back", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = -1;
-  __pyx_L0:;
-
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/readers.pyx":445
- *         return ReaderEnd.put_back(self, message)
- * 
- *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
- *         if self.reader.slot != IVSHMEM_NO_SLOT:
- *             ivshmem_sleep_begin(&self.channel, &self.reader.sleep)
-*/
-
-static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_begin_sleep(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self) {
-  int __pyx_r;
-  int __pyx_t_1;
-  int __pyx_t_2;
-
-  /* "ivshmem/channel/readers.pyx":446
- * 
- *     cdef int begin_sleep(self) except? -2:
- *         if self.reader.slot != IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
- *             ivshmem_sleep_begin(&self.channel, &self.reader.sleep)
- *         return 0 if probe_value(&self.reader) else IVSHMEM_AGAIN
-*/
-  __pyx_t_1 = (__pyx_v_self->__pyx_base.reader.slot != IVSHMEM_NO_SLOT);
-
-  if (__pyx_t_1) {
-
-
-    /* "ivshmem/channel/readers.pyx":447
- *     cdef int begin_sleep(self) except? -2:
- *         if self.reader.slot != IVSHMEM_NO_SLOT:
- *             ivshmem_sleep_begin(&self.channel, &self.reader.sleep)             # <<<<<<<<<<<<<<
- *         return 0 if probe_value(&self.reader) else IVSHMEM_AGAIN
- * 
-*/
-    ivshmem_sleep_begin((&__pyx_v_self->__pyx_base.__pyx_base.channel), (&__pyx_v_self->__pyx_base.reader.sleep));
-
-    /* "ivshmem/channel/readers.pyx":446
- * 
- *     cdef int begin_sleep(self) except? -2:
- *         if self.reader.slot != IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
- *             ivshmem_sleep_begin(&self.channel, &self.reader.sleep)
- *         return 0 if probe_value(&self.reader) else IVSHMEM_AGAIN
-*/
-  }
-
-  /* "ivshmem/channel/readers.pyx":448
- *         if self.reader.slot != IVSHMEM_NO_SLOT:
- *             ivshmem_sleep_begin(&self.channel, &self.reader.sleep)
- *         return 0 if probe_value(&self.reader) else IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
- * 
- *     cdef void end_sleep(self) noexcept:
-*/
-  __pyx_t_1 = (__pyx_f_7ivshmem_7channel_7readers_probe_value((&__pyx_v_self->__pyx_base.reader)) != 0);
-
-  if (__pyx_t_1) {
-
-    __pyx_t_2 = 0;
-  } else {
-
-    __pyx_t_2 = IVSHMEM_AGAIN;
-  }
-
-  {
-    __pyx_r = __pyx_t_2;
-  }
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/readers.pyx":445
- *         return ReaderEnd.put_back(self, message)
- * 
- *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
- *         if self.reader.slot != IVSHMEM_NO_SLOT:
- *             ivshmem_sleep_begin(&self.channel, &self.reader.sleep)
-*/
-
-  /* function exit code */
-  __pyx_L0:;
-
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/readers.pyx":450
- *         return 0 if probe_value(&self.reader) else IVSHMEM_AGAIN
- * 
- *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
- *         if self.reader.slot != IVSHMEM_NO_SLOT:
- *             ivshmem_sleep_end(&self.channel, &self.reader.sleep)
-*/
-
-static void __pyx_f_7ivshmem_7channel_7readers_11ValueReader_end_sleep(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self) {
-  int __pyx_t_1;
-
-  /* "ivshmem/channel/readers.pyx":451
- * 
- *     cdef void end_sleep(self) noexcept:
- *         if self.reader.slot != IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
- *             ivshmem_sleep_end(&self.channel, &self.reader.sleep)
- * 
-*/
-  __pyx_t_1 = (__pyx_v_self->__pyx_base.reader.slot != IVSHMEM_NO_SLOT);
-
-  if (__pyx_t_1) {
-
-
-    /* "ivshmem/channel/readers.pyx":452
- *     cdef void end_sleep(self) noexcept:
- *         if self.reader.slot != IVSHMEM_NO_SLOT:
- *             ivshmem_sleep_end(&self.channel, &self.reader.sleep)             # <<<<<<<<<<<<<<
- * 
- *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
-*/
-    ivshmem_sleep_end((&__pyx_v_self->__pyx_base.__pyx_base.channel), (&__pyx_v_self->__pyx_base.reader.sleep));
-
-    /* "ivshmem/channel/readers.pyx":451
- * 
- *     cdef void end_sleep(self) noexcept:
- *         if self.reader.slot != IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
- *             ivshmem_sleep_end(&self.channel, &self.reader.sleep)
- * 
-*/
-  }
-
-  /* "ivshmem/channel/readers.pyx":450
- *         return 0 if probe_value(&self.reader) else IVSHMEM_AGAIN
- * 
- *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
- *         if self.reader.slot != IVSHMEM_NO_SLOT:
- *             ivshmem_sleep_end(&self.channel, &self.reader.sleep)
-*/
-
-  /* function exit code */
-
-}
-
-/* "ivshmem/channel/readers.pyx":454
- *             ivshmem_sleep_end(&self.channel, &self.reader.sleep)
- * 
- *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
- *         what[0] = &self.reader
- *         probe[0] = probe_value
-*/
-
-static int64_t __pyx_f_7ivshmem_7channel_7readers_11ValueReader_probe(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self, void **__pyx_v_what, __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe) {
-  int64_t __pyx_r;
-
-  /* "ivshmem/channel/readers.pyx":455
- * 
- *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
- *         what[0] = &self.reader             # <<<<<<<<<<<<<<
- *         probe[0] = probe_value
- *         return 1
-*/
-  (__pyx_v_what[0]) = (&__pyx_v_self->__pyx_base.reader);
-
-  /* "ivshmem/channel/readers.pyx":456
- *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
- *         what[0] = &self.reader
- *         probe[0] = probe_value             # <<<<<<<<<<<<<<
- *         return 1
- * 
-*/
-  (__pyx_v_probe[0]) = __pyx_f_7ivshmem_7channel_7readers_probe_value;
-
-  /* "ivshmem/channel/readers.pyx":457
- *         what[0] = &self.reader
- *         probe[0] = probe_value
- *         return 1             # <<<<<<<<<<<<<<
- * 
- *     cdef int restore(self) except -1:
-*/
-  {
-
-    __pyx_r = 1;
-  }
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/readers.pyx":454
- *             ivshmem_sleep_end(&self.channel, &self.reader.sleep)
- * 
- *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
- *         what[0] = &self.reader
- *         probe[0] = probe_value
-*/
-
-  /* function exit code */
-  __pyx_L0:;
-
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/readers.pyx":459
- *         return 1
- * 
- *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
- *         if self.awaited and probe_value(&self.reader):
- *             self.membership.kick_all()
-*/
-
-static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_restore(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self) {
-  int __pyx_r;
-  int __pyx_t_1;
-  int __pyx_t_2;
-  int __pyx_t_3;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-
-  /* "ivshmem/channel/readers.pyx":460
- * 
- *     cdef int restore(self) except -1:
- *         if self.awaited and probe_value(&self.reader):             # <<<<<<<<<<<<<<
- *             self.membership.kick_all()
- *         return 0
-*/
-  __pyx_t_2 = (__pyx_v_self->__pyx_base.__pyx_base.awaited != 0);
-
-  if (__pyx_t_2) {
-
-  } else {
-
-    __pyx_t_1 = __pyx_t_2;
-
-    goto __pyx_L4_bool_binop_done;
-  }
-  __pyx_t_2 = (__pyx_f_7ivshmem_7channel_7readers_probe_value((&__pyx_v_self->__pyx_base.reader)) != 0);
-
-
-  __pyx_t_1 = __pyx_t_2;
-
-  __pyx_L4_bool_binop_done:;
-  if (__pyx_t_1) {
-
-
-    /* "ivshmem/channel/readers.pyx":461
- *     cdef int restore(self) except -1:
- *         if self.awaited and probe_value(&self.reader):
- *             self.membership.kick_all()             # <<<<<<<<<<<<<<
- *         return 0
- * 
-*/
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 461, __pyx_L1_error)
-
-
-    /* "ivshmem/channel/readers.pyx":460
- * 
- *     cdef int restore(self) except -1:
- *         if self.awaited and probe_value(&self.reader):             # <<<<<<<<<<<<<<
- *             self.membership.kick_all()
- *         return 0
-*/
-  }
-
-  /* "ivshmem/channel/readers.pyx":462
- *         if self.awaited and probe_value(&self.reader):
- *             self.membership.kick_all()
- *         return 0             # <<<<<<<<<<<<<<
- * 
- *     cdef object latest(self, int code, object absent):
-*/
-  {
-
-    __pyx_r = 0;
-  }
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/readers.pyx":459
- *         return 1
- * 
- *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
- *         if self.awaited and probe_value(&self.reader):
- *             self.membership.kick_all()
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem.channel.readers.ValueReader.restore", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = -1;
-  __pyx_L0:;
-
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/readers.pyx":464
- *         return 0
- * 
- *     cdef object latest(self, int code, object absent):             # <<<<<<<<<<<<<<
- *         """Copy the content that was looked at, or a later one; `absent`: there is none."""
- *         cdef bytes data
-*/
-
-static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self, int __pyx_v_code, PyObject *__pyx_v_absent) {
-  PyObject *__pyx_v_data = 0;
-  uint64_t __pyx_v_newest;
-  uint64_t __pyx_v_seen;
-  CYTHON_UNUSED int __pyx_v__;
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  uint64_t __pyx_t_1;
-  int __pyx_t_2;
-  int __pyx_t_3;
-  long __pyx_t_4;
-  int __pyx_t_5;
-  PyObject *__pyx_t_6 = NULL;
-  PyObject *__pyx_t_7 = NULL;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("latest", 0);
-
-
-  /* "ivshmem/channel/readers.pyx":468
- *         cdef bytes data
- *         cdef uint64_t newest
- *         cdef uint64_t seen = self.seen             # <<<<<<<<<<<<<<
- *         for _ in range(TRIES):
- *             if code == IVSHMEM_AGAIN:
-*/
-  __pyx_t_1 = __pyx_v_self->seen;
-
-  __pyx_v_seen = __pyx_t_1;
-
-  /* "ivshmem/channel/readers.pyx":469
- *         cdef uint64_t newest
- *         cdef uint64_t seen = self.seen
- *         for _ in range(TRIES):             # <<<<<<<<<<<<<<
- *             if code == IVSHMEM_AGAIN:
- *                 return absent
-*/
-
-  __pyx_t_2 = __pyx_e_7ivshmem_7channel_5roles_TRIES;
-  __pyx_t_3 = __pyx_t_2;
-
-  for (__pyx_t_4 = 0; __pyx_t_4 < __pyx_t_3; __pyx_t_4+=1) {
-    __pyx_v__ = __pyx_t_4;
-
-    /* "ivshmem/channel/readers.pyx":470
- *         cdef uint64_t seen = self.seen
- *         for _ in range(TRIES):
- *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
- *                 return absent
- *             if code:
-*/
-    __pyx_t_5 = (__pyx_v_code == IVSHMEM_AGAIN);
-
-    if (__pyx_t_5) {
-
-
-      /* "ivshmem/channel/readers.pyx":471
- *         for _ in range(TRIES):
- *             if code == IVSHMEM_AGAIN:
- *                 return absent             # <<<<<<<<<<<<<<
- *             if code:
- *                 raise self.fail(code)
-*/
-      {
-        PyObject *__pyx_temp;
-        {
-          __pyx_temp = __pyx_r;
-          __Pyx_INCREF(__pyx_v_absent);
-          __pyx_r = __pyx_v_absent;
-        }
-        __Pyx_XDECREF(__pyx_temp);
-      }
-      goto __pyx_L0;
-
-      /* "ivshmem/channel/readers.pyx":470
- *         cdef uint64_t seen = self.seen
- *         for _ in range(TRIES):
- *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
- *                 return absent
- *             if code:
-*/
-    }
-
-    /* "ivshmem/channel/readers.pyx":472
- *             if code == IVSHMEM_AGAIN:
- *                 return absent
- *             if code:             # <<<<<<<<<<<<<<
- *                 raise self.fail(code)
- *             newest = self.reader.sources[0].next
-*/
-    __pyx_t_5 = (__pyx_v_code != 0);
-
-    if (unlikely(__pyx_t_5)) {
-
-
-      /* "ivshmem/channel/readers.pyx":473
- *                 return absent
- *             if code:
- *                 raise self.fail(code)             # <<<<<<<<<<<<<<
- *             newest = self.reader.sources[0].next
- *             self.reader.sources[0].next = seen  # without memory for a copy, it was not seen
-*/
-      __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 473, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_6);
-      __Pyx_Raise(__pyx_t_6, 0, 0, 0);
-      __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      __PYX_ERR(0, 473, __pyx_L1_error)
-
-      /* "ivshmem/channel/readers.pyx":472
- *             if code == IVSHMEM_AGAIN:
- *                 return absent
- *             if code:             # <<<<<<<<<<<<<<
- *                 raise self.fail(code)
- *             newest = self.reader.sources[0].next
-*/
-    }
-
-    /* "ivshmem/channel/readers.pyx":474
- *             if code:
- *                 raise self.fail(code)
- *             newest = self.reader.sources[0].next             # <<<<<<<<<<<<<<
- *             self.reader.sources[0].next = seen  # without memory for a copy, it was not seen
- *             data = PyBytes_FromStringAndSize(NULL, self.message.length)
-*/
-    __pyx_t_1 = (__pyx_v_self->__pyx_base.reader.sources[0]).next;
-
-    __pyx_v_newest = __pyx_t_1;
-
-    /* "ivshmem/channel/readers.pyx":475
- *                 raise self.fail(code)
- *             newest = self.reader.sources[0].next
- *             self.reader.sources[0].next = seen  # without memory for a copy, it was not seen             # <<<<<<<<<<<<<<
- *             data = PyBytes_FromStringAndSize(NULL, self.message.length)
- *             self.reader.sources[0].next = newest
-*/
-    (__pyx_v_self->__pyx_base.reader.sources[0]).next = __pyx_v_seen;
-
-    /* "ivshmem/channel/readers.pyx":476
- *             newest = self.reader.sources[0].next
- *             self.reader.sources[0].next = seen  # without memory for a copy, it was not seen
- *             data = PyBytes_FromStringAndSize(NULL, self.message.length)             # <<<<<<<<<<<<<<
- *             self.reader.sources[0].next = newest
- *             ivshmem_copy_payload(
-*/
-    __pyx_t_6 = PyBytes_FromStringAndSize(NULL, __pyx_v_self->message.length); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 476, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_6);
-    __Pyx_XDECREF_SET(__pyx_v_data, ((PyObject*)__pyx_t_6));
-    __pyx_t_6 = 0;
-
-    /* "ivshmem/channel/readers.pyx":477
- *             self.reader.sources[0].next = seen  # without memory for a copy, it was not seen
- *             data = PyBytes_FromStringAndSize(NULL, self.message.length)
- *             self.reader.sources[0].next = newest             # <<<<<<<<<<<<<<
- *             ivshmem_copy_payload(
- *                 PyBytes_AS_STRING(data),
-*/
-    (__pyx_v_self->__pyx_base.reader.sources[0]).next = __pyx_v_newest;
-
-    /* "ivshmem/channel/readers.pyx":478
- *             data = PyBytes_FromStringAndSize(NULL, self.message.length)
- *             self.reader.sources[0].next = newest
- *             ivshmem_copy_payload(             # <<<<<<<<<<<<<<
- *                 PyBytes_AS_STRING(data),
- *                 self.channel.area.memory.start + self.message.offset,
-*/
-    ivshmem_copy_payload(PyBytes_AS_STRING(__pyx_v_data), (__pyx_v_self->__pyx_base.__pyx_base.channel.area.memory.start + __pyx_v_self->message.offset), __pyx_v_self->message.length);
-
-    /* "ivshmem/channel/readers.pyx":483
- *                 self.message.length,
- *             )
- *             if ivshmem_check(&self.channel, &self.message) == 0:             # <<<<<<<<<<<<<<
- *                 return data if self.type is None else self.decoded(data, seen)
- *             code = ivshmem_value_look(&self.reader, &self.message)
-*/
-    __pyx_t_5 = (ivshmem_check((&__pyx_v_self->__pyx_base.__pyx_base.channel), (&__pyx_v_self->message)) == 0);
-
-    if (__pyx_t_5) {
-
-
-      /* "ivshmem/channel/readers.pyx":484
- *             )
- *             if ivshmem_check(&self.channel, &self.message) == 0:
- *                 return data if self.type is None else self.decoded(data, seen)             # <<<<<<<<<<<<<<
- *             code = ivshmem_value_look(&self.reader, &self.message)
- *         raise self.starved()
-*/
-      __pyx_t_5 = (__pyx_v_self->__pyx_base.type == Py_None);
-      if (__pyx_t_5) {
-        __Pyx_INCREF(__pyx_v_data);
-        __pyx_t_6 = __pyx_v_data;
-      } else {
-        __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->decoded(__pyx_v_self, __pyx_v_data, __pyx_v_seen); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 484, __pyx_L1_error)
-        __Pyx_GOTREF(__pyx_t_7);
-        __pyx_t_6 = __pyx_t_7;
-        __pyx_t_7 = 0;
-      }
-
-      {
-        PyObject *__pyx_temp;
-        {
-          __pyx_temp = __pyx_r;
-          __pyx_r = __pyx_t_6;
-        }
-        __Pyx_XDECREF(__pyx_temp);
-      }
-      __pyx_t_6 = 0;
-      goto __pyx_L0;
-
-      /* "ivshmem/channel/readers.pyx":483
- *                 self.message.length,
- *             )
- *             if ivshmem_check(&self.channel, &self.message) == 0:             # <<<<<<<<<<<<<<
- *                 return data if self.type is None else self.decoded(data, seen)
- *             code = ivshmem_value_look(&self.reader, &self.message)
-*/
-    }
-
-    /* "ivshmem/channel/readers.pyx":485
- *             if ivshmem_check(&self.channel, &self.message) == 0:
- *                 return data if self.type is None else self.decoded(data, seen)
- *             code = ivshmem_value_look(&self.reader, &self.message)             # <<<<<<<<<<<<<<
- *         raise self.starved()
- * 
-*/
-    __pyx_v_code = ivshmem_value_look((&__pyx_v_self->__pyx_base.reader), (&__pyx_v_self->message));
-  }
-
-
-  /* "ivshmem/channel/readers.pyx":486
- *                 return data if self.type is None else self.decoded(data, seen)
- *             code = ivshmem_value_look(&self.reader, &self.message)
- *         raise self.starved()             # <<<<<<<<<<<<<<
- * 
- *     cdef object decoded(self, bytes data, uint64_t seen):
-*/
-  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 486, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_6);
-  __Pyx_Raise(__pyx_t_6, 0, 0, 0);
-  __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-  __PYX_ERR(0, 486, __pyx_L1_error)
-
-  /* "ivshmem/channel/readers.pyx":464
- *         return 0
- * 
- *     cdef object latest(self, int code, object absent):             # <<<<<<<<<<<<<<
- *         """Copy the content that was looked at, or a later one; `absent`: there is none."""
- *         cdef bytes data
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_6);
-  __Pyx_XDECREF(__pyx_t_7);
-  __Pyx_AddTraceback("ivshmem.channel.readers.ValueReader.latest", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = 0;
-  __pyx_L0:;
-  __Pyx_XDECREF(__pyx_v_data);
-
-
-
-
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/readers.pyx":488
- *         raise self.starved()
- * 
- *     cdef object decoded(self, bytes data, uint64_t seen):             # <<<<<<<<<<<<<<
- *         try:
- *             return self.type.decode(data)
-*/
-
-static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_decoded(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self, PyObject *__pyx_v_data, uint64_t __pyx_v_seen) {
-  PyObject *__pyx_v_error = NULL;
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  PyObject *__pyx_t_2 = NULL;
-  PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  PyObject *__pyx_t_5 = NULL;
-  size_t __pyx_t_6;
-  int __pyx_t_7;
-  PyObject *__pyx_t_8 = NULL;
-  int __pyx_t_9;
-  int __pyx_t_10;
-  int __pyx_t_11;
-  char const *__pyx_t_12;
-  PyObject *__pyx_t_13 = NULL;
-  PyObject *__pyx_t_14 = NULL;
-  PyObject *__pyx_t_15 = NULL;
-  PyObject *__pyx_t_16 = NULL;
-  PyObject *__pyx_t_17 = NULL;
-  PyObject *__pyx_t_18 = NULL;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("decoded", 0);
-
-  /* "ivshmem/channel/readers.pyx":489
- * 
- *     cdef object decoded(self, bytes data, uint64_t seen):
- *         try:             # <<<<<<<<<<<<<<
- *             return self.type.decode(data)
- *         except BaseException as error:
-*/
-  {
-    __Pyx_PyThreadState_declare
-    __Pyx_PyThreadState_assign
-    __Pyx_ExceptionSave(&__pyx_t_1, &__pyx_t_2, &__pyx_t_3);
-    __Pyx_XGOTREF(__pyx_t_1);
-    __Pyx_XGOTREF(__pyx_t_2);
-    __Pyx_XGOTREF(__pyx_t_3);
-    /*try:*/ {
-
-      /* "ivshmem/channel/readers.pyx":490
- *     cdef object decoded(self, bytes data, uint64_t seen):
- *         try:
- *             return self.type.decode(data)             # <<<<<<<<<<<<<<
- *         except BaseException as error:
- *             if not self.is_for_ever(error):
-*/
-      __pyx_t_5 = __pyx_v_self->__pyx_base.type;
-      __Pyx_INCREF(__pyx_t_5);
-      __pyx_t_6 = 0;
-      {
-        PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_v_data};
-        __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-        __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 490, __pyx_L3_error)
-        __Pyx_GOTREF(__pyx_t_4);
-      }
-      {
-        PyObject *__pyx_temp;
-        {
-          __pyx_temp = __pyx_r;
-          __pyx_r = __pyx_t_4;
-        }
-        __Pyx_XDECREF(__pyx_temp);
-      }
-      __pyx_t_4 = 0;
-      goto __pyx_L7_try_return;
-
-      /* "ivshmem/channel/readers.pyx":489
- * 
- *     cdef object decoded(self, bytes data, uint64_t seen):
- *         try:             # <<<<<<<<<<<<<<
- *             return self.type.decode(data)
- *         except BaseException as error:
-*/
-    }
-    __pyx_L3_error:;
-    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-
-    /* "ivshmem/channel/readers.pyx":491
- *         try:
- *             return self.type.decode(data)
- *         except BaseException as error:             # <<<<<<<<<<<<<<
- *             if not self.is_for_ever(error):
- *                 self.reader.sources[0].next = seen
-*/
-    __pyx_t_7 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
-    if (__pyx_t_7) {
-      __Pyx_AddTraceback("ivshmem.channel.readers.ValueReader.decoded", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_5, &__pyx_t_8) < 0) __PYX_ERR(0, 491, __pyx_L5_except_error)
-      __Pyx_XGOTREF(__pyx_t_4);
-      __Pyx_XGOTREF(__pyx_t_5);
-      __Pyx_XGOTREF(__pyx_t_8);
-      __Pyx_INCREF(__pyx_t_5);
-      __pyx_v_error = __pyx_t_5;
-      /*try:*/ {
-
-        /* "ivshmem/channel/readers.pyx":492
- *             return self.type.decode(data)
- *         except BaseException as error:
- *             if not self.is_for_ever(error):             # <<<<<<<<<<<<<<
- *                 self.reader.sources[0].next = seen
- *             raise
-*/
-        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.is_for_ever(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_error); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 492, __pyx_L14_error)
-        __pyx_t_10 = (!__pyx_t_9);
-
-
-        if (__pyx_t_10) {
-
-
-          /* "ivshmem/channel/readers.pyx":493
- *         except BaseException as error:
- *             if not self.is_for_ever(error):
- *                 self.reader.sources[0].next = seen             # <<<<<<<<<<<<<<
- *             raise
- * 
-*/
-          (__pyx_v_self->__pyx_base.reader.sources[0]).next = __pyx_v_seen;
-
-          /* "ivshmem/channel/readers.pyx":492
- *             return self.type.decode(data)
- *         except BaseException as error:
- *             if not self.is_for_ever(error):             # <<<<<<<<<<<<<<
- *                 self.reader.sources[0].next = seen
- *             raise
-*/
-        }
-
-        /* "ivshmem/channel/readers.pyx":494
- *             if not self.is_for_ever(error):
- *                 self.reader.sources[0].next = seen
- *             raise             # <<<<<<<<<<<<<<
- * 
- *     @cython.critical_section
-*/
-        __Pyx_GIVEREF(__pyx_t_4);
-        __Pyx_GIVEREF(__pyx_t_5);
-        __Pyx_XGIVEREF(__pyx_t_8);
-        __Pyx_ErrRestoreWithState(__pyx_t_4, __pyx_t_5, __pyx_t_8);
-        __pyx_t_4 = 0;  __pyx_t_5 = 0;  __pyx_t_8 = 0; 
-        __PYX_ERR(0, 494, __pyx_L14_error)
-      }
-
-      /* "ivshmem/channel/readers.pyx":491
- *         try:
- *             return self.type.decode(data)
- *         except BaseException as error:             # <<<<<<<<<<<<<<
- *             if not self.is_for_ever(error):
- *                 self.reader.sources[0].next = seen
-*/
-      /*finally:*/ {
-        __pyx_L14_error:;
-        /*exception exit:*/{
-          __Pyx_PyThreadState_declare
-          __Pyx_PyThreadState_assign
-          __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0;
-           __Pyx_ExceptionSwap(&__pyx_t_16, &__pyx_t_17, &__pyx_t_18);
-          if ( unlikely(__Pyx_GetException(&__pyx_t_13, &__pyx_t_14, &__pyx_t_15) < 0)) __Pyx_ErrFetch(&__pyx_t_13, &__pyx_t_14, &__pyx_t_15);
-          __Pyx_XGOTREF(__pyx_t_13);
-          __Pyx_XGOTREF(__pyx_t_14);
-          __Pyx_XGOTREF(__pyx_t_15);
-          __Pyx_XGOTREF(__pyx_t_16);
-          __Pyx_XGOTREF(__pyx_t_17);
-          __Pyx_XGOTREF(__pyx_t_18);
-          __pyx_t_7 = __pyx_lineno; __pyx_t_11 = __pyx_clineno; __pyx_t_12 = __pyx_filename;
-          {
-            __Pyx_DECREF(__pyx_v_error); __pyx_v_error = 0;
-          }
-          __Pyx_XGIVEREF(__pyx_t_16);
-          __Pyx_XGIVEREF(__pyx_t_17);
-          __Pyx_XGIVEREF(__pyx_t_18);
-          __Pyx_ExceptionReset(__pyx_t_16, __pyx_t_17, __pyx_t_18);
-          __Pyx_XGIVEREF(__pyx_t_13);
-          __Pyx_XGIVEREF(__pyx_t_14);
-          __Pyx_XGIVEREF(__pyx_t_15);
-          __Pyx_ErrRestore(__pyx_t_13, __pyx_t_14, __pyx_t_15);
-          __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0;
-          __pyx_lineno = __pyx_t_7; __pyx_clineno = __pyx_t_11; __pyx_filename = __pyx_t_12;
-          goto __pyx_L5_except_error;
-        }
-      }
-    }
-    goto __pyx_L5_except_error;
-
-    /* "ivshmem/channel/readers.pyx":489
- * 
- *     cdef object decoded(self, bytes data, uint64_t seen):
- *         try:             # <<<<<<<<<<<<<<
- *             return self.type.decode(data)
- *         except BaseException as error:
-*/
-    __pyx_L5_except_error:;
-    __Pyx_XGIVEREF(__pyx_t_1);
-    __Pyx_XGIVEREF(__pyx_t_2);
-    __Pyx_XGIVEREF(__pyx_t_3);
-    __Pyx_ExceptionReset(__pyx_t_1, __pyx_t_2, __pyx_t_3);
-    goto __pyx_L1_error;
-    __pyx_L7_try_return:;
-    __Pyx_XGIVEREF(__pyx_t_1);
-    __Pyx_XGIVEREF(__pyx_t_2);
-    __Pyx_XGIVEREF(__pyx_t_3);
-    __Pyx_ExceptionReset(__pyx_t_1, __pyx_t_2, __pyx_t_3);
-    goto __pyx_L0;
-  }
-
-  /* "ivshmem/channel/readers.pyx":488
- *         raise self.starved()
- * 
- *     cdef object decoded(self, bytes data, uint64_t seen):             # <<<<<<<<<<<<<<
- *         try:
- *             return self.type.decode(data)
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_XDECREF(__pyx_t_5);
-  __Pyx_XDECREF(__pyx_t_8);
-  __Pyx_AddTraceback("ivshmem.channel.readers.ValueReader.decoded", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = 0;
-  __pyx_L0:;
-  __Pyx_XDECREF(__pyx_v_error);
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/readers.pyx":496
- *             raise
- * 
- *     @cython.critical_section             # <<<<<<<<<<<<<<
- *     def get(self):
- *         """Return a copy of the latest content, which is never torn. Never waits.
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_1get(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7readers_11ValueReader_get, "Return a copy of the latest content, which is never torn. Never waits.\n\n        Returns:\n            bytes, or what the channel\047s type makes of them; None: it was never set. (With\n            pickle=True a content can be None, too.)\n\n        Raises:\n            Overtaken: the writer sets it faster than it can be copied.\n            ChannelCorrupt, ClosedError: as of Reader.get.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_1get = {"get", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_1get, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_11ValueReader_get};
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_1get(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-) {
-  #if !CYTHON_VECTORCALL
-  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  #endif
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("get (wrapper)", 0);
-  #if !CYTHON_VECTORCALL
-  #if CYTHON_ASSUME_SAFE_SIZE
-  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
-  #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
-  #endif
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
-  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("get", 1, 0, 0, __pyx_nargs); return NULL; }
-  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-  if (unlikely(__pyx_kwds_len < 0)) return NULL;
-  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("get", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_11ValueReader_get(((struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self));
-
-  /* function exit code */
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_get(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  int __pyx_t_2;
-  PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("get", 0);
-  {
-      __Pyx_PyCriticalSection __pyx_cs;
-      __pyx_t_1 = ((PyObject *)__pyx_v_self);
-      __Pyx_INCREF(__pyx_t_1);
-      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
-      /*try:*/ {
-
-        /* "ivshmem/channel/readers.pyx":508
- *             ChannelCorrupt, ClosedError: as of Reader.get.
- *         """
- *         self.enter()             # <<<<<<<<<<<<<<
- *         return self.latest(self.look(), None)
- * 
-*/
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 508, __pyx_L4_error)
-
-
-        /* "ivshmem/channel/readers.pyx":509
- *         """
- *         self.enter()
- *         return self.latest(self.look(), None)             # <<<<<<<<<<<<<<
- * 
- *     @cython.critical_section
-*/
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->latest(__pyx_v_self, ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->look(__pyx_v_self), Py_None); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 509, __pyx_L4_error)
-        __Pyx_GOTREF(__pyx_t_3);
-        {
-          PyObject *__pyx_temp;
-          {
-            __pyx_temp = __pyx_r;
-            __pyx_r = __pyx_t_3;
-          }
-          __Pyx_XDECREF(__pyx_temp);
-        }
-        __pyx_t_3 = 0;
-        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-        goto __pyx_L3_return;
-      }
-
-      /* "ivshmem/channel/readers.pyx":496
- *             raise
- * 
- *     @cython.critical_section             # <<<<<<<<<<<<<<
- *     def get(self):
- *         """Return a copy of the latest content, which is never torn. Never waits.
-*/
-      /*finally:*/ {
-        __pyx_L3_return: {
-          __pyx_t_4 = __pyx_r;
-          __pyx_r = 0;
-          __Pyx_PyCriticalSection_End(&__pyx_cs);
-          __pyx_r = __pyx_t_4;
-          __pyx_t_4 = 0;
-          goto __pyx_L0;
-        }
-        __pyx_L4_error: {
-          __Pyx_PyCriticalSection_End(&__pyx_cs);
-          goto __pyx_L1_error;
-        }
-      }
-      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  }
-
-  /* function exit code */
-  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
-  goto __pyx_L0;
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_AddTraceback("ivshmem.channel.readers.ValueReader.get", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
-  __pyx_L0:;
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/readers.pyx":511
- *         return self.latest(self.look(), None)
- * 
- *     @cython.critical_section             # <<<<<<<<<<<<<<
- *     def wait_changed(self, timeout=None, *, spin=None):
- *         """Wait until the value was set since this reader last looked; return its content.
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_3wait_changed(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7readers_11ValueReader_2wait_changed, "Wait until the value was set since this reader last looked; return its content.\n\n        Args:\n            timeout, spin: as of Reader.get.\n\n        Returns:\n            The content; None: it was not set in time, or the content is None, as of `get`.\n            Contents that came in between are skipped.\n\n        Raises:\n            As of `get`.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_3wait_changed = {"wait_changed", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_3wait_changed, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_11ValueReader_2wait_changed};
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_3wait_changed(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-) {
-  PyObject *__pyx_v_timeout = 0;
-  PyObject *__pyx_v_spin = 0;
-  #if !CYTHON_VECTORCALL
-  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  #endif
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject* values[2] = {0,0};
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("wait_changed (wrapper)", 0);
-  #if !CYTHON_VECTORCALL
-  #if CYTHON_ASSUME_SAFE_SIZE
-  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
-  #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
-  #endif
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
-  {
-    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
-    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 511, __pyx_L3_error)
-    if (__pyx_kwds_len > 0) {
-      switch (__pyx_nargs) {
-        case  1:
-        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 511, __pyx_L3_error)
-        CYTHON_FALLTHROUGH;
-        case  0: break;
-        default: goto __pyx_L5_argtuple_error;
-      }
-      const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait_changed", 0) < (0)) __PYX_ERR(0, 511, __pyx_L3_error)
-
-      /* "ivshmem/channel/readers.pyx":512
- * 
- *     @cython.critical_section
- *     def wait_changed(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
- *         """Wait until the value was set since this reader last looked; return its content.
- * 
-*/
-      if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
-      if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
-    } else {
-      switch (__pyx_nargs) {
-        case  1:
-        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 511, __pyx_L3_error)
-        CYTHON_FALLTHROUGH;
-        case  0: break;
-        default: goto __pyx_L5_argtuple_error;
-      }
-      if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
-      if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
-    }
-    __pyx_v_timeout = values[0];
-    __pyx_v_spin = values[1];
-  }
-  goto __pyx_L6_skip;
-  __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait_changed", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 511, __pyx_L3_error)
-  __pyx_L6_skip:;
-  goto __pyx_L4_argument_unpacking_done;
-  __pyx_L3_error:;
-  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
-    Py_XDECREF(values[__pyx_temp]);
-  }
-  __Pyx_AddTraceback("ivshmem.channel.readers.ValueReader.wait_changed", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __Pyx_RefNannyFinishContext();
-  return NULL;
-  __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_11ValueReader_2wait_changed(((struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
-
-  /* "ivshmem/channel/readers.pyx":511
- *         return self.latest(self.look(), None)
- * 
- *     @cython.critical_section             # <<<<<<<<<<<<<<
- *     def wait_changed(self, timeout=None, *, spin=None):
- *         """Wait until the value was set since this reader last looked; return its content.
-*/
-
-  /* function exit code */
-  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
-    Py_XDECREF(values[__pyx_temp]);
-  }
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_2wait_changed(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  int __pyx_t_2;
-  PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("wait_changed", 0);
-  {
-      __Pyx_PyCriticalSection __pyx_cs;
-      __pyx_t_1 = ((PyObject *)__pyx_v_self);
-      __Pyx_INCREF(__pyx_t_1);
-      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
-      /*try:*/ {
-
-        /* "ivshmem/channel/readers.pyx":525
- *             As of `get`.
- *         """
- *         self.enter()             # <<<<<<<<<<<<<<
- *         return self.latest(self.wait(timeout, spin), None)
- * 
-*/
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 525, __pyx_L4_error)
-
-
-        /* "ivshmem/channel/readers.pyx":526
- *         """
- *         self.enter()
- *         return self.latest(self.wait(timeout, spin), None)             # <<<<<<<<<<<<<<
- * 
- *     @cython.critical_section
-*/
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 526, __pyx_L4_error)
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->latest(__pyx_v_self, __pyx_t_2, Py_None); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 526, __pyx_L4_error)
-        __Pyx_GOTREF(__pyx_t_3);
-
-        {
-          PyObject *__pyx_temp;
-          {
-            __pyx_temp = __pyx_r;
-            __pyx_r = __pyx_t_3;
-          }
-          __Pyx_XDECREF(__pyx_temp);
-        }
-        __pyx_t_3 = 0;
-        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-        goto __pyx_L3_return;
-      }
-
-      /* "ivshmem/channel/readers.pyx":511
- *         return self.latest(self.look(), None)
- * 
- *     @cython.critical_section             # <<<<<<<<<<<<<<
- *     def wait_changed(self, timeout=None, *, spin=None):
- *         """Wait until the value was set since this reader last looked; return its content.
-*/
-      /*finally:*/ {
-        __pyx_L3_return: {
-          __pyx_t_4 = __pyx_r;
-          __pyx_r = 0;
-          __Pyx_PyCriticalSection_End(&__pyx_cs);
-          __pyx_r = __pyx_t_4;
-          __pyx_t_4 = 0;
-          goto __pyx_L0;
-        }
-        __pyx_L4_error: {
-          __Pyx_PyCriticalSection_End(&__pyx_cs);
-          goto __pyx_L1_error;
-        }
-      }
-      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  }
-
-  /* function exit code */
-  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
-  goto __pyx_L0;
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_AddTraceback("ivshmem.channel.readers.ValueReader.wait_changed", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
-  __pyx_L0:;
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/readers.pyx":528
- *         return self.latest(self.wait(timeout, spin), None)
- * 
- *     @cython.critical_section             # <<<<<<<<<<<<<<
- *     def _changed_or(self, absent, timeout):
- *         """Do what `wait_changed` does; return `absent` if the value was not set."""
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_5_changed_or(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7readers_11ValueReader_4_changed_or, "Do what `wait_changed` does; return `absent` if the value was not set.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_5_changed_or = {"_changed_or", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_5_changed_or, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_11ValueReader_4_changed_or};
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_5_changed_or(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-) {
-  PyObject *__pyx_v_absent = 0;
-  PyObject *__pyx_v_timeout = 0;
-  #if !CYTHON_VECTORCALL
-  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  #endif
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject* values[2] = {0,0};
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("_changed_or (wrapper)", 0);
-  #if !CYTHON_VECTORCALL
-  #if CYTHON_ASSUME_SAFE_SIZE
-  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
-  #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
-  #endif
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
-  {
-    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_absent,&__pyx_mstate_global->__pyx_n_u_timeout,0};
-    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 528, __pyx_L3_error)
-    if (__pyx_kwds_len > 0) {
-      switch (__pyx_nargs) {
-        case  2:
-        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 528, __pyx_L3_error)
-        CYTHON_FALLTHROUGH;
-        case  1:
-        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 528, __pyx_L3_error)
-        CYTHON_FALLTHROUGH;
-        case  0: break;
-        default: goto __pyx_L5_argtuple_error;
-      }
-      const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_changed_or", 0) < (0)) __PYX_ERR(0, 528, __pyx_L3_error)
-      for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_changed_or", 1, 2, 2, i); __PYX_ERR(0, 528, __pyx_L3_error) }
-      }
-    } else if (unlikely(__pyx_nargs != 2)) {
-      goto __pyx_L5_argtuple_error;
-    } else {
-      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 528, __pyx_L3_error)
-      values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 528, __pyx_L3_error)
-    }
-    __pyx_v_absent = values[0];
-    __pyx_v_timeout = values[1];
-  }
-  goto __pyx_L6_skip;
-  __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_changed_or", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 528, __pyx_L3_error)
-  __pyx_L6_skip:;
-  goto __pyx_L4_argument_unpacking_done;
-  __pyx_L3_error:;
-  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
-    Py_XDECREF(values[__pyx_temp]);
-  }
-  __Pyx_AddTraceback("ivshmem.channel.readers.ValueReader._changed_or", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __Pyx_RefNannyFinishContext();
-  return NULL;
-  __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_11ValueReader_4_changed_or(((struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self), __pyx_v_absent, __pyx_v_timeout);
-
-  /* function exit code */
-  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
-    Py_XDECREF(values[__pyx_temp]);
-  }
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_4_changed_or(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self, PyObject *__pyx_v_absent, PyObject *__pyx_v_timeout) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  int __pyx_t_2;
-  PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("_changed_or", 0);
-  {
-      __Pyx_PyCriticalSection __pyx_cs;
-      __pyx_t_1 = ((PyObject *)__pyx_v_self);
-      __Pyx_INCREF(__pyx_t_1);
-      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
-      /*try:*/ {
-
-        /* "ivshmem/channel/readers.pyx":531
- *     def _changed_or(self, absent, timeout):
- *         """Do what `wait_changed` does; return `absent` if the value was not set."""
- *         self.enter()             # <<<<<<<<<<<<<<
- *         return self.latest(self.wait(timeout, None), absent)
- * 
-*/
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 531, __pyx_L4_error)
-
-
-        /* "ivshmem/channel/readers.pyx":532
- *         """Do what `wait_changed` does; return `absent` if the value was not set."""
- *         self.enter()
- *         return self.latest(self.wait(timeout, None), absent)             # <<<<<<<<<<<<<<
- * 
- *     @cython.critical_section
-*/
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, Py_None); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 532, __pyx_L4_error)
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->latest(__pyx_v_self, __pyx_t_2, __pyx_v_absent); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 532, __pyx_L4_error)
-        __Pyx_GOTREF(__pyx_t_3);
-
-        {
-          PyObject *__pyx_temp;
-          {
-            __pyx_temp = __pyx_r;
-            __pyx_r = __pyx_t_3;
-          }
-          __Pyx_XDECREF(__pyx_temp);
-        }
-        __pyx_t_3 = 0;
-        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-        goto __pyx_L3_return;
-      }
-
-      /* "ivshmem/channel/readers.pyx":528
- *         return self.latest(self.wait(timeout, spin), None)
- * 
- *     @cython.critical_section             # <<<<<<<<<<<<<<
- *     def _changed_or(self, absent, timeout):
- *         """Do what `wait_changed` does; return `absent` if the value was not set."""
-*/
-      /*finally:*/ {
-        __pyx_L3_return: {
-          __pyx_t_4 = __pyx_r;
-          __pyx_r = 0;
-          __Pyx_PyCriticalSection_End(&__pyx_cs);
-          __pyx_r = __pyx_t_4;
-          __pyx_t_4 = 0;
-          goto __pyx_L0;
-        }
-        __pyx_L4_error: {
-          __Pyx_PyCriticalSection_End(&__pyx_cs);
-          goto __pyx_L1_error;
-        }
-      }
-      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  }
-
-  /* function exit code */
-  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
-  goto __pyx_L0;
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_AddTraceback("ivshmem.channel.readers.ValueReader._changed_or", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
-  __pyx_L0:;
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/readers.pyx":534
- *         return self.latest(self.wait(timeout, None), absent)
- * 
- *     @cython.critical_section             # <<<<<<<<<<<<<<
- *     def view(self):
- *         """Return the latest content as a View; None: it was never set.
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_7view(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7readers_11ValueReader_6view, "Return the latest content as a View; None: it was never set.\n\n        The writer does not wait for it: `check`, and the end of `with`, raise Overtaken if the\n        writer has used its memory again. The last four contents keep theirs.\n\n        Raises:\n            ChannelTypeError: pickle=True.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_7view = {"view", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_7view, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_11ValueReader_6view};
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_7view(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-) {
-  #if !CYTHON_VECTORCALL
-  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  #endif
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("view (wrapper)", 0);
-  #if !CYTHON_VECTORCALL
-  #if CYTHON_ASSUME_SAFE_SIZE
-  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
-  #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
-  #endif
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
-  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("view", 1, 0, 0, __pyx_nargs); return NULL; }
-  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-  if (unlikely(__pyx_kwds_len < 0)) return NULL;
-  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("view", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_11ValueReader_6view(((struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self));
-
-  /* function exit code */
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_6view(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self) {
-  int __pyx_v_code;
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  PyObject *__pyx_t_2 = NULL;
-  PyObject *__pyx_t_3 = NULL;
-  int __pyx_t_4;
-  int __pyx_t_5;
-  PyObject *__pyx_t_6 = NULL;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("view", 0);
-  {
-      __Pyx_PyCriticalSection __pyx_cs;
-      __pyx_t_1 = ((PyObject *)__pyx_v_self);
-      __Pyx_INCREF(__pyx_t_1);
-      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
-      /*try:*/ {
-
-        /* "ivshmem/channel/readers.pyx":545
- *         """
- *         cdef int code
- *         check_in_place(self.type, self.name)             # <<<<<<<<<<<<<<
- *         self.enter()
- *         code = self.look()
-*/
-        __pyx_t_2 = __pyx_v_self->__pyx_base.type;
-        __Pyx_INCREF(__pyx_t_2);
-        __pyx_t_3 = __pyx_v_self->__pyx_base.__pyx_base.name;
-        __Pyx_INCREF(__pyx_t_3);
-        __pyx_t_4 = __pyx_f_7ivshmem_7channel_5roles_check_in_place(__pyx_t_2, ((PyObject*)__pyx_t_3)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 545, __pyx_L4_error)
-        __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-        __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-
-
-        /* "ivshmem/channel/readers.pyx":546
- *         cdef int code
- *         check_in_place(self.type, self.name)
- *         self.enter()             # <<<<<<<<<<<<<<
- *         code = self.look()
- *         if code == IVSHMEM_AGAIN:
-*/
-        __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 546, __pyx_L4_error)
-
-
-        /* "ivshmem/channel/readers.pyx":547
- *         check_in_place(self.type, self.name)
- *         self.enter()
- *         code = self.look()             # <<<<<<<<<<<<<<
- *         if code == IVSHMEM_AGAIN:
- *             return None
-*/
-        __pyx_v_code = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->look(__pyx_v_self);
-
-        /* "ivshmem/channel/readers.pyx":548
- *         self.enter()
- *         code = self.look()
- *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
- *             return None
- *         if code:
-*/
-        __pyx_t_5 = (__pyx_v_code == IVSHMEM_AGAIN);
-
-        if (__pyx_t_5) {
-
-
-          /* "ivshmem/channel/readers.pyx":549
- *         code = self.look()
- *         if code == IVSHMEM_AGAIN:
- *             return None             # <<<<<<<<<<<<<<
- *         if code:
- *             raise self.fail(code)
-*/
-          {
-            PyObject *__pyx_temp;
-            {
-              __pyx_temp = __pyx_r;
-              __pyx_r = Py_None; __Pyx_INCREF(Py_None);
-            }
-            __Pyx_XDECREF(__pyx_temp);
-          }
-          __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-          goto __pyx_L3_return;
-
-          /* "ivshmem/channel/readers.pyx":548
- *         self.enter()
- *         code = self.look()
- *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
- *             return None
- *         if code:
-*/
-        }
-
-        /* "ivshmem/channel/readers.pyx":550
- *         if code == IVSHMEM_AGAIN:
- *             return None
- *         if code:             # <<<<<<<<<<<<<<
- *             raise self.fail(code)
- *         return view_of(self, self.message)
-*/
-        __pyx_t_5 = (__pyx_v_code != 0);
-
-        if (unlikely(__pyx_t_5)) {
-
-
-          /* "ivshmem/channel/readers.pyx":551
- *             return None
- *         if code:
- *             raise self.fail(code)             # <<<<<<<<<<<<<<
- *         return view_of(self, self.message)
- * 
-*/
-          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 551, __pyx_L4_error)
-          __Pyx_GOTREF(__pyx_t_3);
-          __Pyx_Raise(__pyx_t_3, 0, 0, 0);
-          __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-          __PYX_ERR(0, 551, __pyx_L4_error)
-
-          /* "ivshmem/channel/readers.pyx":550
- *         if code == IVSHMEM_AGAIN:
- *             return None
- *         if code:             # <<<<<<<<<<<<<<
- *             raise self.fail(code)
- *         return view_of(self, self.message)
-*/
-        }
-
-        /* "ivshmem/channel/readers.pyx":552
- *         if code:
- *             raise self.fail(code)
- *         return view_of(self, self.message)             # <<<<<<<<<<<<<<
- * 
- *     def wait_changed_async(self, timeout=None):
-*/
-        __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_5views_view_of(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_self->message)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 552, __pyx_L4_error)
-        __Pyx_GOTREF(__pyx_t_3);
-        {
-          PyObject *__pyx_temp;
-          {
-            __pyx_temp = __pyx_r;
-            __pyx_r = __pyx_t_3;
-          }
-          __Pyx_XDECREF(__pyx_temp);
-        }
-        __pyx_t_3 = 0;
-        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-        goto __pyx_L3_return;
-      }
-
-      /* "ivshmem/channel/readers.pyx":534
- *         return self.latest(self.wait(timeout, None), absent)
- * 
- *     @cython.critical_section             # <<<<<<<<<<<<<<
- *     def view(self):
- *         """Return the latest content as a View; None: it was never set.
-*/
-      /*finally:*/ {
-        __pyx_L3_return: {
-          __pyx_t_6 = __pyx_r;
-          __pyx_r = 0;
-          __Pyx_PyCriticalSection_End(&__pyx_cs);
-          __pyx_r = __pyx_t_6;
-          __pyx_t_6 = 0;
-          goto __pyx_L0;
-        }
-        __pyx_L4_error: {
-          __Pyx_PyCriticalSection_End(&__pyx_cs);
-          goto __pyx_L1_error;
-        }
-      }
-      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  }
-
-  /* function exit code */
-  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
-  goto __pyx_L0;
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_AddTraceback("ivshmem.channel.readers.ValueReader.view", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
-  __pyx_L0:;
-
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/readers.pyx":554
- *         return view_of(self, self.message)
- * 
- *     def wait_changed_async(self, timeout=None):             # <<<<<<<<<<<<<<
- *         """The twin of `wait_changed` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return until_content(self, "wait_changed", self._changed_or, timeout)
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_9wait_changed_async(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7readers_11ValueReader_8wait_changed_async, "The twin of `wait_changed` for asyncio: a coroutine. To cancel it takes nothing.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_9wait_changed_async = {"wait_changed_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_9wait_changed_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_11ValueReader_8wait_changed_async};
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_9wait_changed_async(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-) {
-  PyObject *__pyx_v_timeout = 0;
-  #if !CYTHON_VECTORCALL
-  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  #endif
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject* values[1] = {0};
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("wait_changed_async (wrapper)", 0);
-  #if !CYTHON_VECTORCALL
-  #if CYTHON_ASSUME_SAFE_SIZE
-  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
-  #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
-  #endif
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
-  {
-    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
-    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 554, __pyx_L3_error)
-    if (__pyx_kwds_len > 0) {
-      switch (__pyx_nargs) {
-        case  1:
-        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 554, __pyx_L3_error)
-        CYTHON_FALLTHROUGH;
-        case  0: break;
-        default: goto __pyx_L5_argtuple_error;
-      }
-      const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait_changed_async", 0) < (0)) __PYX_ERR(0, 554, __pyx_L3_error)
-      if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
-    } else {
-      switch (__pyx_nargs) {
-        case  1:
-        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 554, __pyx_L3_error)
-        CYTHON_FALLTHROUGH;
-        case  0: break;
-        default: goto __pyx_L5_argtuple_error;
-      }
-      if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
-    }
-    __pyx_v_timeout = values[0];
-  }
-  goto __pyx_L6_skip;
-  __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait_changed_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 554, __pyx_L3_error)
-  __pyx_L6_skip:;
-  goto __pyx_L4_argument_unpacking_done;
-  __pyx_L3_error:;
-  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
-    Py_XDECREF(values[__pyx_temp]);
-  }
-  __Pyx_AddTraceback("ivshmem.channel.readers.ValueReader.wait_changed_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __Pyx_RefNannyFinishContext();
-  return NULL;
-  __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_11ValueReader_8wait_changed_async(((struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self), __pyx_v_timeout);
-
-  /* function exit code */
-  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
-    Py_XDECREF(values[__pyx_temp]);
-  }
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_8wait_changed_async(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self, PyObject *__pyx_v_timeout) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  PyObject *__pyx_t_2 = NULL;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("wait_changed_async", 0);
-
-  /* "ivshmem/channel/readers.pyx":556
- *     def wait_changed_async(self, timeout=None):
- *         """The twin of `wait_changed` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return until_content(self, "wait_changed", self._changed_or, timeout)             # <<<<<<<<<<<<<<
- * 
- *     def __iter__(self):
-*/
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_changed_or); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 556, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_content(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_wait_changed, __pyx_t_1, __pyx_v_timeout); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 556, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  {
-    PyObject *__pyx_temp;
-    {
-      __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_2;
-    }
-    __Pyx_XDECREF(__pyx_temp);
-  }
-  __pyx_t_2 = 0;
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/readers.pyx":554
- *         return view_of(self, self.message)
- * 
- *     def wait_changed_async(self, timeout=None):             # <<<<<<<<<<<<<<
- *         """The twin of `wait_changed` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return until_content(self, "wait_changed", self._changed_or, timeout)
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_AddTraceback("ivshmem.channel.readers.ValueReader.wait_changed_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
-  __pyx_L0:;
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/readers.pyx":558
- *         return until_content(self, "wait_changed", self._changed_or, timeout)
- * 
- *     def __iter__(self):             # <<<<<<<<<<<<<<
- *         return self
- * 
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_11__iter__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_11__iter__(PyObject *__pyx_v_self) {
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__iter__ (wrapper)", 0);
-  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_11ValueReader_10__iter__(((struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self));
-
-  /* function exit code */
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_10__iter__(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__iter__", 0);
-
-  /* "ivshmem/channel/readers.pyx":559
- * 
- *     def __iter__(self):
- *         return self             # <<<<<<<<<<<<<<
- * 
- *     def __next__(self):
-*/
-  {
-    PyObject *__pyx_temp;
-    {
-      __pyx_temp = __pyx_r;
-      __Pyx_INCREF((PyObject *)__pyx_v_self);
-      __pyx_r = ((PyObject *)__pyx_v_self);
-    }
-    __Pyx_XDECREF(__pyx_temp);
-  }
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/readers.pyx":558
- *         return until_content(self, "wait_changed", self._changed_or, timeout)
- * 
- *     def __iter__(self):             # <<<<<<<<<<<<<<
- *         return self
- * 
-*/
-
-  /* function exit code */
-  __pyx_L0:;
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/readers.pyx":561
- *         return self
- * 
- *     def __next__(self):             # <<<<<<<<<<<<<<
- *         return self.wait_changed()
- * 
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_13__next__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_13__next__(PyObject *__pyx_v_self) {
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__next__ (wrapper)", 0);
-  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_11ValueReader_12__next__(((struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self));
-
-  /* function exit code */
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_12__next__(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  PyObject *__pyx_t_2 = NULL;
-  size_t __pyx_t_3;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("__next__", 0);
-
-  /* "ivshmem/channel/readers.pyx":562
- * 
- *     def __next__(self):
- *         return self.wait_changed()             # <<<<<<<<<<<<<<
- * 
- *     def __aiter__(self):
-*/
-  __pyx_t_2 = ((PyObject *)__pyx_v_self);
-  __Pyx_INCREF(__pyx_t_2);
-  __pyx_t_3 = 0;
-  {
-    PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
-    __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_wait_changed, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 562, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-  }
-  {
-    PyObject *__pyx_temp;
-    {
-      __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_1;
-    }
-    __Pyx_XDECREF(__pyx_temp);
-  }
-  __pyx_t_1 = 0;
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/readers.pyx":561
- *         return self
- * 
- *     def __next__(self):             # <<<<<<<<<<<<<<
- *         return self.wait_changed()
- * 
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_AddTraceback("ivshmem.channel.readers.ValueReader.__next__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
-  __pyx_L0:;
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/readers.pyx":564
- *         return self.wait_changed()
- * 
- *     def __aiter__(self):             # <<<<<<<<<<<<<<
- *         return self
- * 
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_15__aiter__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_15__aiter__(PyObject *__pyx_v_self) {
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__aiter__ (wrapper)", 0);
-  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_11ValueReader_14__aiter__(((struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self));
-
-  /* function exit code */
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_14__aiter__(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__aiter__", 0);
-
-  /* "ivshmem/channel/readers.pyx":565
- * 
- *     def __aiter__(self):
- *         return self             # <<<<<<<<<<<<<<
- * 
- *     def __anext__(self):
-*/
-  {
-    PyObject *__pyx_temp;
-    {
-      __pyx_temp = __pyx_r;
-      __Pyx_INCREF((PyObject *)__pyx_v_self);
-      __pyx_r = ((PyObject *)__pyx_v_self);
-    }
-    __Pyx_XDECREF(__pyx_temp);
-  }
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/readers.pyx":564
- *         return self.wait_changed()
- * 
- *     def __aiter__(self):             # <<<<<<<<<<<<<<
- *         return self
- * 
-*/
-
-  /* function exit code */
-  __pyx_L0:;
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/readers.pyx":567
- *         return self
- * 
- *     def __anext__(self):             # <<<<<<<<<<<<<<
- *         return self.wait_changed_async()
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_17__anext__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_17__anext__(PyObject *__pyx_v_self) {
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__anext__ (wrapper)", 0);
-  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_11ValueReader_16__anext__(((struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self));
-
-  /* function exit code */
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_16__anext__(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  PyObject *__pyx_t_2 = NULL;
-  size_t __pyx_t_3;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("__anext__", 0);
-
-  /* "ivshmem/channel/readers.pyx":568
- * 
- *     def __anext__(self):
- *         return self.wait_changed_async()             # <<<<<<<<<<<<<<
-*/
-  __pyx_t_2 = ((PyObject *)__pyx_v_self);
-  __Pyx_INCREF(__pyx_t_2);
-  __pyx_t_3 = 0;
-  {
-    PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
-    __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_wait_changed_async, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 568, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-  }
-  {
-    PyObject *__pyx_temp;
-    {
-      __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_1;
-    }
-    __Pyx_XDECREF(__pyx_temp);
-  }
-  __pyx_t_1 = 0;
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/readers.pyx":567
- *         return self
- * 
- *     def __anext__(self):             # <<<<<<<<<<<<<<
- *         return self.wait_changed_async()
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_AddTraceback("ivshmem.channel.readers.ValueReader.__anext__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
-  __pyx_L0:;
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "(tree fragment)":1
- * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
- *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
- * def __setstate_cython__(self, __pyx_state):
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_19__reduce_cython__(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7readers_11ValueReader_18__reduce_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_19__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_19__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_11ValueReader_18__reduce_cython__};
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_19__reduce_cython__(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-) {
-  #if !CYTHON_VECTORCALL
-  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  #endif
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__reduce_cython__ (wrapper)", 0);
-  #if !CYTHON_VECTORCALL
-  #if CYTHON_ASSUME_SAFE_SIZE
-  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
-  #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
-  #endif
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
-  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("__reduce_cython__", 1, 0, 0, __pyx_nargs); return NULL; }
-  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-  if (unlikely(__pyx_kwds_len < 0)) return NULL;
-  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_11ValueReader_18__reduce_cython__(((struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self));
-
-  /* function exit code */
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_18__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("__reduce_cython__", 0);
-
-  /* "(tree fragment)":2
- * def __reduce_cython__(self):
- *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"             # <<<<<<<<<<<<<<
- * def __setstate_cython__(self, __pyx_state):
- *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
-*/
-  __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_self_held_self_reader_cannot_be, 0, 0);
-  __PYX_ERR(3, 2, __pyx_L1_error)
-
-  /* "(tree fragment)":1
- * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
- *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
- * def __setstate_cython__(self, __pyx_state):
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem.channel.readers.ValueReader.__reduce_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "(tree fragment)":3
- * def __reduce_cython__(self):
- *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
- * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
- *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_21__setstate_cython__(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7readers_11ValueReader_20__setstate_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_21__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_21__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_11ValueReader_20__setstate_cython__};
-static PyObject *__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_21__setstate_cython__(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-) {
-  CYTHON_UNUSED PyObject *__pyx_v___pyx_state = 0;
-  #if !CYTHON_VECTORCALL
-  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  #endif
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject* values[1] = {0};
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__setstate_cython__ (wrapper)", 0);
-  #if !CYTHON_VECTORCALL
-  #if CYTHON_ASSUME_SAFE_SIZE
-  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
-  #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
-  #endif
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
-  {
-    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
-    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(3, 3, __pyx_L3_error)
-    if (__pyx_kwds_len > 0) {
-      switch (__pyx_nargs) {
-        case  1:
-        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(3, 3, __pyx_L3_error)
-        CYTHON_FALLTHROUGH;
-        case  0: break;
-        default: goto __pyx_L5_argtuple_error;
-      }
-      const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(3, 3, __pyx_L3_error)
-      for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(3, 3, __pyx_L3_error) }
-      }
-    } else if (unlikely(__pyx_nargs != 1)) {
-      goto __pyx_L5_argtuple_error;
-    } else {
-      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(3, 3, __pyx_L3_error)
-    }
-    __pyx_v___pyx_state = values[0];
-  }
-  goto __pyx_L6_skip;
-  __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(3, 3, __pyx_L3_error)
-  __pyx_L6_skip:;
-  goto __pyx_L4_argument_unpacking_done;
-  __pyx_L3_error:;
-  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
-    Py_XDECREF(values[__pyx_temp]);
-  }
-  __Pyx_AddTraceback("ivshmem.channel.readers.ValueReader.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __Pyx_RefNannyFinishContext();
-  return NULL;
-  __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_11ValueReader_20__setstate_cython__(((struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self), __pyx_v___pyx_state);
-
-  /* function exit code */
-  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
-    Py_XDECREF(values[__pyx_temp]);
-  }
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_20__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("__setstate_cython__", 0);
-
-  /* "(tree fragment)":4
- *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
- * def __setstate_cython__(self, __pyx_state):
- *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"             # <<<<<<<<<<<<<<
-*/
-  __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_self_held_self_reader_cannot_be, 0, 0);
-  __PYX_ERR(3, 4, __pyx_L1_error)
-
-  /* "(tree fragment)":3
- * def __reduce_cython__(self):
- *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
- * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
- *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem.channel.readers.ValueReader.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
 /* #### Code section: module_exttypes ### */
 static struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader __pyx_vtable_7ivshmem_7channel_7readers_Reader;
 
@@ -15051,204 +12529,6 @@ static PyTypeObject __pyx_type_7ivshmem_7channel_7readers_Reader = {
   0, /*tp_init*/
   0, /*tp_alloc*/
   __pyx_tp_new_7ivshmem_7channel_7readers_Reader, /*tp_new*/
-  0, /*tp_free*/
-  0, /*tp_is_gc*/
-  0, /*tp_bases*/
-  0, /*tp_mro*/
-  0, /*tp_cache*/
-  0, /*tp_subclasses*/
-  0, /*tp_weaklist*/
-  0, /*tp_del*/
-  0, /*tp_version_tag*/
-  #if CYTHON_USE_TP_FINALIZE
-  0, /*tp_finalize*/
-  #else
-  NULL, /*tp_finalize*/
-  #endif
-  #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
-  #if CYTHON_VECTORCALL_TPNEW
-  0, /*tp_vectorcall*/
-  #else
-  NULL, /*tp_vectorcall*/
-  #endif
-  #endif
-  #if __PYX_NEED_TP_PRINT_SLOT == 1
-  0, /*tp_print*/
-  #endif
-  #if PY_VERSION_HEX >= 0x030C0000
-  0, /*tp_watched*/
-  #endif
-  #if PY_VERSION_HEX >= 0x030d00A4
-  0, /*tp_versions_used*/
-  #endif
-  #if CYTHON_COMPILING_IN_PYPY && PY_VERSION_HEX < 0x030a0000
-  0, /*tp_pypy_flags*/
-  #endif
-};
-#endif
-static struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader __pyx_vtable_7ivshmem_7channel_7readers_ValueReader;
-
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_7readers_ValueReader(PyObject *o, CYTHON_UNUSED PyObject *a, CYTHON_UNUSED PyObject *k) {
-  struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *p = ((struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *)o);
-  p->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab = (struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent*)__pyx_vtabptr_7ivshmem_7channel_7readers_ValueReader;
-  return o;
-}
-
-static PyObject *__pyx_tp_new_7ivshmem_7channel_7readers_ValueReader(PyTypeObject *t, PyObject *a, PyObject *k) {
-  PyObject *o;
-  newfunc base_tp_new = __Pyx_PyType_TryGetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, tp_new, newfunc);
-  #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_VEX < 0x030A0000
-  if (unlikely(!base_tp_new)) {
-    __Pyx_RaiseTypeErrorWithTypes("Type " __Pyx_FMT_TYPENAME " cannot be instantiated because it cannot access tp_new of its base " __Pyx_FMT_TYPENAME ". This is probably because the base is not a heap type and is a restriction of the Limited API in Python<=3.9", t, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd);
-    o = NULL;
-  } else
-  #endif
-  o = base_tp_new(t, a, k);
-  if (unlikely(!o)) return 0;
-  return __pyx_tp_new__initialisation_7ivshmem_7channel_7readers_ValueReader(o, a, k);
-}
-
-static void __pyx_tp_dealloc_7ivshmem_7channel_7readers_ValueReader(PyObject *o) {
-  #if CYTHON_USE_TP_FINALIZE
-  if (unlikely(__Pyx_PyObject_GetSlot(o, tp_finalize, destructor)) && !__Pyx_PyObject_GC_IsFinalized(o)) {
-    if (__Pyx_PyObject_GetSlot(o, tp_dealloc, destructor) == __pyx_tp_dealloc_7ivshmem_7channel_7readers_ValueReader) {
-      if (PyObject_CallFinalizerFromDealloc(o)) return;
-    }
-  }
-  #endif
-  PyObject_GC_UnTrack(o);
-  #if CYTHON_USE_TYPE_SPECS
-  PyObject *tp = (PyObject*)Py_TYPE(o);
-  #endif
-  if (PyType_IS_GC(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd)) PyObject_GC_Track(o);
-  #if !CYTHON_USE_MODULE_STATE
-  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd)) __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, tp_dealloc, destructor)(o); else
-  #endif
-  __Pyx_call_next_tp_dealloc(o, __pyx_tp_dealloc_7ivshmem_7channel_7readers_ValueReader);
-  #if CYTHON_USE_TYPE_SPECS
-  if (!__Pyx_PyType_HasFeature(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, Py_TPFLAGS_HEAPTYPE)) {
-    Py_DECREF(tp);
-  }
-  #endif
-}
-
-static int __pyx_tp_traverse_7ivshmem_7channel_7readers_ValueReader(PyObject *o, visitproc v, void *a) {
-  int e;
-  #if !CYTHON_USE_MODULE_STATE
-  e = 0;
-  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd)) {
-    traverseproc traverse = __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, tp_traverse, traverseproc);
-    if (traverse) { e = traverse(o, v, a); }
-  } else
-  #endif
-  { e = __Pyx_call_next_tp_traverse(o, v, a, __pyx_tp_traverse_7ivshmem_7channel_7readers_ValueReader); }
-  if (e) return e;
-  {
-    e = __Pyx_call_type_traverse(o, 0, v, a);
-    if (e) return e;
-  }
-  return 0;
-}
-
-static PyObject *__pyx_specialmethod___pyx_pw_7ivshmem_7channel_7readers_11ValueReader_13__next__(PyObject *self, CYTHON_UNUSED PyObject *arg) {
-  PyObject *res = __pyx_pw_7ivshmem_7channel_7readers_11ValueReader_13__next__(self);
-  if (!res && !PyErr_Occurred()) { PyErr_SetNone(PyExc_StopIteration); }
-  return res;
-}
-static PyObject *__pyx_specialmethod___pyx_pw_7ivshmem_7channel_7readers_11ValueReader_15__aiter__(PyObject *self, CYTHON_UNUSED PyObject *arg) {
-  return __pyx_pw_7ivshmem_7channel_7readers_11ValueReader_15__aiter__(self);
-}
-static PyObject *__pyx_specialmethod___pyx_pw_7ivshmem_7channel_7readers_11ValueReader_17__anext__(PyObject *self, CYTHON_UNUSED PyObject *arg) {
-  return __pyx_pw_7ivshmem_7channel_7readers_11ValueReader_17__anext__(self);
-}
-
-static PyMethodDef __pyx_methods_7ivshmem_7channel_7readers_ValueReader[] = {
-  {"get", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_1get, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_11ValueReader_get},
-  {"wait_changed", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_3wait_changed, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_11ValueReader_2wait_changed},
-  {"_changed_or", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_5_changed_or, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_11ValueReader_4_changed_or},
-  {"view", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_7view, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_11ValueReader_6view},
-  {"wait_changed_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_9wait_changed_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_11ValueReader_8wait_changed_async},
-  {"__next__", (PyCFunction)__pyx_specialmethod___pyx_pw_7ivshmem_7channel_7readers_11ValueReader_13__next__, METH_NOARGS|METH_COEXIST, 0},
-  {"__aiter__", (PyCFunction)__pyx_specialmethod___pyx_pw_7ivshmem_7channel_7readers_11ValueReader_15__aiter__, METH_NOARGS|METH_COEXIST, 0},
-  {"__anext__", (PyCFunction)__pyx_specialmethod___pyx_pw_7ivshmem_7channel_7readers_11ValueReader_17__anext__, METH_NOARGS|METH_COEXIST, 0},
-  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_19__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_11ValueReader_18__reduce_cython__},
-  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_21__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7readers_11ValueReader_20__setstate_cython__},
-  {0, 0, 0, 0}
-};
-#if CYTHON_USE_TYPE_SPECS
-static PyType_Slot __pyx_type_7ivshmem_7channel_7readers_ValueReader_slots[] = {
-  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7channel_7readers_ValueReader},
-  #if defined(Py_am_aiter)
-  {Py_am_aiter, (void *)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_15__aiter__},
-  #endif
-  #if defined(Py_am_anext)
-  {Py_am_anext, (void *)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_17__anext__},
-  #endif
-  {Py_tp_doc, (void *)PyDoc_STR("One reader of a value; made by its `reader()`. It iterates over contents as they change.\n\n    Attributes:\n        name: of the channel.\n    ")},
-  {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7channel_7readers_ValueReader},
-  {Py_tp_iter, (void *)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_11__iter__},
-  {Py_tp_iternext, (void *)__pyx_pw_7ivshmem_7channel_7readers_11ValueReader_13__next__},
-  {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7channel_7readers_ValueReader},
-  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_7channel_7readers_ValueReader},
-  {0, 0},
-};
-static PyType_Spec __pyx_type_7ivshmem_7channel_7readers_ValueReader_spec = {
-  "ivshmem.channel.readers.ValueReader",
-  sizeof(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader),
-  0,
-  Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_BASETYPE|Py_TPFLAGS_HAVE_GC,
-  __pyx_type_7ivshmem_7channel_7readers_ValueReader_slots,
-};
-#else
-
-static __Pyx_PyAsyncMethodsStruct __pyx_tp_as_async_ValueReader = {
-  0, /*am_await*/
-  __pyx_pw_7ivshmem_7channel_7readers_11ValueReader_15__aiter__, /*am_aiter*/
-  __pyx_pw_7ivshmem_7channel_7readers_11ValueReader_17__anext__, /*am_anext*/
-  0, /*am_send*/
-};
-
-static PyTypeObject __pyx_type_7ivshmem_7channel_7readers_ValueReader = {
-  PyVarObject_HEAD_INIT(0, 0)
-  "ivshmem.channel.readers.""ValueReader", /*tp_name*/
-  sizeof(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader), /*tp_basicsize*/
-  0, /*tp_itemsize*/
-  __pyx_tp_dealloc_7ivshmem_7channel_7readers_ValueReader, /*tp_dealloc*/
-  0, /*tp_vectorcall_offset*/
-  0, /*tp_getattr*/
-  0, /*tp_setattr*/
-  (PyAsyncMethods*)&__pyx_tp_as_async_ValueReader, /*tp_as_async*/
-  0, /*tp_repr*/
-  0, /*tp_as_number*/
-  0, /*tp_as_sequence*/
-  0, /*tp_as_mapping*/
-  0, /*tp_hash*/
-  0, /*tp_call*/
-  0, /*tp_str*/
-  0, /*tp_getattro*/
-  0, /*tp_setattro*/
-  0, /*tp_as_buffer*/
-  Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_BASETYPE|Py_TPFLAGS_HAVE_GC, /*tp_flags*/
-  PyDoc_STR("One reader of a value; made by its `reader()`. It iterates over contents as they change.\n\n    Attributes:\n        name: of the channel.\n    "), /*tp_doc*/
-  __pyx_tp_traverse_7ivshmem_7channel_7readers_ValueReader, /*tp_traverse*/
-  0, /*tp_clear*/
-  0, /*tp_richcompare*/
-  0, /*tp_weaklistoffset*/
-  __pyx_pw_7ivshmem_7channel_7readers_11ValueReader_11__iter__, /*tp_iter*/
-  __pyx_pw_7ivshmem_7channel_7readers_11ValueReader_13__next__, /*tp_iternext*/
-  __pyx_methods_7ivshmem_7channel_7readers_ValueReader, /*tp_methods*/
-  0, /*tp_members*/
-  0, /*tp_getset*/
-  0, /*tp_base*/
-  0, /*tp_dict*/
-  0, /*tp_descr_get*/
-  0, /*tp_descr_set*/
-  #if !CYTHON_USE_TYPE_SPECS
-  0, /*tp_dictoffset*/
-  #endif
-  0, /*tp_init*/
-  0, /*tp_alloc*/
-  __pyx_tp_new_7ivshmem_7channel_7readers_ValueReader, /*tp_new*/
   0, /*tp_free*/
   0, /*tp_is_gc*/
   0, /*tp_bases*/
@@ -15517,7 +12797,6 @@ static CYTHON_SMALL_CODE int __Pyx_modinit_Global_init_code(__pyx_mstatetype *__
 static CYTHON_SMALL_CODE int __Pyx_modinit_Variable_export_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Function_export_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7readers_Reader(__pyx_mstatetype *__pyx_mstate); /*proto*/
-static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7readers_ValueReader(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Variable_import_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
@@ -15579,11 +12858,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7readers_Reader(__p
   __pyx_vtable_7ivshmem_7channel_7readers_Reader.copy_out = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *))__pyx_f_7ivshmem_7channel_7readers_6Reader_copy_out;
   __pyx_vtable_7ivshmem_7channel_7readers_Reader.decoded = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *))__pyx_f_7ivshmem_7channel_7readers_6Reader_decoded;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 40, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 39, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7readers_Reader_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader)) __PYX_ERR(0, 40, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader)) __PYX_ERR(0, 39, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader = &__pyx_type_7ivshmem_7channel_7readers_Reader;
   #endif
@@ -15591,7 +12870,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7readers_Reader(__p
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader) < (0)) __PYX_ERR(0, 40, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader) < (0)) __PYX_ERR(0, 39, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader);
@@ -15601,69 +12880,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7readers_Reader(__p
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_vtabptr_7ivshmem_7channel_7readers_Reader) < (0)) __PYX_ERR(0, 40, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Reader, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader) < (0)) __PYX_ERR(0, 40, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_vtabptr_7ivshmem_7channel_7readers_Reader) < (0)) __PYX_ERR(0, 39, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Reader, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader) < (0)) __PYX_ERR(0, 39, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_7readers_Reader, __pyx_base.__pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader) < (0)) __PYX_ERR(0, 40, __pyx_L1_error)
-  __Pyx_RefNannyFinishContext();
-  return 0;
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_RefNannyFinishContext();
-  return -1;
-}
-
-static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7readers_ValueReader(__pyx_mstatetype *__pyx_mstate) {
-  __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  CYTHON_UNUSED_VAR(__pyx_mstate);
-  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7readers_ValueReader", 0);
-  /*--- Exttype __pyx_obj_7ivshmem_7channel_7readers_ValueReader ---*/
-  __pyx_vtabptr_7ivshmem_7channel_7readers_ValueReader = &__pyx_vtable_7ivshmem_7channel_7readers_ValueReader;
-  __pyx_vtable_7ivshmem_7channel_7readers_ValueReader.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd;
-  __pyx_vtable_7ivshmem_7channel_7readers_ValueReader.__pyx_base.__pyx_base.attempt = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7readers_11ValueReader_attempt;
-  __pyx_vtable_7ivshmem_7channel_7readers_ValueReader.__pyx_base.__pyx_base.begin_sleep = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7readers_11ValueReader_begin_sleep;
-  __pyx_vtable_7ivshmem_7channel_7readers_ValueReader.__pyx_base.__pyx_base.end_sleep = (void (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7readers_11ValueReader_end_sleep;
-  __pyx_vtable_7ivshmem_7channel_7readers_ValueReader.__pyx_base.__pyx_base.probe = (int64_t (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *))__pyx_f_7ivshmem_7channel_7readers_11ValueReader_probe;
-  __pyx_vtable_7ivshmem_7channel_7readers_ValueReader.__pyx_base.__pyx_base.restore = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7readers_11ValueReader_restore;
-  __pyx_vtable_7ivshmem_7channel_7readers_ValueReader.__pyx_base.put_back = (int (*)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message const *))__pyx_f_7ivshmem_7channel_7readers_11ValueReader_put_back;
-  __pyx_vtable_7ivshmem_7channel_7readers_ValueReader.look = (int (*)(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *))__pyx_f_7ivshmem_7channel_7readers_11ValueReader_look;
-  __pyx_vtable_7ivshmem_7channel_7readers_ValueReader.latest = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *, int, PyObject *))__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest;
-  __pyx_vtable_7ivshmem_7channel_7readers_ValueReader.decoded = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *, PyObject *, uint64_t))__pyx_f_7ivshmem_7channel_7readers_11ValueReader_decoded;
-  #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 422, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7readers_ValueReader_spec, __pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader)) __PYX_ERR(0, 422, __pyx_L1_error)
-  #else
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader = &__pyx_type_7ivshmem_7channel_7readers_ValueReader;
-  #endif
-  #if !CYTHON_COMPILING_IN_LIMITED_API
-  __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd;
-  #endif
-  #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader) < (0)) __PYX_ERR(0, 422, __pyx_L1_error)
-  #endif
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader);
-  #endif
-  #if !CYTHON_COMPILING_IN_LIMITED_API
-  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader->tp_getattro == PyObject_GenericGetAttr)) {
-    __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader->tp_getattro = PyObject_GenericGetAttr;
-  }
-  #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_vtabptr_7ivshmem_7channel_7readers_ValueReader) < (0)) __PYX_ERR(0, 422, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_ValueReader, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader) < (0)) __PYX_ERR(0, 422, __pyx_L1_error)
-  #if CYTHON_USE_TYPE_SLOTS
-  if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader, __pyx_base.__pyx_base.__pyx_base.__weakref__);
-  #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader) < (0)) __PYX_ERR(0, 422, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_Reader) < (0)) __PYX_ERR(0, 39, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -15681,14 +12903,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7readers___pyx_scop
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async)) __PYX_ERR(0, 388, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async)) __PYX_ERR(0, 387, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async = &__pyx_type_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async) < (0)) __PYX_ERR(0, 388, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async) < (0)) __PYX_ERR(0, 387, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async);
@@ -16071,7 +13293,7 @@ namespace {
   {
       PyModuleDef_HEAD_INIT,
       "readers",
-      __pyx_k_Internal_the_reading_ends_of_a_c, /* m_doc */
+      __pyx_k_Internal_the_reading_end_of_a_ch, /* m_doc */
     #if CYTHON_USE_MODULE_STATE
       sizeof(__pyx_mstatetype), /* m_size */
     #else
@@ -16336,7 +13558,6 @@ __Pyx_RefNannySetupContext("PyInit_readers", 0);
   __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) __PYX_ERR(0, 1, __pyx_L1_error)
   if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd) != 1)) __PYX_ERR(0, 1, __pyx_L1_error)
   if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7readers_Reader(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
-  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7readers_ValueReader(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   if (unlikely((__Pyx_modinit_Type_import_code(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
@@ -16398,7 +13619,7 @@ __Pyx_RefNannySetupContext("PyInit_readers", 0);
  * # In the place of what a message is decoded to: its writer overwrote it during the copy.
  * cdef object OVERWRITTEN = object()             # <<<<<<<<<<<<<<
  * 
- * # -- messages -------------------------------------------------------------------------------------
+ * 
 */
   __pyx_t_4 = NULL;
   __pyx_t_5 = 1;
@@ -16414,33 +13635,33 @@ __Pyx_RefNannySetupContext("PyInit_readers", 0);
   __Pyx_GIVEREF(__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/readers.pyx":244
+  /* "ivshmem/channel/readers.pyx":243
  *         return found
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_into(self, buffer, timeout=None, *, spin=None):
  *         """Copy the next message into `buffer`; otherwise as `get`.
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 244, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 243, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
-  /* "ivshmem/channel/readers.pyx":245
+  /* "ivshmem/channel/readers.pyx":244
  * 
  *     @cython.critical_section
  *     def get_into(self, buffer, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Copy the next message into `buffer`; otherwise as `get`.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 244, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 243, __pyx_L1_error)
 
-  /* "ivshmem/channel/readers.pyx":244
+  /* "ivshmem/channel/readers.pyx":243
  *         return found
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_into(self, buffer, timeout=None, *, spin=None):
  *         """Copy the next message into `buffer`; otherwise as `get`.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_3get_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 244, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_3get_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 243, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -16448,36 +13669,36 @@ __Pyx_RefNannySetupContext("PyInit_readers", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[1]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_into, __pyx_t_4) < (0)) __PYX_ERR(0, 244, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_into, __pyx_t_4) < (0)) __PYX_ERR(0, 243, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/readers.pyx":277
+  /* "ivshmem/channel/readers.pyx":276
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_rows(self, rows, timeout=None, *, spin=None):
  *         """Copy the messages that are there into the rows of an array, at most one into each.
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 277, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 276, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
 
-  /* "ivshmem/channel/readers.pyx":278
+  /* "ivshmem/channel/readers.pyx":277
  * 
  *     @cython.critical_section
  *     def get_rows(self, rows, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Copy the messages that are there into the rows of an array, at most one into each.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 277, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 276, __pyx_L1_error)
 
-  /* "ivshmem/channel/readers.pyx":277
+  /* "ivshmem/channel/readers.pyx":276
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_rows(self, rows, timeout=None, *, spin=None):
  *         """Copy the messages that are there into the rows of an array, at most one into each.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_5get_rows, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_rows, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 277, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_5get_rows, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_rows, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 276, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -16485,36 +13706,36 @@ __Pyx_RefNannySetupContext("PyInit_readers", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[1]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_rows, __pyx_t_2) < (0)) __PYX_ERR(0, 277, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_rows, __pyx_t_2) < (0)) __PYX_ERR(0, 276, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/readers.pyx":346
+  /* "ivshmem/channel/readers.pyx":345
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def view(self, timeout=None, *, spin=None):
  *         """Return the next message as a View: its memory itself, without a copy.
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 346, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 345, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
-  /* "ivshmem/channel/readers.pyx":347
+  /* "ivshmem/channel/readers.pyx":346
  * 
  *     @cython.critical_section
  *     def view(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Return the next message as a View: its memory itself, without a copy.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 346, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 345, __pyx_L1_error)
 
-  /* "ivshmem/channel/readers.pyx":346
+  /* "ivshmem/channel/readers.pyx":345
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def view(self, timeout=None, *, spin=None):
  *         """Return the next message as a View: its memory itself, without a copy.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_7view, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_view, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 346, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_7view, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_view, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 345, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -16522,86 +13743,86 @@ __Pyx_RefNannySetupContext("PyInit_readers", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[1]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_view, __pyx_t_4) < (0)) __PYX_ERR(0, 346, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_view, __pyx_t_4) < (0)) __PYX_ERR(0, 345, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/readers.pyx":374
+  /* "ivshmem/channel/readers.pyx":373
  *         return view_of(self, self.message)
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_content(self, "get", self._get_or, timeout)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_9get_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 374, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_9get_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 373, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[1]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_async, __pyx_t_4) < (0)) __PYX_ERR(0, 374, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_async, __pyx_t_4) < (0)) __PYX_ERR(0, 373, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/readers.pyx":384
+  /* "ivshmem/channel/readers.pyx":383
  *         return self.got(timeout, None, absent)
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.get_into, timeout, (buffer,))
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_13get_into_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_into_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 384, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_13get_into_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_into_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 383, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[1]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_into_async, __pyx_t_4) < (0)) __PYX_ERR(0, 384, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_into_async, __pyx_t_4) < (0)) __PYX_ERR(0, 383, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/readers.pyx":388
+  /* "ivshmem/channel/readers.pyx":387
  *         return until_something(self, self.get_into, timeout, (buffer,))
  * 
  *     async def get_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get_rows` for asyncio. To cancel it takes nothing."""
  *         if memoryview(rows).shape[:1] == (0,):
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_15get_rows_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_Reader_get_rows_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 388, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_15get_rows_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_Reader_get_rows_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 387, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[1]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_rows_async, __pyx_t_4) < (0)) __PYX_ERR(0, 388, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_rows_async, __pyx_t_4) < (0)) __PYX_ERR(0, 387, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/readers.pyx":395
+  /* "ivshmem/channel/readers.pyx":394
  *         return found or 0
  * 
  *     def _rows_or_none(self, rows, timeout):             # <<<<<<<<<<<<<<
  *         return self.get_rows(rows, timeout) or None
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_18_rows_or_none, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader__rows_or_none, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 395, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_18_rows_or_none, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader__rows_or_none, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 394, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_rows_or_none, __pyx_t_4) < (0)) __PYX_ERR(0, 395, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_rows_or_none, __pyx_t_4) < (0)) __PYX_ERR(0, 394, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/readers.pyx":398
+  /* "ivshmem/channel/readers.pyx":397
  *         return self.get_rows(rows, timeout) or None
  * 
  *     def view_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `view` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.view, timeout, ())
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_20view_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_view_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 398, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_20view_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_view_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 397, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[1]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_view_async, __pyx_t_4) < (0)) __PYX_ERR(0, 398, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_view_async, __pyx_t_4) < (0)) __PYX_ERR(0, 397, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -16631,140 +13852,15 @@ __Pyx_RefNannySetupContext("PyInit_readers", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/readers.pyx":496
- *             raise
- * 
- *     @cython.critical_section             # <<<<<<<<<<<<<<
- *     def get(self):
- *         """Return a copy of the latest content, which is never torn. Never waits.
-*/
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_1get, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_get, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 496, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
-  #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_mstate_global->__pyx_n_u_get, __pyx_t_4) < (0)) __PYX_ERR(0, 496, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-
-  /* "ivshmem/channel/readers.pyx":511
- *         return self.latest(self.look(), None)
- * 
- *     @cython.critical_section             # <<<<<<<<<<<<<<
- *     def wait_changed(self, timeout=None, *, spin=None):
- *         """Wait until the value was set since this reader last looked; return its content.
-*/
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 511, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-
-  /* "ivshmem/channel/readers.pyx":512
- * 
- *     @cython.critical_section
- *     def wait_changed(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
- *         """Wait until the value was set since this reader last looked; return its content.
- * 
-*/
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 511, __pyx_L1_error)
-
-  /* "ivshmem/channel/readers.pyx":511
- *         return self.latest(self.look(), None)
- * 
- *     @cython.critical_section             # <<<<<<<<<<<<<<
- *     def wait_changed(self, timeout=None, *, spin=None):
- *         """Wait until the value was set since this reader last looked; return its content.
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_3wait_changed, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_wait_changed, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 511, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[1]);
-  __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_4);
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_mstate_global->__pyx_n_u_wait_changed, __pyx_t_2) < (0)) __PYX_ERR(0, 511, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/channel/readers.pyx":528
- *         return self.latest(self.wait(timeout, spin), None)
- * 
- *     @cython.critical_section             # <<<<<<<<<<<<<<
- *     def _changed_or(self, absent, timeout):
- *         """Do what `wait_changed` does; return `absent` if the value was not set."""
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_5_changed_or, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader__changed_or, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 528, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_mstate_global->__pyx_n_u_changed_or, __pyx_t_2) < (0)) __PYX_ERR(0, 528, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/channel/readers.pyx":534
- *         return self.latest(self.wait(timeout, None), absent)
- * 
- *     @cython.critical_section             # <<<<<<<<<<<<<<
- *     def view(self):
- *         """Return the latest content as a View; None: it was never set.
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_7view, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_view, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 534, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_mstate_global->__pyx_n_u_view, __pyx_t_2) < (0)) __PYX_ERR(0, 534, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/channel/readers.pyx":554
- *         return view_of(self, self.message)
- * 
- *     def wait_changed_async(self, timeout=None):             # <<<<<<<<<<<<<<
- *         """The twin of `wait_changed` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return until_content(self, "wait_changed", self._changed_or, timeout)
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_9wait_changed_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_wait_changed_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 554, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[1]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_mstate_global->__pyx_n_u_wait_changed_async, __pyx_t_2) < (0)) __PYX_ERR(0, 554, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "(tree fragment)":1
- * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
- *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
- * def __setstate_cython__(self, __pyx_state):
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_19__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_2)) __PYX_ERR(3, 1, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_2) < (0)) __PYX_ERR(3, 1, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "(tree fragment)":3
- * def __reduce_cython__(self):
- *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
- * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
- *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_21__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_2)) __PYX_ERR(3, 3, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(3, 3, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
   /* "ivshmem/channel/readers.pyx":1
  * # cython: language_level=3, binding=True, freethreading_compatible=True             # <<<<<<<<<<<<<<
  * # cython: embedsignature=True, embedsignature.format=clinic
- * """Internal: the reading ends of a channel of messages, and of a value.
+ * """Internal: the reading end of a channel of messages.
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_test, __pyx_t_2) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_test, __pyx_t_4) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /*--- Wrapped vars code ---*/
 
@@ -16829,24 +13925,24 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/channel/readers.pyx":390
+  /* "ivshmem/channel/readers.pyx":389
  *     async def get_rows_async(self, rows, timeout=None):
  *         """The twin of `get_rows` for asyncio. To cancel it takes nothing."""
  *         if memoryview(rows).shape[:1] == (0,):             # <<<<<<<<<<<<<<
  *             return self.get_rows(rows, 0)
  *         found = await until_something(self, self._rows_or_none, timeout, (rows,))
 */
-  __pyx_mstate_global->__pyx_slice[0] = PySlice_New(Py_None, __pyx_mstate_global->__pyx_int_1, Py_None); if (unlikely(!__pyx_mstate_global->__pyx_slice[0])) __PYX_ERR(0, 390, __pyx_L1_error)
+  __pyx_mstate_global->__pyx_slice[0] = PySlice_New(Py_None, __pyx_mstate_global->__pyx_int_1, Py_None); if (unlikely(!__pyx_mstate_global->__pyx_slice[0])) __PYX_ERR(0, 389, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_mstate_global->__pyx_slice[0]);
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_slice[0]);
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_int_0};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 390, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 389, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
 
-  /* "ivshmem/channel/readers.pyx":244
+  /* "ivshmem/channel/readers.pyx":243
  *         return found
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -16855,7 +13951,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 244, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 243, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
@@ -16919,38 +14015,38 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 7; } str_length_index[] = {{57},{22},{27},{22},{15},{1},{2},{62},{1},{13},{8},{7},{6},{2},{9},{14},{12},{27},{68},{73},{23},{12},{14},{12},{6},{24},{26},{20},{16},{15},{21},{15},{21},{11},{17},{11},{29},{31},{23},{15},{16},{24},{30},{1},{20},{12},{9},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{11},{7},{13},{13},{6},{18},{6},{18},{5},{4},{5},{7},{6},{6},{6},{5},{3},{9},{8},{14},{8},{14},{1},{5},{23},{7},{4},{4},{6},{3},{4},{4},{4},{10},{5},{4},{4},{4},{5},{7},{5},{5},{6},{4},{10},{12},{18},{5}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{132},{164},{135},{9},{19},{102},{37},{389},{174},{32},{76},{28},{22},{22},{23},{22},{5}};
+    const struct { const unsigned int length: 7; } str_length_index[] = {{57},{22},{27},{22},{15},{1},{2},{62},{1},{13},{8},{7},{6},{2},{9},{14},{12},{27},{68},{73},{23},{12},{14},{12},{6},{24},{26},{20},{16},{15},{21},{15},{21},{11},{17},{1},{20},{12},{9},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{7},{13},{13},{6},{18},{6},{18},{5},{4},{5},{7},{6},{6},{6},{5},{3},{9},{8},{14},{8},{14},{1},{5},{23},{7},{4},{4},{6},{3},{4},{4},{4},{10},{5},{4},{4},{4},{5},{7},{5},{5},{6},{4},{10},{5}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{132},{164},{135},{9},{19},{102},{389},{174},{22},{22},{22},{5}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1465 bytes) */
-static const char cstring[] = "x\332\215U\317s\323F\024v\246\001\022H\247qq\311O\3325\244\305\241i\030CRC.\2354\264\264\014\2648I\003\364\262\263\226\326\226\210,9\332\225\0353\323\226c\216:\356q\217:\352\350c\2169\372\250c\376\204\374\t}+\311\216\035\003\203f,\355\217\267\357}\337{\337[#\302\221ckt\005\265\014S3\020q)\"\226\205\270\001\033&G-\302P\235\350\024U\035w\003\271\324\242\204Q8AQ\245\315)[A\304\326\021A\256\323B\006\230\016\256r\003\214\274j\225\272\311\226S\005\303\226krXhQ\210c9\214\027\270K\301\271Kjuj\363\345\325\r\264\001\007M\206\032\256\243Q\306b\000\214;\215\006\325\023\267\211\007\2064\307\346\246\355QX1\271\341x\n\356\006\372\211\240:\034#5\252\342i\006\261mj!\335d\244bQj\253wM3Y2\322\315&3\352\264\276J]\327qYo\306\351!O\307\367R\017\367\\\nIp\331j\243}\010\\\331\006PI\271A\030\336r \004\020`\246c3\004\350mJu\005X%J\345\006\262\207(\201\374\246\340\030\265\252\253\006\265\364\225x\224xG\032\304r8\252PE\256I]\016\344\270\003\241^\264\201\241\215\234\312\033\252\361\330Y\303\324\366-\323\256q\010\033s\207\230p\224 \333\253W\250\273\225\300\376E\361z\236\204\334u\234g\216]Kg\354\031$\177;\016\233\274W1v\251\356i\024kq0\214\373\353\214r\306\t\037\335Q\231\300\216\213m\240\231\256\325(\307\204\265mm`n\332\334\2710\035\261Q\256.L\207l\232&m\r\014\223\275=byi\340\201\341(\223\341\315\021:C\333\252\3405\252\003\255\301e\30048U\020\006\347-b\362\336\311\017\255\047\2201\306/\332\207\360{lj\034\377\001J\333\246U\214\343\302+L\360\220\370\024<U/\266\307\265\036`x\352\304\264\343\257\243{V\274b\223z\374\005e\342\324L\r\233\\)\\m\034x\304\352\031\245\211\301#)\352/\320C5\201\034\365\035\263\201\360#\271\303\030\372]\241=\317\233\302\253>&\303\232\343\2028M\233\016I\205T\240\377x\234\016\323Y\355\333\260\244\2414K\331\003K\356\022\215V\210\266\257\301EA5G\207\237g\363\370Eu=^\241v\374\216\333\267\n\033:\304\356K\260\047\266a\321\365\3445,3\023.\225z\377\006H\273>\355K\2266\255\r=nC\305\2226l8\ru\\\365/\320\321!3:\255\022\317\342\314 \r\312\314\267\2245 *\330s\003\014\323F\345\256IYSI$~1""\245\244sA\017\352eT;-\303\261\350\213\366\237\311-p\267\300\270\353\301 \2517\200\302\245\024?.\245\004\360\232B\206{\267\001\334\236wW\320\271\207\017\215\2273\031\310\261iau\307B\251\322\031s\352\024\356f\273\006\264P\341CG?\262yq\214\323+\364\375\247\372\273+\010v\2273\232A\265}%\214\206\005\302\310p\262O1o\303\377B2L\377\005pR\035\366\t\311YW\211gx\017\336\237\226\315u\027\n\300\322\353/\315fz\254g\233Je9\023\027\325\251\276\033\213\306\257\036}\357\227\337mF\023_\034q\377\221\330\024{\362Q\260\025\034\300\322\302r\220=\273\225\231\234\361\211\317EI.I\022M\\;Z;j\371\232\310\211W\362e\360{X\216\246\276\364W\004\211\246\347E^\254\211\267A6\270\023f\303\245\320\350\220\263\313\231\311)8\340\371\233\376k\260\231\272\356\027U\244\026xl\212]\231\205(\267\213a\366l>3\371\371\321\257~>\201Q\212=yrS\276\016j\241B\367\355\203\260xV\310L\316\213\354\351\304\242x*\211<PX\326\375\313~E\214)\014w\001{9\232\230\366/\371{\242(\200\021\004\363\037\213+\202\313R\360]8\026f\243\211I\005a\315\367\304\226h\007\327\302b45\355\307\247o\371?\373\300\341\272\177\337\337\001\177\271\031`\274.\307\344\\\220\217f\277\021\007\321Ws@\371o\210\232[\000l\355 \266Q~\016\242\33195\206\357\242x\"\213\321\"\222Wd3\330\t\307\303\337:O\216\037\235lF\363\213\200\0471\343\342\241\3741\310\005\273\341L\347\352\361\355\343\262:\366\213\314\312\274\\\223\261/H\344\222\210\261\224DA\336\222\233*\344Cp\234\233\025\227DY\020\010\231\304\003\207\363b\025\240\314\336\221\007\301\225\356\275\347\047\345\023r:\255(\036\212\203\030~\001*A;\367;\333\035\367\370\3061;\311G\2719\221\215r\200\3504w\0232\006\256\232bG\202\223\005\001\340oF\263_\013]\026\200\267\252\326\351\324\242\312\253 P\204;\353a\371l13\231\033\310k!\314C\026U^U\342\377\202\302\025\243\351$\305\233\3425\010&\247\274^\244\3644\320\303\374\373h\r\323\331\356n\357tw^v_\276\032\345T\355lu\342b\224d^\025p\3117\004\031@\253\244\3671I\235\335\270 \354\251s\343uP@,\256\317@\256\211f\257\035\025\223(4\321\326\220\206\317f\337\033\353q0\326\035Gr\354\024V""\377\211;\253\024,\005o:\260\232\227Y\265\372\037\260n\312\335`&\234\354d\273\343\320o}\333\356\355\007\341Z\370\357q\271;\376CP\0364^\010\237vH\367*\264\315\377\327\372O\227";
-    PyObject *data = __Pyx_DecompressString(cstring, 1465, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1336 bytes) */
+static const char cstring[] = "x\332\215TKs\3336\020\226g\234\304N<S\253Q\353gZ(u\0339u\225QjW\211/\035\327\311\264\315$md\273y\364\202\201HHdL\021\022\001JVf:\315\321G\036q\304\221G\036u\364\321G\035y\364O\360O\350\202\244\024?\222N4#p\261\330\335o\367\333\005\020\021\210\271\006]C=\3136,D<\212\210\343 a\301\201-P\217p\324\"&E\r\346m\"\217:\224p\n\036\024\325\373\202\3625D\\\023\021\344\261\036\262\300\364\254VX`\3447\032\324K\217X\003\014{\236-@\321\243\200\3430.J\302\243\020\334#\315\026u\305jy\023m\202\243\315Q\333c\006\345<I\200\013\326nS3\r\233F\340\310`\256\260]\237\202\306\026\026\363u\272\233\350g\202Z\340F\232T\343\031\026q]\352 \323\346\244\356P\352\352\265i\330<\225L\273\313\255\026m\225\251\3471\217\217v\202\036\210L\276\227E\270\347Q \301\343\345v\377\000j\345\233PJV\033\300\210\036\003\010(\200\333\314\345\010\262w)5u\302\232(\315\r\260\207(\001~\263\3448u\032e\213:\346Z\"\245\321\221\001XL\240:\325\305u\251\047\2408\301\000\352y\037*t\021\253\277\241\206H\202\265mc\337\261\335\246\000\330\244v\300\004W\202\\\277U\247\336v\232\366c]\327\263\024r\217\261\247\314mf;\376\024\310\337I`\323\265\214\261GM\337\240\330H\3000\036\3539\025\\\020q\371D3\201\231\207](3\3235\251\300\204\367]\343\314\336v\005\273\260\275d\243C]\330\236\263\351\332\264wFL\3170\306\317\373\007\360\177d\033\002\377\001m\333\241\r\214\023\026u\276\360#=b\013-4\374\304\0367G\305\300\257El7\3712\323w\022\215KZ\311\027\332\21433-v\205\036\027}\320\361\21132\312\370\302\227\230\033+\350\201\336\000\177\343\300\374\014\374%^1\206\313#\322$5\2576\307\006\363\240\275\266K\317\221M\3520\301\"\341\300f\345\261\rOG\322p\264=\224&<b\320:1\366\r\270j\324`&\374}W$\0135\315DC\335dM.@\003\016L\300\0367q\324\256\363m\0335\350|\243l\270\226\255\361\035\312\356M6\331<\033{\027n\211\013mJ\007\271\315\332\332]\337\000(\307\004:L\332 \276#\270E\332\224\333o)o\003*\330\013\013\014\263Q\027\236My\2278>M\026\256\307\341\375H\364,\346\320\347\375?\323\233r\267\304\205\347\203\220\266\021`q5\313\020W\263\024\361\272\306\306\243\033\003/\314""\3355\364>\302\307\344\325\\\016X\264\035\254\337!hF\266\343\254E\341\375r\233\2208*}\314\365\177\016/\3128{f>\3545>]Cp\272\2323,j\354\353\326\267\035h}N\220}\212E\037\336\316T\314^J\234\362\317?\201\234\rM-\307/`\375467<h\000\317\236\210\214\315\314md\233\r\303j.i\033k\274\233\210\047\257\037~\037\324\336m\305S\237\035\212\340\241\334\222/\324\303p;\354\200ji5\314\237\336\316M\317\005$\020\262\252V\024\211\247n\034\256\037\366\002C\026\344+\3652\374=\252\3053\237\007k\222\304\263\213\262(\327\345\3330\037\336\211\362\321Jd\r\310\351\325\334\364\0148\370\301V\360\032lfn\006\025\215\324\203\210]\271\247\362\200\362\355\217Q\345\264\224\233^\224\371\223\251e\371D\021\325\3210\033\301\325\240.\047t\370\273\220V-\236\232\r\256\004/dEB\262\020\047x$\257I\241\252\341w\321D\224\217\247\246u\364\365\300\227\333\262\037\336\210*\361\314l\220x\337\016~\t \275\233\301\375`\027\342\025\346\240\230\r5\241\026\302b<\377\265\354\304_,@5\177\003ja\t\n\350\207\211\215\216\323\211\347\027\264\014\337e\371\253\252\304\313H]S\335p7\232\214~\033\374z\364\360x+^\\\206|R3!\037\250\237\302B\270\027\315\r\256\037}sT\323n\217U^\025\325\272Jb\001G+2\311\245*K\352\266\332\322\220\017 pa^^\2215I\0002\305\203\200\213\262\014\251\314\337Q\235\360\332\360\336\263\343\33219\231\325%\036\310N\222~\tH\246\203\373\203\235\201w\364\345\021?.\306\205\005\231\217\013\220\321I\341\0260\006\241\272rWA\220%\t\311\337\212\347\277\222\246*A\335\272\021\0473\313\232WI\240\tw6\242\332\351rn\272p\206\327RT\004\0265\257\232\370\277\240\273\225x6\245xK\276\206Y(\350\250\027Kz\022\232Q\361Ce\235/gg\270\263;\334}9|\371\352rM\215\301\366 iFU\025u\003W\002K\222q\266\303I\244&N`\210\376I\206\265\032\256\204o\006\023\303\311\242\312k\355\277\200\326U{\341\\4=\310\017\047\177\010kg\265K\321\223\001\031^\257D\371\377\000\316A\255\235";
+    PyObject *data = __Pyx_DecompressString(cstring, 1336, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1892 bytes) */
-static const char cstring[] = "\377 at once\377, which \377are all \373th\026\000it wa\377s made f\377or: rele\367ase/\000e by\377tes, and\377 a row h\354(\000\n\tth\"\000uff\333er\025\003of&\000wr\333it\016\000wee\000lo\277st(treZ\000r\377agment).\367: :y\000is p\277rocess|\002s?toppedg\003<\003\377s contin\377ued with\377out it: o?a m4\000ag\242\000\377f channe\377l disabl\367een\002\001gcis\376\004\003divshme\377m.errors^\006\005text\023\004/;\004\367/re\202 rs.p[yx\351\000s:\361\000b\326\003\316\324\000two`\000\276\000si\357ons \273\000nee\235d\255\001one\227\"\273  \363ea\335 \226\004self?.held,\005\002X\003\373 c\253\000ot be\336\331\001vert\332\000to\366\334 Py\337\000n ob\357ject\207A pi\377cklingti\273me\367\002s n8\000a\377 numberC\352\363\003E\324\001M\212#ToooLong\007\004sL\372 \371R\320\002\000\003.__re\277duce_ch\002_\375_\017\006setsta\371t\010\017\206!_or_n\374\344\000?\004get_as\367ync\005\010into\300\000\014\023\016\321!8\010U\002<\tvi\343ew\242\004\007\001^\003Val\003ue\277\003\000\010\270\017\017\013\276\016/\n\016\257aged\324\000G\t\324\000V\t|\212\001f\twait_3\004\374\000\025\221#___Pyx~\001\000Dict_N\347`\037Ref__\364B\337!\035\000yaI\002&\000func-\000\363_g\370%:\000main~\020\001module\032\001\227nam\003\002pT\000\241C_\346\007\001vt\356\204\001;\001qua\311l\035\005\334D_\334N\365Fex\224o\001\360@_Q\005st\010\372N_\037_test\323\000\256\047\254\001\376\222ais_coro\277utine_\237ia\337bsent\241bio5.\033\006s\313\205\003cl,\001\343\000\377tracebac\377kcloseco}d\001\000untco\002\000{ed\n\001deen\024\001\n\271\206\003f\026\000d\375`\372f\210\204\001\370a\300\000\005\223\204\003\236\204\001\277\206\001\000\005\251\204\003ii\047tem\371\206\006\261\207\004.\357\206\004\313\207\004\377ndimnext\316\201\206\003pop\206\207\001\306\206\001se\377ndsetdef\377aultshap\377esizespi}n\310\207\001throw\242\206\004?triesv\264\204\001\000\002\301s\324\204\001\307\204\007\274i\310i\315\205\003wh\277olePyO\200\207\003*\377(struct }_\353Bobj_7\311\210\004[_7\362\210\004_4\226\001_\206\207\005?nd *,"" 8\007\000\tn\014\t)\000\000\346 il\275@\366\276\000nt\007\004some\377thingint\233 (1\023)\000\002\030l\r_\362\274\211\004*!\022\025\006, in\377t)\000check\277_in_pl\226`\000\377take_typSed\005\003\377\212\004_\237\211\003s\372\200 \3755\321\207\001s_View\255 \251\201\"5r\376 s\222\211\004E\260\310#\376$\362%\366\213\004)\000\241\210\002o\377f\200\001\330\004\n\210+\377\220Q\200A\330\010\017\210\377t\2209\230A\230V\240\3379\250C\250q\020\000\033)\377\250\021\360\"\000\t\027\220\377a\220t\2307\240$\240\377a\330\010\013\2104\210w\377\220c\230\024\230X\240W\377\250I\260Q\330\014\022\220\377,\230a\330\020\032\230!\377\2304\230z\250\021\250\047\377\260\021\260$\260h\270a\337\360\006\000\t\014.\000u\220\367A\220Y!\000\014\023\2201\372f\001wO\000v\230T\240\021\376v\000#1\260\021\360\032\000\277\t\r\210F\220!\201\0037\376E\002u\240A\240Y\250g\375\260\232\001%3\2601\360(\377\000\t\032\230\021\340\010\034\277\230J\240a\240q\210\0015\277\220\006\220b\230\001\200\001*\376\271\000Q\330\010\020\220\005\220\317V\2301\230\317\000j\000\220D\377\230\007\230t\2407\250&\377\260\001\260\021\330\010\t\330\376\200\0004\220u\230C\230y\377\250\013\2601\330\014\020\220\3369\002\"\220B\220\301\000\023\220\2672\220SM\000\024\027\357\0005\377\240\001\240\031\250!\330\030\277\037\230q\330\025\031\360\000Z\366s\000\024\033\343\000y\250\001\330<!\000D\001q\330\030\031\010\001\005\000\377\034\230G\2401\330\034 \377\240\007\240v\250S\260\004\377\260H\270G\3009\310A\347\330\032\034\215\000!\003t\2308\377\2406\250\024\250T\260\027\377\270\n\300#\300Q\330\030\377\034\230E\240\021\240!\240\3234\240G\002\306 $\314!\023\220\3777\230(\240\"\240A\330\372p\0008V\000\024\030\230\005\230\307Q\230a\213\000\235\000r\003\032\230\375.\210\000\030\047\240q\250\007\377\320/M\310Q\310a\340\377\020\023\2204\220x\230q\372\272\002(\207@e\2702\270R\377\270r\300\026\300s\310!\177\330\024\031\230\021\330\024\217\000\337\340\024\035\230Q\303\001v\230\177S\240\001\330\030\033\230\272\000\377\035\330\030\036\230d\240(\214""\365\000\252A\340\014\270\000q\001\240`\047\3775\260Q\360\034\000\t\024;\2201\317&(\260!\303 \324!Z\365!U\200`1\330{\002u\310`\261Y\256`\254 \017\000\032\230\306\nJ\317\250d\260!\303\021\301\013R\320\377RS\320SW\320WX\276\302\017f\270C\270q\226!7\373\240!\377a$\220h\230aX\243\010\367a\267y\360\026\312\204\014\014\366g\3755\317`\010\013\2105\220\003\271\220\237`\257\204\002\013\2101`\003e\266\326c\017\210\271\204\010\360\030\252\204\022D\377\250\001\320\004 \240\001\340\357\010\017\210}\325\205\0027\250$w\250j\270\023\000!\240\021\022\001\375\177\312@v\240T\250\027\260\377\t\270\021\320\004)\250\021\376#\006\320#3\2604\260~\177\300Q\320\004-\250Q!\t\377\033\260J\270a\320\n1\003\260\021";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1892, 2848);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1731 bytes) */
+static const char cstring[] = "\377 at once\377, which \377are all \373th\026\000it wa\377s made f\377or: rele\367ase/\000e by\377tes, and\377 a row h\354(\000\n\tth\"\000uff\333er\025\003of&\000wr\333it\016\000wee\000lo\277st(treZ\000r\377agment).\367: :y\000is p\277rocess|\002s?toppedg\003<\003\377s contin\377ued with\377out it: o?a m4\000ag\242\000\377f channe\377l disabl\367een\002\001gcis\376\004\003divshme\377m.errors^\006\005text\023\004/;\004\367/re\202 rs.p[yx\351\000s:\361\000b\326\003\316\324\000two`\000\276\000si\357ons \273\000nee\235d\255\001one\227\"\273  \363ea\335 \226\004self?.held,\005\002X\003\373 c\253\000ot be\336\331\001vert\332\000to\366\334 Py\337\000n ob\357ject\207A pi\377cklingti\273me\367\002s n8\000a\377 numberC\352\363\003E\324\001M\212#ToooLong\007\004sL\372 \371R\320\002\000\003.__re\277duce_ch\002_\375_\017\006setsta\371t\010\017\206!_or_n\374\344\000?\004get_as\367ync\005\010into\300\000\014\023\016\321!8\010U\002<\tvi\343ew\242\004\007\001^\003___\367Pyx\001\000Dict\373_N\264@Ref__\370\301\"\254\001\035\000await\276%\000_func\004\001g\274\305\005:\000main\030\001m\337odule\"\001na\251m\003\002\344@_\356\003_\007\001vyt\273aC\001qual\035\0052\251$_\251.\302&exw\001\275 \345_Q\005st\010\307.__t\343es\252\001\302!\325 is_\377coroutin\373e_\341)absen]t\343\"io.\033\006s\215\204\003\355c\226`e_\330\000tra\377cebackcl\277osecod\001\000uontco\002\000ed\n\001Odeen\024\001\373\204\003f\026\000\001d\277@\274F\312A\272A\000\005\325C\340A\370\201\205\001\000\005\353Ciitem\344\273\205\006\363\205\004.\261\205\004\215\206\004ndi\337mnext\303\204\003poyp\310\205\001\210\205\001send\344`\377defaults\377hapesize\373sp\271`extth\367row\344\204\004trie\277svalue\000\002s\374\226a\211gwholeP\373yO\244\205\003*(str\337uct _\302Bob\267j_7\355\206\004_7\226\207\004_\3654x\001_\252\205\005nd *\343, 8\007\000\t\014\t)\000\000\366\310 il\237@nten\375t\007\004someth\377ingint (\2461\023)\000\002\030l\r_\340\207\004*\374!\022\025\006, int)\277\000check\367Ap\375l\370@\000take_\237typed""\005\003\243\211\004_\352\303\207\003s\372\200 5\365\205\001s_Voiew \251\201\"5r\376 \205s\266\207\004E\310#\376$\362%\232\212\004)\375\000\305\206\002of\200\001\330\004\377\n\210+\220Q\200A\330\377\010\017\210t\2209\230A\377\230V\2409\250C\250q\376\020\000\033)\250\021\360\"\000\377\t\027\220a\220t\2307\377\240$\240a\330\010\013\210\3774\210w\220c\230\024\230\377X\240W\250I\260Q\330\377\014\022\220,\230a\330\020\377\032\230!\2304\230z\250\377\021\250\047\260\021\260$\260\377h\270a\360\006\000\t\014\276.\000u\220A\220Y!\000\014\327\023\2201f\001wO\000v\230\367T\240\021v\000%3\2601\377\360(\000\t\032\230\021\340\377\010\034\230J\240a\240q\376c\0015\220\006\220b\230\001\372[\001*\224\000Q\330\010\020\220?\005\220V\2301\230\252\000E\000\377\220D\230\007\230t\2407\377\250&\260\001\260\021\330\010\373\t\330[\0004\220u\230C\377\230y\250\013\2601\330\014{\020\2209\002\"\220B\220\234\000\337\023\2202\220SM\000\024\027\376\312\0005\240\001\240\031\250!\377\330\030\037\230q\330\025\031\332\313\000Zs\000\024\033\276\000y\250\363\001\330!\000D\001q\330\030\031\374\010\001\005\000\034\230G\2401\330\377\034 \240\007\240v\250S\377\260\004\260H\270G\3009\237\310A\330\032\034\215\000!\003t\377\2308\2406\250\024\250T\377\260\027\270\n\300#\300Q\377\330\030\034\230E\240\021\240O!\2404\240G\002\241 $\247!\377\023\2207\230(\240\"\240\353A\330p\0008V\000\024\030\230\037\005\230Q\230a\213\000\235\000r\003\367\032\230.\210\000\030\047\240q\377\250\007\320/M\310Q\310\377a\340\020\023\2204\220x\353\230q\272\002(\342 e\2702\377\270R\270r\300\026\300s\377\310!\330\024\031\230\021\330}\024\217\000\340\024\035\230Q\303\001\377v\230S\240\001\330\030\033\375\230\272\000\035\330\030\036\230d3\240(\365\000\205A\340\014\270\000q\001\376\373@\0475\260Q\360\034\000\357\t\024\2201\317&(\260!h\303 \324!\365!U\333@1\330{\002\305u\243`Y\211`\254 \017\000\032\230>\306\nJ\250d\260!\303\021\301\013\377R\320RS\320SW\320\373WX\302\017f\270C\270q\356\226!7\240!\332a$\220h\373\230a\245\006\320\004 \240\001\337""\340\010\017\210}\250\204\0027\250\377$\250j\270\001\320\004!\335\240\275`\017\210\177\302 v\240\377T\250\027\260\t\270\021\320\317\004-\250Q(\001\016\005\033\260\377J\270a\320\n1\260\021";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1731, 2432);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (2848 bytes) */
-static const char bytes[] = " at once, which are all that it was made for: release one bytes, and a row has  bytes, and the buffer has  of a writer were lost(tree fragment).: : this process was stopped, and writers continued without it: ?a message of channel disableenablegcisenabledivshmem.errorsivshmem.textivshmem/channel/readers.pyxrows: a buffer of two dimensions is needed, one row for each messageself.held,self.reader cannot be converted to a Python object for picklingtimeout is not a numberChannelErrorMessageTooLongMessagesLostReaderReader.__reduce_cython__Reader.__setstate_cython__Reader._rows_or_noneReader.get_asyncReader.get_intoReader.get_into_asyncReader.get_rowsReader.get_rows_asyncReader.viewReader.view_asyncValueReaderValueReader.__reduce_cython__ValueReader.__setstate_cython__ValueReader._changed_orValueReader.getValueReader.viewValueReader.wait_changedValueReader.wait_changed_async___Pyx_PyDict_NextRef__annotate____await____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___changed_or_get_or_is_coroutine_rows_or_noneabsentasyncio.coroutinesbuffercline_in_tracebackclosecodecountcounteddecodeencodeerrorsfoundgetget_asyncget_intoget_into_asyncget_rowsget_rows_asynciitemsivshmem.channel.readersmessagendimnextobjectpoprowsselfsendsetdefaultshapesizespintextthrowtimeouttriesvaluevaluesviewview_asyncwait_changedwait_changed_asyncwholePyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *)\000\000until_content\000until_somethingint (PyObject *, PyObject *)\000int (PyObject *, PyObject *, PyObject *, Py_buffer *)\000int (PyObject *, Py_buffer *, int)\000check_in_place\000take_typed\000take_without_objectsstruct __pyx_obj_7ivshmem_7channel_5views_View *(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message)\000view_of\200\001\330\004\n\210+\220Q\200A\330\010\017\210t\2209\230A\230V\2409\250C\250q\200A""\330\033)\250\021\360\"\000\t\027\220a\220t\2307\240$\240a\330\010\013\2104\210w\220c\230\024\230X\240W\250I\260Q\330\014\022\220,\230a\330\020\032\230!\2304\230z\250\021\250\047\260\021\260$\260h\270a\360\006\000\t\014\2104\210u\220A\220Y\230a\330\014\023\2201\330\010\017\210w\220a\220v\230T\240\021\200A\330#1\260\021\360\032\000\t\r\210F\220!\330\010\017\210t\2207\230!\2304\230u\240A\240Y\250g\260Q\200A\330%3\2601\360(\000\t\032\230\021\340\010\034\230J\240a\240q\330\010\013\2105\220\006\220b\230\001\330\014\022\220*\230A\230Q\330\010\020\220\005\220V\2301\230A\330\010\023\2201\220D\230\007\230t\2407\250&\260\001\260\021\330\010\t\330\014\023\2204\220u\230C\230y\250\013\2601\330\014\020\220\001\330\014\022\220\"\220B\220a\330\020\023\2202\220S\230\001\330\024\027\220t\2305\240\001\240\031\250!\330\030\037\230q\330\025\031\230\024\230Z\240q\330\024\033\2304\230y\250\001\330\024\027\220u\230C\230q\330\030\031\330\024\027\220q\330\030\034\230G\2401\330\034 \240\007\240v\250S\260\004\260H\270G\3009\310A\330\032\034\230A\330\030\031\330\024\027\220t\2308\2406\250\024\250T\260\027\270\n\300#\300Q\330\030\034\230E\240\021\240!\2404\240q\330\030\031\330\020\032\230$\230a\330\020\023\2207\230(\240\"\240A\330\024\033\2308\2401\330\024\030\230\005\230Q\230a\230q\330\024\027\220q\330\030\031\330\024\032\230.\250\001\330\030\047\240q\250\007\320/M\310Q\310a\340\020\023\2204\220x\230q\240\001\240\031\250(\260$\260e\2702\270R\270r\300\026\300s\310!\330\024\031\230\021\330\024\034\230A\340\024\035\230Q\330\024\027\220v\230S\240\001\330\030\033\2301\330\034\035\330\030\036\230d\240(\250!\330\014\023\2201\340\014\034\230A\230Q\230a\200A\330\0475\260Q\360\034\000\t\024\2201\220D\230\007\230t\2407\250(\260!\2601\330\010\t\330\014\020\220\005\220U\230!\2301\330\020\023\2204\220u\230A\230Y\240a\330\024\033\2301\330\020\032\230$\230a\330\020\023\2207\230(\240\"\240J\250d\260!\330\024\033\2308\2401\330\024\030\230\005\230Q\230a\230q\330\024\032\230.\250\001\330\030\047\240q\250\007\320/R""\320RS\320SW\320WX\340\020\023\2204\220x\230q\240\001\240\031\250(\260$\260f\270C\270q\330\024\033\2307\240!\330\014\022\220$\220h\230a\340\014\034\230A\230Q\230a\200A\360\006\000\t\r\210F\220!\330\010\017\210t\2207\230!\2304\230u\240A\240Y\250g\260Q\200A\360\026\000\t\027\220a\220t\2307\240$\240a\330\010\014\210F\220!\330\010\017\210t\2205\230\001\330\010\013\2105\220\003\2201\330\014\023\2201\330\010\013\2101\330\014\022\220$\220e\2301\230A\330\010\017\210w\220a\220v\230T\240\021\200A\360\030\000\t\r\210F\220!\330\010\017\210t\2207\230!\2304\230u\240D\250\001\320\004 \240\001\340\010\017\210}\230A\230V\2407\250$\250j\270\001\320\004!\240\021\340\010\017\210\177\230a\230v\240T\250\027\260\t\270\021\320\004)\250\021\340\010\017\210}\230A\230V\320#3\2604\260~\300Q\320\004-\250Q\340\010\017\210\177\230a\230v\240T\250\033\260J\270a\320\n1\260\021";
+    #else /* compression: none (2432 bytes) */
+static const char bytes[] = " at once, which are all that it was made for: release one bytes, and a row has  bytes, and the buffer has  of a writer were lost(tree fragment).: : this process was stopped, and writers continued without it: ?a message of channel disableenablegcisenabledivshmem.errorsivshmem.textivshmem/channel/readers.pyxrows: a buffer of two dimensions is needed, one row for each messageself.held,self.reader cannot be converted to a Python object for picklingtimeout is not a numberChannelErrorMessageTooLongMessagesLostReaderReader.__reduce_cython__Reader.__setstate_cython__Reader._rows_or_noneReader.get_asyncReader.get_intoReader.get_into_asyncReader.get_rowsReader.get_rows_asyncReader.viewReader.view_async___Pyx_PyDict_NextRef__annotate____await____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___get_or_is_coroutine_rows_or_noneabsentasyncio.coroutinesbuffercline_in_tracebackclosecodecountcounteddecodeencodeerrorsfoundgetget_asyncget_intoget_into_asyncget_rowsget_rows_asynciitemsivshmem.channel.readersmessagendimnextobjectpoprowsselfsendsetdefaultshapesizespintextthrowtimeouttriesvaluevaluesviewview_asyncwholePyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *)\000\000until_content\000until_somethingint (PyObject *, PyObject *)\000int (PyObject *, PyObject *, PyObject *, Py_buffer *)\000int (PyObject *, Py_buffer *, int)\000check_in_place\000take_typed\000take_without_objectsstruct __pyx_obj_7ivshmem_7channel_5views_View *(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message)\000view_of\200\001\330\004\n\210+\220Q\200A\330\010\017\210t\2209\230A\230V\2409\250C\250q\200A\330\033)\250\021\360\"\000\t\027\220a\220t\2307\240$\240a\330\010\013\2104\210w\220c\230\024\230X\240W\250I\260Q\330\014\022\220,\230a\330\020\032\230!\2304\230z\250\021\250\047\260\021\260$\260h\270a\360\006\000\t\014""\2104\210u\220A\220Y\230a\330\014\023\2201\330\010\017\210w\220a\220v\230T\240\021\200A\330%3\2601\360(\000\t\032\230\021\340\010\034\230J\240a\240q\330\010\013\2105\220\006\220b\230\001\330\014\022\220*\230A\230Q\330\010\020\220\005\220V\2301\230A\330\010\023\2201\220D\230\007\230t\2407\250&\260\001\260\021\330\010\t\330\014\023\2204\220u\230C\230y\250\013\2601\330\014\020\220\001\330\014\022\220\"\220B\220a\330\020\023\2202\220S\230\001\330\024\027\220t\2305\240\001\240\031\250!\330\030\037\230q\330\025\031\230\024\230Z\240q\330\024\033\2304\230y\250\001\330\024\027\220u\230C\230q\330\030\031\330\024\027\220q\330\030\034\230G\2401\330\034 \240\007\240v\250S\260\004\260H\270G\3009\310A\330\032\034\230A\330\030\031\330\024\027\220t\2308\2406\250\024\250T\260\027\270\n\300#\300Q\330\030\034\230E\240\021\240!\2404\240q\330\030\031\330\020\032\230$\230a\330\020\023\2207\230(\240\"\240A\330\024\033\2308\2401\330\024\030\230\005\230Q\230a\230q\330\024\027\220q\330\030\031\330\024\032\230.\250\001\330\030\047\240q\250\007\320/M\310Q\310a\340\020\023\2204\220x\230q\240\001\240\031\250(\260$\260e\2702\270R\270r\300\026\300s\310!\330\024\031\230\021\330\024\034\230A\340\024\035\230Q\330\024\027\220v\230S\240\001\330\030\033\2301\330\034\035\330\030\036\230d\240(\250!\330\014\023\2201\340\014\034\230A\230Q\230a\200A\330\0475\260Q\360\034\000\t\024\2201\220D\230\007\230t\2407\250(\260!\2601\330\010\t\330\014\020\220\005\220U\230!\2301\330\020\023\2204\220u\230A\230Y\240a\330\024\033\2301\330\020\032\230$\230a\330\020\023\2207\230(\240\"\240J\250d\260!\330\024\033\2308\2401\330\024\030\230\005\230Q\230a\230q\330\024\032\230.\250\001\330\030\047\240q\250\007\320/R\320RS\320SW\320WX\340\020\023\2204\220x\230q\240\001\240\031\250(\260$\260f\270C\270q\330\024\033\2307\240!\330\014\022\220$\220h\230a\340\014\034\230A\230Q\230a\320\004 \240\001\340\010\017\210}\230A\230V\2407\250$\250j\270\001\320\004!\240\021\340\010\017\210\177\230a\230v\240T\250\027\260\t\270\021\320\004-\250Q""\340\010\017\210\177\230a\230v\240T\250\033\260J\270a\320\n1\260\021";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 110; i++) {
+    for (int i = 0; i < 99; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
       if (likely(string) && i >= 21) PyUnicode_InternInPlace(&string);
@@ -16961,8 +14057,8 @@ static const char bytes[] = " at once, which are all that it was made for: relea
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 110; i < 127; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-110].length;
+    for (int i = 99; i < 111; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-99].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -16972,15 +14068,15 @@ static const char bytes[] = " at once, which are all that it was made for: relea
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 127; i++) {
+    for (Py_ssize_t i = 0; i < 111; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 110;
-      for (Py_ssize_t i=0; i<17; ++i) {
+      PyObject **table = stringtab + 99;
+      for (Py_ssize_t i=0; i<12; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
         #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -17046,7 +14142,7 @@ typedef struct {
     unsigned int num_kwonly_args : 1;
     unsigned int nlocals : 4;
     unsigned int flags : 10;
-    unsigned int first_line : 10;
+    unsigned int first_line : 9;
 } __Pyx_PyCode_New_function_description;
 #ifdef __cplusplus
 } /* anonymous namespace */
@@ -17066,42 +14162,42 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 388};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 387};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_rows, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_found};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_get_rows_async, __pyx_mstate->__pyx_kp_b_iso88591_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 244};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 243};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_buffer, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_message, __pyx_mstate->__pyx_n_u__4};
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_get_into, __pyx_mstate->__pyx_kp_b_iso88591_A_5Q_1D_t7_1_U_1_4uAYa_1_a_7_Jd, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 12, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 277};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 12, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 276};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_rows, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_size, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_tries, __pyx_mstate->__pyx_n_u_message, __pyx_mstate->__pyx_n_u_whole};
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_get_rows, __pyx_mstate->__pyx_kp_b_iso88591_A_31_Jaq_5_b_AQ_V1A_1D_t7_4uCy_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 346};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 345};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin};
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_kp_b_iso88591_A_at7_a_4wc_XWIQ_a_4z_ha_4uAYa_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 374};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 373};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_get_async, __pyx_mstate->__pyx_kp_b_iso88591_AV7_j, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 384};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 383};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_buffer, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_get_into_async, __pyx_mstate->__pyx_kp_b_iso88591_Q_avT_Ja, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 395};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 394};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_rows, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_rows_or_none, __pyx_mstate->__pyx_kp_b_iso88591_A_t9AV9Cq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 398};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 397};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_view_async, __pyx_mstate->__pyx_kp_b_iso88591_avT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
@@ -17114,41 +14210,6 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
     __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 496};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_get, __pyx_mstate->__pyx_kp_b_iso88591_A_F_t7_4uD, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 511};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin};
-    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_wait_changed, __pyx_mstate->__pyx_kp_b_iso88591_A_1_F_t7_4uAYgQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 528};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_absent, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_changed_or, __pyx_mstate->__pyx_kp_b_iso88591_A_F_t7_4uAYgQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 534};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_code};
-    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_kp_b_iso88591_A_at7_a_F_t5_5_1_1_1_e1A_wavT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 554};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_wait_changed_async, __pyx_mstate->__pyx_kp_b_iso88591_AV_34_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
   }
   Py_DECREF(tuple_dedup_map);
   return 0;

@@ -1,6 +1,6 @@
 """What other modules use of readers.pyx."""
 
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint32_t
 
 from .header cimport ivshmem_message
 from .roles cimport ReaderEnd
@@ -18,12 +18,3 @@ cdef class Reader(ReaderEnd):
     cdef object got(self, object timeout, object spin, object absent)
     cdef object copy_out(self)
     cdef object decoded(self)
-
-
-cdef class ValueReader(ReaderEnd):
-    cdef ivshmem_message message
-    cdef uint64_t seen  # what `next` of its source was before the last look
-
-    cdef int look(self) noexcept
-    cdef object latest(self, int code, object absent)
-    cdef object decoded(self, bytes data, uint64_t seen)

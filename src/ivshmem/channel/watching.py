@@ -19,7 +19,7 @@ from ..errors import ChannelTypeError, Overtaken
 from ..system.uncopied import Uncopied
 from .info import POSITIONS
 from .kinds import Messages, Value
-from .readers import ValueReader
+from .values import ValueReader
 
 if TYPE_CHECKING:
     from typing import Literal
