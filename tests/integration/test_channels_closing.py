@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from support.waiting import until
+from support.waiting import interrupt_when_asleep, until
 
 from ivshmem import ClosedError, Directory, Region, channel
 from ivshmem.channel import Channels
@@ -151,35 +151,27 @@ def test_close_ends_each_call_that_waits(
     assert [type(error) for error in raised] == [ClosedError]
 
 
+@contextlib.contextmanager
+def interrupted() -> Iterator[None]:
+    """Ctrl-C comes while it waits, and ends it at once."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    began = time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt), interrupt_when_asleep():
+            yield
+        assert time.monotonic() - began < PATIENCE / 2  # what is waited for never comes
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("begin", BLOCKED, ids=_names)
 def test_a_signal_handler_that_raises_ends_each_call(
     channels: Channels, begin: Callable[[Channels], Any]
 ) -> None:
     call = begin(channels)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        for _ in range(2):
-            threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGINT)).start()
-            with pytest.raises(KeyboardInterrupt):
-                call()
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextlib.contextmanager
-def interrupted() -> Iterator[None]:
-    """Ctrl-C comes while it waits, and ends it at once."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    timer = threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
-    began = time.monotonic()
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            yield
-        assert time.monotonic() - began < PATIENCE / 2  # what is waited for never comes
-    finally:
-        timer.join()
-        signal.signal(signal.SIGINT, before)
+    for _ in range(2):
+        with interrupted():
+            call()
 
 
 def test_nothing_is_lost_by_a_signal(channels: Channels) -> None:

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import pytest
 from support import commands
 from support.peer import FakeServer
-from support.waiting import PATIENCE, Background, until
+from support.waiting import PATIENCE, Background, interrupt_when_asleep, pauses, until
 
 import ivshmem
 from ivshmem.aio import connect_async
@@ -161,13 +160,9 @@ def test_without_the_wish_nobody_waits(place: Path) -> None:
 
 
 def test_ctrl_c_ends_it_at_once(place: Path) -> None:
-    main = threading.main_thread()
     begun = time.monotonic()
-    timer = threading.Timer(0.05, lambda: signal.pthread_kill(main.ident or 0, signal.SIGINT))
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), interrupt_when_asleep(pauses):
         ivshmem.connect(str(place), wait_for_server=True)
-    timer.join()
     assert time.monotonic() - begun < 10
 
 
