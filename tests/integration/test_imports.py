@@ -253,11 +253,11 @@ def test_a_server_imports_no_more_before_it_listens(tmp_path: Path) -> None:
 LIBRARY = {
     "ivshmem.guest": (
         "guest memory native peer protocol system",
-        "dataclasses inspect pathlib threading typing urllib",
+        "pathlib threading typing urllib",
     ),
     "ivshmem.channel": (
         "channel memory native peer protocol system",
-        "dataclasses hashlib inspect pathlib random threading typing urllib zlib",
+        "hashlib threading typing zlib",
     ),
 }
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from pathlib import Path
 
 
 def machine() -> int:
@@ -19,7 +18,8 @@ def machine() -> int:
     nothing is proven.
     """
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()
+        with open("/proc/sys/kernel/random/boot_id", "rb") as file:
+            boot = file.read()
         spaces = [os.stat("/proc/self/ns/pid").st_ino]
         if os.path.exists("/proc/self/ns/time"):
             spaces.append(os.stat("/proc/self/ns/time").st_ino)

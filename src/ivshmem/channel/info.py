@@ -5,13 +5,12 @@ Knows: the records that a program gets. Does not know: where the facts come from
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from ..system.named_tuple import NamedTuple
 
 POSITIONS = 1 << 40  # positions of messages are counted modulo this
 
 
-@dataclass(frozen=True)
-class WriterInfo:
+class WriterInfo(NamedTuple):
     """A slot of a writer.
 
     Attributes:
@@ -28,8 +27,7 @@ class WriterInfo:
     written: int
 
 
-@dataclass(frozen=True)
-class ReaderInfo:
+class ReaderInfo(NamedTuple):
     """A slot of a reader.
 
     Attributes:
@@ -47,8 +45,7 @@ class ReaderInfo:
     lost: int
 
 
-@dataclass(frozen=True)
-class ChannelInfo:
+class ChannelInfo(NamedTuple):
     """A channel as its record describes it, at one moment. All of it is other processes' word.
 
     Attributes:
@@ -88,8 +85,7 @@ class ChannelInfo:
     published: int
 
 
-@dataclass(frozen=True)
-class SpoiledInfo:
+class SpoiledInfo(NamedTuple):
     """A channel whose record some process has spoiled. Its memory is set aside, its name taken.
 
     Attributes:
@@ -103,8 +99,7 @@ class SpoiledInfo:
     maker: str
 
 
-@dataclass(frozen=True)
-class PlaceInfo:
+class PlaceInfo(NamedTuple):
     """A process that uses channels of the region, as it describes itself.
 
     Attributes:

@@ -2817,7 +2817,7 @@ struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells {
 static struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *__pyx_vtabptr_7ivshmem_5_core_Doorbells;
 
 
-/* "ivshmem/channel/membership.pyx":71
+/* "ivshmem/channel/membership.pyx":70
  * 
  * 
  * cdef class Dependent:             # <<<<<<<<<<<<<<
@@ -2832,7 +2832,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent {
 static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent *__pyx_vtabptr_7ivshmem_7channel_10membership_Dependent;
 
 
-/* "ivshmem/channel/membership.pyx":110
+/* "ivshmem/channel/membership.pyx":109
  * 
  * 
  * @cython.final  # so that the compiler inlines its checks             # <<<<<<<<<<<<<<
@@ -4308,7 +4308,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[3];
     PyObject *__pyx_codeobj_tab[11];
-    PyObject *__pyx_string_tab[179];
+    PyObject *__pyx_string_tab[180];
     PyObject *__pyx_number_tab[4];
 /* #### Code section: module_state_contents ### */
 /* CommonTypesMetaclass.module_state_decls */
@@ -4474,40 +4474,40 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_eventfds __pyx_string_tab[118]
 #define __pyx_n_u_found __pyx_string_tab[119]
 #define __pyx_n_u_free_place __pyx_string_tab[120]
-#define __pyx_n_u_get __pyx_string_tab[121]
-#define __pyx_n_u_getpid __pyx_string_tab[122]
-#define __pyx_n_u_has_foreign_places __pyx_string_tab[123]
-#define __pyx_n_u_i __pyx_string_tab[124]
-#define __pyx_n_u_identity __pyx_string_tab[125]
-#define __pyx_n_u_index __pyx_string_tab[126]
-#define __pyx_n_u_items __pyx_string_tab[127]
-#define __pyx_n_u_ivshmem_channel_membership __pyx_string_tab[128]
-#define __pyx_n_u_lease __pyx_string_tab[129]
-#define __pyx_n_u_left __pyx_string_tab[130]
-#define __pyx_n_u_limit __pyx_string_tab[131]
-#define __pyx_n_u_local __pyx_string_tab[132]
-#define __pyx_n_u_machine __pyx_string_tab[133]
-#define __pyx_n_u_mapping __pyx_string_tab[134]
-#define __pyx_n_u_memory __pyx_string_tab[135]
-#define __pyx_n_u_mute __pyx_string_tab[136]
-#define __pyx_n_u_name __pyx_string_tab[137]
-#define __pyx_n_u_next_beat __pyx_string_tab[138]
-#define __pyx_n_u_number __pyx_string_tab[139]
-#define __pyx_n_u_offset __pyx_string_tab[140]
-#define __pyx_n_u_one __pyx_string_tab[141]
-#define __pyx_n_u_os __pyx_string_tab[142]
-#define __pyx_n_u_peer __pyx_string_tab[143]
-#define __pyx_n_u_place_2 __pyx_string_tab[144]
-#define __pyx_n_u_places __pyx_string_tab[145]
-#define __pyx_n_u_plain __pyx_string_tab[146]
-#define __pyx_n_u_pop __pyx_string_tab[147]
-#define __pyx_n_u_randbits __pyx_string_tab[148]
-#define __pyx_n_u_region __pyx_string_tab[149]
-#define __pyx_n_u_register_at_fork __pyx_string_tab[150]
-#define __pyx_n_u_replace __pyx_string_tab[151]
-#define __pyx_n_u_ring_all_nowait __pyx_string_tab[152]
-#define __pyx_n_u_run __pyx_string_tab[153]
-#define __pyx_n_u_secrets __pyx_string_tab[154]
+#define __pyx_n_u_from_bytes __pyx_string_tab[121]
+#define __pyx_n_u_get __pyx_string_tab[122]
+#define __pyx_n_u_getpid __pyx_string_tab[123]
+#define __pyx_n_u_has_foreign_places __pyx_string_tab[124]
+#define __pyx_n_u_i __pyx_string_tab[125]
+#define __pyx_n_u_identity __pyx_string_tab[126]
+#define __pyx_n_u_index __pyx_string_tab[127]
+#define __pyx_n_u_items __pyx_string_tab[128]
+#define __pyx_n_u_ivshmem_channel_membership __pyx_string_tab[129]
+#define __pyx_n_u_lease __pyx_string_tab[130]
+#define __pyx_n_u_left __pyx_string_tab[131]
+#define __pyx_n_u_limit __pyx_string_tab[132]
+#define __pyx_n_u_little __pyx_string_tab[133]
+#define __pyx_n_u_local __pyx_string_tab[134]
+#define __pyx_n_u_machine __pyx_string_tab[135]
+#define __pyx_n_u_mapping __pyx_string_tab[136]
+#define __pyx_n_u_memory __pyx_string_tab[137]
+#define __pyx_n_u_mute __pyx_string_tab[138]
+#define __pyx_n_u_name __pyx_string_tab[139]
+#define __pyx_n_u_next_beat __pyx_string_tab[140]
+#define __pyx_n_u_number __pyx_string_tab[141]
+#define __pyx_n_u_offset __pyx_string_tab[142]
+#define __pyx_n_u_one __pyx_string_tab[143]
+#define __pyx_n_u_os __pyx_string_tab[144]
+#define __pyx_n_u_peer __pyx_string_tab[145]
+#define __pyx_n_u_place_2 __pyx_string_tab[146]
+#define __pyx_n_u_places __pyx_string_tab[147]
+#define __pyx_n_u_plain __pyx_string_tab[148]
+#define __pyx_n_u_pop __pyx_string_tab[149]
+#define __pyx_n_u_region __pyx_string_tab[150]
+#define __pyx_n_u_register_at_fork __pyx_string_tab[151]
+#define __pyx_n_u_replace __pyx_string_tab[152]
+#define __pyx_n_u_ring_all_nowait __pyx_string_tab[153]
+#define __pyx_n_u_run __pyx_string_tab[154]
 #define __pyx_n_u_self __pyx_string_tab[155]
 #define __pyx_n_u_setdefault __pyx_string_tab[156]
 #define __pyx_n_u_signal __pyx_string_tab[157]
@@ -4517,24 +4517,25 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_text __pyx_string_tab[161]
 #define __pyx_n_u_threading __pyx_string_tab[162]
 #define __pyx_n_u_update __pyx_string_tab[163]
-#define __pyx_n_u_use_setstate __pyx_string_tab[164]
-#define __pyx_n_u_values __pyx_string_tab[165]
-#define __pyx_n_u_vector __pyx_string_tab[166]
-#define __pyx_n_u_weakref __pyx_string_tab[167]
-#define __pyx_kp_b_int_void_int64_t_ring_bell __pyx_string_tab[168]
-#define __pyx_kp_b_iso88591__7 __pyx_string_tab[169]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[170]
-#define __pyx_kp_b_iso88591_q_a __pyx_string_tab[171]
-#define __pyx_kp_b_iso88591_q_0_kQR_9HAQ_7_1L_a_1 __pyx_string_tab[172]
-#define __pyx_kp_b_iso88591_q_l_vWE_Q_q_q_q_awk_awk __pyx_string_tab[173]
-#define __pyx_kp_b_iso88591_A_at7_q_F_E_at7_q_1D_wa_l_gWCr_q __pyx_string_tab[174]
-#define __pyx_kp_b_iso88591_A_at7_q_F_E_at7_q_4wgQ_AXS_83a_q __pyx_string_tab[175]
-#define __pyx_kp_b_iso88591_A_F_6_D_uA_AXQ_1D_uA_4xq_Qa_Q_T __pyx_string_tab[176]
-#define __pyx_kp_b_iso88591_A_A_4_AQd_6_ir_Q_d_q_A_t_T_Q_1G3 __pyx_string_tab[177]
-#define __pyx_kp_b_iso88591_A_4wc_T_XT_T_t_Q_vQ_a_A_HA_6 __pyx_string_tab[178]
+#define __pyx_n_u_urandom __pyx_string_tab[164]
+#define __pyx_n_u_use_setstate __pyx_string_tab[165]
+#define __pyx_n_u_values __pyx_string_tab[166]
+#define __pyx_n_u_vector __pyx_string_tab[167]
+#define __pyx_n_u_weakref __pyx_string_tab[168]
+#define __pyx_kp_b_int_void_int64_t_ring_bell __pyx_string_tab[169]
+#define __pyx_kp_b_iso88591__7 __pyx_string_tab[170]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[171]
+#define __pyx_kp_b_iso88591_q_a __pyx_string_tab[172]
+#define __pyx_kp_b_iso88591_q_0_kQR_9HAQ_7_1L_a_1 __pyx_string_tab[173]
+#define __pyx_kp_b_iso88591_q_l_vWE_Q_q_q_q_awk_awk __pyx_string_tab[174]
+#define __pyx_kp_b_iso88591_A_at7_q_F_E_at7_q_1D_wa_l_gWCr_q __pyx_string_tab[175]
+#define __pyx_kp_b_iso88591_A_at7_q_F_E_at7_q_4wgQ_AXS_83a_q __pyx_string_tab[176]
+#define __pyx_kp_b_iso88591_A_F_6_D_uA_AXQ_1D_uA_4xq_Qa_Q_T __pyx_string_tab[177]
+#define __pyx_kp_b_iso88591_A_A_4_AQd_6_ir_Q_d_q_A_t_T_Q_1G3 __pyx_string_tab[178]
+#define __pyx_kp_b_iso88591_A_4wc_T_XT_T_t_Q_vQ_a_A_HA_6 __pyx_string_tab[179]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_1 __pyx_number_tab[1]
-#define __pyx_int_64 __pyx_number_tab[2]
+#define __pyx_int_8 __pyx_number_tab[2]
 #define __pyx_int_238750788 __pyx_number_tab[3]
 /* #### Code section: module_state_clear ### */
 #if CYTHON_USE_MODULE_STATE
@@ -4574,7 +4575,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
   for (int i=0; i<11; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<179; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<180; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<4; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -4622,7 +4623,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
   for (int i=0; i<11; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<179; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<180; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<4; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -5567,7 +5568,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_core_begin_wait(struct __pyx_t_7ivs
   /* function exit code */
 }
 
-/* "ivshmem/channel/membership.pyx":63
+/* "ivshmem/channel/membership.pyx":62
  * 
  * 
  * def _after_fork():             # <<<<<<<<<<<<<<
@@ -5597,7 +5598,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership__after_fork(CYTHON_UNUS
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("_after_fork", 0);
 
-  /* "ivshmem/channel/membership.pyx":65
+  /* "ivshmem/channel/membership.pyx":64
  * def _after_fork():
  *     global generation
  *     generation += 1             # <<<<<<<<<<<<<<
@@ -5606,7 +5607,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership__after_fork(CYTHON_UNUS
 */
   __pyx_v_7ivshmem_7channel_10membership_generation = (__pyx_v_7ivshmem_7channel_10membership_generation + 1);
 
-  /* "ivshmem/channel/membership.pyx":63
+  /* "ivshmem/channel/membership.pyx":62
  * 
  * 
  * def _after_fork():             # <<<<<<<<<<<<<<
@@ -5621,7 +5622,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership__after_fork(CYTHON_UNUS
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":74
+/* "ivshmem/channel/membership.pyx":73
  *     """What a membership looks after at each beat, and closes at its end: an end of a channel."""
  * 
  *     cdef int beat(self) except -1:             # <<<<<<<<<<<<<<
@@ -5632,7 +5633,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership__after_fork(CYTHON_UNUS
 static int __pyx_f_7ivshmem_7channel_10membership_9Dependent_beat(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/membership.pyx":76
+  /* "ivshmem/channel/membership.pyx":75
  *     cdef int beat(self) except -1:
  *         """Do what an end does once a beat."""
  *         return 0             # <<<<<<<<<<<<<<
@@ -5645,7 +5646,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_9Dependent_beat(CYTHON_UNUSED 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":74
+  /* "ivshmem/channel/membership.pyx":73
  *     """What a membership looks after at each beat, and closes at its end: an end of a channel."""
  * 
  *     cdef int beat(self) except -1:             # <<<<<<<<<<<<<<
@@ -5659,7 +5660,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_9Dependent_beat(CYTHON_UNUSED 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":78
+/* "ivshmem/channel/membership.pyx":77
  *         return 0
  * 
  *     cdef bint is_rung(self) noexcept:             # <<<<<<<<<<<<<<
@@ -5670,7 +5671,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_9Dependent_beat(CYTHON_UNUSED 
 static int __pyx_f_7ivshmem_7channel_10membership_9Dependent_is_rung(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/membership.pyx":80
+  /* "ivshmem/channel/membership.pyx":79
  *     cdef bint is_rung(self) noexcept:
  *         """Whether peers ring this process for the end, although it can only read."""
  *         return False             # <<<<<<<<<<<<<<
@@ -5683,7 +5684,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_9Dependent_is_rung(CYTHON_UNUS
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":78
+  /* "ivshmem/channel/membership.pyx":77
  *         return 0
  * 
  *     cdef bint is_rung(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6157,7 +6158,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_9Dependent_2__setstate_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":83
+/* "ivshmem/channel/membership.pyx":82
  * 
  * 
  * cdef void note_ring(void *context, unsigned peer, unsigned vector) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -6170,7 +6171,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_note_ring(void *__pyx_v_conte
   int __pyx_t_1;
   long __pyx_t_2;
 
-  /* "ivshmem/channel/membership.pyx":84
+  /* "ivshmem/channel/membership.pyx":83
  * 
  * cdef void note_ring(void *context, unsigned peer, unsigned vector) noexcept nogil:
  *     cdef Rings *rings = <Rings *>context             # <<<<<<<<<<<<<<
@@ -6179,7 +6180,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_note_ring(void *__pyx_v_conte
 */
   __pyx_v_rings = ((struct __pyx_t_7ivshmem_7channel_10membership_Rings *)__pyx_v_context);
 
-  /* "ivshmem/channel/membership.pyx":85
+  /* "ivshmem/channel/membership.pyx":84
  * cdef void note_ring(void *context, unsigned peer, unsigned vector) noexcept nogil:
  *     cdef Rings *rings = <Rings *>context
  *     while word_exchange(&rings.lock, False, 1, ACQUIRE):             # <<<<<<<<<<<<<<
@@ -6192,7 +6193,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_note_ring(void *__pyx_v_conte
 
     if (!__pyx_t_1) break;
 
-    /* "ivshmem/channel/membership.pyx":86
+    /* "ivshmem/channel/membership.pyx":85
  *     cdef Rings *rings = <Rings *>context
  *     while word_exchange(&rings.lock, False, 1, ACQUIRE):
  *         ivshmem_pause()             # <<<<<<<<<<<<<<
@@ -6202,7 +6203,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_note_ring(void *__pyx_v_conte
     ivshmem_pause();
   }
 
-  /* "ivshmem/channel/membership.pyx":87
+  /* "ivshmem/channel/membership.pyx":86
  *     while word_exchange(&rings.lock, False, 1, ACQUIRE):
  *         ivshmem_pause()
  *     if rings.count < MOST_RINGS:             # <<<<<<<<<<<<<<
@@ -6214,7 +6215,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_note_ring(void *__pyx_v_conte
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":88
+    /* "ivshmem/channel/membership.pyx":87
  *         ivshmem_pause()
  *     if rings.count < MOST_RINGS:
  *         rings.targets[rings.count] = EVERY_PEER if peer == EVERY_PEER else peer << 16 | vector             # <<<<<<<<<<<<<<
@@ -6234,7 +6235,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_note_ring(void *__pyx_v_conte
     (__pyx_v_rings->targets[__pyx_v_rings->count]) = __pyx_t_2;
 
 
-    /* "ivshmem/channel/membership.pyx":89
+    /* "ivshmem/channel/membership.pyx":88
  *     if rings.count < MOST_RINGS:
  *         rings.targets[rings.count] = EVERY_PEER if peer == EVERY_PEER else peer << 16 | vector
  *         rings.count += 1             # <<<<<<<<<<<<<<
@@ -6243,7 +6244,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_note_ring(void *__pyx_v_conte
 */
     __pyx_v_rings->count = (__pyx_v_rings->count + 1);
 
-    /* "ivshmem/channel/membership.pyx":87
+    /* "ivshmem/channel/membership.pyx":86
  *     while word_exchange(&rings.lock, False, 1, ACQUIRE):
  *         ivshmem_pause()
  *     if rings.count < MOST_RINGS:             # <<<<<<<<<<<<<<
@@ -6252,7 +6253,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_note_ring(void *__pyx_v_conte
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":90
+  /* "ivshmem/channel/membership.pyx":89
  *         rings.targets[rings.count] = EVERY_PEER if peer == EVERY_PEER else peer << 16 | vector
  *         rings.count += 1
  *     word_store(&rings.lock, False, 0, RELEASE)             # <<<<<<<<<<<<<<
@@ -6261,7 +6262,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_note_ring(void *__pyx_v_conte
 */
   word_store((&__pyx_v_rings->lock), 0, 0, __ATOMIC_RELEASE);
 
-  /* "ivshmem/channel/membership.pyx":83
+  /* "ivshmem/channel/membership.pyx":82
  * 
  * 
  * cdef void note_ring(void *context, unsigned peer, unsigned vector) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -6273,7 +6274,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_note_ring(void *__pyx_v_conte
 
 }
 
-/* "ivshmem/channel/membership.pyx":93
+/* "ivshmem/channel/membership.pyx":92
  * 
  * 
  * cdef bint next_ring(Rings *rings, uint32_t *target) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -6286,7 +6287,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_next_ring(struct __pyx_t_7ivsh
   int __pyx_r;
   int __pyx_t_1;
 
-  /* "ivshmem/channel/membership.pyx":96
+  /* "ivshmem/channel/membership.pyx":95
  *     """Take a ring that was noted, by whichever thread; whether there was one."""
  *     cdef bint found
  *     while word_exchange(&rings.lock, False, 1, ACQUIRE):             # <<<<<<<<<<<<<<
@@ -6299,7 +6300,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_next_ring(struct __pyx_t_7ivsh
 
     if (!__pyx_t_1) break;
 
-    /* "ivshmem/channel/membership.pyx":97
+    /* "ivshmem/channel/membership.pyx":96
  *     cdef bint found
  *     while word_exchange(&rings.lock, False, 1, ACQUIRE):
  *         ivshmem_pause()             # <<<<<<<<<<<<<<
@@ -6309,7 +6310,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_next_ring(struct __pyx_t_7ivsh
     ivshmem_pause();
   }
 
-  /* "ivshmem/channel/membership.pyx":98
+  /* "ivshmem/channel/membership.pyx":97
  *     while word_exchange(&rings.lock, False, 1, ACQUIRE):
  *         ivshmem_pause()
  *     found = rings.count > 0             # <<<<<<<<<<<<<<
@@ -6318,7 +6319,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_next_ring(struct __pyx_t_7ivsh
 */
   __pyx_v_found = (__pyx_v_rings->count > 0);
 
-  /* "ivshmem/channel/membership.pyx":99
+  /* "ivshmem/channel/membership.pyx":98
  *         ivshmem_pause()
  *     found = rings.count > 0
  *     if found:             # <<<<<<<<<<<<<<
@@ -6327,7 +6328,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_next_ring(struct __pyx_t_7ivsh
 */
   if (__pyx_v_found) {
 
-    /* "ivshmem/channel/membership.pyx":100
+    /* "ivshmem/channel/membership.pyx":99
  *     found = rings.count > 0
  *     if found:
  *         rings.count -= 1             # <<<<<<<<<<<<<<
@@ -6336,7 +6337,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_next_ring(struct __pyx_t_7ivsh
 */
     __pyx_v_rings->count = (__pyx_v_rings->count - 1);
 
-    /* "ivshmem/channel/membership.pyx":101
+    /* "ivshmem/channel/membership.pyx":100
  *     if found:
  *         rings.count -= 1
  *         target[0] = rings.targets[rings.count]             # <<<<<<<<<<<<<<
@@ -6345,7 +6346,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_next_ring(struct __pyx_t_7ivsh
 */
     (__pyx_v_target[0]) = (__pyx_v_rings->targets[__pyx_v_rings->count]);
 
-    /* "ivshmem/channel/membership.pyx":99
+    /* "ivshmem/channel/membership.pyx":98
  *         ivshmem_pause()
  *     found = rings.count > 0
  *     if found:             # <<<<<<<<<<<<<<
@@ -6354,7 +6355,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_next_ring(struct __pyx_t_7ivsh
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":102
+  /* "ivshmem/channel/membership.pyx":101
  *         rings.count -= 1
  *         target[0] = rings.targets[rings.count]
  *     word_store(&rings.lock, False, 0, RELEASE)             # <<<<<<<<<<<<<<
@@ -6363,7 +6364,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_next_ring(struct __pyx_t_7ivsh
 */
   word_store((&__pyx_v_rings->lock), 0, 0, __ATOMIC_RELEASE);
 
-  /* "ivshmem/channel/membership.pyx":103
+  /* "ivshmem/channel/membership.pyx":102
  *         target[0] = rings.targets[rings.count]
  *     word_store(&rings.lock, False, 0, RELEASE)
  *     return found             # <<<<<<<<<<<<<<
@@ -6376,7 +6377,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_next_ring(struct __pyx_t_7ivsh
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":93
+  /* "ivshmem/channel/membership.pyx":92
  * 
  * 
  * cdef bint next_ring(Rings *rings, uint32_t *target) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -6390,7 +6391,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_next_ring(struct __pyx_t_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":106
+/* "ivshmem/channel/membership.pyx":105
  * 
  * 
  * cdef int64_t tell_time(void *context) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -6401,7 +6402,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_next_ring(struct __pyx_t_7ivsh
 static int64_t __pyx_f_7ivshmem_7channel_10membership_tell_time(CYTHON_UNUSED void *__pyx_v_context) {
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/membership.pyx":107
+  /* "ivshmem/channel/membership.pyx":106
  * 
  * cdef int64_t tell_time(void *context) noexcept nogil:
  *     return now()             # <<<<<<<<<<<<<<
@@ -6414,7 +6415,7 @@ static int64_t __pyx_f_7ivshmem_7channel_10membership_tell_time(CYTHON_UNUSED vo
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":106
+  /* "ivshmem/channel/membership.pyx":105
  * 
  * 
  * cdef int64_t tell_time(void *context) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -6427,7 +6428,7 @@ static int64_t __pyx_f_7ivshmem_7channel_10membership_tell_time(CYTHON_UNUSED vo
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":130
+/* "ivshmem/channel/membership.pyx":129
  *     """
  * 
  *     def __cinit__(             # <<<<<<<<<<<<<<
@@ -6480,81 +6481,81 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_region,&__pyx_mstate_global->__pyx_n_u_offset,&__pyx_mstate_global->__pyx_n_u_endpoint,&__pyx_mstate_global->__pyx_n_u_vector,&__pyx_mstate_global->__pyx_n_u_mapping,&__pyx_mstate_global->__pyx_n_u_beat,&__pyx_mstate_global->__pyx_n_u_lease,&__pyx_mstate_global->__pyx_n_u_name,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 130, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 129, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  8:
         values[7] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 7);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[7])) __PYX_ERR(0, 130, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[7])) __PYX_ERR(0, 129, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  7:
         values[6] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 6);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 130, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 129, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  6:
         values[5] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 5);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 130, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 129, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  5:
         values[4] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 4);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 130, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 129, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  4:
         values[3] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 130, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 129, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 130, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 129, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 130, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 129, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 130, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 129, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 130, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 129, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 8; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 8, 8, i); __PYX_ERR(0, 130, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 8, 8, i); __PYX_ERR(0, 129, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 8)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 130, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 129, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 130, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 129, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 130, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 129, __pyx_L3_error)
       values[3] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 3);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 130, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 129, __pyx_L3_error)
       values[4] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 4);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 130, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 129, __pyx_L3_error)
       values[5] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 5);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 130, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 129, __pyx_L3_error)
       values[6] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 6);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 130, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 129, __pyx_L3_error)
       values[7] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 7);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[7])) __PYX_ERR(0, 130, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[7])) __PYX_ERR(0, 129, __pyx_L3_error)
     }
     __pyx_v_region = ((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)values[0]);
-    __pyx_v_offset = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_offset == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 133, __pyx_L3_error)
+    __pyx_v_offset = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_offset == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 132, __pyx_L3_error)
     __pyx_v_endpoint = values[2];
-    __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[3]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 135, __pyx_L3_error)
-    __pyx_v_mapping = __Pyx_PyLong_As_int(values[4]); if (unlikely((__pyx_v_mapping == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 136, __pyx_L3_error)
-    __pyx_v_beat = __Pyx_PyFloat_AsDouble(values[5]); if (unlikely((__pyx_v_beat == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 137, __pyx_L3_error)
-    __pyx_v_lease = __Pyx_PyFloat_AsDouble(values[6]); if (unlikely((__pyx_v_lease == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 138, __pyx_L3_error)
+    __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[3]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 134, __pyx_L3_error)
+    __pyx_v_mapping = __Pyx_PyLong_As_int(values[4]); if (unlikely((__pyx_v_mapping == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 135, __pyx_L3_error)
+    __pyx_v_beat = __Pyx_PyFloat_AsDouble(values[5]); if (unlikely((__pyx_v_beat == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 136, __pyx_L3_error)
+    __pyx_v_lease = __Pyx_PyFloat_AsDouble(values[6]); if (unlikely((__pyx_v_lease == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 137, __pyx_L3_error)
     __pyx_v_name = ((PyObject*)values[7]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 8, 8, __pyx_nargs); __PYX_ERR(0, 130, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 8, 8, __pyx_nargs); __PYX_ERR(0, 129, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6565,8 +6566,8 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_region), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "region", 0))) __PYX_ERR(0, 132, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 139, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_region), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "region", 0))) __PYX_ERR(0, 131, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 138, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_v_self), __pyx_v_region, __pyx_v_offset, __pyx_v_endpoint, __pyx_v_vector, __pyx_v_mapping, __pyx_v_beat, __pyx_v_lease, __pyx_v_name);
 
   /* function exit code */
@@ -6610,12 +6611,14 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   int __pyx_t_10;
   uint64_t __pyx_t_11;
   char const *__pyx_t_12;
+  PyObject *__pyx_t_13 = NULL;
+  PyObject *__pyx_t_14 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/channel/membership.pyx":144
+  /* "ivshmem/channel/membership.pyx":143
  *         cdef char text[64]
  *         cdef int code
  *         self.state = IVSHMEM_CLOSING             # <<<<<<<<<<<<<<
@@ -6624,7 +6627,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->state = IVSHMEM_CLOSING;
 
-  /* "ivshmem/channel/membership.pyx":145
+  /* "ivshmem/channel/membership.pyx":144
  *         cdef int code
  *         self.state = IVSHMEM_CLOSING
  *         self.generation = generation             # <<<<<<<<<<<<<<
@@ -6633,7 +6636,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->generation = __pyx_v_7ivshmem_7channel_10membership_generation;
 
-  /* "ivshmem/channel/membership.pyx":146
+  /* "ivshmem/channel/membership.pyx":145
  *         self.state = IVSHMEM_CLOSING
  *         self.generation = generation
  *         self.mapping = region             # <<<<<<<<<<<<<<
@@ -6645,7 +6648,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   __Pyx_GOTREF((PyObject *)__pyx_v_self->mapping);
   __Pyx_DECREF_SET(__pyx_v_self->mapping, __pyx_v_region);
 
-  /* "ivshmem/channel/membership.pyx":147
+  /* "ivshmem/channel/membership.pyx":146
  *         self.generation = generation
  *         self.mapping = region
  *         self.endpoint = endpoint             # <<<<<<<<<<<<<<
@@ -6657,7 +6660,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   __Pyx_GOTREF(__pyx_v_self->endpoint);
   __Pyx_DECREF_SET(__pyx_v_self->endpoint, __pyx_v_endpoint);
 
-  /* "ivshmem/channel/membership.pyx":148
+  /* "ivshmem/channel/membership.pyx":147
  *         self.mapping = region
  *         self.endpoint = endpoint
  *         self.doorbells = endpoint             # <<<<<<<<<<<<<<
@@ -6666,13 +6669,13 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_t_1 = __pyx_v_endpoint;
   __Pyx_INCREF(__pyx_t_1);
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells))))) __PYX_ERR(0, 148, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells))))) __PYX_ERR(0, 147, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF((PyObject *)__pyx_v_self->doorbells);
   __Pyx_DECREF_SET(__pyx_v_self->doorbells, ((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":149
+  /* "ivshmem/channel/membership.pyx":148
  *         self.endpoint = endpoint
  *         self.doorbells = endpoint
  *         self.vector = vector             # <<<<<<<<<<<<<<
@@ -6681,35 +6684,35 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->vector = __pyx_v_vector;
 
-  /* "ivshmem/channel/membership.pyx":150
+  /* "ivshmem/channel/membership.pyx":149
  *         self.doorbells = endpoint
  *         self.vector = vector
  *         self.bells = {}             # <<<<<<<<<<<<<<
  *         self.ends = {}
  *         self.threads = threading.local()
 */
-  __pyx_t_1 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 150, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 149, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF(__pyx_v_self->bells);
   __Pyx_DECREF_SET(__pyx_v_self->bells, ((PyObject*)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":151
+  /* "ivshmem/channel/membership.pyx":150
  *         self.vector = vector
  *         self.bells = {}
  *         self.ends = {}             # <<<<<<<<<<<<<<
  *         self.threads = threading.local()
  *         self.loops = weakref.WeakKeyDictionary()
 */
-  __pyx_t_1 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 151, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 150, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF(__pyx_v_self->ends);
   __Pyx_DECREF_SET(__pyx_v_self->ends, ((PyObject*)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":152
+  /* "ivshmem/channel/membership.pyx":151
  *         self.bells = {}
  *         self.ends = {}
  *         self.threads = threading.local()             # <<<<<<<<<<<<<<
@@ -6717,9 +6720,9 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
  *         region.borrow()
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_threading); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 152, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_threading); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 151, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_local); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 152, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_local); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 151, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5 = 1;
@@ -6739,7 +6742,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 152, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 151, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_GIVEREF(__pyx_t_1);
@@ -6747,7 +6750,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   __Pyx_DECREF_SET(__pyx_v_self->threads, __pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":153
+  /* "ivshmem/channel/membership.pyx":152
  *         self.ends = {}
  *         self.threads = threading.local()
  *         self.loops = weakref.WeakKeyDictionary()             # <<<<<<<<<<<<<<
@@ -6755,9 +6758,9 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
  *         self.pinned = True
 */
   __pyx_t_4 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 153, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 152, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_WeakKeyDictionary); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 153, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_WeakKeyDictionary); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 152, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_t_5 = 1;
@@ -6777,7 +6780,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 153, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 152, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_GIVEREF(__pyx_t_1);
@@ -6785,17 +6788,17 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   __Pyx_DECREF_SET(__pyx_v_self->loops, __pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":154
+  /* "ivshmem/channel/membership.pyx":153
  *         self.threads = threading.local()
  *         self.loops = weakref.WeakKeyDictionary()
  *         region.borrow()             # <<<<<<<<<<<<<<
  *         self.pinned = True
  *         memory.start = <unsigned char *>region.start
 */
-  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_region->__pyx_vtab)->borrow(__pyx_v_region); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 154, __pyx_L1_error)
+  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_region->__pyx_vtab)->borrow(__pyx_v_region); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 153, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":155
+  /* "ivshmem/channel/membership.pyx":154
  *         self.loops = weakref.WeakKeyDictionary()
  *         region.borrow()
  *         self.pinned = True             # <<<<<<<<<<<<<<
@@ -6804,7 +6807,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->pinned = 1;
 
-  /* "ivshmem/channel/membership.pyx":156
+  /* "ivshmem/channel/membership.pyx":155
  *         region.borrow()
  *         self.pinned = True
  *         memory.start = <unsigned char *>region.start             # <<<<<<<<<<<<<<
@@ -6813,7 +6816,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_memory.start = ((unsigned char *)__pyx_v_region->start);
 
-  /* "ivshmem/channel/membership.pyx":157
+  /* "ivshmem/channel/membership.pyx":156
  *         self.pinned = True
  *         memory.start = <unsigned char *>region.start
  *         memory.size = region.length             # <<<<<<<<<<<<<<
@@ -6824,7 +6827,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 
   __pyx_v_memory.size = __pyx_t_7;
 
-  /* "ivshmem/channel/membership.pyx":158
+  /* "ivshmem/channel/membership.pyx":157
  *         memory.start = <unsigned char *>region.start
  *         memory.size = region.length
  *         memory.mapping = <ivshmem_mapping>mapping             # <<<<<<<<<<<<<<
@@ -6833,7 +6836,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_memory.mapping = ((enum ivshmem_mapping)__pyx_v_mapping);
 
-  /* "ivshmem/channel/membership.pyx":159
+  /* "ivshmem/channel/membership.pyx":158
  *         memory.size = region.length
  *         memory.mapping = <ivshmem_mapping>mapping
  *         memory.readonly = region.fixed             # <<<<<<<<<<<<<<
@@ -6844,7 +6847,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 
   __pyx_v_memory.readonly = __pyx_t_8;
 
-  /* "ivshmem/channel/membership.pyx":160
+  /* "ivshmem/channel/membership.pyx":159
  *         memory.mapping = <ivshmem_mapping>mapping
  *         memory.readonly = region.fixed
  *         code = ivshmem_area_open(&self.member.area, &memory, offset)             # <<<<<<<<<<<<<<
@@ -6853,7 +6856,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_code = ivshmem_area_open((&__pyx_v_self->member.area), (&__pyx_v_memory), __pyx_v_offset);
 
-  /* "ivshmem/channel/membership.pyx":161
+  /* "ivshmem/channel/membership.pyx":160
  *         memory.readonly = region.fixed
  *         code = ivshmem_area_open(&self.member.area, &memory, offset)
  *         if code:             # <<<<<<<<<<<<<<
@@ -6865,20 +6868,20 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   if (unlikely(__pyx_t_8)) {
 
 
-    /* "ivshmem/channel/membership.pyx":162
+    /* "ivshmem/channel/membership.pyx":161
  *         code = ivshmem_area_open(&self.member.area, &memory, offset)
  *         if code:
  *             raise self.fail(code, NULL, "")             # <<<<<<<<<<<<<<
  *         self.beat = <int64_t>(beat * 1e9)
  *         self.member.lease = <int64_t>(lease * 1e9)
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_fail(__pyx_v_self, __pyx_v_code, NULL, __pyx_mstate_global->__pyx_kp_u__2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 162, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_fail(__pyx_v_self, __pyx_v_code, NULL, __pyx_mstate_global->__pyx_kp_u__2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 161, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 162, __pyx_L1_error)
+    __PYX_ERR(0, 161, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":161
+    /* "ivshmem/channel/membership.pyx":160
  *         memory.readonly = region.fixed
  *         code = ivshmem_area_open(&self.member.area, &memory, offset)
  *         if code:             # <<<<<<<<<<<<<<
@@ -6887,7 +6890,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":163
+  /* "ivshmem/channel/membership.pyx":162
  *         if code:
  *             raise self.fail(code, NULL, "")
  *         self.beat = <int64_t>(beat * 1e9)             # <<<<<<<<<<<<<<
@@ -6896,7 +6899,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->beat = ((int64_t)(__pyx_v_beat * 1e9));
 
-  /* "ivshmem/channel/membership.pyx":164
+  /* "ivshmem/channel/membership.pyx":163
  *             raise self.fail(code, NULL, "")
  *         self.beat = <int64_t>(beat * 1e9)
  *         self.member.lease = <int64_t>(lease * 1e9)             # <<<<<<<<<<<<<<
@@ -6905,7 +6908,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->member.lease = ((int64_t)(__pyx_v_lease * 1e9));
 
-  /* "ivshmem/channel/membership.pyx":165
+  /* "ivshmem/channel/membership.pyx":164
  *         self.beat = <int64_t>(beat * 1e9)
  *         self.member.lease = <int64_t>(lease * 1e9)
  *         self.member.user.context = &self.rings             # <<<<<<<<<<<<<<
@@ -6914,7 +6917,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->member.user.context = (&__pyx_v_self->rings);
 
-  /* "ivshmem/channel/membership.pyx":166
+  /* "ivshmem/channel/membership.pyx":165
  *         self.member.lease = <int64_t>(lease * 1e9)
  *         self.member.user.context = &self.rings
  *         self.member.user.ring = note_ring             # <<<<<<<<<<<<<<
@@ -6923,7 +6926,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->member.user.ring = __pyx_f_7ivshmem_7channel_10membership_note_ring;
 
-  /* "ivshmem/channel/membership.pyx":167
+  /* "ivshmem/channel/membership.pyx":166
  *         self.member.user.context = &self.rings
  *         self.member.user.ring = note_ring
  *         self.member.user.now = tell_time             # <<<<<<<<<<<<<<
@@ -6932,7 +6935,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->member.user.now = __pyx_f_7ivshmem_7channel_10membership_tell_time;
 
-  /* "ivshmem/channel/membership.pyx":168
+  /* "ivshmem/channel/membership.pyx":167
  *         self.member.user.ring = note_ring
  *         self.member.user.now = tell_time
  *         self.member.user.ended = ivshmem_process_ended             # <<<<<<<<<<<<<<
@@ -6941,7 +6944,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->member.user.ended = ivshmem_process_ended;
 
-  /* "ivshmem/channel/membership.pyx":169
+  /* "ivshmem/channel/membership.pyx":168
  *         self.member.user.now = tell_time
  *         self.member.user.ended = ivshmem_process_ended
  *         self.kick = FdArray.eventfds(1)             # <<<<<<<<<<<<<<
@@ -6955,16 +6958,16 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
     PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_int_1};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_eventfds, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 169, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 168, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 169, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 168, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF((PyObject *)__pyx_v_self->kick);
   __Pyx_DECREF_SET(__pyx_v_self->kick, ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":170
+  /* "ivshmem/channel/membership.pyx":169
  *         self.member.user.ended = ivshmem_process_ended
  *         self.kick = FdArray.eventfds(1)
  *         self.ending = FdArray.eventfds(1)             # <<<<<<<<<<<<<<
@@ -6978,16 +6981,16 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
     PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_int_1};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_eventfds, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 170, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 169, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 170, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 169, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF((PyObject *)__pyx_v_self->ending);
   __Pyx_DECREF_SET(__pyx_v_self->ending, ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":171
+  /* "ivshmem/channel/membership.pyx":170
  *         self.kick = FdArray.eventfds(1)
  *         self.ending = FdArray.eventfds(1)
  *         self.pulses = <ivshmem_pulse *>calloc(self.member.area.places, sizeof(ivshmem_pulse))             # <<<<<<<<<<<<<<
@@ -6996,7 +6999,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->pulses = ((struct ivshmem_pulse *)calloc(__pyx_v_self->member.area.places, (sizeof(struct ivshmem_pulse))));
 
-  /* "ivshmem/channel/membership.pyx":172
+  /* "ivshmem/channel/membership.pyx":171
  *         self.ending = FdArray.eventfds(1)
  *         self.pulses = <ivshmem_pulse *>calloc(self.member.area.places, sizeof(ivshmem_pulse))
  *         if self.pulses == NULL:             # <<<<<<<<<<<<<<
@@ -7008,16 +7011,16 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   if (unlikely(__pyx_t_8)) {
 
 
-    /* "ivshmem/channel/membership.pyx":173
+    /* "ivshmem/channel/membership.pyx":172
  *         self.pulses = <ivshmem_pulse *>calloc(self.member.area.places, sizeof(ivshmem_pulse))
  *         if self.pulses == NULL:
  *             raise MemoryError             # <<<<<<<<<<<<<<
  *         self.member.pulses = self.pulses
  *         self.member.looked = now()
 */
-    PyErr_NoMemory(); __PYX_ERR(0, 173, __pyx_L1_error)
+    PyErr_NoMemory(); __PYX_ERR(0, 172, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":172
+    /* "ivshmem/channel/membership.pyx":171
  *         self.ending = FdArray.eventfds(1)
  *         self.pulses = <ivshmem_pulse *>calloc(self.member.area.places, sizeof(ivshmem_pulse))
  *         if self.pulses == NULL:             # <<<<<<<<<<<<<<
@@ -7026,7 +7029,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":174
+  /* "ivshmem/channel/membership.pyx":173
  *         if self.pulses == NULL:
  *             raise MemoryError
  *         self.member.pulses = self.pulses             # <<<<<<<<<<<<<<
@@ -7037,7 +7040,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 
   __pyx_v_self->member.pulses = __pyx_t_9;
 
-  /* "ivshmem/channel/membership.pyx":175
+  /* "ivshmem/channel/membership.pyx":174
  *             raise MemoryError
  *         self.member.pulses = self.pulses
  *         self.member.looked = now()             # <<<<<<<<<<<<<<
@@ -7046,7 +7049,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->member.looked = __pyx_f_7ivshmem_6native_11descriptors_now();
 
-  /* "ivshmem/channel/membership.pyx":176
+  /* "ivshmem/channel/membership.pyx":175
  *         self.member.pulses = self.pulses
  *         self.member.looked = now()
  *         self.polls = vector < 0 or region.fixed  # no peer knows of one that only reads             # <<<<<<<<<<<<<<
@@ -7068,7 +7071,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   __pyx_L5_bool_binop_done:;
   __pyx_v_self->polls = __pyx_t_8;
 
-  /* "ivshmem/channel/membership.pyx":177
+  /* "ivshmem/channel/membership.pyx":176
  *         self.member.looked = now()
  *         self.polls = vector < 0 or region.fixed  # no peer knows of one that only reads
  *         self.member.machine = identity.machine()             # <<<<<<<<<<<<<<
@@ -7076,9 +7079,9 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
  *             self.member.process = os.getpid()
 */
   __pyx_t_3 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_identity); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 177, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_identity); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 176, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_machine); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 177, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_machine); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 176, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __pyx_t_5 = 1;
@@ -7098,14 +7101,14 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_2, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 177, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 176, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_11 = __Pyx_PyLong_As_uint64_t(__pyx_t_1); if (unlikely((__pyx_t_11 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 177, __pyx_L1_error)
+  __pyx_t_11 = __Pyx_PyLong_As_uint64_t(__pyx_t_1); if (unlikely((__pyx_t_11 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 176, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_self->member.machine = __pyx_t_11;
 
-  /* "ivshmem/channel/membership.pyx":178
+  /* "ivshmem/channel/membership.pyx":177
  *         self.polls = vector < 0 or region.fixed  # no peer knows of one that only reads
  *         self.member.machine = identity.machine()
  *         if not region.fixed:             # <<<<<<<<<<<<<<
@@ -7117,7 +7120,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   if (__pyx_t_8) {
 
 
-    /* "ivshmem/channel/membership.pyx":179
+    /* "ivshmem/channel/membership.pyx":178
  *         self.member.machine = identity.machine()
  *         if not region.fixed:
  *             self.member.process = os.getpid()             # <<<<<<<<<<<<<<
@@ -7125,9 +7128,9 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
  *             self.name_peer()
 */
     __pyx_t_2 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 179, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 178, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_getpid); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 179, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_getpid); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 178, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_5 = 1;
@@ -7147,14 +7150,14 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 179, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 178, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
-    __pyx_t_11 = __Pyx_PyLong_As_uint64_t(__pyx_t_1); if (unlikely((__pyx_t_11 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 179, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyLong_As_uint64_t(__pyx_t_1); if (unlikely((__pyx_t_11 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 178, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     __pyx_v_self->member.process = __pyx_t_11;
 
-    /* "ivshmem/channel/membership.pyx":180
+    /* "ivshmem/channel/membership.pyx":179
  *         if not region.fixed:
  *             self.member.process = os.getpid()
  *             self.member.started = ivshmem_process_start(self.member.process)             # <<<<<<<<<<<<<<
@@ -7163,17 +7166,17 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
     __pyx_v_self->member.started = ivshmem_process_start(__pyx_v_self->member.process);
 
-    /* "ivshmem/channel/membership.pyx":181
+    /* "ivshmem/channel/membership.pyx":180
  *             self.member.process = os.getpid()
  *             self.member.started = ivshmem_process_start(self.member.process)
  *             self.name_peer()             # <<<<<<<<<<<<<<
  *             memset(text, 0, sizeof(text))
  *             encoded = name.encode(errors="replace")[: 8 * IVSHMEM_NAME_WORDS]
 */
-    __pyx_t_6 = __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(__pyx_v_self); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 181, __pyx_L1_error)
+    __pyx_t_6 = __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(__pyx_v_self); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 180, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":182
+    /* "ivshmem/channel/membership.pyx":181
  *             self.member.started = ivshmem_process_start(self.member.process)
  *             self.name_peer()
  *             memset(text, 0, sizeof(text))             # <<<<<<<<<<<<<<
@@ -7182,12 +7185,12 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
     (void)(memset(__pyx_v_text, 0, (sizeof(__pyx_v_text))));
 
-    /* "ivshmem/channel/membership.pyx":183
+    /* "ivshmem/channel/membership.pyx":182
  *             self.name_peer()
  *             memset(text, 0, sizeof(text))
  *             encoded = name.encode(errors="replace")[: 8 * IVSHMEM_NAME_WORDS]             # <<<<<<<<<<<<<<
  *             strncpy(text, encoded, 8 * IVSHMEM_NAME_WORDS)
- *             code = ivshmem_join(&self.member, secrets.randbits(64), text)
+ *             code = ivshmem_join(&self.member, int.from_bytes(os.urandom(8), "little"), text)
 */
     __pyx_t_4 = __pyx_v_name;
     __Pyx_INCREF(__pyx_t_4);
@@ -7198,13 +7201,13 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
       PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_n_u_replace};
       #if CYTHON_VECTORCALL
       __pyx_t_2 = __pyx_mstate_global->__pyx_tuple[0];
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 183, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 182, __pyx_L1_error)
       __Pyx_INCREF(__pyx_t_2);
       #else
       {
         PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
         __pyx_t_2 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 183, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 182, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       #endif
@@ -7213,68 +7216,79 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
       #if CYTHON_VECTORCALL
       #endif
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 183, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 182, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
-    if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 183, __pyx_L1_error)
-    __pyx_t_2 = PySequence_GetSlice(__pyx_t_1, 0, (8 * IVSHMEM_NAME_WORDS)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 183, __pyx_L1_error)
+    if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 182, __pyx_L1_error)
+    __pyx_t_2 = PySequence_GetSlice(__pyx_t_1, 0, (8 * IVSHMEM_NAME_WORDS)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 182, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     __pyx_v_encoded = ((PyObject*)__pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/membership.pyx":184
+    /* "ivshmem/channel/membership.pyx":183
  *             memset(text, 0, sizeof(text))
  *             encoded = name.encode(errors="replace")[: 8 * IVSHMEM_NAME_WORDS]
  *             strncpy(text, encoded, 8 * IVSHMEM_NAME_WORDS)             # <<<<<<<<<<<<<<
- *             code = ivshmem_join(&self.member, secrets.randbits(64), text)
+ *             code = ivshmem_join(&self.member, int.from_bytes(os.urandom(8), "little"), text)
  *             if code:
 */
-    __pyx_t_12 = __Pyx_PyBytes_AsString(__pyx_v_encoded); if (unlikely((!__pyx_t_12) && PyErr_Occurred())) __PYX_ERR(0, 184, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyBytes_AsString(__pyx_v_encoded); if (unlikely((!__pyx_t_12) && PyErr_Occurred())) __PYX_ERR(0, 183, __pyx_L1_error)
     (void)(strncpy(__pyx_v_text, __pyx_t_12, (8 * IVSHMEM_NAME_WORDS)));
 
 
-    /* "ivshmem/channel/membership.pyx":185
+    /* "ivshmem/channel/membership.pyx":184
  *             encoded = name.encode(errors="replace")[: 8 * IVSHMEM_NAME_WORDS]
  *             strncpy(text, encoded, 8 * IVSHMEM_NAME_WORDS)
- *             code = ivshmem_join(&self.member, secrets.randbits(64), text)             # <<<<<<<<<<<<<<
+ *             code = ivshmem_join(&self.member, int.from_bytes(os.urandom(8), "little"), text)             # <<<<<<<<<<<<<<
  *             if code:
  *                 raise self.fail(code, NULL, "")
 */
-    __pyx_t_1 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_secrets); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 185, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_randbits); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 185, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_3);
-    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __pyx_t_1 = ((PyObject *)(&PyLong_Type));
+    __Pyx_INCREF(__pyx_t_1);
+    __pyx_t_3 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_13, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 184, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_13);
+    __pyx_t_14 = __Pyx_PyObject_GetAttrStr(__pyx_t_13, __pyx_mstate_global->__pyx_n_u_urandom); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 184, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_14);
+    __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_3))) {
-      __pyx_t_1 = PyMethod_GET_SELF(__pyx_t_3);
-      assert(__pyx_t_1);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_3);
-      __Pyx_INCREF(__pyx_t_1);
+    if (unlikely(PyMethod_Check(__pyx_t_14))) {
+      __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_14);
+      assert(__pyx_t_3);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_14);
+      __Pyx_INCREF(__pyx_t_3);
       __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_3, __pyx__function);
+      __Pyx_DECREF_SET(__pyx_t_14, __pyx__function);
       __pyx_t_5 = 0;
     }
     #endif
     {
-      PyObject *__pyx_callargs[2] = {__pyx_t_1, __pyx_mstate_global->__pyx_int_64};
-      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_int_8};
+      __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_14, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 184, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
+    }
+    __pyx_t_5 = 0;
+    {
+      PyObject *__pyx_callargs[3] = {__pyx_t_1, __pyx_t_4, __pyx_mstate_global->__pyx_n_u_little};
+      __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_from_bytes, __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-      __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 185, __pyx_L1_error)
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 184, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
-    __pyx_t_11 = __Pyx_PyLong_As_uint64_t(__pyx_t_2); if (unlikely((__pyx_t_11 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 185, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyLong_As_uint64_t(__pyx_t_2); if (unlikely((__pyx_t_11 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 184, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     __pyx_v_code = ivshmem_join((&__pyx_v_self->member), __pyx_t_11, __pyx_v_text);
 
 
-    /* "ivshmem/channel/membership.pyx":186
+    /* "ivshmem/channel/membership.pyx":185
  *             strncpy(text, encoded, 8 * IVSHMEM_NAME_WORDS)
- *             code = ivshmem_join(&self.member, secrets.randbits(64), text)
+ *             code = ivshmem_join(&self.member, int.from_bytes(os.urandom(8), "little"), text)
  *             if code:             # <<<<<<<<<<<<<<
  *                 raise self.fail(code, NULL, "")
  *             self.joined = True
@@ -7284,29 +7298,29 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
     if (unlikely(__pyx_t_8)) {
 
 
-      /* "ivshmem/channel/membership.pyx":187
- *             code = ivshmem_join(&self.member, secrets.randbits(64), text)
+      /* "ivshmem/channel/membership.pyx":186
+ *             code = ivshmem_join(&self.member, int.from_bytes(os.urandom(8), "little"), text)
  *             if code:
  *                 raise self.fail(code, NULL, "")             # <<<<<<<<<<<<<<
  *             self.joined = True
  *         self.state = 0
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_fail(__pyx_v_self, __pyx_v_code, NULL, __pyx_mstate_global->__pyx_kp_u__2); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 187, __pyx_L1_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_fail(__pyx_v_self, __pyx_v_code, NULL, __pyx_mstate_global->__pyx_kp_u__2); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 186, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
       __Pyx_Raise(__pyx_t_2, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-      __PYX_ERR(0, 187, __pyx_L1_error)
+      __PYX_ERR(0, 186, __pyx_L1_error)
 
-      /* "ivshmem/channel/membership.pyx":186
+      /* "ivshmem/channel/membership.pyx":185
  *             strncpy(text, encoded, 8 * IVSHMEM_NAME_WORDS)
- *             code = ivshmem_join(&self.member, secrets.randbits(64), text)
+ *             code = ivshmem_join(&self.member, int.from_bytes(os.urandom(8), "little"), text)
  *             if code:             # <<<<<<<<<<<<<<
  *                 raise self.fail(code, NULL, "")
  *             self.joined = True
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":188
+    /* "ivshmem/channel/membership.pyx":187
  *             if code:
  *                 raise self.fail(code, NULL, "")
  *             self.joined = True             # <<<<<<<<<<<<<<
@@ -7315,7 +7329,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
     __pyx_v_self->joined = 1;
 
-    /* "ivshmem/channel/membership.pyx":178
+    /* "ivshmem/channel/membership.pyx":177
  *         self.polls = vector < 0 or region.fixed  # no peer knows of one that only reads
  *         self.member.machine = identity.machine()
  *         if not region.fixed:             # <<<<<<<<<<<<<<
@@ -7324,7 +7338,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":189
+  /* "ivshmem/channel/membership.pyx":188
  *                 raise self.fail(code, NULL, "")
  *             self.joined = True
  *         self.state = 0             # <<<<<<<<<<<<<<
@@ -7333,17 +7347,17 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->state = 0;
 
-  /* "ivshmem/channel/membership.pyx":190
+  /* "ivshmem/channel/membership.pyx":189
  *             self.joined = True
  *         self.state = 0
  *         self.flush()             # <<<<<<<<<<<<<<
  * 
  *     cdef int name_peer(self) except -1:
 */
-  __pyx_t_6 = __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(__pyx_v_self); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 190, __pyx_L1_error)
+  __pyx_t_6 = __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(__pyx_v_self); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 189, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":130
+  /* "ivshmem/channel/membership.pyx":129
  *     """
  * 
  *     def __cinit__(             # <<<<<<<<<<<<<<
@@ -7359,6 +7373,8 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_13);
+  __Pyx_XDECREF(__pyx_t_14);
   __Pyx_AddTraceback("ivshmem.channel.membership.Membership.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
@@ -7371,7 +7387,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":192
+/* "ivshmem/channel/membership.pyx":191
  *         self.flush()
  * 
  *     cdef int name_peer(self) except -1:             # <<<<<<<<<<<<<<
@@ -7394,7 +7410,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("name_peer", 0);
 
-  /* "ivshmem/channel/membership.pyx":193
+  /* "ivshmem/channel/membership.pyx":192
  * 
  *     cdef int name_peer(self) except -1:
  *         cdef uint64_t peer = 0 if self.endpoint is None else self.endpoint.current_id()             # <<<<<<<<<<<<<<
@@ -7413,17 +7429,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct 
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
       __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_current_id, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 193, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 192, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
-    __pyx_t_6 = __Pyx_PyLong_As_uint64_t(__pyx_t_3); if (unlikely((__pyx_t_6 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 193, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyLong_As_uint64_t(__pyx_t_3); if (unlikely((__pyx_t_6 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 192, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_1 = __pyx_t_6;
   }
 
   __pyx_v_peer = __pyx_t_1;
 
-  /* "ivshmem/channel/membership.pyx":194
+  /* "ivshmem/channel/membership.pyx":193
  *     cdef int name_peer(self) except -1:
  *         cdef uint64_t peer = 0 if self.endpoint is None else self.endpoint.current_id()
  *         if self.vector < 0:             # <<<<<<<<<<<<<<
@@ -7435,7 +7451,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct 
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":195
+    /* "ivshmem/channel/membership.pyx":194
  *         cdef uint64_t peer = 0 if self.endpoint is None else self.endpoint.current_id()
  *         if self.vector < 0:
  *             peer |= IVSHMEM_PEER_MUTE             # <<<<<<<<<<<<<<
@@ -7444,7 +7460,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct 
 */
     __pyx_v_peer = (__pyx_v_peer | IVSHMEM_PEER_MUTE);
 
-    /* "ivshmem/channel/membership.pyx":194
+    /* "ivshmem/channel/membership.pyx":193
  *     cdef int name_peer(self) except -1:
  *         cdef uint64_t peer = 0 if self.endpoint is None else self.endpoint.current_id()
  *         if self.vector < 0:             # <<<<<<<<<<<<<<
@@ -7454,7 +7470,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct 
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/membership.pyx":197
+  /* "ivshmem/channel/membership.pyx":196
  *             peer |= IVSHMEM_PEER_MUTE
  *         else:
  *             peer |= <uint64_t>self.vector << 16             # <<<<<<<<<<<<<<
@@ -7466,7 +7482,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct 
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/membership.pyx":198
+  /* "ivshmem/channel/membership.pyx":197
  *         else:
  *             peer |= <uint64_t>self.vector << 16
  *         self.member.peer = peer             # <<<<<<<<<<<<<<
@@ -7475,7 +7491,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct 
 */
   __pyx_v_self->member.peer = __pyx_v_peer;
 
-  /* "ivshmem/channel/membership.pyx":199
+  /* "ivshmem/channel/membership.pyx":198
  *             peer |= <uint64_t>self.vector << 16
  *         self.member.peer = peer
  *         return 0             # <<<<<<<<<<<<<<
@@ -7488,7 +7504,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":192
+  /* "ivshmem/channel/membership.pyx":191
  *         self.flush()
  * 
  *     cdef int name_peer(self) except -1:             # <<<<<<<<<<<<<<
@@ -7509,7 +7525,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":201
+/* "ivshmem/channel/membership.pyx":200
  *         return 0
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -7542,7 +7558,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8readonly_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/membership.pyx":203
+  /* "ivshmem/channel/membership.pyx":202
  *     @property
  *     def readonly(self):
  *         return bool(self.mapping.fixed)             # <<<<<<<<<<<<<<
@@ -7551,7 +7567,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8readonly_
 */
   __pyx_t_1 = __pyx_v_self->mapping->fixed;
 
-  __pyx_t_2 = __Pyx_PyBool_FromLong((!(!__pyx_t_1))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 203, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyBool_FromLong((!(!__pyx_t_1))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 202, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
   {
@@ -7565,7 +7581,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8readonly_
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":201
+  /* "ivshmem/channel/membership.pyx":200
  *         return 0
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -7584,7 +7600,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8readonly_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":205
+/* "ivshmem/channel/membership.pyx":204
  *         return bool(self.mapping.fixed)
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -7616,14 +7632,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6closed___
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/membership.pyx":207
+  /* "ivshmem/channel/membership.pyx":206
  *     @property
  *     def closed(self):
  *         return ivshmem_state(&self.state) & IVSHMEM_CLOSING != 0             # <<<<<<<<<<<<<<
  * 
  *     cdef bint is_own(self) noexcept:
 */
-  __pyx_t_1 = __Pyx_PyBool_FromLong(((ivshmem_state((&__pyx_v_self->state)) & IVSHMEM_CLOSING) != 0)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 207, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyBool_FromLong(((ivshmem_state((&__pyx_v_self->state)) & IVSHMEM_CLOSING) != 0)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 206, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -7636,7 +7652,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6closed___
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":205
+  /* "ivshmem/channel/membership.pyx":204
  *         return bool(self.mapping.fixed)
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -7655,7 +7671,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6closed___
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":209
+/* "ivshmem/channel/membership.pyx":208
  *         return ivshmem_state(&self.state) & IVSHMEM_CLOSING != 0
  * 
  *     cdef bint is_own(self) noexcept:             # <<<<<<<<<<<<<<
@@ -7666,7 +7682,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6closed___
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_own(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/membership.pyx":211
+  /* "ivshmem/channel/membership.pyx":210
  *     cdef bint is_own(self) noexcept:
  *         """Whether this process made it: it is not a forked child's copy."""
  *         return self.generation == generation             # <<<<<<<<<<<<<<
@@ -7679,7 +7695,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_own(struct __p
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":209
+  /* "ivshmem/channel/membership.pyx":208
  *         return ivshmem_state(&self.state) & IVSHMEM_CLOSING != 0
  * 
  *     cdef bint is_own(self) noexcept:             # <<<<<<<<<<<<<<
@@ -7693,7 +7709,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_own(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":213
+/* "ivshmem/channel/membership.pyx":212
  *         return self.generation == generation
  * 
  *     cdef bint usable(self) noexcept:             # <<<<<<<<<<<<<<
@@ -7706,7 +7722,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_usable(struct __p
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/membership.pyx":216
+  /* "ivshmem/channel/membership.pyx":215
  *         """Whether this process may store into the memory: neither closed nor a forked child's."""
  *         return (
  *             self.is_own()             # <<<<<<<<<<<<<<
@@ -7724,7 +7740,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_usable(struct __p
     goto __pyx_L3_bool_binop_done;
   }
 
-  /* "ivshmem/channel/membership.pyx":217
+  /* "ivshmem/channel/membership.pyx":216
  *         return (
  *             self.is_own()
  *             and not ivshmem_state(&self.state) & IVSHMEM_CLOSING             # <<<<<<<<<<<<<<
@@ -7742,7 +7758,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_usable(struct __p
     goto __pyx_L3_bool_binop_done;
   }
 
-  /* "ivshmem/channel/membership.pyx":218
+  /* "ivshmem/channel/membership.pyx":217
  *             self.is_own()
  *             and not ivshmem_state(&self.state) & IVSHMEM_CLOSING
  *             and not ivshmem_state(&self.mapping.views) & IVSHMEM_CLOSING             # <<<<<<<<<<<<<<
@@ -7760,7 +7776,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_usable(struct __p
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":213
+  /* "ivshmem/channel/membership.pyx":212
  *         return self.generation == generation
  * 
  *     cdef bint usable(self) noexcept:             # <<<<<<<<<<<<<<
@@ -7774,7 +7790,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_usable(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":221
+/* "ivshmem/channel/membership.pyx":220
  *         )
  * 
  *     cdef bint has_place(self) noexcept:             # <<<<<<<<<<<<<<
@@ -7788,7 +7804,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_has_place(struct 
   int __pyx_t_2;
   int __pyx_t_3;
 
-  /* "ivshmem/channel/membership.pyx":227
+  /* "ivshmem/channel/membership.pyx":226
  *         memory is slow to read: there only the thread of the beat looks.)
  *         """
  *         return self.usable() and not (             # <<<<<<<<<<<<<<
@@ -7806,7 +7822,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_has_place(struct 
     goto __pyx_L3_bool_binop_done;
   }
 
-  /* "ivshmem/channel/membership.pyx":228
+  /* "ivshmem/channel/membership.pyx":227
  *         """
  *         return self.usable() and not (
  *             self.joined and self.member.area.memory.mapping == 0 and ivshmem_load(             # <<<<<<<<<<<<<<
@@ -7830,7 +7846,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_has_place(struct 
     goto __pyx_L5_bool_binop_done;
   }
 
-  /* "ivshmem/channel/membership.pyx":231
+  /* "ivshmem/channel/membership.pyx":230
  *                 &self.member.area.memory,
  *                 ivshmem_place_at(&self.member.area, self.member.place.index),
  *             ) != self.member.number             # <<<<<<<<<<<<<<
@@ -7844,7 +7860,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_has_place(struct 
 
   __pyx_L5_bool_binop_done:;
 
-  /* "ivshmem/channel/membership.pyx":227
+  /* "ivshmem/channel/membership.pyx":226
  *         memory is slow to read: there only the thread of the beat looks.)
  *         """
  *         return self.usable() and not (             # <<<<<<<<<<<<<<
@@ -7863,7 +7879,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_has_place(struct 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":221
+  /* "ivshmem/channel/membership.pyx":220
  *         )
  * 
  *     cdef bint has_place(self) noexcept:             # <<<<<<<<<<<<<<
@@ -7877,7 +7893,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_has_place(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":234
+/* "ivshmem/channel/membership.pyx":233
  *         )
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -7895,7 +7911,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_check(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check", 0);
 
-  /* "ivshmem/channel/membership.pyx":235
+  /* "ivshmem/channel/membership.pyx":234
  * 
  *     cdef int check(self) except -1:
  *         if not self.has_place():             # <<<<<<<<<<<<<<
@@ -7907,20 +7923,20 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_check(struct __py
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/membership.pyx":236
+    /* "ivshmem/channel/membership.pyx":235
  *     cdef int check(self) except -1:
  *         if not self.has_place():
  *             raise self.unusable()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(__pyx_v_self); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 236, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(__pyx_v_self); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 235, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 236, __pyx_L1_error)
+    __PYX_ERR(0, 235, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":235
+    /* "ivshmem/channel/membership.pyx":234
  * 
  *     cdef int check(self) except -1:
  *         if not self.has_place():             # <<<<<<<<<<<<<<
@@ -7929,7 +7945,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_check(struct __py
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":237
+  /* "ivshmem/channel/membership.pyx":236
  *         if not self.has_place():
  *             raise self.unusable()
  *         return 0             # <<<<<<<<<<<<<<
@@ -7942,7 +7958,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_check(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":234
+  /* "ivshmem/channel/membership.pyx":233
  *         )
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -7961,7 +7977,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_check(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":239
+/* "ivshmem/channel/membership.pyx":238
  *         return 0
  * 
  *     cdef object unusable(self):             # <<<<<<<<<<<<<<
@@ -7985,7 +8001,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("unusable", 0);
 
-  /* "ivshmem/channel/membership.pyx":240
+  /* "ivshmem/channel/membership.pyx":239
  * 
  *     cdef object unusable(self):
  *         if not self.is_own():             # <<<<<<<<<<<<<<
@@ -7997,7 +8013,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":241
+    /* "ivshmem/channel/membership.pyx":240
  *     cdef object unusable(self):
  *         if not self.is_own():
  *             return RuntimeError("a forked child may only close what it has of channels")             # <<<<<<<<<<<<<<
@@ -8010,7 +8026,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
       PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_a_forked_child_may_only_close_wh};
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_RuntimeError)), __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 241, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 240, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     {
@@ -8024,7 +8040,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
     __pyx_t_2 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":240
+    /* "ivshmem/channel/membership.pyx":239
  * 
  *     cdef object unusable(self):
  *         if not self.is_own():             # <<<<<<<<<<<<<<
@@ -8033,7 +8049,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":242
+  /* "ivshmem/channel/membership.pyx":241
  *         if not self.is_own():
  *             return RuntimeError("a forked child may only close what it has of channels")
  *         if self.usable() and not self.has_place():             # <<<<<<<<<<<<<<
@@ -8059,17 +8075,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":243
+    /* "ivshmem/channel/membership.pyx":242
  *             return RuntimeError("a forked child may only close what it has of channels")
  *         if self.usable() and not self.has_place():
  *             self.lose_place()             # <<<<<<<<<<<<<<
  *         if self.lost:
  *             return ClosedError(
 */
-    __pyx_t_6 = __pyx_f_7ivshmem_7channel_10membership_10Membership_lose_place(__pyx_v_self); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 243, __pyx_L1_error)
+    __pyx_t_6 = __pyx_f_7ivshmem_7channel_10membership_10Membership_lose_place(__pyx_v_self); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 242, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":242
+    /* "ivshmem/channel/membership.pyx":241
  *         if not self.is_own():
  *             return RuntimeError("a forked child may only close what it has of channels")
  *         if self.usable() and not self.has_place():             # <<<<<<<<<<<<<<
@@ -8078,7 +8094,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":244
+  /* "ivshmem/channel/membership.pyx":243
  *         if self.usable() and not self.has_place():
  *             self.lose_place()
  *         if self.lost:             # <<<<<<<<<<<<<<
@@ -8087,7 +8103,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
 */
   if (__pyx_v_self->lost) {
 
-    /* "ivshmem/channel/membership.pyx":245
+    /* "ivshmem/channel/membership.pyx":244
  *             self.lose_place()
  *         if self.lost:
  *             return ClosedError(             # <<<<<<<<<<<<<<
@@ -8095,7 +8111,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
  *                 " server on the memory, because it was silent: open the channels again"
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 245, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 244, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_4 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -8114,7 +8130,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 245, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 244, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     {
@@ -8128,7 +8144,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
     __pyx_t_2 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":244
+    /* "ivshmem/channel/membership.pyx":243
  *         if self.usable() and not self.has_place():
  *             self.lose_place()
  *         if self.lost:             # <<<<<<<<<<<<<<
@@ -8137,7 +8153,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":249
+  /* "ivshmem/channel/membership.pyx":248
  *                 " server on the memory, because it was silent: open the channels again"
  *             )
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING and not self.mapping.closed:             # <<<<<<<<<<<<<<
@@ -8154,9 +8170,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
 
     goto __pyx_L9_bool_binop_done;
   }
-  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 249, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 248, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_5 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 249, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 248, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_t_8 = (!__pyx_t_5);
 
@@ -8168,7 +8184,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":250
+    /* "ivshmem/channel/membership.pyx":249
  *             )
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING and not self.mapping.closed:
  *             return ClosedError("the channels are closed")             # <<<<<<<<<<<<<<
@@ -8176,7 +8192,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
  * 
 */
     __pyx_t_7 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 250, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 249, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_4 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -8195,7 +8211,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 250, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 249, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     {
@@ -8209,7 +8225,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
     __pyx_t_2 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":249
+    /* "ivshmem/channel/membership.pyx":248
  *                 " server on the memory, because it was silent: open the channels again"
  *             )
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING and not self.mapping.closed:             # <<<<<<<<<<<<<<
@@ -8218,7 +8234,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":251
+  /* "ivshmem/channel/membership.pyx":250
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING and not self.mapping.closed:
  *             return ClosedError("the channels are closed")
  *         return ClosedError("the region is closed")             # <<<<<<<<<<<<<<
@@ -8226,7 +8242,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
  *     cdef int lose_place(self) except -1:
 */
   __pyx_t_3 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 251, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 250, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
   __pyx_t_4 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -8245,7 +8261,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
     __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 251, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 250, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
   {
@@ -8259,7 +8275,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":239
+  /* "ivshmem/channel/membership.pyx":238
  *         return 0
  * 
  *     cdef object unusable(self):             # <<<<<<<<<<<<<<
@@ -8280,7 +8296,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":253
+/* "ivshmem/channel/membership.pyx":252
  *         return ClosedError("the region is closed")
  * 
  *     cdef int lose_place(self) except -1:             # <<<<<<<<<<<<<<
@@ -8295,7 +8311,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_lose_place(struct
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/membership.pyx":254
+  /* "ivshmem/channel/membership.pyx":253
  * 
  *     cdef int lose_place(self) except -1:
  *         self.lost = True             # <<<<<<<<<<<<<<
@@ -8304,7 +8320,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_lose_place(struct
 */
   __pyx_v_self->lost = 1;
 
-  /* "ivshmem/channel/membership.pyx":255
+  /* "ivshmem/channel/membership.pyx":254
  *     cdef int lose_place(self) except -1:
  *         self.lost = True
  *         self.joined = False             # <<<<<<<<<<<<<<
@@ -8313,20 +8329,20 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_lose_place(struct
 */
   __pyx_v_self->joined = 0;
 
-  /* "ivshmem/channel/membership.pyx":256
+  /* "ivshmem/channel/membership.pyx":255
  *         self.lost = True
  *         self.joined = False
  *         return self.abandon()             # <<<<<<<<<<<<<<
  * 
  *     cdef int use_memory(self) except -1:
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 256, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 255, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":253
+  /* "ivshmem/channel/membership.pyx":252
  *         return ClosedError("the region is closed")
  * 
  *     cdef int lose_place(self) except -1:             # <<<<<<<<<<<<<<
@@ -8343,7 +8359,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_lose_place(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":258
+/* "ivshmem/channel/membership.pyx":257
  *         return self.abandon()
  * 
  *     cdef int use_memory(self) except -1:             # <<<<<<<<<<<<<<
@@ -8361,7 +8377,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_use_memory(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("use_memory", 0);
 
-  /* "ivshmem/channel/membership.pyx":260
+  /* "ivshmem/channel/membership.pyx":259
  *     cdef int use_memory(self) except -1:
  *         """Keep the memory and the place of this process until `end_use`, also after a close()."""
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -8373,20 +8389,20 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_use_memory(struct
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/membership.pyx":261
+    /* "ivshmem/channel/membership.pyx":260
  *         """Keep the memory and the place of this process until `end_use`, also after a close()."""
  *         if not ivshmem_enter(&self.state):
  *             raise self.unusable()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(__pyx_v_self); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 261, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(__pyx_v_self); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 260, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 261, __pyx_L1_error)
+    __PYX_ERR(0, 260, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":260
+    /* "ivshmem/channel/membership.pyx":259
  *     cdef int use_memory(self) except -1:
  *         """Keep the memory and the place of this process until `end_use`, also after a close()."""
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -8395,7 +8411,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_use_memory(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":262
+  /* "ivshmem/channel/membership.pyx":261
  *         if not ivshmem_enter(&self.state):
  *             raise self.unusable()
  *         return 0             # <<<<<<<<<<<<<<
@@ -8408,7 +8424,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_use_memory(struct
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":258
+  /* "ivshmem/channel/membership.pyx":257
  *         return self.abandon()
  * 
  *     cdef int use_memory(self) except -1:             # <<<<<<<<<<<<<<
@@ -8427,7 +8443,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_use_memory(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":264
+/* "ivshmem/channel/membership.pyx":263
  *         return 0
  * 
  *     cdef int end_use(self) except -1:             # <<<<<<<<<<<<<<
@@ -8443,7 +8459,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_end_use(struct __
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/membership.pyx":265
+  /* "ivshmem/channel/membership.pyx":264
  * 
  *     cdef int end_use(self) except -1:
  *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -8455,17 +8471,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_end_use(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":266
+    /* "ivshmem/channel/membership.pyx":265
  *     cdef int end_use(self) except -1:
  *         if ivshmem_leave(&self.state):
  *             self.release()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_release(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 266, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_release(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 265, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":265
+    /* "ivshmem/channel/membership.pyx":264
  * 
  *     cdef int end_use(self) except -1:
  *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -8474,7 +8490,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_end_use(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":267
+  /* "ivshmem/channel/membership.pyx":266
  *         if ivshmem_leave(&self.state):
  *             self.release()
  *         return 0             # <<<<<<<<<<<<<<
@@ -8487,7 +8503,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_end_use(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":264
+  /* "ivshmem/channel/membership.pyx":263
  *         return 0
  * 
  *     cdef int end_use(self) except -1:             # <<<<<<<<<<<<<<
@@ -8504,7 +8520,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_end_use(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":271
+/* "ivshmem/channel/membership.pyx":270
  *     # -- rings ------------------------------------------------------------------------------------
  * 
  *     cdef int flush(self) except -1:             # <<<<<<<<<<<<<<
@@ -8522,7 +8538,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(struct __py
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/membership.pyx":273
+  /* "ivshmem/channel/membership.pyx":272
  *     cdef int flush(self) except -1:
  *         """Ring those that the last call of the header named."""
  *         cdef uint32_t target = 0             # <<<<<<<<<<<<<<
@@ -8531,7 +8547,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(struct __py
 */
   __pyx_v_target = 0;
 
-  /* "ivshmem/channel/membership.pyx":274
+  /* "ivshmem/channel/membership.pyx":273
  *         """Ring those that the last call of the header named."""
  *         cdef uint32_t target = 0
  *         while self.rings.count and next_ring(&self.rings, &target):             # <<<<<<<<<<<<<<
@@ -8558,7 +8574,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(struct __py
 
     if (!__pyx_t_1) break;
 
-    /* "ivshmem/channel/membership.pyx":275
+    /* "ivshmem/channel/membership.pyx":274
  *         cdef uint32_t target = 0
  *         while self.rings.count and next_ring(&self.rings, &target):
  *             if self.doorbells is not None:             # <<<<<<<<<<<<<<
@@ -8569,17 +8585,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(struct __py
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/membership.pyx":276
+      /* "ivshmem/channel/membership.pyx":275
  *         while self.rings.count and next_ring(&self.rings, &target):
  *             if self.doorbells is not None:
  *                 self.ring(target)             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-      __pyx_t_3 = __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(__pyx_v_self, __pyx_v_target); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 276, __pyx_L1_error)
+      __pyx_t_3 = __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(__pyx_v_self, __pyx_v_target); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 275, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/membership.pyx":275
+      /* "ivshmem/channel/membership.pyx":274
  *         cdef uint32_t target = 0
  *         while self.rings.count and next_ring(&self.rings, &target):
  *             if self.doorbells is not None:             # <<<<<<<<<<<<<<
@@ -8589,7 +8605,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(struct __py
     }
   }
 
-  /* "ivshmem/channel/membership.pyx":277
+  /* "ivshmem/channel/membership.pyx":276
  *             if self.doorbells is not None:
  *                 self.ring(target)
  *         return 0             # <<<<<<<<<<<<<<
@@ -8602,7 +8618,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":271
+  /* "ivshmem/channel/membership.pyx":270
  *     # -- rings ------------------------------------------------------------------------------------
  * 
  *     cdef int flush(self) except -1:             # <<<<<<<<<<<<<<
@@ -8620,7 +8636,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":279
+/* "ivshmem/channel/membership.pyx":278
  *         return 0
  * 
  *     cdef int ring(self, uint32_t target) except -1:             # <<<<<<<<<<<<<<
@@ -8651,7 +8667,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ring", 0);
 
-  /* "ivshmem/channel/membership.pyx":282
+  /* "ivshmem/channel/membership.pyx":281
  *         cdef Doorbell bell
  *         cdef int code
  *         if target == <uint32_t>EVERY_PEER:             # <<<<<<<<<<<<<<
@@ -8663,7 +8679,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":283
+    /* "ivshmem/channel/membership.pyx":282
  *         cdef int code
  *         if target == <uint32_t>EVERY_PEER:
  *             try:             # <<<<<<<<<<<<<<
@@ -8679,7 +8695,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
       __Pyx_XGOTREF(__pyx_t_4);
       /*try:*/ {
 
-        /* "ivshmem/channel/membership.pyx":284
+        /* "ivshmem/channel/membership.pyx":283
  *         if target == <uint32_t>EVERY_PEER:
  *             try:
  *                 if self.doorbells.registers is None:  # a guest's device knows no peers             # <<<<<<<<<<<<<<
@@ -8690,7 +8706,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
         if (__pyx_t_1) {
 
 
-          /* "ivshmem/channel/membership.pyx":285
+          /* "ivshmem/channel/membership.pyx":284
  *             try:
  *                 if self.doorbells.registers is None:  # a guest's device knows no peers
  *                     self.doorbells.ring_all_nowait(None, self.vector)             # <<<<<<<<<<<<<<
@@ -8699,7 +8715,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
 */
           __pyx_t_6 = ((PyObject *)__pyx_v_self->doorbells);
           __Pyx_INCREF(__pyx_t_6);
-          __pyx_t_7 = PyLong_FromSsize_t(__pyx_v_self->vector); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 285, __pyx_L4_error)
+          __pyx_t_7 = PyLong_FromSsize_t(__pyx_v_self->vector); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 284, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
           __pyx_t_8 = 0;
           {
@@ -8707,12 +8723,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
             __pyx_t_5 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_ring_all_nowait, __pyx_callargs+__pyx_t_8, (3-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
             __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-            if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 285, __pyx_L4_error)
+            if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 284, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_5);
           }
           __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-          /* "ivshmem/channel/membership.pyx":284
+          /* "ivshmem/channel/membership.pyx":283
  *         if target == <uint32_t>EVERY_PEER:
  *             try:
  *                 if self.doorbells.registers is None:  # a guest's device knows no peers             # <<<<<<<<<<<<<<
@@ -8721,7 +8737,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
 */
         }
 
-        /* "ivshmem/channel/membership.pyx":283
+        /* "ivshmem/channel/membership.pyx":282
  *         cdef int code
  *         if target == <uint32_t>EVERY_PEER:
  *             try:             # <<<<<<<<<<<<<<
@@ -8738,7 +8754,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
       __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
 
-      /* "ivshmem/channel/membership.pyx":286
+      /* "ivshmem/channel/membership.pyx":285
  *                 if self.doorbells.registers is None:  # a guest's device knows no peers
  *                     self.doorbells.ring_all_nowait(None, self.vector)
  *             except (IvshmemError, OSError):             # <<<<<<<<<<<<<<
@@ -8746,7 +8762,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
  *             return 0
 */
       __Pyx_ErrFetch(&__pyx_t_5, &__pyx_t_7, &__pyx_t_6);
-      __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 286, __pyx_L6_except_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 285, __pyx_L6_except_error)
       __Pyx_GOTREF(__pyx_t_9);
       __pyx_t_10 = __Pyx_PyErr_GivenExceptionMatches2(__pyx_t_5, __pyx_t_9, ((PyObject *)(((PyTypeObject*)PyExc_OSError))));
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
@@ -8758,7 +8774,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
       }
       goto __pyx_L6_except_error;
 
-      /* "ivshmem/channel/membership.pyx":283
+      /* "ivshmem/channel/membership.pyx":282
  *         cdef int code
  *         if target == <uint32_t>EVERY_PEER:
  *             try:             # <<<<<<<<<<<<<<
@@ -8779,7 +8795,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
       __pyx_L9_try_end:;
     }
 
-    /* "ivshmem/channel/membership.pyx":288
+    /* "ivshmem/channel/membership.pyx":287
  *             except (IvshmemError, OSError):
  *                 pass
  *             return 0             # <<<<<<<<<<<<<<
@@ -8792,7 +8808,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":282
+    /* "ivshmem/channel/membership.pyx":281
  *         cdef Doorbell bell
  *         cdef int code
  *         if target == <uint32_t>EVERY_PEER:             # <<<<<<<<<<<<<<
@@ -8801,7 +8817,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":289
+  /* "ivshmem/channel/membership.pyx":288
  *                 pass
  *             return 0
  *         bell = self.bells.get(target)             # <<<<<<<<<<<<<<
@@ -8810,18 +8826,18 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
 */
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "get");
-    __PYX_ERR(0, 289, __pyx_L1_error)
+    __PYX_ERR(0, 288, __pyx_L1_error)
   }
-  __pyx_t_6 = __Pyx_PyLong_From_uint32_t(__pyx_v_target); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 289, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyLong_From_uint32_t(__pyx_v_target); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 288, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
-  __pyx_t_7 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_t_6, Py_None); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 289, __pyx_L1_error)
+  __pyx_t_7 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_t_6, Py_None); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 288, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
   __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-  if (!(likely(((__pyx_t_7) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_7, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell))))) __PYX_ERR(0, 289, __pyx_L1_error)
+  if (!(likely(((__pyx_t_7) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_7, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell))))) __PYX_ERR(0, 288, __pyx_L1_error)
   __pyx_v_bell = ((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_t_7);
   __pyx_t_7 = 0;
 
-  /* "ivshmem/channel/membership.pyx":290
+  /* "ivshmem/channel/membership.pyx":289
  *             return 0
  *         bell = self.bells.get(target)
  *         for _ in range(2):             # <<<<<<<<<<<<<<
@@ -8831,7 +8847,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
   for (__pyx_t_11 = 0; __pyx_t_11 < 2; __pyx_t_11+=1) {
     __pyx_v__ = __pyx_t_11;
 
-    /* "ivshmem/channel/membership.pyx":291
+    /* "ivshmem/channel/membership.pyx":290
  *         bell = self.bells.get(target)
  *         for _ in range(2):
  *             if bell is None:             # <<<<<<<<<<<<<<
@@ -8842,7 +8858,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/membership.pyx":292
+      /* "ivshmem/channel/membership.pyx":291
  *         for _ in range(2):
  *             if bell is None:
  *                 try:             # <<<<<<<<<<<<<<
@@ -8858,7 +8874,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
         __Pyx_XGOTREF(__pyx_t_2);
         /*try:*/ {
 
-          /* "ivshmem/channel/membership.pyx":293
+          /* "ivshmem/channel/membership.pyx":292
  *             if bell is None:
  *                 try:
  *                     bell = self.doorbells._doorbell_nowait(target >> 16, target & 0xffff)             # <<<<<<<<<<<<<<
@@ -8867,9 +8883,9 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
 */
           __pyx_t_6 = ((PyObject *)__pyx_v_self->doorbells);
           __Pyx_INCREF(__pyx_t_6);
-          __pyx_t_5 = __Pyx_PyLong_From_long((__pyx_v_target >> 16)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 293, __pyx_L16_error)
+          __pyx_t_5 = __Pyx_PyLong_From_long((__pyx_v_target >> 16)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 292, __pyx_L16_error)
           __Pyx_GOTREF(__pyx_t_5);
-          __pyx_t_9 = __Pyx_PyLong_From_long((__pyx_v_target & 0xffff)); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 293, __pyx_L16_error)
+          __pyx_t_9 = __Pyx_PyLong_From_long((__pyx_v_target & 0xffff)); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 292, __pyx_L16_error)
           __Pyx_GOTREF(__pyx_t_9);
           __pyx_t_8 = 0;
           {
@@ -8878,14 +8894,14 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
             __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
             __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-            if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 293, __pyx_L16_error)
+            if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 292, __pyx_L16_error)
             __Pyx_GOTREF(__pyx_t_7);
           }
-          if (!(likely(((__pyx_t_7) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_7, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell))))) __PYX_ERR(0, 293, __pyx_L16_error)
+          if (!(likely(((__pyx_t_7) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_7, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell))))) __PYX_ERR(0, 292, __pyx_L16_error)
           __Pyx_DECREF_SET(__pyx_v_bell, ((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_t_7));
           __pyx_t_7 = 0;
 
-          /* "ivshmem/channel/membership.pyx":292
+          /* "ivshmem/channel/membership.pyx":291
  *         for _ in range(2):
  *             if bell is None:
  *                 try:             # <<<<<<<<<<<<<<
@@ -8903,7 +8919,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
         __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
         __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-        /* "ivshmem/channel/membership.pyx":294
+        /* "ivshmem/channel/membership.pyx":293
  *                 try:
  *                     bell = self.doorbells._doorbell_nowait(target >> 16, target & 0xffff)
  *                 except NoInterrupts:             # <<<<<<<<<<<<<<
@@ -8911,7 +8927,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
  *                     return 0
 */
         __Pyx_ErrFetch(&__pyx_t_7, &__pyx_t_9, &__pyx_t_5);
-        __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_NoInterrupts); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 294, __pyx_L18_except_error)
+        __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_NoInterrupts); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 293, __pyx_L18_except_error)
         __Pyx_GOTREF(__pyx_t_6);
         __pyx_t_10 = __Pyx_PyErr_GivenExceptionMatches(__pyx_t_7, __pyx_t_6);
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -8920,7 +8936,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
         if (__pyx_t_10) {
           __Pyx_ErrRestore(0,0,0);
 
-          /* "ivshmem/channel/membership.pyx":295
+          /* "ivshmem/channel/membership.pyx":294
  *                     bell = self.doorbells._doorbell_nowait(target >> 16, target & 0xffff)
  *                 except NoInterrupts:
  *                     self.doorbells = None  # a plain device rings nobody             # <<<<<<<<<<<<<<
@@ -8932,7 +8948,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
           __Pyx_GOTREF((PyObject *)__pyx_v_self->doorbells);
           __Pyx_DECREF_SET(__pyx_v_self->doorbells, ((struct __pyx_obj_7ivshmem_5_core_Doorbells *)Py_None));
 
-          /* "ivshmem/channel/membership.pyx":296
+          /* "ivshmem/channel/membership.pyx":295
  *                 except NoInterrupts:
  *                     self.doorbells = None  # a plain device rings nobody
  *                     return 0             # <<<<<<<<<<<<<<
@@ -8946,7 +8962,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
           goto __pyx_L19_except_return;
         }
 
-        /* "ivshmem/channel/membership.pyx":297
+        /* "ivshmem/channel/membership.pyx":296
  *                     self.doorbells = None  # a plain device rings nobody
  *                     return 0
  *                 except IvshmemError:             # <<<<<<<<<<<<<<
@@ -8954,7 +8970,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
  *                 self.bells[target] = bell
 */
         __Pyx_ErrFetch(&__pyx_t_5, &__pyx_t_9, &__pyx_t_7);
-        __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 297, __pyx_L18_except_error)
+        __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 296, __pyx_L18_except_error)
         __Pyx_GOTREF(__pyx_t_6);
         __pyx_t_10 = __Pyx_PyErr_GivenExceptionMatches(__pyx_t_5, __pyx_t_6);
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -8963,7 +8979,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
         if (__pyx_t_10) {
           __Pyx_ErrRestore(0,0,0);
 
-          /* "ivshmem/channel/membership.pyx":298
+          /* "ivshmem/channel/membership.pyx":297
  *                     return 0
  *                 except IvshmemError:
  *                     return 0  # the peer has left: it looks at its next beat             # <<<<<<<<<<<<<<
@@ -8978,7 +8994,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
         }
         goto __pyx_L18_except_error;
 
-        /* "ivshmem/channel/membership.pyx":292
+        /* "ivshmem/channel/membership.pyx":291
  *         for _ in range(2):
  *             if bell is None:
  *                 try:             # <<<<<<<<<<<<<<
@@ -9000,7 +9016,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
         __pyx_L23_try_end:;
       }
 
-      /* "ivshmem/channel/membership.pyx":299
+      /* "ivshmem/channel/membership.pyx":298
  *                 except IvshmemError:
  *                     return 0  # the peer has left: it looks at its next beat
  *                 self.bells[target] = bell             # <<<<<<<<<<<<<<
@@ -9009,14 +9025,14 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
 */
       if (unlikely(__pyx_v_self->bells == Py_None)) {
         PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-        __PYX_ERR(0, 299, __pyx_L1_error)
+        __PYX_ERR(0, 298, __pyx_L1_error)
       }
-      __pyx_t_7 = __Pyx_PyLong_From_uint32_t(__pyx_v_target); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 299, __pyx_L1_error)
+      __pyx_t_7 = __Pyx_PyLong_From_uint32_t(__pyx_v_target); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 298, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
-      if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_t_7, ((PyObject *)__pyx_v_bell)) < 0))) __PYX_ERR(0, 299, __pyx_L1_error)
+      if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_t_7, ((PyObject *)__pyx_v_bell)) < 0))) __PYX_ERR(0, 298, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
 
-      /* "ivshmem/channel/membership.pyx":291
+      /* "ivshmem/channel/membership.pyx":290
  *         bell = self.bells.get(target)
  *         for _ in range(2):
  *             if bell is None:             # <<<<<<<<<<<<<<
@@ -9025,7 +9041,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":300
+    /* "ivshmem/channel/membership.pyx":299
  *                     return 0  # the peer has left: it looks at its next beat
  *                 self.bells[target] = bell
  *             try:             # <<<<<<<<<<<<<<
@@ -9041,7 +9057,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
       __Pyx_XGOTREF(__pyx_t_4);
       /*try:*/ {
 
-        /* "ivshmem/channel/membership.pyx":301
+        /* "ivshmem/channel/membership.pyx":300
  *                 self.bells[target] = bell
  *             try:
  *                 code = bell.ring_gently() if bell.nowait else ring_bell(&bell.bell, 1)             # <<<<<<<<<<<<<<
@@ -9049,7 +9065,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
  *                 return 0
 */
         if (__pyx_v_bell->nowait) {
-          __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_6native_4bell_Doorbell *)__pyx_v_bell->__pyx_vtab)->ring_gently(__pyx_v_bell); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 301, __pyx_L28_error)
+          __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_6native_4bell_Doorbell *)__pyx_v_bell->__pyx_vtab)->ring_gently(__pyx_v_bell); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 300, __pyx_L28_error)
           __pyx_t_10 = __pyx_t_12;
         } else {
 
@@ -9057,7 +9073,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
         }
         __pyx_v_code = __pyx_t_10;
 
-        /* "ivshmem/channel/membership.pyx":300
+        /* "ivshmem/channel/membership.pyx":299
  *                     return 0  # the peer has left: it looks at its next beat
  *                 self.bells[target] = bell
  *             try:             # <<<<<<<<<<<<<<
@@ -9075,7 +9091,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-      /* "ivshmem/channel/membership.pyx":302
+      /* "ivshmem/channel/membership.pyx":301
  *             try:
  *                 code = bell.ring_gently() if bell.nowait else ring_bell(&bell.bell, 1)
  *             except OSError:             # <<<<<<<<<<<<<<
@@ -9086,7 +9102,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
       if (__pyx_t_10) {
         __Pyx_ErrRestore(0,0,0);
 
-        /* "ivshmem/channel/membership.pyx":303
+        /* "ivshmem/channel/membership.pyx":302
  *                 code = bell.ring_gently() if bell.nowait else ring_bell(&bell.bell, 1)
  *             except OSError:
  *                 return 0             # <<<<<<<<<<<<<<
@@ -9101,7 +9117,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
       }
       goto __pyx_L30_except_error;
 
-      /* "ivshmem/channel/membership.pyx":300
+      /* "ivshmem/channel/membership.pyx":299
  *                     return 0  # the peer has left: it looks at its next beat
  *                 self.bells[target] = bell
  *             try:             # <<<<<<<<<<<<<<
@@ -9123,7 +9139,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
       __pyx_L35_try_end:;
     }
 
-    /* "ivshmem/channel/membership.pyx":304
+    /* "ivshmem/channel/membership.pyx":303
  *             except OSError:
  *                 return 0
  *             if code != ESHUTDOWN:             # <<<<<<<<<<<<<<
@@ -9135,7 +9151,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/membership.pyx":305
+      /* "ivshmem/channel/membership.pyx":304
  *                 return 0
  *             if code != ESHUTDOWN:
  *                 return 0             # <<<<<<<<<<<<<<
@@ -9148,7 +9164,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/membership.pyx":304
+      /* "ivshmem/channel/membership.pyx":303
  *             except OSError:
  *                 return 0
  *             if code != ESHUTDOWN:             # <<<<<<<<<<<<<<
@@ -9157,7 +9173,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":306
+    /* "ivshmem/channel/membership.pyx":305
  *             if code != ESHUTDOWN:
  *                 return 0
  *             self.bells.pop(target, None)  # perhaps another thread did that             # <<<<<<<<<<<<<<
@@ -9166,15 +9182,15 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
 */
     if (unlikely(__pyx_v_self->bells == Py_None)) {
       PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "pop");
-      __PYX_ERR(0, 306, __pyx_L1_error)
+      __PYX_ERR(0, 305, __pyx_L1_error)
     }
-    __pyx_t_7 = __Pyx_PyLong_From_uint32_t(__pyx_v_target); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 306, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyLong_From_uint32_t(__pyx_v_target); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 305, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_10 = __Pyx_PyDict_Pop_ignore(__pyx_v_self->bells, __pyx_t_7, Py_None); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 306, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyDict_Pop_ignore(__pyx_v_self->bells, __pyx_t_7, Py_None); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 305, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
 
 
-    /* "ivshmem/channel/membership.pyx":307
+    /* "ivshmem/channel/membership.pyx":306
  *                 return 0
  *             self.bells.pop(target, None)  # perhaps another thread did that
  *             bell = None             # <<<<<<<<<<<<<<
@@ -9185,7 +9201,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
     __Pyx_DECREF_SET(__pyx_v_bell, ((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)Py_None));
   }
 
-  /* "ivshmem/channel/membership.pyx":308
+  /* "ivshmem/channel/membership.pyx":307
  *             self.bells.pop(target, None)  # perhaps another thread did that
  *             bell = None
  *         return 0             # <<<<<<<<<<<<<<
@@ -9198,7 +9214,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":279
+  /* "ivshmem/channel/membership.pyx":278
  *         return 0
  * 
  *     cdef int ring(self, uint32_t target) except -1:             # <<<<<<<<<<<<<<
@@ -9223,7 +9239,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":310
+/* "ivshmem/channel/membership.pyx":309
  *         return 0
  * 
  *     cdef int kick_all(self) except -1:             # <<<<<<<<<<<<<<
@@ -9244,7 +9260,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("kick_all", 0);
 
-  /* "ivshmem/channel/membership.pyx":312
+  /* "ivshmem/channel/membership.pyx":311
  *     cdef int kick_all(self) except -1:
  *         """Wake what sleeps in this process: it looks again."""
  *         cdef FdArray kick = self.kick             # <<<<<<<<<<<<<<
@@ -9256,7 +9272,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(struct _
   __pyx_v_kick = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":313
+  /* "ivshmem/channel/membership.pyx":312
  *         """Wake what sleeps in this process: it looks again."""
  *         cdef FdArray kick = self.kick
  *         if kick is not None:             # <<<<<<<<<<<<<<
@@ -9267,7 +9283,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(struct _
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":314
+    /* "ivshmem/channel/membership.pyx":313
  *         cdef FdArray kick = self.kick
  *         if kick is not None:
  *             kick.signal(0)             # <<<<<<<<<<<<<<
@@ -9281,12 +9297,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(struct _
       PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_int_0};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 314, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 313, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":313
+    /* "ivshmem/channel/membership.pyx":312
  *         """Wake what sleeps in this process: it looks again."""
  *         cdef FdArray kick = self.kick
  *         if kick is not None:             # <<<<<<<<<<<<<<
@@ -9295,7 +9311,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(struct _
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":315
+  /* "ivshmem/channel/membership.pyx":314
  *         if kick is not None:
  *             kick.signal(0)
  *         return 0             # <<<<<<<<<<<<<<
@@ -9308,7 +9324,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(struct _
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":310
+  /* "ivshmem/channel/membership.pyx":309
  *         return 0
  * 
  *     cdef int kick_all(self) except -1:             # <<<<<<<<<<<<<<
@@ -9329,7 +9345,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":317
+/* "ivshmem/channel/membership.pyx":316
  *         return 0
  * 
  *     cdef int hurry(self) except -1:             # <<<<<<<<<<<<<<
@@ -9351,7 +9367,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_hurry(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("hurry", 0);
 
-  /* "ivshmem/channel/membership.pyx":319
+  /* "ivshmem/channel/membership.pyx":318
  *     cdef int hurry(self) except -1:
  *         """Let the thread of the beat look now, and from now on often, if nothing rings."""
  *         cdef FdArray ending = self.ending             # <<<<<<<<<<<<<<
@@ -9363,7 +9379,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_hurry(struct __py
   __pyx_v_ending = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":320
+  /* "ivshmem/channel/membership.pyx":319
  *         """Let the thread of the beat look now, and from now on often, if nothing rings."""
  *         cdef FdArray ending = self.ending
  *         if self.polls and self.watchers == 1:             # <<<<<<<<<<<<<<
@@ -9385,7 +9401,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_hurry(struct __py
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":321
+    /* "ivshmem/channel/membership.pyx":320
  *         cdef FdArray ending = self.ending
  *         if self.polls and self.watchers == 1:
  *             ending.signal(0)             # <<<<<<<<<<<<<<
@@ -9399,12 +9415,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_hurry(struct __py
       PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_int_0};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 321, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 320, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":320
+    /* "ivshmem/channel/membership.pyx":319
  *         """Let the thread of the beat look now, and from now on often, if nothing rings."""
  *         cdef FdArray ending = self.ending
  *         if self.polls and self.watchers == 1:             # <<<<<<<<<<<<<<
@@ -9413,7 +9429,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_hurry(struct __py
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":322
+  /* "ivshmem/channel/membership.pyx":321
  *         if self.polls and self.watchers == 1:
  *             ending.signal(0)
  *         return 0             # <<<<<<<<<<<<<<
@@ -9426,7 +9442,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_hurry(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":317
+  /* "ivshmem/channel/membership.pyx":316
  *         return 0
  * 
  *     cdef int hurry(self) except -1:             # <<<<<<<<<<<<<<
@@ -9447,7 +9463,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_hurry(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":324
+/* "ivshmem/channel/membership.pyx":323
  *         return 0
  * 
  *     cdef void watch(self, int count) noexcept:             # <<<<<<<<<<<<<<
@@ -9457,7 +9473,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_hurry(struct __py
 
 static void __pyx_f_7ivshmem_7channel_10membership_10Membership_watch(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self, int __pyx_v_count) {
 
-  /* "ivshmem/channel/membership.pyx":326
+  /* "ivshmem/channel/membership.pyx":325
  *     cdef void watch(self, int count) noexcept:
  *         """Count ends whose descriptor a program watches."""
  *         ivshmem_count(&self.watchers, count)             # <<<<<<<<<<<<<<
@@ -9466,7 +9482,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_watch(struct __p
 */
   (void)(ivshmem_count((&__pyx_v_self->watchers), __pyx_v_count));
 
-  /* "ivshmem/channel/membership.pyx":324
+  /* "ivshmem/channel/membership.pyx":323
  *         return 0
  * 
  *     cdef void watch(self, int count) noexcept:             # <<<<<<<<<<<<<<
@@ -9478,7 +9494,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_watch(struct __p
 
 }
 
-/* "ivshmem/channel/membership.pyx":330
+/* "ivshmem/channel/membership.pyx":329
  *     # -- the beat ---------------------------------------------------------------------------------
  * 
  *     def run(self):             # <<<<<<<<<<<<<<
@@ -9560,7 +9576,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("run", 0);
 
-  /* "ivshmem/channel/membership.pyx":334
+  /* "ivshmem/channel/membership.pyx":333
  *         cdef pollfd one
  *         cdef timespec left
  *         cdef int64_t next_beat = now()             # <<<<<<<<<<<<<<
@@ -9569,7 +9585,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
   __pyx_v_next_beat = __pyx_f_7ivshmem_6native_11descriptors_now();
 
-  /* "ivshmem/channel/membership.pyx":339
+  /* "ivshmem/channel/membership.pyx":338
  *         cdef int code
  *         cdef bint due
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -9581,7 +9597,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":340
+    /* "ivshmem/channel/membership.pyx":339
  *         cdef bint due
  *         if not ivshmem_enter(&self.state):
  *             return             # <<<<<<<<<<<<<<
@@ -9598,7 +9614,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":339
+    /* "ivshmem/channel/membership.pyx":338
  *         cdef int code
  *         cdef bint due
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -9607,7 +9623,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":341
+  /* "ivshmem/channel/membership.pyx":340
  *         if not ivshmem_enter(&self.state):
  *             return
  *         one.fd = place_of(self.ending, 0)[0]             # <<<<<<<<<<<<<<
@@ -9619,7 +9635,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
   __pyx_v_one.fd = (__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_2), 0)[0]);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":342
+  /* "ivshmem/channel/membership.pyx":341
  *             return
  *         one.fd = place_of(self.ending, 0)[0]
  *         one.events = _POLLIN             # <<<<<<<<<<<<<<
@@ -9628,7 +9644,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
   __pyx_v_one.events = POLLIN;
 
-  /* "ivshmem/channel/membership.pyx":343
+  /* "ivshmem/channel/membership.pyx":342
  *         one.fd = place_of(self.ending, 0)[0]
  *         one.events = _POLLIN
  *         try:             # <<<<<<<<<<<<<<
@@ -9637,7 +9653,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
   /*try:*/ {
 
-    /* "ivshmem/channel/membership.pyx":344
+    /* "ivshmem/channel/membership.pyx":343
  *         one.events = _POLLIN
  *         try:
  *             while not self.closed:             # <<<<<<<<<<<<<<
@@ -9645,9 +9661,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
  *                 with nogil:
 */
     while (1) {
-      __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 344, __pyx_L5_error)
+      __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 343, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_2);
-      __pyx_t_1 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 344, __pyx_L5_error)
+      __pyx_t_1 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 343, __pyx_L5_error)
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       __pyx_t_3 = (!__pyx_t_1);
 
@@ -9655,7 +9671,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 
       if (!__pyx_t_3) break;
 
-      /* "ivshmem/channel/membership.pyx":345
+      /* "ivshmem/channel/membership.pyx":344
  *         try:
  *             while not self.closed:
  *                 code = 0             # <<<<<<<<<<<<<<
@@ -9664,7 +9680,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
       __pyx_v_code = 0;
 
-      /* "ivshmem/channel/membership.pyx":346
+      /* "ivshmem/channel/membership.pyx":345
  *             while not self.closed:
  *                 code = 0
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -9677,7 +9693,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/channel/membership.pyx":347
+            /* "ivshmem/channel/membership.pyx":346
  *                 code = 0
  *                 with nogil:
  *                     limit = next_beat             # <<<<<<<<<<<<<<
@@ -9686,7 +9702,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
             __pyx_v_limit = __pyx_v_next_beat;
 
-            /* "ivshmem/channel/membership.pyx":348
+            /* "ivshmem/channel/membership.pyx":347
  *                 with nogil:
  *                     limit = next_beat
  *                     if self.watchers and self.polls:             # <<<<<<<<<<<<<<
@@ -9709,7 +9725,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/membership.pyx":349
+              /* "ivshmem/channel/membership.pyx":348
  *                     limit = next_beat
  *                     if self.watchers and self.polls:
  *                         limit = min(limit, now() + PAUSE)             # <<<<<<<<<<<<<<
@@ -9733,7 +9749,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
               __pyx_v_limit = __pyx_t_6;
 
 
-              /* "ivshmem/channel/membership.pyx":348
+              /* "ivshmem/channel/membership.pyx":347
  *                 with nogil:
  *                     limit = next_beat
  *                     if self.watchers and self.polls:             # <<<<<<<<<<<<<<
@@ -9742,7 +9758,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
             }
 
-            /* "ivshmem/channel/membership.pyx":350
+            /* "ivshmem/channel/membership.pyx":349
  *                     if self.watchers and self.polls:
  *                         limit = min(limit, now() + PAUSE)
  *                     if ppoll(&one, 1, time_left(limit, &left), NULL) > 0:             # <<<<<<<<<<<<<<
@@ -9754,7 +9770,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/membership.pyx":351
+              /* "ivshmem/channel/membership.pyx":350
  *                         limit = min(limit, now() + PAUSE)
  *                     if ppoll(&one, 1, time_left(limit, &left), NULL) > 0:
  *                         eventfd_read(one.fd, &count)             # <<<<<<<<<<<<<<
@@ -9763,7 +9779,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
               (void)(eventfd_read(__pyx_v_one.fd, (&__pyx_v_count)));
 
-              /* "ivshmem/channel/membership.pyx":350
+              /* "ivshmem/channel/membership.pyx":349
  *                     if self.watchers and self.polls:
  *                         limit = min(limit, now() + PAUSE)
  *                     if ppoll(&one, 1, time_left(limit, &left), NULL) > 0:             # <<<<<<<<<<<<<<
@@ -9772,7 +9788,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
             }
 
-            /* "ivshmem/channel/membership.pyx":352
+            /* "ivshmem/channel/membership.pyx":351
  *                     if ppoll(&one, 1, time_left(limit, &left), NULL) > 0:
  *                         eventfd_read(one.fd, &count)
  *                     due = now() >= next_beat             # <<<<<<<<<<<<<<
@@ -9781,7 +9797,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
             __pyx_v_due = (__pyx_f_7ivshmem_6native_11descriptors_now() >= __pyx_v_next_beat);
 
-            /* "ivshmem/channel/membership.pyx":353
+            /* "ivshmem/channel/membership.pyx":352
  *                         eventfd_read(one.fd, &count)
  *                     due = now() >= next_beat
  *                     if due and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -9803,7 +9819,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/membership.pyx":354
+              /* "ivshmem/channel/membership.pyx":353
  *                     due = now() >= next_beat
  *                     if due and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                         next_beat = now() + self.beat             # <<<<<<<<<<<<<<
@@ -9812,7 +9828,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
               __pyx_v_next_beat = (__pyx_f_7ivshmem_6native_11descriptors_now() + __pyx_v_self->beat);
 
-              /* "ivshmem/channel/membership.pyx":355
+              /* "ivshmem/channel/membership.pyx":354
  *                     if due and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                         next_beat = now() + self.beat
  *                         if not self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -9824,7 +9840,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/membership.pyx":356
+                /* "ivshmem/channel/membership.pyx":355
  *                         next_beat = now() + self.beat
  *                         if not self.mapping.fixed:
  *                             code = ivshmem_beat(&self.member)             # <<<<<<<<<<<<<<
@@ -9833,7 +9849,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
                 __pyx_v_code = ivshmem_beat((&__pyx_v_self->member));
 
-                /* "ivshmem/channel/membership.pyx":355
+                /* "ivshmem/channel/membership.pyx":354
  *                     if due and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                         next_beat = now() + self.beat
  *                         if not self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -9842,7 +9858,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
               }
 
-              /* "ivshmem/channel/membership.pyx":357
+              /* "ivshmem/channel/membership.pyx":356
  *                         if not self.mapping.fixed:
  *                             code = ivshmem_beat(&self.member)
  *                         self.look_for_mutes()             # <<<<<<<<<<<<<<
@@ -9851,7 +9867,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
               __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(__pyx_v_self);
 
-              /* "ivshmem/channel/membership.pyx":353
+              /* "ivshmem/channel/membership.pyx":352
  *                         eventfd_read(one.fd, &count)
  *                     due = now() >= next_beat
  *                     if due and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -9861,7 +9877,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
             }
           }
 
-          /* "ivshmem/channel/membership.pyx":346
+          /* "ivshmem/channel/membership.pyx":345
  *             while not self.closed:
  *                 code = 0
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -9878,16 +9894,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
           }
       }
 
-      /* "ivshmem/channel/membership.pyx":358
+      /* "ivshmem/channel/membership.pyx":357
  *                             code = ivshmem_beat(&self.member)
  *                         self.look_for_mutes()
  *                 if not self.closed:             # <<<<<<<<<<<<<<
  *                     self.after_beat(code)
  *                     if due and self.sleepers:
 */
-      __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 358, __pyx_L5_error)
+      __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 357, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_2);
-      __pyx_t_3 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 358, __pyx_L5_error)
+      __pyx_t_3 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 357, __pyx_L5_error)
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       __pyx_t_1 = (!__pyx_t_3);
 
@@ -9895,17 +9911,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/channel/membership.pyx":359
+        /* "ivshmem/channel/membership.pyx":358
  *                         self.look_for_mutes()
  *                 if not self.closed:
  *                     self.after_beat(code)             # <<<<<<<<<<<<<<
  *                     if due and self.sleepers:
  *                         self.kick_all()
 */
-        __pyx_t_7 = __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(__pyx_v_self, __pyx_v_code); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 359, __pyx_L5_error)
+        __pyx_t_7 = __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(__pyx_v_self, __pyx_v_code); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 358, __pyx_L5_error)
 
 
-        /* "ivshmem/channel/membership.pyx":360
+        /* "ivshmem/channel/membership.pyx":359
  *                 if not self.closed:
  *                     self.after_beat(code)
  *                     if due and self.sleepers:             # <<<<<<<<<<<<<<
@@ -9927,17 +9943,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
         if (__pyx_t_1) {
 
 
-          /* "ivshmem/channel/membership.pyx":361
+          /* "ivshmem/channel/membership.pyx":360
  *                     self.after_beat(code)
  *                     if due and self.sleepers:
  *                         self.kick_all()             # <<<<<<<<<<<<<<
  *         finally:
  *             if ivshmem_leave(&self.state):
 */
-          __pyx_t_7 = __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 361, __pyx_L5_error)
+          __pyx_t_7 = __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 360, __pyx_L5_error)
 
 
-          /* "ivshmem/channel/membership.pyx":360
+          /* "ivshmem/channel/membership.pyx":359
  *                 if not self.closed:
  *                     self.after_beat(code)
  *                     if due and self.sleepers:             # <<<<<<<<<<<<<<
@@ -9946,7 +9962,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
         }
 
-        /* "ivshmem/channel/membership.pyx":358
+        /* "ivshmem/channel/membership.pyx":357
  *                             code = ivshmem_beat(&self.member)
  *                         self.look_for_mutes()
  *                 if not self.closed:             # <<<<<<<<<<<<<<
@@ -9957,7 +9973,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
     }
   }
 
-  /* "ivshmem/channel/membership.pyx":363
+  /* "ivshmem/channel/membership.pyx":362
  *                         self.kick_all()
  *         finally:
  *             if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -9971,17 +9987,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/channel/membership.pyx":364
+        /* "ivshmem/channel/membership.pyx":363
  *         finally:
  *             if ivshmem_leave(&self.state):
  *                 self.release()             # <<<<<<<<<<<<<<
  * 
  *     cdef void look_for_mutes(self) noexcept nogil:
 */
-        __pyx_t_7 = __pyx_f_7ivshmem_7channel_10membership_10Membership_release(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 364, __pyx_L1_error)
+        __pyx_t_7 = __pyx_f_7ivshmem_7channel_10membership_10Membership_release(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 363, __pyx_L1_error)
 
 
-        /* "ivshmem/channel/membership.pyx":363
+        /* "ivshmem/channel/membership.pyx":362
  *                         self.kick_all()
  *         finally:
  *             if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -10012,17 +10028,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
         if (__pyx_t_1) {
 
 
-          /* "ivshmem/channel/membership.pyx":364
+          /* "ivshmem/channel/membership.pyx":363
  *         finally:
  *             if ivshmem_leave(&self.state):
  *                 self.release()             # <<<<<<<<<<<<<<
  * 
  *     cdef void look_for_mutes(self) noexcept nogil:
 */
-          __pyx_t_16 = __pyx_f_7ivshmem_7channel_10membership_10Membership_release(__pyx_v_self); if (unlikely(__pyx_t_16 == ((int)-1))) __PYX_ERR(0, 364, __pyx_L28_error)
+          __pyx_t_16 = __pyx_f_7ivshmem_7channel_10membership_10Membership_release(__pyx_v_self); if (unlikely(__pyx_t_16 == ((int)-1))) __PYX_ERR(0, 363, __pyx_L28_error)
 
 
-          /* "ivshmem/channel/membership.pyx":363
+          /* "ivshmem/channel/membership.pyx":362
  *                         self.kick_all()
  *         finally:
  *             if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -10056,7 +10072,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
     __pyx_L6:;
   }
 
-  /* "ivshmem/channel/membership.pyx":330
+  /* "ivshmem/channel/membership.pyx":329
  *     # -- the beat ---------------------------------------------------------------------------------
  * 
  *     def run(self):             # <<<<<<<<<<<<<<
@@ -10084,7 +10100,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":366
+/* "ivshmem/channel/membership.pyx":365
  *                 self.release()
  * 
  *     cdef void look_for_mutes(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -10106,7 +10122,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
   unsigned int __pyx_t_4;
   int __pyx_t_5;
 
-  /* "ivshmem/channel/membership.pyx":371
+  /* "ivshmem/channel/membership.pyx":370
  *         A process that can only read polls, unless all its ends are rung always.
  *         """
  *         cdef ivshmem_memory *memory = &self.member.area.memory             # <<<<<<<<<<<<<<
@@ -10115,7 +10131,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
   __pyx_v_memory = (&__pyx_v_self->member.area.memory);
 
-  /* "ivshmem/channel/membership.pyx":373
+  /* "ivshmem/channel/membership.pyx":372
  *         cdef ivshmem_memory *memory = &self.member.area.memory
  *         cdef uint64_t at, peer, process, machine
  *         cdef bint polls = self.vector < 0             # <<<<<<<<<<<<<<
@@ -10124,7 +10140,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
   __pyx_v_polls = (__pyx_v_self->vector < 0);
 
-  /* "ivshmem/channel/membership.pyx":375
+  /* "ivshmem/channel/membership.pyx":374
  *         cdef bint polls = self.vector < 0
  *         cdef unsigned i
  *         if memory.readonly:             # <<<<<<<<<<<<<<
@@ -10136,7 +10152,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":376
+    /* "ivshmem/channel/membership.pyx":375
  *         cdef unsigned i
  *         if memory.readonly:
  *             return  # `after_beat` asks the ends             # <<<<<<<<<<<<<<
@@ -10147,7 +10163,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":375
+    /* "ivshmem/channel/membership.pyx":374
  *         cdef bint polls = self.vector < 0
  *         cdef unsigned i
  *         if memory.readonly:             # <<<<<<<<<<<<<<
@@ -10156,7 +10172,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":377
+  /* "ivshmem/channel/membership.pyx":376
  *         if memory.readonly:
  *             return  # `after_beat` asks the ends
  *         for i in range(self.member.area.places):             # <<<<<<<<<<<<<<
@@ -10170,7 +10186,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
   for (__pyx_t_4 = 0; __pyx_t_4 < __pyx_t_3; __pyx_t_4+=1) {
     __pyx_v_i = __pyx_t_4;
 
-    /* "ivshmem/channel/membership.pyx":378
+    /* "ivshmem/channel/membership.pyx":377
  *             return  # `after_beat` asks the ends
  *         for i in range(self.member.area.places):
  *             if polls:             # <<<<<<<<<<<<<<
@@ -10179,7 +10195,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
     if (__pyx_v_polls) {
 
-      /* "ivshmem/channel/membership.pyx":379
+      /* "ivshmem/channel/membership.pyx":378
  *         for i in range(self.member.area.places):
  *             if polls:
  *                 break             # <<<<<<<<<<<<<<
@@ -10188,7 +10204,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
       goto __pyx_L5_break;
 
-      /* "ivshmem/channel/membership.pyx":378
+      /* "ivshmem/channel/membership.pyx":377
  *             return  # `after_beat` asks the ends
  *         for i in range(self.member.area.places):
  *             if polls:             # <<<<<<<<<<<<<<
@@ -10197,7 +10213,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":380
+    /* "ivshmem/channel/membership.pyx":379
  *             if polls:
  *                 break
  *             if i == self.member.place.index:             # <<<<<<<<<<<<<<
@@ -10209,7 +10225,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/membership.pyx":381
+      /* "ivshmem/channel/membership.pyx":380
  *                 break
  *             if i == self.member.place.index:
  *                 continue             # <<<<<<<<<<<<<<
@@ -10218,7 +10234,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
       goto __pyx_L4_continue;
 
-      /* "ivshmem/channel/membership.pyx":380
+      /* "ivshmem/channel/membership.pyx":379
  *             if polls:
  *                 break
  *             if i == self.member.place.index:             # <<<<<<<<<<<<<<
@@ -10227,7 +10243,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":382
+    /* "ivshmem/channel/membership.pyx":381
  *             if i == self.member.place.index:
  *                 continue
  *             at = ivshmem_place_at(&self.member.area, i)             # <<<<<<<<<<<<<<
@@ -10236,7 +10252,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
     __pyx_v_at = ivshmem_place_at((&__pyx_v_self->member.area), __pyx_v_i);
 
-    /* "ivshmem/channel/membership.pyx":383
+    /* "ivshmem/channel/membership.pyx":382
  *                 continue
  *             at = ivshmem_place_at(&self.member.area, i)
  *             peer = ivshmem_peer_at(&self.member.area, i)             # <<<<<<<<<<<<<<
@@ -10245,7 +10261,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
     __pyx_v_peer = ivshmem_peer_at((&__pyx_v_self->member.area), __pyx_v_i);
 
-    /* "ivshmem/channel/membership.pyx":384
+    /* "ivshmem/channel/membership.pyx":383
  *             at = ivshmem_place_at(&self.member.area, i)
  *             peer = ivshmem_peer_at(&self.member.area, i)
  *             if peer == IVSHMEM_NO_PEER:             # <<<<<<<<<<<<<<
@@ -10257,7 +10273,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/membership.pyx":385
+      /* "ivshmem/channel/membership.pyx":384
  *             peer = ivshmem_peer_at(&self.member.area, i)
  *             if peer == IVSHMEM_NO_PEER:
  *                 continue             # <<<<<<<<<<<<<<
@@ -10266,7 +10282,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
       goto __pyx_L4_continue;
 
-      /* "ivshmem/channel/membership.pyx":384
+      /* "ivshmem/channel/membership.pyx":383
  *             at = ivshmem_place_at(&self.member.area, i)
  *             peer = ivshmem_peer_at(&self.member.area, i)
  *             if peer == IVSHMEM_NO_PEER:             # <<<<<<<<<<<<<<
@@ -10275,7 +10291,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":386
+    /* "ivshmem/channel/membership.pyx":385
  *             if peer == IVSHMEM_NO_PEER:
  *                 continue
  *             if peer & IVSHMEM_PEER_MUTE:             # <<<<<<<<<<<<<<
@@ -10287,7 +10303,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/membership.pyx":387
+      /* "ivshmem/channel/membership.pyx":386
  *                 continue
  *             if peer & IVSHMEM_PEER_MUTE:
  *                 polls = True             # <<<<<<<<<<<<<<
@@ -10296,7 +10312,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
       __pyx_v_polls = 1;
 
-      /* "ivshmem/channel/membership.pyx":386
+      /* "ivshmem/channel/membership.pyx":385
  *             if peer == IVSHMEM_NO_PEER:
  *                 continue
  *             if peer & IVSHMEM_PEER_MUTE:             # <<<<<<<<<<<<<<
@@ -10306,7 +10322,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
       goto __pyx_L9;
     }
 
-    /* "ivshmem/channel/membership.pyx":388
+    /* "ivshmem/channel/membership.pyx":387
  *             if peer & IVSHMEM_PEER_MUTE:
  *                 polls = True
  *             elif (peer ^ self.member.peer) & 0xffff == 0:             # <<<<<<<<<<<<<<
@@ -10318,7 +10334,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/membership.pyx":390
+      /* "ivshmem/channel/membership.pyx":389
  *             elif (peer ^ self.member.peer) & 0xffff == 0:
  *                 # Clients of one broker have one id: they cannot ring one another.
  *                 process = ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)             # <<<<<<<<<<<<<<
@@ -10327,7 +10343,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
       __pyx_v_process = ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_PROCESS));
 
-      /* "ivshmem/channel/membership.pyx":391
+      /* "ivshmem/channel/membership.pyx":390
  *                 # Clients of one broker have one id: they cannot ring one another.
  *                 process = ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)
  *                 machine = ivshmem_load(memory, at + IVSHMEM_PLACE_MACHINE)             # <<<<<<<<<<<<<<
@@ -10336,7 +10352,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
       __pyx_v_machine = ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_MACHINE));
 
-      /* "ivshmem/channel/membership.pyx":393
+      /* "ivshmem/channel/membership.pyx":392
  *                 machine = ivshmem_load(memory, at + IVSHMEM_PLACE_MACHINE)
  *                 polls = (
  *                     ivshmem_value(process) != self.member.process             # <<<<<<<<<<<<<<
@@ -10354,7 +10370,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
         goto __pyx_L10_bool_binop_done;
       }
 
-      /* "ivshmem/channel/membership.pyx":394
+      /* "ivshmem/channel/membership.pyx":393
  *                 polls = (
  *                     ivshmem_value(process) != self.member.process
  *                     or ivshmem_value(machine) != self.member.machine             # <<<<<<<<<<<<<<
@@ -10369,7 +10385,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
       __pyx_L10_bool_binop_done:;
       __pyx_v_polls = __pyx_t_1;
 
-      /* "ivshmem/channel/membership.pyx":388
+      /* "ivshmem/channel/membership.pyx":387
  *             if peer & IVSHMEM_PEER_MUTE:
  *                 polls = True
  *             elif (peer ^ self.member.peer) & 0xffff == 0:             # <<<<<<<<<<<<<<
@@ -10383,7 +10399,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
   __pyx_L5_break:;
 
 
-  /* "ivshmem/channel/membership.pyx":396
+  /* "ivshmem/channel/membership.pyx":395
  *                     or ivshmem_value(machine) != self.member.machine
  *                 )
  *         self.polls = polls             # <<<<<<<<<<<<<<
@@ -10392,7 +10408,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
   __pyx_v_self->polls = __pyx_v_polls;
 
-  /* "ivshmem/channel/membership.pyx":366
+  /* "ivshmem/channel/membership.pyx":365
  *                 self.release()
  * 
  *     cdef void look_for_mutes(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -10411,7 +10427,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 
 }
 
-/* "ivshmem/channel/membership.pyx":398
+/* "ivshmem/channel/membership.pyx":397
  *         self.polls = polls
  * 
  *     cdef list open_ends(self):             # <<<<<<<<<<<<<<
@@ -10438,7 +10454,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(s
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("open_ends", 0);
 
-  /* "ivshmem/channel/membership.pyx":400
+  /* "ivshmem/channel/membership.pyx":399
  *     cdef list open_ends(self):
  *         # Other threads open and close ends: values() alone would find the dictionary changed.
  *         found = [end() for end in list(self.ends.values())]             # <<<<<<<<<<<<<<
@@ -10446,15 +10462,15 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(s
  * 
 */
   { /* enter inner scope */
-    __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 400, __pyx_L5_error)
+    __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 399, __pyx_L5_error)
     __Pyx_GOTREF(__pyx_t_1);
     if (unlikely(__pyx_v_self->ends == Py_None)) {
       PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "values");
-      __PYX_ERR(0, 400, __pyx_L5_error)
+      __PYX_ERR(0, 399, __pyx_L5_error)
     }
-    __pyx_t_2 = __Pyx_PyDict_Values(__pyx_v_self->ends); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 400, __pyx_L5_error)
+    __pyx_t_2 = __Pyx_PyDict_Values(__pyx_v_self->ends); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 399, __pyx_L5_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_3 = PySequence_List(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 400, __pyx_L5_error)
+    __pyx_t_3 = PySequence_List(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 399, __pyx_L5_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     __pyx_t_2 = __pyx_t_3; __Pyx_INCREF(__pyx_t_2);
@@ -10464,13 +10480,13 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(s
       {
         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_2);
         #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 400, __pyx_L5_error)
+        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 399, __pyx_L5_error)
         #endif
         if (__pyx_t_4 >= __pyx_temp) break;
       }
       __pyx_t_3 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_2, __pyx_t_4, __Pyx_ReferenceSharing_OwnStrongReference);
       ++__pyx_t_4;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 400, __pyx_L5_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 399, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_3);
       __Pyx_XDECREF_SET(__pyx_7genexpr__pyx_v_end, __pyx_t_3);
       __pyx_t_3 = 0;
@@ -10494,11 +10510,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(s
         __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_7, (1-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 400, __pyx_L5_error)
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 399, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_3);
       }
       __Pyx_GIVEREF(__pyx_t_3);
-      if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_1, __pyx_t_3))) __PYX_ERR(0, 400, __pyx_L5_error)
+      if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_1, __pyx_t_3))) __PYX_ERR(0, 399, __pyx_L5_error)
       __pyx_t_3 = 0;
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -10512,7 +10528,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(s
   __pyx_v_found = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":401
+  /* "ivshmem/channel/membership.pyx":400
  *         # Other threads open and close ends: values() alone would find the dictionary changed.
  *         found = [end() for end in list(self.ends.values())]
  *         return [end for end in found if end is not None]             # <<<<<<<<<<<<<<
@@ -10520,7 +10536,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(s
  *     cdef int look_for_quiet_ends(self) except -1:
 */
   { /* enter inner scope */
-    __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 401, __pyx_L12_error)
+    __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 400, __pyx_L12_error)
     __Pyx_GOTREF(__pyx_t_1);
     __pyx_t_2 = __pyx_v_found; __Pyx_INCREF(__pyx_t_2);
     __pyx_t_4 = 0;
@@ -10528,20 +10544,20 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(s
       {
         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_2);
         #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 401, __pyx_L12_error)
+        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 400, __pyx_L12_error)
         #endif
         if (__pyx_t_4 >= __pyx_temp) break;
       }
       __pyx_t_3 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_2, __pyx_t_4, __Pyx_ReferenceSharing_OwnStrongReference);
       ++__pyx_t_4;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 401, __pyx_L12_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 400, __pyx_L12_error)
       __Pyx_GOTREF(__pyx_t_3);
       __Pyx_XDECREF_SET(__pyx_8genexpr1__pyx_v_end, __pyx_t_3);
       __pyx_t_3 = 0;
       __pyx_t_8 = (__pyx_8genexpr1__pyx_v_end != Py_None);
       if (__pyx_t_8) {
 
-        if (unlikely(__Pyx_ListComp_Append(__pyx_t_1, __pyx_8genexpr1__pyx_v_end))) __PYX_ERR(0, 401, __pyx_L12_error)
+        if (unlikely(__Pyx_ListComp_Append(__pyx_t_1, __pyx_8genexpr1__pyx_v_end))) __PYX_ERR(0, 400, __pyx_L12_error)
       }
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -10563,7 +10579,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(s
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":398
+  /* "ivshmem/channel/membership.pyx":397
  *         self.polls = polls
  * 
  *     cdef list open_ends(self):             # <<<<<<<<<<<<<<
@@ -10589,7 +10605,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(s
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":403
+/* "ivshmem/channel/membership.pyx":402
  *         return [end for end in found if end is not None]
  * 
  *     cdef int look_for_quiet_ends(self) except -1:             # <<<<<<<<<<<<<<
@@ -10615,7 +10631,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_en
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("look_for_quiet_ends", 0);
 
-  /* "ivshmem/channel/membership.pyx":405
+  /* "ivshmem/channel/membership.pyx":404
  *     cdef int look_for_quiet_ends(self) except -1:
  *         """Find out, where memory can only be read, whether peers ring for each end."""
  *         rung = [(<Dependent>end).is_rung() for end in self.open_ends()]             # <<<<<<<<<<<<<<
@@ -10623,13 +10639,13 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_en
  *         return 0
 */
   { /* enter inner scope */
-    __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 405, __pyx_L5_error)
+    __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 404, __pyx_L5_error)
     __Pyx_GOTREF(__pyx_t_1);
-    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(__pyx_v_self); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 405, __pyx_L5_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(__pyx_v_self); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 404, __pyx_L5_error)
     __Pyx_GOTREF(__pyx_t_2);
     if (unlikely(__pyx_t_2 == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-      __PYX_ERR(0, 405, __pyx_L5_error)
+      __PYX_ERR(0, 404, __pyx_L5_error)
     }
     __pyx_t_3 = __pyx_t_2; __Pyx_INCREF(__pyx_t_3);
     __pyx_t_4 = 0;
@@ -10638,20 +10654,20 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_en
       {
         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_3);
         #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 405, __pyx_L5_error)
+        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 404, __pyx_L5_error)
         #endif
         if (__pyx_t_4 >= __pyx_temp) break;
       }
       __pyx_t_2 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_3, __pyx_t_4, __Pyx_ReferenceSharing_OwnStrongReference);
       ++__pyx_t_4;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 405, __pyx_L5_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 404, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_2);
       __Pyx_XDECREF_SET(__pyx_8genexpr2__pyx_v_end, __pyx_t_2);
       __pyx_t_2 = 0;
-      __pyx_t_2 = __Pyx_PyBool_FromLong(((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent *)((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_8genexpr2__pyx_v_end)->__pyx_vtab)->is_rung(((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_8genexpr2__pyx_v_end))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 405, __pyx_L5_error)
+      __pyx_t_2 = __Pyx_PyBool_FromLong(((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent *)((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_8genexpr2__pyx_v_end)->__pyx_vtab)->is_rung(((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_8genexpr2__pyx_v_end))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 404, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_2);
       __Pyx_GIVEREF(__pyx_t_2);
-      if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_1, __pyx_t_2))) __PYX_ERR(0, 405, __pyx_L5_error)
+      if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_1, __pyx_t_2))) __PYX_ERR(0, 404, __pyx_L5_error)
       __pyx_t_2 = 0;
     }
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
@@ -10665,7 +10681,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_en
   __pyx_v_rung = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":406
+  /* "ivshmem/channel/membership.pyx":405
  *         """Find out, where memory can only be read, whether peers ring for each end."""
  *         rung = [(<Dependent>end).is_rung() for end in self.open_ends()]
  *         self.polls = self.vector < 0 or not all(rung)             # <<<<<<<<<<<<<<
@@ -10688,10 +10704,10 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_en
     PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_v_rung};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_all, __pyx_callargs+__pyx_t_7, (2-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 406, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 405, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_6 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_6 < 0))) __PYX_ERR(0, 406, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_6 < 0))) __PYX_ERR(0, 405, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_8 = (!__pyx_t_6);
 
@@ -10702,7 +10718,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_en
   __pyx_L10_bool_binop_done:;
   __pyx_v_self->polls = __pyx_t_5;
 
-  /* "ivshmem/channel/membership.pyx":407
+  /* "ivshmem/channel/membership.pyx":406
  *         rung = [(<Dependent>end).is_rung() for end in self.open_ends()]
  *         self.polls = self.vector < 0 or not all(rung)
  *         return 0             # <<<<<<<<<<<<<<
@@ -10715,7 +10731,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_en
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":403
+  /* "ivshmem/channel/membership.pyx":402
  *         return [end for end in found if end is not None]
  * 
  *     cdef int look_for_quiet_ends(self) except -1:             # <<<<<<<<<<<<<<
@@ -10738,7 +10754,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_en
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":409
+/* "ivshmem/channel/membership.pyx":408
  *         return 0
  * 
  *     cdef int after_beat(self, int code) except -1:             # <<<<<<<<<<<<<<
@@ -10764,7 +10780,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("after_beat", 0);
 
-  /* "ivshmem/channel/membership.pyx":411
+  /* "ivshmem/channel/membership.pyx":410
  *     cdef int after_beat(self, int code) except -1:
  *         """Do, with the GIL, what a beat showed to be necessary."""
  *         if code == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -10776,20 +10792,20 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":412
+    /* "ivshmem/channel/membership.pyx":411
  *         """Do, with the GIL, what a beat showed to be necessary."""
  *         if code == IVSHMEM_CLOSED:
  *             return self.lose_place()             # <<<<<<<<<<<<<<
  *         if self.mapping.closed:
  *             return self.abandon()
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_lose_place(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 412, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_lose_place(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 411, __pyx_L1_error)
     {
       __pyx_r = __pyx_t_2;
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":411
+    /* "ivshmem/channel/membership.pyx":410
  *     cdef int after_beat(self, int code) except -1:
  *         """Do, with the GIL, what a beat showed to be necessary."""
  *         if code == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -10798,34 +10814,34 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":413
+  /* "ivshmem/channel/membership.pyx":412
  *         if code == IVSHMEM_CLOSED:
  *             return self.lose_place()
  *         if self.mapping.closed:             # <<<<<<<<<<<<<<
  *             return self.abandon()
  *         try:
 */
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 413, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 412, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_1 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 413, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 412, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":414
+    /* "ivshmem/channel/membership.pyx":413
  *             return self.lose_place()
  *         if self.mapping.closed:
  *             return self.abandon()             # <<<<<<<<<<<<<<
  *         try:
  *             if self.endpoint is not None and not self.mapping.fixed:
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 414, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 413, __pyx_L1_error)
     {
       __pyx_r = __pyx_t_2;
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":413
+    /* "ivshmem/channel/membership.pyx":412
  *         if code == IVSHMEM_CLOSED:
  *             return self.lose_place()
  *         if self.mapping.closed:             # <<<<<<<<<<<<<<
@@ -10834,7 +10850,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":415
+  /* "ivshmem/channel/membership.pyx":414
  *         if self.mapping.closed:
  *             return self.abandon()
  *         try:             # <<<<<<<<<<<<<<
@@ -10850,7 +10866,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
     __Pyx_XGOTREF(__pyx_t_6);
     /*try:*/ {
 
-      /* "ivshmem/channel/membership.pyx":416
+      /* "ivshmem/channel/membership.pyx":415
  *             return self.abandon()
  *         try:
  *             if self.endpoint is not None and not self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -10875,17 +10891,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/channel/membership.pyx":417
+        /* "ivshmem/channel/membership.pyx":416
  *         try:
  *             if self.endpoint is not None and not self.mapping.fixed:
  *                 self.name_peer()             # <<<<<<<<<<<<<<
  *         except (IvshmemError, OSError):
  *             pass  # a device's register that cannot be read now, or an endpoint that is closed
 */
-        __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 417, __pyx_L5_error)
+        __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 416, __pyx_L5_error)
 
 
-        /* "ivshmem/channel/membership.pyx":416
+        /* "ivshmem/channel/membership.pyx":415
  *             return self.abandon()
  *         try:
  *             if self.endpoint is not None and not self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -10894,7 +10910,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
       }
 
-      /* "ivshmem/channel/membership.pyx":415
+      /* "ivshmem/channel/membership.pyx":414
  *         if self.mapping.closed:
  *             return self.abandon()
  *         try:             # <<<<<<<<<<<<<<
@@ -10909,7 +10925,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
     __pyx_L5_error:;
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-    /* "ivshmem/channel/membership.pyx":418
+    /* "ivshmem/channel/membership.pyx":417
  *             if self.endpoint is not None and not self.mapping.fixed:
  *                 self.name_peer()
  *         except (IvshmemError, OSError):             # <<<<<<<<<<<<<<
@@ -10917,7 +10933,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
  *         if code > 0:
 */
     __Pyx_ErrFetch(&__pyx_t_3, &__pyx_t_8, &__pyx_t_9);
-    __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 418, __pyx_L7_except_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 417, __pyx_L7_except_error)
     __Pyx_GOTREF(__pyx_t_10);
     __pyx_t_2 = __Pyx_PyErr_GivenExceptionMatches2(__pyx_t_3, __pyx_t_10, ((PyObject *)(((PyTypeObject*)PyExc_OSError))));
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
@@ -10929,7 +10945,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
     }
     goto __pyx_L7_except_error;
 
-    /* "ivshmem/channel/membership.pyx":415
+    /* "ivshmem/channel/membership.pyx":414
  *         if self.mapping.closed:
  *             return self.abandon()
  *         try:             # <<<<<<<<<<<<<<
@@ -10950,7 +10966,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
     __pyx_L10_try_end:;
   }
 
-  /* "ivshmem/channel/membership.pyx":420
+  /* "ivshmem/channel/membership.pyx":419
  *         except (IvshmemError, OSError):
  *             pass  # a device's register that cannot be read now, or an endpoint that is closed
  *         if code > 0:             # <<<<<<<<<<<<<<
@@ -10962,7 +10978,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":421
+    /* "ivshmem/channel/membership.pyx":420
  *             pass  # a device's register that cannot be read now, or an endpoint that is closed
  *         if code > 0:
  *             ivshmem_ring_places(&self.member)  # it freed places             # <<<<<<<<<<<<<<
@@ -10971,7 +10987,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
     ivshmem_ring_places((&__pyx_v_self->member));
 
-    /* "ivshmem/channel/membership.pyx":420
+    /* "ivshmem/channel/membership.pyx":419
  *         except (IvshmemError, OSError):
  *             pass  # a device's register that cannot be read now, or an endpoint that is closed
  *         if code > 0:             # <<<<<<<<<<<<<<
@@ -10980,7 +10996,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":422
+  /* "ivshmem/channel/membership.pyx":421
  *         if code > 0:
  *             ivshmem_ring_places(&self.member)  # it freed places
  *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -10989,17 +11005,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
   if (__pyx_v_self->mapping->fixed) {
 
-    /* "ivshmem/channel/membership.pyx":423
+    /* "ivshmem/channel/membership.pyx":422
  *             ivshmem_ring_places(&self.member)  # it freed places
  *         if self.mapping.fixed:
  *             self.look_for_quiet_ends()             # <<<<<<<<<<<<<<
  *         self.look_after_ends()
  *         return self.flush()
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_ends(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 423, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_ends(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 422, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":422
+    /* "ivshmem/channel/membership.pyx":421
  *         if code > 0:
  *             ivshmem_ring_places(&self.member)  # it freed places
  *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -11008,30 +11024,30 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":424
+  /* "ivshmem/channel/membership.pyx":423
  *         if self.mapping.fixed:
  *             self.look_for_quiet_ends()
  *         self.look_after_ends()             # <<<<<<<<<<<<<<
  *         return self.flush()
  * 
 */
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_look_after_ends(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 424, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_look_after_ends(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 423, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":425
+  /* "ivshmem/channel/membership.pyx":424
  *             self.look_for_quiet_ends()
  *         self.look_after_ends()
  *         return self.flush()             # <<<<<<<<<<<<<<
  * 
  *     cdef int look_after_ends(self) except -1:
 */
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 425, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 424, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_2;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":409
+  /* "ivshmem/channel/membership.pyx":408
  *         return 0
  * 
  *     cdef int after_beat(self, int code) except -1:             # <<<<<<<<<<<<<<
@@ -11053,7 +11069,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":427
+/* "ivshmem/channel/membership.pyx":426
  *         return self.flush()
  * 
  *     cdef int look_after_ends(self) except -1:             # <<<<<<<<<<<<<<
@@ -11085,18 +11101,18 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_after_ends(s
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("look_after_ends", 0);
 
-  /* "ivshmem/channel/membership.pyx":429
+  /* "ivshmem/channel/membership.pyx":428
  *     cdef int look_after_ends(self) except -1:
  *         """Let each end do what it does once a beat."""
  *         for end in self.open_ends():             # <<<<<<<<<<<<<<
  *             with contextlib.suppress(IvshmemError, OSError):
  *                 (<Dependent>end).beat()
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(__pyx_v_self); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 429, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(__pyx_v_self); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 428, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   if (unlikely(__pyx_t_1 == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-    __PYX_ERR(0, 429, __pyx_L1_error)
+    __PYX_ERR(0, 428, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1; __Pyx_INCREF(__pyx_t_2);
   __pyx_t_3 = 0;
@@ -11105,18 +11121,18 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_after_ends(s
     {
       Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_2);
       #if !CYTHON_ASSUME_SAFE_SIZE
-      if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 429, __pyx_L1_error)
+      if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 428, __pyx_L1_error)
       #endif
       if (__pyx_t_3 >= __pyx_temp) break;
     }
     __pyx_t_1 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_2, __pyx_t_3, __Pyx_ReferenceSharing_OwnStrongReference);
     ++__pyx_t_3;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 429, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 428, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
     __Pyx_XDECREF_SET(__pyx_v_end, __pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":430
+    /* "ivshmem/channel/membership.pyx":429
  *         """Let each end do what it does once a beat."""
  *         for end in self.open_ends():
  *             with contextlib.suppress(IvshmemError, OSError):             # <<<<<<<<<<<<<<
@@ -11125,12 +11141,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_after_ends(s
 */
     /*with:*/ {
       __pyx_t_4 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_contextlib); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 430, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_contextlib); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 429, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
-      __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_suppress); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 430, __pyx_L1_error)
+      __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_suppress); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 429, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 430, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 429, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
       __pyx_t_7 = 1;
       #if CYTHON_UNPACK_METHODS
@@ -11150,13 +11166,13 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_after_ends(s
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 430, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 429, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
-      __pyx_t_8 = __Pyx_PyObject_LookupSpecial(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 430, __pyx_L1_error)
+      __pyx_t_8 = __Pyx_PyObject_LookupSpecial(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 429, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_8);
       __pyx_t_5 = NULL;
-      __pyx_t_4 = __Pyx_PyObject_LookupSpecial(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 430, __pyx_L5_error)
+      __pyx_t_4 = __Pyx_PyObject_LookupSpecial(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 429, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_4);
       __pyx_t_7 = 1;
       #if CYTHON_UNPACK_METHODS
@@ -11175,7 +11191,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_after_ends(s
         __pyx_t_6 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_7, (1-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 430, __pyx_L5_error)
+        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 429, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_6);
       }
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -11190,17 +11206,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_after_ends(s
           __Pyx_XGOTREF(__pyx_t_11);
           /*try:*/ {
 
-            /* "ivshmem/channel/membership.pyx":431
+            /* "ivshmem/channel/membership.pyx":430
  *         for end in self.open_ends():
  *             with contextlib.suppress(IvshmemError, OSError):
  *                 (<Dependent>end).beat()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-            __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent *)((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_v_end)->__pyx_vtab)->beat(((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_v_end)); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 431, __pyx_L11_error)
+            __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent *)((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_v_end)->__pyx_vtab)->beat(((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_v_end)); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 430, __pyx_L11_error)
 
 
-            /* "ivshmem/channel/membership.pyx":430
+            /* "ivshmem/channel/membership.pyx":429
  *         """Let each end do what it does once a beat."""
  *         for end in self.open_ends():
  *             with contextlib.suppress(IvshmemError, OSError):             # <<<<<<<<<<<<<<
@@ -11219,23 +11235,23 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_after_ends(s
           __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
           /*except:*/ {
             __Pyx_AddTraceback("ivshmem.channel.membership.Membership.look_after_ends", __pyx_clineno, __pyx_lineno, __pyx_filename);
-            if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_6, &__pyx_t_4) < 0) __PYX_ERR(0, 430, __pyx_L13_except_error)
+            if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_6, &__pyx_t_4) < 0) __PYX_ERR(0, 429, __pyx_L13_except_error)
             __Pyx_XGOTREF(__pyx_t_1);
             __Pyx_XGOTREF(__pyx_t_6);
             __Pyx_XGOTREF(__pyx_t_4);
             {
               PyObject* __pyx_temp[3] = {__pyx_t_1, __pyx_t_6, __pyx_t_4};
-              __pyx_t_5 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 430, __pyx_L13_except_error)
+              __pyx_t_5 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 429, __pyx_L13_except_error)
               __Pyx_GOTREF(__pyx_t_5);
             }
             __pyx_t_13 = __Pyx_PyObject_Call(__pyx_t_8, __pyx_t_5, NULL);
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 430, __pyx_L13_except_error)
+            if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 429, __pyx_L13_except_error)
             __Pyx_GOTREF(__pyx_t_13);
             __pyx_t_14 = __Pyx_PyObject_IsTrue(__pyx_t_13);
             __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-            if (__pyx_t_14 < (0)) __PYX_ERR(0, 430, __pyx_L13_except_error)
+            if (__pyx_t_14 < (0)) __PYX_ERR(0, 429, __pyx_L13_except_error)
             __pyx_t_15 = (!__pyx_t_14);
 
 
@@ -11246,7 +11262,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_after_ends(s
               __Pyx_XGIVEREF(__pyx_t_4);
               __Pyx_ErrRestoreWithState(__pyx_t_1, __pyx_t_6, __pyx_t_4);
               __pyx_t_1 = 0;  __pyx_t_6 = 0;  __pyx_t_4 = 0; 
-              __PYX_ERR(0, 430, __pyx_L13_except_error)
+              __PYX_ERR(0, 429, __pyx_L13_except_error)
             }
             __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
             __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -11272,7 +11288,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_after_ends(s
           if (__pyx_t_8) {
             __pyx_t_11 = __Pyx_PyObject_Call(__pyx_t_8, __pyx_mstate_global->__pyx_tuple[1], NULL);
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 430, __pyx_L1_error)
+            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 429, __pyx_L1_error)
             __Pyx_GOTREF(__pyx_t_11);
             __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
           }
@@ -11287,7 +11303,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_after_ends(s
       __pyx_L22:;
     }
 
-    /* "ivshmem/channel/membership.pyx":429
+    /* "ivshmem/channel/membership.pyx":428
  *     cdef int look_after_ends(self) except -1:
  *         """Let each end do what it does once a beat."""
  *         for end in self.open_ends():             # <<<<<<<<<<<<<<
@@ -11297,7 +11313,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_after_ends(s
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":432
+  /* "ivshmem/channel/membership.pyx":431
  *             with contextlib.suppress(IvshmemError, OSError):
  *                 (<Dependent>end).beat()
  *         return 0             # <<<<<<<<<<<<<<
@@ -11310,7 +11326,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_after_ends(s
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":427
+  /* "ivshmem/channel/membership.pyx":426
  *         return self.flush()
  * 
  *     cdef int look_after_ends(self) except -1:             # <<<<<<<<<<<<<<
@@ -11334,7 +11350,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_after_ends(s
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":434
+/* "ivshmem/channel/membership.pyx":433
  *         return 0
  * 
  *     def places(self):             # <<<<<<<<<<<<<<
@@ -11420,7 +11436,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("places", 0);
 
-  /* "ivshmem/channel/membership.pyx":436
+  /* "ivshmem/channel/membership.pyx":435
  *     def places(self):
  *         """Return a list of (index, epoch, state, id, vector, process, name) of all places."""
  *         cdef ivshmem_memory *memory = &self.member.area.memory             # <<<<<<<<<<<<<<
@@ -11429,29 +11445,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
   __pyx_v_memory = (&__pyx_v_self->member.area.memory);
 
-  /* "ivshmem/channel/membership.pyx":441
+  /* "ivshmem/channel/membership.pyx":440
  *         cdef unsigned i
  *         cdef char text[33]
  *         self.check()             # <<<<<<<<<<<<<<
  *         found = []
  *         for i in range(self.member.area.places):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 441, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 440, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":442
+  /* "ivshmem/channel/membership.pyx":441
  *         cdef char text[33]
  *         self.check()
  *         found = []             # <<<<<<<<<<<<<<
  *         for i in range(self.member.area.places):
  *             at = ivshmem_place_at(&self.member.area, i)
 */
-  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 442, __pyx_L1_error)
+  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 441, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_v_found = ((PyObject*)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":443
+  /* "ivshmem/channel/membership.pyx":442
  *         self.check()
  *         found = []
  *         for i in range(self.member.area.places):             # <<<<<<<<<<<<<<
@@ -11465,7 +11481,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
   for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
     __pyx_v_i = __pyx_t_5;
 
-    /* "ivshmem/channel/membership.pyx":444
+    /* "ivshmem/channel/membership.pyx":443
  *         found = []
  *         for i in range(self.member.area.places):
  *             at = ivshmem_place_at(&self.member.area, i)             # <<<<<<<<<<<<<<
@@ -11474,7 +11490,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_at = ivshmem_place_at((&__pyx_v_self->member.area), __pyx_v_i);
 
-    /* "ivshmem/channel/membership.pyx":445
+    /* "ivshmem/channel/membership.pyx":444
  *         for i in range(self.member.area.places):
  *             at = ivshmem_place_at(&self.member.area, i)
  *             number = ivshmem_load(memory, at)             # <<<<<<<<<<<<<<
@@ -11483,7 +11499,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_number = ivshmem_load(__pyx_v_memory, __pyx_v_at);
 
-    /* "ivshmem/channel/membership.pyx":446
+    /* "ivshmem/channel/membership.pyx":445
  *             at = ivshmem_place_at(&self.member.area, i)
  *             number = ivshmem_load(memory, at)
  *             if ivshmem_value(number) == 0 or ivshmem_flags(number) != IVSHMEM_LIVE:             # <<<<<<<<<<<<<<
@@ -11509,7 +11525,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/channel/membership.pyx":447
+      /* "ivshmem/channel/membership.pyx":446
  *             number = ivshmem_load(memory, at)
  *             if ivshmem_value(number) == 0 or ivshmem_flags(number) != IVSHMEM_LIVE:
  *                 continue             # <<<<<<<<<<<<<<
@@ -11518,7 +11534,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
       goto __pyx_L3_continue;
 
-      /* "ivshmem/channel/membership.pyx":446
+      /* "ivshmem/channel/membership.pyx":445
  *             at = ivshmem_place_at(&self.member.area, i)
  *             number = ivshmem_load(memory, at)
  *             if ivshmem_value(number) == 0 or ivshmem_flags(number) != IVSHMEM_LIVE:             # <<<<<<<<<<<<<<
@@ -11527,7 +11543,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":448
+    /* "ivshmem/channel/membership.pyx":447
  *             if ivshmem_value(number) == 0 or ivshmem_flags(number) != IVSHMEM_LIVE:
  *                 continue
  *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)             # <<<<<<<<<<<<<<
@@ -11536,7 +11552,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_peer = ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_PEER));
 
-    /* "ivshmem/channel/membership.pyx":449
+    /* "ivshmem/channel/membership.pyx":448
  *                 continue
  *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)
  *             place.index = i             # <<<<<<<<<<<<<<
@@ -11545,7 +11561,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_place.index = __pyx_v_i;
 
-    /* "ivshmem/channel/membership.pyx":450
+    /* "ivshmem/channel/membership.pyx":449
  *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)
  *             place.index = i
  *             place.epoch = ivshmem_epoch(number)             # <<<<<<<<<<<<<<
@@ -11554,7 +11570,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_place.epoch = ivshmem_epoch(__pyx_v_number);
 
-    /* "ivshmem/channel/membership.pyx":451
+    /* "ivshmem/channel/membership.pyx":450
  *             place.index = i
  *             place.epoch = ivshmem_epoch(number)
  *             memset(text, 0, sizeof(text))             # <<<<<<<<<<<<<<
@@ -11563,7 +11579,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     (void)(memset(__pyx_v_text, 0, (sizeof(__pyx_v_text))));
 
-    /* "ivshmem/channel/membership.pyx":452
+    /* "ivshmem/channel/membership.pyx":451
  *             place.epoch = ivshmem_epoch(number)
  *             memset(text, 0, sizeof(text))
  *             ivshmem_load_bytes(memory, at + IVSHMEM_PLACE_NAME, text, 32)             # <<<<<<<<<<<<<<
@@ -11572,46 +11588,46 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     ivshmem_load_bytes(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_NAME), __pyx_v_text, 32);
 
-    /* "ivshmem/channel/membership.pyx":453
+    /* "ivshmem/channel/membership.pyx":452
  *             memset(text, 0, sizeof(text))
  *             ivshmem_load_bytes(memory, at + IVSHMEM_PLACE_NAME, text, 32)
  *             mute = ivshmem_value(peer) & IVSHMEM_PEER_MUTE != 0             # <<<<<<<<<<<<<<
  *             found.append((
  *                 i,
 */
-    __pyx_t_2 = __Pyx_PyBool_FromLong(((ivshmem_value(__pyx_v_peer) & IVSHMEM_PEER_MUTE) != 0)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 453, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyBool_FromLong(((ivshmem_value(__pyx_v_peer) & IVSHMEM_PEER_MUTE) != 0)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 452, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_XDECREF_SET(__pyx_v_mute, __pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/membership.pyx":455
+    /* "ivshmem/channel/membership.pyx":454
  *             mute = ivshmem_value(peer) & IVSHMEM_PEER_MUTE != 0
  *             found.append((
  *                 i,             # <<<<<<<<<<<<<<
  *                 place.epoch,
  *                 "silent" if self.is_silent(place) else "at work",
 */
-    __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_i); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 455, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_i); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 454, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
 
-    /* "ivshmem/channel/membership.pyx":456
+    /* "ivshmem/channel/membership.pyx":455
  *             found.append((
  *                 i,
  *                 place.epoch,             # <<<<<<<<<<<<<<
  *                 "silent" if self.is_silent(place) else "at work",
  *                 ivshmem_value(peer) & 0xffff,
 */
-    __pyx_t_8 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.epoch); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 456, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.epoch); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 455, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
 
-    /* "ivshmem/channel/membership.pyx":457
+    /* "ivshmem/channel/membership.pyx":456
  *                 i,
  *                 place.epoch,
  *                 "silent" if self.is_silent(place) else "at work",             # <<<<<<<<<<<<<<
  *                 ivshmem_value(peer) & 0xffff,
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,
 */
-    __pyx_t_6 = __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(__pyx_v_self, __pyx_v_place); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 457, __pyx_L1_error)
+    __pyx_t_6 = __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(__pyx_v_self, __pyx_v_place); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 456, __pyx_L1_error)
     if (__pyx_t_6) {
       __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_silent);
       __pyx_t_9 = __pyx_mstate_global->__pyx_n_u_silent;
@@ -11621,53 +11637,53 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
     }
 
 
-    /* "ivshmem/channel/membership.pyx":458
+    /* "ivshmem/channel/membership.pyx":457
  *                 place.epoch,
  *                 "silent" if self.is_silent(place) else "at work",
  *                 ivshmem_value(peer) & 0xffff,             # <<<<<<<<<<<<<<
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,
  *                 ivshmem_value(ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)),
 */
-    __pyx_t_10 = __Pyx_PyLong_From_uint64_t((ivshmem_value(__pyx_v_peer) & 0xffff)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 458, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyLong_From_uint64_t((ivshmem_value(__pyx_v_peer) & 0xffff)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 457, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
 
-    /* "ivshmem/channel/membership.pyx":459
+    /* "ivshmem/channel/membership.pyx":458
  *                 "silent" if self.is_silent(place) else "at work",
  *                 ivshmem_value(peer) & 0xffff,
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,             # <<<<<<<<<<<<<<
  *                 ivshmem_value(ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)),
  *                 text.decode(errors="replace"),
 */
-    __pyx_t_6 = __Pyx_PyObject_IsTrue(__pyx_v_mute); if (unlikely((__pyx_t_6 < 0))) __PYX_ERR(0, 459, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_IsTrue(__pyx_v_mute); if (unlikely((__pyx_t_6 < 0))) __PYX_ERR(0, 458, __pyx_L1_error)
     if (__pyx_t_6) {
       __Pyx_INCREF(Py_None);
       __pyx_t_11 = Py_None;
     } else {
-      __pyx_t_12 = __Pyx_PyLong_From_uint64_t(((ivshmem_value(__pyx_v_peer) >> 16) & 0xffff)); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 459, __pyx_L1_error)
+      __pyx_t_12 = __Pyx_PyLong_From_uint64_t(((ivshmem_value(__pyx_v_peer) >> 16) & 0xffff)); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 458, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
       __pyx_t_11 = __pyx_t_12;
       __pyx_t_12 = 0;
     }
 
 
-    /* "ivshmem/channel/membership.pyx":460
+    /* "ivshmem/channel/membership.pyx":459
  *                 ivshmem_value(peer) & 0xffff,
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,
  *                 ivshmem_value(ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)),             # <<<<<<<<<<<<<<
  *                 text.decode(errors="replace"),
  *             ))
 */
-    __pyx_t_12 = __Pyx_PyLong_From_uint64_t(ivshmem_value(ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_PROCESS)))); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 460, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyLong_From_uint64_t(ivshmem_value(ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_PROCESS)))); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 459, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
 
-    /* "ivshmem/channel/membership.pyx":461
+    /* "ivshmem/channel/membership.pyx":460
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,
  *                 ivshmem_value(ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)),
  *                 text.decode(errors="replace"),             # <<<<<<<<<<<<<<
  *             ))
  *         return found
 */
-    __pyx_t_15 = __Pyx_PyBytes_FromString(__pyx_v_text); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 461, __pyx_L1_error)
+    __pyx_t_15 = __Pyx_PyBytes_FromString(__pyx_v_text); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 460, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __pyx_t_14 = __pyx_t_15;
     __Pyx_INCREF(__pyx_t_14);
@@ -11678,13 +11694,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
       PyObject *__pyx_callargs[2] = {__pyx_t_14, __pyx_mstate_global->__pyx_n_u_replace};
       #if CYTHON_VECTORCALL
       __pyx_t_17 = __pyx_mstate_global->__pyx_tuple[0];
-      if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 461, __pyx_L1_error)
+      if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 460, __pyx_L1_error)
       __Pyx_INCREF(__pyx_t_17);
       #else
       {
         PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
         __pyx_t_17 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-        if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 461, __pyx_L1_error)
+        if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 460, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_17);
       }
       #endif
@@ -11694,34 +11710,34 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
       #endif
       __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
       __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-      if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 461, __pyx_L1_error)
+      if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 460, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_13);
     }
-    if (!(likely(PyUnicode_CheckExact(__pyx_t_13))||((__pyx_t_13) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_13))) __PYX_ERR(0, 461, __pyx_L1_error)
+    if (!(likely(PyUnicode_CheckExact(__pyx_t_13))||((__pyx_t_13) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_13))) __PYX_ERR(0, 460, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":455
+    /* "ivshmem/channel/membership.pyx":454
  *             mute = ivshmem_value(peer) & IVSHMEM_PEER_MUTE != 0
  *             found.append((
  *                 i,             # <<<<<<<<<<<<<<
  *                 place.epoch,
  *                 "silent" if self.is_silent(place) else "at work",
 */
-    __pyx_t_15 = PyTuple_New(7); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 455, __pyx_L1_error)
+    __pyx_t_15 = PyTuple_New(7); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 454, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __Pyx_GIVEREF(__pyx_t_2);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 0, __pyx_t_2) != (0)) __PYX_ERR(0, 455, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 0, __pyx_t_2) != (0)) __PYX_ERR(0, 454, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_8);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 1, __pyx_t_8) != (0)) __PYX_ERR(0, 455, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 1, __pyx_t_8) != (0)) __PYX_ERR(0, 454, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_9);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 2, __pyx_t_9) != (0)) __PYX_ERR(0, 455, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 2, __pyx_t_9) != (0)) __PYX_ERR(0, 454, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_10);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 3, __pyx_t_10) != (0)) __PYX_ERR(0, 455, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 3, __pyx_t_10) != (0)) __PYX_ERR(0, 454, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_11);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 4, __pyx_t_11) != (0)) __PYX_ERR(0, 455, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 4, __pyx_t_11) != (0)) __PYX_ERR(0, 454, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_12);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 5, __pyx_t_12) != (0)) __PYX_ERR(0, 455, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 5, __pyx_t_12) != (0)) __PYX_ERR(0, 454, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_13);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 6, __pyx_t_13) != (0)) __PYX_ERR(0, 455, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 6, __pyx_t_13) != (0)) __PYX_ERR(0, 454, __pyx_L1_error);
     __pyx_t_2 = 0;
     __pyx_t_8 = 0;
     __pyx_t_9 = 0;
@@ -11730,21 +11746,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
     __pyx_t_12 = 0;
     __pyx_t_13 = 0;
 
-    /* "ivshmem/channel/membership.pyx":454
+    /* "ivshmem/channel/membership.pyx":453
  *             ivshmem_load_bytes(memory, at + IVSHMEM_PLACE_NAME, text, 32)
  *             mute = ivshmem_value(peer) & IVSHMEM_PEER_MUTE != 0
  *             found.append((             # <<<<<<<<<<<<<<
  *                 i,
  *                 place.epoch,
 */
-    __pyx_t_18 = __Pyx_PyList_Append(__pyx_v_found, __pyx_t_15); if (unlikely(__pyx_t_18 == ((int)-1))) __PYX_ERR(0, 454, __pyx_L1_error)
+    __pyx_t_18 = __Pyx_PyList_Append(__pyx_v_found, __pyx_t_15); if (unlikely(__pyx_t_18 == ((int)-1))) __PYX_ERR(0, 453, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
 
     __pyx_L3_continue:;
   }
 
 
-  /* "ivshmem/channel/membership.pyx":463
+  /* "ivshmem/channel/membership.pyx":462
  *                 text.decode(errors="replace"),
  *             ))
  *         return found             # <<<<<<<<<<<<<<
@@ -11762,7 +11778,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":434
+  /* "ivshmem/channel/membership.pyx":433
  *         return 0
  * 
  *     def places(self):             # <<<<<<<<<<<<<<
@@ -11799,7 +11815,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":465
+/* "ivshmem/channel/membership.pyx":464
  *         return found
  * 
  *     def has_foreign_places(self):             # <<<<<<<<<<<<<<
@@ -11870,7 +11886,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("has_foreign_places", 0);
 
-  /* "ivshmem/channel/membership.pyx":467
+  /* "ivshmem/channel/membership.pyx":466
  *     def has_foreign_places(self):
  *         """Return whether a process of another machine, a virtual one for instance, is at work."""
  *         cdef ivshmem_memory *memory = &self.member.area.memory             # <<<<<<<<<<<<<<
@@ -11879,17 +11895,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
 */
   __pyx_v_memory = (&__pyx_v_self->member.area.memory);
 
-  /* "ivshmem/channel/membership.pyx":471
+  /* "ivshmem/channel/membership.pyx":470
  *         cdef ivshmem_place place
  *         cdef unsigned i
  *         self.check()             # <<<<<<<<<<<<<<
  *         for i in range(self.member.area.places):
  *             number = ivshmem_load(memory, ivshmem_place_at(&self.member.area, i))
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 471, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 470, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":472
+  /* "ivshmem/channel/membership.pyx":471
  *         cdef unsigned i
  *         self.check()
  *         for i in range(self.member.area.places):             # <<<<<<<<<<<<<<
@@ -11903,7 +11919,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
   for (__pyx_t_4 = 0; __pyx_t_4 < __pyx_t_3; __pyx_t_4+=1) {
     __pyx_v_i = __pyx_t_4;
 
-    /* "ivshmem/channel/membership.pyx":473
+    /* "ivshmem/channel/membership.pyx":472
  *         self.check()
  *         for i in range(self.member.area.places):
  *             number = ivshmem_load(memory, ivshmem_place_at(&self.member.area, i))             # <<<<<<<<<<<<<<
@@ -11912,7 +11928,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
 */
     __pyx_v_number = ivshmem_load(__pyx_v_memory, ivshmem_place_at((&__pyx_v_self->member.area), __pyx_v_i));
 
-    /* "ivshmem/channel/membership.pyx":474
+    /* "ivshmem/channel/membership.pyx":473
  *         for i in range(self.member.area.places):
  *             number = ivshmem_load(memory, ivshmem_place_at(&self.member.area, i))
  *             machine = ivshmem_load(             # <<<<<<<<<<<<<<
@@ -11921,7 +11937,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
 */
     __pyx_v_machine = ivshmem_load(__pyx_v_memory, (ivshmem_place_at((&__pyx_v_self->member.area), __pyx_v_i) + IVSHMEM_PLACE_MACHINE));
 
-    /* "ivshmem/channel/membership.pyx":477
+    /* "ivshmem/channel/membership.pyx":476
  *                 memory, ivshmem_place_at(&self.member.area, i) + IVSHMEM_PLACE_MACHINE
  *             )
  *             place.index = i             # <<<<<<<<<<<<<<
@@ -11930,7 +11946,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
 */
     __pyx_v_place.index = __pyx_v_i;
 
-    /* "ivshmem/channel/membership.pyx":478
+    /* "ivshmem/channel/membership.pyx":477
  *             )
  *             place.index = i
  *             place.epoch = ivshmem_epoch(number)             # <<<<<<<<<<<<<<
@@ -11939,7 +11955,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
 */
     __pyx_v_place.epoch = ivshmem_epoch(__pyx_v_number);
 
-    /* "ivshmem/channel/membership.pyx":480
+    /* "ivshmem/channel/membership.pyx":479
  *             place.epoch = ivshmem_epoch(number)
  *             if (
  *                 ivshmem_value(number) != 0             # <<<<<<<<<<<<<<
@@ -11957,7 +11973,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
       goto __pyx_L6_bool_binop_done;
     }
 
-    /* "ivshmem/channel/membership.pyx":481
+    /* "ivshmem/channel/membership.pyx":480
  *             if (
  *                 ivshmem_value(number) != 0
  *                 and ivshmem_flags(number) == IVSHMEM_LIVE             # <<<<<<<<<<<<<<
@@ -11975,7 +11991,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
       goto __pyx_L6_bool_binop_done;
     }
 
-    /* "ivshmem/channel/membership.pyx":482
+    /* "ivshmem/channel/membership.pyx":481
  *                 ivshmem_value(number) != 0
  *                 and ivshmem_flags(number) == IVSHMEM_LIVE
  *                 and ivshmem_value(machine) != self.member.machine             # <<<<<<<<<<<<<<
@@ -11993,14 +12009,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
       goto __pyx_L6_bool_binop_done;
     }
 
-    /* "ivshmem/channel/membership.pyx":483
+    /* "ivshmem/channel/membership.pyx":482
  *                 and ivshmem_flags(number) == IVSHMEM_LIVE
  *                 and ivshmem_value(machine) != self.member.machine
  *                 and not self.is_silent(place)             # <<<<<<<<<<<<<<
  *             ):
  *                 return True
 */
-    __pyx_t_6 = __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(__pyx_v_self, __pyx_v_place); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 483, __pyx_L1_error)
+    __pyx_t_6 = __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(__pyx_v_self, __pyx_v_place); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 482, __pyx_L1_error)
     __pyx_t_7 = (!__pyx_t_6);
 
 
@@ -12009,7 +12025,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
 
     __pyx_L6_bool_binop_done:;
 
-    /* "ivshmem/channel/membership.pyx":479
+    /* "ivshmem/channel/membership.pyx":478
  *             place.index = i
  *             place.epoch = ivshmem_epoch(number)
  *             if (             # <<<<<<<<<<<<<<
@@ -12019,7 +12035,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/channel/membership.pyx":485
+      /* "ivshmem/channel/membership.pyx":484
  *                 and not self.is_silent(place)
  *             ):
  *                 return True             # <<<<<<<<<<<<<<
@@ -12037,7 +12053,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/membership.pyx":479
+      /* "ivshmem/channel/membership.pyx":478
  *             place.index = i
  *             place.epoch = ivshmem_epoch(number)
  *             if (             # <<<<<<<<<<<<<<
@@ -12048,7 +12064,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
   }
 
 
-  /* "ivshmem/channel/membership.pyx":486
+  /* "ivshmem/channel/membership.pyx":485
  *             ):
  *                 return True
  *         return False             # <<<<<<<<<<<<<<
@@ -12066,7 +12082,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":465
+  /* "ivshmem/channel/membership.pyx":464
  *         return found
  * 
  *     def has_foreign_places(self):             # <<<<<<<<<<<<<<
@@ -12089,7 +12105,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":488
+/* "ivshmem/channel/membership.pyx":487
  *         return False
  * 
  *     cdef bint is_silent(self, ivshmem_place place):             # <<<<<<<<<<<<<<
@@ -12102,7 +12118,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(struct 
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/membership.pyx":489
+  /* "ivshmem/channel/membership.pyx":488
  * 
  *     cdef bint is_silent(self, ivshmem_place place):
  *         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)             # <<<<<<<<<<<<<<
@@ -12130,7 +12146,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(struct 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":488
+  /* "ivshmem/channel/membership.pyx":487
  *         return False
  * 
  *     cdef bint is_silent(self, ivshmem_place place):             # <<<<<<<<<<<<<<
@@ -12144,7 +12160,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":491
+/* "ivshmem/channel/membership.pyx":490
  *         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)
  * 
  *     def free_place(self, unsigned index):             # <<<<<<<<<<<<<<
@@ -12192,32 +12208,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_index,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 491, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 490, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 491, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 490, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "free_place", 0) < (0)) __PYX_ERR(0, 491, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "free_place", 0) < (0)) __PYX_ERR(0, 490, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("free_place", 1, 1, 1, i); __PYX_ERR(0, 491, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("free_place", 1, 1, 1, i); __PYX_ERR(0, 490, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 491, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 490, __pyx_L3_error)
     }
-    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[0]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 491, __pyx_L3_error)
+    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[0]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 490, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("free_place", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 491, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("free_place", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 490, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12259,17 +12275,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("free_place", 0);
 
-  /* "ivshmem/channel/membership.pyx":494
+  /* "ivshmem/channel/membership.pyx":493
  *         """Free a place at a user's word; whether it had an owner."""
  *         cdef uint64_t number
  *         self.check()             # <<<<<<<<<<<<<<
  *         if index >= self.member.area.places:
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 494, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 493, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":495
+  /* "ivshmem/channel/membership.pyx":494
  *         cdef uint64_t number
  *         self.check()
  *         if index >= self.member.area.places:             # <<<<<<<<<<<<<<
@@ -12281,7 +12297,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/membership.pyx":496
+    /* "ivshmem/channel/membership.pyx":495
  *         self.check()
  *         if index >= self.member.area.places:
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")             # <<<<<<<<<<<<<<
@@ -12289,9 +12305,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
  *             raise RegionError("the region is mapped for reading only: no place can be freed")
 */
     __pyx_t_4 = NULL;
-    __pyx_t_5 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 496, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 495, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->member.area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 496, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->member.area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 495, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_place;
     __pyx_t_7[1] = __pyx_t_5;
@@ -12303,7 +12319,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
     #endif
     __pyx_t_1 = 0;
     __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_7, 4, __pyx_t_8, __pyx_t_1);
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 496, __pyx_L1_error)
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 495, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -12313,14 +12329,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 496, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 495, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 496, __pyx_L1_error)
+    __PYX_ERR(0, 495, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":495
+    /* "ivshmem/channel/membership.pyx":494
  *         cdef uint64_t number
  *         self.check()
  *         if index >= self.member.area.places:             # <<<<<<<<<<<<<<
@@ -12329,7 +12345,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":497
+  /* "ivshmem/channel/membership.pyx":496
  *         if index >= self.member.area.places:
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")
  *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -12338,7 +12354,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
 */
   if (unlikely(__pyx_v_self->mapping->fixed)) {
 
-    /* "ivshmem/channel/membership.pyx":498
+    /* "ivshmem/channel/membership.pyx":497
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")
  *         if self.mapping.fixed:
  *             raise RegionError("the region is mapped for reading only: no place can be freed")             # <<<<<<<<<<<<<<
@@ -12346,7 +12362,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
  *             &self.member.area.memory, ivshmem_place_at(&self.member.area, index)
 */
     __pyx_t_9 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 498, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 497, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_10 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -12365,14 +12381,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 498, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 497, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 498, __pyx_L1_error)
+    __PYX_ERR(0, 497, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":497
+    /* "ivshmem/channel/membership.pyx":496
  *         if index >= self.member.area.places:
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")
  *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -12381,7 +12397,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":499
+  /* "ivshmem/channel/membership.pyx":498
  *         if self.mapping.fixed:
  *             raise RegionError("the region is mapped for reading only: no place can be freed")
  *         number = ivshmem_load(             # <<<<<<<<<<<<<<
@@ -12390,7 +12406,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
 */
   __pyx_v_number = ivshmem_load((&__pyx_v_self->member.area.memory), ivshmem_place_at((&__pyx_v_self->member.area), __pyx_v_index));
 
-  /* "ivshmem/channel/membership.pyx":502
+  /* "ivshmem/channel/membership.pyx":501
  *             &self.member.area.memory, ivshmem_place_at(&self.member.area, index)
  *         )
  *         if ivshmem_value(number) == 0 or not ivshmem_place_free(             # <<<<<<<<<<<<<<
@@ -12408,7 +12424,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
     goto __pyx_L6_bool_binop_done;
   }
 
-  /* "ivshmem/channel/membership.pyx":503
+  /* "ivshmem/channel/membership.pyx":502
  *         )
  *         if ivshmem_value(number) == 0 or not ivshmem_place_free(
  *             &self.member.area, index, number             # <<<<<<<<<<<<<<
@@ -12422,7 +12438,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
 
   __pyx_L6_bool_binop_done:;
 
-  /* "ivshmem/channel/membership.pyx":502
+  /* "ivshmem/channel/membership.pyx":501
  *             &self.member.area.memory, ivshmem_place_at(&self.member.area, index)
  *         )
  *         if ivshmem_value(number) == 0 or not ivshmem_place_free(             # <<<<<<<<<<<<<<
@@ -12432,7 +12448,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":505
+    /* "ivshmem/channel/membership.pyx":504
  *             &self.member.area, index, number
  *         ):
  *             return False             # <<<<<<<<<<<<<<
@@ -12450,7 +12466,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":502
+    /* "ivshmem/channel/membership.pyx":501
  *             &self.member.area.memory, ivshmem_place_at(&self.member.area, index)
  *         )
  *         if ivshmem_value(number) == 0 or not ivshmem_place_free(             # <<<<<<<<<<<<<<
@@ -12459,7 +12475,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":506
+  /* "ivshmem/channel/membership.pyx":505
  *         ):
  *             return False
  *         ivshmem_ring_places(&self.member)             # <<<<<<<<<<<<<<
@@ -12468,17 +12484,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
 */
   ivshmem_ring_places((&__pyx_v_self->member));
 
-  /* "ivshmem/channel/membership.pyx":507
+  /* "ivshmem/channel/membership.pyx":506
  *             return False
  *         ivshmem_ring_places(&self.member)
  *         self.flush()             # <<<<<<<<<<<<<<
  *         return True
  * 
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 507, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 506, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":508
+  /* "ivshmem/channel/membership.pyx":507
  *         ivshmem_ring_places(&self.member)
  *         self.flush()
  *         return True             # <<<<<<<<<<<<<<
@@ -12496,7 +12512,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":491
+  /* "ivshmem/channel/membership.pyx":490
  *         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)
  * 
  *     def free_place(self, unsigned index):             # <<<<<<<<<<<<<<
@@ -12520,7 +12536,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":512
+/* "ivshmem/channel/membership.pyx":511
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -12595,7 +12611,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/channel/membership.pyx":518
+  /* "ivshmem/channel/membership.pyx":517
  *             BufferError: a View of a message is alive. All else is closed.
  *         """
  *         error = None             # <<<<<<<<<<<<<<
@@ -12605,7 +12621,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
   __Pyx_INCREF(Py_None);
   __pyx_v_error = ((PyObject*)Py_None);
 
-  /* "ivshmem/channel/membership.pyx":519
+  /* "ivshmem/channel/membership.pyx":518
  *         """
  *         error = None
  *         if self.is_own() and not self.closed and not self.mapping.closed:             # <<<<<<<<<<<<<<
@@ -12622,9 +12638,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 519, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 518, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 519, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 518, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_4 = (!__pyx_t_2);
 
@@ -12637,9 +12653,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 519, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 518, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 519, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 518, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_2 = (!__pyx_t_4);
 
@@ -12651,18 +12667,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":520
+    /* "ivshmem/channel/membership.pyx":519
  *         error = None
  *         if self.is_own() and not self.closed and not self.mapping.closed:
  *             for end in self.open_ends():             # <<<<<<<<<<<<<<
  *                 try:
  *                     end.close()
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(__pyx_v_self); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 520, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(__pyx_v_self); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 519, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     if (unlikely(__pyx_t_3 == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-      __PYX_ERR(0, 520, __pyx_L1_error)
+      __PYX_ERR(0, 519, __pyx_L1_error)
     }
     __pyx_t_5 = __pyx_t_3; __Pyx_INCREF(__pyx_t_5);
     __pyx_t_6 = 0;
@@ -12671,18 +12687,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
       {
         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_5);
         #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 520, __pyx_L1_error)
+        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 519, __pyx_L1_error)
         #endif
         if (__pyx_t_6 >= __pyx_temp) break;
       }
       __pyx_t_3 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_5, __pyx_t_6, __Pyx_ReferenceSharing_OwnStrongReference);
       ++__pyx_t_6;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 520, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 519, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
       __Pyx_XDECREF_SET(__pyx_v_end, __pyx_t_3);
       __pyx_t_3 = 0;
 
-      /* "ivshmem/channel/membership.pyx":521
+      /* "ivshmem/channel/membership.pyx":520
  *         if self.is_own() and not self.closed and not self.mapping.closed:
  *             for end in self.open_ends():
  *                 try:             # <<<<<<<<<<<<<<
@@ -12698,7 +12714,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
         __Pyx_XGOTREF(__pyx_t_9);
         /*try:*/ {
 
-          /* "ivshmem/channel/membership.pyx":522
+          /* "ivshmem/channel/membership.pyx":521
  *             for end in self.open_ends():
  *                 try:
  *                     end.close()             # <<<<<<<<<<<<<<
@@ -12712,12 +12728,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
             PyObject *__pyx_callargs[2] = {__pyx_t_10, NULL};
             __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_11, (1-__pyx_t_11) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 522, __pyx_L9_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 521, __pyx_L9_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/membership.pyx":521
+          /* "ivshmem/channel/membership.pyx":520
  *         if self.is_own() and not self.closed and not self.mapping.closed:
  *             for end in self.open_ends():
  *                 try:             # <<<<<<<<<<<<<<
@@ -12733,7 +12749,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
         __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
         __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-        /* "ivshmem/channel/membership.pyx":523
+        /* "ivshmem/channel/membership.pyx":522
  *                 try:
  *                     end.close()
  *                 except BufferError as one:             # <<<<<<<<<<<<<<
@@ -12743,7 +12759,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
         __pyx_t_12 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BufferError))));
         if (__pyx_t_12) {
           __Pyx_AddTraceback("ivshmem.channel.membership.Membership.close", __pyx_clineno, __pyx_lineno, __pyx_filename);
-          if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_10, &__pyx_t_13) < 0) __PYX_ERR(0, 523, __pyx_L11_except_error)
+          if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_10, &__pyx_t_13) < 0) __PYX_ERR(0, 522, __pyx_L11_except_error)
           __Pyx_XGOTREF(__pyx_t_3);
           __Pyx_XGOTREF(__pyx_t_10);
           __Pyx_XGOTREF(__pyx_t_13);
@@ -12751,7 +12767,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
           __pyx_v_one = __pyx_t_10;
           /*try:*/ {
 
-            /* "ivshmem/channel/membership.pyx":524
+            /* "ivshmem/channel/membership.pyx":523
  *                     end.close()
  *                 except BufferError as one:
  *                     error = one             # <<<<<<<<<<<<<<
@@ -12762,7 +12778,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
             __Pyx_DECREF_SET(__pyx_v_error, __pyx_v_one);
           }
 
-          /* "ivshmem/channel/membership.pyx":523
+          /* "ivshmem/channel/membership.pyx":522
  *                 try:
  *                     end.close()
  *                 except BufferError as one:             # <<<<<<<<<<<<<<
@@ -12783,7 +12799,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
         }
         goto __pyx_L11_except_error;
 
-        /* "ivshmem/channel/membership.pyx":521
+        /* "ivshmem/channel/membership.pyx":520
  *         if self.is_own() and not self.closed and not self.mapping.closed:
  *             for end in self.open_ends():
  *                 try:             # <<<<<<<<<<<<<<
@@ -12804,7 +12820,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
         __pyx_L16_try_end:;
       }
 
-      /* "ivshmem/channel/membership.pyx":520
+      /* "ivshmem/channel/membership.pyx":519
  *         error = None
  *         if self.is_own() and not self.closed and not self.mapping.closed:
  *             for end in self.open_ends():             # <<<<<<<<<<<<<<
@@ -12814,7 +12830,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
     }
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-    /* "ivshmem/channel/membership.pyx":519
+    /* "ivshmem/channel/membership.pyx":518
  *         """
  *         error = None
  *         if self.is_own() and not self.closed and not self.mapping.closed:             # <<<<<<<<<<<<<<
@@ -12823,17 +12839,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":525
+  /* "ivshmem/channel/membership.pyx":524
  *                 except BufferError as one:
  *                     error = one
  *         self.abandon()             # <<<<<<<<<<<<<<
  *         if error is not None:
  *             raise error
 */
-  __pyx_t_12 = __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(__pyx_v_self); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 525, __pyx_L1_error)
+  __pyx_t_12 = __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(__pyx_v_self); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 524, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":526
+  /* "ivshmem/channel/membership.pyx":525
  *                     error = one
  *         self.abandon()
  *         if error is not None:             # <<<<<<<<<<<<<<
@@ -12844,7 +12860,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/membership.pyx":527
+    /* "ivshmem/channel/membership.pyx":526
  *         self.abandon()
  *         if error is not None:
  *             raise error             # <<<<<<<<<<<<<<
@@ -12852,9 +12868,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
  *     cdef int abandon(self) except -1:
 */
     __Pyx_Raise(__pyx_v_error, 0, 0, 0);
-    __PYX_ERR(0, 527, __pyx_L1_error)
+    __PYX_ERR(0, 526, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":526
+    /* "ivshmem/channel/membership.pyx":525
  *                     error = one
  *         self.abandon()
  *         if error is not None:             # <<<<<<<<<<<<<<
@@ -12863,7 +12879,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":512
+  /* "ivshmem/channel/membership.pyx":511
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -12890,7 +12906,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":529
+/* "ivshmem/channel/membership.pyx":528
  *             raise error
  * 
  *     cdef int abandon(self) except -1:             # <<<<<<<<<<<<<<
@@ -12913,7 +12929,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("abandon", 0);
 
-  /* "ivshmem/channel/membership.pyx":531
+  /* "ivshmem/channel/membership.pyx":530
  *     cdef int abandon(self) except -1:
  *         """Admit no more calls; the last user of the memory lets it go."""
  *         cdef FdArray ending = self.ending             # <<<<<<<<<<<<<<
@@ -12925,7 +12941,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   __pyx_v_ending = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":532
+  /* "ivshmem/channel/membership.pyx":531
  *         """Admit no more calls; the last user of the memory lets it go."""
  *         cdef FdArray ending = self.ending
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -12937,7 +12953,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":533
+    /* "ivshmem/channel/membership.pyx":532
  *         cdef FdArray ending = self.ending
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return 0             # <<<<<<<<<<<<<<
@@ -12950,7 +12966,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":532
+    /* "ivshmem/channel/membership.pyx":531
  *         """Admit no more calls; the last user of the memory lets it go."""
  *         cdef FdArray ending = self.ending
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -12959,7 +12975,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":534
+  /* "ivshmem/channel/membership.pyx":533
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return 0
  *         if self.is_own():             # <<<<<<<<<<<<<<
@@ -12971,17 +12987,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":535
+    /* "ivshmem/channel/membership.pyx":534
  *             return 0
  *         if self.is_own():
  *             self.kick_all()             # <<<<<<<<<<<<<<
  *             ending.signal(0)
  *         if ivshmem_shut(&self.state) or not self.is_own():
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 535, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 534, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":536
+    /* "ivshmem/channel/membership.pyx":535
  *         if self.is_own():
  *             self.kick_all()
  *             ending.signal(0)             # <<<<<<<<<<<<<<
@@ -12995,12 +13011,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
       PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_int_0};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 536, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 535, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":534
+    /* "ivshmem/channel/membership.pyx":533
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return 0
  *         if self.is_own():             # <<<<<<<<<<<<<<
@@ -13009,7 +13025,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":537
+  /* "ivshmem/channel/membership.pyx":536
  *             self.kick_all()
  *             ending.signal(0)
  *         if ivshmem_shut(&self.state) or not self.is_own():             # <<<<<<<<<<<<<<
@@ -13035,17 +13051,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":538
+    /* "ivshmem/channel/membership.pyx":537
  *             ending.signal(0)
  *         if ivshmem_shut(&self.state) or not self.is_own():
  *             self.release()  # a forked child has only one thread             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_7channel_10membership_10Membership_release(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 538, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_7channel_10membership_10Membership_release(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 537, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":537
+    /* "ivshmem/channel/membership.pyx":536
  *             self.kick_all()
  *             ending.signal(0)
  *         if ivshmem_shut(&self.state) or not self.is_own():             # <<<<<<<<<<<<<<
@@ -13054,7 +13070,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":539
+  /* "ivshmem/channel/membership.pyx":538
  *         if ivshmem_shut(&self.state) or not self.is_own():
  *             self.release()  # a forked child has only one thread
  *         return 0             # <<<<<<<<<<<<<<
@@ -13067,7 +13083,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":529
+  /* "ivshmem/channel/membership.pyx":528
  *             raise error
  * 
  *     cdef int abandon(self) except -1:             # <<<<<<<<<<<<<<
@@ -13088,7 +13104,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":541
+/* "ivshmem/channel/membership.pyx":540
  *         return 0
  * 
  *     cdef int release(self) except -1:             # <<<<<<<<<<<<<<
@@ -13108,7 +13124,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("release", 0);
 
-  /* "ivshmem/channel/membership.pyx":544
+  /* "ivshmem/channel/membership.pyx":543
  *         """Leave the area and let the memory go."""
  *         # What still sleeps has the eventfd, too: to close it would take the wake-up back.
  *         self.kick = None             # <<<<<<<<<<<<<<
@@ -13120,7 +13136,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   __Pyx_GOTREF((PyObject *)__pyx_v_self->kick);
   __Pyx_DECREF_SET(__pyx_v_self->kick, ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)Py_None));
 
-  /* "ivshmem/channel/membership.pyx":545
+  /* "ivshmem/channel/membership.pyx":544
  *         # What still sleeps has the eventfd, too: to close it would take the wake-up back.
  *         self.kick = None
  *         if self.ending is not None:             # <<<<<<<<<<<<<<
@@ -13131,7 +13147,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":546
+    /* "ivshmem/channel/membership.pyx":545
  *         self.kick = None
  *         if self.ending is not None:
  *             self.ending.close()             # <<<<<<<<<<<<<<
@@ -13145,12 +13161,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 546, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 545, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/membership.pyx":545
+    /* "ivshmem/channel/membership.pyx":544
  *         # What still sleeps has the eventfd, too: to close it would take the wake-up back.
  *         self.kick = None
  *         if self.ending is not None:             # <<<<<<<<<<<<<<
@@ -13159,7 +13175,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":547
+  /* "ivshmem/channel/membership.pyx":546
  *         if self.ending is not None:
  *             self.ending.close()
  *         self.threads = None             # <<<<<<<<<<<<<<
@@ -13171,7 +13187,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   __Pyx_GOTREF(__pyx_v_self->threads);
   __Pyx_DECREF_SET(__pyx_v_self->threads, Py_None);
 
-  /* "ivshmem/channel/membership.pyx":548
+  /* "ivshmem/channel/membership.pyx":547
  *             self.ending.close()
  *         self.threads = None
  *         self.loops = None             # <<<<<<<<<<<<<<
@@ -13183,21 +13199,21 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   __Pyx_GOTREF(__pyx_v_self->loops);
   __Pyx_DECREF_SET(__pyx_v_self->loops, Py_None);
 
-  /* "ivshmem/channel/membership.pyx":549
+  /* "ivshmem/channel/membership.pyx":548
  *         self.threads = None
  *         self.loops = None
  *         self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive             # <<<<<<<<<<<<<<
  *         if self.pinned:
  *             self.leave()
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 549, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 548, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_GIVEREF(__pyx_t_2);
   __Pyx_GOTREF(__pyx_v_self->bells);
   __Pyx_DECREF_SET(__pyx_v_self->bells, ((PyObject*)__pyx_t_2));
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":550
+  /* "ivshmem/channel/membership.pyx":549
  *         self.loops = None
  *         self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive
  *         if self.pinned:             # <<<<<<<<<<<<<<
@@ -13206,7 +13222,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
   if (__pyx_v_self->pinned) {
 
-    /* "ivshmem/channel/membership.pyx":551
+    /* "ivshmem/channel/membership.pyx":550
  *         self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive
  *         if self.pinned:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -13215,7 +13231,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
     __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(__pyx_v_self);
 
-    /* "ivshmem/channel/membership.pyx":552
+    /* "ivshmem/channel/membership.pyx":551
  *         if self.pinned:
  *             self.leave()
  *             self.pinned = False             # <<<<<<<<<<<<<<
@@ -13224,7 +13240,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
     __pyx_v_self->pinned = 0;
 
-    /* "ivshmem/channel/membership.pyx":553
+    /* "ivshmem/channel/membership.pyx":552
  *             self.leave()
  *             self.pinned = False
  *             self.mapping.give_back()             # <<<<<<<<<<<<<<
@@ -13233,7 +13249,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
     ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->mapping->__pyx_vtab)->give_back(__pyx_v_self->mapping);
 
-    /* "ivshmem/channel/membership.pyx":550
+    /* "ivshmem/channel/membership.pyx":549
  *         self.loops = None
  *         self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive
  *         if self.pinned:             # <<<<<<<<<<<<<<
@@ -13242,7 +13258,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":554
+  /* "ivshmem/channel/membership.pyx":553
  *             self.pinned = False
  *             self.mapping.give_back()
  *         return 0             # <<<<<<<<<<<<<<
@@ -13255,7 +13271,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":541
+  /* "ivshmem/channel/membership.pyx":540
  *         return 0
  * 
  *     cdef int release(self) except -1:             # <<<<<<<<<<<<<<
@@ -13275,7 +13291,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":556
+/* "ivshmem/channel/membership.pyx":555
  *         return 0
  * 
  *     cdef void leave(self) noexcept:             # <<<<<<<<<<<<<<
@@ -13287,7 +13303,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/membership.pyx":557
+  /* "ivshmem/channel/membership.pyx":556
  * 
  *     cdef void leave(self) noexcept:
  *         if self.joined and self.is_own():             # <<<<<<<<<<<<<<
@@ -13309,7 +13325,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":558
+    /* "ivshmem/channel/membership.pyx":557
  *     cdef void leave(self) noexcept:
  *         if self.joined and self.is_own():
  *             ivshmem_leave_area(&self.member)             # <<<<<<<<<<<<<<
@@ -13318,7 +13334,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
 */
     ivshmem_leave_area((&__pyx_v_self->member));
 
-    /* "ivshmem/channel/membership.pyx":557
+    /* "ivshmem/channel/membership.pyx":556
  * 
  *     cdef void leave(self) noexcept:
  *         if self.joined and self.is_own():             # <<<<<<<<<<<<<<
@@ -13327,7 +13343,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":559
+  /* "ivshmem/channel/membership.pyx":558
  *         if self.joined and self.is_own():
  *             ivshmem_leave_area(&self.member)
  *         self.joined = False             # <<<<<<<<<<<<<<
@@ -13336,7 +13352,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
 */
   __pyx_v_self->joined = 0;
 
-  /* "ivshmem/channel/membership.pyx":556
+  /* "ivshmem/channel/membership.pyx":555
  *         return 0
  * 
  *     cdef void leave(self) noexcept:             # <<<<<<<<<<<<<<
@@ -13348,7 +13364,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
 
 }
 
-/* "ivshmem/channel/membership.pyx":561
+/* "ivshmem/channel/membership.pyx":560
  *         self.joined = False
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -13371,7 +13387,7 @@ static void __pyx_pw_7ivshmem_7channel_10membership_10Membership_13__dealloc__(P
 
 static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_12__dealloc__(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self) {
 
-  /* "ivshmem/channel/membership.pyx":562
+  /* "ivshmem/channel/membership.pyx":561
  * 
  *     def __dealloc__(self):
  *         if self.pinned:             # <<<<<<<<<<<<<<
@@ -13380,7 +13396,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_12__dealloc__(s
 */
   if (__pyx_v_self->pinned) {
 
-    /* "ivshmem/channel/membership.pyx":563
+    /* "ivshmem/channel/membership.pyx":562
  *     def __dealloc__(self):
  *         if self.pinned:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -13389,7 +13405,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_12__dealloc__(s
 */
     __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(__pyx_v_self);
 
-    /* "ivshmem/channel/membership.pyx":564
+    /* "ivshmem/channel/membership.pyx":563
  *         if self.pinned:
  *             self.leave()
  *             self.mapping.give_back()             # <<<<<<<<<<<<<<
@@ -13398,7 +13414,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_12__dealloc__(s
 */
     ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->mapping->__pyx_vtab)->give_back(__pyx_v_self->mapping);
 
-    /* "ivshmem/channel/membership.pyx":562
+    /* "ivshmem/channel/membership.pyx":561
  * 
  *     def __dealloc__(self):
  *         if self.pinned:             # <<<<<<<<<<<<<<
@@ -13407,7 +13423,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_12__dealloc__(s
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":565
+  /* "ivshmem/channel/membership.pyx":564
  *             self.leave()
  *             self.mapping.give_back()
  *         free(self.pulses)             # <<<<<<<<<<<<<<
@@ -13416,7 +13432,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_12__dealloc__(s
 */
   free(__pyx_v_self->pulses);
 
-  /* "ivshmem/channel/membership.pyx":561
+  /* "ivshmem/channel/membership.pyx":560
  *         self.joined = False
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -13428,7 +13444,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_12__dealloc__(s
 
 }
 
-/* "ivshmem/channel/membership.pyx":567
+/* "ivshmem/channel/membership.pyx":566
  *         free(self.pulses)
  * 
  *     cdef str whose(self, uint64_t owner):             # <<<<<<<<<<<<<<
@@ -13469,7 +13485,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("whose", 0);
 
-  /* "ivshmem/channel/membership.pyx":569
+  /* "ivshmem/channel/membership.pyx":568
  *     cdef str whose(self, uint64_t owner):
  *         """Say to which place a word belongs, by the owner word of its slot."""
  *         cdef ivshmem_place place = ivshmem_place_of(owner)             # <<<<<<<<<<<<<<
@@ -13478,7 +13494,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
 */
   __pyx_v_place = ivshmem_place_of(__pyx_v_owner);
 
-  /* "ivshmem/channel/membership.pyx":570
+  /* "ivshmem/channel/membership.pyx":569
  *         """Say to which place a word belongs, by the owner word of its slot."""
  *         cdef ivshmem_place place = ivshmem_place_of(owner)
  *         if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:             # <<<<<<<<<<<<<<
@@ -13490,7 +13506,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":571
+    /* "ivshmem/channel/membership.pyx":570
  *         cdef ivshmem_place place = ivshmem_place_of(owner)
  *         if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:
  *             return "which belongs to no place"             # <<<<<<<<<<<<<<
@@ -13508,7 +13524,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":570
+    /* "ivshmem/channel/membership.pyx":569
  *         """Say to which place a word belongs, by the owner word of its slot."""
  *         cdef ivshmem_place place = ivshmem_place_of(owner)
  *         if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:             # <<<<<<<<<<<<<<
@@ -13517,7 +13533,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":572
+  /* "ivshmem/channel/membership.pyx":571
  *         if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:
  *             return "which belongs to no place"
  *         for index, epoch, _, _, _, process, name in self.places():             # <<<<<<<<<<<<<<
@@ -13531,7 +13547,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
     PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_places, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 572, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 571, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
   if (likely(PyList_CheckExact(__pyx_t_2)) || PyTuple_CheckExact(__pyx_t_2)) {
@@ -13539,9 +13555,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
     __pyx_t_5 = 0;
     __pyx_t_6 = NULL;
   } else {
-    __pyx_t_5 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 572, __pyx_L1_error)
+    __pyx_t_5 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 571, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_6 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 572, __pyx_L1_error)
+    __pyx_t_6 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 571, __pyx_L1_error)
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   for (;;) {
@@ -13550,7 +13566,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
         {
           Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_3);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 572, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 571, __pyx_L1_error)
           #endif
           if (__pyx_t_5 >= __pyx_temp) break;
         }
@@ -13560,7 +13576,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
         {
           Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_3);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 572, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 571, __pyx_L1_error)
           #endif
           if (__pyx_t_5 >= __pyx_temp) break;
         }
@@ -13571,13 +13587,13 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
         #endif
         ++__pyx_t_5;
       }
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 572, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 571, __pyx_L1_error)
     } else {
       __pyx_t_2 = __pyx_t_6(__pyx_t_3);
       if (unlikely(!__pyx_t_2)) {
         PyObject* exc_type = PyErr_Occurred();
         if (exc_type) {
-          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 572, __pyx_L1_error)
+          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 571, __pyx_L1_error)
           PyErr_Clear();
         }
         break;
@@ -13590,7 +13606,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
       if (unlikely(size != 7)) {
         if (size > 7) __Pyx_RaiseTooManyValuesError(7);
         else if (size >= 0) __Pyx_RaiseNeedMoreValuesError(size);
-        __PYX_ERR(0, 572, __pyx_L1_error)
+        __PYX_ERR(0, 571, __pyx_L1_error)
       }
       #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
       if (likely(PyTuple_CheckExact(sequence))) {
@@ -13610,25 +13626,25 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
         __Pyx_INCREF(__pyx_t_13);
       } else {
         __pyx_t_7 = __Pyx_PyList_GET_ITEM_REF(sequence, 0, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 572, __pyx_L1_error)
+        if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 571, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_7);
         __pyx_t_8 = __Pyx_PyList_GET_ITEM_REF(sequence, 1, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 572, __pyx_L1_error)
+        if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 571, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_8);
         __pyx_t_9 = __Pyx_PyList_GET_ITEM_REF(sequence, 2, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 572, __pyx_L1_error)
+        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 571, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_9);
         __pyx_t_10 = __Pyx_PyList_GET_ITEM_REF(sequence, 3, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 572, __pyx_L1_error)
+        if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 571, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_10);
         __pyx_t_11 = __Pyx_PyList_GET_ITEM_REF(sequence, 4, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 572, __pyx_L1_error)
+        if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 571, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_11);
         __pyx_t_12 = __Pyx_PyList_GET_ITEM_REF(sequence, 5, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 572, __pyx_L1_error)
+        if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 571, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_12);
         __pyx_t_13 = __Pyx_PyList_GET_ITEM_REF(sequence, 6, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 572, __pyx_L1_error)
+        if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 571, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_13);
       }
       #else
@@ -13636,7 +13652,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
         Py_ssize_t i;
         PyObject** temps[7] = {&__pyx_t_7,&__pyx_t_8,&__pyx_t_9,&__pyx_t_10,&__pyx_t_11,&__pyx_t_12,&__pyx_t_13};
         for (i=0; i < 7; i++) {
-          PyObject* item = __Pyx_PySequence_ITEM(sequence, i); if (unlikely(!item)) __PYX_ERR(0, 572, __pyx_L1_error)
+          PyObject* item = __Pyx_PySequence_ITEM(sequence, i); if (unlikely(!item)) __PYX_ERR(0, 571, __pyx_L1_error)
           __Pyx_GOTREF(item);
           *(temps[i]) = item;
         }
@@ -13646,7 +13662,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
     } else {
       Py_ssize_t index = -1;
       PyObject** temps[7] = {&__pyx_t_7,&__pyx_t_8,&__pyx_t_9,&__pyx_t_10,&__pyx_t_11,&__pyx_t_12,&__pyx_t_13};
-      __pyx_t_14 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 572, __pyx_L1_error)
+      __pyx_t_14 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 571, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_14);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       __pyx_t_15 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_14);
@@ -13655,7 +13671,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
         __Pyx_GOTREF(item);
         *(temps[index]) = item;
       }
-      if (__Pyx_IternextUnpackEndCheck(__pyx_t_15(__pyx_t_14), 7) < (0)) __PYX_ERR(0, 572, __pyx_L1_error)
+      if (__Pyx_IternextUnpackEndCheck(__pyx_t_15(__pyx_t_14), 7) < (0)) __PYX_ERR(0, 571, __pyx_L1_error)
       __pyx_t_15 = NULL;
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
       goto __pyx_L7_unpacking_done;
@@ -13663,7 +13679,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
       __pyx_t_15 = NULL;
       if (__Pyx_IterFinish() == 0) __Pyx_RaiseNeedMoreValuesError(index);
-      __PYX_ERR(0, 572, __pyx_L1_error)
+      __PYX_ERR(0, 571, __pyx_L1_error)
       __pyx_L7_unpacking_done:;
     }
     __Pyx_XDECREF_SET(__pyx_v_index, __pyx_t_7);
@@ -13681,16 +13697,16 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
     __Pyx_XDECREF_SET(__pyx_v_name, __pyx_t_13);
     __pyx_t_13 = 0;
 
-    /* "ivshmem/channel/membership.pyx":573
+    /* "ivshmem/channel/membership.pyx":572
  *             return "which belongs to no place"
  *         for index, epoch, _, _, _, process, name in self.places():
  *             if index == place.index and epoch == place.epoch:             # <<<<<<<<<<<<<<
  *                 return f"which belongs to place {index} (process {process}, {plain(name)!r})"
  *         return f"which belonged to place {place.index}"
 */
-    __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.index); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 573, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.index); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 572, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_16 = __Pyx_PyObject_CompareBoolEq_object_int(__pyx_v_index, __pyx_t_2, Py_EQ); if (unlikely((__pyx_t_16 < 0))) __PYX_ERR(0, 573, __pyx_L1_error)
+    __pyx_t_16 = __Pyx_PyObject_CompareBoolEq_object_int(__pyx_v_index, __pyx_t_2, Py_EQ); if (unlikely((__pyx_t_16 < 0))) __PYX_ERR(0, 572, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     if (__pyx_t_16) {
 
@@ -13700,9 +13716,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
 
       goto __pyx_L9_bool_binop_done;
     }
-    __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.epoch); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 573, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.epoch); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 572, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_16 = __Pyx_PyObject_CompareBoolEq_object_int(__pyx_v_epoch, __pyx_t_2, Py_EQ); if (unlikely((__pyx_t_16 < 0))) __PYX_ERR(0, 573, __pyx_L1_error)
+    __pyx_t_16 = __Pyx_PyObject_CompareBoolEq_object_int(__pyx_v_epoch, __pyx_t_2, Py_EQ); if (unlikely((__pyx_t_16 < 0))) __PYX_ERR(0, 572, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
     __pyx_t_1 = __pyx_t_16;
@@ -13711,23 +13727,23 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/membership.pyx":574
+      /* "ivshmem/channel/membership.pyx":573
  *         for index, epoch, _, _, _, process, name in self.places():
  *             if index == place.index and epoch == place.epoch:
  *                 return f"which belongs to place {index} (process {process}, {plain(name)!r})"             # <<<<<<<<<<<<<<
  *         return f"which belonged to place {place.index}"
  * 
 */
-      __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_v_index, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 574, __pyx_L1_error)
+      __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_v_index, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 573, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
-      __pyx_t_13 = __Pyx_PyObject_FormatSimple(__pyx_v_process, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 574, __pyx_L1_error)
+      __pyx_t_13 = __Pyx_PyObject_FormatSimple(__pyx_v_process, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 573, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_13);
-      __Pyx_GetModuleGlobalName(__pyx_t_12, __pyx_mstate_global->__pyx_n_u_plain); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 574, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_12, __pyx_mstate_global->__pyx_n_u_plain); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 573, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
-      __pyx_t_11 = __Pyx_PyObject_CallOneArg(__pyx_t_12, __pyx_v_name); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 574, __pyx_L1_error)
+      __pyx_t_11 = __Pyx_PyObject_CallOneArg(__pyx_t_12, __pyx_v_name); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 573, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_11);
       __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-      __pyx_t_12 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_t_11), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 574, __pyx_L1_error)
+      __pyx_t_12 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_t_11), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 573, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
       __pyx_t_17[0] = __pyx_mstate_global->__pyx_kp_u_which_belongs_to_place;
@@ -13746,7 +13762,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
       __pyx_t_19 |= __Pyx_PyUnicode_KIND_04(__pyx_t_17[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_17[3]) | __Pyx_PyUnicode_KIND_04(__pyx_t_17[5]);
       #endif
       __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_17, 7, __pyx_t_18, __pyx_t_19);
-      if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 574, __pyx_L1_error)
+      if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 573, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_11);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
@@ -13763,7 +13779,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/channel/membership.pyx":573
+      /* "ivshmem/channel/membership.pyx":572
  *             return "which belongs to no place"
  *         for index, epoch, _, _, _, process, name in self.places():
  *             if index == place.index and epoch == place.epoch:             # <<<<<<<<<<<<<<
@@ -13772,7 +13788,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":572
+    /* "ivshmem/channel/membership.pyx":571
  *         if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:
  *             return "which belongs to no place"
  *         for index, epoch, _, _, _, process, name in self.places():             # <<<<<<<<<<<<<<
@@ -13782,16 +13798,16 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
   }
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/membership.pyx":575
+  /* "ivshmem/channel/membership.pyx":574
  *             if index == place.index and epoch == place.epoch:
  *                 return f"which belongs to place {index} (process {process}, {plain(name)!r})"
  *         return f"which belonged to place {place.index}"             # <<<<<<<<<<<<<<
  * 
  *     cdef object fail(self, int code, ivshmem_channel *channel, str name):
 */
-  __pyx_t_3 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_place.index, 0, ' ', 'd'); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 575, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_place.index, 0, ' ', 'd'); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 574, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_11 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_which_belonged_to_place, __pyx_t_3); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 575, __pyx_L1_error)
+  __pyx_t_11 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_which_belonged_to_place, __pyx_t_3); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 574, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_11);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   {
@@ -13805,7 +13821,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
   __pyx_t_11 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":567
+  /* "ivshmem/channel/membership.pyx":566
  *         free(self.pulses)
  * 
  *     cdef str whose(self, uint64_t owner):             # <<<<<<<<<<<<<<
@@ -13839,7 +13855,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":577
+/* "ivshmem/channel/membership.pyx":576
  *         return f"which belonged to place {place.index}"
  * 
  *     cdef object fail(self, int code, ivshmem_channel *channel, str name):             # <<<<<<<<<<<<<<
@@ -13877,7 +13893,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fail", 0);
 
-  /* "ivshmem/channel/membership.pyx":579
+  /* "ivshmem/channel/membership.pyx":578
  *     cdef object fail(self, int code, ivshmem_channel *channel, str name):
  *         """Return the exception for a result of the header."""
  *         of = f"channel {name!r}: " if name else ""             # <<<<<<<<<<<<<<
@@ -13888,12 +13904,12 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   else
   {
     Py_ssize_t __pyx_temp = __Pyx_PyUnicode_IS_TRUE(__pyx_v_name);
-    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 579, __pyx_L1_error)
+    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 578, __pyx_L1_error)
     __pyx_t_2 = (__pyx_temp != 0);
   }
 
   if (__pyx_t_2) {
-    __pyx_t_3 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 579, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 578, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_4[0] = __pyx_mstate_global->__pyx_kp_u_channel;
     __pyx_t_4[1] = __pyx_t_3;
@@ -13907,7 +13923,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_4[1]);
     #endif
     __pyx_t_7 = __Pyx_PyUnicode_Join(__pyx_t_4, 3, __pyx_t_5, __pyx_t_6);
-    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 579, __pyx_L1_error)
+    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 578, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_1 = __pyx_t_7;
@@ -13920,7 +13936,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   __pyx_v_of = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":580
+  /* "ivshmem/channel/membership.pyx":579
  *         """Return the exception for a result of the header."""
  *         of = f"channel {name!r}: " if name else ""
  *         if channel != NULL and code in (IVSHMEM_CORRUPT, IVSHMEM_CLOSED):             # <<<<<<<<<<<<<<
@@ -13956,7 +13972,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":581
+    /* "ivshmem/channel/membership.pyx":580
  *         of = f"channel {name!r}: " if name else ""
  *         if channel != NULL and code in (IVSHMEM_CORRUPT, IVSHMEM_CLOSED):
  *             if not ivshmem_is_there(channel):             # <<<<<<<<<<<<<<
@@ -13968,7 +13984,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/membership.pyx":582
+      /* "ivshmem/channel/membership.pyx":581
  *         if channel != NULL and code in (IVSHMEM_CORRUPT, IVSHMEM_CLOSED):
  *             if not ivshmem_is_there(channel):
  *                 return ClosedError(f"channel {name!r} was removed")             # <<<<<<<<<<<<<<
@@ -13976,9 +13992,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"
 */
       __pyx_t_7 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 582, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 581, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
-      __pyx_t_10 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 582, __pyx_L1_error)
+      __pyx_t_10 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 581, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
       __pyx_t_4[0] = __pyx_mstate_global->__pyx_kp_u_channel;
       __pyx_t_4[1] = __pyx_t_10;
@@ -13992,7 +14008,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_4[1]);
       #endif
       __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_4, 3, __pyx_t_5, __pyx_t_6);
-      if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 582, __pyx_L1_error)
+      if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 581, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_11);
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
       __pyx_t_12 = 1;
@@ -14013,7 +14029,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
         __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
         __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 582, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 581, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       {
@@ -14027,7 +14043,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __pyx_t_1 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/channel/membership.pyx":581
+      /* "ivshmem/channel/membership.pyx":580
  *         of = f"channel {name!r}: " if name else ""
  *         if channel != NULL and code in (IVSHMEM_CORRUPT, IVSHMEM_CLOSED):
  *             if not ivshmem_is_there(channel):             # <<<<<<<<<<<<<<
@@ -14036,7 +14052,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":580
+    /* "ivshmem/channel/membership.pyx":579
  *         """Return the exception for a result of the header."""
  *         of = f"channel {name!r}: " if name else ""
  *         if channel != NULL and code in (IVSHMEM_CORRUPT, IVSHMEM_CLOSED):             # <<<<<<<<<<<<<<
@@ -14045,7 +14061,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":583
+  /* "ivshmem/channel/membership.pyx":582
  *             if not ivshmem_is_there(channel):
  *                 return ClosedError(f"channel {name!r} was removed")
  *         if code == IVSHMEM_CORRUPT and channel != NULL:             # <<<<<<<<<<<<<<
@@ -14071,7 +14087,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":584
+    /* "ivshmem/channel/membership.pyx":583
  *                 return ClosedError(f"channel {name!r} was removed")
  *         if code == IVSHMEM_CORRUPT and channel != NULL:
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"             # <<<<<<<<<<<<<<
@@ -14083,11 +14099,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     if (__pyx_t_2) {
 
       __pyx_t_13 = __pyx_v_channel->fault.word;
-      __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_13); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 584, __pyx_L1_error)
-      __pyx_t_3 = __Pyx_decode_c_string(__pyx_t_13, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 584, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_13); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 583, __pyx_L1_error)
+      __pyx_t_3 = __Pyx_decode_c_string(__pyx_t_13, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 583, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
 
-      if (!(likely(PyUnicode_CheckExact(__pyx_t_3)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_3))) __PYX_ERR(0, 584, __pyx_L1_error)
+      if (!(likely(PyUnicode_CheckExact(__pyx_t_3)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_3))) __PYX_ERR(0, 583, __pyx_L1_error)
       __Pyx_INCREF(__pyx_t_3);
       __pyx_t_1 = __pyx_t_3;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
@@ -14099,19 +14115,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_v_word = __pyx_t_1;
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":585
+    /* "ivshmem/channel/membership.pyx":584
  *         if code == IVSHMEM_CORRUPT and channel != NULL:
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"
  *             whose = self.whose(channel.fault.owner)             # <<<<<<<<<<<<<<
  *             return ChannelCorrupt(
  *                 f"{of}the {word} at {channel.fault.offset:#x}, {whose}, is"
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_whose(__pyx_v_self, __pyx_v_channel->fault.owner); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 585, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_whose(__pyx_v_self, __pyx_v_channel->fault.owner); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 584, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
     __pyx_v_whose = ((PyObject*)__pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":586
+    /* "ivshmem/channel/membership.pyx":585
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"
  *             whose = self.whose(channel.fault.owner)
  *             return ChannelCorrupt(             # <<<<<<<<<<<<<<
@@ -14119,38 +14135,38 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *                 f" impossible ({channel.fault.seen:#x}): some process that can write to the memory"
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_ChannelCorrupt); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 586, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_ChannelCorrupt); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 585, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
 
-    /* "ivshmem/channel/membership.pyx":587
+    /* "ivshmem/channel/membership.pyx":586
  *             whose = self.whose(channel.fault.owner)
  *             return ChannelCorrupt(
  *                 f"{of}the {word} at {channel.fault.offset:#x}, {whose}, is"             # <<<<<<<<<<<<<<
  *                 f" impossible ({channel.fault.seen:#x}): some process that can write to the memory"
  *                 " has spoiled it"
 */
-    __pyx_t_7 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 587, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 586, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_10 = __Pyx_PyObject_FormatSimple(__pyx_v_word, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 587, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyObject_FormatSimple(__pyx_v_word, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 586, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
-    __pyx_t_14 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.offset); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 587, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.offset); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 586, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
-    __pyx_t_15 = __Pyx_PyObject_Format(__pyx_t_14, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 587, __pyx_L1_error)
+    __pyx_t_15 = __Pyx_PyObject_Format(__pyx_t_14, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 586, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-    __pyx_t_14 = __Pyx_PyUnicode_Unicode(__pyx_v_whose); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 587, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyUnicode_Unicode(__pyx_v_whose); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 586, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
 
-    /* "ivshmem/channel/membership.pyx":588
+    /* "ivshmem/channel/membership.pyx":587
  *             return ChannelCorrupt(
  *                 f"{of}the {word} at {channel.fault.offset:#x}, {whose}, is"
  *                 f" impossible ({channel.fault.seen:#x}): some process that can write to the memory"             # <<<<<<<<<<<<<<
  *                 " has spoiled it"
  *             )
 */
-    __pyx_t_16 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.seen); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 588, __pyx_L1_error)
+    __pyx_t_16 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.seen); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 587, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_16);
-    __pyx_t_17 = __Pyx_PyObject_Format(__pyx_t_16, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 588, __pyx_L1_error)
+    __pyx_t_17 = __Pyx_PyObject_Format(__pyx_t_16, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 587, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_17);
     __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
     __pyx_t_18[0] = __pyx_t_7;
@@ -14164,7 +14180,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_18[8] = __pyx_t_17;
     __pyx_t_18[9] = __pyx_mstate_global->__pyx_kp_u_some_process_that_can_write_to;
 
-    /* "ivshmem/channel/membership.pyx":587
+    /* "ivshmem/channel/membership.pyx":586
  *             whose = self.whose(channel.fault.owner)
  *             return ChannelCorrupt(
  *                 f"{of}the {word} at {channel.fault.offset:#x}, {whose}, is"             # <<<<<<<<<<<<<<
@@ -14186,7 +14202,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     }
     #endif
     __pyx_t_16 = __Pyx_PyUnicode_Join(__pyx_t_18, 10, __pyx_t_5, __pyx_t_6);
-    if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 587, __pyx_L1_error)
+    if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 586, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_16);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
@@ -14211,7 +14227,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 586, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 585, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -14225,7 +14241,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":583
+    /* "ivshmem/channel/membership.pyx":582
  *             if not ivshmem_is_there(channel):
  *                 return ClosedError(f"channel {name!r} was removed")
  *         if code == IVSHMEM_CORRUPT and channel != NULL:             # <<<<<<<<<<<<<<
@@ -14234,7 +14250,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":591
+  /* "ivshmem/channel/membership.pyx":590
  *                 " has spoiled it"
  *             )
  *         if code == IVSHMEM_NO_AREA:             # <<<<<<<<<<<<<<
@@ -14246,7 +14262,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":592
+    /* "ivshmem/channel/membership.pyx":591
  *             )
  *         if code == IVSHMEM_NO_AREA:
  *             return NoChannels(NO_AREA)             # <<<<<<<<<<<<<<
@@ -14254,9 +14270,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *             return NoChannels("the region's channels are of a version that is not known here")
 */
     __pyx_t_11 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_16, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 592, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_16, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 591, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_16);
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_NO_AREA); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 592, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_NO_AREA); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 591, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_12 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -14276,7 +14292,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 592, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 591, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -14290,7 +14306,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":591
+    /* "ivshmem/channel/membership.pyx":590
  *                 " has spoiled it"
  *             )
  *         if code == IVSHMEM_NO_AREA:             # <<<<<<<<<<<<<<
@@ -14299,7 +14315,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":593
+  /* "ivshmem/channel/membership.pyx":592
  *         if code == IVSHMEM_NO_AREA:
  *             return NoChannels(NO_AREA)
  *         if code == IVSHMEM_VERSION:             # <<<<<<<<<<<<<<
@@ -14311,7 +14327,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":594
+    /* "ivshmem/channel/membership.pyx":593
  *             return NoChannels(NO_AREA)
  *         if code == IVSHMEM_VERSION:
  *             return NoChannels("the region's channels are of a version that is not known here")             # <<<<<<<<<<<<<<
@@ -14319,7 +14335,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *             return ChannelError(
 */
     __pyx_t_16 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 594, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 593, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_12 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -14338,7 +14354,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_16); __pyx_t_16 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 594, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 593, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -14352,7 +14368,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":593
+    /* "ivshmem/channel/membership.pyx":592
  *         if code == IVSHMEM_NO_AREA:
  *             return NoChannels(NO_AREA)
  *         if code == IVSHMEM_VERSION:             # <<<<<<<<<<<<<<
@@ -14361,7 +14377,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":595
+  /* "ivshmem/channel/membership.pyx":594
  *         if code == IVSHMEM_VERSION:
  *             return NoChannels("the region's channels are of a version that is not known here")
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -14373,7 +14389,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":596
+    /* "ivshmem/channel/membership.pyx":595
  *             return NoChannels("the region's channels are of a version that is not known here")
  *         if code == IVSHMEM_TAKEN:
  *             return ChannelError(             # <<<<<<<<<<<<<<
@@ -14381,17 +14397,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *                 " info` lists them"
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_16, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 596, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_16, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 595, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_16);
 
-    /* "ivshmem/channel/membership.pyx":597
+    /* "ivshmem/channel/membership.pyx":596
  *         if code == IVSHMEM_TAKEN:
  *             return ChannelError(
  *                 f"all {self.member.area.places} places of the area are taken; `ivshmem channel"             # <<<<<<<<<<<<<<
  *                 " info` lists them"
  *             )
 */
-    __pyx_t_11 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->member.area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 597, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->member.area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 596, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __pyx_t_4[0] = __pyx_mstate_global->__pyx_kp_u_all_2;
     __pyx_t_4[1] = __pyx_t_11;
@@ -14402,7 +14418,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     #endif
     __pyx_t_6 = 0;
     __pyx_t_17 = __Pyx_PyUnicode_Join(__pyx_t_4, 3, __pyx_t_5, __pyx_t_6);
-    if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 597, __pyx_L1_error)
+    if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 596, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_17);
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
     __pyx_t_12 = 1;
@@ -14423,7 +14439,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
       __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 596, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 595, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -14437,7 +14453,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":595
+    /* "ivshmem/channel/membership.pyx":594
  *         if code == IVSHMEM_VERSION:
  *             return NoChannels("the region's channels are of a version that is not known here")
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -14446,7 +14462,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":600
+  /* "ivshmem/channel/membership.pyx":599
  *                 " info` lists them"
  *             )
  *         if code == IVSHMEM_READ_ONLY:             # <<<<<<<<<<<<<<
@@ -14458,7 +14474,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":601
+    /* "ivshmem/channel/membership.pyx":600
  *             )
  *         if code == IVSHMEM_READ_ONLY:
  *             return RegionError(f"{of}the region is mapped for reading only")             # <<<<<<<<<<<<<<
@@ -14466,11 +14482,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *             return ClosedError(
 */
     __pyx_t_16 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_17, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 601, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_17, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 600, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_17);
-    __pyx_t_3 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 601, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 600, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_11 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_the_region_is_mapped_for_reading_2); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 601, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_the_region_is_mapped_for_reading_2); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 600, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_12 = 1;
@@ -14491,7 +14507,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_16); __pyx_t_16 = 0;
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
       __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 601, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 600, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -14505,7 +14521,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":600
+    /* "ivshmem/channel/membership.pyx":599
  *                 " info` lists them"
  *             )
  *         if code == IVSHMEM_READ_ONLY:             # <<<<<<<<<<<<<<
@@ -14514,7 +14530,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":602
+  /* "ivshmem/channel/membership.pyx":601
  *         if code == IVSHMEM_READ_ONLY:
  *             return RegionError(f"{of}the region is mapped for reading only")
  *         if code == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -14526,7 +14542,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":603
+    /* "ivshmem/channel/membership.pyx":602
  *             return RegionError(f"{of}the region is mapped for reading only")
  *         if code == IVSHMEM_CLOSED:
  *             return ClosedError(             # <<<<<<<<<<<<<<
@@ -14534,19 +14550,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *             )
 */
     __pyx_t_17 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 603, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 602, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
 
-    /* "ivshmem/channel/membership.pyx":604
+    /* "ivshmem/channel/membership.pyx":603
  *         if code == IVSHMEM_CLOSED:
  *             return ClosedError(
  *                 f"{of}another process freed the place of this process"             # <<<<<<<<<<<<<<
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:
 */
-    __pyx_t_16 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 604, __pyx_L1_error)
+    __pyx_t_16 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 603, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_16);
-    __pyx_t_3 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_16, __pyx_mstate_global->__pyx_kp_u_another_process_freed_the_place); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 604, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_16, __pyx_mstate_global->__pyx_kp_u_another_process_freed_the_place); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 603, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
     __pyx_t_12 = 1;
@@ -14567,7 +14583,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_17); __pyx_t_17 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 603, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 602, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -14581,7 +14597,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":602
+    /* "ivshmem/channel/membership.pyx":601
  *         if code == IVSHMEM_READ_ONLY:
  *             return RegionError(f"{of}the region is mapped for reading only")
  *         if code == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -14590,7 +14606,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":606
+  /* "ivshmem/channel/membership.pyx":605
  *                 f"{of}another process freed the place of this process"
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:             # <<<<<<<<<<<<<<
@@ -14602,7 +14618,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":607
+    /* "ivshmem/channel/membership.pyx":606
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:
  *             return ChannelError(             # <<<<<<<<<<<<<<
@@ -14610,19 +14626,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *                 " device, which queues and calls need: only a process of the host can take from it"
 */
     __pyx_t_11 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 607, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 606, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
 
-    /* "ivshmem/channel/membership.pyx":608
+    /* "ivshmem/channel/membership.pyx":607
  *         if code == IVSHMEM_NO_ATOMICS:
  *             return ChannelError(
  *                 f"{of}this processor may refuse a compare-exchange in a guest's mapping of the"             # <<<<<<<<<<<<<<
  *                 " device, which queues and calls need: only a process of the host can take from it"
  *             )
 */
-    __pyx_t_17 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 608, __pyx_L1_error)
+    __pyx_t_17 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 607, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_17);
-    __pyx_t_16 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_17, __pyx_mstate_global->__pyx_kp_u_this_processor_may_refuse_a_comp); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 608, __pyx_L1_error)
+    __pyx_t_16 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_17, __pyx_mstate_global->__pyx_kp_u_this_processor_may_refuse_a_comp); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 607, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_16);
     __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
     __pyx_t_12 = 1;
@@ -14643,7 +14659,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
       __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 607, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 606, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -14657,7 +14673,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":606
+    /* "ivshmem/channel/membership.pyx":605
  *                 f"{of}another process freed the place of this process"
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:             # <<<<<<<<<<<<<<
@@ -14666,17 +14682,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":611
+  /* "ivshmem/channel/membership.pyx":610
  *                 " device, which queues and calls need: only a process of the host can take from it"
  *             )
  *         return ChannelError(f"{of}error {-code} of ivshmem_channel.h")             # <<<<<<<<<<<<<<
 */
   __pyx_t_3 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_16, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 611, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_16, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 610, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_16);
-  __pyx_t_11 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 611, __pyx_L1_error)
+  __pyx_t_11 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 610, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_11);
-  __pyx_t_17 = __Pyx_PyUnicode_From_int((-__pyx_v_code), 0, ' ', 'd'); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 611, __pyx_L1_error)
+  __pyx_t_17 = __Pyx_PyUnicode_From_int((-__pyx_v_code), 0, ' ', 'd'); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 610, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_17);
   __pyx_t_19[0] = __pyx_t_11;
   __pyx_t_19[1] = __pyx_mstate_global->__pyx_kp_u_error;
@@ -14691,7 +14707,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_19[0]);
   #endif
   __pyx_t_14 = __Pyx_PyUnicode_Join(__pyx_t_19, 4, __pyx_t_5, __pyx_t_6);
-  if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 611, __pyx_L1_error)
+  if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 610, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_14);
   __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
   __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
@@ -14713,7 +14729,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
     __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 611, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 610, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -14727,7 +14743,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":577
+  /* "ivshmem/channel/membership.pyx":576
  *         return f"which belonged to place {place.index}"
  * 
  *     cdef object fail(self, int code, ivshmem_channel *channel, str name):             # <<<<<<<<<<<<<<
@@ -15987,14 +16003,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_10membership_Depend
   __pyx_vtable_7ivshmem_7channel_10membership_Dependent.beat = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *))__pyx_f_7ivshmem_7channel_10membership_9Dependent_beat;
   __pyx_vtable_7ivshmem_7channel_10membership_Dependent.is_rung = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *))__pyx_f_7ivshmem_7channel_10membership_9Dependent_is_rung;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_10membership_Dependent_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent)) __PYX_ERR(0, 71, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_10membership_Dependent_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent)) __PYX_ERR(0, 70, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent = &__pyx_type_7ivshmem_7channel_10membership_Dependent;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent) < (0)) __PYX_ERR(0, 71, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent) < (0)) __PYX_ERR(0, 70, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent);
@@ -16004,12 +16020,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_10membership_Depend
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent, __pyx_vtabptr_7ivshmem_7channel_10membership_Dependent) < (0)) __PYX_ERR(0, 71, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Dependent, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent) < (0)) __PYX_ERR(0, 71, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent, __pyx_vtabptr_7ivshmem_7channel_10membership_Dependent) < (0)) __PYX_ERR(0, 70, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Dependent, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent) < (0)) __PYX_ERR(0, 70, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent, __weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent) < (0)) __PYX_ERR(0, 71, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent) < (0)) __PYX_ERR(0, 70, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -16052,14 +16068,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_10membership_Member
   __pyx_vtable_7ivshmem_7channel_10membership_Membership.whose = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, uint64_t))__pyx_f_7ivshmem_7channel_10membership_10Membership_whose;
   __pyx_vtable_7ivshmem_7channel_10membership_Membership.fail = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, int, struct ivshmem_channel *, PyObject *))__pyx_f_7ivshmem_7channel_10membership_10Membership_fail;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_10membership_Membership_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership)) __PYX_ERR(0, 110, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_10membership_Membership_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership)) __PYX_ERR(0, 109, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership = &__pyx_type_7ivshmem_7channel_10membership_Membership;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) < (0)) __PYX_ERR(0, 110, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) < (0)) __PYX_ERR(0, 109, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership);
@@ -16069,9 +16085,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_10membership_Member
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_vtabptr_7ivshmem_7channel_10membership_Membership) < (0)) __PYX_ERR(0, 110, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Membership, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) < (0)) __PYX_ERR(0, 110, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) < (0)) __PYX_ERR(0, 110, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_vtabptr_7ivshmem_7channel_10membership_Membership) < (0)) __PYX_ERR(0, 109, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Membership, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) < (0)) __PYX_ERR(0, 109, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) < (0)) __PYX_ERR(0, 109, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -16591,7 +16607,7 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
  * 
  * import contextlib             # <<<<<<<<<<<<<<
  * import os
- * import secrets
+ * import threading
 */
   __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_contextlib, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 36, __pyx_L1_error)
   __pyx_t_2 = __pyx_t_1;
@@ -16603,8 +16619,8 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
  * 
  * import contextlib
  * import os             # <<<<<<<<<<<<<<
- * import secrets
  * import threading
+ * import weakref
 */
   __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_os, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 37, __pyx_L1_error)
   __pyx_t_2 = __pyx_t_1;
@@ -16615,43 +16631,30 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
   /* "ivshmem/channel/membership.pyx":38
  * import contextlib
  * import os
- * import secrets             # <<<<<<<<<<<<<<
- * import threading
- * import weakref
-*/
-  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_secrets, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 38, __pyx_L1_error)
-  __pyx_t_2 = __pyx_t_1;
-  __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_secrets, __pyx_t_2) < (0)) __PYX_ERR(0, 38, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/channel/membership.pyx":39
- * import os
- * import secrets
  * import threading             # <<<<<<<<<<<<<<
  * import weakref
  * 
 */
-  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_threading, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 39, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_threading, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 38, __pyx_L1_error)
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_threading, __pyx_t_2) < (0)) __PYX_ERR(0, 39, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_threading, __pyx_t_2) < (0)) __PYX_ERR(0, 38, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":40
- * import secrets
+  /* "ivshmem/channel/membership.pyx":39
+ * import os
  * import threading
  * import weakref             # <<<<<<<<<<<<<<
  * 
  * from ..errors import (
 */
-  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_weakref, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 40, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_weakref, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 39, __pyx_L1_error)
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_weakref, __pyx_t_2) < (0)) __PYX_ERR(0, 40, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_weakref, __pyx_t_2) < (0)) __PYX_ERR(0, 39, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":42
+  /* "ivshmem/channel/membership.pyx":41
  * import weakref
  * 
  * from ..errors import (             # <<<<<<<<<<<<<<
@@ -16660,22 +16663,22 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelCorrupt,__pyx_mstate_global->__pyx_n_u_ChannelError,__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_IvshmemError,__pyx_mstate_global->__pyx_n_u_NoChannels,__pyx_mstate_global->__pyx_n_u_NoInterrupts,__pyx_mstate_global->__pyx_n_u_RegionError};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 7, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 42, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 7, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 41, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelCorrupt,__pyx_mstate_global->__pyx_n_u_ChannelError,__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_IvshmemError,__pyx_mstate_global->__pyx_n_u_NoChannels,__pyx_mstate_global->__pyx_n_u_NoInterrupts,__pyx_mstate_global->__pyx_n_u_RegionError};
     for (__pyx_t_3=0; __pyx_t_3 < 7; __pyx_t_3++) {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 42, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 41, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 42, __pyx_L1_error)
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 41, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     }
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":45
+  /* "ivshmem/channel/membership.pyx":44
  *     ChannelCorrupt, ChannelError, ClosedError, IvshmemError, NoChannels, NoInterrupts, RegionError,
  * )
  * from ..text import plain             # <<<<<<<<<<<<<<
@@ -16684,12 +16687,36 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_plain};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 45, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 44, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_plain};
+    __pyx_t_3 = 0; {
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 44, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 44, __pyx_L1_error)
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    }
+  }
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/membership.pyx":45
+ * )
+ * from ..text import plain
+ * from . import identity             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_identity};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u__2, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_channel, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 45, __pyx_L1_error)
+  }
+  __pyx_t_2 = __pyx_t_1;
+  __Pyx_GOTREF(__pyx_t_2);
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_identity};
     __pyx_t_3 = 0; {
       __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 45, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
@@ -16699,40 +16726,16 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":46
- * )
- * from ..text import plain
- * from . import identity             # <<<<<<<<<<<<<<
- * 
- * 
-*/
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_identity};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u__2, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_channel, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 46, __pyx_L1_error)
-  }
-  __pyx_t_2 = __pyx_t_1;
-  __Pyx_GOTREF(__pyx_t_2);
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_identity};
-    __pyx_t_3 = 0; {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 46, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 46, __pyx_L1_error)
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    }
-  }
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/channel/membership.pyx":53
+  /* "ivshmem/channel/membership.pyx":52
  * 
  * NO_AREA = (
  *     "the region has no room for channels: make it by `ivshmem serve --channels SIZE`, or by"             # <<<<<<<<<<<<<<
  *     " Directory.create(channels=SIZE)"
  * )
 */
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_NO_AREA, __pyx_mstate_global->__pyx_kp_u_the_region_has_no_room_for_chann) < (0)) __PYX_ERR(0, 52, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_NO_AREA, __pyx_mstate_global->__pyx_kp_u_the_region_has_no_room_for_chann) < (0)) __PYX_ERR(0, 51, __pyx_L1_error)
 
-  /* "ivshmem/channel/membership.pyx":58
+  /* "ivshmem/channel/membership.pyx":57
  * 
  * # Nanoseconds between two looks of the beat's thread, where no ring can come.
  * cdef int64_t PAUSE = 1_000_000             # <<<<<<<<<<<<<<
@@ -16741,7 +16744,7 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
 */
   __pyx_v_7ivshmem_7channel_10membership_PAUSE = 0xF4240;
 
-  /* "ivshmem/channel/membership.pyx":60
+  /* "ivshmem/channel/membership.pyx":59
  * cdef int64_t PAUSE = 1_000_000
  * 
  * cdef unsigned int generation = 0  # of this process: a forked child has another             # <<<<<<<<<<<<<<
@@ -16750,22 +16753,22 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
 */
   __pyx_v_7ivshmem_7channel_10membership_generation = 0;
 
-  /* "ivshmem/channel/membership.pyx":63
+  /* "ivshmem/channel/membership.pyx":62
  * 
  * 
  * def _after_fork():             # <<<<<<<<<<<<<<
  *     global generation
  *     generation += 1
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_1_after_fork, 0, __pyx_mstate_global->__pyx_n_u_after_fork, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 63, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_1_after_fork, 0, __pyx_mstate_global->__pyx_n_u_after_fork, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 62, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_after_fork, __pyx_t_2) < (0)) __PYX_ERR(0, 63, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_after_fork, __pyx_t_2) < (0)) __PYX_ERR(0, 62, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":68
+  /* "ivshmem/channel/membership.pyx":67
  * 
  * 
  * os.register_at_fork(after_in_child=_after_fork)             # <<<<<<<<<<<<<<
@@ -16773,12 +16776,12 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
  * 
 */
   __pyx_t_4 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 68, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 67, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_register_at_fork); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 68, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_register_at_fork); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 67, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_after_fork); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 68, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_after_fork); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 67, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_VECTORCALL
   #endif
@@ -16787,13 +16790,13 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
     PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_5};
     #if CYTHON_VECTORCALL
     __pyx_t_8 = __pyx_mstate_global->__pyx_tuple[2];
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 68, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 67, __pyx_L1_error)
     __Pyx_INCREF(__pyx_t_8);
     #else
     {
       PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_after_in_child};
       __pyx_t_8 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 68, __pyx_L1_error)
+      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 67, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_8);
     }
     #endif
@@ -16804,7 +16807,7 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 68, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 67, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -16836,79 +16839,79 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
   if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Dependent, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(2, 17, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":330
+  /* "ivshmem/channel/membership.pyx":329
  *     # -- the beat ---------------------------------------------------------------------------------
  * 
  *     def run(self):             # <<<<<<<<<<<<<<
  *         """Beat, until `close`: what the thread of the beat does."""
  *         cdef pollfd one
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_3run, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_run, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 330, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_3run, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_run, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 329, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_run, __pyx_t_2) < (0)) __PYX_ERR(0, 330, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_run, __pyx_t_2) < (0)) __PYX_ERR(0, 329, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":434
+  /* "ivshmem/channel/membership.pyx":433
  *         return 0
  * 
  *     def places(self):             # <<<<<<<<<<<<<<
  *         """Return a list of (index, epoch, state, id, vector, process, name) of all places."""
  *         cdef ivshmem_memory *memory = &self.member.area.memory
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_5places, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_places, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 434, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_5places, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_places, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 433, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_places, __pyx_t_2) < (0)) __PYX_ERR(0, 434, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_places, __pyx_t_2) < (0)) __PYX_ERR(0, 433, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":465
+  /* "ivshmem/channel/membership.pyx":464
  *         return found
  * 
  *     def has_foreign_places(self):             # <<<<<<<<<<<<<<
  *         """Return whether a process of another machine, a virtual one for instance, is at work."""
  *         cdef ivshmem_memory *memory = &self.member.area.memory
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_7has_foreign_places, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_has_foreign_places, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 465, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_7has_foreign_places, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_has_foreign_places, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 464, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_has_foreign_places, __pyx_t_2) < (0)) __PYX_ERR(0, 465, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_has_foreign_places, __pyx_t_2) < (0)) __PYX_ERR(0, 464, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":491
+  /* "ivshmem/channel/membership.pyx":490
  *         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)
  * 
  *     def free_place(self, unsigned index):             # <<<<<<<<<<<<<<
  *         """Free a place at a user's word; whether it had an owner."""
  *         cdef uint64_t number
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_9free_place, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_free_place, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 491, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_9free_place, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_free_place, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 490, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_free_place, __pyx_t_2) < (0)) __PYX_ERR(0, 491, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_free_place, __pyx_t_2) < (0)) __PYX_ERR(0, 490, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":512
+  /* "ivshmem/channel/membership.pyx":511
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Close all ends, and leave the area. A forked child only forgets what it has.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_11close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 512, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_11close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 511, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 512, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 511, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -17006,7 +17009,7 @@ static int __Pyx_InitCachedBuiltins(__pyx_mstatetype *__pyx_mstate) {
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __pyx_builtin_all = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_all); if (!__pyx_builtin_all) __PYX_ERR(0, 406, __pyx_L1_error)
+  __pyx_builtin_all = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_all); if (!__pyx_builtin_all) __PYX_ERR(0, 405, __pyx_L1_error)
 
   /* Cached unbound methods */
   __pyx_mstate->__pyx_umethod_PyDict_Type_get.type = (PyObject*)&PyDict_Type;
@@ -17031,21 +17034,21 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/channel/membership.pyx":183
+  /* "ivshmem/channel/membership.pyx":182
  *             self.name_peer()
  *             memset(text, 0, sizeof(text))
  *             encoded = name.encode(errors="replace")[: 8 * IVSHMEM_NAME_WORDS]             # <<<<<<<<<<<<<<
  *             strncpy(text, encoded, 8 * IVSHMEM_NAME_WORDS)
- *             code = ivshmem_join(&self.member, secrets.randbits(64), text)
+ *             code = ivshmem_join(&self.member, int.from_bytes(os.urandom(8), "little"), text)
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 183, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 182, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
 
-  /* "ivshmem/channel/membership.pyx":430
+  /* "ivshmem/channel/membership.pyx":429
  *         """Let each end do what it does once a beat."""
  *         for end in self.open_ends():
  *             with contextlib.suppress(IvshmemError, OSError):             # <<<<<<<<<<<<<<
@@ -17054,12 +17057,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[3] = {Py_None, Py_None, Py_None};
-    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 430, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 429, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "ivshmem/channel/membership.pyx":68
+  /* "ivshmem/channel/membership.pyx":67
  * 
  * 
  * os.register_at_fork(after_in_child=_after_fork)             # <<<<<<<<<<<<<<
@@ -17068,7 +17071,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_after_in_child};
-    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 68, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 67, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
@@ -17109,38 +17112,38 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{10},{4},{21},{64},{12},{2},{15},{1},{59},{2},{17},{1},{2},{15},{1},{4},{179},{53},{6},{8},{4},{47},{7},{8},{7},{6},{6},{2},{9},{16},{14},{12},{30},{50},{6},{4},{23},{118},{20},{37},{60},{61},{147},{153},{23},{24},{25},{23},{0},{14},{12},{11},{9},{27},{29},{12},{10},{28},{30},{16},{21},{29},{17},{14},{7},{10},{12},{11},{17},{20},{12},{8},{9},{8},{8},{12},{8},{10},{8},{7},{14},{12},{11},{10},{24},{14},{12},{10},{17},{13},{12},{12},{19},{8},{11},{5},{16},{13},{14},{3},{18},{2},{4},{18},{5},{6},{4},{10},{5},{10},{6},{3},{6},{3},{8},{5},{6},{8},{5},{10},{3},{6},{18},{1},{8},{5},{5},{26},{5},{4},{5},{5},{7},{7},{6},{4},{4},{9},{6},{6},{3},{2},{4},{5},{6},{5},{3},{8},{6},{16},{7},{15},{3},{7},{4},{10},{6},{6},{5},{8},{4},{9},{6},{12},{6},{6},{7}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{10},{4},{21},{64},{12},{2},{15},{1},{59},{2},{17},{1},{2},{15},{1},{4},{179},{53},{6},{8},{4},{47},{7},{8},{7},{6},{6},{2},{9},{16},{14},{12},{30},{50},{6},{4},{23},{118},{20},{37},{60},{61},{147},{153},{23},{24},{25},{23},{0},{14},{12},{11},{9},{27},{29},{12},{10},{28},{30},{16},{21},{29},{17},{14},{7},{10},{12},{11},{17},{20},{12},{8},{9},{8},{8},{12},{8},{10},{8},{7},{14},{12},{11},{10},{24},{14},{12},{10},{17},{13},{12},{12},{19},{8},{11},{5},{16},{13},{14},{3},{18},{2},{4},{18},{5},{6},{4},{10},{5},{10},{6},{3},{6},{3},{8},{5},{6},{8},{5},{10},{10},{3},{6},{18},{1},{8},{5},{5},{26},{5},{4},{5},{6},{5},{7},{7},{6},{4},{4},{9},{6},{6},{3},{2},{4},{5},{6},{5},{3},{6},{16},{7},{15},{3},{4},{10},{6},{6},{5},{8},{4},{9},{6},{7},{12},{6},{6},{7}};
     const struct { const unsigned int length: 9; } bytes_length_index[] = {{31},{10},{9},{11},{55},{94},{179},{276},{164},{286},{90}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2139 bytes) */
-static const char cstring[] = "x\332\215V\317s\023\311\025FY\203\005\230`\255\r8\201d\333\013\213m\260\275Qp\0011P\033\255\355\0056Y/\002W\261I%5\264fZVG\243ii\272G\262\252\222\nG\037\3478\3079\316QG\035u\344\250\343\034\375\047\354\237\220\257{$Y\340\034\326\0053=\375~\364{\337\373\336k\221\325\246/l&%!T\021\"\252\204\267e\255\301\032\226]\243\236\307\334\315\032i\272\024\032Z\246j\214P\237Q\375 \212\326\231\367\204\274\033\031\220\221\001\341^U\274#.\227Jj\203\006\351PI|\326\020m\346\334>ZU>c\244\352\323\303\006\363\324\332\332\3326\221\242\301\3108\014UC\0346\365H\307\347\n\207\010s(\374\013\277Kj\360$\233\202\273\314!\\\255\223u\302%\341\215\246\220\222W\\FV7\267\311\366i\224Z\375\233}\341\261}\241]i\317;]U\023\2366s\230\313+\314\247\212\271]\"\225\317m\305|\255\344\221W{\2576\266\036o\021\3529\010\374_\314F&2\250\330.\2252\003\242\022pWq\217\250n\223\311M\362\262J\272\" \036C\\\210\270\t\275i\003\004\344\021\311\224\211l\005(\tE\025\027\236\005s\356\035\256\020\207\3738\204\267M\276\337QW\262MJ\252\302\257\303\237]\343\256C\032\264K\204\207HmWHF::\027\256L\206\010g\004\275\244\244#|\207:\216\205#\030u]\244 p\250?\201\267\352\233\030\021\207\251jVT\2401\222\303+<\324\307\245t\270\244\300\225y\346\351\373\302\047\2076\227\331\2673*\374\346\230)\343o\243(\307_\212\035\251\321\372\353\221\346\327X\003zY\343\315\315f\367\310\023(F\225\006\256\"\226\3453\047\260\231e\021\0470hx\302\333@q\332\234\272\220\332\334\343\312\262\262\330u\026\372\3778{\303J\203\217\243\267}v\010\214\rD8\301\027\242\241!\235ho\003\323:\323 V\272\247$\226\314G\02566&>\337\274\374\373\336\273u\002C\250\355\232:\201\211\2336\370\245\330\352X\355\231V[\233:\025\220\236\211\004{\r\332l\002\177\035\007\0348(\276\251\352/R\332\326id\231\353\376\250\260\254\230\247\266+\362c(P[J\332\300Y\3735\354\347\032\nE\352\236\350\000\030\346\263\351\332\303<\363N\033\002G~\204\254nas\332\272\206A\257\262\032\254\256\215\220\241 \177\047C\317\047\346\270q\323\302\202\3314\220\006j\355G\242}=\265MD\223y\237\324\357\220ro:$\370\326\304\367YU""\333Sb\213F\023\231m\260#ms\010\227\036v\017\003&\325J\206\233\001+\033T\016ks\233\255\243W\270]#\255\200A\315\264\264\215\306\220\246Y\267\263\236\242\223\366\030\231\326\204\314\206\220\236qH\027\324\341J\361\006\023\301\004Dd\034h\026g\356+\314\005h\243\3667(N\357\313\214\311\231\344\214 \323\337\311P\330\021\276\0374\325\350kO\267\322\216!\222Y\3562\200\346\000\276\311bs\3222\266\031m\2265-\302\320\221\2305\247\302\227\031\317\215\263\037&]x\272:\353\356#\331\031\177SR\303\367\251\357S\226Lm\242\033-\020\233\361C/\223\311)\341\231\r?\360\366\177\264J\257\367J\373b\204\210\334\027/=Lj\r\222|mxo\222y\313h\375/\254\273\2131\216-\352w-\353U\367\010\377\365\216\265\217!\364\232U-k4|1`,\313\321\022\3741\355\317,\216\270\331\250\006\236\255\337\207\343l\361\327\0005\315[8\201kv<\332\310\336\254\243_\030d\2703\231]\227A#\373\362\231\304L\313\326#?z\251\357\214l\025xMn\327\341mR\262l\277\255\364|\325N[\001u\307\347\214\047\343\231\nM6\330\221\376@\215&\261\311\251\014\316\324\316\262\024\032\007/Z\325\000\350\373&\303\304\021\302\007?]\334\"\035\nH\270\264l\341\203\373\334c\231.\2600\367\022:\211\312\256gs\2619\321\300%R\301p\264]\254\265\242\362Q\325\n\265\353\206 \331T\264\205\303l\341\351\273\001\267\260-\002O\331\201\357k\004\270\243E\0162\302\275\243\027\006\031\007\267\276);\270c\256\027\326\206r\325\221U\330:\247TC\311\360\257\311\235\263D\343\\#\314U\227\303!*\315\032\362\323\033\354\364^r\031\225\314eU\204\327\340\312\025\230\031\r\212\224=6\2322\331pk\004\212i\254=$b\351\254\263\231 \252U\240\215\037\036B6qo\232\363\263 \360\344^S4}\014\242\nW2\233\334\372)5\256T\2312\370\231\266\217s,:\251\003\272\001\370ah\343G\205\253\017\030\335\232\0229\3427\203\031\253\246\3022h6A>\251\341U\265\321\035\0224\035\2100G\047DhS\027#\261mn\264\016\332\007c\026\030\223\325\266\340\016\271\207\337V\236z\270e\251\265s&\016M\210\367\271t\346|:\363y\270\254W\227\216\357\207e\275X\211[\311\205\204\276\317\235\314|\021\265\206\344\017\275\313\375\047\203\372\260\374:\235Y\010\377""\024\275\210Kq9\235\231}\377\357\360Q\264\234\346\357\047\305\344\257\375_\017h:s\371\270\370>\367s\376\334\245\233Z0\037\346\364c6lE\027\"7Y\3266\355\343\267\341^\264\030\225\323<\316M\3637\302\326\211~hY+\315_\035^\275\227\334Ih\322\351\325\0077>\344N>\336)\274/\235\344\357\3064V\311\243\336W\275\026\216\272x\345\370;\355h\356x/\274\026\322PE\217\342\257\342V:w-\374G\\\210W\207\367\266\373\313\375b\177w0;\350|\240\351\334\365\320\215\227\323\371\245\341\322j\222K\n\360}\330{\333\337\351\373\203\302\311\\!\374\r\"7\257\r\300\220K\347\256\244\363\277\213\312Q-\266\223B:\277\030\376\240\235&\267\223\362\370c-y\2208\275\225\276\221\356F3\321\367\210\257u2\257\223\312_=n}\032\362\245I\310\006\2373q\027\206\205e\270]\216\267\342\016B+O2\001\200sW\217\377\023\225\242\237\3427\311\257\020\303?\221\331\343\301\003 ?_H\347\026\302\247Q+\316\047\237%\177Dt\377\047\025\000\036>\214\026\242\347q1\235\373}D\243\243X&_\016\327\377<\270\000\027\260\177\026\347\342\353\261?\\{\322\177\320\247\332\366F\224\323\276\347\257\205\310\367V\264\033_J\226\223\247\275V\006J5\3766\306\331K\321\245x#i\365.\364\354\376B\377[X\032)*\236<\356=\350U\3729\r\315\363\250\250O>\3110\371\371\302\004\206\313\307\017\303\005 7\033\005qIGy\317\244X\036\336}2\252[\360\241\244\325\266\216\217\200)\024\356\303;M\363\205\360\026x4w\345\370\000q\236\217\3766\274\373\260G{\255\376L\377\371\340\321\207\345\023\230<\213r\321R\274\2008\355dq\270\361M\2775\326\237\215:1=A\322\3054\177\023\241\225\242\203\270\240\313ab\312b\004\273\276\204qI\327l\016\307k\354\313\221\003\372\200\026&\356\245\250\020\335\211x\354\203H&\225m\000\225\277\250\203\274\023:\300\337\320\340\332\365t\361VTJ\027o\240\314\333\361A\262\210\002-\335\216\213\361s\220\307\356}\336+jY`\334\263\370A\314\201\346,2\231\355\267\007\257\007\255t\351\016z\356Mr>)\0474]\374mt;z\023\177\026\0273\207[\221\212\237\365r\275B\357N\257\326\257\014rZ}G\2276\331\355\341\343\246\321x\234\024\323[\267\343\247\360\234\353-\202VK\267\242\037\2617\277\020n\301\t|-E""\227\021Q\351\324iQ\353\274\214\313\047#\332e\251\243\224/\242\022\320\231;w\261\240\031\254\013\323\tm4\365A\274\030\377\224\034\300\375A\177i\000J\352\346\327\031\2275\211\340\267\215z\001\221\377\2025\006\020\300\375\",ePj\252i\212\376\017S\256\267\261";
-    PyObject *data = __Pyx_DecompressString(cstring, 2139, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2142 bytes) */
+static const char cstring[] = "x\332\215VAs\023\311\025FY\203\005\230`\255\r8\201d\333\013\213m\260\275Qp\0011P\033\255\355\0056Y/\002W\261I%5\264fZVG\243ii\272G\262\252\222\nG\037\3478\3079\316QG\035u\344\250\343\034\375\023\366\047\344\353\036I\0268\207u\3313=\335\257\277~\357{\337{m\262\332\364\205\315\244$\204*BD\225\360\266\2545X\303\262k\324\363\230\273Y#M\227\302B\257\251\032#\324gT?\210\242u\346=!\357F\033\310h\003\341^U\274#.\227J\352\r\r\322\241\222\370\254!\332\314\271}\264\252|\306H\325\247\207\r\346\251\265\265\265m\"E\203\221\261\033\252\006?l\352\221\216\317\025\016\021\346P\340\013\277Kj@\222M\301]\346\020\256\326\311:\341\222\360FSH\311+.#\253\233\333d\373\324Km\376\315\276\360\330\276\320P\032y\247\253j\302\323\333\034\346\362\n\363\251bn\227H\345s[1_\033y\344\325\336\253\215\255\307[\204z\016\034\377\027\263\021\211\014*\266K\245\314\210\250\004\334U\334#\252\333dr\223\274\254\222\256\010\210\307\340\027<n\302nz\003\034\362\210d\312x\266\002\226\204\242\212\013\317\302v\356\035\256\020\207\3738\204\267M\274\337QW\262MJ\252\302\257\003\317\256q\327!\r\332%\302\203\247\266+$#\035\035\013W&B\2703\242^R\322\021\276C\035\307\302\021\214\272.B\0208\324\237\320[\365\215\217\360\303d5K*\330\030\255\003\025\010\365q*\035.)xe\236y\372\276\360\311\241\315e\366\355\214\022\2779V\312\370\333\030\312\361\227bGj4\376zd\3715\306\240^\326xs\263\331=\362\004\222Q\245\201\253\210e\371\314\tlfY\304\t\014\033\236\3606\220\2346\247.Vm\356qeY\231\357:\n\3757\216\336\250\322\360\343\350i\237\035\202cC\021N\360\205hhJ\047\326\333\340\264\3164\211\225\356\251\210%\363\221\205\215\215\t\346\233\227\177\337{\267N\260\021f\273&OP\342\246\r})\266:6{\246\315\326\246N\005\245g<\301\\\2036\233\340_\373\001\000\007\3117Y\375EF\333:\214,r]\037\025\226%\363t\357\212\374\230\n\344\226\2226x\326\270F\375\\S\241H\335\023\035\020\303|6\235{l\317\320iC\340\310\217\230\325%lN[\3274\350Q\226\203\325\265\0213\024\342\357d\354\371\304\0347.Z\354`6\r\244\241Z\343H\224\257\247\266\211h2\357\223\374\035R\356M\273\004l-|\237U""\365~Jl\321h\"\262\rv\244\367\034\002\322\303\354a\300\244Z\311x3de\215\312amn\263u\324\n\267k\244\0250\230\231\222\266Q\030\322\024\353vVStR\036\243\2555!\263&\244{\034\302\205t\270R\274\301D0!\021\021\007Z\305\031|\205\271 mT\376\206\305\351y\231)9[9\263\220\331\357d,\354\010\337\017\232j\364\265\247Ki\307\010\311\014w\031Hs@\337d\2609)\031\333\2646\313\232^B\323\221\3505\247\213/3\235\033\260\037&Ux::\013\367\321\332\031\274\251U\243\367\251\357S\225LM\242\032-\010\233\361C/[\223S\213g&\374\300\333\377\321*\275\336+\355\213\021#r_\274\364\320\2515I\362\265\321\275\t\346-\243\365\277\260\356.\3328\246\250\337\265\254W\335#\374\351\031k\037M\3505\253Z\326\250\371\242\301X\226\243W\360\3034\236\031\034q3Q\r<[\277\017\307\321\342\247\001i\232\267p\002\327\314x\264\221\275YG\277\320\310pg2\273.\203F\366\3453\211\236\226\215G8z\250\357\214l\024xMn\327\2016IY6\337V\272\277j\320V@\335\3619\343\316x&C\223\tv\244?\220\243\211or*\2023\271\263,\205\302\301\213V5\001\372\276\3118q\204\360\241O\027\267H\207\202\022.-[\370\320>\367Xf\013.\314\275\204J\242\262\353\331\\lN,p\211T\320\034m\027cm\250|d\265B\355\272\021H\326\025m\3410[x\372n\300-l\213\300Sv\340\373\232\001\356\350%\007\021\341\336\321\003\303\214\203[\337\244\035\3321\327\013k\303\270\352\310*\366:\247R\323\265jU\272\010\014\311\303o\223;g%\307\271\346\232\253.\0074r\316\032\362\323\273\354\364\206r\031\225\314eU8\332\340x(\345\242t\321C\032\024\024xl\324u\262f\327\010\024\323\334{\010\314\322,d=BT\253`\037\377\210\010\331\304=j\274\310\\\301\223{M\321\314:\270~J\315/U&\035~f\345\003\337\242\223|\240*\340\221F\034]\233\022\241\341\237\006\323WM\212e\320\004\242\224\232_U\033]\"A\323\301R\340\243\005\212\006\372\351D\020m\352\2425\266\315\315\326A\031\241\335\202k\262\332\026\334!\367\360?\226\247\036nYj\355\234\361C\013\343}.\2359\237\316|\036.\353\321\245\343\373aY\017V\342Vr!\241\357s\0473_D\255!\371C\357r\377\311\240>,\277Ng\026\302?E/\342R\\Ngf\337\377;|\024-\247\371\373I1\371k\377\327\003\232\316\\>.\276\317""\375\234?w\351\246^\230\017s\3721\033\266\242\013\221\233,\353=\355\343\267\341^\264\030\225\323<\316M\3637\302\326\211~\350\265V\232\277:\274z/\271\223\320\244\323\253\017n|\310\235|<Sx_:\311\337\215i\254\222G\275\257z-\034u\361\312\361w\032h\356x/\274\026\322PE\217\342\257\342V:w-\374G\\\210W\207\367\266\373\313\375b\177w0;\350|\240\351\334\365\320\215\227\323\371\245\341\322j\222K\n\300>\354\275\355\357\364\375A\341d\256\020\376\006\236\233\327\006h\310\245sW\322\371\337E\345\250\026\333I!\235_\014\177\320\240\311\355\244<\376XK\036$No\245oVw\243\231\350{\370\327:\231\327A\345\257\036\267>u\371\322\304e\303\317\031\277\013\303\3022`\227\343\255\270\003\327\312\223H@\340\334\325\343\377D\245\350\247\370M\362+\370\360OD\366x\360\000\314\317\027\322\271\205\360i\324\212\363\311g\311\037\341\335\377\t\005\204\207\017\243\205\350y\\L\347~\037\321\350(\226\311\227\303\365?\017.\000\002\373\237\305\271\370z\354\017\327\236\364\037\364\251\336{#\312i\354\371k!\342\275\025\355\306\227\222\345\344i\257\225\221R\215\277\215q\366Rt)\336HZ\275\013=\273\277\320\377\026;\315*2\236<\356=\350U\3729M\315\363\250\250O>\3118\371\371\302\204\206\313\307\017\303\00507\033\005qI{y\317\204X\036\336}2\312[\360\241\244\315\266\216\217\300)\014\356\003\235\246\371Bx\013:\232\273r|\000?\317G\177\033\336}\330\243\275V\177\246\377|\360\350\303\362\t\266<\213r\321R\274\000?\355dq\270\361M\2775\266\237\215:1=A\320\3054\177\023\256\225\242\203\270\240\323a|\312|\204\272\276\304\346\222\316\331\034\216\327\334\227#\007\362\201,\214\337KQ!\272\023\361\330\207\220L(\333 *\177Q;y\047t\300\277\221\301\265\353\351\342\255\250\224.\336@\232\267\343\203d\021\tZ\272\035\027\343\347\020\217\335\373\274W\324k\201\201g\361\203\230\203\315YD2\333o\017^\017Z\351\322\035\324\334\233\344|RNh\272\370\333\350v\364&\376,.f\200[\221\212\237\365r\275B\357N\257\326\257\014r\332|G\2476\331\355\341\343\246\261x\234\024\323[\267\343\247@\316\365\026!\253\245[\321\217\230\233_\010\267\000\002\254\245\3502<*\235\202\026""\265\315\313\270|2\222]\026:R\371\"*\201\235\271s\027\013Z\301:1\235\320FQ\037\304\213\361O\311\001\340\017\372K\003HR\027\277\216\270\254E\004\3346\362\005F\376\013\325\030B@\367\213\260\224Q\251\245\246%\372?\204\323\273\037";
+    PyObject *data = __Pyx_DecompressString(cstring, 2142, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2834 bytes) */
-static const char cstring[] = "\377 (proces\377s  at  o\377f ivshme\377m_channe\177l.h pla\037\000\376\030\001the are\375a\001\001 taken\327; `*\004 *\004 i\377nfo` lis\367ts .\000m wa\377s remove\377d#x(tree\377 fragmen\377t))): so\267me \177\005th\205\000c\377an write\327 to@\001 \216\000or\367y hG\000spoi\377led it, \377, is imp\377ossible ?(.: : \235\006+\001\177?NoneNoG\001~V\001Cython3\001\377delibera\377tely str\237icter\256\000x\000P\377EP-484 a\273nd\266\000jec\307\000s\377ubclasse\375s\241!builti\377n types.\377 If you Sne\225\000\257\000p%\000 &\010\276\264 n set\306\002\047\376\324 otation\375_<\000ing\047 d\333irb\000iv\353\002Fa\377lse.a fo\373rk\345\000child\177 may on\247\000\177close w\242!\343it\214\"\261@\245Dsa \377wordadd_]n\357\000all\300\000o\262@\rr\326&fr\237\002\305@\321B\317C\320\302 \377D\201`?\000k\303Edi\333sa\325 en\001\002rr\177or gcis\n\003\245d\243d.\242e\010\005e%\001s^\026\005text\315d/\315d\371/\335`\370 ship.\377pyxno de\377fault __\377reduce__\367 du\371Bnon-\336\232@vial\033\000ci\037nit__\266\003\212\204\001\216\204\001\350\366\005\221\204\002\233\"d\245\204\001regx\341 \257b_\000room\317!\266\237\204\005s:\321 ke\304` \273by\273\204\007ser\203@-\375-K\006SIZE`,\351 \367\000$\000D\243Bory\257.cre\267`(\361%=\272#\001)k\010is y\016i\275s\304@pped\203\002r\307ead\372@\321B+\013maF\020\022: \246 \260C\234\205\001b\302\205\001\334\356`\341\007\047s \376\nof\177 a vers\203!\366\323\205\002isA\000t kn\377own here\343th\362G<\000\216camoGng \315*\277\206\001\266b,\252!\354\301a\376#()\223$a n\367ew \271\"r on|\252\206\010/\000ecaus\346\"\376\207\207\001silent:\337 openX\013ag\307ain\207\t\355`\365\204\001re\375f<\001a comp\277are-ex\232\210\001g\372\273@n\340\000guest\351\047\327#\315\"f\257\207\002dev\377ice, whi?ch que$\000\316\206\002_calls\250\206\002:\316\205\003\365a\365\207\006o5\003host\271 \201\210\001\340\210\001 fr\270`i\377ttimeout\371 \276$\357\000umber\216Y\003bel\262 \370\206\004\254\211\001 B\014\ts\304\210\001\266E\010\016\204\206\003C\352\211""\003\177Corrupt\007\004\325E\360\205\001C\357\206\001d\006\002De^\262 dent\000\006.\252\205\006\355c\326\210\002__\017\tset\277state_\025\005I\034\330\212\003S\002Mem\377\205\004\000\007=\017\200\017\n?\016/\010\225\210\002?\010\234gT\010h\377as_forei\213gn\300\206\003sq\010\343\213\003\202\010r\377unNO_ARE\367ANo\231$sNoI7nte\240\"sR\336\206\002\240\"\377WeakKeyD\373ic\326\211\001ary__\347Pyx\001\000\016\001_Ne\177xtRef__\366\211\004\377e____dic\245t\004\001eL\001\004\002x\331\207\001___func\035\001g\266%\336+\000main1\001mowdul:\002nam\002\003\353ewJ\001pk\000che\177cksum__\n\001?result\006\003\200C\370\022\002\260\213\001\033\003unpic1kK\000\316F3\003vt\362\211\001\237\001\017qual`\005\222\211\005\340N\254\211\006{ex\323\001set_\224\005\371s\267\010\373N__tes\276\376\001after\223Ak\376\216#doorbel\377l_nowait\377_is_coro\037utine&\003\211 \223\214\002\377allasync\367io.\031\006satb_eatcl+\000_\262 \377tracebac\371k\266\214\002\232\212\003codec\375o\305@xtlibc\377ountcurr\353enj\000d\027\001ded\357ueen$\001end\216\000\000poi\362B\271`\332\213\002e\377ventfdsf\3429\000d\207\210\007\260@\263@pid\366\327oii\265\205\001ityi\234N\000\347@ems\262\214\r\216\214\007l\177easelef\234\000\377mitlocal\317mach\376\000\232\212\001in\275g\214\220\003mute\204an\257ext_\362\001n\217\207\002o\377ffsetone?ospeer\274\221\002\300\221\003\377plainpop\377randbits\264\237\214\003\247\214\001s\200Aat\202Br\375e\357\221\002ring_a\376\377&runsecr\307ets\230\000]\001\257\215\004si\317gnal\321\211\003\351\206\002su\363pp\372`O\000xtth\376\342\213\004updateu\367se_\215\207\005valu\377esvector\377weakrefi\377nt (void\377 *, int6\2374_t)\000\203\002\215a\200\377\001\330\004\005\330\004\022\220}!\006\001\n\210+\220Q\017\001\377\047\240q\250\006\250a\200\377\001\340\004\037\230q\320 \3770\260\013\270;\300k\320\377QR\330\004\023\2209\230\377H\240A\240Q\330\004\007\377\200|\2207\230!\330\010\377+\2501\250L\270\016\300\377a\330\004\013\2101\200\001\337\360\010\000\n\033\025\001\020\220\377\001\330""\010\020\220\007\220q\277\230\006\230l\250!0\001v\377\210W\220E\230\024\230Q\373\330\010u\000\330\010\027\220q\371\340\001\001L\001q\330\010\017\320\377\017*\250$\250a\250w\177\260k\300\027\310\001\340\004\013\377\021\200A\340\010&\240a\377\240t\2507\260%\260q\276h\000\t\r\210F\220\203\000\014\377\210E\220\025\220a\220t\377\2307\240%\240q\330\014\377\025\220\\\240\021\240(\320\377*:\270!\2701\270D\377\300\007\300w\310a\330\014\377\026\220l\240!\330\020\030\177\320\030(\250\001\250\021k\000\377g\260W\270C\270r\300?\021\340\014\021\220\031\320\000\002\002\375-\204 \001\330\014\r\330\020\377\035\230Q\230h\240c\250\277\021\330\020\024\220MQ\001\250\367#\250Q\005\005)\2503\250\357d\260\047\270\031\002D\230\004;\230J\235\000q\340\020\327\000\315\000\033\210q\243\r\n\000\253\005\233\"\247\016\357\021\320\021!\266\000!\2404?\240w\250g\260Q\301\006\276 \377\014\017\210}\230A\230X\257\240S\250\002\201\000]\327\0008\373\3003\367 \020\021\330\014\023\377\220<\230q\240\010\250\003\343\2502\233\000\270\020\346@\2206\230\377\023\230G\2401\330\014\036\377\230a\230x\240s\250\"\237\320,@\300\006\272@=\000=\377\240\001\240\026\240r\320)\357;\2703\270\250 \021\220\027w\230\001\330Y\000\020\025\220\355\000\377\034\230D\240\n\250!\250\367<\260q\217#f\240B\240\375a\310 \230\n\240-\250q\377\260\006\260c\270\023\270B\3707\000\256\"\357@\2508\2603\260\373b\270A\000\024\220G\2301\330v\001\317@\220!\360\006\376\006\013\210\3776\220\023\220D\230\007\230\377u\240A\330\014\022\220*\336\336\002Q\320&;\261Du\310\377A\330\010\013\2104\210x\335\220\326@\022\220+\216@a\330\357\010\021\220\034\305`\014\r\210\375T\245\000\005\230Y\320&6\377\260a\260q\270\004\270G\337\3007\310!\3400\000=\230\337\001\230\030\240\023\245\000c\250\237\024\320-?\270\226`*\003\007\337\230w\240a\340\262 1\330\373\010\033\230\000A\230T\240\021\327\330\010\014\310c\017\237\002\010\000[\t\":\000A\360\261@\014|\000\216\370!Q\230d\274`\224`\216\0006\377\220\030\230\021\230$\230i\253\240r\306`!\240\001:\246 \010=\t\302\001$\220d""\230\345`\203a\377\025\026\330\024\034\230A\330\377\024\027\220t\230:\240T\373\250\024\274`\030#\2401\240}G\272`c\260\022\2601\030\001\375u\330@Q\230e\2403\240\365i\313 \007\307\000\007\270v\300\377R\300q\330\030$\240A\376\361@\005\250Q\250a\330\024\377\032\230#\230S\240\003\240\3760\002t\2304\230t\240=\377\260\001\260\021\260$\260h\257\270b\300\001+\001C\327A\250\353D\260\n\000\033\035\0028\2501\337\330\034#\240<\245@\001\260\275\024\324`\030\034\230O\021\000\020\277\023\2204\220t\230~\000\030c\230\013\217\000\237\004Q\0011\330!\000\317I\240Q\340\360d\365\003\020\024\377\220H\230A\200A\360\014\347\000\t\021\336\206\001\225Aw\220c\373\230\024\277 \024\240X\250T\376\\\000T\270\030\300\021\330\014\344\371\206\001\356\001Q\301a\373\000v\230Q\037\330\020\027\220\177\263`\214\"\354 KH\220\327B6\346b\372@!";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2834, 3780);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2839 bytes) */
+static const char cstring[] = "\377 (proces\377s  at  o\377f ivshme\377m_channe\177l.h pla\037\000\376\030\001the are\375a\001\001 taken\327; `*\004 *\004 i\377nfo` lis\367ts .\000m wa\377s remove\377d#x(tree\377 fragmen\377t))): so\267me \177\005th\205\000c\377an write\327 to@\001 \216\000or\367y hG\000spoi\377led it, \377, is imp\377ossible ?(.: : \235\006+\001\177?NoneNoG\001~V\001Cython3\001\377delibera\377tely str\237icter\256\000x\000P\377EP-484 a\273nd\266\000jec\307\000s\377ubclasse\375s\241!builti\377n types.\377 If you Sne\225\000\257\000p%\000 &\010\276\264 n set\306\002\047\376\324 otation\375_<\000ing\047 d\333irb\000iv\353\002Fa\377lse.a fo\373rk\345\000child\177 may on\247\000\177close w\242!\343it\214\"\261@\245Dsa \377wordadd_]n\357\000all\300\000o\262@\rr\326&fr\237\002\305@\321B\317C\320\302 \377D\201`?\000k\303Edi\333sa\325 en\001\002rr\177or gcis\n\003\245d\243d.\242e\010\005e%\001s^\026\005text\315d/\315d\371/\335`\370 ship.\377pyxno de\377fault __\377reduce__\367 du\371Bnon-\336\232@vial\033\000ci\037nit__\266\003\212\204\001\216\204\001\350\366\005\221\204\002\233\"d\245\204\001regx\341 \257b_\000room\317!\266\237\204\005s:\321 ke\304` \273by\273\204\007ser\203@-\375-K\006SIZE`,\351 \367\000$\000D\243Bory\257.cre\267`(\361%=\272#\001)k\010is y\016i\275s\304@pped\203\002r\307ead\372@\321B+\013maF\020\022: \246 \260C\234\205\001b\302\205\001\334\356`\341\007\047s \376\nof\177 a vers\203!\366\323\205\002isA\000t kn\377own here\343th\362G<\000\216camoGng \315*\277\206\001\266b,\252!\354\301a\376#()\223$a n\367ew \271\"r on|\252\206\010/\000ecaus\346\"\376\207\207\001silent:\337 openX\013ag\307ain\207\t\355`\365\204\001re\375f<\001a comp\277are-ex\232\210\001g\372\273@n\340\000guest\351\047\327#\315\"f\257\207\002dev\377ice, whi?ch que$\000\316\206\002_calls\250\206\002:\316\205\003\365a\365\207\006o5\003host\271 \201\210\001\340\210\001 fr\270`i\377ttimeout\371 \276$\357\000umber\216Y\003bel\262 \370\206\004\254\211\001 B\014\ts\304\210\001\266E\010\016\204\206\003C\352\211""\003\177Corrupt\007\004\325E\360\205\001C\357\206\001d\006\002De^\262 dent\000\006.\252\205\006\355c\326\210\002__\017\tset\277state_\025\005I\034\330\212\003S\002Mem\377\205\004\000\007=\017\200\017\n?\016/\010\225\210\002?\010\234gT\010h\377as_forei\213gn\300\206\003sq\010\343\213\003\202\010r\377unNO_ARE\367ANo\231$sNoI7nte\240\"sR\336\206\002\240\"\377WeakKeyD\373ic\326\211\001ary__\347Pyx\001\000\016\001_Ne\177xtRef__\366\211\004\377e____dic\245t\004\001eL\001\004\002x\331\207\001___func\035\001g\266%\336+\000main1\001mowdul:\002nam\002\003\353ewJ\001pk\000che\177cksum__\n\001?result\006\003\200C\370\022\002\260\213\001\033\003unpic1kK\000\316F3\003vt\362\211\001\237\001\017qual`\005\222\211\005\340N\254\211\006{ex\323\001set_\224\005\371s\267\010\373N__tes\276\376\001after\223Ak\376\216#doorbel\377l_nowait\377_is_coro\037utine&\003\211 \223\214\002\377allasync\367io.\031\006satb_eatcl+\000_\262 \377tracebac\371k\266\214\002\232\212\003codec\375o\305@xtlibc\377ountcurr\353enj\000d\027\001ded\357ueen$\001end\216\000\000poi\362B\271`\332\213\002e\377ventfdsfr9\000d\207\210\007\250\206\001_by\326\000\334\272@\275@pid\341oii\236\277\205\001ityiX\000\361@e\363ms\274\214\r\230\214\007leasoelef\246\000mi\253\000\377ttleloca\237lmach\216 \252\212\001i{ng\234\220\003mute\224a_next_\202!n\237\207\002\377offseton\177eospeer\314\221\002\376\320\221\003plainpoip\247\214\003\257\214\001s\210Aat\212B\373re\367\221\002ring_\035a\207Frun\217\000N\001\260\215\004?signal\322\211\003\352\206\002\327supO\000sH\000xt\373th\343\213\004updat\377eurandom\357use_\225\207\005val\377uesvecto\377rweakref\377int (voi\377d *, int?64_t)\000\203\002\225a\377\200\001\330\004\005\330\004\022\373\220!\006\001\n\210+\220Q\376\017\001\047\240q\250\006\250a\377\200\001\340\004\037\230q\320\377 0\260\013\270;\300k\377\320QR\330\004\023\2209\377\230H\240A\240Q\330\004\377\007\200|\2207\230!\330\377\010+\2501\250L\270\016\377\300a\330\004\013\2101\200\277\001\360\010\000\n\033\025\001\020\377\220\001""\330\010\020\220\007\220\177q\230\006\230l\250!0\001\377v\210W\220E\230\024\230\367Q\330\010u\000\330\010\027\220\363q\340\001\001L\001q\330\010\017\377\320\017*\250$\250a\250\377w\260k\300\027\310\001\340\376\004\013\021\200A\340\010&\240\377a\240t\2507\260%\260}qh\000\t\r\210F\220\203\000\377\014\210E\220\025\220a\220\377t\2307\240%\240q\330\377\014\025\220\\\240\021\240(\377\320*:\270!\2701\270\377D\300\007\300w\310a\330\377\014\026\220l\240!\330\020\377\030\320\030(\250\001\250\021\376k\000g\260W\270C\270r\177\300\021\340\014\021\220\031\320\000\372\002\002-\204 \001\330\014\r\330\377\020\035\230Q\230h\240c\177\250\021\330\020\024\220MQ\001\357\250#\250Q\005\005)\2503\337\250d\260\047\270\031\002D\230w\004\230J\235\000q\340\020\327\0006\315\000\210q\243\r\n\000\253\005\233\"\336\247\016\021\320\021!\266\000!\240\1774\240w\250g\260Q\301\006\376\276 \014\017\210}\230A\230_X\240S\250\002\201\000]\327\000\3678\3003\367 \020\021\330\014\377\023\220<\230q\240\010\250\307\003\2502\233\000\270\020\346@\2206\377\230\023\230G\2401\330\014\377\036\230a\230x\240s\250?\"\320,@\300\006\272@=\000\377=\240\001\240\026\240r\320\337);\2703\270\250 \021\220\357\027\230\001\330Y\000\020\025\220\376\355\000\034\230D\240\n\250!\357\250<\260q\217#f\240B\373\240a\310 \230\n\240-\250\377q\260\006\260c\270\023\270\361B7\000\256\"\357@\2508\2603\367\260b\270A\000\024\220G\230\2611v\001\317@\220!\360\006\376\006\013\377\2106\220\023\220D\230\007\377\230u\240A\330\014\022\220\275*\336\002Q\320&;\261Du\377\310A\330\010\013\2104\210\273x\220\326@\022\220+\216@a\337\330\010\021\220\034\305`\014\r\373\210T\245\000\005\230Y\320&\3776\260a\260q\270\004\270\277G\3007\310!\3400\000=\277\230\001\230\030\240\023\245\000c?\250\024\320-?\270\226`*\003\277\007\230w\240a\340\262 1\367\330\010\033\230\000A\230T\240\257\021\330\010\014\310c\017\237\002\010\267\000\t\":\000A\360\261@\014\034|\000\370!Q\230d\274`\224`\216\000\3776\220\030\230\021\230$\230Wi\240r\306`!\240\001:\246 {\010\t\302\001$\220d\230""\345`\376\203a\025\026\330\024\034\230A\377\330\024\027\220t\230:\240\367T\250\024\274`\030#\2401\373\240G\272`c\260\022\2601\372\030\001u\330@Q\230e\2403\353\240i\313 \007\307\000\007\270v\377\300R\300q\330\030$\240\375A\361@\005\250Q\250a\330\377\024\032\230#\230S\240\003\375\2400\002t\2304\230t\240\377=\260\001\260\021\260$\260_h\270b\300\001+\001C\327A\327\250D\260\n\000\033\035\0028\250\2771\330\034#\240<\245@\001{\260\024\324`\030\034\230O\021\000\177\020\023\2204\220t\230~\000\307\030\230\013\217\000\237\004Q\0011\330\236!\000I\240Q\340\360d\365\003\020\377\024\220H\230A\200A\360\317\014\000\t\021\336\206\001\225Aw\220\367c\230\024\277 \024\240X\250\375T\\\000T\270\030\300\021\330\311\014\371\206\001\356\001Q\301a\373\000v\230?Q\330\020\027\220\177\263`\214\"\226\354 H\220\327B6\346b\372@!";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2839, 3788);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (3780 bytes) */
-static const char bytes[] = " (process  at  of ivshmem_channel.h places of the area are taken; `ivshmem channel info` lists them was removed#x(tree fragment))): some process that can write to the memory has spoiled it, , is impossible (.: : the area has ?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a forked child may only close what it has of channelsa wordadd_noteall another process freed the place of this processat workchannel disableenableerror gcisenabledivshmem.channel.ivshmem.errorsivshmem.textivshmem/channel/membership.pyxno default __reduce__ due to non-trivial __cinit__place the the channels are closedthe region has no room for channels: make it by `ivshmem serve --channels SIZE`, or by Directory.create(channels=SIZE)the region is closedthe region is mapped for reading onlythe region is mapped for reading only: no place can be freedthe region\047s channels are of a version that is not known herethis process\047s place among the channels was freed, by free_place() or by a new server on the memory, because it was silent: open the channels againthis processor may refuse a compare-exchange in a guest\047s mapping of the device, which queues and calls need: only a process of the host can take from ittimeout is not a numberwhich belonged to place which belongs to no placewhich belongs to place ChannelCorruptChannelErrorClosedErrorDependentDependent.__reduce_cython__Dependent.__setstate_cython__IvshmemErrorMembershipMembership.__reduce_cython__Membership.__setstate_cython__Membership.closeMembership.free_placeMembership.has_foreign_placesMembership.placesMembership.runNO_AREANoChannelsNoInterruptsRegionErrorWeakKeyDictionary__Pyx_PyDict_NextRef__annotate____dict____enter____exit____func____getstate____main____module____name____new____pyx_checksum__pyx_result__pyx_state__pyx_type__pyx_unpickle_Dependent__pyx_vtable____qualname____reduce____reduce_cytho""n____reduce_ex____set_name____setstate____setstate_cython____test___after_fork_dict_doorbell_nowait_is_coroutineafter_in_childallasyncio.coroutinesatbeatcline_in_tracebackcloseclosedcodecontextlibcountcurrent_iddecodedueencodeendendpointerrorerrorseventfdsfoundfree_placegetgetpidhas_foreign_placesiidentityindexitemsivshmem.channel.membershipleaseleftlimitlocalmachinemappingmemorymutenamenext_beatnumberoffsetoneospeerplaceplacesplainpoprandbitsregionregister_at_forkreplacering_all_nowaitrunsecretsselfsetdefaultsignalsilentstatesuppresstextthreadingupdateuse_setstatevaluesvectorweakrefint (void *, int64_t)\000ring_bell\200\001\330\004\005\330\004\022\220!\200\001\330\004\n\210+\220Q\200\001\330\004\047\240q\250\006\250a\200\001\340\004\037\230q\320 0\260\013\270;\300k\320QR\330\004\023\2209\230H\240A\240Q\330\004\007\200|\2207\230!\330\010+\2501\250L\270\016\300a\330\004\013\2101\200\001\360\010\000\n\033\230!\330\010\020\220\001\330\010\020\220\007\220q\230\006\230l\250!\330\004\007\200v\210W\220E\230\024\230Q\330\010\022\220!\330\010\027\220q\340\010\027\220q\330\004\007\200q\330\010\017\320\017*\250$\250a\250w\260k\300\027\310\001\340\010\017\320\017*\250$\250a\250w\260k\300\021\200A\340\010&\240a\240t\2507\260%\260q\360\010\000\t\r\210F\220!\330\010\014\210E\220\025\220a\220t\2307\240%\240q\330\014\025\220\\\240\021\240(\320*:\270!\2701\270D\300\007\300w\310a\330\014\026\220l\240!\330\020\030\320\030(\250\001\250\021\250$\250g\260W\270C\270r\300\021\340\014\021\220\031\230!\330\014\021\220\031\230-\240q\250\001\330\014\r\330\020\035\230Q\230h\240c\250\021\330\020\024\220M\240\021\240(\250#\250Q\330\020\024\220M\240\021\240)\2503\250d\260\047\270\021\330\020\024\220D\230\004\230J\240a\240q\340\020\027\220q\330\010\017\210q\200A\340\010&\240a\240t\2507\260%\260q\360\n\000\t\r\210F\220!\330\010\020\220\001\330\010\014\210E\220\025\220a\220t\2307\240%\240q\330\014\021\320\021!\240\021\240!\2404\240w\250g\260Q\330\014\025\220\\\240\021\240(\250!\330\014\017\210}\230A""\230X\240S\250\002\250#\250]\270!\2708\3003\300a\330\020\021\330\014\023\220<\230q\240\010\250\003\2502\250Q\330\014\021\220\031\230!\330\014\021\220\031\230-\240q\250\001\330\014\022\220!\2206\230\023\230G\2401\330\014\036\230a\230x\240s\250\"\320,@\300\006\300a\330\014\023\220=\240\001\240\026\240r\320);\2703\270a\330\014\021\220\027\230\001\330\020\021\330\020\025\220Q\330\020\034\230D\240\n\250!\250<\260q\330\020\035\230Q\230f\240B\240a\330\020\030\230\n\240-\250q\260\006\260c\270\023\270B\270a\330\020\035\230Q\230l\250!\2508\2603\260b\270\001\330\020\024\220G\2301\230G\2401\340\010\017\210q\200A\360\006\000\t\r\210F\220!\330\010\013\2106\220\023\220D\230\007\230u\240A\330\014\022\220*\230A\230X\240Q\320&;\2701\270D\300\007\300u\310A\330\010\013\2104\210x\220q\330\014\022\220+\230Q\230a\330\010\021\220\034\230Q\330\014\r\210T\220\027\230\005\230Y\320&6\260a\260q\270\004\270G\3007\310!\340\010\013\210=\230\001\230\030\240\023\240B\240c\250\024\320-?\270q\330\014\r\210T\220\027\230\007\230w\240a\340\014\023\2201\330\010\033\2301\230A\230T\240\021\330\010\014\210F\220!\330\010\017\210q\200A\360\010\000\t\"\240\023\240A\360\n\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\013\2106\220\030\230\021\230$\230i\240r\250\021\250!\330\010\013\210:\220Q\330\010\t\330\014\022\220$\220d\230!\330\020\027\220q\330\025\026\330\024\034\230A\330\024\027\220t\230:\240T\250\024\250Q\330\030#\2401\240G\2503\250c\260\022\2601\330\024\027\220u\230A\230Q\230e\2403\240i\250q\260\007\260q\270\007\270v\300R\300q\330\030$\240A\240S\250\005\250Q\250a\330\024\032\230#\230S\240\003\2401\330\024\027\220t\2304\230t\240=\260\001\260\021\260$\260h\270b\300\001\330\030$\240C\240s\250\"\250D\260\001\330\030\033\2304\230t\2408\2501\330\034#\240<\250q\260\001\260\024\260Q\330\030\034\230O\2501\330\020\023\2204\220t\2301\330\024\030\230\013\2401\240A\330\024\027\220t\2304\230t\2401\330\030\034\230I\240Q\340\014\017\210}\230A\230Q\230d\240!\330\020\024\220H\230A\200A\360\014\000\t\021\220""\001\330\010\013\2104\210w\220c\230\024\230T\240\024\240X\250T\260\024\260T\270\030\300\021\330\014\020\220\007\220t\230:\240Q\330\020\021\330\024\027\220v\230Q\330\020\027\220\177\240a\330\024\034\230A\330\010\014\210H\220A\330\010\013\2106\220\027\230\001\330\014\022\220!";
+    #else /* compression: none (3788 bytes) */
+static const char bytes[] = " (process  at  of ivshmem_channel.h places of the area are taken; `ivshmem channel info` lists them was removed#x(tree fragment))): some process that can write to the memory has spoiled it, , is impossible (.: : the area has ?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a forked child may only close what it has of channelsa wordadd_noteall another process freed the place of this processat workchannel disableenableerror gcisenabledivshmem.channel.ivshmem.errorsivshmem.textivshmem/channel/membership.pyxno default __reduce__ due to non-trivial __cinit__place the the channels are closedthe region has no room for channels: make it by `ivshmem serve --channels SIZE`, or by Directory.create(channels=SIZE)the region is closedthe region is mapped for reading onlythe region is mapped for reading only: no place can be freedthe region\047s channels are of a version that is not known herethis process\047s place among the channels was freed, by free_place() or by a new server on the memory, because it was silent: open the channels againthis processor may refuse a compare-exchange in a guest\047s mapping of the device, which queues and calls need: only a process of the host can take from ittimeout is not a numberwhich belonged to place which belongs to no placewhich belongs to place ChannelCorruptChannelErrorClosedErrorDependentDependent.__reduce_cython__Dependent.__setstate_cython__IvshmemErrorMembershipMembership.__reduce_cython__Membership.__setstate_cython__Membership.closeMembership.free_placeMembership.has_foreign_placesMembership.placesMembership.runNO_AREANoChannelsNoInterruptsRegionErrorWeakKeyDictionary__Pyx_PyDict_NextRef__annotate____dict____enter____exit____func____getstate____main____module____name____new____pyx_checksum__pyx_result__pyx_state__pyx_type__pyx_unpickle_Dependent__pyx_vtable____qualname____reduce____reduce_cytho""n____reduce_ex____set_name____setstate____setstate_cython____test___after_fork_dict_doorbell_nowait_is_coroutineafter_in_childallasyncio.coroutinesatbeatcline_in_tracebackcloseclosedcodecontextlibcountcurrent_iddecodedueencodeendendpointerrorerrorseventfdsfoundfree_placefrom_bytesgetgetpidhas_foreign_placesiidentityindexitemsivshmem.channel.membershipleaseleftlimitlittlelocalmachinemappingmemorymutenamenext_beatnumberoffsetoneospeerplaceplacesplainpopregionregister_at_forkreplacering_all_nowaitrunselfsetdefaultsignalsilentstatesuppresstextthreadingupdateurandomuse_setstatevaluesvectorweakrefint (void *, int64_t)\000ring_bell\200\001\330\004\005\330\004\022\220!\200\001\330\004\n\210+\220Q\200\001\330\004\047\240q\250\006\250a\200\001\340\004\037\230q\320 0\260\013\270;\300k\320QR\330\004\023\2209\230H\240A\240Q\330\004\007\200|\2207\230!\330\010+\2501\250L\270\016\300a\330\004\013\2101\200\001\360\010\000\n\033\230!\330\010\020\220\001\330\010\020\220\007\220q\230\006\230l\250!\330\004\007\200v\210W\220E\230\024\230Q\330\010\022\220!\330\010\027\220q\340\010\027\220q\330\004\007\200q\330\010\017\320\017*\250$\250a\250w\260k\300\027\310\001\340\010\017\320\017*\250$\250a\250w\260k\300\021\200A\340\010&\240a\240t\2507\260%\260q\360\010\000\t\r\210F\220!\330\010\014\210E\220\025\220a\220t\2307\240%\240q\330\014\025\220\\\240\021\240(\320*:\270!\2701\270D\300\007\300w\310a\330\014\026\220l\240!\330\020\030\320\030(\250\001\250\021\250$\250g\260W\270C\270r\300\021\340\014\021\220\031\230!\330\014\021\220\031\230-\240q\250\001\330\014\r\330\020\035\230Q\230h\240c\250\021\330\020\024\220M\240\021\240(\250#\250Q\330\020\024\220M\240\021\240)\2503\250d\260\047\270\021\330\020\024\220D\230\004\230J\240a\240q\340\020\027\220q\330\010\017\210q\200A\340\010&\240a\240t\2507\260%\260q\360\n\000\t\r\210F\220!\330\010\020\220\001\330\010\014\210E\220\025\220a\220t\2307\240%\240q\330\014\021\320\021!\240\021\240!\2404\240w\250g\260Q\330\014\025\220\\\240\021\240(\250!\330\014\017""\210}\230A\230X\240S\250\002\250#\250]\270!\2708\3003\300a\330\020\021\330\014\023\220<\230q\240\010\250\003\2502\250Q\330\014\021\220\031\230!\330\014\021\220\031\230-\240q\250\001\330\014\022\220!\2206\230\023\230G\2401\330\014\036\230a\230x\240s\250\"\320,@\300\006\300a\330\014\023\220=\240\001\240\026\240r\320);\2703\270a\330\014\021\220\027\230\001\330\020\021\330\020\025\220Q\330\020\034\230D\240\n\250!\250<\260q\330\020\035\230Q\230f\240B\240a\330\020\030\230\n\240-\250q\260\006\260c\270\023\270B\270a\330\020\035\230Q\230l\250!\2508\2603\260b\270\001\330\020\024\220G\2301\230G\2401\340\010\017\210q\200A\360\006\000\t\r\210F\220!\330\010\013\2106\220\023\220D\230\007\230u\240A\330\014\022\220*\230A\230X\240Q\320&;\2701\270D\300\007\300u\310A\330\010\013\2104\210x\220q\330\014\022\220+\230Q\230a\330\010\021\220\034\230Q\330\014\r\210T\220\027\230\005\230Y\320&6\260a\260q\270\004\270G\3007\310!\340\010\013\210=\230\001\230\030\240\023\240B\240c\250\024\320-?\270q\330\014\r\210T\220\027\230\007\230w\240a\340\014\023\2201\330\010\033\2301\230A\230T\240\021\330\010\014\210F\220!\330\010\017\210q\200A\360\010\000\t\"\240\023\240A\360\n\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\013\2106\220\030\230\021\230$\230i\240r\250\021\250!\330\010\013\210:\220Q\330\010\t\330\014\022\220$\220d\230!\330\020\027\220q\330\025\026\330\024\034\230A\330\024\027\220t\230:\240T\250\024\250Q\330\030#\2401\240G\2503\250c\260\022\2601\330\024\027\220u\230A\230Q\230e\2403\240i\250q\260\007\260q\270\007\270v\300R\300q\330\030$\240A\240S\250\005\250Q\250a\330\024\032\230#\230S\240\003\2401\330\024\027\220t\2304\230t\240=\260\001\260\021\260$\260h\270b\300\001\330\030$\240C\240s\250\"\250D\260\001\330\030\033\2304\230t\2408\2501\330\034#\240<\250q\260\001\260\024\260Q\330\030\034\230O\2501\330\020\023\2204\220t\2301\330\024\030\230\013\2401\240A\330\024\027\220t\2304\230t\2401\330\030\034\230I\240Q\340\014\017\210}\230A\230Q\230d\240!\330\020\024\220H\230A\200A\360\014\000""\t\021\220\001\330\010\013\2104\210w\220c\230\024\230T\240\024\240X\250T\260\024\260T\270\030\300\021\330\014\020\220\007\220t\230:\240Q\330\020\021\330\024\027\220v\230Q\330\020\027\220\177\240a\330\024\034\230A\330\010\014\210H\220A\330\010\013\2106\220\027\230\001\330\014\022\220!";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 168; i++) {
+    for (int i = 0; i < 169; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
       if (likely(string) && i >= 49) PyUnicode_InternInPlace(&string);
@@ -17151,8 +17154,8 @@ static const char bytes[] = " (process  at  of ivshmem_channel.h places of the a
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 168; i < 179; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-168].length;
+    for (int i = 169; i < 180; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-169].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -17162,14 +17165,14 @@ static const char bytes[] = " (process  at  of ivshmem_channel.h places of the a
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 179; i++) {
+    for (Py_ssize_t i = 0; i < 180; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 168;
+      PyObject **table = stringtab + 169;
       for (Py_ssize_t i=0; i<11; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
@@ -17193,7 +17196,7 @@ static const char bytes[] = " (process  at  of ivshmem_channel.h places of the a
   }
   {
     PyObject **numbertab = __pyx_mstate->__pyx_number_tab + 0;
-    int8_t const cint_constants_1[] = {0,1,64};
+    int8_t const cint_constants_1[] = {0,1,8};
     int32_t const cint_constants_4[] = {238750788L};
     for (int i = 0; i < 4; i++) {
       numbertab[i] = PyLong_FromLong((i < 3 ? cint_constants_1[i - 0] : cint_constants_4[i - 3]));
@@ -17237,7 +17240,7 @@ typedef struct {
     unsigned int num_kwonly_args : 1;
     unsigned int nlocals : 4;
     unsigned int flags : 10;
-    unsigned int first_line : 10;
+    unsigned int first_line : 9;
 } __Pyx_PyCode_New_function_description;
 #ifdef __cplusplus
 } /* anonymous namespace */
@@ -17257,7 +17260,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 0, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 63};
+    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 0, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 62};
     PyObject* const varnames[] = {0};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_after_fork, __pyx_mstate->__pyx_kp_b_iso88591__7, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
@@ -17272,27 +17275,27 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_q_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 330};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 329};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_one, __pyx_mstate->__pyx_n_u_left, __pyx_mstate->__pyx_n_u_next_beat, __pyx_mstate->__pyx_n_u_limit, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_due};
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_run, __pyx_mstate->__pyx_kp_b_iso88591_A_A_4_AQd_6_ir_Q_d_q_A_t_T_Q_1G3, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 10, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 434};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 10, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 433};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_memory, __pyx_mstate->__pyx_n_u_at_2, __pyx_mstate->__pyx_n_u_number, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_place_2, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_text, __pyx_mstate->__pyx_n_u_found, __pyx_mstate->__pyx_n_u_mute};
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_places, __pyx_mstate->__pyx_kp_b_iso88591_A_at7_q_F_E_at7_q_4wgQ_AXS_83a_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 465};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 464};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_memory, __pyx_mstate->__pyx_n_u_number, __pyx_mstate->__pyx_n_u_machine, __pyx_mstate->__pyx_n_u_place_2, __pyx_mstate->__pyx_n_u_i};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_has_foreign_places, __pyx_mstate->__pyx_kp_b_iso88591_A_at7_q_F_E_at7_q_1D_wa_l_gWCr_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 491};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 490};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_index, __pyx_mstate->__pyx_n_u_number};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_free_place, __pyx_mstate->__pyx_kp_b_iso88591_A_F_6_D_uA_AXQ_1D_uA_4xq_Qa_Q_T, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 512};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 511};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_error_2, __pyx_mstate->__pyx_n_u_end, __pyx_mstate->__pyx_n_u_one};
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4wc_T_XT_T_t_Q_vQ_a_A_HA_6, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }

@@ -35,7 +35,6 @@ from .processes cimport ivshmem_process_ended, ivshmem_process_start
 
 import contextlib
 import os
-import secrets
 import threading
 import weakref
 
@@ -182,7 +181,7 @@ cdef class Membership:
             memset(text, 0, sizeof(text))
             encoded = name.encode(errors="replace")[: 8 * IVSHMEM_NAME_WORDS]
             strncpy(text, encoded, 8 * IVSHMEM_NAME_WORDS)
-            code = ivshmem_join(&self.member, secrets.randbits(64), text)
+            code = ivshmem_join(&self.member, int.from_bytes(os.urandom(8), "little"), text)
             if code:
                 raise self.fail(code, NULL, "")
             self.joined = True

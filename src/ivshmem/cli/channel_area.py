@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable
-from dataclasses import asdict
 from typing import Any
 
 from .. import channel
@@ -56,7 +54,7 @@ def _ls(options: argparse.Namespace) -> int:
     with joined(options, "reads") as channels:
         found, spoiled = channels.list(), channels.spoiled()
     if options.json:
-        print(json.dumps(_as_json(channels=found, spoiled=spoiled)))
+        print(json.dumps({"channels": _as_json(found), "spoiled": _as_json(spoiled)}))
     elif found or spoiled:
         lines = channel_text.listing(found) if found else []
         print(*lines, *channel_text.spoiled_lines(spoiled), sep="\n")
@@ -80,17 +78,21 @@ def _info(options: argparse.Namespace) -> int:
         spoiled = channels.spoiled() if options.name is None else ()
         area = channel_text.area_facts(channels)
     if options.json:
-        print(
-            json.dumps({"area": area, **_as_json(places=places, channels=found, spoiled=spoiled)})
-        )
+        parts = {"places": places, "channels": found, "spoiled": spoiled}
+        print(json.dumps({"area": area, **{name: _as_json(each) for name, each in parts.items()}}))
     else:
         lines = channel_text.described(area, places, found)
         print(*lines, *channel_text.spoiled_lines(spoiled), sep="\n")
     return 0
 
 
-def _as_json(**found: Iterable[Any]) -> dict[str, list[dict[str, Any]]]:
-    return {what: [asdict(each) for each in several] for what, several in found.items()}
+def _as_json(facts: Any) -> Any:
+    """Return facts as json.dumps takes them: of each with names a dict."""
+    if hasattr(facts, "_asdict"):
+        return {name: _as_json(value) for name, value in facts._asdict().items()}
+    if isinstance(facts, tuple | list):
+        return [_as_json(each) for each in facts]
+    return facts
 
 
 def _rm(options: argparse.Namespace) -> int:

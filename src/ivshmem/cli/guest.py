@@ -8,7 +8,6 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
 
 from .. import guest
 from ..errors import IvshmemError, NoInterrupts
@@ -261,7 +260,7 @@ def opened(options: argparse.Namespace) -> Iterator[guest.GuestDevice]:
 def _list(options: argparse.Namespace) -> int:
     devices = guest.devices()
     if options.json:
-        print(json.dumps([asdict(device) for device in devices]))
+        print(json.dumps([device._asdict() for device in devices]))
     elif devices:
         print(*table([_HEAD, *map(_row_of, devices)], columns=terminal.columns()), sep="\n")
     if not devices:
@@ -292,7 +291,7 @@ def _info(options: argparse.Namespace) -> int:
         except NoInterrupts as error:
             interrupts = str(error)
         values = {
-            **asdict(device.device),
+            **device.device._asdict(),
             "id": device.id,
             "access": device.access,
             "memory": device.memory,
@@ -354,7 +353,7 @@ def _measure(options: argparse.Namespace) -> int:
         length=parse_size(options.length) if options.length else None,
     )
     if options.json:
-        print(json.dumps([asdict(speed) for speed in speeds]))
+        print(json.dumps([speed._asdict() for speed in speeds]))
         return 0
     print(*table(map(_speed_row, speeds)), sep="\n")
     if all(speed.error for speed in speeds):

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 
 from ..errors import IvshmemError
+from ..system.named_tuple import NamedTuple
 from .choice import best_way, choose, open_device
 from .device import Access, Memory
 
@@ -24,8 +24,7 @@ _ROUNDS = 3  # of all ways in turn; the best counts, because other processes use
 _CHUNK = 1 << 16  # bytes copied at once: small enough for the processor's caches
 
 
-@dataclass(frozen=True)
-class Speed:
+class Speed(NamedTuple):
     """How fast one way of mapping the memory is.
 
     Attributes:
@@ -76,8 +75,7 @@ def measure(
         for _ in range(_ROUNDS)
     ]
     return [
-        replace(
-            same_way[0],
+        same_way[0]._replace(
             read=max(speed.read for speed in same_way),
             write=max(speed.write for speed in same_way),
         )

@@ -17,11 +17,11 @@ import errno
 import mmap
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from ..system import locks
+from ..system.named_tuple import NamedTuple
 
 SYSFS = Path("/sys/bus/pci")
 LOCKDOWN = Path("/sys/kernel/security/lockdown")
@@ -41,8 +41,7 @@ _NOIOMMU_NAME = "vfio-noiommu"
 _LOCK_SECONDS = 5.0  # to bind a driver takes milliseconds
 
 
-@dataclass(frozen=True)
-class Device:
+class Device(NamedTuple):
     """An ivshmem device, as it was at the time of the call.
 
     Attributes:

@@ -15,11 +15,11 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import BinaryIO
 
 from ..errors import ImageError
 from ..system import new_files, safe_files
+from ..system.named_tuple import NamedTuple
 from .pages import PAGE
 from .region import Region
 from .sizes import format_size
@@ -34,8 +34,7 @@ BLOCK = 1 << 20  # bytes that are copied at once
 OnProgress = Callable[[int, int], object]
 
 
-@dataclass(frozen=True)
-class ImageInfo:
+class ImageInfo(NamedTuple):
     """Facts about a saved region.
 
     Attributes:

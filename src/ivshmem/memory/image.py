@@ -26,7 +26,6 @@ Invariants:
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import struct
@@ -119,7 +118,7 @@ def save(
 
 
 def _write(file: BinaryIO, region: Region, info: ImageInfo, progress: OnProgress) -> None:
-    header = json.dumps({"version": _VERSION, **dataclasses.asdict(info)}).encode()
+    header = json.dumps({"version": _VERSION, **info._asdict()}).encode()
     head = _MAGIC + _LENGTH.pack(len(header)) + header
     crc = zlib.crc32(head)
     file.write(head + _LENGTH.pack(crc))

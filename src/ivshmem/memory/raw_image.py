@@ -20,7 +20,6 @@ Invariants:
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import json
 import os
@@ -84,7 +83,7 @@ def save(
             document = {
                 "format": _FORMAT,
                 "version": _VERSION,
-                **dataclasses.asdict(info),
+                **info._asdict(),
                 "block": BLOCK,
                 "crc32": {str(number): crc for number, crc in sums.items()},
             }
@@ -192,8 +191,7 @@ class _RawReader(Uncopied):
             sums = {int(number): crc for number, crc in found["crc32"].items()}
             if any(not 0 <= number * BLOCK < found["size"] for number in sums):
                 raise ValueError("a block outside of the region")
-            names = [field.name for field in dataclasses.fields(ImageInfo)]
-            return ImageInfo(**{name: found[name] for name in names}), sums
+            return ImageInfo(**{name: found[name] for name in ImageInfo._fields}), sums
         except (ValueError, TypeError) as error:
             reason = plain(str(error), most=_MOST_REASON)
             raise ImageError(

@@ -12,7 +12,6 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
 from .. import _core
@@ -23,36 +22,82 @@ from ..system.time_limits import deadline_of, left_until, seconds_of
 from ..system.uncopied import Uncopied
 
 
-@dataclass(frozen=True)
-class PeerJoined:
+class _EndpointEvent:
+    """Fields that do not change. An event equals those of its own class alone."""
+
+    __slots__ = ()
+    __match_args__: tuple[str, ...] = ()
+
+    def _begin(self, *values: object) -> None:
+        for name, value in zip(self.__match_args__, values, strict=True):
+            object.__setattr__(self, name, value)
+
+    def _values(self) -> tuple[object, ...]:
+        return tuple(getattr(self, name, None) for name in self.__match_args__)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"{type(self).__name__} does not change")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"{type(self).__name__} does not change")
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and self._values() == other._values()
+
+    def __hash__(self) -> int:
+        return hash((type(self), self._values()))
+
+    def __repr__(self) -> str:
+        fields = zip(self.__match_args__, self._values(), strict=True)
+        shown = (f"{name}={value!r}" for name, value in fields)
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), self._values()
+
+
+class PeerJoined(_EndpointEvent):
     """A peer connected; each of its vectors can be rung."""
 
+    __slots__ = __match_args__ = ("peer",)
     peer: int
 
+    def __init__(self, peer: int) -> None:
+        self._begin(peer)
 
-@dataclass(frozen=True)
-class PeerLeft:
+
+class PeerLeft(_EndpointEvent):
     """A peer disconnected, or ended."""
 
+    __slots__ = __match_args__ = ("peer",)
     peer: int
 
+    def __init__(self, peer: int) -> None:
+        self._begin(peer)
 
-@dataclass(frozen=True)
-class Disconnected:
+
+class Disconnected(_EndpointEvent):
     """The server is gone: no more events tell of peers. Memory and doorbells continue to work."""
 
+    __slots__ = __match_args__ = ("reason",)
     reason: str
 
+    def __init__(self, reason: str) -> None:
+        self._begin(reason)
 
-@dataclass(frozen=True)
-class IdChanged:
+
+class IdChanged(_EndpointEvent):
     """The virtual machine was migrated, and has another id now; no peer has the id `before`.
 
     Until the other peers know the new id, none of them can ring this one.
     """
 
+    __slots__ = __match_args__ = ("before", "id")
     before: int
     id: int
+
+    def __init__(self, before: int, id: int) -> None:  # noqa: A002 - as the field
+        self._begin(before, id)
 
 
 Event: TypeAlias = PeerJoined | PeerLeft | Interrupt | Disconnected | IdChanged

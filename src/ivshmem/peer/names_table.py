@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import struct
 import zlib
-from dataclasses import dataclass
-from typing import NamedTuple
 
 from ..errors import NoDirectory, RegionError
 from ..memory.region import Region
 from ..memory.sizes import format_size
 from ..protocol.limits import MAX_VECTORS
+from ..system.named_tuple import NamedTuple
 from ..text import counted
 from .limits import AREA_PAGE, AREA_START, MAGIC, MAX_SLOTS, SLOT_BYTES
 
@@ -32,8 +31,7 @@ TRAILER = struct.Struct("<8s8x I II 4x QQ 80x")  # magic, crc, version, slots, a
 OWNER, BEAT_OFFSET = 0, 8  # offsets in a slot
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """An entry that a peer has published. It is a claim, not a proof: any peer can write any byte.
 
     Attributes:

@@ -13,11 +13,10 @@ Invariants:
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from typing import NamedTuple
 
 from ..memory.region import Region
 from ..native import mapping
+from ..system.named_tuple import NamedTuple
 from .limits import SLOT_BYTES
 from .names_table import OWNER, SLOT, Entry, copy_slot, parse, start_of
 
@@ -31,14 +30,16 @@ class Slot(NamedTuple):
     alive: bool | None  # False: dead
 
 
-@dataclass
 class _OwnerWatch:
     """When a slot last showed a sign of life, by this process's clock: peers share no clock."""
 
-    owner: int
-    beat: int
-    since: float
-    moved: bool = False  # a sign of life was seen since it is watched
+    __slots__ = ("beat", "moved", "owner", "since")
+
+    def __init__(self, owner: int, beat: int, since: float) -> None:
+        self.owner = owner
+        self.beat = beat
+        self.since = since
+        self.moved = False  # a sign of life was seen since it is watched
 
 
 class WatchedSlots:
