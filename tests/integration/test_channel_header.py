@@ -72,7 +72,7 @@ def test_no_compiler_warns(tmp_path: Path, compiler: str, language: str) -> None
     subprocess.run([*command, f"-I{channel.get_include()}", source], check=True)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("way", ["kill", "stop"])
 @pytest.mark.parametrize(("program", "operation"), STEPS)
 def test_at_each_step(build: Build, program: str, operation: str, way: str) -> None:

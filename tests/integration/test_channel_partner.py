@@ -174,6 +174,7 @@ def streams(channels: Channels, there: Callable[[], None], count: int) -> None:
 KINDS = {"messages": messages, "queue": queue, "value": value, "calls": calls, "bytes": streams}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("count", [1000, pytest.param(50_000, marks=pytest.mark.nightly)])
 def test_python_and_c(region: Region, program: Path, kind: str, count: int) -> None:

@@ -323,6 +323,7 @@ def test_who_has_let_go_does_nothing_more(serve: Serve, peers: list[RawPeer]) ->
     serving.path.unlink()
 
 
+@pytest.mark.nightly
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("call", ["eventfd", "epoll_ctl", "open"])
 def test_a_successor_that_fails_leaves_all_to_the_next(

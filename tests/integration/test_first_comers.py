@@ -337,7 +337,7 @@ def _table() -> Iterator[object]:
             yield pytest.param(command, trap, id=name, marks=marks)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(("command", "trap"), list(_table()))
 def test_path(
     command: Command,

@@ -161,6 +161,7 @@ def test_an_old_python(bundles: Path) -> None:
     assert done.stderr == "ivshmem: Python 3.10 or newer is needed, and this is Python 3.9\n"
 
 
+@pytest.mark.nightly
 def test_another_machine(bundles: Path, home: Path, tmp_path: Path) -> None:
     shutil.unpack_archive(bundles / "ivshmem.pyz", tmp_path / "tree", "zip")
     start = tmp_path / "tree/__main__.py"

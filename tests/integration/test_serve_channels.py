@@ -126,6 +126,7 @@ def test_a_new_server_on_old_memory(serve: Serve, tmp_path: Path, shm_name: str)
         assert area_of(client) == range(0xEE000, 0xFE000)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("names", [[], ["--names", "31"]], ids=["alone", "with names"])
 def test_a_successor_changes_nothing(serve: Serve, tmp_path: Path, names: list[str]) -> None:
     """After SIGKILL, and then by a takeover."""

@@ -304,7 +304,7 @@ def servers(*place: str) -> list[list[str]]:
 # -- the table -------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @table(dict(ATTACKS))
 def test_who_came_first(what: str) -> None:
     def body() -> None:

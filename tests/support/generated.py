@@ -5,7 +5,7 @@
     python3 tests/support/generated.py know _core native/bell      writes the digests anew
 
 To generate all takes 16 seconds of a processor, and `make test` does that only for modules that are
-unknown here. CI and `make nightly` generate all, whatever the file says.
+unknown here. `make nightly` generates all, whatever the file says.
 
 Knows: what Cython reads and what comes out. Does not know: Cython.
 Invariant: a digest is that of one state of all that is read and of the C file that it made. So a
