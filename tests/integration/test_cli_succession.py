@@ -324,7 +324,6 @@ def test_who_has_let_go_does_nothing_more(serve: Serve, peers: list[RawPeer]) ->
 
 
 @pytest.mark.nightly
-@pytest.mark.sampled(3)
 @pytest.mark.parametrize("call", ["eventfd", "epoll_ctl", "open"])
 def test_a_successor_that_fails_leaves_all_to_the_next(
     tmp_path_factory: pytest.TempPathFactory, serve: Serve, peers: list[RawPeer], call: str

@@ -307,7 +307,6 @@ def test_signals(
 
 
 @pytest.mark.nightly
-@pytest.mark.sampled(2)
 @pytest.mark.parametrize("command", [("top",), ("channel", "top")], ids=" ".join)
 def test_nobody_reads(served: Child, socket_path: str, command: tuple[str, ...]) -> None:
     """What it draws fills the terminal's buffer, and SIGTERM ends it all the same."""

@@ -130,7 +130,6 @@ def give_up(sock: socket.socket, other: socket.socket) -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.sampled(6)
 @pytest.mark.parametrize("half_closed", [False, True])
 @pytest.mark.parametrize("unix", [False, True])
 def test_resets_beside_a_socket_that_takes_nothing(

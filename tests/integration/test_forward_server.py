@@ -253,7 +253,6 @@ def test_a_stopped_server_is_waited_for(directory: Path, socket_path: str) -> No
 
 
 @pytest.mark.nightly
-@pytest.mark.sampled(2)
 @pytest.mark.parametrize("side", ["near", "far"])
 def test_a_name_that_becomes_another_kind(directory: Path, socket_path: str, side: str) -> None:
     """That forward pauses until the name is free again; others keep their connections."""

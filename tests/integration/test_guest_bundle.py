@@ -369,6 +369,13 @@ def test_an_image_has_the_files(bundles: Path, tmp_path: Path) -> None:
     assert (done.stdout, done.stderr) == (f"ivshmem {ivshmem.__version__}\n", "")
 
 
+def test_an_image_of_any_name(tmp_path: Path) -> None:
+    file = tmp_path / "kit.img"
+    command = [sys.executable, "-m", "ivshmem", "guest", "bundle", "--iso", "-o", str(file)]
+    subprocess.run(command, capture_output=True, timeout=60, check=True)
+    assert bundle.PROGRAM in files_of(file.read_bytes())
+
+
 @pytest.mark.parametrize("count", [0, 1, 27, 28, 29, 120])
 def test_images_of_many_files(count: int) -> None:
     """A directory longer than a sector: no entry crosses the end of one."""

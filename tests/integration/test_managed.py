@@ -296,7 +296,6 @@ def test_what_is_seen_cannot_be_had(
 
 
 @pytest.mark.nightly
-@pytest.mark.sampled(2)
 @pytest.mark.parametrize("reverse", [False, True], ids=["in-order", "reversed"])
 def test_killed_at_any_moment(manage: Manage, region: list[str], path: str, reverse: bool) -> None:
     """Peers come and go while the server is killed again and again.

@@ -33,18 +33,20 @@ from ivshmem.cli import main
 
 # What does not run here, and why. What of it is ours is parsed.
 NOT_RUN = {
-    r"ivshmem (guest |doctor 0000:)": "needs a device: tests/vm/test_guest_cli.py, test_doctor.py",
+    r"ivshmem (guest (?!bundle)|doctor 0000:)": "needs a device: tests/vm/test_guest_cli.py, test_doctor.py",
     r"ivshmem forward --guest|ssh ": "needs a device: tests/vm/test_forward.py",
     r"ivshmem channel call ": "needs a program that replies: test_cli_channel_watch.py",
     r"ivshmem migrate ": "needs two QEMUs: tests/vm/test_migrate.py",
     r"ivshmem serve .*--hugepages": "needs huge pages in reserve: tests/vm/test_regions.py",
     r"numactl ": "needs a machine with two nodes",
-    r"ivshmem top": "needs a terminal: tests/integration/test_cli_status.py",
+    r"ivshmem top": "needs a terminal: tests/integration/test_cli_top.py",
     r"ivshmem bench( --seconds| *$)": "takes long: tests/integration/test_cli_bench.py",
     r"systemctl |/opt/ivshmem/": "needs systemd and root: tests/vm/test_systemd.py",
     r"(apt-get|pip|pipx|python3 -m venv) ": "installs packages",
     r"echo \w+ > /sys/": "changes the machine",
     r"python3 ivshmem.pyz guest setup": "changes the machine: tests/vm/test_guest_setup.py",
+    r"ivshmem connect -S /run/ivshmem-0000": "needs a device: tests/vm/test_guest_setup.py",
+    r"podman ": "needs root, and podman: tests/integration/test_container.py",
     r"bpftrace ": "needs root and the kernel's tracepoints: test_trace.py",
     r"make ": "builds what is tested here: test_readme.py knows the targets",
 }

@@ -669,7 +669,6 @@ def test_a_channel_that_cannot_be_read_is_told_of(
 
 
 @pytest.mark.nightly
-@pytest.mark.sampled(4)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_progress_on_a_terminal_that_nobody_reads(
     socket_path: str, channels: Channels, directory: Path, number: int
