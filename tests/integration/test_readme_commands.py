@@ -59,7 +59,7 @@ SESSIONS = [page for page in PAGES if shell_lines(page) and page.parent.name != 
 IVSHMEM = f"""#!/bin/sh
 case " $* " in
 " forward "*) set -- "$@" -S "$XDG_RUNTIME_DIR/ivshmem.sock" ;;
-*" -S "*|*" --con"*|*" --name "*|*" --file "*|*" -device "*|*" systemd "*|*" --print-"*) ;;
+*" -S "*|*" --con"*|*" --name "*|*" --file "*|*" -device "*|*" systemd "*|*" bundle "*|*" --print-"*) ;;
 *) set -- "$@" -S "$XDG_RUNTIME_DIR/ivshmem.sock" ;;
 esac
 exec {sys.executable} -m ivshmem "$@"

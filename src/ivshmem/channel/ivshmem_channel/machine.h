@@ -35,6 +35,7 @@ static inline int ivshmem_compare_exchange_word(uint64_t *word, uint64_t expecte
 #endif
 #if defined(__x86_64__)
 #define IVSHMEM_COMPILER_BARRIER() __asm__ __volatile__("" ::: "memory")
+#define IVSHMEM_LFENCE() __asm__ __volatile__("lfence" ::: "memory")
 #define IVSHMEM_SFENCE() __asm__ __volatile__("sfence" ::: "memory")
 #define IVSHMEM_MFENCE() __asm__ __volatile__("mfence" ::: "memory")
 /* Orders what is cached as mfence does, in a third of the time. */
@@ -63,6 +64,7 @@ static inline int ivshmem_compare_exchange_word(uint64_t *word, uint64_t expecte
 #define IVSHMEM_PREFETCH(at) _m_prefetchw((const volatile void *)(at))
 #endif
 #define IVSHMEM_COMPILER_BARRIER() _ReadWriteBarrier()
+#define IVSHMEM_LFENCE() _mm_lfence()
 #define IVSHMEM_SFENCE() _mm_sfence()
 #define IVSHMEM_MFENCE() _mm_mfence()
 #define IVSHMEM_LOCKED() _mm_mfence()
@@ -133,7 +135,8 @@ static inline void ivshmem_load_barrier(const struct ivshmem_memory *memory)
     else
         IVSHMEM_DMB(oshld);
 #else
-    (void)memory;
+    if (memory->mapping != IVSHMEM_WRITE_BACK) /* loads of write-combining memory pass each other */
+        IVSHMEM_LFENCE();
     IVSHMEM_COMPILER_BARRIER();
 #endif
 }
