@@ -1,9 +1,9 @@
 """ivshmem_channel.h alone, as a program in C uses it.
 
-tests/channel/ has the programs: a process is killed, or stopped, at each of its steps; shared words
-that a hostile peer spoiled; threads under ThreadSanitizer; counts of readers that drop messages; an
-area whose bytes are known. By
-night they run optimized as well: that takes the compiler three times as long.
+tests/channel/ has the programs: a process is killed, or stopped, at each of its steps (see
+`OPERATIONS`: values have none); shared words that a hostile peer spoiled; threads under
+ThreadSanitizer; counts of readers that drop messages; an area whose bytes are known. By night they
+run optimized as well: that takes the compiler three times as long.
 """
 
 from __future__ import annotations

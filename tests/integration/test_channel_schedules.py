@@ -5,8 +5,11 @@ process, one step at a time. A schedule says who is next, and which store become
 all schedules with one preemption, or two, schedules by chance, and those that the explorer of the
 model (tests/model) found.
 
-`NEEDED` removes each barrier, fence, comparison of an epoch and second look of the header in turn:
-some schedule must fail. `UNSEEN` says of each of the others why none can.
+`NEEDED` removes each barrier, fence, comparison of an epoch and second look of some files of the
+header (`FILES` in support/header_points.py) in turn: some schedule must fail. `UNSEEN` says of each
+of the others why none can. places.h and records.h are not among these files: the model explores
+their protocol (model/places.py, model/creation.py), and test_channel_header.py kills and stops
+processes at each step of their C.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """Points of the C header of channels, each of which a copy of the header can do without.
 
+`FILES` names the files that have points; places.h and records.h are not among them.
+
 A point is a barrier, a fence, a comparison of an epoch, or one of `LOOKS`: a second look, or a
 step that the protocol needs. `write_copy` writes a copy of the header in which each of them asks
 IVSHMEM_HAS(number) first, so that one program (tests/channel/schedules.h) can run without any of
