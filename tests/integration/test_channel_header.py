@@ -61,7 +61,14 @@ def output_of(*command: str | Path, timeout: float = 300, pass_fds: tuple[int, .
     return ended.stdout
 
 
-@pytest.mark.parametrize(("compiler", "language"), [("cc", "c11"), ("c++", "c++17")])
+@pytest.mark.parametrize(
+    ("compiler", "language"),
+    [
+        *(("cc", "c11"), ("c++", "c++17")),
+        pytest.param("clang", "c11", marks=pytest.mark.nightly),
+        pytest.param("clang++", "c++17", marks=pytest.mark.nightly),
+    ],
+)
 def test_no_compiler_warns(tmp_path: Path, compiler: str, language: str) -> None:
     """It is included twice, as the first thing that a program includes."""
     source = tmp_path / ("program.c" if language == "c11" else "program.cc")
@@ -70,6 +77,16 @@ def test_no_compiler_warns(tmp_path: Path, compiler: str, language: str) -> None
     if language != "c11":
         command.remove("-Wconversion")
     subprocess.run([*command, f"-I{channel.get_include()}", source], check=True)
+
+
+def test_a_big_endian_machine_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "program.c"
+    source.write_text('#include "ivshmem_channel.h"\n')
+    order = ["-U__BYTE_ORDER__", "-D__BYTE_ORDER__=__ORDER_BIG_ENDIAN__"]
+    command = [needs("cc"), "-fsyntax-only", *order, f"-I{channel.get_include()}", str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode != 0
+    assert "channels are little-endian" in done.stderr
 
 
 @pytest.mark.sampled(6)

@@ -10,6 +10,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "ivshmem channels are little-endian: peers would read these words in another order"
+#endif
+
 #if defined(__GNUC__) || defined(__clang__)
 #ifndef IVSHMEM_LOAD
 #define IVSHMEM_LOAD(word) __atomic_load_n((word), __ATOMIC_ACQUIRE)
