@@ -174,6 +174,7 @@ def test_killed_writers_of_messages(
                 turn, number = message.split()
                 return int(turn), int(number)
 
+            returned = counter()
             for turn, most in enumerate(numbers(1, kills, each)):
                 next_ = 0
 
@@ -181,12 +182,15 @@ def test_killed_writers_of_messages(
                     writer = own.open("a").writer()  # type: ignore[attr-defined]
                     for i in itertools.count():
                         writer.put(b"%d %d" % (turn, i))
+                        returned[0] = i + 1
 
+                returned[0] = 0
                 with child(region, write):
                     while next_ < most:
                         assert get(PATIENCE) == (turn, next_ - 1)
                 while (found := get(0)) is not None:
                     assert found == (turn, next_ - 1)
+                assert returned[0] <= next_ <= returned[0] + 1
 
 
 @killing
@@ -271,6 +275,76 @@ def test_killed_readers_of_a_queue(
             assert counts[0] <= kills + 1
 
 
+@killing
+def test_killed_writers_of_a_queue(
+    channels: Channels, region: Region, kills: int, each: int
+) -> None:
+    """What `put` returned from comes once, in order; what comes next is the next writer's."""
+    with all_comes_back(channels):
+        queue = channels.create_queue("a", limit=16, slots=64, writers=2)
+        with queue.reader() as reader:
+            returned = counter()
+            for turn, most in enumerate(numbers(7, kills, each)):
+
+                def write(own: Channels, turn: int = turn) -> None:
+                    writer = own.open("a").writer()  # type: ignore[attr-defined]
+                    for i in itertools.count():
+                        writer.put(b"%d %d" % (turn, i))
+                        returned[0] = i + 1
+
+                returned[0] = 0
+                got = 0
+                with child(region, write):
+                    while got < most:
+                        assert reader.get(PATIENCE) == b"%d %d" % (turn, got)
+                        got += 1
+                while (message := reader.get(0)) is not None:
+                    assert message == b"%d %d" % (turn, got)
+                    got += 1
+                assert returned[0] <= got <= returned[0] + 1
+
+
+@killing
+def test_killed_callers(channels: Channels, region: Region, kills: int, each: int) -> None:
+    """A server gets each request once, in order; whoever died, its slot comes back."""
+    with all_comes_back(channels):
+        calls = channels.create_calls("a", limit=16, slots=4, callers=1)
+        with calls.server() as server:
+            returned = counter()
+            for turn, most in enumerate(numbers(8, kills, each // 5)):
+
+                def ask(own: Channels, turn: int = turn) -> None:
+                    caller = own.open("a").caller()  # type: ignore[attr-defined]
+                    for i in itertools.count():
+                        request = b"%d %d" % (turn, i)
+                        assert caller.call(request) == request
+                        returned[0] = i + 1
+
+                def reply(number: int, timeout: float, turn: int = turn) -> bool:
+                    call = server.take(timeout)
+                    if call is None:
+                        return False
+                    request = bytes(call)
+                    assert request == b"%d %d" % (turn, number)
+                    call.reply(request)
+                    return True
+
+                returned[0] = 0
+                served = 0
+                with child(region, ask):
+                    while served < most:
+                        assert reply(served, PATIENCE)
+                        served += 1
+                while reply(served, 0):
+                    served += 1
+                assert returned[0] <= served <= returned[0] + 2
+
+
+def counter() -> memoryview:
+    """A word that a process counts in and another one reads, whatever becomes of the first."""
+    return memoryview(mmap.mmap(-1, 4096)).cast("Q")
+
+
 def _unfinished(channels: Channels) -> int:
     return channels.list()[0].unfinished
 
@@ -284,13 +358,16 @@ def test_killed_setters_of_a_value(
         value = channels.create_value("a", limit=256)
         with value.reader() as reader:
             last = 0
+            returned = counter()
             for most in numbers(4, kills, each):
 
                 def write(own: Channels, after: int = last) -> None:
                     with own.open("a").writer() as writer:  # type: ignore[attr-defined]
                         for i in itertools.count(after + 1):
                             writer.put(i.to_bytes(8, "little") * 32)
+                            returned[0] = i
 
+                returned[0] = last
                 end = last + most
                 with child(region, write):
                     while last < end:
@@ -300,6 +377,7 @@ def test_killed_setters_of_a_value(
                         assert now > last
                         last = now
                 last = int.from_bytes(reader.get()[:8], "little")
+                assert returned[0] <= last <= returned[0] + 1
 
 
 @killing
@@ -352,13 +430,16 @@ def test_killed_senders_of_bytes(channels: Channels, region: Region, kills: int,
         room = channels.create_bytes("a", buffer=4096, connections=1)
         pattern = bytes(range(256)) * 64
         with room.listen() as listener:
+            returned = counter()
             for most in numbers(6, kills, each):
 
                 def send(own: Channels) -> None:
                     stream = own.open("a").connect(wait_for_listener=True)  # type: ignore[attr-defined]
                     for i in itertools.cycle(range(0, len(pattern), 64)):
                         stream.sendall(pattern[i : i + 64])
+                        returned[0] += 64
 
+                returned[0] = 0
                 with child(region, send) as pid:
                     stream = listener.accept(PATIENCE)
                     assert stream is not None
@@ -372,6 +453,7 @@ def test_killed_senders_of_bytes(channels: Channels, region: Region, kills: int,
                             if count <= 64 * most < count + len(data):
                                 os.kill(pid, signal.SIGKILL)
                             count += len(data)
+                    assert returned[0] <= count <= returned[0] + 64
 
 
 def stop(pid: int) -> None:
