@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -291,39 +292,70 @@ def run(*words, stdin=None):
     command = [sys.executable, "-m", "ivshmem", "channel", words[0], "--guest", *words[1:]]
     done = subprocess.run(command, input=stdin, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    print("RAN", words[0], flush=True)
     return done.stdout
 
 assert "log" in run("ls")
 print("GOT", run("cat", "log", "--history", "1", "-n", "1", "-t", "60"), flush=True)
 run("put", "log", "from the guest")
 print("RATE", run("hz", "log", "-n", "2", "-i", "0.5").splitlines()[-1], flush=True)
+assert ", message mean " in run("bw", "log", "-n", "2", "-i", "0.5")
+assert run("tail", "log", "-n", "2", "--lines") == "x\nx\n"
+assert "log" in run("top", "-n", "1", "-i", "0.5")
+run("record", "/tmp/a.mcap", "log", "-t", "2")
+assert run("call", "ask", "hello", "-t", "60") == "HELLO"
+assert "ask" in run("info")
+run("rm", "log", "--force")
+run("replay", "/tmp/a.mcap", "--speed", "inf")
+assert "log" in run("ls")
 """
 
 
 @pytest.mark.nightly
 def test_channel_commands_in_a_guest(pair: Pair, pair_host: ivshmem.Client) -> None:
-    """`ls`, `cat`, `put` and `hz`, with the host at the other end."""
+    """Each of them, with the host at the other end."""
     ivshmem.Directory.create(pair_host.region, channels="512K").close()
     with channel.open(pair_host) as channels:
         log = channels.create_messages("log", limit=100)
         with log.reader() as reader, log.writer() as writer:
             writer.put(b"from the host")
             run = pair.a.run(COMMANDS)
+            server = channels.create_calls("ask", limit=100).server()
+            threading.Thread(target=_serve, args=(server,)).start()
             assert run.expect("GOT") == "GOT from the host"
             messages = iter(lambda: reader.get(timeout=TIMEOUT), b"from the guest")
             assert list(messages) == [b"from the host"]
             ended = threading.Event()
 
             def write() -> None:
-                while not ended.wait(0.05):
-                    reader.get(0)
-                    writer.put(b"x", timeout=TIMEOUT)
+                with contextlib.suppress(ivshmem.ClosedError):  # the guest removes it
+                    while not ended.wait(0.05):
+                        reader.get(0)
+                        writer.put(b"x", timeout=TIMEOUT)
 
             thread = threading.Thread(target=write)
             thread.start()
             try:
                 assert "/s, interval min " in run.expect("RATE")
+                for command in (
+                    "bw",
+                    "tail",
+                    "top",
+                    "record",
+                    "call",
+                    "info",
+                    "rm",
+                    "replay",
+                    "ls",
+                ):
+                    run.expect(f"RAN {command}")
             finally:
                 ended.set()
                 thread.join()
+                server.close()
             assert run.wait() == 0
+
+
+def _serve(server: channel.CallServer) -> None:
+    with contextlib.suppress(ivshmem.ClosedError):
+        server.serve(bytes.upper)
