@@ -63,6 +63,7 @@ cdef class ChannelEnd(Dependent):
     cdef int wait(self, object timeout, object spin) except? -2
     cdef int restore(self) except -1
     cdef int give_up(self) except -1
+    cdef int pass_on(self) except -1
     cdef int begin_watch(self) except -1
     cdef int arm(self) except? -2
     cdef object fail(self, int code)

@@ -212,6 +212,10 @@ cdef class ChannelEnd(Dependent):
         """Free the slot."""
         return 0
 
+    cdef int pass_on(self) except -1:
+        """After a sleep that is over: a ring that woke this end alone may be for another one."""
+        return 0
+
     cdef int check_there(self) except -1:
         """Raise ClosedError if the channel was removed, by force: then nothing more comes."""
         if not ivshmem_is_there(&self.sleeper().channel):

@@ -2734,7 +2734,7 @@ struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd {
 };
 
 
-/* "ivshmem/channel/queues.pxd":21
+/* "ivshmem/channel/queues.pxd":20
  * 
  * 
  * cdef class QueueReader(ClaimingEnd):             # <<<<<<<<<<<<<<
@@ -2746,7 +2746,7 @@ struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader {
 };
 
 
-/* "ivshmem/channel/queues.pxd":29
+/* "ivshmem/channel/queues.pxd":28
  * 
  * 
  * cdef class Taken(Received):             # <<<<<<<<<<<<<<
@@ -3070,6 +3070,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd {
   int (*wait)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *);
   int (*restore)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int (*give_up)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*pass_on)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int (*begin_watch)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int (*arm)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   PyObject *(*fail)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, int);
@@ -3168,7 +3169,6 @@ struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd {
   int (*claim)(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, enum ivshmem_claim, PyObject *, PyObject *, struct ivshmem_taken *);
   int (*claim_as)(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, enum ivshmem_claim, struct ivshmem_taken *);
   int (*undo)(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, struct ivshmem_taken const *);
-  int (*after_sleep)(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *);
 };
 static struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_vtabptr_7ivshmem_7channel_6queues_ClaimingEnd;
 
@@ -4271,7 +4271,7 @@ static int64_t __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_probe(struct __py
 static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_restore(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim_as(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self, enum ivshmem_claim __pyx_v_how, struct ivshmem_taken *__pyx_v_taken); /* proto*/
 static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_undo(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self, struct ivshmem_taken const *__pyx_v_taken); /* proto*/
-static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_after_sleep(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_pass_on(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self, enum ivshmem_claim __pyx_v_how, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin, struct ivshmem_taken *__pyx_v_taken); /* proto*/
 static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_got(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin, PyObject *__pyx_v_absent); /* proto*/
 static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_decoded(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, struct ivshmem_taken const *__pyx_v_taken); /* proto*/
@@ -6480,7 +6480,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_undo(struct __pyx_obj
  *             self.membership.flush()
  *         return 0             # <<<<<<<<<<<<<<
  * 
- *     cdef int after_sleep(self) except -1:
+ *     cdef int pass_on(self) except -1:
 */
   {
 
@@ -6508,12 +6508,12 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_undo(struct __pyx_obj
 /* "ivshmem/channel/queues.pyx":75
  *         return 0
  * 
- *     cdef int after_sleep(self) except -1:             # <<<<<<<<<<<<<<
+ *     cdef int pass_on(self) except -1:             # <<<<<<<<<<<<<<
  *         """A ring wakes one reader: wake another one if there is more."""
  *         if self.slept:
 */
 
-static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_after_sleep(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self) {
+static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_pass_on(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self) {
   int __pyx_r;
   int __pyx_t_1;
   int __pyx_lineno = 0;
@@ -6521,7 +6521,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_after_sleep(struct __
   int __pyx_clineno = 0;
 
   /* "ivshmem/channel/queues.pyx":77
- *     cdef int after_sleep(self) except -1:
+ *     cdef int pass_on(self) except -1:
  *         """A ring wakes one reader: wake another one if there is more."""
  *         if self.slept:             # <<<<<<<<<<<<<<
  *             self.slept = False
@@ -6548,7 +6548,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_after_sleep(struct __
     ivshmem_queue_pass_on((&__pyx_v_self->__pyx_base.reader));
 
     /* "ivshmem/channel/queues.pyx":77
- *     cdef int after_sleep(self) except -1:
+ *     cdef int pass_on(self) except -1:
  *         """A ring wakes one reader: wake another one if there is more."""
  *         if self.slept:             # <<<<<<<<<<<<<<
  *             self.slept = False
@@ -6582,14 +6582,14 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_after_sleep(struct __
   /* "ivshmem/channel/queues.pyx":75
  *         return 0
  * 
- *     cdef int after_sleep(self) except -1:             # <<<<<<<<<<<<<<
+ *     cdef int pass_on(self) except -1:             # <<<<<<<<<<<<<<
  *         """A ring wakes one reader: wake another one if there is more."""
  *         if self.slept:
 */
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem.channel.queues.ClaimingEnd.after_sleep", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.channel.queues.ClaimingEnd.pass_on", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
 
@@ -6757,7 +6757,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
  *                     code = self.claim_as(how, taken)  # `how` is another thread's since the wait
  *             finally:
  *                 if self.usable():             # <<<<<<<<<<<<<<
- *                     self.after_sleep()
+ *                     self.pass_on()
  *         if code and code != IVSHMEM_AGAIN:
 */
     /*finally:*/ {
@@ -6770,18 +6770,18 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
           /* "ivshmem/channel/queues.pyx":100
  *             finally:
  *                 if self.usable():
- *                     self.after_sleep()             # <<<<<<<<<<<<<<
+ *                     self.pass_on()             # <<<<<<<<<<<<<<
  *         if code and code != IVSHMEM_AGAIN:
  *             raise self.fail(code)
 */
-          __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->after_sleep(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 100, __pyx_L1_error)
+          __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.pass_on(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 100, __pyx_L1_error)
 
 
           /* "ivshmem/channel/queues.pyx":99
  *                     code = self.claim_as(how, taken)  # `how` is another thread's since the wait
  *             finally:
  *                 if self.usable():             # <<<<<<<<<<<<<<
- *                     self.after_sleep()
+ *                     self.pass_on()
  *         if code and code != IVSHMEM_AGAIN:
 */
         }
@@ -6810,18 +6810,18 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
             /* "ivshmem/channel/queues.pyx":100
  *             finally:
  *                 if self.usable():
- *                     self.after_sleep()             # <<<<<<<<<<<<<<
+ *                     self.pass_on()             # <<<<<<<<<<<<<<
  *         if code and code != IVSHMEM_AGAIN:
  *             raise self.fail(code)
 */
-            __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->after_sleep(__pyx_v_self); if (unlikely(__pyx_t_13 == ((int)-1))) __PYX_ERR(0, 100, __pyx_L12_error)
+            __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.pass_on(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_13 == ((int)-1))) __PYX_ERR(0, 100, __pyx_L12_error)
 
 
             /* "ivshmem/channel/queues.pyx":99
  *                     code = self.claim_as(how, taken)  # `how` is another thread's since the wait
  *             finally:
  *                 if self.usable():             # <<<<<<<<<<<<<<
- *                     self.after_sleep()
+ *                     self.pass_on()
  *         if code and code != IVSHMEM_AGAIN:
 */
           }
@@ -6862,7 +6862,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
 
   /* "ivshmem/channel/queues.pyx":101
  *                 if self.usable():
- *                     self.after_sleep()
+ *                     self.pass_on()
  *         if code and code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *             raise self.fail(code)
  *         return code
@@ -6887,7 +6887,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
 
 
     /* "ivshmem/channel/queues.pyx":102
- *                     self.after_sleep()
+ *                     self.pass_on()
  *         if code and code != IVSHMEM_AGAIN:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
  *         return code
@@ -6901,7 +6901,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
 
     /* "ivshmem/channel/queues.pyx":101
  *                 if self.usable():
- *                     self.after_sleep()
+ *                     self.pass_on()
  *         if code and code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *             raise self.fail(code)
  *         return code
@@ -12721,10 +12721,10 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd
   __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.__pyx_base.__pyx_base.end_sleep = (void (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_end_sleep;
   __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.__pyx_base.__pyx_base.probe = (int64_t (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_probe;
   __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.__pyx_base.__pyx_base.restore = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_restore;
+  __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.__pyx_base.__pyx_base.pass_on = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_pass_on;
   __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.claim = (int (*)(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, enum ivshmem_claim, PyObject *, PyObject *, struct ivshmem_taken *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim;
   __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.claim_as = (int (*)(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, enum ivshmem_claim, struct ivshmem_taken *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim_as;
   __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.undo = (int (*)(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, struct ivshmem_taken const *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_undo;
-  __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.after_sleep = (int (*)(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_after_sleep;
   #if CYTHON_USE_TYPE_SPECS
   __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 32, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);

@@ -15,7 +15,6 @@ cdef class ClaimingEnd(ReaderEnd):
     ) except? -2
     cdef int claim_as(self, ivshmem_claim how, ivshmem_taken *taken) noexcept
     cdef int undo(self, const ivshmem_taken *taken) except -1
-    cdef int after_sleep(self) except -1
 
 
 cdef class QueueReader(ClaimingEnd):

@@ -72,7 +72,7 @@ cdef class ClaimingEnd(ReaderEnd):
             self.membership.flush()
         return 0
 
-    cdef int after_sleep(self) except -1:
+    cdef int pass_on(self) except -1:
         """A ring wakes one reader: wake another one if there is more."""
         if self.slept:
             self.slept = False
@@ -97,7 +97,7 @@ cdef class ClaimingEnd(ReaderEnd):
                     code = self.claim_as(how, taken)  # `how` is another thread's since the wait
             finally:
                 if self.usable():
-                    self.after_sleep()
+                    self.pass_on()
         if code and code != IVSHMEM_AGAIN:
             raise self.fail(code)
         return code

@@ -3015,6 +3015,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd {
   int (*wait)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *);
   int (*restore)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int (*give_up)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*pass_on)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int (*begin_watch)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int (*arm)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   PyObject *(*fail)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, int);
@@ -4394,7 +4395,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[3];
     PyObject *__pyx_codeobj_tab[7];
-    PyObject *__pyx_string_tab[94];
+    PyObject *__pyx_string_tab[96];
     PyObject *__pyx_number_tab[1];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
@@ -4506,43 +4507,45 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_cline_in_traceback __pyx_string_tab[54]
 #define __pyx_n_u_close __pyx_string_tab[55]
 #define __pyx_n_u_context __pyx_string_tab[56]
-#define __pyx_n_u_errors __pyx_string_tab[57]
-#define __pyx_n_u_expire __pyx_string_tab[58]
-#define __pyx_n_u_found __pyx_string_tab[59]
-#define __pyx_n_u_g __pyx_string_tab[60]
-#define __pyx_n_u_get __pyx_string_tab[61]
-#define __pyx_n_u_get_running_loop __pyx_string_tab[62]
-#define __pyx_n_u_is_closed __pyx_string_tab[63]
-#define __pyx_n_u_items __pyx_string_tab[64]
-#define __pyx_n_u_ivshmem_channel_sleeping_tasks __pyx_string_tab[65]
-#define __pyx_n_u_keyrefs __pyx_string_tab[66]
-#define __pyx_n_u_kind __pyx_string_tab[67]
-#define __pyx_n_u_loop __pyx_string_tab[68]
-#define __pyx_n_u_membership __pyx_string_tab[69]
-#define __pyx_n_u_msg __pyx_string_tab[70]
-#define __pyx_n_u_object __pyx_string_tab[71]
-#define __pyx_n_u_pop __pyx_string_tab[72]
-#define __pyx_n_u_ref __pyx_string_tab[73]
-#define __pyx_n_u_remove_reader __pyx_string_tab[74]
-#define __pyx_n_u_run __pyx_string_tab[75]
-#define __pyx_n_u_seconds_of __pyx_string_tab[76]
-#define __pyx_n_u_self __pyx_string_tab[77]
-#define __pyx_n_u_send __pyx_string_tab[78]
-#define __pyx_n_u_setdefault __pyx_string_tab[79]
-#define __pyx_n_u_system_time_limits __pyx_string_tab[80]
-#define __pyx_n_u_time __pyx_string_tab[81]
-#define __pyx_n_u_traceback __pyx_string_tab[82]
-#define __pyx_n_u_value __pyx_string_tab[83]
-#define __pyx_n_u_values __pyx_string_tab[84]
-#define __pyx_n_u_wake __pyx_string_tab[85]
-#define __pyx_n_u_weakref __pyx_string_tab[86]
-#define __pyx_n_u_with_traceback __pyx_string_tab[87]
-#define __pyx_kp_b_PyObject_struct___pyx_obj_7ivshm __pyx_string_tab[88]
-#define __pyx_kp_b_iso88591_A_iq __pyx_string_tab[89]
-#define __pyx_kp_b_iso88591_A_4z_q __pyx_string_tab[90]
-#define __pyx_kp_b_iso88591_A_IQ_F __pyx_string_tab[91]
-#define __pyx_kp_b_iso88591_A_E_4wc_q_q __pyx_string_tab[92]
-#define __pyx_kp_b_iso88591_4q_9Cq_1_L_I_6_S_F_AZvXT_q __pyx_string_tab[93]
+#define __pyx_n_u_end __pyx_string_tab[57]
+#define __pyx_n_u_errors __pyx_string_tab[58]
+#define __pyx_n_u_expire __pyx_string_tab[59]
+#define __pyx_n_u_found __pyx_string_tab[60]
+#define __pyx_n_u_g __pyx_string_tab[61]
+#define __pyx_n_u_get __pyx_string_tab[62]
+#define __pyx_n_u_get_running_loop __pyx_string_tab[63]
+#define __pyx_n_u_is_closed __pyx_string_tab[64]
+#define __pyx_n_u_items __pyx_string_tab[65]
+#define __pyx_n_u_ivshmem_channel_sleeping_tasks __pyx_string_tab[66]
+#define __pyx_n_u_keyrefs __pyx_string_tab[67]
+#define __pyx_n_u_kind __pyx_string_tab[68]
+#define __pyx_n_u_loop __pyx_string_tab[69]
+#define __pyx_n_u_membership __pyx_string_tab[70]
+#define __pyx_n_u_msg __pyx_string_tab[71]
+#define __pyx_n_u_object __pyx_string_tab[72]
+#define __pyx_n_u_pop __pyx_string_tab[73]
+#define __pyx_n_u_ref __pyx_string_tab[74]
+#define __pyx_n_u_remove_reader __pyx_string_tab[75]
+#define __pyx_n_u_run __pyx_string_tab[76]
+#define __pyx_n_u_seconds_of __pyx_string_tab[77]
+#define __pyx_n_u_self __pyx_string_tab[78]
+#define __pyx_n_u_send __pyx_string_tab[79]
+#define __pyx_n_u_setdefault __pyx_string_tab[80]
+#define __pyx_n_u_slept __pyx_string_tab[81]
+#define __pyx_n_u_system_time_limits __pyx_string_tab[82]
+#define __pyx_n_u_time __pyx_string_tab[83]
+#define __pyx_n_u_traceback __pyx_string_tab[84]
+#define __pyx_n_u_value __pyx_string_tab[85]
+#define __pyx_n_u_values __pyx_string_tab[86]
+#define __pyx_n_u_wake __pyx_string_tab[87]
+#define __pyx_n_u_weakref __pyx_string_tab[88]
+#define __pyx_n_u_with_traceback __pyx_string_tab[89]
+#define __pyx_kp_b_PyObject_struct___pyx_obj_7ivshm __pyx_string_tab[90]
+#define __pyx_kp_b_iso88591_A_iq __pyx_string_tab[91]
+#define __pyx_kp_b_iso88591_A_4z_q __pyx_string_tab[92]
+#define __pyx_kp_b_iso88591_A_E_4wc_q_q __pyx_string_tab[93]
+#define __pyx_kp_b_iso88591_A_d_ha_gWA_IQ_F_1_3gQ_xq __pyx_string_tab[94]
+#define __pyx_kp_b_iso88591_4q_9Cq_1_L_I_6_S_F_AZvXT_q __pyx_string_tab[95]
 #define __pyx_int_0 __pyx_number_tab[0]
 /* #### Code section: module_state_clear ### */
 #if CYTHON_USE_MODULE_STATE
@@ -4587,7 +4590,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
   for (int i=0; i<7; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<94; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<96; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<1; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -4640,7 +4643,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
   for (int i=0; i<7; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<94; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<96; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<1; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -10216,7 +10219,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """End the wait."""
- *         self.state = OVER
+ *         cdef ChannelEnd end = self.end.sleeper()
 */
 
 /* Python wrapper */
@@ -10263,9 +10266,13 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 }
 
 static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_12close(struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_v_self) {
+  struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_end = 0;
+  int __pyx_v_slept;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
-  int __pyx_t_1;
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_t_2;
+  int __pyx_t_3;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -10274,44 +10281,155 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_12close(st
   /* "ivshmem/channel/sleeping_tasks.pyx":334
  *     def close(self):
  *         """End the wait."""
- *         self.state = OVER             # <<<<<<<<<<<<<<
- *         self.awake()
- * 
+ *         cdef ChannelEnd end = self.end.sleeper()             # <<<<<<<<<<<<<<
+ *         cdef bint slept = self.sleep is not None
+ *         self.state = OVER
 */
-  __pyx_v_self->state = __pyx_e_7ivshmem_7channel_14sleeping_tasks_OVER;
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->end->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self->end)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 334, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_v_end = ((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1);
+  __pyx_t_1 = 0;
 
   /* "ivshmem/channel/sleeping_tasks.pyx":335
  *         """End the wait."""
+ *         cdef ChannelEnd end = self.end.sleeper()
+ *         cdef bint slept = self.sleep is not None             # <<<<<<<<<<<<<<
+ *         self.state = OVER
+ *         self.awake()
+*/
+  __pyx_t_2 = (((PyObject *)__pyx_v_self->sleep) != Py_None);
+  __pyx_v_slept = __pyx_t_2;
+
+  /* "ivshmem/channel/sleeping_tasks.pyx":336
+ *         cdef ChannelEnd end = self.end.sleeper()
+ *         cdef bint slept = self.sleep is not None
+ *         self.state = OVER             # <<<<<<<<<<<<<<
+ *         self.awake()
+ *         if slept:  # perhaps it was rung, and takes nothing now
+*/
+  __pyx_v_self->state = __pyx_e_7ivshmem_7channel_14sleeping_tasks_OVER;
+
+  /* "ivshmem/channel/sleeping_tasks.pyx":337
+ *         cdef bint slept = self.sleep is not None
  *         self.state = OVER
  *         self.awake()             # <<<<<<<<<<<<<<
+ *         if slept:  # perhaps it was rung, and takes nothing now
+ *             with cython.critical_section(end):
+*/
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 337, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/sleeping_tasks.pyx":338
+ *         self.state = OVER
+ *         self.awake()
+ *         if slept:  # perhaps it was rung, and takes nothing now             # <<<<<<<<<<<<<<
+ *             with cython.critical_section(end):
+ *                 if end.usable():
+*/
+  if (__pyx_v_slept) {
+
+    /* "ivshmem/channel/sleeping_tasks.pyx":339
+ *         self.awake()
+ *         if slept:  # perhaps it was rung, and takes nothing now
+ *             with cython.critical_section(end):             # <<<<<<<<<<<<<<
+ *                 if end.usable():
+ *                     end.pass_on()
+*/
+    {
+        __Pyx_PyCriticalSection __pyx_cs;
+        if (unlikely(!__pyx_v_end)) { __Pyx_RaiseUnboundLocalError("end"); __PYX_ERR(0, 339, __pyx_L1_error) }
+        __pyx_t_1 = ((PyObject *)__pyx_v_end);
+        __Pyx_INCREF(__pyx_t_1);
+        __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
+        /*try:*/ {
+
+          /* "ivshmem/channel/sleeping_tasks.pyx":340
+ *         if slept:  # perhaps it was rung, and takes nothing now
+ *             with cython.critical_section(end):
+ *                 if end.usable():             # <<<<<<<<<<<<<<
+ *                     end.pass_on()
+ * 
+*/
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_end->__pyx_base.__pyx_vtab)->usable(__pyx_v_end);
+
+          if (__pyx_t_2) {
+
+
+            /* "ivshmem/channel/sleeping_tasks.pyx":341
+ *             with cython.critical_section(end):
+ *                 if end.usable():
+ *                     end.pass_on()             # <<<<<<<<<<<<<<
  * 
  *     def __del__(self):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 335, __pyx_L1_error)
+            __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_end->__pyx_base.__pyx_vtab)->pass_on(__pyx_v_end); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 341, __pyx_L5_error)
 
+
+            /* "ivshmem/channel/sleeping_tasks.pyx":340
+ *         if slept:  # perhaps it was rung, and takes nothing now
+ *             with cython.critical_section(end):
+ *                 if end.usable():             # <<<<<<<<<<<<<<
+ *                     end.pass_on()
+ * 
+*/
+          }
+        }
+
+        /* "ivshmem/channel/sleeping_tasks.pyx":339
+ *         self.awake()
+ *         if slept:  # perhaps it was rung, and takes nothing now
+ *             with cython.critical_section(end):             # <<<<<<<<<<<<<<
+ *                 if end.usable():
+ *                     end.pass_on()
+*/
+        /*finally:*/ {
+          /*normal exit:*/{
+            __Pyx_PyCriticalSection_End(&__pyx_cs);
+            goto __pyx_L6;
+          }
+          __pyx_L5_error: {
+            __Pyx_PyCriticalSection_End(&__pyx_cs);
+            goto __pyx_L1_error;
+          }
+          __pyx_L6:;
+        }
+        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+    }
+
+    /* "ivshmem/channel/sleeping_tasks.pyx":338
+ *         self.state = OVER
+ *         self.awake()
+ *         if slept:  # perhaps it was rung, and takes nothing now             # <<<<<<<<<<<<<<
+ *             with cython.critical_section(end):
+ *                 if end.usable():
+*/
+  }
 
   /* "ivshmem/channel/sleeping_tasks.pyx":332
  *         raise value if traceback is None else value.with_traceback(traceback)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """End the wait."""
- *         self.state = OVER
+ *         cdef ChannelEnd end = self.end.sleeper()
 */
 
   /* function exit code */
   __pyx_r = Py_None; __Pyx_INCREF(Py_None);
   goto __pyx_L0;
   __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
   __Pyx_AddTraceback("ivshmem.channel.sleeping_tasks.Waiting.close", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
+  __Pyx_XDECREF((PyObject *)__pyx_v_end);
+
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":337
- *         self.awake()
+/* "ivshmem/channel/sleeping_tasks.pyx":343
+ *                     end.pass_on()
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
  *         self.awake()  # a task that was forgotten, with its loop
@@ -10337,18 +10455,18 @@ static void __pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_14__del__(struc
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":338
+  /* "ivshmem/channel/sleeping_tasks.pyx":344
  * 
  *     def __del__(self):
  *         self.awake()  # a task that was forgotten, with its loop             # <<<<<<<<<<<<<<
  * 
  *     cdef object step(self):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 338, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 344, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":337
- *         self.awake()
+  /* "ivshmem/channel/sleeping_tasks.pyx":343
+ *                     end.pass_on()
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
  *         self.awake()  # a task that was forgotten, with its loop
@@ -10363,7 +10481,7 @@ static void __pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_14__del__(struc
 
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":340
+/* "ivshmem/channel/sleeping_tasks.pyx":346
  *         self.awake()  # a task that was forgotten, with its loop
  * 
  *     cdef object step(self):             # <<<<<<<<<<<<<<
@@ -10392,7 +10510,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("step", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":342
+  /* "ivshmem/channel/sleeping_tasks.pyx":348
  *     cdef object step(self):
  *         """Look; return the result if it is OVER now, or else what the task is to sleep on."""
  *         cdef int state = self.state             # <<<<<<<<<<<<<<
@@ -10403,7 +10521,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 
   __pyx_v_state = __pyx_t_1;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":343
+  /* "ivshmem/channel/sleeping_tasks.pyx":349
  *         """Look; return the result if it is OVER now, or else what the task is to sleep on."""
  *         cdef int state = self.state
  *         self.state = OVER             # <<<<<<<<<<<<<<
@@ -10412,7 +10530,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 */
   __pyx_v_self->state = __pyx_e_7ivshmem_7channel_14sleeping_tasks_OVER;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":344
+  /* "ivshmem/channel/sleeping_tasks.pyx":350
  *         cdef int state = self.state
  *         self.state = OVER
  *         if state == NEW:             # <<<<<<<<<<<<<<
@@ -10422,7 +10540,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
   switch (__pyx_v_state) {
     case __pyx_e_7ivshmem_7channel_14sleeping_tasks_NEW:
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":345
+    /* "ivshmem/channel/sleeping_tasks.pyx":351
  *         self.state = OVER
  *         if state == NEW:
  *             if self.timeout is not None:             # <<<<<<<<<<<<<<
@@ -10433,17 +10551,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":346
+      /* "ivshmem/channel/sleeping_tasks.pyx":352
  *         if state == NEW:
  *             if self.timeout is not None:
  *                 self.find_loop()             # <<<<<<<<<<<<<<
  *                 self.deadline = self.loop.time() + seconds_of(self.timeout)
  *         elif state == OVER:
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 346, __pyx_L1_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 352, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":347
+      /* "ivshmem/channel/sleeping_tasks.pyx":353
  *             if self.timeout is not None:
  *                 self.find_loop()
  *                 self.deadline = self.loop.time() + seconds_of(self.timeout)             # <<<<<<<<<<<<<<
@@ -10457,11 +10575,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
         PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
         __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_time, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 347, __pyx_L1_error)
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 353, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_3);
       }
       __pyx_t_6 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_seconds_of); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 347, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_seconds_of); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 353, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_5 = 1;
       #if CYTHON_UNPACK_METHODS
@@ -10480,10 +10598,10 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
         __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 347, __pyx_L1_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 353, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_4);
       }
-      __pyx_t_7 = __Pyx_PyNumber_Add_object_object(__pyx_t_3, __pyx_t_4); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 347, __pyx_L1_error)
+      __pyx_t_7 = __Pyx_PyNumber_Add_object_object(__pyx_t_3, __pyx_t_4); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 353, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
@@ -10492,7 +10610,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
       __Pyx_DECREF_SET(__pyx_v_self->deadline, __pyx_t_7);
       __pyx_t_7 = 0;
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":345
+      /* "ivshmem/channel/sleeping_tasks.pyx":351
  *         self.state = OVER
  *         if state == NEW:
  *             if self.timeout is not None:             # <<<<<<<<<<<<<<
@@ -10501,7 +10619,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 */
     }
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":344
+    /* "ivshmem/channel/sleeping_tasks.pyx":350
  *         cdef int state = self.state
  *         self.state = OVER
  *         if state == NEW:             # <<<<<<<<<<<<<<
@@ -10511,7 +10629,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
     break;
     case __pyx_e_7ivshmem_7channel_14sleeping_tasks_OVER:
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":349
+    /* "ivshmem/channel/sleeping_tasks.pyx":355
  *                 self.deadline = self.loop.time() + seconds_of(self.timeout)
  *         elif state == OVER:
  *             raise RuntimeError("cannot reuse already awaited coroutine")             # <<<<<<<<<<<<<<
@@ -10524,14 +10642,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
       PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_cannot_reuse_already_awaited_cor};
       __pyx_t_7 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_RuntimeError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 349, __pyx_L1_error)
+      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 355, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
     }
     __Pyx_Raise(__pyx_t_7, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    __PYX_ERR(0, 349, __pyx_L1_error)
+    __PYX_ERR(0, 355, __pyx_L1_error)
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":348
+    /* "ivshmem/channel/sleeping_tasks.pyx":354
  *                 self.find_loop()
  *                 self.deadline = self.loop.time() + seconds_of(self.timeout)
  *         elif state == OVER:             # <<<<<<<<<<<<<<
@@ -10541,19 +10659,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
     break;
     default:
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":351
+    /* "ivshmem/channel/sleeping_tasks.pyx":357
  *             raise RuntimeError("cannot reuse already awaited coroutine")
  *         else:
  *             self.awake()             # <<<<<<<<<<<<<<
  *         for _ in range(LOOKS):
  *             found = self.look()
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 351, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 357, __pyx_L1_error)
 
     break;
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":352
+  /* "ivshmem/channel/sleeping_tasks.pyx":358
  *         else:
  *             self.awake()
  *         for _ in range(LOOKS):             # <<<<<<<<<<<<<<
@@ -10567,19 +10685,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
   for (__pyx_t_10 = 0; __pyx_t_10 < __pyx_t_9; __pyx_t_10+=1) {
     __pyx_v__ = __pyx_t_10;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":353
+    /* "ivshmem/channel/sleeping_tasks.pyx":359
  *             self.awake()
  *         for _ in range(LOOKS):
  *             found = self.look()             # <<<<<<<<<<<<<<
  *             if found is not ABSENT:
  *                 return found
 */
-    __pyx_t_7 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(__pyx_v_self); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 353, __pyx_L1_error)
+    __pyx_t_7 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(__pyx_v_self); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 359, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_XDECREF_SET(__pyx_v_found, __pyx_t_7);
     __pyx_t_7 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":354
+    /* "ivshmem/channel/sleeping_tasks.pyx":360
  *         for _ in range(LOOKS):
  *             found = self.look()
  *             if found is not ABSENT:             # <<<<<<<<<<<<<<
@@ -10590,7 +10708,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":355
+      /* "ivshmem/channel/sleeping_tasks.pyx":361
  *             found = self.look()
  *             if found is not ABSENT:
  *                 return found             # <<<<<<<<<<<<<<
@@ -10608,7 +10726,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":354
+      /* "ivshmem/channel/sleeping_tasks.pyx":360
  *         for _ in range(LOOKS):
  *             found = self.look()
  *             if found is not ABSENT:             # <<<<<<<<<<<<<<
@@ -10617,7 +10735,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 */
     }
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":356
+    /* "ivshmem/channel/sleeping_tasks.pyx":362
  *             if found is not ABSENT:
  *                 return found
  *             if self.loop is None:             # <<<<<<<<<<<<<<
@@ -10628,17 +10746,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":357
+      /* "ivshmem/channel/sleeping_tasks.pyx":363
  *                 return found
  *             if self.loop is None:
  *                 self.find_loop()             # <<<<<<<<<<<<<<
  *             self.sleep = sleep_at(self.end, self.loop, self.deadline)
  *             if self.sleep is None:
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 357, __pyx_L1_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 363, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":356
+      /* "ivshmem/channel/sleeping_tasks.pyx":362
  *             if found is not ABSENT:
  *                 return found
  *             if self.loop is None:             # <<<<<<<<<<<<<<
@@ -10647,7 +10765,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 */
     }
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":358
+    /* "ivshmem/channel/sleeping_tasks.pyx":364
  *             if self.loop is None:
  *                 self.find_loop()
  *             self.sleep = sleep_at(self.end, self.loop, self.deadline)             # <<<<<<<<<<<<<<
@@ -10660,7 +10778,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
     __Pyx_INCREF(__pyx_t_4);
     __pyx_t_3 = __pyx_v_self->deadline;
     __Pyx_INCREF(__pyx_t_3);
-    __pyx_t_6 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_sleep_at(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_7), __pyx_t_4, __pyx_t_3)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 358, __pyx_L1_error)
+    __pyx_t_6 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_sleep_at(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_7), __pyx_t_4, __pyx_t_3)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 364, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
@@ -10670,7 +10788,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
     __Pyx_DECREF_SET(__pyx_v_self->sleep, ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *)__pyx_t_6));
     __pyx_t_6 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":359
+    /* "ivshmem/channel/sleeping_tasks.pyx":365
  *                 self.find_loop()
  *             self.sleep = sleep_at(self.end, self.loop, self.deadline)
  *             if self.sleep is None:             # <<<<<<<<<<<<<<
@@ -10681,7 +10799,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":360
+      /* "ivshmem/channel/sleeping_tasks.pyx":366
  *             self.sleep = sleep_at(self.end, self.loop, self.deadline)
  *             if self.sleep is None:
  *                 self.futile += 1             # <<<<<<<<<<<<<<
@@ -10690,7 +10808,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 */
       __pyx_v_self->futile = (__pyx_v_self->futile + 1);
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":361
+      /* "ivshmem/channel/sleeping_tasks.pyx":367
  *             if self.sleep is None:
  *                 self.futile += 1
  *                 if self.futile > FUTILE:             # <<<<<<<<<<<<<<
@@ -10702,7 +10820,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":362
+        /* "ivshmem/channel/sleeping_tasks.pyx":368
  *                 self.futile += 1
  *                 if self.futile > FUTILE:
  *                     self.sleep = pause(self.loop, self.deadline)             # <<<<<<<<<<<<<<
@@ -10713,7 +10831,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
         __Pyx_INCREF(__pyx_t_6);
         __pyx_t_3 = __pyx_v_self->deadline;
         __Pyx_INCREF(__pyx_t_3);
-        __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_pause(__pyx_t_6, __pyx_t_3)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 362, __pyx_L1_error)
+        __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_pause(__pyx_t_6, __pyx_t_3)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 368, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_4);
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
@@ -10722,7 +10840,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
         __Pyx_DECREF_SET(__pyx_v_self->sleep, ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *)__pyx_t_4));
         __pyx_t_4 = 0;
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":361
+        /* "ivshmem/channel/sleeping_tasks.pyx":367
  *             if self.sleep is None:
  *                 self.futile += 1
  *                 if self.futile > FUTILE:             # <<<<<<<<<<<<<<
@@ -10731,7 +10849,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 */
       }
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":359
+      /* "ivshmem/channel/sleeping_tasks.pyx":365
  *                 self.find_loop()
  *             self.sleep = sleep_at(self.end, self.loop, self.deadline)
  *             if self.sleep is None:             # <<<<<<<<<<<<<<
@@ -10740,7 +10858,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 */
     }
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":363
+    /* "ivshmem/channel/sleeping_tasks.pyx":369
  *                 if self.futile > FUTILE:
  *                     self.sleep = pause(self.loop, self.deadline)
  *             if self.sleep is not None:             # <<<<<<<<<<<<<<
@@ -10751,7 +10869,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":364
+      /* "ivshmem/channel/sleeping_tasks.pyx":370
  *                     self.sleep = pause(self.loop, self.deadline)
  *             if self.sleep is not None:
  *                 break             # <<<<<<<<<<<<<<
@@ -10760,7 +10878,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 */
       goto __pyx_L5_break;
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":363
+      /* "ivshmem/channel/sleeping_tasks.pyx":369
  *                 if self.futile > FUTILE:
  *                     self.sleep = pause(self.loop, self.deadline)
  *             if self.sleep is not None:             # <<<<<<<<<<<<<<
@@ -10772,7 +10890,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
   __pyx_L5_break:;
 
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":365
+  /* "ivshmem/channel/sleeping_tasks.pyx":371
  *             if self.sleep is not None:
  *                 break
  *         self.state = SUSPENDED             # <<<<<<<<<<<<<<
@@ -10781,7 +10899,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 */
   __pyx_v_self->state = __pyx_e_7ivshmem_7channel_14sleeping_tasks_SUSPENDED;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":366
+  /* "ivshmem/channel/sleeping_tasks.pyx":372
  *                 break
  *         self.state = SUSPENDED
  *         return self.sleep  # None lets other tasks run             # <<<<<<<<<<<<<<
@@ -10799,7 +10917,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":340
+  /* "ivshmem/channel/sleeping_tasks.pyx":346
  *         self.awake()  # a task that was forgotten, with its loop
  * 
  *     cdef object step(self):             # <<<<<<<<<<<<<<
@@ -10824,7 +10942,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":368
+/* "ivshmem/channel/sleeping_tasks.pyx":374
  *         return self.sleep  # None lets other tasks run
  * 
  *     cdef int find_loop(self) except -1:             # <<<<<<<<<<<<<<
@@ -10846,7 +10964,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("find_loop", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":369
+  /* "ivshmem/channel/sleeping_tasks.pyx":375
  * 
  *     cdef int find_loop(self) except -1:
  *         if get_running_loop is None:             # <<<<<<<<<<<<<<
@@ -10857,17 +10975,17 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(struct 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":370
+    /* "ivshmem/channel/sleeping_tasks.pyx":376
  *     cdef int find_loop(self) except -1:
  *         if get_running_loop is None:
  *             import_asyncio()             # <<<<<<<<<<<<<<
  *         self.loop = get_running_loop()
  *         return 0
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_import_asyncio(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 370, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_import_asyncio(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 376, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":369
+    /* "ivshmem/channel/sleeping_tasks.pyx":375
  * 
  *     cdef int find_loop(self) except -1:
  *         if get_running_loop is None:             # <<<<<<<<<<<<<<
@@ -10876,7 +10994,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(struct 
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":371
+  /* "ivshmem/channel/sleeping_tasks.pyx":377
  *         if get_running_loop is None:
  *             import_asyncio()
  *         self.loop = get_running_loop()             # <<<<<<<<<<<<<<
@@ -10903,7 +11021,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(struct 
     __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 371, __pyx_L1_error)
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 377, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
   }
   __Pyx_GIVEREF(__pyx_t_3);
@@ -10911,7 +11029,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(struct 
   __Pyx_DECREF_SET(__pyx_v_self->loop, __pyx_t_3);
   __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":372
+  /* "ivshmem/channel/sleeping_tasks.pyx":378
  *             import_asyncio()
  *         self.loop = get_running_loop()
  *         return 0             # <<<<<<<<<<<<<<
@@ -10924,7 +11042,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(struct 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":368
+  /* "ivshmem/channel/sleeping_tasks.pyx":374
  *         return self.sleep  # None lets other tasks run
  * 
  *     cdef int find_loop(self) except -1:             # <<<<<<<<<<<<<<
@@ -10945,7 +11063,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":374
+/* "ivshmem/channel/sleeping_tasks.pyx":380
  *         return 0
  * 
  *     cdef bint is_late(self) except -1:             # <<<<<<<<<<<<<<
@@ -10966,7 +11084,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("is_late", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":375
+  /* "ivshmem/channel/sleeping_tasks.pyx":381
  * 
  *     cdef bint is_late(self) except -1:
  *         return self.deadline is not None and self.loop.time() >= self.deadline             # <<<<<<<<<<<<<<
@@ -10989,10 +11107,10 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(struct __
     PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
     __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_time, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 375, __pyx_L1_error)
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 381, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
   }
-  __pyx_t_2 = __Pyx_PyObject_CompareBoolGe_object_object(__pyx_t_3, __pyx_v_self->deadline, Py_GE); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 375, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_CompareBoolGe_object_object(__pyx_t_3, __pyx_v_self->deadline, Py_GE); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 381, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   __pyx_t_1 = __pyx_t_2;
@@ -11003,7 +11121,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":374
+  /* "ivshmem/channel/sleeping_tasks.pyx":380
  *         return 0
  * 
  *     cdef bint is_late(self) except -1:             # <<<<<<<<<<<<<<
@@ -11023,7 +11141,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":377
+/* "ivshmem/channel/sleeping_tasks.pyx":383
  *         return self.deadline is not None and self.loop.time() >= self.deadline
  * 
  *     cdef object look(self):             # <<<<<<<<<<<<<<
@@ -11054,7 +11172,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("look", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":379
+  /* "ivshmem/channel/sleeping_tasks.pyx":385
  *     cdef object look(self):
  *         """Return what the call returns: None if the time is over; ABSENT: wait."""
  *         if self.failure is None:             # <<<<<<<<<<<<<<
@@ -11065,7 +11183,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":380
+    /* "ivshmem/channel/sleeping_tasks.pyx":386
  *         """Return what the call returns: None if the time is over; ABSENT: wait."""
  *         if self.failure is None:
  *             found = self.call(*self.arguments)             # <<<<<<<<<<<<<<
@@ -11074,14 +11192,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
 */
     if (unlikely(__pyx_v_self->arguments == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-      __PYX_ERR(0, 380, __pyx_L1_error)
+      __PYX_ERR(0, 386, __pyx_L1_error)
     }
-    __pyx_t_2 = __Pyx_PyObject_Call(__pyx_v_self->call, __pyx_v_self->arguments, NULL); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 380, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyObject_Call(__pyx_v_self->call, __pyx_v_self->arguments, NULL); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 386, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __pyx_v_found = __pyx_t_2;
     __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":381
+    /* "ivshmem/channel/sleeping_tasks.pyx":387
  *         if self.failure is None:
  *             found = self.call(*self.arguments)
  *             if found is not self.absent:             # <<<<<<<<<<<<<<
@@ -11092,7 +11210,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":382
+      /* "ivshmem/channel/sleeping_tasks.pyx":388
  *             found = self.call(*self.arguments)
  *             if found is not self.absent:
  *                 return found             # <<<<<<<<<<<<<<
@@ -11110,7 +11228,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":381
+      /* "ivshmem/channel/sleeping_tasks.pyx":387
  *         if self.failure is None:
  *             found = self.call(*self.arguments)
  *             if found is not self.absent:             # <<<<<<<<<<<<<<
@@ -11119,14 +11237,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
 */
     }
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":383
+    /* "ivshmem/channel/sleeping_tasks.pyx":389
  *             if found is not self.absent:
  *                 return found
  *             return None if self.is_late() else ABSENT             # <<<<<<<<<<<<<<
  *         try:
  *             if self.options is None:
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 383, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 389, __pyx_L1_error)
     if (__pyx_t_1) {
       __Pyx_INCREF(Py_None);
       __pyx_t_2 = Py_None;
@@ -11146,7 +11264,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
     __pyx_t_2 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":379
+    /* "ivshmem/channel/sleeping_tasks.pyx":385
  *     cdef object look(self):
  *         """Return what the call returns: None if the time is over; ABSENT: wait."""
  *         if self.failure is None:             # <<<<<<<<<<<<<<
@@ -11155,7 +11273,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":384
+  /* "ivshmem/channel/sleeping_tasks.pyx":390
  *                 return found
  *             return None if self.is_late() else ABSENT
  *         try:             # <<<<<<<<<<<<<<
@@ -11171,7 +11289,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
     __Pyx_XGOTREF(__pyx_t_5);
     /*try:*/ {
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":385
+      /* "ivshmem/channel/sleeping_tasks.pyx":391
  *             return None if self.is_late() else ABSENT
  *         try:
  *             if self.options is None:             # <<<<<<<<<<<<<<
@@ -11182,7 +11300,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":386
+        /* "ivshmem/channel/sleeping_tasks.pyx":392
  *         try:
  *             if self.options is None:
  *                 return self.call(*self.arguments)             # <<<<<<<<<<<<<<
@@ -11191,9 +11309,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
 */
         if (unlikely(__pyx_v_self->arguments == Py_None)) {
           PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-          __PYX_ERR(0, 386, __pyx_L5_error)
+          __PYX_ERR(0, 392, __pyx_L5_error)
         }
-        __pyx_t_2 = __Pyx_PyObject_Call(__pyx_v_self->call, __pyx_v_self->arguments, NULL); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 386, __pyx_L5_error)
+        __pyx_t_2 = __Pyx_PyObject_Call(__pyx_v_self->call, __pyx_v_self->arguments, NULL); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 392, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           PyObject *__pyx_temp;
@@ -11206,7 +11324,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
         __pyx_t_2 = 0;
         goto __pyx_L9_try_return;
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":385
+        /* "ivshmem/channel/sleeping_tasks.pyx":391
  *             return None if self.is_late() else ABSENT
  *         try:
  *             if self.options is None:             # <<<<<<<<<<<<<<
@@ -11215,7 +11333,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
 */
       }
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":387
+      /* "ivshmem/channel/sleeping_tasks.pyx":393
  *             if self.options is None:
  *                 return self.call(*self.arguments)
  *             return self.call(*self.arguments, **self.options)             # <<<<<<<<<<<<<<
@@ -11224,15 +11342,15 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
 */
       if (unlikely(__pyx_v_self->arguments == Py_None)) {
         PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-        __PYX_ERR(0, 387, __pyx_L5_error)
+        __PYX_ERR(0, 393, __pyx_L5_error)
       }
       if (unlikely(__pyx_v_self->options == Py_None)) {
         PyErr_SetString(PyExc_TypeError, "argument after ** must be a mapping, not NoneType");
-        __PYX_ERR(0, 387, __pyx_L5_error)
+        __PYX_ERR(0, 393, __pyx_L5_error)
       }
-      __pyx_t_2 = PyDict_Copy(__pyx_v_self->options); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 387, __pyx_L5_error)
+      __pyx_t_2 = PyDict_Copy(__pyx_v_self->options); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 393, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_2);
-      __pyx_t_6 = __Pyx_PyObject_Call(__pyx_v_self->call, __pyx_v_self->arguments, __pyx_t_2); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 387, __pyx_L5_error)
+      __pyx_t_6 = __Pyx_PyObject_Call(__pyx_v_self->call, __pyx_v_self->arguments, __pyx_t_2); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 393, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_6);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       {
@@ -11246,7 +11364,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
       __pyx_t_6 = 0;
       goto __pyx_L9_try_return;
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":384
+      /* "ivshmem/channel/sleeping_tasks.pyx":390
  *                 return found
  *             return None if self.is_late() else ABSENT
  *         try:             # <<<<<<<<<<<<<<
@@ -11258,7 +11376,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":388
+    /* "ivshmem/channel/sleeping_tasks.pyx":394
  *                 return self.call(*self.arguments)
  *             return self.call(*self.arguments, **self.options)
  *         except self.failure:             # <<<<<<<<<<<<<<
@@ -11268,26 +11386,26 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
     __pyx_t_7 = __Pyx_PyErr_ExceptionMatches(__pyx_v_self->failure);
     if (__pyx_t_7) {
       __Pyx_AddTraceback("ivshmem.channel.sleeping_tasks.Waiting.look", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_6, &__pyx_t_2, &__pyx_t_8) < 0) __PYX_ERR(0, 388, __pyx_L7_except_error)
+      if (__Pyx_GetException(&__pyx_t_6, &__pyx_t_2, &__pyx_t_8) < 0) __PYX_ERR(0, 394, __pyx_L7_except_error)
       __Pyx_XGOTREF(__pyx_t_6);
       __Pyx_XGOTREF(__pyx_t_2);
       __Pyx_XGOTREF(__pyx_t_8);
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":389
+      /* "ivshmem/channel/sleeping_tasks.pyx":395
  *             return self.call(*self.arguments, **self.options)
  *         except self.failure:
  *             if not self.is_late():             # <<<<<<<<<<<<<<
  *                 return ABSENT
  *             if self.failure is TimeoutError:
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 389, __pyx_L7_except_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 395, __pyx_L7_except_error)
       __pyx_t_9 = (!__pyx_t_1);
 
 
       if (__pyx_t_9) {
 
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":390
+        /* "ivshmem/channel/sleeping_tasks.pyx":396
  *         except self.failure:
  *             if not self.is_late():
  *                 return ABSENT             # <<<<<<<<<<<<<<
@@ -11308,7 +11426,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
         __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
         goto __pyx_L8_except_return;
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":389
+        /* "ivshmem/channel/sleeping_tasks.pyx":395
  *             return self.call(*self.arguments, **self.options)
  *         except self.failure:
  *             if not self.is_late():             # <<<<<<<<<<<<<<
@@ -11317,7 +11435,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
 */
       }
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":391
+      /* "ivshmem/channel/sleeping_tasks.pyx":397
  *             if not self.is_late():
  *                 return ABSENT
  *             if self.failure is TimeoutError:             # <<<<<<<<<<<<<<
@@ -11328,7 +11446,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
       if (unlikely(__pyx_t_9)) {
 
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":392
+        /* "ivshmem/channel/sleeping_tasks.pyx":398
  *                 return ABSENT
  *             if self.failure is TimeoutError:
  *                 raise             # <<<<<<<<<<<<<<
@@ -11340,9 +11458,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
         __Pyx_XGIVEREF(__pyx_t_8);
         __Pyx_ErrRestoreWithState(__pyx_t_6, __pyx_t_2, __pyx_t_8);
         __pyx_t_6 = 0;  __pyx_t_2 = 0;  __pyx_t_8 = 0; 
-        __PYX_ERR(0, 392, __pyx_L7_except_error)
+        __PYX_ERR(0, 398, __pyx_L7_except_error)
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":391
+        /* "ivshmem/channel/sleeping_tasks.pyx":397
  *             if not self.is_late():
  *                 return ABSENT
  *             if self.failure is TimeoutError:             # <<<<<<<<<<<<<<
@@ -11357,7 +11475,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
     }
     goto __pyx_L7_except_error;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":384
+    /* "ivshmem/channel/sleeping_tasks.pyx":390
  *                 return found
  *             return None if self.is_late() else ABSENT
  *         try:             # <<<<<<<<<<<<<<
@@ -11389,7 +11507,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
     __Pyx_ExceptionReset(__pyx_t_3, __pyx_t_4, __pyx_t_5);
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":393
+  /* "ivshmem/channel/sleeping_tasks.pyx":399
  *             if self.failure is TimeoutError:
  *                 raise
  *         raise TimeoutError(             # <<<<<<<<<<<<<<
@@ -11398,16 +11516,16 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
 */
   __pyx_t_2 = NULL;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":394
+  /* "ivshmem/channel/sleeping_tasks.pyx":400
  *                 raise
  *         raise TimeoutError(
  *             f"connection of {self.end.name!r}: nothing moved in {self.timeout:g} s"             # <<<<<<<<<<<<<<
  *         )
  * 
 */
-  __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->end->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 394, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->end->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 400, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
-  __pyx_t_10 = __Pyx_PyObject_Format(__pyx_v_self->timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 394, __pyx_L1_error)
+  __pyx_t_10 = __Pyx_PyObject_Format(__pyx_v_self->timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 400, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_10);
   __pyx_t_11[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
   __pyx_t_11[1] = __pyx_t_6;
@@ -11423,7 +11541,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_11[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_11[3]);
   #endif
   __pyx_t_13 = __Pyx_PyUnicode_Join(__pyx_t_11, 5, __pyx_t_12, __pyx_t_7);
-  if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 394, __pyx_L1_error)
+  if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 400, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_13);
   __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
   __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
@@ -11433,14 +11551,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
     __pyx_t_8 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TimeoutError)), __pyx_callargs+__pyx_t_14, (2-__pyx_t_14) | (__pyx_t_14*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 393, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 399, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
   }
   __Pyx_Raise(__pyx_t_8, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-  __PYX_ERR(0, 393, __pyx_L1_error)
+  __PYX_ERR(0, 399, __pyx_L1_error)
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":377
+  /* "ivshmem/channel/sleeping_tasks.pyx":383
  *         return self.deadline is not None and self.loop.time() >= self.deadline
  * 
  *     cdef object look(self):             # <<<<<<<<<<<<<<
@@ -11464,7 +11582,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":397
+/* "ivshmem/channel/sleeping_tasks.pyx":403
  *         )
  * 
  *     cdef int awake(self) except -1:             # <<<<<<<<<<<<<<
@@ -11484,7 +11602,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("awake", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":398
+  /* "ivshmem/channel/sleeping_tasks.pyx":404
  * 
  *     cdef int awake(self) except -1:
  *         cdef Sleep sleep = self.sleep             # <<<<<<<<<<<<<<
@@ -11496,7 +11614,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(struct __py
   __pyx_v_sleep = ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":399
+  /* "ivshmem/channel/sleeping_tasks.pyx":405
  *     cdef int awake(self) except -1:
  *         cdef Sleep sleep = self.sleep
  *         if sleep is not None:             # <<<<<<<<<<<<<<
@@ -11507,7 +11625,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(struct __py
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":400
+    /* "ivshmem/channel/sleeping_tasks.pyx":406
  *         cdef Sleep sleep = self.sleep
  *         if sleep is not None:
  *             self.sleep = None             # <<<<<<<<<<<<<<
@@ -11519,17 +11637,17 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(struct __py
     __Pyx_GOTREF((PyObject *)__pyx_v_self->sleep);
     __Pyx_DECREF_SET(__pyx_v_self->sleep, ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *)Py_None));
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":401
+    /* "ivshmem/channel/sleeping_tasks.pyx":407
  *         if sleep is not None:
  *             self.sleep = None
  *             sleep.end_now()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(__pyx_v_sleep); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 401, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(__pyx_v_sleep); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 407, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":399
+    /* "ivshmem/channel/sleeping_tasks.pyx":405
  *     cdef int awake(self) except -1:
  *         cdef Sleep sleep = self.sleep
  *         if sleep is not None:             # <<<<<<<<<<<<<<
@@ -11538,7 +11656,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(struct __py
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":402
+  /* "ivshmem/channel/sleeping_tasks.pyx":408
  *             self.sleep = None
  *             sleep.end_now()
  *         return 0             # <<<<<<<<<<<<<<
@@ -11551,7 +11669,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":397
+  /* "ivshmem/channel/sleeping_tasks.pyx":403
  *         )
  * 
  *     cdef int awake(self) except -1:             # <<<<<<<<<<<<<<
@@ -11571,7 +11689,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":405
+/* "ivshmem/channel/sleeping_tasks.pyx":411
  * 
  * 
  * cdef PySendResult send_to_waiting(             # <<<<<<<<<<<<<<
@@ -11591,19 +11709,19 @@ static PySendResult __pyx_f_7ivshmem_7channel_14sleeping_tasks_send_to_waiting(P
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("send_to_waiting", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":409
+  /* "ivshmem/channel/sleeping_tasks.pyx":415
  * ) except PYGEN_ERROR:
  *     """Do what `send` does, for a task: without a StopIteration and its traceback."""
  *     cdef object found = (<Waiting>waiting).step()             # <<<<<<<<<<<<<<
  *     Py_INCREF(found)
  *     result[0] = <PyObject *>found
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *)__pyx_v_waiting)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 409, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *)__pyx_v_waiting)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 415, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_found = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":410
+  /* "ivshmem/channel/sleeping_tasks.pyx":416
  *     """Do what `send` does, for a task: without a StopIteration and its traceback."""
  *     cdef object found = (<Waiting>waiting).step()
  *     Py_INCREF(found)             # <<<<<<<<<<<<<<
@@ -11612,7 +11730,7 @@ static PySendResult __pyx_f_7ivshmem_7channel_14sleeping_tasks_send_to_waiting(P
 */
   Py_INCREF(__pyx_v_found);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":411
+  /* "ivshmem/channel/sleeping_tasks.pyx":417
  *     cdef object found = (<Waiting>waiting).step()
  *     Py_INCREF(found)
  *     result[0] = <PyObject *>found             # <<<<<<<<<<<<<<
@@ -11621,7 +11739,7 @@ static PySendResult __pyx_f_7ivshmem_7channel_14sleeping_tasks_send_to_waiting(P
 */
   (__pyx_v_result[0]) = ((PyObject *)__pyx_v_found);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":412
+  /* "ivshmem/channel/sleeping_tasks.pyx":418
  *     Py_INCREF(found)
  *     result[0] = <PyObject *>found
  *     return PYGEN_RETURN if (<Waiting>waiting).state == OVER else PYGEN_NEXT             # <<<<<<<<<<<<<<
@@ -11643,7 +11761,7 @@ static PySendResult __pyx_f_7ivshmem_7channel_14sleeping_tasks_send_to_waiting(P
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":405
+  /* "ivshmem/channel/sleeping_tasks.pyx":411
  * 
  * 
  * cdef PySendResult send_to_waiting(             # <<<<<<<<<<<<<<
@@ -11663,7 +11781,7 @@ static PySendResult __pyx_f_7ivshmem_7channel_14sleeping_tasks_send_to_waiting(P
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":418
+/* "ivshmem/channel/sleeping_tasks.pyx":424
  * 
  * 
  * cdef Waiting waiting_for(ChannelEnd end, object call, object timeout, tuple arguments):             # <<<<<<<<<<<<<<
@@ -11681,19 +11799,19 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_f_7ivs
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("waiting_for", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":419
+  /* "ivshmem/channel/sleeping_tasks.pyx":425
  * 
  * cdef Waiting waiting_for(ChannelEnd end, object call, object timeout, tuple arguments):
  *     cdef Waiting waiting = Waiting.__new__(Waiting)             # <<<<<<<<<<<<<<
  *     waiting.end = end
  *     waiting.call = call
 */
-  __pyx_t_1 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_14sleeping_tasks_Waiting(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 419, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_14sleeping_tasks_Waiting(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 425, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_waiting = ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":420
+  /* "ivshmem/channel/sleeping_tasks.pyx":426
  * cdef Waiting waiting_for(ChannelEnd end, object call, object timeout, tuple arguments):
  *     cdef Waiting waiting = Waiting.__new__(Waiting)
  *     waiting.end = end             # <<<<<<<<<<<<<<
@@ -11705,7 +11823,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_f_7ivs
   __Pyx_GOTREF((PyObject *)__pyx_v_waiting->end);
   __Pyx_DECREF_SET(__pyx_v_waiting->end, __pyx_v_end);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":421
+  /* "ivshmem/channel/sleeping_tasks.pyx":427
  *     cdef Waiting waiting = Waiting.__new__(Waiting)
  *     waiting.end = end
  *     waiting.call = call             # <<<<<<<<<<<<<<
@@ -11717,7 +11835,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_f_7ivs
   __Pyx_GOTREF(__pyx_v_waiting->call);
   __Pyx_DECREF_SET(__pyx_v_waiting->call, __pyx_v_call);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":422
+  /* "ivshmem/channel/sleeping_tasks.pyx":428
  *     waiting.end = end
  *     waiting.call = call
  *     waiting.timeout = timeout             # <<<<<<<<<<<<<<
@@ -11729,7 +11847,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_f_7ivs
   __Pyx_GOTREF(__pyx_v_waiting->timeout);
   __Pyx_DECREF_SET(__pyx_v_waiting->timeout, __pyx_v_timeout);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":423
+  /* "ivshmem/channel/sleeping_tasks.pyx":429
  *     waiting.call = call
  *     waiting.timeout = timeout
  *     waiting.arguments = arguments             # <<<<<<<<<<<<<<
@@ -11741,7 +11859,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_f_7ivs
   __Pyx_GOTREF(__pyx_v_waiting->arguments);
   __Pyx_DECREF_SET(__pyx_v_waiting->arguments, __pyx_v_arguments);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":424
+  /* "ivshmem/channel/sleeping_tasks.pyx":430
  *     waiting.timeout = timeout
  *     waiting.arguments = arguments
  *     return waiting             # <<<<<<<<<<<<<<
@@ -11759,7 +11877,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_f_7ivs
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":418
+  /* "ivshmem/channel/sleeping_tasks.pyx":424
  * 
  * 
  * cdef Waiting waiting_for(ChannelEnd end, object call, object timeout, tuple arguments):             # <<<<<<<<<<<<<<
@@ -11779,7 +11897,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_f_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":427
+/* "ivshmem/channel/sleeping_tasks.pyx":433
  * 
  * 
  * cdef object until_something(ChannelEnd end, object call, object timeout, tuple arguments):             # <<<<<<<<<<<<<<
@@ -11798,7 +11916,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("until_something", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":433
+  /* "ivshmem/channel/sleeping_tasks.pyx":439
  *         call: takes `arguments`, and after them a time limit: 0, with which it does not wait.
  *     """
  *     return waiting_for(end, call, timeout, arguments + DO_NOT_WAIT if arguments else DO_NOT_WAIT)             # <<<<<<<<<<<<<<
@@ -11809,12 +11927,12 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(stru
   else
   {
     Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_v_arguments);
-    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 433, __pyx_L1_error)
+    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 439, __pyx_L1_error)
     __pyx_t_2 = (__pyx_temp != 0);
   }
 
   if (__pyx_t_2) {
-    __pyx_t_3 = PyNumber_Add(__pyx_v_arguments, __pyx_v_7ivshmem_7channel_14sleeping_tasks_DO_NOT_WAIT); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 433, __pyx_L1_error)
+    __pyx_t_3 = PyNumber_Add(__pyx_v_arguments, __pyx_v_7ivshmem_7channel_14sleeping_tasks_DO_NOT_WAIT); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 439, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_1 = __pyx_t_3;
     __pyx_t_3 = 0;
@@ -11823,7 +11941,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(stru
     __pyx_t_1 = __pyx_v_7ivshmem_7channel_14sleeping_tasks_DO_NOT_WAIT;
   }
 
-  __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_waiting_for(__pyx_v_end, __pyx_v_call, __pyx_v_timeout, ((PyObject*)__pyx_t_1))); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 433, __pyx_L1_error)
+  __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_waiting_for(__pyx_v_end, __pyx_v_call, __pyx_v_timeout, ((PyObject*)__pyx_t_1))); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 439, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
@@ -11837,7 +11955,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(stru
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":427
+  /* "ivshmem/channel/sleeping_tasks.pyx":433
  * 
  * 
  * cdef object until_something(ChannelEnd end, object call, object timeout, tuple arguments):             # <<<<<<<<<<<<<<
@@ -11857,7 +11975,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":436
+/* "ivshmem/channel/sleeping_tasks.pyx":442
  * 
  * 
  * cdef object until_content(ChannelEnd end, str name, object call, object timeout):             # <<<<<<<<<<<<<<
@@ -11876,7 +11994,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_content(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("until_content", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":443
+  /* "ivshmem/channel/sleeping_tasks.pyx":449
  *         call: takes what it returns if there is none, and a time limit: 0.
  *     """
  *     cdef Waiting waiting = waiting_for(end, call, timeout, ABSENT_AND_DO_NOT_WAIT)             # <<<<<<<<<<<<<<
@@ -11885,13 +12003,13 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_content(struct
 */
   __pyx_t_1 = __pyx_v_7ivshmem_7channel_14sleeping_tasks_ABSENT_AND_DO_NOT_WAIT;
   __Pyx_INCREF(__pyx_t_1);
-  __pyx_t_2 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_waiting_for(__pyx_v_end, __pyx_v_call, __pyx_v_timeout, ((PyObject*)__pyx_t_1))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 443, __pyx_L1_error)
+  __pyx_t_2 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_waiting_for(__pyx_v_end, __pyx_v_call, __pyx_v_timeout, ((PyObject*)__pyx_t_1))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 449, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_waiting = ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":444
+  /* "ivshmem/channel/sleeping_tasks.pyx":450
  *     """
  *     cdef Waiting waiting = waiting_for(end, call, timeout, ABSENT_AND_DO_NOT_WAIT)
  *     waiting.absent = ABSENT             # <<<<<<<<<<<<<<
@@ -11903,7 +12021,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_content(struct
   __Pyx_GOTREF(__pyx_v_waiting->absent);
   __Pyx_DECREF_SET(__pyx_v_waiting->absent, __pyx_v_7ivshmem_7channel_14sleeping_tasks_ABSENT);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":445
+  /* "ivshmem/channel/sleeping_tasks.pyx":451
  *     cdef Waiting waiting = waiting_for(end, call, timeout, ABSENT_AND_DO_NOT_WAIT)
  *     waiting.absent = ABSENT
  *     waiting.name = name             # <<<<<<<<<<<<<<
@@ -11915,7 +12033,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_content(struct
   __Pyx_GOTREF(__pyx_v_waiting->name);
   __Pyx_DECREF_SET(__pyx_v_waiting->name, __pyx_v_name);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":446
+  /* "ivshmem/channel/sleeping_tasks.pyx":452
  *     waiting.absent = ABSENT
  *     waiting.name = name
  *     return waiting             # <<<<<<<<<<<<<<
@@ -11933,7 +12051,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_content(struct
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":436
+  /* "ivshmem/channel/sleeping_tasks.pyx":442
  * 
  * 
  * cdef object until_content(ChannelEnd end, str name, object call, object timeout):             # <<<<<<<<<<<<<<
@@ -11954,7 +12072,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_content(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":449
+/* "ivshmem/channel/sleeping_tasks.pyx":455
  * 
  * 
  * cdef object until_in_time(             # <<<<<<<<<<<<<<
@@ -11964,7 +12082,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_content(struct
 
 static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_end, PyObject *__pyx_v_call, PyObject *__pyx_v_timeout, PyObject *__pyx_v_arguments, struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time *__pyx_optional_args) {
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":450
+  /* "ivshmem/channel/sleeping_tasks.pyx":456
  * 
  * cdef object until_in_time(
  *     ChannelEnd end, object call, object timeout, tuple arguments, dict options=None             # <<<<<<<<<<<<<<
@@ -11987,22 +12105,22 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(struct
     }
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":453
+  /* "ivshmem/channel/sleeping_tasks.pyx":459
  * ):
  *     """The same until it does not raise TimeoutError, or the time is over, which raises it."""
  *     cdef Waiting waiting = waiting_for(end, call, timeout, arguments + DO_NOT_WAIT)             # <<<<<<<<<<<<<<
  *     waiting.options = options
  *     waiting.failure = TimeoutError
 */
-  __pyx_t_1 = PyNumber_Add(__pyx_v_arguments, __pyx_v_7ivshmem_7channel_14sleeping_tasks_DO_NOT_WAIT); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 453, __pyx_L1_error)
+  __pyx_t_1 = PyNumber_Add(__pyx_v_arguments, __pyx_v_7ivshmem_7channel_14sleeping_tasks_DO_NOT_WAIT); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 459, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_waiting_for(__pyx_v_end, __pyx_v_call, __pyx_v_timeout, ((PyObject*)__pyx_t_1))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 453, __pyx_L1_error)
+  __pyx_t_2 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_waiting_for(__pyx_v_end, __pyx_v_call, __pyx_v_timeout, ((PyObject*)__pyx_t_1))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 459, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_waiting = ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":454
+  /* "ivshmem/channel/sleeping_tasks.pyx":460
  *     """The same until it does not raise TimeoutError, or the time is over, which raises it."""
  *     cdef Waiting waiting = waiting_for(end, call, timeout, arguments + DO_NOT_WAIT)
  *     waiting.options = options             # <<<<<<<<<<<<<<
@@ -12014,7 +12132,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(struct
   __Pyx_GOTREF(__pyx_v_waiting->options);
   __Pyx_DECREF_SET(__pyx_v_waiting->options, __pyx_v_options);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":455
+  /* "ivshmem/channel/sleeping_tasks.pyx":461
  *     cdef Waiting waiting = waiting_for(end, call, timeout, arguments + DO_NOT_WAIT)
  *     waiting.options = options
  *     waiting.failure = TimeoutError             # <<<<<<<<<<<<<<
@@ -12026,7 +12144,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(struct
   __Pyx_GOTREF(__pyx_v_waiting->failure);
   __Pyx_DECREF_SET(__pyx_v_waiting->failure, ((PyObject *)(((PyTypeObject*)PyExc_TimeoutError))));
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":456
+  /* "ivshmem/channel/sleeping_tasks.pyx":462
  *     waiting.options = options
  *     waiting.failure = TimeoutError
  *     return waiting             # <<<<<<<<<<<<<<
@@ -12044,7 +12162,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(struct
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":449
+  /* "ivshmem/channel/sleeping_tasks.pyx":455
  * 
  * 
  * cdef object until_in_time(             # <<<<<<<<<<<<<<
@@ -12065,7 +12183,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":459
+/* "ivshmem/channel/sleeping_tasks.pyx":465
  * 
  * 
  * cdef object until_no_wait(ChannelEnd end, object call, object timeout, tuple arguments):             # <<<<<<<<<<<<<<
@@ -12083,19 +12201,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_no_wait(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("until_no_wait", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":465
+  /* "ivshmem/channel/sleeping_tasks.pyx":471
  *         call: takes `arguments`, and never waits.
  *     """
  *     cdef Waiting waiting = waiting_for(end, call, timeout, arguments)             # <<<<<<<<<<<<<<
  *     waiting.failure = BlockingIOError
  *     return waiting
 */
-  __pyx_t_1 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_waiting_for(__pyx_v_end, __pyx_v_call, __pyx_v_timeout, __pyx_v_arguments)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 465, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_waiting_for(__pyx_v_end, __pyx_v_call, __pyx_v_timeout, __pyx_v_arguments)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 471, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_waiting = ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":466
+  /* "ivshmem/channel/sleeping_tasks.pyx":472
  *     """
  *     cdef Waiting waiting = waiting_for(end, call, timeout, arguments)
  *     waiting.failure = BlockingIOError             # <<<<<<<<<<<<<<
@@ -12106,7 +12224,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_no_wait(struct
   __Pyx_GOTREF(__pyx_v_waiting->failure);
   __Pyx_DECREF_SET(__pyx_v_waiting->failure, ((PyObject *)(((PyTypeObject*)PyExc_BlockingIOError))));
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":467
+  /* "ivshmem/channel/sleeping_tasks.pyx":473
  *     cdef Waiting waiting = waiting_for(end, call, timeout, arguments)
  *     waiting.failure = BlockingIOError
  *     return waiting             # <<<<<<<<<<<<<<
@@ -12122,7 +12240,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_no_wait(struct
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":459
+  /* "ivshmem/channel/sleeping_tasks.pyx":465
  * 
  * 
  * cdef object until_no_wait(ChannelEnd end, object call, object timeout, tuple arguments):             # <<<<<<<<<<<<<<
@@ -13887,7 +14005,7 @@ __Pyx_RefNannySetupContext("PyInit_sleeping_tasks", 0);
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """End the wait."""
- *         self.state = OVER
+ *         cdef ChannelEnd end = self.end.sleeper()
 */
   __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_7Waiting_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Waiting_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 332, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
@@ -13897,7 +14015,7 @@ __Pyx_RefNannySetupContext("PyInit_sleeping_tasks", 0);
   if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 332, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":415
+  /* "ivshmem/channel/sleeping_tasks.pyx":421
  * 
  * 
  * ivshmem_set_send(<PyTypeObject *>Waiting, send_to_waiting)             # <<<<<<<<<<<<<<
@@ -14057,38 +14175,38 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{2},{1},{19},{1},{179},{39},{35},{28},{37},{40},{8},{38},{14},{7},{6},{2},{9},{14},{26},{34},{23},{23},{14},{11},{9},{20},{5},{16},{12},{12},{7},{18},{13},{12},{20},{12},{8},{8},{10},{8},{12},{14},{12},{10},{12},{8},{13},{10},{7},{18},{7},{9},{8},{6},{18},{5},{7},{6},{6},{5},{1},{3},{16},{9},{5},{30},{7},{4},{4},{10},{3},{6},{3},{3},{13},{3},{10},{4},{4},{10},{18},{4},{9},{5},{6},{4},{7},{14}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{356},{11},{20},{16},{36},{78}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{2},{1},{19},{1},{179},{39},{35},{28},{37},{40},{8},{38},{14},{7},{6},{2},{9},{14},{26},{34},{23},{23},{14},{11},{9},{20},{5},{16},{12},{12},{7},{18},{13},{12},{20},{12},{8},{8},{10},{8},{12},{14},{12},{10},{12},{8},{13},{10},{7},{18},{7},{9},{8},{6},{18},{5},{7},{3},{6},{6},{5},{1},{3},{16},{9},{5},{30},{7},{4},{4},{10},{3},{6},{3},{3},{13},{3},{10},{4},{4},{10},{5},{18},{4},{9},{5},{6},{4},{7},{14}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{356},{11},{20},{36},{64},{78}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (883 bytes) */
-static const char cstring[] = "x\332\275U=o\033G\020\245\000\003\021\022!\261\342\000A\272Ie[\260\3170@\304I\232@`d\300\200\341(q\000\007)\262X\356\016\3115\367v\2177{\244\316\225K\226W\262T\251\322\245\177\202K\227,\375S<\273w<K\371B\252\000\322\315\314\336\314\233\2317sK\240\354{p>\314\214\233B\356\227\250\3018\370\341\211\017\010a&\003\214\3520\363\016\014\201Fk\306X\312\200\266\006\n\245Q\001\313\350\344\340\364\344\364\356\360\333!H\247\241\304\347\250\002\001Uce%\021\022\370\t\214+c\003#\207\272@\312\340\321\004j_\201C\316\027<\024\354w9 \314\320\001a\210\n\334\224\216\013\224\301x\0478\234\013\275\t\332\224\234\304,1F?\224\2260\223\360\330\373\342\231\014j\006*\205\300\030A\371\302p\016_Ba\324\334\242\226\360\324\"\026\377\305\205{\316\245F\030\327 \341\2314\\\377\264W\376\035`\347t\031\302\0012=\314\205\004\305\2449\264Rk\301\030\330A\225X\021\202\264%J\315\376+\306`X\345K_1\030*\3171*\322\020A\264!9\3462]|N\225\241V\323fI\263\034\363\014\313\322\227\264\263\250\246\300\"\230\034\2055\271\t\2737\367\272R\356Ql\231K\026A\322\234\262\242>\213\334wo\td\311\206\365\204:bpA\261\265X\264\004W\345\274\026#\351\024Z.\340$&\036%\327\244\366S\351\225L\210\022u\245P\210Dtz\374\3710S\t\260\325\361\254\340\201w\244v\342R\300\356$\025\2703\230\020-\304i}\306\377?\362\256\212\047x\026~\301\211\020\335>q\240\020\223\312\251(si\\\222^W6\275q2O\222\231\020J\026f\247/C\3449Z\213J\332\235\327\256\024!xm\373\330\200\024X\030\022\375\024\343\314\343\200\371C\242\332)\343;\221\365\036\244\244\265\202\211\212\202\274wQ\031K5o\031Q\226}\004W\033J\2510\235\307\266y;\0027\330\216\275\345k\342+\247\247S\014\374\047\312\312\2718^\313S\210\365\244\001\361\202\345\375\216t\263\316\256n\302\034kF\242\271q:\206\262#\017\233f\246\310i\352\307\361S/|\301\036%\306\333\243k\215\223\245\2124\t?!\264\2238\014&F\343DV6\374u\033\243\332\367\263\224\266\302\364\240\225\234\343\n\345\234\023\254L\230}\350\371\264\376)%\207\243[|\025U\254\264\323\341\222\304\203\256#\361\240kI\014cz1j\255\023\376\n\217\356\300\007\204\177\322o\017""\006\203\377#\317\035\270\n]\004!\313)\375\r\376\375\341\325\341\210\312\005c\32320\201p\324\003\360%!mB\271=h}\322~\270\320Y\316\213x\275t\026yf?\376\002\014\256\340\275<\336\356\177\2726\315b\263\367\362\370\335\376\047\353\341\372\305\346\313\363\275\355\301\365\346\243f\021\317\016\326\217\232\237\267,\0366_G\373zs\2559\331\034n\223\363\252Q\254\036|\336\334\335,8j\377\263\365\342\355\265\2576\207\357\366o4\303f\021\235\276kF\254\034\334h\356G\220\307\233\275m\202\374\343\374\233\213/.\236\276\372\370u\366f\357\315a\233\340hs\274\371\375|y\361\333\253__\037&\264\367\032\347\2238";
-    PyObject *data = __Pyx_DecompressString(cstring, 883, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (931 bytes) */
+static const char cstring[] = "x\332\275UMo\0337\020\225\201\000\025Z\243\265\352\000As(\246@\200\324F\262\201\021\241iz)\014\325\001\002\004\251\323\024p\321C\t\212\034I\254\270\344j\311\225\264=\345\350\343\036\367\250\243\2169\346\047\344\330\243\216\371)\035rW\212\335/\364T\300\336\031.g\036\337\274\231\245\300%\337\200\261~\242\314\030R;G\t\312\300\267\317\255G\360\023\356aP\372\2115\240\034H\324j\2109\367\250Kp>W\302c\036\202\014\234\237\235\337\357\177\335\007n$\344\370+\n\357\300\025C\241\271s\350\300\216`X(\355\t\331\227\031\272\004\236\216\240\264\005\030\244\363\274\205\214\342\256&\370\t\032p\350\203\003w\271!\202\334+k\030\245\023\321\273 UN\207\2509\206\354\047\\;L8<\2636\273\340^L@\304\024\030\"\010\233):\303\346\220)1\325(9\274\324\210\331\177\t\241\232S.\021\206%p\270\340\212\370\217w\316\277\003l\203\256B\030@\222\207\264\340 H4\203\232K\311\010\003[\250\034\013\207\300u\216\\R\374\2020\010V\330\334\026\004\206\302R\216\0102\004\020\251\034\037\022M\023\236c\241\\\343I5w\223\024\323\004\363\334\346n\273r\245\363d\274J\221i\225*\277\335y\320Ry\340B\311D\231y\356\246.\311\312e\320\276\335u\300sZh\353P\006\014\"\024J\013\2449\230\"\245\261\030p#P\023\201\263p\360 \206Fw\327\225\235\2230\226\243,\0042\026\205\216\217?\277LD\004l|\\f\324\360V\324\326\\I\330\276\211\004\267\013\022D2v^.\351\377;\232U\366\034\227\376\007\0341\326\316\023%26*\214\0106\345\312Dke\241\343\216\341i\264\244\004\023<S[\177\356\203\316a5+\270\336Fm\2510Fc\273\313\365\350<\031\345\330\256\213\241\347\241\301\364!\271\322\010e[\223\354\"\234\340Z3\022*\030g\255\t\316\220\213i\243\210\320\024\303\210\255\317\271\300\370>\224M\323\341\251@*\272\351|#\331\310\026F\216\307\350\351\217\345\2051\241\303\232\032\021(\305\036\321\214\245\2731i\333\235\\\037\206)\226\204\344\246\312\310\220J\201\324o7QY\352\306v\030\276\366\314f\024\221c\270@\332\352\350\260HJ:fG\016\365(\364\203\264\2218\342\205\366tB\346\377:\225\301\335\3255\347\272\300\370p\013>\305\005\362)\235\262P~\362\276\366\363\362\373\310\000\216\277\244+""\251 \247\351\022\361b\217\332\262\330\243\266.\326\017\034\330\240Y\235\321\327x|\017\336#\374\223\177\324\351t\376\217s\356\301u\350\3143\236\217\335\337\340\237\364\257w\210\025\306+\035\207\202\004\204\343\035\000]\026\\G\224\243N\023\023\347\304\370ve,\013\327L\273r\226\324\017\277\004\235kx\257N7\335\217/U5\253\367^\235\276\353~t\331\277\374\255\276\265\332\333\354\037T\037T\263\360\356\240\272Q\235\325\275M\334\\T\202\334\375O\253\373\365\214\242\272\237\\\306\230\317k\271\272\263\232\254\371\246{\273\276S\217W\027k\002\336\277|Z\275\010\346I\365EH?\331\364\216\326\275\315\301a\365\260\032\327/67oU\313z\366\373\215\317\352\336\273\356a\325\257f!\352q5 g\377\260:\t\251\317\352\275\006\350\227\325W\353\233\353\227\257?|\223\274\335{\333k`\217\353\323\372\347\325|\375\323\353\037\337\364\"\233?\000\024\002\252\034";
+    PyObject *data = __Pyx_DecompressString(cstring, 931, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1157 bytes) */
-static const char cstring[] = "\377 s.: not\377hing mov\377ed in ?N\377ote that\377 Cython \377is delib\377erately \377stricter\376!\001n PEP-4\37784 and r\377ejects s\377ubclasse\377s of bui\373ltW\000types\377. If you\367 nem\000to p\374%\000%\tthen s\373et\200\000e \047an~\236\000ation_<\000\276\246\000\047 dirb\000i\375v\242\000o Fals\377e.a Loop\177Watch c.\002\377 be copi\376\321\000or pick\377leda Sle\363ep\000 \360\001made\377 by a Wa\205i\275\000g\000\006F\033\047\0046\nn\363 e\234 \211 a ch~\321\000eladd_\371 \375e\250\004reuse \277alreadp\000w|o\000\214@corou\270 \037econn\361\001\213@\316 _disab\307\000n\002\001\337gcise\005\002di\377vshmem.e\337rrors\006\005sy\373st\022\000time__limit\022\005/\204\004\363/s\222!\202`_tas?ks.pyx\202@\241\005\357s ar\311 los\203ed@\001\216\000\216a\265`\227 n\373um\224`Cance\025l\336 Eu\001C&\002\006\002\215F\376\226F.__redu\217ce__\207B\214B\005\r.9cL\002\026\003exp\356@\374$\210\203D;\010\n\005c\235\001\027\005\216 d\337__Pyx\001\000Di\377ct_NextR\317ef__\311d|\000__\377func____\357main\003\002odu\235l\025\002nam\035\002\207 _\317capi\"\001\010\001vt<\364!0\001qual\036\005\311\005\277__set_4\005twest[\000is_\275F\374\360A\335Aerasyn\327cio\000\004.\337Fsc\277all_at\002\002s\367oon\014\001back~\214#cline_\253\000\037trace\023\002\224A\233`\361t\336\000\361C\252#foun\337dgget\000\000_r\367unn\333AloopD\214\001\307Bi\222`\233f\216\204\004.\374K\377keyrefsk\347ind7\001\330`ber\377shipmsgo\335b\347\206\001pop\037\000re\322\272\207\001_\325\003j\000s\254\204\001ds\277_ofsel\001\000n\377dsetdefa\307ult\374o\225\204\001\307\006va\367lue\000\002swak\337eweak\200\000wiwth_\353\006PyOx\002\377 *(struc\317t __\246A\220\000_7v\375\204\004_7\341\205\004_4e|\000\373_C\360\205\003End *\343, 8\007\000\t\014\t)\000\000\355\000\004a, \265\013pt_oargs\265\02014\231\206\013\277_until\210bi\257me *\375\004p\250\211\001a\315lA\002)\000\036\003\233bnt\316\007\004no_\333\207\001\025\004so\353me\375\212\002\000C\n\200A\330\377\010\016\210i\220q\230\001\377\200A\340\010\013""\2104\210\377z\230\027\240\001\330\014\020\357\220\007\220q\020\001\014\210I\377\220Q\330\010\014\210F\220\375! \001\020\220\004\220E\230\273\021\330(\002w\220c\010\000\014\337\022\220-\230q3\000\010\017\377\210q\320\004\031\230\021\340\277\010\023\2204\220q!\0019{\220C\006\000\014\023\2201A\001\367L\230\001H\001I\220^\240\3776\250\024\250S\260\n\270\337.\310\001\310\021[\003*\230\377A\230Z\240v\250X\260\003T\270_\000K\000";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1157, 1725);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1214 bytes) */
+static const char cstring[] = "\377 s.: not\377hing mov\377ed in ?N\377ote that\377 Cython \377is delib\377erately \377stricter\376!\001n PEP-4\37784 and r\377ejects s\377ubclasse\377s of bui\373ltW\000types\377. If you\367 nem\000to p\374%\000%\tthen s\373et\200\000e \047an~\236\000ation_<\000\276\246\000\047 dirb\000i\375v\242\000o Fals\377e.a Loop\177Watch c.\002\377 be copi\376\321\000or pick\377leda Sle\363ep\000 \360\001made\377 by a Wa\205i\275\000g\000\006F\033\047\0046\nn\363 e\234 \211 a ch~\321\000eladd_\371 \375e\250\004reuse \277alreadp\000w|o\000\214@corou\270 \037econn\361\001\213@\316 _disab\307\000n\002\001\337gcise\005\002di\377vshmem.e\337rrors\006\005sy\373st\022\000time__limit\022\005/\204\004\363/s\222!\202`_tas?ks.pyx\202@\241\005\357s ar\311 los\203ed@\001\216\000\216a\265`\227 n\373um\224`Cance\025l\336 Eu\001C&\002\006\002\215F\376\226F.__redu\217ce__\207B\214B\005\r.9cL\002\026\003exp\356@\374$\210\203D;\010\n\005c\235\001\027\005\216 d\337__Pyx\001\000Di\377ct_NextR\317ef__\311d|\000__\377func____\357main\003\002odu\235l\025\002nam\035\002\207 _\317capi\"\001\010\001vt<\364!0\001qual\036\005\311\005\277__set_4\005twest[\000is_\275F\374\360A\335Aerasyn\327cio\000\004.\337Fsc\277all_at\002\002s\367oon\014\001back~\214#cline_\253\000\037trace\023\002\224A\233`\341t\336\000\340`\364C\255#fou\277ndgget\000\000_\357runn\336Aloo\211p\217\001\312Bi\225`\236f\221\204\004.\376\377Kkeyrefs\317kind7\001\333`be\377rshipmsg\273ob\352\206\001pop\037\000r\245e\275\207\001_\330\003j\000s\257\204\001d\177s_ofsel\001\000\377ndsetdefoault\354`pt\204\204\017|\235\204\001\317\006value\000\002\377swakewea}k\205\000with_\363\006\367PyO}\002 *(s\377truct __l\256A\225\000_7\205\205\004_7\351\205\004\267_4e\201\000_C\370\205\003E?nd *, 8\007\000\t\336\014\t)\000\000\000\004a, \376\265\013pt_args\366\265\02014\241\206\013_unt\373il\220bime *\332\375\004p\260\211\001alA\002)\000\354\036\003\243bnt\007\004no_\274\343\207\001\025\004some\205\213\002\000\376C\n\200A\330\010\016\210i\377\220q\230\001""\200A\340\010\377\013\2104\210z\230\027\240\377\001\330\014\020\220\007\220q\376\020\001\020\220\004\220E\230\021\335\330\030\002w\220c\010\000\014\022\357\220-\230q#\000\010\017\210\376\037\002\036\230d\240$\240h\377\250a\330\010\032\230$\230\357g\240W\250V\000\014\210I\377\220Q\330\010\014\210F\220\375!;\0011\330\021)\250\021\377\330\020\023\2203\220g\230\377Q\330\024\027\220x\230q\377\320\004\031\230\021\340\010\023\357\2204\220qa\0019\220C\336\006\000\014\023\22017\001L\230\375\001>\001I\220^\2406\250\377\024\250S\260\n\270.\310\367\001\310\021Q\003*\230A\230\377Z\240v\250X\260T\270\000\237\000\213\000";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1214, 1781);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (1725 bytes) */
-static const char bytes[] = " s.: nothing moved in ?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a LoopWatch cannot be copied or pickleda Sleep cannot be copied or pickleda Sleep is made by a Waitinga Waiting cannot be copied or pickleda Waiting is made by an end of a channeladd_notecannot reuse already awaited coroutineconnection of disableenablegcisenabledivshmem.errorsivshmem.system.time_limitsivshmem/channel/sleeping_tasks.pyxthe channels are closedtimeout is not a numberCancelledErrorClosedErrorLoopWatchLoopWatch.__reduce__SleepSleep.__reduce__Sleep.cancelSleep.expireWaitingWaiting.__reduce__Waiting.closeWaiting.send__Pyx_PyDict_NextRef__annotate____func____main____module____name____pyx_capi____pyx_vtable____qualname____reduce____set_name____test___is_coroutineadd_readerasyncioasyncio.coroutinescall_atcall_sooncallbackcancelcline_in_tracebackclosecontexterrorsexpirefoundggetget_running_loopis_closeditemsivshmem.channel.sleeping_taskskeyrefskindloopmembershipmsgobjectpoprefremove_readerrunseconds_ofselfsendsetdefaultsystem.time_limitstimetracebackvaluevalueswakeweakrefwith_tracebackPyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *)\000\000\000PyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *, struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time *__pyx_optional_args)\000until_content\000until_no_wait\000until_something\000until_in_time\200A\330\010\016\210i\220q\230\001\200A\340\010\013\2104\210z\230\027\240\001\330\014\020\220\007\220q\200A\340\010\014\210I\220Q\330\010\014\210F\220!\200A\340\010\020\220\004\220E\230\021\330\010\013\2104\210w\220c\230\021\330\014\022\220-\230q\240\001\330\010\017\210q\320\004\031\230\021\340\010\023\2204\220q\330\010\013\2109\220C\220q\330\014\023\2201\330\010\014\210L\230\001\330\010\014\210I\220^""\2406\250\024\250S\260\n\270.\310\001\310\021\330\010\014\210F\220*\230A\230Z\240v\250X\260T\270\021\330\010\017\210q";
+    #else /* compression: none (1781 bytes) */
+static const char bytes[] = " s.: nothing moved in ?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a LoopWatch cannot be copied or pickleda Sleep cannot be copied or pickleda Sleep is made by a Waitinga Waiting cannot be copied or pickleda Waiting is made by an end of a channeladd_notecannot reuse already awaited coroutineconnection of disableenablegcisenabledivshmem.errorsivshmem.system.time_limitsivshmem/channel/sleeping_tasks.pyxthe channels are closedtimeout is not a numberCancelledErrorClosedErrorLoopWatchLoopWatch.__reduce__SleepSleep.__reduce__Sleep.cancelSleep.expireWaitingWaiting.__reduce__Waiting.closeWaiting.send__Pyx_PyDict_NextRef__annotate____func____main____module____name____pyx_capi____pyx_vtable____qualname____reduce____set_name____test___is_coroutineadd_readerasyncioasyncio.coroutinescall_atcall_sooncallbackcancelcline_in_tracebackclosecontextenderrorsexpirefoundggetget_running_loopis_closeditemsivshmem.channel.sleeping_taskskeyrefskindloopmembershipmsgobjectpoprefremove_readerrunseconds_ofselfsendsetdefaultsleptsystem.time_limitstimetracebackvaluevalueswakeweakrefwith_tracebackPyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *)\000\000\000PyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *, struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time *__pyx_optional_args)\000until_content\000until_no_wait\000until_something\000until_in_time\200A\330\010\016\210i\220q\230\001\200A\340\010\013\2104\210z\230\027\240\001\330\014\020\220\007\220q\200A\340\010\020\220\004\220E\230\021\330\010\013\2104\210w\220c\230\021\330\014\022\220-\230q\240\001\330\010\017\210q\200A\340\010\036\230d\240$\240h\250a\330\010\032\230$\230g\240W\250A\330\010\014\210I\220Q\330\010\014\210F\220!\330\010\013\2101\330\021)\250\021\330\020\023\2203\220g\230Q""\330\024\027\220x\230q\320\004\031\230\021\340\010\023\2204\220q\330\010\013\2109\220C\220q\330\014\023\2201\330\010\014\210L\230\001\330\010\014\210I\220^\2406\250\024\250S\260\n\270.\310\001\310\021\330\010\014\210F\220*\230A\230Z\240v\250X\260T\270\021\330\010\017\210q";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 88; i++) {
+    for (int i = 0; i < 90; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
       if (likely(string) && i >= 22) PyUnicode_InternInPlace(&string);
@@ -14099,8 +14217,8 @@ static const char bytes[] = " s.: nothing moved in ?Note that Cython is delibera
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 88; i < 94; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-88].length;
+    for (int i = 90; i < 96; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-90].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -14110,14 +14228,14 @@ static const char bytes[] = " s.: nothing moved in ?Note that Cython is delibera
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 94; i++) {
+    for (Py_ssize_t i = 0; i < 96; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 88;
+      PyObject **table = stringtab + 90;
       for (Py_ssize_t i=0; i<6; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
@@ -14234,9 +14352,9 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_sleeping_tasks_p, __pyx_mstate->__pyx_n_u_send, __pyx_mstate->__pyx_kp_b_iso88591_A_E_4wc_q_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 332};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_sleeping_tasks_p, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_IQ_F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 332};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_end, __pyx_mstate->__pyx_n_u_slept};
+    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_sleeping_tasks_p, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_d_ha_gWA_IQ_F_1_3gQ_xq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   Py_DECREF(tuple_dedup_map);
   return 0;

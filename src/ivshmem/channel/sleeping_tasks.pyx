@@ -331,8 +331,14 @@ cdef class Waiting:
 
     def close(self):
         """End the wait."""
+        cdef ChannelEnd end = self.end.sleeper()
+        cdef bint slept = self.sleep is not None
         self.state = OVER
         self.awake()
+        if slept:  # perhaps it was rung, and takes nothing now
+            with cython.critical_section(end):
+                if end.usable():
+                    end.pass_on()
 
     def __del__(self):
         self.awake()  # a task that was forgotten, with its loop
