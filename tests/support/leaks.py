@@ -133,6 +133,9 @@ class Guard:
     def left(self) -> list[str]:
         """Say what the test left behind, one line each."""
         self._after = self._held()
+        if self._after.beyond(self._before):
+            self._pages = -1  # as many pages as when they were listed can be other ones
+            self._after = self._held()
         for generation in range(3):
             if not self._after.beyond(self._before):
                 break

@@ -90,3 +90,18 @@ def test_temporary_names_in_memory_tell_whose_they_are() -> None:
     with in_memory.folder() as folder:
         assert folder in [os.path.join(SHM, name) for name in names_in()]
         assert re.match(rf"ivshmem-bench-{os.getpid()}-", os.path.basename(folder))
+
+
+def test_as_many_pages_can_be_others() -> None:
+    """A fixture of a module ends, and the next one begins: what is gone was not left behind."""
+    with anonymous_memory():
+        guard = Guard()
+        guard.begin()
+        with a_mapping():
+            guard.changed()
+            guard.begin()
+            guard.left()  # lists the mappings
+        with anonymous_memory(), a_descriptor():
+            guard.changed()
+            guard.begin()
+            assert guard.left() == []
