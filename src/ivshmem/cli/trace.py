@@ -22,7 +22,7 @@ from .arguments import add_socket, seconds, server_of
 _LOOK = 0.2  # seconds between two looks at the clock and at names
 _SETTLE = 0.5  # seconds after which who is there is known, if the server does not say so
 _LIMIT = 1_000_000  # events: 100 MB of JSON, which the viewers can still open
-_TRIES = 5  # to find out which processes the peers are
+_TRIES = 50  # to find out which processes the peers are: a server that has just begun answers late
 _SECONDS = 2.0  # for the server to say which processes the peers are
 
 
