@@ -93,7 +93,7 @@ def test_temporary_names_in_memory_tell_whose_they_are() -> None:
 
 
 def test_as_many_pages_can_be_others() -> None:
-    """A fixture of a module ends, and the next one begins: what is gone was not left behind."""
+    """The test of the next module does not get the blame for a mapping that has been closed."""
     with anonymous_memory():
         guard = Guard()
         guard.begin()

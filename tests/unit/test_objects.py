@@ -301,3 +301,8 @@ def test_what_no_constructor_has_seen(kind: Any) -> None:
             return
         represented(thing)
         del thing
+
+
+def test_a_wait_that_was_never_begun_can_be_closed() -> None:
+    module = importlib.import_module("ivshmem.channel.sleeping_tasks")
+    module.Waiting.__new__(module.Waiting).close()

@@ -4544,7 +4544,7 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_b_iso88591_A_iq __pyx_string_tab[91]
 #define __pyx_kp_b_iso88591_A_4z_q __pyx_string_tab[92]
 #define __pyx_kp_b_iso88591_A_E_4wc_q_q __pyx_string_tab[93]
-#define __pyx_kp_b_iso88591_A_d_ha_gWA_IQ_F_1_3gQ_xq __pyx_string_tab[94]
+#define __pyx_kp_b_iso88591_A_gWA_IQ_F_1_d_3gQ_xq __pyx_string_tab[94]
 #define __pyx_kp_b_iso88591_4q_9Cq_1_L_I_6_S_F_AZvXT_q __pyx_string_tab[95]
 #define __pyx_int_0 __pyx_number_tab[0]
 /* #### Code section: module_state_clear ### */
@@ -10219,7 +10219,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """End the wait."""
- *         cdef ChannelEnd end = self.end.sleeper()
+ *         cdef ChannelEnd end
 */
 
 /* Python wrapper */
@@ -10270,38 +10270,26 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_12close(st
   int __pyx_v_slept;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
+  int __pyx_t_1;
   int __pyx_t_2;
-  int __pyx_t_3;
+  PyObject *__pyx_t_3 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":334
- *     def close(self):
- *         """End the wait."""
- *         cdef ChannelEnd end = self.end.sleeper()             # <<<<<<<<<<<<<<
- *         cdef bint slept = self.sleep is not None
- *         self.state = OVER
-*/
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->end->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self->end)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 334, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
-  __pyx_v_end = ((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1);
-  __pyx_t_1 = 0;
-
   /* "ivshmem/channel/sleeping_tasks.pyx":335
  *         """End the wait."""
- *         cdef ChannelEnd end = self.end.sleeper()
+ *         cdef ChannelEnd end
  *         cdef bint slept = self.sleep is not None             # <<<<<<<<<<<<<<
  *         self.state = OVER
  *         self.awake()
 */
-  __pyx_t_2 = (((PyObject *)__pyx_v_self->sleep) != Py_None);
-  __pyx_v_slept = __pyx_t_2;
+  __pyx_t_1 = (((PyObject *)__pyx_v_self->sleep) != Py_None);
+  __pyx_v_slept = __pyx_t_1;
 
   /* "ivshmem/channel/sleeping_tasks.pyx":336
- *         cdef ChannelEnd end = self.end.sleeper()
+ *         cdef ChannelEnd end
  *         cdef bint slept = self.sleep is not None
  *         self.state = OVER             # <<<<<<<<<<<<<<
  *         self.awake()
@@ -10314,59 +10302,71 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_12close(st
  *         self.state = OVER
  *         self.awake()             # <<<<<<<<<<<<<<
  *         if slept:  # perhaps it was rung, and takes nothing now
- *             with cython.critical_section(end):
+ *             end = self.end.sleeper()
 */
-  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 337, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 337, __pyx_L1_error)
 
 
   /* "ivshmem/channel/sleeping_tasks.pyx":338
  *         self.state = OVER
  *         self.awake()
  *         if slept:  # perhaps it was rung, and takes nothing now             # <<<<<<<<<<<<<<
+ *             end = self.end.sleeper()
  *             with cython.critical_section(end):
- *                 if end.usable():
 */
   if (__pyx_v_slept) {
 
     /* "ivshmem/channel/sleeping_tasks.pyx":339
  *         self.awake()
  *         if slept:  # perhaps it was rung, and takes nothing now
+ *             end = self.end.sleeper()             # <<<<<<<<<<<<<<
+ *             with cython.critical_section(end):
+ *                 if end.usable():
+*/
+    __pyx_t_3 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->end->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self->end)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 339, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
+    __pyx_v_end = ((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_3);
+    __pyx_t_3 = 0;
+
+    /* "ivshmem/channel/sleeping_tasks.pyx":340
+ *         if slept:  # perhaps it was rung, and takes nothing now
+ *             end = self.end.sleeper()
  *             with cython.critical_section(end):             # <<<<<<<<<<<<<<
  *                 if end.usable():
  *                     end.pass_on()
 */
     {
         __Pyx_PyCriticalSection __pyx_cs;
-        if (unlikely(!__pyx_v_end)) { __Pyx_RaiseUnboundLocalError("end"); __PYX_ERR(0, 339, __pyx_L1_error) }
-        __pyx_t_1 = ((PyObject *)__pyx_v_end);
-        __Pyx_INCREF(__pyx_t_1);
-        __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
+        if (unlikely(!__pyx_v_end)) { __Pyx_RaiseUnboundLocalError("end"); __PYX_ERR(0, 340, __pyx_L1_error) }
+        __pyx_t_3 = ((PyObject *)__pyx_v_end);
+        __Pyx_INCREF(__pyx_t_3);
+        __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_3);
         /*try:*/ {
 
-          /* "ivshmem/channel/sleeping_tasks.pyx":340
- *         if slept:  # perhaps it was rung, and takes nothing now
+          /* "ivshmem/channel/sleeping_tasks.pyx":341
+ *             end = self.end.sleeper()
  *             with cython.critical_section(end):
  *                 if end.usable():             # <<<<<<<<<<<<<<
  *                     end.pass_on()
  * 
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_end->__pyx_base.__pyx_vtab)->usable(__pyx_v_end);
+          __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_end->__pyx_base.__pyx_vtab)->usable(__pyx_v_end);
 
-          if (__pyx_t_2) {
+          if (__pyx_t_1) {
 
 
-            /* "ivshmem/channel/sleeping_tasks.pyx":341
+            /* "ivshmem/channel/sleeping_tasks.pyx":342
  *             with cython.critical_section(end):
  *                 if end.usable():
  *                     end.pass_on()             # <<<<<<<<<<<<<<
  * 
  *     def __del__(self):
 */
-            __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_end->__pyx_base.__pyx_vtab)->pass_on(__pyx_v_end); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 341, __pyx_L5_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_end->__pyx_base.__pyx_vtab)->pass_on(__pyx_v_end); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 342, __pyx_L5_error)
 
 
-            /* "ivshmem/channel/sleeping_tasks.pyx":340
- *         if slept:  # perhaps it was rung, and takes nothing now
+            /* "ivshmem/channel/sleeping_tasks.pyx":341
+ *             end = self.end.sleeper()
  *             with cython.critical_section(end):
  *                 if end.usable():             # <<<<<<<<<<<<<<
  *                     end.pass_on()
@@ -10375,9 +10375,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_12close(st
           }
         }
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":339
- *         self.awake()
+        /* "ivshmem/channel/sleeping_tasks.pyx":340
  *         if slept:  # perhaps it was rung, and takes nothing now
+ *             end = self.end.sleeper()
  *             with cython.critical_section(end):             # <<<<<<<<<<<<<<
  *                 if end.usable():
  *                     end.pass_on()
@@ -10393,15 +10393,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_12close(st
           }
           __pyx_L6:;
         }
-        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+        __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     }
 
     /* "ivshmem/channel/sleeping_tasks.pyx":338
  *         self.state = OVER
  *         self.awake()
  *         if slept:  # perhaps it was rung, and takes nothing now             # <<<<<<<<<<<<<<
+ *             end = self.end.sleeper()
  *             with cython.critical_section(end):
- *                 if end.usable():
 */
   }
 
@@ -10410,14 +10410,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_12close(st
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """End the wait."""
- *         cdef ChannelEnd end = self.end.sleeper()
+ *         cdef ChannelEnd end
 */
 
   /* function exit code */
   __pyx_r = Py_None; __Pyx_INCREF(Py_None);
   goto __pyx_L0;
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_3);
   __Pyx_AddTraceback("ivshmem.channel.sleeping_tasks.Waiting.close", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -10428,7 +10428,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_12close(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":343
+/* "ivshmem/channel/sleeping_tasks.pyx":344
  *                     end.pass_on()
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -10455,17 +10455,17 @@ static void __pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_14__del__(struc
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":344
+  /* "ivshmem/channel/sleeping_tasks.pyx":345
  * 
  *     def __del__(self):
  *         self.awake()  # a task that was forgotten, with its loop             # <<<<<<<<<<<<<<
  * 
  *     cdef object step(self):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 344, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 345, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":343
+  /* "ivshmem/channel/sleeping_tasks.pyx":344
  *                     end.pass_on()
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -10481,7 +10481,7 @@ static void __pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_14__del__(struc
 
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":346
+/* "ivshmem/channel/sleeping_tasks.pyx":347
  *         self.awake()  # a task that was forgotten, with its loop
  * 
  *     cdef object step(self):             # <<<<<<<<<<<<<<
@@ -10510,7 +10510,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("step", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":348
+  /* "ivshmem/channel/sleeping_tasks.pyx":349
  *     cdef object step(self):
  *         """Look; return the result if it is OVER now, or else what the task is to sleep on."""
  *         cdef int state = self.state             # <<<<<<<<<<<<<<
@@ -10521,7 +10521,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 
   __pyx_v_state = __pyx_t_1;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":349
+  /* "ivshmem/channel/sleeping_tasks.pyx":350
  *         """Look; return the result if it is OVER now, or else what the task is to sleep on."""
  *         cdef int state = self.state
  *         self.state = OVER             # <<<<<<<<<<<<<<
@@ -10530,7 +10530,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 */
   __pyx_v_self->state = __pyx_e_7ivshmem_7channel_14sleeping_tasks_OVER;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":350
+  /* "ivshmem/channel/sleeping_tasks.pyx":351
  *         cdef int state = self.state
  *         self.state = OVER
  *         if state == NEW:             # <<<<<<<<<<<<<<
@@ -10540,7 +10540,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
   switch (__pyx_v_state) {
     case __pyx_e_7ivshmem_7channel_14sleeping_tasks_NEW:
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":351
+    /* "ivshmem/channel/sleeping_tasks.pyx":352
  *         self.state = OVER
  *         if state == NEW:
  *             if self.timeout is not None:             # <<<<<<<<<<<<<<
@@ -10551,17 +10551,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":352
+      /* "ivshmem/channel/sleeping_tasks.pyx":353
  *         if state == NEW:
  *             if self.timeout is not None:
  *                 self.find_loop()             # <<<<<<<<<<<<<<
  *                 self.deadline = self.loop.time() + seconds_of(self.timeout)
  *         elif state == OVER:
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 352, __pyx_L1_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 353, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":353
+      /* "ivshmem/channel/sleeping_tasks.pyx":354
  *             if self.timeout is not None:
  *                 self.find_loop()
  *                 self.deadline = self.loop.time() + seconds_of(self.timeout)             # <<<<<<<<<<<<<<
@@ -10575,11 +10575,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
         PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
         __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_time, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 353, __pyx_L1_error)
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 354, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_3);
       }
       __pyx_t_6 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_seconds_of); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 353, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_seconds_of); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 354, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_5 = 1;
       #if CYTHON_UNPACK_METHODS
@@ -10598,10 +10598,10 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
         __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 353, __pyx_L1_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 354, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_4);
       }
-      __pyx_t_7 = __Pyx_PyNumber_Add_object_object(__pyx_t_3, __pyx_t_4); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 353, __pyx_L1_error)
+      __pyx_t_7 = __Pyx_PyNumber_Add_object_object(__pyx_t_3, __pyx_t_4); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 354, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
@@ -10610,7 +10610,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
       __Pyx_DECREF_SET(__pyx_v_self->deadline, __pyx_t_7);
       __pyx_t_7 = 0;
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":351
+      /* "ivshmem/channel/sleeping_tasks.pyx":352
  *         self.state = OVER
  *         if state == NEW:
  *             if self.timeout is not None:             # <<<<<<<<<<<<<<
@@ -10619,7 +10619,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 */
     }
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":350
+    /* "ivshmem/channel/sleeping_tasks.pyx":351
  *         cdef int state = self.state
  *         self.state = OVER
  *         if state == NEW:             # <<<<<<<<<<<<<<
@@ -10629,7 +10629,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
     break;
     case __pyx_e_7ivshmem_7channel_14sleeping_tasks_OVER:
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":355
+    /* "ivshmem/channel/sleeping_tasks.pyx":356
  *                 self.deadline = self.loop.time() + seconds_of(self.timeout)
  *         elif state == OVER:
  *             raise RuntimeError("cannot reuse already awaited coroutine")             # <<<<<<<<<<<<<<
@@ -10642,14 +10642,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
       PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_cannot_reuse_already_awaited_cor};
       __pyx_t_7 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_RuntimeError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 355, __pyx_L1_error)
+      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 356, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
     }
     __Pyx_Raise(__pyx_t_7, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    __PYX_ERR(0, 355, __pyx_L1_error)
+    __PYX_ERR(0, 356, __pyx_L1_error)
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":354
+    /* "ivshmem/channel/sleeping_tasks.pyx":355
  *                 self.find_loop()
  *                 self.deadline = self.loop.time() + seconds_of(self.timeout)
  *         elif state == OVER:             # <<<<<<<<<<<<<<
@@ -10659,19 +10659,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
     break;
     default:
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":357
+    /* "ivshmem/channel/sleeping_tasks.pyx":358
  *             raise RuntimeError("cannot reuse already awaited coroutine")
  *         else:
  *             self.awake()             # <<<<<<<<<<<<<<
  *         for _ in range(LOOKS):
  *             found = self.look()
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 357, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 358, __pyx_L1_error)
 
     break;
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":358
+  /* "ivshmem/channel/sleeping_tasks.pyx":359
  *         else:
  *             self.awake()
  *         for _ in range(LOOKS):             # <<<<<<<<<<<<<<
@@ -10685,19 +10685,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
   for (__pyx_t_10 = 0; __pyx_t_10 < __pyx_t_9; __pyx_t_10+=1) {
     __pyx_v__ = __pyx_t_10;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":359
+    /* "ivshmem/channel/sleeping_tasks.pyx":360
  *             self.awake()
  *         for _ in range(LOOKS):
  *             found = self.look()             # <<<<<<<<<<<<<<
  *             if found is not ABSENT:
  *                 return found
 */
-    __pyx_t_7 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(__pyx_v_self); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 359, __pyx_L1_error)
+    __pyx_t_7 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(__pyx_v_self); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 360, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_XDECREF_SET(__pyx_v_found, __pyx_t_7);
     __pyx_t_7 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":360
+    /* "ivshmem/channel/sleeping_tasks.pyx":361
  *         for _ in range(LOOKS):
  *             found = self.look()
  *             if found is not ABSENT:             # <<<<<<<<<<<<<<
@@ -10708,7 +10708,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":361
+      /* "ivshmem/channel/sleeping_tasks.pyx":362
  *             found = self.look()
  *             if found is not ABSENT:
  *                 return found             # <<<<<<<<<<<<<<
@@ -10726,7 +10726,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":360
+      /* "ivshmem/channel/sleeping_tasks.pyx":361
  *         for _ in range(LOOKS):
  *             found = self.look()
  *             if found is not ABSENT:             # <<<<<<<<<<<<<<
@@ -10735,7 +10735,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 */
     }
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":362
+    /* "ivshmem/channel/sleeping_tasks.pyx":363
  *             if found is not ABSENT:
  *                 return found
  *             if self.loop is None:             # <<<<<<<<<<<<<<
@@ -10746,17 +10746,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":363
+      /* "ivshmem/channel/sleeping_tasks.pyx":364
  *                 return found
  *             if self.loop is None:
  *                 self.find_loop()             # <<<<<<<<<<<<<<
  *             self.sleep = sleep_at(self.end, self.loop, self.deadline)
  *             if self.sleep is None:
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 363, __pyx_L1_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 364, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":362
+      /* "ivshmem/channel/sleeping_tasks.pyx":363
  *             if found is not ABSENT:
  *                 return found
  *             if self.loop is None:             # <<<<<<<<<<<<<<
@@ -10765,7 +10765,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 */
     }
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":364
+    /* "ivshmem/channel/sleeping_tasks.pyx":365
  *             if self.loop is None:
  *                 self.find_loop()
  *             self.sleep = sleep_at(self.end, self.loop, self.deadline)             # <<<<<<<<<<<<<<
@@ -10778,7 +10778,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
     __Pyx_INCREF(__pyx_t_4);
     __pyx_t_3 = __pyx_v_self->deadline;
     __Pyx_INCREF(__pyx_t_3);
-    __pyx_t_6 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_sleep_at(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_7), __pyx_t_4, __pyx_t_3)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 364, __pyx_L1_error)
+    __pyx_t_6 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_sleep_at(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_7), __pyx_t_4, __pyx_t_3)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 365, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
@@ -10788,7 +10788,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
     __Pyx_DECREF_SET(__pyx_v_self->sleep, ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *)__pyx_t_6));
     __pyx_t_6 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":365
+    /* "ivshmem/channel/sleeping_tasks.pyx":366
  *                 self.find_loop()
  *             self.sleep = sleep_at(self.end, self.loop, self.deadline)
  *             if self.sleep is None:             # <<<<<<<<<<<<<<
@@ -10799,7 +10799,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":366
+      /* "ivshmem/channel/sleeping_tasks.pyx":367
  *             self.sleep = sleep_at(self.end, self.loop, self.deadline)
  *             if self.sleep is None:
  *                 self.futile += 1             # <<<<<<<<<<<<<<
@@ -10808,7 +10808,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 */
       __pyx_v_self->futile = (__pyx_v_self->futile + 1);
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":367
+      /* "ivshmem/channel/sleeping_tasks.pyx":368
  *             if self.sleep is None:
  *                 self.futile += 1
  *                 if self.futile > FUTILE:             # <<<<<<<<<<<<<<
@@ -10820,7 +10820,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":368
+        /* "ivshmem/channel/sleeping_tasks.pyx":369
  *                 self.futile += 1
  *                 if self.futile > FUTILE:
  *                     self.sleep = pause(self.loop, self.deadline)             # <<<<<<<<<<<<<<
@@ -10831,7 +10831,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
         __Pyx_INCREF(__pyx_t_6);
         __pyx_t_3 = __pyx_v_self->deadline;
         __Pyx_INCREF(__pyx_t_3);
-        __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_pause(__pyx_t_6, __pyx_t_3)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 368, __pyx_L1_error)
+        __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_pause(__pyx_t_6, __pyx_t_3)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 369, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_4);
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
@@ -10840,7 +10840,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
         __Pyx_DECREF_SET(__pyx_v_self->sleep, ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *)__pyx_t_4));
         __pyx_t_4 = 0;
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":367
+        /* "ivshmem/channel/sleeping_tasks.pyx":368
  *             if self.sleep is None:
  *                 self.futile += 1
  *                 if self.futile > FUTILE:             # <<<<<<<<<<<<<<
@@ -10849,7 +10849,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 */
       }
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":365
+      /* "ivshmem/channel/sleeping_tasks.pyx":366
  *                 self.find_loop()
  *             self.sleep = sleep_at(self.end, self.loop, self.deadline)
  *             if self.sleep is None:             # <<<<<<<<<<<<<<
@@ -10858,7 +10858,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 */
     }
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":369
+    /* "ivshmem/channel/sleeping_tasks.pyx":370
  *                 if self.futile > FUTILE:
  *                     self.sleep = pause(self.loop, self.deadline)
  *             if self.sleep is not None:             # <<<<<<<<<<<<<<
@@ -10869,7 +10869,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":370
+      /* "ivshmem/channel/sleeping_tasks.pyx":371
  *                     self.sleep = pause(self.loop, self.deadline)
  *             if self.sleep is not None:
  *                 break             # <<<<<<<<<<<<<<
@@ -10878,7 +10878,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 */
       goto __pyx_L5_break;
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":369
+      /* "ivshmem/channel/sleeping_tasks.pyx":370
  *                 if self.futile > FUTILE:
  *                     self.sleep = pause(self.loop, self.deadline)
  *             if self.sleep is not None:             # <<<<<<<<<<<<<<
@@ -10890,7 +10890,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
   __pyx_L5_break:;
 
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":371
+  /* "ivshmem/channel/sleeping_tasks.pyx":372
  *             if self.sleep is not None:
  *                 break
  *         self.state = SUSPENDED             # <<<<<<<<<<<<<<
@@ -10899,7 +10899,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 */
   __pyx_v_self->state = __pyx_e_7ivshmem_7channel_14sleeping_tasks_SUSPENDED;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":372
+  /* "ivshmem/channel/sleeping_tasks.pyx":373
  *                 break
  *         self.state = SUSPENDED
  *         return self.sleep  # None lets other tasks run             # <<<<<<<<<<<<<<
@@ -10917,7 +10917,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":346
+  /* "ivshmem/channel/sleeping_tasks.pyx":347
  *         self.awake()  # a task that was forgotten, with its loop
  * 
  *     cdef object step(self):             # <<<<<<<<<<<<<<
@@ -10942,7 +10942,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":374
+/* "ivshmem/channel/sleeping_tasks.pyx":375
  *         return self.sleep  # None lets other tasks run
  * 
  *     cdef int find_loop(self) except -1:             # <<<<<<<<<<<<<<
@@ -10964,7 +10964,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("find_loop", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":375
+  /* "ivshmem/channel/sleeping_tasks.pyx":376
  * 
  *     cdef int find_loop(self) except -1:
  *         if get_running_loop is None:             # <<<<<<<<<<<<<<
@@ -10975,17 +10975,17 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(struct 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":376
+    /* "ivshmem/channel/sleeping_tasks.pyx":377
  *     cdef int find_loop(self) except -1:
  *         if get_running_loop is None:
  *             import_asyncio()             # <<<<<<<<<<<<<<
  *         self.loop = get_running_loop()
  *         return 0
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_import_asyncio(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 376, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_import_asyncio(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 377, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":375
+    /* "ivshmem/channel/sleeping_tasks.pyx":376
  * 
  *     cdef int find_loop(self) except -1:
  *         if get_running_loop is None:             # <<<<<<<<<<<<<<
@@ -10994,7 +10994,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(struct 
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":377
+  /* "ivshmem/channel/sleeping_tasks.pyx":378
  *         if get_running_loop is None:
  *             import_asyncio()
  *         self.loop = get_running_loop()             # <<<<<<<<<<<<<<
@@ -11021,7 +11021,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(struct 
     __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 377, __pyx_L1_error)
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 378, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
   }
   __Pyx_GIVEREF(__pyx_t_3);
@@ -11029,7 +11029,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(struct 
   __Pyx_DECREF_SET(__pyx_v_self->loop, __pyx_t_3);
   __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":378
+  /* "ivshmem/channel/sleeping_tasks.pyx":379
  *             import_asyncio()
  *         self.loop = get_running_loop()
  *         return 0             # <<<<<<<<<<<<<<
@@ -11042,7 +11042,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(struct 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":374
+  /* "ivshmem/channel/sleeping_tasks.pyx":375
  *         return self.sleep  # None lets other tasks run
  * 
  *     cdef int find_loop(self) except -1:             # <<<<<<<<<<<<<<
@@ -11063,7 +11063,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":380
+/* "ivshmem/channel/sleeping_tasks.pyx":381
  *         return 0
  * 
  *     cdef bint is_late(self) except -1:             # <<<<<<<<<<<<<<
@@ -11084,7 +11084,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("is_late", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":381
+  /* "ivshmem/channel/sleeping_tasks.pyx":382
  * 
  *     cdef bint is_late(self) except -1:
  *         return self.deadline is not None and self.loop.time() >= self.deadline             # <<<<<<<<<<<<<<
@@ -11107,10 +11107,10 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(struct __
     PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
     __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_time, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 381, __pyx_L1_error)
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 382, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
   }
-  __pyx_t_2 = __Pyx_PyObject_CompareBoolGe_object_object(__pyx_t_3, __pyx_v_self->deadline, Py_GE); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 381, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_CompareBoolGe_object_object(__pyx_t_3, __pyx_v_self->deadline, Py_GE); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 382, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   __pyx_t_1 = __pyx_t_2;
@@ -11121,7 +11121,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":380
+  /* "ivshmem/channel/sleeping_tasks.pyx":381
  *         return 0
  * 
  *     cdef bint is_late(self) except -1:             # <<<<<<<<<<<<<<
@@ -11141,7 +11141,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":383
+/* "ivshmem/channel/sleeping_tasks.pyx":384
  *         return self.deadline is not None and self.loop.time() >= self.deadline
  * 
  *     cdef object look(self):             # <<<<<<<<<<<<<<
@@ -11172,7 +11172,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("look", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":385
+  /* "ivshmem/channel/sleeping_tasks.pyx":386
  *     cdef object look(self):
  *         """Return what the call returns: None if the time is over; ABSENT: wait."""
  *         if self.failure is None:             # <<<<<<<<<<<<<<
@@ -11183,7 +11183,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":386
+    /* "ivshmem/channel/sleeping_tasks.pyx":387
  *         """Return what the call returns: None if the time is over; ABSENT: wait."""
  *         if self.failure is None:
  *             found = self.call(*self.arguments)             # <<<<<<<<<<<<<<
@@ -11192,14 +11192,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
 */
     if (unlikely(__pyx_v_self->arguments == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-      __PYX_ERR(0, 386, __pyx_L1_error)
+      __PYX_ERR(0, 387, __pyx_L1_error)
     }
-    __pyx_t_2 = __Pyx_PyObject_Call(__pyx_v_self->call, __pyx_v_self->arguments, NULL); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 386, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyObject_Call(__pyx_v_self->call, __pyx_v_self->arguments, NULL); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 387, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __pyx_v_found = __pyx_t_2;
     __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":387
+    /* "ivshmem/channel/sleeping_tasks.pyx":388
  *         if self.failure is None:
  *             found = self.call(*self.arguments)
  *             if found is not self.absent:             # <<<<<<<<<<<<<<
@@ -11210,7 +11210,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":388
+      /* "ivshmem/channel/sleeping_tasks.pyx":389
  *             found = self.call(*self.arguments)
  *             if found is not self.absent:
  *                 return found             # <<<<<<<<<<<<<<
@@ -11228,7 +11228,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":387
+      /* "ivshmem/channel/sleeping_tasks.pyx":388
  *         if self.failure is None:
  *             found = self.call(*self.arguments)
  *             if found is not self.absent:             # <<<<<<<<<<<<<<
@@ -11237,14 +11237,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
 */
     }
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":389
+    /* "ivshmem/channel/sleeping_tasks.pyx":390
  *             if found is not self.absent:
  *                 return found
  *             return None if self.is_late() else ABSENT             # <<<<<<<<<<<<<<
  *         try:
  *             if self.options is None:
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 389, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 390, __pyx_L1_error)
     if (__pyx_t_1) {
       __Pyx_INCREF(Py_None);
       __pyx_t_2 = Py_None;
@@ -11264,7 +11264,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
     __pyx_t_2 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":385
+    /* "ivshmem/channel/sleeping_tasks.pyx":386
  *     cdef object look(self):
  *         """Return what the call returns: None if the time is over; ABSENT: wait."""
  *         if self.failure is None:             # <<<<<<<<<<<<<<
@@ -11273,7 +11273,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":390
+  /* "ivshmem/channel/sleeping_tasks.pyx":391
  *                 return found
  *             return None if self.is_late() else ABSENT
  *         try:             # <<<<<<<<<<<<<<
@@ -11289,7 +11289,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
     __Pyx_XGOTREF(__pyx_t_5);
     /*try:*/ {
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":391
+      /* "ivshmem/channel/sleeping_tasks.pyx":392
  *             return None if self.is_late() else ABSENT
  *         try:
  *             if self.options is None:             # <<<<<<<<<<<<<<
@@ -11300,7 +11300,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":392
+        /* "ivshmem/channel/sleeping_tasks.pyx":393
  *         try:
  *             if self.options is None:
  *                 return self.call(*self.arguments)             # <<<<<<<<<<<<<<
@@ -11309,9 +11309,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
 */
         if (unlikely(__pyx_v_self->arguments == Py_None)) {
           PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-          __PYX_ERR(0, 392, __pyx_L5_error)
+          __PYX_ERR(0, 393, __pyx_L5_error)
         }
-        __pyx_t_2 = __Pyx_PyObject_Call(__pyx_v_self->call, __pyx_v_self->arguments, NULL); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 392, __pyx_L5_error)
+        __pyx_t_2 = __Pyx_PyObject_Call(__pyx_v_self->call, __pyx_v_self->arguments, NULL); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 393, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           PyObject *__pyx_temp;
@@ -11324,7 +11324,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
         __pyx_t_2 = 0;
         goto __pyx_L9_try_return;
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":391
+        /* "ivshmem/channel/sleeping_tasks.pyx":392
  *             return None if self.is_late() else ABSENT
  *         try:
  *             if self.options is None:             # <<<<<<<<<<<<<<
@@ -11333,7 +11333,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
 */
       }
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":393
+      /* "ivshmem/channel/sleeping_tasks.pyx":394
  *             if self.options is None:
  *                 return self.call(*self.arguments)
  *             return self.call(*self.arguments, **self.options)             # <<<<<<<<<<<<<<
@@ -11342,15 +11342,15 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
 */
       if (unlikely(__pyx_v_self->arguments == Py_None)) {
         PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-        __PYX_ERR(0, 393, __pyx_L5_error)
+        __PYX_ERR(0, 394, __pyx_L5_error)
       }
       if (unlikely(__pyx_v_self->options == Py_None)) {
         PyErr_SetString(PyExc_TypeError, "argument after ** must be a mapping, not NoneType");
-        __PYX_ERR(0, 393, __pyx_L5_error)
+        __PYX_ERR(0, 394, __pyx_L5_error)
       }
-      __pyx_t_2 = PyDict_Copy(__pyx_v_self->options); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 393, __pyx_L5_error)
+      __pyx_t_2 = PyDict_Copy(__pyx_v_self->options); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 394, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_2);
-      __pyx_t_6 = __Pyx_PyObject_Call(__pyx_v_self->call, __pyx_v_self->arguments, __pyx_t_2); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 393, __pyx_L5_error)
+      __pyx_t_6 = __Pyx_PyObject_Call(__pyx_v_self->call, __pyx_v_self->arguments, __pyx_t_2); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 394, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_6);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       {
@@ -11364,7 +11364,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
       __pyx_t_6 = 0;
       goto __pyx_L9_try_return;
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":390
+      /* "ivshmem/channel/sleeping_tasks.pyx":391
  *                 return found
  *             return None if self.is_late() else ABSENT
  *         try:             # <<<<<<<<<<<<<<
@@ -11376,7 +11376,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":394
+    /* "ivshmem/channel/sleeping_tasks.pyx":395
  *                 return self.call(*self.arguments)
  *             return self.call(*self.arguments, **self.options)
  *         except self.failure:             # <<<<<<<<<<<<<<
@@ -11386,26 +11386,26 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
     __pyx_t_7 = __Pyx_PyErr_ExceptionMatches(__pyx_v_self->failure);
     if (__pyx_t_7) {
       __Pyx_AddTraceback("ivshmem.channel.sleeping_tasks.Waiting.look", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_6, &__pyx_t_2, &__pyx_t_8) < 0) __PYX_ERR(0, 394, __pyx_L7_except_error)
+      if (__Pyx_GetException(&__pyx_t_6, &__pyx_t_2, &__pyx_t_8) < 0) __PYX_ERR(0, 395, __pyx_L7_except_error)
       __Pyx_XGOTREF(__pyx_t_6);
       __Pyx_XGOTREF(__pyx_t_2);
       __Pyx_XGOTREF(__pyx_t_8);
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":395
+      /* "ivshmem/channel/sleeping_tasks.pyx":396
  *             return self.call(*self.arguments, **self.options)
  *         except self.failure:
  *             if not self.is_late():             # <<<<<<<<<<<<<<
  *                 return ABSENT
  *             if self.failure is TimeoutError:
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 395, __pyx_L7_except_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 396, __pyx_L7_except_error)
       __pyx_t_9 = (!__pyx_t_1);
 
 
       if (__pyx_t_9) {
 
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":396
+        /* "ivshmem/channel/sleeping_tasks.pyx":397
  *         except self.failure:
  *             if not self.is_late():
  *                 return ABSENT             # <<<<<<<<<<<<<<
@@ -11426,7 +11426,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
         __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
         goto __pyx_L8_except_return;
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":395
+        /* "ivshmem/channel/sleeping_tasks.pyx":396
  *             return self.call(*self.arguments, **self.options)
  *         except self.failure:
  *             if not self.is_late():             # <<<<<<<<<<<<<<
@@ -11435,7 +11435,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
 */
       }
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":397
+      /* "ivshmem/channel/sleeping_tasks.pyx":398
  *             if not self.is_late():
  *                 return ABSENT
  *             if self.failure is TimeoutError:             # <<<<<<<<<<<<<<
@@ -11446,7 +11446,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
       if (unlikely(__pyx_t_9)) {
 
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":398
+        /* "ivshmem/channel/sleeping_tasks.pyx":399
  *                 return ABSENT
  *             if self.failure is TimeoutError:
  *                 raise             # <<<<<<<<<<<<<<
@@ -11458,9 +11458,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
         __Pyx_XGIVEREF(__pyx_t_8);
         __Pyx_ErrRestoreWithState(__pyx_t_6, __pyx_t_2, __pyx_t_8);
         __pyx_t_6 = 0;  __pyx_t_2 = 0;  __pyx_t_8 = 0; 
-        __PYX_ERR(0, 398, __pyx_L7_except_error)
+        __PYX_ERR(0, 399, __pyx_L7_except_error)
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":397
+        /* "ivshmem/channel/sleeping_tasks.pyx":398
  *             if not self.is_late():
  *                 return ABSENT
  *             if self.failure is TimeoutError:             # <<<<<<<<<<<<<<
@@ -11475,7 +11475,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
     }
     goto __pyx_L7_except_error;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":390
+    /* "ivshmem/channel/sleeping_tasks.pyx":391
  *                 return found
  *             return None if self.is_late() else ABSENT
  *         try:             # <<<<<<<<<<<<<<
@@ -11507,7 +11507,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
     __Pyx_ExceptionReset(__pyx_t_3, __pyx_t_4, __pyx_t_5);
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":399
+  /* "ivshmem/channel/sleeping_tasks.pyx":400
  *             if self.failure is TimeoutError:
  *                 raise
  *         raise TimeoutError(             # <<<<<<<<<<<<<<
@@ -11516,16 +11516,16 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
 */
   __pyx_t_2 = NULL;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":400
+  /* "ivshmem/channel/sleeping_tasks.pyx":401
  *                 raise
  *         raise TimeoutError(
  *             f"connection of {self.end.name!r}: nothing moved in {self.timeout:g} s"             # <<<<<<<<<<<<<<
  *         )
  * 
 */
-  __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->end->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 400, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->end->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 401, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
-  __pyx_t_10 = __Pyx_PyObject_Format(__pyx_v_self->timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 400, __pyx_L1_error)
+  __pyx_t_10 = __Pyx_PyObject_Format(__pyx_v_self->timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 401, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_10);
   __pyx_t_11[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
   __pyx_t_11[1] = __pyx_t_6;
@@ -11541,7 +11541,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_11[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_11[3]);
   #endif
   __pyx_t_13 = __Pyx_PyUnicode_Join(__pyx_t_11, 5, __pyx_t_12, __pyx_t_7);
-  if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 400, __pyx_L1_error)
+  if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 401, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_13);
   __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
   __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
@@ -11551,14 +11551,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
     __pyx_t_8 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TimeoutError)), __pyx_callargs+__pyx_t_14, (2-__pyx_t_14) | (__pyx_t_14*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 399, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 400, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
   }
   __Pyx_Raise(__pyx_t_8, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-  __PYX_ERR(0, 399, __pyx_L1_error)
+  __PYX_ERR(0, 400, __pyx_L1_error)
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":383
+  /* "ivshmem/channel/sleeping_tasks.pyx":384
  *         return self.deadline is not None and self.loop.time() >= self.deadline
  * 
  *     cdef object look(self):             # <<<<<<<<<<<<<<
@@ -11582,7 +11582,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":403
+/* "ivshmem/channel/sleeping_tasks.pyx":404
  *         )
  * 
  *     cdef int awake(self) except -1:             # <<<<<<<<<<<<<<
@@ -11602,7 +11602,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("awake", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":404
+  /* "ivshmem/channel/sleeping_tasks.pyx":405
  * 
  *     cdef int awake(self) except -1:
  *         cdef Sleep sleep = self.sleep             # <<<<<<<<<<<<<<
@@ -11614,7 +11614,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(struct __py
   __pyx_v_sleep = ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":405
+  /* "ivshmem/channel/sleeping_tasks.pyx":406
  *     cdef int awake(self) except -1:
  *         cdef Sleep sleep = self.sleep
  *         if sleep is not None:             # <<<<<<<<<<<<<<
@@ -11625,7 +11625,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(struct __py
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":406
+    /* "ivshmem/channel/sleeping_tasks.pyx":407
  *         cdef Sleep sleep = self.sleep
  *         if sleep is not None:
  *             self.sleep = None             # <<<<<<<<<<<<<<
@@ -11637,17 +11637,17 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(struct __py
     __Pyx_GOTREF((PyObject *)__pyx_v_self->sleep);
     __Pyx_DECREF_SET(__pyx_v_self->sleep, ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *)Py_None));
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":407
+    /* "ivshmem/channel/sleeping_tasks.pyx":408
  *         if sleep is not None:
  *             self.sleep = None
  *             sleep.end_now()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(__pyx_v_sleep); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 407, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(__pyx_v_sleep); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 408, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":405
+    /* "ivshmem/channel/sleeping_tasks.pyx":406
  *     cdef int awake(self) except -1:
  *         cdef Sleep sleep = self.sleep
  *         if sleep is not None:             # <<<<<<<<<<<<<<
@@ -11656,7 +11656,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(struct __py
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":408
+  /* "ivshmem/channel/sleeping_tasks.pyx":409
  *             self.sleep = None
  *             sleep.end_now()
  *         return 0             # <<<<<<<<<<<<<<
@@ -11669,7 +11669,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":403
+  /* "ivshmem/channel/sleeping_tasks.pyx":404
  *         )
  * 
  *     cdef int awake(self) except -1:             # <<<<<<<<<<<<<<
@@ -11689,7 +11689,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":411
+/* "ivshmem/channel/sleeping_tasks.pyx":412
  * 
  * 
  * cdef PySendResult send_to_waiting(             # <<<<<<<<<<<<<<
@@ -11709,19 +11709,19 @@ static PySendResult __pyx_f_7ivshmem_7channel_14sleeping_tasks_send_to_waiting(P
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("send_to_waiting", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":415
+  /* "ivshmem/channel/sleeping_tasks.pyx":416
  * ) except PYGEN_ERROR:
  *     """Do what `send` does, for a task: without a StopIteration and its traceback."""
  *     cdef object found = (<Waiting>waiting).step()             # <<<<<<<<<<<<<<
  *     Py_INCREF(found)
  *     result[0] = <PyObject *>found
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *)__pyx_v_waiting)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 415, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *)__pyx_v_waiting)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 416, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_found = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":416
+  /* "ivshmem/channel/sleeping_tasks.pyx":417
  *     """Do what `send` does, for a task: without a StopIteration and its traceback."""
  *     cdef object found = (<Waiting>waiting).step()
  *     Py_INCREF(found)             # <<<<<<<<<<<<<<
@@ -11730,7 +11730,7 @@ static PySendResult __pyx_f_7ivshmem_7channel_14sleeping_tasks_send_to_waiting(P
 */
   Py_INCREF(__pyx_v_found);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":417
+  /* "ivshmem/channel/sleeping_tasks.pyx":418
  *     cdef object found = (<Waiting>waiting).step()
  *     Py_INCREF(found)
  *     result[0] = <PyObject *>found             # <<<<<<<<<<<<<<
@@ -11739,7 +11739,7 @@ static PySendResult __pyx_f_7ivshmem_7channel_14sleeping_tasks_send_to_waiting(P
 */
   (__pyx_v_result[0]) = ((PyObject *)__pyx_v_found);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":418
+  /* "ivshmem/channel/sleeping_tasks.pyx":419
  *     Py_INCREF(found)
  *     result[0] = <PyObject *>found
  *     return PYGEN_RETURN if (<Waiting>waiting).state == OVER else PYGEN_NEXT             # <<<<<<<<<<<<<<
@@ -11761,7 +11761,7 @@ static PySendResult __pyx_f_7ivshmem_7channel_14sleeping_tasks_send_to_waiting(P
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":411
+  /* "ivshmem/channel/sleeping_tasks.pyx":412
  * 
  * 
  * cdef PySendResult send_to_waiting(             # <<<<<<<<<<<<<<
@@ -11781,7 +11781,7 @@ static PySendResult __pyx_f_7ivshmem_7channel_14sleeping_tasks_send_to_waiting(P
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":424
+/* "ivshmem/channel/sleeping_tasks.pyx":425
  * 
  * 
  * cdef Waiting waiting_for(ChannelEnd end, object call, object timeout, tuple arguments):             # <<<<<<<<<<<<<<
@@ -11799,19 +11799,19 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_f_7ivs
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("waiting_for", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":425
+  /* "ivshmem/channel/sleeping_tasks.pyx":426
  * 
  * cdef Waiting waiting_for(ChannelEnd end, object call, object timeout, tuple arguments):
  *     cdef Waiting waiting = Waiting.__new__(Waiting)             # <<<<<<<<<<<<<<
  *     waiting.end = end
  *     waiting.call = call
 */
-  __pyx_t_1 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_14sleeping_tasks_Waiting(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 425, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_14sleeping_tasks_Waiting(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 426, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_waiting = ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":426
+  /* "ivshmem/channel/sleeping_tasks.pyx":427
  * cdef Waiting waiting_for(ChannelEnd end, object call, object timeout, tuple arguments):
  *     cdef Waiting waiting = Waiting.__new__(Waiting)
  *     waiting.end = end             # <<<<<<<<<<<<<<
@@ -11823,7 +11823,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_f_7ivs
   __Pyx_GOTREF((PyObject *)__pyx_v_waiting->end);
   __Pyx_DECREF_SET(__pyx_v_waiting->end, __pyx_v_end);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":427
+  /* "ivshmem/channel/sleeping_tasks.pyx":428
  *     cdef Waiting waiting = Waiting.__new__(Waiting)
  *     waiting.end = end
  *     waiting.call = call             # <<<<<<<<<<<<<<
@@ -11835,7 +11835,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_f_7ivs
   __Pyx_GOTREF(__pyx_v_waiting->call);
   __Pyx_DECREF_SET(__pyx_v_waiting->call, __pyx_v_call);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":428
+  /* "ivshmem/channel/sleeping_tasks.pyx":429
  *     waiting.end = end
  *     waiting.call = call
  *     waiting.timeout = timeout             # <<<<<<<<<<<<<<
@@ -11847,7 +11847,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_f_7ivs
   __Pyx_GOTREF(__pyx_v_waiting->timeout);
   __Pyx_DECREF_SET(__pyx_v_waiting->timeout, __pyx_v_timeout);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":429
+  /* "ivshmem/channel/sleeping_tasks.pyx":430
  *     waiting.call = call
  *     waiting.timeout = timeout
  *     waiting.arguments = arguments             # <<<<<<<<<<<<<<
@@ -11859,7 +11859,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_f_7ivs
   __Pyx_GOTREF(__pyx_v_waiting->arguments);
   __Pyx_DECREF_SET(__pyx_v_waiting->arguments, __pyx_v_arguments);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":430
+  /* "ivshmem/channel/sleeping_tasks.pyx":431
  *     waiting.timeout = timeout
  *     waiting.arguments = arguments
  *     return waiting             # <<<<<<<<<<<<<<
@@ -11877,7 +11877,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_f_7ivs
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":424
+  /* "ivshmem/channel/sleeping_tasks.pyx":425
  * 
  * 
  * cdef Waiting waiting_for(ChannelEnd end, object call, object timeout, tuple arguments):             # <<<<<<<<<<<<<<
@@ -11897,7 +11897,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_f_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":433
+/* "ivshmem/channel/sleeping_tasks.pyx":434
  * 
  * 
  * cdef object until_something(ChannelEnd end, object call, object timeout, tuple arguments):             # <<<<<<<<<<<<<<
@@ -11916,7 +11916,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("until_something", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":439
+  /* "ivshmem/channel/sleeping_tasks.pyx":440
  *         call: takes `arguments`, and after them a time limit: 0, with which it does not wait.
  *     """
  *     return waiting_for(end, call, timeout, arguments + DO_NOT_WAIT if arguments else DO_NOT_WAIT)             # <<<<<<<<<<<<<<
@@ -11927,12 +11927,12 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(stru
   else
   {
     Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_v_arguments);
-    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 439, __pyx_L1_error)
+    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 440, __pyx_L1_error)
     __pyx_t_2 = (__pyx_temp != 0);
   }
 
   if (__pyx_t_2) {
-    __pyx_t_3 = PyNumber_Add(__pyx_v_arguments, __pyx_v_7ivshmem_7channel_14sleeping_tasks_DO_NOT_WAIT); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 439, __pyx_L1_error)
+    __pyx_t_3 = PyNumber_Add(__pyx_v_arguments, __pyx_v_7ivshmem_7channel_14sleeping_tasks_DO_NOT_WAIT); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 440, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_1 = __pyx_t_3;
     __pyx_t_3 = 0;
@@ -11941,7 +11941,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(stru
     __pyx_t_1 = __pyx_v_7ivshmem_7channel_14sleeping_tasks_DO_NOT_WAIT;
   }
 
-  __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_waiting_for(__pyx_v_end, __pyx_v_call, __pyx_v_timeout, ((PyObject*)__pyx_t_1))); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 439, __pyx_L1_error)
+  __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_waiting_for(__pyx_v_end, __pyx_v_call, __pyx_v_timeout, ((PyObject*)__pyx_t_1))); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 440, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
@@ -11955,7 +11955,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(stru
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":433
+  /* "ivshmem/channel/sleeping_tasks.pyx":434
  * 
  * 
  * cdef object until_something(ChannelEnd end, object call, object timeout, tuple arguments):             # <<<<<<<<<<<<<<
@@ -11975,7 +11975,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":442
+/* "ivshmem/channel/sleeping_tasks.pyx":443
  * 
  * 
  * cdef object until_content(ChannelEnd end, str name, object call, object timeout):             # <<<<<<<<<<<<<<
@@ -11994,7 +11994,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_content(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("until_content", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":449
+  /* "ivshmem/channel/sleeping_tasks.pyx":450
  *         call: takes what it returns if there is none, and a time limit: 0.
  *     """
  *     cdef Waiting waiting = waiting_for(end, call, timeout, ABSENT_AND_DO_NOT_WAIT)             # <<<<<<<<<<<<<<
@@ -12003,13 +12003,13 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_content(struct
 */
   __pyx_t_1 = __pyx_v_7ivshmem_7channel_14sleeping_tasks_ABSENT_AND_DO_NOT_WAIT;
   __Pyx_INCREF(__pyx_t_1);
-  __pyx_t_2 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_waiting_for(__pyx_v_end, __pyx_v_call, __pyx_v_timeout, ((PyObject*)__pyx_t_1))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 449, __pyx_L1_error)
+  __pyx_t_2 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_waiting_for(__pyx_v_end, __pyx_v_call, __pyx_v_timeout, ((PyObject*)__pyx_t_1))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 450, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_waiting = ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":450
+  /* "ivshmem/channel/sleeping_tasks.pyx":451
  *     """
  *     cdef Waiting waiting = waiting_for(end, call, timeout, ABSENT_AND_DO_NOT_WAIT)
  *     waiting.absent = ABSENT             # <<<<<<<<<<<<<<
@@ -12021,7 +12021,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_content(struct
   __Pyx_GOTREF(__pyx_v_waiting->absent);
   __Pyx_DECREF_SET(__pyx_v_waiting->absent, __pyx_v_7ivshmem_7channel_14sleeping_tasks_ABSENT);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":451
+  /* "ivshmem/channel/sleeping_tasks.pyx":452
  *     cdef Waiting waiting = waiting_for(end, call, timeout, ABSENT_AND_DO_NOT_WAIT)
  *     waiting.absent = ABSENT
  *     waiting.name = name             # <<<<<<<<<<<<<<
@@ -12033,7 +12033,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_content(struct
   __Pyx_GOTREF(__pyx_v_waiting->name);
   __Pyx_DECREF_SET(__pyx_v_waiting->name, __pyx_v_name);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":452
+  /* "ivshmem/channel/sleeping_tasks.pyx":453
  *     waiting.absent = ABSENT
  *     waiting.name = name
  *     return waiting             # <<<<<<<<<<<<<<
@@ -12051,7 +12051,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_content(struct
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":442
+  /* "ivshmem/channel/sleeping_tasks.pyx":443
  * 
  * 
  * cdef object until_content(ChannelEnd end, str name, object call, object timeout):             # <<<<<<<<<<<<<<
@@ -12072,7 +12072,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_content(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":455
+/* "ivshmem/channel/sleeping_tasks.pyx":456
  * 
  * 
  * cdef object until_in_time(             # <<<<<<<<<<<<<<
@@ -12082,7 +12082,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_content(struct
 
 static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_end, PyObject *__pyx_v_call, PyObject *__pyx_v_timeout, PyObject *__pyx_v_arguments, struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time *__pyx_optional_args) {
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":456
+  /* "ivshmem/channel/sleeping_tasks.pyx":457
  * 
  * cdef object until_in_time(
  *     ChannelEnd end, object call, object timeout, tuple arguments, dict options=None             # <<<<<<<<<<<<<<
@@ -12105,22 +12105,22 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(struct
     }
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":459
+  /* "ivshmem/channel/sleeping_tasks.pyx":460
  * ):
  *     """The same until it does not raise TimeoutError, or the time is over, which raises it."""
  *     cdef Waiting waiting = waiting_for(end, call, timeout, arguments + DO_NOT_WAIT)             # <<<<<<<<<<<<<<
  *     waiting.options = options
  *     waiting.failure = TimeoutError
 */
-  __pyx_t_1 = PyNumber_Add(__pyx_v_arguments, __pyx_v_7ivshmem_7channel_14sleeping_tasks_DO_NOT_WAIT); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 459, __pyx_L1_error)
+  __pyx_t_1 = PyNumber_Add(__pyx_v_arguments, __pyx_v_7ivshmem_7channel_14sleeping_tasks_DO_NOT_WAIT); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 460, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_waiting_for(__pyx_v_end, __pyx_v_call, __pyx_v_timeout, ((PyObject*)__pyx_t_1))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 459, __pyx_L1_error)
+  __pyx_t_2 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_waiting_for(__pyx_v_end, __pyx_v_call, __pyx_v_timeout, ((PyObject*)__pyx_t_1))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 460, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_waiting = ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":460
+  /* "ivshmem/channel/sleeping_tasks.pyx":461
  *     """The same until it does not raise TimeoutError, or the time is over, which raises it."""
  *     cdef Waiting waiting = waiting_for(end, call, timeout, arguments + DO_NOT_WAIT)
  *     waiting.options = options             # <<<<<<<<<<<<<<
@@ -12132,7 +12132,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(struct
   __Pyx_GOTREF(__pyx_v_waiting->options);
   __Pyx_DECREF_SET(__pyx_v_waiting->options, __pyx_v_options);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":461
+  /* "ivshmem/channel/sleeping_tasks.pyx":462
  *     cdef Waiting waiting = waiting_for(end, call, timeout, arguments + DO_NOT_WAIT)
  *     waiting.options = options
  *     waiting.failure = TimeoutError             # <<<<<<<<<<<<<<
@@ -12144,7 +12144,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(struct
   __Pyx_GOTREF(__pyx_v_waiting->failure);
   __Pyx_DECREF_SET(__pyx_v_waiting->failure, ((PyObject *)(((PyTypeObject*)PyExc_TimeoutError))));
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":462
+  /* "ivshmem/channel/sleeping_tasks.pyx":463
  *     waiting.options = options
  *     waiting.failure = TimeoutError
  *     return waiting             # <<<<<<<<<<<<<<
@@ -12162,7 +12162,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(struct
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":455
+  /* "ivshmem/channel/sleeping_tasks.pyx":456
  * 
  * 
  * cdef object until_in_time(             # <<<<<<<<<<<<<<
@@ -12183,7 +12183,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":465
+/* "ivshmem/channel/sleeping_tasks.pyx":466
  * 
  * 
  * cdef object until_no_wait(ChannelEnd end, object call, object timeout, tuple arguments):             # <<<<<<<<<<<<<<
@@ -12201,19 +12201,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_no_wait(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("until_no_wait", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":471
+  /* "ivshmem/channel/sleeping_tasks.pyx":472
  *         call: takes `arguments`, and never waits.
  *     """
  *     cdef Waiting waiting = waiting_for(end, call, timeout, arguments)             # <<<<<<<<<<<<<<
  *     waiting.failure = BlockingIOError
  *     return waiting
 */
-  __pyx_t_1 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_waiting_for(__pyx_v_end, __pyx_v_call, __pyx_v_timeout, __pyx_v_arguments)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 471, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_waiting_for(__pyx_v_end, __pyx_v_call, __pyx_v_timeout, __pyx_v_arguments)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 472, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_waiting = ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":472
+  /* "ivshmem/channel/sleeping_tasks.pyx":473
  *     """
  *     cdef Waiting waiting = waiting_for(end, call, timeout, arguments)
  *     waiting.failure = BlockingIOError             # <<<<<<<<<<<<<<
@@ -12224,7 +12224,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_no_wait(struct
   __Pyx_GOTREF(__pyx_v_waiting->failure);
   __Pyx_DECREF_SET(__pyx_v_waiting->failure, ((PyObject *)(((PyTypeObject*)PyExc_BlockingIOError))));
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":473
+  /* "ivshmem/channel/sleeping_tasks.pyx":474
  *     cdef Waiting waiting = waiting_for(end, call, timeout, arguments)
  *     waiting.failure = BlockingIOError
  *     return waiting             # <<<<<<<<<<<<<<
@@ -12240,7 +12240,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_no_wait(struct
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":465
+  /* "ivshmem/channel/sleeping_tasks.pyx":466
  * 
  * 
  * cdef object until_no_wait(ChannelEnd end, object call, object timeout, tuple arguments):             # <<<<<<<<<<<<<<
@@ -14005,7 +14005,7 @@ __Pyx_RefNannySetupContext("PyInit_sleeping_tasks", 0);
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """End the wait."""
- *         cdef ChannelEnd end = self.end.sleeper()
+ *         cdef ChannelEnd end
 */
   __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_7Waiting_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Waiting_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 332, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
@@ -14015,7 +14015,7 @@ __Pyx_RefNannySetupContext("PyInit_sleeping_tasks", 0);
   if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 332, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":421
+  /* "ivshmem/channel/sleeping_tasks.pyx":422
  * 
  * 
  * ivshmem_set_send(<PyTypeObject *>Waiting, send_to_waiting)             # <<<<<<<<<<<<<<
@@ -14176,30 +14176,30 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
     const struct { const unsigned int length: 8; } str_length_index[] = {{2},{1},{19},{1},{179},{39},{35},{28},{37},{40},{8},{38},{14},{7},{6},{2},{9},{14},{26},{34},{23},{23},{14},{11},{9},{20},{5},{16},{12},{12},{7},{18},{13},{12},{20},{12},{8},{8},{10},{8},{12},{14},{12},{10},{12},{8},{13},{10},{7},{18},{7},{9},{8},{6},{18},{5},{7},{3},{6},{6},{5},{1},{3},{16},{9},{5},{30},{7},{4},{4},{10},{3},{6},{3},{3},{13},{3},{10},{4},{4},{10},{5},{18},{4},{9},{5},{6},{4},{7},{14}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{356},{11},{20},{36},{64},{78}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{356},{11},{20},{36},{66},{78}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (931 bytes) */
-static const char cstring[] = "x\332\275UMo\0337\020\225\201\000\025Z\243\265\352\000As(\246@\200\324F\262\201\021\241iz)\014\325\001\002\004\251\323\024p\321C\t\212\034I\254\270\344j\311\225\264=\345\350\343\036\367\250\243\2169\346\047\344\330\243\216\371)\035rW\212\335/\364T\300\336\031.g\036\337\274\231\245\300%\337\200\261~\242\314\030R;G\t\312\300\267\317\255G\360\023\356aP\372\2115\240\034H\324j\2109\367\250Kp>W\302c\036\202\014\234\237\235\337\357\177\335\007n$\344\370+\n\357\300\025C\241\271s\350\300\216`X(\355\t\331\227\031\272\004\236\216\240\264\005\030\244\363\274\205\214\342\256&\370\t\032p\350\203\003w\271!\202\334+k\030\245\023\321\273 UN\207\2509\206\354\047\\;L8<\2636\273\340^L@\304\024\030\"\010\233):\303\346\220)1\325(9\274\324\210\331\177\t\241\232S.\021\206%p\270\340\212\370\217w\316\277\003l\203\256B\030@\222\207\264\340 H4\203\232K\311\010\003[\250\034\013\207\300u\216\\R\374\2020\010V\330\334\026\004\206\302R\216\0102\004\020\251\034\037\022M\023\236c\241\\\343I5w\223\024\323\004\363\334\346n\273r\245\363d\274J\221i\225*\277\335y\320Ry\340B\311D\231y\356\246.\311\312e\320\276\335u\300sZh\353P\006\014\"\024J\013\2449\230\"\245\261\030p#P\023\201\263p\360 \206Fw\327\225\235\2230\226\243,\0042\026\205\216\217?\277LD\004l|\\f\324\360V\324\326\\I\330\276\211\004\267\013\022D2v^.\351\377;\232U\366\034\227\376\007\0341\326\316\023%26*\214\0106\345\312Dke\241\343\216\341i\264\244\004\023<S[\177\356\203\316a5+\270\336Fm\2510Fc\273\313\365\350<\031\345\330\256\213\241\347\241\301\364!\271\322\010e[\223\354\"\234\340Z3\022*\030g\255\t\316\220\213i\243\210\320\024\303\210\255\317\271\300\370>\224M\323\341\251@*\272\351|#\331\310\026F\216\307\350\351\217\345\2051\241\303\232\032\021(\305\036\321\214\245\2731i\333\235\\\037\206)\226\204\344\246\312\310\220J\201\324o7QY\352\306v\030\276\366\314f\024\221c\270@\332\352\350\260HJ:fG\016\365(\364\203\264\2218\342\205\366tB\346\377:\225\301\335\3255\347\272\300\370p\013>\305\005\362)\235\262P~\362\276\366\363\362\373\310\000\216\277\244+""\251 \247\351\022\361b\217\332\262\330\243\266.\326\017\034\330\240Y\235\321\327x|\017\336#\374\223\177\324\351t\376\217s\356\301u\350\3143\236\217\335\337\340\237\364\257w\210\025\306+\035\207\202\004\204\343\035\000]\026\\G\224\243N\023\023\347\304\370ve,\013\327L\273r\226\324\017\277\004\235kx\257N7\335\217/U5\253\367^\235\276\353~t\331\277\374\255\276\265\332\333\354\037T\037T\263\360\356\240\272Q\235\325\275M\334\\T\202\334\375O\253\373\365\214\242\272\237\\\306\230\317k\271\272\263\232\254\371\246{\273\276S\217W\027k\002\336\277|Z\275\010\346I\365EH?\331\364\216\326\275\315\301a\365\260\032\327/67oU\313z\366\373\215\317\352\336\273\356a\325\257f!\352q5 g\377\260:\t\251\317\352\275\006\350\227\325W\353\233\353\227\257?|\223\274\335{\333k`\217\353\323\372\347\325|\375\323\353\037\337\364\"\233?\000\024\002\252\034";
-    PyObject *data = __Pyx_DecompressString(cstring, 931, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (936 bytes) */
+static const char cstring[] = "x\332\275U=o\033G\020\245\000#Q\022!\021#\003F\220f\014\030\260%\330g\010&\342\330M 02`\300p\3448\200\202\024Y,w\207\344\206{\273\307\333=\222\227\312\245\312+\257d\311\322\245\177\202\313\224,\375\023\362\0232\273w\244\245|!U\000\351f\366n\346\315\2337sGp\311c0\326\217\225\031Ajg(A\031\370\346\271\365\010~\314=\364K?\266\006\224\003\211Z\r0\347\036u\t\316\347Jx\314C\220\201\263\323\263{\275\257{\300\215\204\034\177A\341\035\270b 4w\016\035\330!\014\n\245=!\3732C\227\300\323!\224\266\000\203T\317[\310(\356r\202\037\243\001\207>8p\233\033\"\310\275\262\206Q:\021\275\rR\345TD\3150d?\341\332a\302\341\231\265\3319\367b\014\"\246\300\000A\330LQ\r\233C\246\304D\243\344\360R#f\377%\204zN\271D\030\224\300\341\234+\342?\332:\377\016\260\t\272\014a\000I\036\322\202\203 \321\014j.%#\014l\241r,\034\002\3279rI\361s\302 Xas[\020\030\nK9\"\310\020@\244r|@4M\270\216\204r\215\047\325\314\215SL\023\314s\233\273\315\311\225\316\223\361*E\246U\252\374\346\311\375\226\312}\027Z&\312\314s7qIV.\202\366\355S\007<\247\203\266\016e\300 B\241\265@\232\203)RZ\213>7\0025\0218\r\205\37314\272\333\251l\235\204\261\034e!\220\261(t\274\374\371f\"\"`\343\343\"\243\201\267\242\266\346R\302\346N$\2709\220 \222\261\263rA\377\337\322\256\262\347\270\360\337\343\220\261v\237(\221\261aaD\260)W&Z+\013\035\237\030\236FKJ0\3013\265\361g>\350\034N\323\202\353M\324\206\nc\264\266\333\\\217\316\223Q\216m\247\030f\036\006L/\222+\215P\2665\3116\302\t\2565#\241\202q\326\232\340\014\270\2304\212\010M1\214\330\372\234\013\214\367C\333\264\035\236\032\244\246\233\3117\222\rma\344h\204\236\376X^\030\023&\254i\020\201R\234\021\355X\272]\223v\334\311\325e\230`IHn\242\214\014\251\024H\363vc\225\245nd\007\341m\317lF\0219\206\017H\333\035\025\213\244\244cv\350P\017\303<H\033\211C^hO\0252\377\327\255\014\356\266\257\031\327\005\306\213\233\363\t\316\221O\250\312\\\371\361\373\336\317\312\357\"\0038\272C\237\244\202\234fJ\304\213=l\333b\017\333\276X/p`\375\346tJo\343\321]x\217\360O\376a\247\323\371?\352\334\205\253\320\231g<""\037\271\277\301?\356]\235\020+\214W:.\005\t\010G[\000\372Xp\035Q\016;ML\334\023\343\333\223\261,|f\332\223\263\244~\370%\350\\\301{u\262\336\375\364BU\323z\347\325\311\273\335O.z\027\277\3267\226;\353\275\375\352\303j\032\356\355W\327\252\323\272\273\216\017\347\225 w\357\363\352^=\245\250\335\317.(\346\367\017:\037}Y\337\252G\313\363\025\341\355]<\255^\004\363\244\272\031\262\216C\374\255J\326w\2267\327\335\303Uw\275\177P=\250F\365\213\365\365\033\325\242\236\376v\355\213\272\373n\367\240\352U\323\220\360\250\352\223\263wP\035\007\224g\365N\203\371\363\362\253\325\365\325\313\327\037\277I\336\356\274\3556\025\216\352\223\372\247\345l\365\343\353\037\336t#\237?\000\256+\251\204";
+    PyObject *data = __Pyx_DecompressString(cstring, 936, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1214 bytes) */
-static const char cstring[] = "\377 s.: not\377hing mov\377ed in ?N\377ote that\377 Cython \377is delib\377erately \377stricter\376!\001n PEP-4\37784 and r\377ejects s\377ubclasse\377s of bui\373ltW\000types\377. If you\367 nem\000to p\374%\000%\tthen s\373et\200\000e \047an~\236\000ation_<\000\276\246\000\047 dirb\000i\375v\242\000o Fals\377e.a Loop\177Watch c.\002\377 be copi\376\321\000or pick\377leda Sle\363ep\000 \360\001made\377 by a Wa\205i\275\000g\000\006F\033\047\0046\nn\363 e\234 \211 a ch~\321\000eladd_\371 \375e\250\004reuse \277alreadp\000w|o\000\214@corou\270 \037econn\361\001\213@\316 _disab\307\000n\002\001\337gcise\005\002di\377vshmem.e\337rrors\006\005sy\373st\022\000time__limit\022\005/\204\004\363/s\222!\202`_tas?ks.pyx\202@\241\005\357s ar\311 los\203ed@\001\216\000\216a\265`\227 n\373um\224`Cance\025l\336 Eu\001C&\002\006\002\215F\376\226F.__redu\217ce__\207B\214B\005\r.9cL\002\026\003exp\356@\374$\210\203D;\010\n\005c\235\001\027\005\216 d\337__Pyx\001\000Di\377ct_NextR\317ef__\311d|\000__\377func____\357main\003\002odu\235l\025\002nam\035\002\207 _\317capi\"\001\010\001vt<\364!0\001qual\036\005\311\005\277__set_4\005twest[\000is_\275F\374\360A\335Aerasyn\327cio\000\004.\337Fsc\277all_at\002\002s\367oon\014\001back~\214#cline_\253\000\037trace\023\002\224A\233`\341t\336\000\340`\364C\255#fou\277ndgget\000\000_\357runn\336Aloo\211p\217\001\312Bi\225`\236f\221\204\004.\376\377Kkeyrefs\317kind7\001\333`be\377rshipmsg\273ob\352\206\001pop\037\000r\245e\275\207\001_\330\003j\000s\257\204\001d\177s_ofsel\001\000\377ndsetdefoault\354`pt\204\204\017|\235\204\001\317\006value\000\002\377swakewea}k\205\000with_\363\006\367PyO}\002 *(s\377truct __l\256A\225\000_7\205\205\004_7\351\205\004\267_4e\201\000_C\370\205\003E?nd *, 8\007\000\t\336\014\t)\000\000\000\004a, \376\265\013pt_args\366\265\02014\241\206\013_unt\373il\220bime *\332\375\004p\260\211\001alA\002)\000\354\036\003\243bnt\007\004no_\274\343\207\001\025\004some\205\213\002\000\376C\n\200A\330\010\016\210i\377\220q\230\001""\200A\340\010\377\013\2104\210z\230\027\240\377\001\330\014\020\220\007\220q\376\020\001\020\220\004\220E\230\021\335\330\030\002w\220c\010\000\014\022\357\220-\230q#\000\010\017\210\376\037\002\036\230d\240$\240h\377\250a\330\010\032\230$\230\357g\240W\250V\000\014\210I\377\220Q\330\010\014\210F\220\375!;\0011\330\021)\250\021\377\330\020\023\2203\220g\230\377Q\330\024\027\220x\230q\377\320\004\031\230\021\340\010\023\357\2204\220qa\0019\220C\336\006\000\014\023\22017\001L\230\375\001>\001I\220^\2406\250\377\024\250S\260\n\270.\310\367\001\310\021Q\003*\230A\230\377Z\240v\250X\260T\270\000\237\000\213\000";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1214, 1781);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1217 bytes) */
+static const char cstring[] = "\377 s.: not\377hing mov\377ed in ?N\377ote that\377 Cython \377is delib\377erately \377stricter\376!\001n PEP-4\37784 and r\377ejects s\377ubclasse\377s of bui\373ltW\000types\377. If you\367 nem\000to p\374%\000%\tthen s\373et\200\000e \047an~\236\000ation_<\000\276\246\000\047 dirb\000i\375v\242\000o Fals\377e.a Loop\177Watch c.\002\377 be copi\376\321\000or pick\377leda Sle\363ep\000 \360\001made\377 by a Wa\205i\275\000g\000\006F\033\047\0046\nn\363 e\234 \211 a ch~\321\000eladd_\371 \375e\250\004reuse \277alreadp\000w|o\000\214@corou\270 \037econn\361\001\213@\316 _disab\307\000n\002\001\337gcise\005\002di\377vshmem.e\337rrors\006\005sy\373st\022\000time__limit\022\005/\204\004\363/s\222!\202`_tas?ks.pyx\202@\241\005\357s ar\311 los\203ed@\001\216\000\216a\265`\227 n\373um\224`Cance\025l\336 Eu\001C&\002\006\002\215F\376\226F.__redu\217ce__\207B\214B\005\r.9cL\002\026\003exp\356@\374$\210\203D;\010\n\005c\235\001\027\005\216 d\337__Pyx\001\000Di\377ct_NextR\317ef__\311d|\000__\377func____\357main\003\002odu\235l\025\002nam\035\002\207 _\317capi\"\001\010\001vt<\364!0\001qual\036\005\311\005\277__set_4\005twest[\000is_\275F\374\360A\335Aerasyn\327cio\000\004.\337Fsc\277all_at\002\002s\367oon\014\001back~\214#cline_\253\000\037trace\023\002\224A\233`\341t\336\000\340`\364C\255#fou\277ndgget\000\000_\357runn\336Aloo\211p\217\001\312Bi\225`\236f\221\204\004.\376\377Kkeyrefs\317kind7\001\333`be\377rshipmsg\273ob\352\206\001pop\037\000r\245e\275\207\001_\330\003j\000s\257\204\001d\177s_ofsel\001\000\377ndsetdefoault\354`pt\204\204\017|\235\204\001\317\006value\000\002\377swakewea}k\205\000with_\363\006\367PyO}\002 *(s\377truct __l\256A\225\000_7\205\205\004_7\351\205\004\267_4e\201\000_C\370\205\003E?nd *, 8\007\000\t\336\014\t)\000\000\000\004a, \376\265\013pt_args\366\265\02014\241\206\013_unt\373il\220bime *\332\375\004p\260\211\001alA\002)\000\354\036\003\243bnt\007\004no_\274\343\207\001\025\004some\205\213\002\000\376C\n\200A\330\010\016\210i\377\220q\230\001""\200A\340\010\377\013\2104\210z\230\027\240\377\001\330\014\020\220\007\220q\376\020\001\020\220\004\220E\230\021\335\330\030\002w\220c\010\000\014\022\357\220-\230q#\000\010\017\210\376!\000\360\006\000\t\033\230$\337\230g\240W\250M\000\014\210\377I\220Q\330\010\014\210F\333\220!2\0011\330-\000$\220\377d\230(\240!\330\021)\377\250\021\330\020\023\2203\220\377g\230Q\330\024\027\220x\377\230q\320\004\031\230\021\340\277\010\023\2204\220qc\0019{\220C\006\000\014\023\2201B\001\367L\230\001I\001I\220^\240\3776\250\024\250S\260\n\270\337.\310\001\310\021\\\003*\230\377A\230Z\240v\250X\260\003T\270\241\000\215\000";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1217, 1783);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (1781 bytes) */
-static const char bytes[] = " s.: nothing moved in ?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a LoopWatch cannot be copied or pickleda Sleep cannot be copied or pickleda Sleep is made by a Waitinga Waiting cannot be copied or pickleda Waiting is made by an end of a channeladd_notecannot reuse already awaited coroutineconnection of disableenablegcisenabledivshmem.errorsivshmem.system.time_limitsivshmem/channel/sleeping_tasks.pyxthe channels are closedtimeout is not a numberCancelledErrorClosedErrorLoopWatchLoopWatch.__reduce__SleepSleep.__reduce__Sleep.cancelSleep.expireWaitingWaiting.__reduce__Waiting.closeWaiting.send__Pyx_PyDict_NextRef__annotate____func____main____module____name____pyx_capi____pyx_vtable____qualname____reduce____set_name____test___is_coroutineadd_readerasyncioasyncio.coroutinescall_atcall_sooncallbackcancelcline_in_tracebackclosecontextenderrorsexpirefoundggetget_running_loopis_closeditemsivshmem.channel.sleeping_taskskeyrefskindloopmembershipmsgobjectpoprefremove_readerrunseconds_ofselfsendsetdefaultsleptsystem.time_limitstimetracebackvaluevalueswakeweakrefwith_tracebackPyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *)\000\000\000PyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *, struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time *__pyx_optional_args)\000until_content\000until_no_wait\000until_something\000until_in_time\200A\330\010\016\210i\220q\230\001\200A\340\010\013\2104\210z\230\027\240\001\330\014\020\220\007\220q\200A\340\010\020\220\004\220E\230\021\330\010\013\2104\210w\220c\230\021\330\014\022\220-\230q\240\001\330\010\017\210q\200A\340\010\036\230d\240$\240h\250a\330\010\032\230$\230g\240W\250A\330\010\014\210I\220Q\330\010\014\210F\220!\330\010\013\2101\330\021)\250\021\330\020\023\2203\220g\230Q""\330\024\027\220x\230q\320\004\031\230\021\340\010\023\2204\220q\330\010\013\2109\220C\220q\330\014\023\2201\330\010\014\210L\230\001\330\010\014\210I\220^\2406\250\024\250S\260\n\270.\310\001\310\021\330\010\014\210F\220*\230A\230Z\240v\250X\260T\270\021\330\010\017\210q";
+    #else /* compression: none (1783 bytes) */
+static const char bytes[] = " s.: nothing moved in ?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a LoopWatch cannot be copied or pickleda Sleep cannot be copied or pickleda Sleep is made by a Waitinga Waiting cannot be copied or pickleda Waiting is made by an end of a channeladd_notecannot reuse already awaited coroutineconnection of disableenablegcisenabledivshmem.errorsivshmem.system.time_limitsivshmem/channel/sleeping_tasks.pyxthe channels are closedtimeout is not a numberCancelledErrorClosedErrorLoopWatchLoopWatch.__reduce__SleepSleep.__reduce__Sleep.cancelSleep.expireWaitingWaiting.__reduce__Waiting.closeWaiting.send__Pyx_PyDict_NextRef__annotate____func____main____module____name____pyx_capi____pyx_vtable____qualname____reduce____set_name____test___is_coroutineadd_readerasyncioasyncio.coroutinescall_atcall_sooncallbackcancelcline_in_tracebackclosecontextenderrorsexpirefoundggetget_running_loopis_closeditemsivshmem.channel.sleeping_taskskeyrefskindloopmembershipmsgobjectpoprefremove_readerrunseconds_ofselfsendsetdefaultsleptsystem.time_limitstimetracebackvaluevalueswakeweakrefwith_tracebackPyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *)\000\000\000PyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *, struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time *__pyx_optional_args)\000until_content\000until_no_wait\000until_something\000until_in_time\200A\330\010\016\210i\220q\230\001\200A\340\010\013\2104\210z\230\027\240\001\330\014\020\220\007\220q\200A\340\010\020\220\004\220E\230\021\330\010\013\2104\210w\220c\230\021\330\014\022\220-\230q\240\001\330\010\017\210q\200A\360\006\000\t\033\230$\230g\240W\250A\330\010\014\210I\220Q\330\010\014\210F\220!\330\010\013\2101\330\014\022\220$\220d\230(\240!\330\021)\250\021\330\020\023\2203\220g""\230Q\330\024\027\220x\230q\320\004\031\230\021\340\010\023\2204\220q\330\010\013\2109\220C\220q\330\014\023\2201\330\010\014\210L\230\001\330\010\014\210I\220^\2406\250\024\250S\260\n\270.\310\001\310\021\330\010\014\210F\220*\230A\230Z\240v\250X\260T\270\021\330\010\017\210q";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
@@ -14354,7 +14354,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 332};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_end, __pyx_mstate->__pyx_n_u_slept};
-    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_sleeping_tasks_p, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_d_ha_gWA_IQ_F_1_3gQ_xq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_sleeping_tasks_p, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_gWA_IQ_F_1_d_3gQ_xq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   Py_DECREF(tuple_dedup_map);
   return 0;

@@ -331,11 +331,12 @@ cdef class Waiting:
 
     def close(self):
         """End the wait."""
-        cdef ChannelEnd end = self.end.sleeper()
+        cdef ChannelEnd end
         cdef bint slept = self.sleep is not None
         self.state = OVER
         self.awake()
         if slept:  # perhaps it was rung, and takes nothing now
+            end = self.end.sleeper()
             with cython.critical_section(end):
                 if end.usable():
                     end.pass_on()
