@@ -40,9 +40,12 @@ def install(units: Path) -> None:
     version = importlib.metadata.version("ivshmem")
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: ivshmem\nVersion: {version}\n")
     python = _PYTHON / Path(sys.executable).resolve().relative_to(sys.base_prefix)
-    # The machine may have another one where systemd looks first: this guest does without it.
+    # The machine may have others where systemd looks first: this guest does without them.
     for folder in ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin"):
         Path(folder, "ivshmem").unlink(missing_ok=True)
+    for folder in (_UNITS, "/usr/local/lib/systemd/system"):
+        for unit in Path(folder).glob("ivshmem*"):
+            shutil.rmtree(unit) if unit.is_dir() else unit.unlink()
     command = Path("/usr/bin/ivshmem")
     command.write_text(
         f"#!{python}\nimport sys\nsys.path.insert(0, '{_SITE}')\n"
