@@ -9,6 +9,7 @@ apt-get keeps its lists in FOLDER. It takes four minutes of processor time; what
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -46,7 +47,9 @@ def make(folder: Path) -> Path:
     unpacked.run("apt-get", *options, "source", "--download-only", PACKAGE, cwd=folder / "source")
     (archive,) = (folder / "source").glob("*.orig.tar.xz")
     tree = folder / "tree"
-    tree.mkdir(exist_ok=True)
+    if tree.exists():
+        shutil.rmtree(tree)  # of a build that was stopped: make takes half-written files for whole
+    tree.mkdir()
     unpacked.run("tar", "-C", str(tree), "--strip-components=1", "-xf", str(archive))
     prefix = f"--prefix={interpreter.parent.parent}"
     flags = ["--disable-gil", "--without-ensurepip", "--disable-test-modules", "CFLAGS=-O1"]

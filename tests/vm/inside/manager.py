@@ -43,8 +43,8 @@ def install(units: Path) -> None:
     # The machine may have others where systemd looks first: this guest does without them.
     for folder in ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin"):
         Path(folder, "ivshmem").unlink(missing_ok=True)
-    for folder in (_UNITS, "/usr/local/lib/systemd/system"):
-        for unit in Path(folder).glob("ivshmem*"):
+    for place in (_UNITS, Path("/usr/local/lib/systemd/system")):
+        for unit in place.glob("ivshmem*"):
             shutil.rmtree(unit) if unit.is_dir() else unit.unlink()
     command = Path("/usr/bin/ivshmem")
     command.write_text(
