@@ -3301,6 +3301,9 @@ static int __Pyx_check_binary_version(unsigned long ct_version, unsigned long rt
 /* DecompressString.proto */
 static PyObject *__Pyx_DecompressString(const char *s, Py_ssize_t length, int algo);
 
+/* DecompressString_LZSS.proto */
+static PyObject *__Pyx_DecompressString_LZSS(const char *s, size_t compressed_length, size_t uncompressed_length);
+
 /* MultiPhaseInitModuleState.proto */
 #if CYTHON_PEP489_MULTI_PHASE_INIT && CYTHON_USE_MODULE_STATE
 #include <stdlib.h>
@@ -3396,7 +3399,7 @@ static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently(struct __pyx_obj
 
 /* Module declarations from "ivshmem.native.descriptors" */
 static int (*__pyx_f_7ivshmem_6native_11descriptors_fail_with)(int); /*proto*/
-static int (*__pyx_f_7ivshmem_6native_11descriptors_add_one_nowait)(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int); /*proto*/
+static int (*__pyx_f_7ivshmem_6native_11descriptors_add_one_nowait)(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *, int); /*proto*/
 static CYTHON_INLINE double __pyx_f_7ivshmem_6native_11descriptors_seconds_of(PyObject *); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uint64_t); /*proto*/
@@ -4861,15 +4864,16 @@ static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently(struct __pyx_obj
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
   PyObject *__pyx_t_2 = NULL;
-  int __pyx_t_3;
+  PyObject *__pyx_t_3 = NULL;
   int __pyx_t_4;
-  char const *__pyx_t_5;
-  PyObject *__pyx_t_6 = NULL;
+  int __pyx_t_5;
+  char const *__pyx_t_6;
   PyObject *__pyx_t_7 = NULL;
   PyObject *__pyx_t_8 = NULL;
   PyObject *__pyx_t_9 = NULL;
   PyObject *__pyx_t_10 = NULL;
   PyObject *__pyx_t_11 = NULL;
+  PyObject *__pyx_t_12 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -4892,7 +4896,7 @@ static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently(struct __pyx_obj
  *         if not ivshmem_enter(self.bell.state):
  *             return ESHUTDOWN             # <<<<<<<<<<<<<<
  *         try:
- *             add_one_nowait(self.signaller, self.bell.fd)
+ *             add_one_nowait(self.signaller, <FdArray>self.bell.fds, self.bell.fd)
 */
     {
 
@@ -4913,7 +4917,7 @@ static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently(struct __pyx_obj
  *         if not ivshmem_enter(self.bell.state):
  *             return ESHUTDOWN
  *         try:             # <<<<<<<<<<<<<<
- *             add_one_nowait(self.signaller, self.bell.fd)
+ *             add_one_nowait(self.signaller, <FdArray>self.bell.fds, self.bell.fd)
  *         finally:
 */
   /*try:*/ {
@@ -4921,19 +4925,22 @@ static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently(struct __pyx_obj
     /* "ivshmem/native/bell.pyx":62
  *             return ESHUTDOWN
  *         try:
- *             add_one_nowait(self.signaller, self.bell.fd)             # <<<<<<<<<<<<<<
+ *             add_one_nowait(self.signaller, <FdArray>self.bell.fds, self.bell.fd)             # <<<<<<<<<<<<<<
  *         finally:
  *             (<FdArray>self.bell.fds).leave()
 */
     __pyx_t_2 = ((PyObject *)__pyx_v_self->signaller);
     __Pyx_INCREF(__pyx_t_2);
-    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)__pyx_t_2), __pyx_v_self->bell.fd); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 62, __pyx_L5_error)
+    __pyx_t_3 = ((PyObject *)__pyx_v_self->bell.fds);
+    __Pyx_INCREF(__pyx_t_3);
+    __pyx_t_4 = __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)__pyx_t_2), ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_3), __pyx_v_self->bell.fd); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 62, __pyx_L5_error)
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   }
 
   /* "ivshmem/native/bell.pyx":64
- *             add_one_nowait(self.signaller, self.bell.fd)
+ *             add_one_nowait(self.signaller, <FdArray>self.bell.fds, self.bell.fd)
  *         finally:
  *             (<FdArray>self.bell.fds).leave()             # <<<<<<<<<<<<<<
  *         return 0
@@ -4948,30 +4955,31 @@ static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently(struct __pyx_obj
     /*exception exit:*/{
       __Pyx_PyThreadState_declare
       __Pyx_PyThreadState_assign
-      __pyx_t_6 = 0; __pyx_t_7 = 0; __pyx_t_8 = 0; __pyx_t_9 = 0; __pyx_t_10 = 0; __pyx_t_11 = 0;
+      __pyx_t_7 = 0; __pyx_t_8 = 0; __pyx_t_9 = 0; __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0;
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-       __Pyx_ExceptionSwap(&__pyx_t_9, &__pyx_t_10, &__pyx_t_11);
-      if ( unlikely(__Pyx_GetException(&__pyx_t_6, &__pyx_t_7, &__pyx_t_8) < 0)) __Pyx_ErrFetch(&__pyx_t_6, &__pyx_t_7, &__pyx_t_8);
-      __Pyx_XGOTREF(__pyx_t_6);
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+       __Pyx_ExceptionSwap(&__pyx_t_10, &__pyx_t_11, &__pyx_t_12);
+      if ( unlikely(__Pyx_GetException(&__pyx_t_7, &__pyx_t_8, &__pyx_t_9) < 0)) __Pyx_ErrFetch(&__pyx_t_7, &__pyx_t_8, &__pyx_t_9);
       __Pyx_XGOTREF(__pyx_t_7);
       __Pyx_XGOTREF(__pyx_t_8);
       __Pyx_XGOTREF(__pyx_t_9);
       __Pyx_XGOTREF(__pyx_t_10);
       __Pyx_XGOTREF(__pyx_t_11);
-      __pyx_t_3 = __pyx_lineno; __pyx_t_4 = __pyx_clineno; __pyx_t_5 = __pyx_filename;
+      __Pyx_XGOTREF(__pyx_t_12);
+      __pyx_t_4 = __pyx_lineno; __pyx_t_5 = __pyx_clineno; __pyx_t_6 = __pyx_filename;
       {
         ((struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *)((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_self->bell.fds)->__pyx_vtab)->leave(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_self->bell.fds));
       }
-      __Pyx_XGIVEREF(__pyx_t_9);
       __Pyx_XGIVEREF(__pyx_t_10);
       __Pyx_XGIVEREF(__pyx_t_11);
-      __Pyx_ExceptionReset(__pyx_t_9, __pyx_t_10, __pyx_t_11);
-      __Pyx_XGIVEREF(__pyx_t_6);
+      __Pyx_XGIVEREF(__pyx_t_12);
+      __Pyx_ExceptionReset(__pyx_t_10, __pyx_t_11, __pyx_t_12);
       __Pyx_XGIVEREF(__pyx_t_7);
       __Pyx_XGIVEREF(__pyx_t_8);
-      __Pyx_ErrRestore(__pyx_t_6, __pyx_t_7, __pyx_t_8);
-      __pyx_t_6 = 0; __pyx_t_7 = 0; __pyx_t_8 = 0; __pyx_t_9 = 0; __pyx_t_10 = 0; __pyx_t_11 = 0;
-      __pyx_lineno = __pyx_t_3; __pyx_clineno = __pyx_t_4; __pyx_filename = __pyx_t_5;
+      __Pyx_XGIVEREF(__pyx_t_9);
+      __Pyx_ErrRestore(__pyx_t_7, __pyx_t_8, __pyx_t_9);
+      __pyx_t_7 = 0; __pyx_t_8 = 0; __pyx_t_9 = 0; __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0;
+      __pyx_lineno = __pyx_t_4; __pyx_clineno = __pyx_t_5; __pyx_filename = __pyx_t_6;
       goto __pyx_L1_error;
     }
     __pyx_L6:;
@@ -5001,6 +5009,7 @@ static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently(struct __pyx_obj
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
   __Pyx_AddTraceback("ivshmem.native.bell.Doorbell.ring_gently", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
@@ -6286,7 +6295,7 @@ static int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate) {
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (unlikely(!__pyx_import_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
     #endif
-    const char * __pyx_import_name = __pyx_import_signature + 81;
+    const char * __pyx_import_name = __pyx_import_signature + 140;
     void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_6native_11descriptors_fail_with, (void (**)(void))&__pyx_f_7ivshmem_6native_11descriptors_add_one_nowait, (void (**)(void)) NULL};
     void (**const *__pyx_import_pointer)(void) = __pyx_import_pointers;
     const char *__pyx_import_current_signature = __pyx_import_signature;
@@ -6711,21 +6720,30 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
     const struct { const unsigned int length: 7; } str_length_index[] = {{35},{9},{1},{26},{1},{1},{72},{53},{7},{6},{2},{9},{14},{23},{5},{22},{23},{11},{8},{19},{10},{20},{12},{8},{8},{10},{8},{12},{14},{12},{10},{12},{8},{13},{18},{18},{6},{6},{5},{19},{4},{10},{6}};
-    const struct { const unsigned int length: 7; } bytes_length_index[] = {{105},{31},{11}};
+    const struct { const unsigned int length: 8; } bytes_length_index[] = {{164},{31},{11}};
     #ifndef CYTHON_COMPRESS_STRINGS
-      #define CYTHON_COMPRESS_STRINGS 0
+      #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (437 bytes) */
-static const char cstring[] = "x\332UR\261n\3340\014M\267N\375\006\216I\0208\010P\244@P\244(\232\254A\320|\000!K\364\035{\262\344H\264\357n\353\330\261c?\255\237SJ\266\017\351 \221\222\236\036\037\237\004\234a\023\003\335\001K\006\027cj\311\373\014{J\004\326\307L\356\n&\262\022\0234\237y\312\333\236\372\346a\301A\354` Jp\377\305\300i\323\232\020\242@\253\004q`r\240w\007\266;O\356\016L\336\201l\t(\270!r\020\350\364\324(~\2534*\344\r\217J\353\215#h\217\360\270\240\233U\341y)\273*\273p\234M\353\211B\2317\226\363\234\271U/\245\024S^V\327\301\010Ot]h\232\341x\250\r\374\047I\013\317\255\013\367\024\307\272Q:2\020\306\276\245\364\255\036>\026\322U\354\032\033\304Dn\264\204\370\024_F\273}Vv\304\347\343A\307\003[\301\047:\310w\352\020\253KF\024\211\330\215\301\226\330\033\0165F7\372z\022L_\243\nEk\006^\363IJ\207e\365:\032\277\242\326\332\210\231\344tW(\213\006\316hc\322~Xm\316\307`96\247\215l\275\316\250\345%\031K\255\261\273\331\203\305;\241~5\260\231\rl\352O!\337i)G\235\031\275L\306\217\224\213\205\347:]\234\325,K\032\255\300,;\266?\360\323\302\203\2673\021\336\3348\255\237x\320\267\314\370\302\233`\274\327G\271\274\202J\323\031\366\270g\331\236\031\347P?\t\206\2707,\225~\212\354\026\344\355GTt\342\260\301\242\355\347\327\277\357?\374\342\337\257\177\336\375\003\354?\033\002";
-    PyObject *data = __Pyx_DecompressString(cstring, 437, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (449 bytes) */
+static const char cstring[] = "x\332\225RMo\3240\020-7N\374\2069\266\250JU\t\025\251B\240\212\226cU\321\0370\232\330\223\335a\035;\265\235\354\356\215#G\216\3744~\016c\047Y\301\221\203=\376x\363\346\315\263A\022l\202\347[\220\234\300\206\020[v.\301\236#\203q!\261\275\204\211M\016\021\232\0172\245m\317}s\277\340 t00G\370\370\211\340th\310\373\220\241U\2020\010[\320\334A\314\316\261\275\005J;\310[\006\366v\010\3423tzK\212\337*\215\n\371\213G\245\365d\031\332#<,\350fUx^\312\256\312.\254$j\035\263/\363\306H\232Wv\325\3131\206\230\226\335\225\247,\023_\025\232f8\036j\003\377H\322\302s\353Yz\016c=(\035\021\370\261o9~\256\227\017\205t\025\273\306\0061\262\035\r#>\206\347\321l\237\224\035\361\351x\320q/&\343#\037\362W\356\020\253K\224\025\211\330\215\336\224\330\223\370\032\203\035]\275\361\324\327\250B\321\320 \353z\312\245\303\262{\031\311\255\250\2656b\342|\312\315\234\262\006IhB\324~DmNGo$4\247\203d\234\316\250\345s$\303-\231\335\354\301\342]\346~5\260\231\rl\352Oa\327i)\313\035\215.O\344FN\305\302s\235.\316\352*\3458\232\014\263\354\320~\303\367\013\017\336\314Dx}m\265~\224A\3372\341\263l<9\247\217\362\366\022\3767\371\213\275\213\221\216%\265*\350H\034\356%o\317\310Z\324\377\205>\354IrU6\005\261\013\362\346\035*:\212\337`i\353\373\335\357\327o~\310\317\227_\257\376\0000\3541<";
+    PyObject *data = __Pyx_DecompressString(cstring, 449, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (743 bytes) */
-static const char bytes[] = " is gone: its doorbells were closed, vector .<ivshmem.Doorbell of peer >?a Doorbell cannot be copied or pickled: ask the endpoint for another onea Doorbell is made by Endpoint.doorbell(peer, vector)disableenablegcisenabledivshmem.errorsivshmem/native/bell.pyxpeer the endpoint is closedtimeout is not a numberClosedErrorDoorbellDoorbell.__reduce__NoSuchPeer__Pyx_PyDict_NextRef__annotate____func____main____module____name____pyx_capi____pyx_vtable____qualname____reduce____set_name____test___is_coroutineasyncio.coroutinescline_in_tracebackclosederrorsitemsivshmem.native.bellselfsetdefaultvaluesint (int)\000int (struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int)\000fail_with\000add_one_nowaitint (void *, int64_t)\000ring_bell\200A\330\010\016\210i\220q\230\001";
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (601 bytes) */
+static const char cstring[] = "\377 is gone\377: its do\377orbells \377were clo\377sed, vec\377tor .<iv\177shmem.D!\004\377 of peer\337 >?a \014\006ca\277nnot b>\000o\337pied 9\000pi\377ckled: a\377sk the e\377ndpoint \025fW\000a-\000hD\000\206\000=\010\376\230\000made by+ E\047\004.\232\005(s\001\222\005\377)disable{en\002\001gcis\004\003\375d\250\005errors\376\267\004/native=/\345\001.pyx\274\002\206\n\374\221 \365\003timeou\371t\241!\316\001a num/berC\223\"EQ\001\202%\376\212%.__redu\377ce__NoSu\367chP\234 __Py\375x\001\000Dict_N\377extRef__\366\241\"at\047\000__fu\377nc____ma{in\003\002odul\025\002\347nam\035\002\246\000_ca3pi\"\001\010\001vt\356\0010\001\317qual\036\005t\005__\357set_4\005tes\375t[\000is_cor\376\315\000ineasyn\357cio.\010\006scl\372\024\000_|\000trace\317back\371C\265$te\325m\271%.\273#.\245bel\375fh\000defaul\177tvalues\322A\355(\330@)\000\005\002str\277uct __\277\001oobj_7\300d_6\204C\377_11descr\373ip\343`s_Sig\357nall\323`*, \376\r-FdArray\371 8\000}\002fail_\377with\000add\377_one_now\367ait\237\002void\376#\00464_t)\000r\357ing_\375\204\001\200A\330\377\010\016\210i\220q\230\001";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 601, 802);
+    #define __Pyx_DecompressString_UNUSED
+    if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
+    const char* const bytes = __Pyx_PyBytes_AsString(data);
+    #if !CYTHON_ASSUME_SAFE_MACROS
+    if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
+    #endif
+    #else /* compression: none (802 bytes) */
+static const char bytes[] = " is gone: its doorbells were closed, vector .<ivshmem.Doorbell of peer >?a Doorbell cannot be copied or pickled: ask the endpoint for another onea Doorbell is made by Endpoint.doorbell(peer, vector)disableenablegcisenabledivshmem.errorsivshmem/native/bell.pyxpeer the endpoint is closedtimeout is not a numberClosedErrorDoorbellDoorbell.__reduce__NoSuchPeer__Pyx_PyDict_NextRef__annotate____func____main____module____name____pyx_capi____pyx_vtable____qualname____reduce____set_name____test___is_coroutineasyncio.coroutinescline_in_tracebackclosederrorsitemsivshmem.native.bellselfsetdefaultvaluesint (int)\000int (struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *, int)\000fail_with\000add_one_nowaitint (void *, int64_t)\000ring_bell\200A\330\010\016\210i\220q\230\001";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
@@ -12133,6 +12151,65 @@ import_failed:
 bad:
     Py_XDECREF(module);
     Py_DECREF(methodname);
+    return NULL;
+#endif
+}
+
+/* DecompressString_LZSS */
+#ifndef __Pyx_DecompressString_LZSS_UNUSED
+CYTHON_UNUSED
+static CYTHON_SMALL_CODE size_t __pyx_lzss_decompress(const uint8_t* src, uint8_t* dst, size_t dst_len) {
+    size_t pos = 0, out_pos = 0;
+    while (1) {
+        uint32_t flags = src[pos++] | 0xFF00;
+        while (flags & 0x100) {
+            if (flags & 1) {
+                dst[out_pos++] = src[pos++];
+            } else {
+                uint32_t lo = src[pos++], hi = src[pos++];
+                uint32_t end_offset_of_last_occurrence, match_length;
+                if (!(lo & 0x80)) {
+                    end_offset_of_last_occurrence = lo;
+                    match_length = hi;
+                } else if (!(hi & 0x80)) {
+                    end_offset_of_last_occurrence = 0x80 + (((hi << 2) & 0x180) | (lo & 0x7F));
+                    match_length = hi & 0x1F;
+                } else {
+                    end_offset_of_last_occurrence = 0x80 + ((hi & 0x7F) << 7 | (lo & 0x7F));
+                    match_length = src[pos++];
+                }
+                match_length += 3;
+                size_t ref_pos = out_pos - end_offset_of_last_occurrence - match_length;
+                memcpy(dst + out_pos, dst + ref_pos, match_length);
+                out_pos += match_length;
+            }
+            if (out_pos >= dst_len) return pos;
+            flags >>= 1;
+        }
+    }
+}
+#endif
+static CYTHON_SMALL_CODE PyObject *__Pyx_DecompressString_LZSS(const char *s, size_t compressed_length, size_t uncompressed_length) {
+#ifdef __Pyx_DecompressString_LZSS_UNUSED
+    CYTHON_UNUSED_VAR(s);
+    CYTHON_UNUSED_VAR(compressed_length);
+    CYTHON_UNUSED_VAR(uncompressed_length);
+    return NULL;
+#else
+    PyObject *result;
+    unsigned char *result_data;
+    size_t src_length;
+    result = PyBytes_FromStringAndSize(NULL, (Py_ssize_t) uncompressed_length);
+    if (unlikely(!result)) return NULL;
+    result_data = __Pyx_PyBytes_AsWritableUString(result);
+    if (unlikely(!result_data)) goto bad;
+    src_length = __pyx_lzss_decompress((const uint8_t*) s, result_data, uncompressed_length);
+    if (unlikely(src_length != compressed_length)) goto decompression_failed;
+    return result;
+decompression_failed:
+    PyErr_SetString(PyExc_RuntimeError, "LZSS string data decompression failed");
+bad:
+    Py_DECREF(result);
     return NULL;
 #endif
 }

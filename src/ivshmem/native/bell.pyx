@@ -59,7 +59,7 @@ cdef class Doorbell:
         if not ivshmem_enter(self.bell.state):
             return ESHUTDOWN
         try:
-            add_one_nowait(self.signaller, self.bell.fd)
+            add_one_nowait(self.signaller, <FdArray>self.bell.fds, self.bell.fd)
         finally:
             (<FdArray>self.bell.fds).leave()
         return 0

@@ -2068,13 +2068,13 @@ static const char* const __pyx_f[] = {
 #define __Pyx_FastGIL_Forget()
 #define __Pyx_FastGilFuncInit()
 
-/* IncludeStructmemberH.proto */
-#include <structmember.h>
-
 /* ForceInitThreads.proto */
 #ifndef __PYX_FORCE_INIT_THREADS
   #define __PYX_FORCE_INIT_THREADS 0
 #endif
+
+/* IncludeStructmemberH.proto */
+#include <structmember.h>
 
 /* #### Code section: numeric_typedefs ### */
 /* #### Code section: complex_type_declarations ### */
@@ -2178,7 +2178,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll {
 };
 
 
-/* "ivshmem/native/descriptors.pyx":605
+/* "ivshmem/native/descriptors.pyx":640
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2213,7 +2213,7 @@ static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_leave(struct __pyx_o
 static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *);
 
 
-/* "ivshmem/native/descriptors.pyx":320
+/* "ivshmem/native/descriptors.pyx":333
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2230,7 +2230,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
 static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int *, long);
 
 
-/* "ivshmem/native/descriptors.pyx":464
+/* "ivshmem/native/descriptors.pyx":499
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2245,7 +2245,7 @@ static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay *__pyx_vtabp
 static int __pyx_f_7ivshmem_6native_11descriptors_5Relay_fired(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay *);
 
 
-/* "ivshmem/native/descriptors.pyx":517
+/* "ivshmem/native/descriptors.pyx":552
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2944,6 +2944,32 @@ static void __Pyx_WriteUnraisable(const char *name, int clineno,
                                   int lineno, const char *filename,
                                   int full_traceback, int nogil);
 
+/* HasAttr.proto (used by ImportImpl) */
+#if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
+#define __Pyx_HasAttr(o, n)  PyObject_HasAttrWithError(o, n)
+#else
+static CYTHON_INLINE int __Pyx_HasAttr(PyObject *, PyObject *);
+#endif
+
+/* TupleOrListFromArrayImpl.proto (used by ListFromArray) */
+CYTHON_UNUSED static PyObject *
+__Pyx_PyList_FromArray(PyObject *const *src, Py_ssize_t n);
+
+/* ListFromArray.proto (used by ImportImpl) */
+
+
+/* ImportImpl.export */
+static PyObject *__Pyx__Import(PyObject *name, PyObject *const *imported_names, Py_ssize_t len_imported_names, PyObject *qualname, PyObject *moddict, int level);
+
+/* Import.proto */
+static CYTHON_INLINE PyObject *__Pyx_Import(PyObject *name, PyObject *const *imported_names, Py_ssize_t len_imported_names, PyObject *qualname, int level);
+
+/* ImportFrom.export */
+static PyObject* __Pyx_ImportFrom(PyObject* module, PyObject* name);
+
+/* PyMemoryError_Check.proto */
+#define __Pyx_PyExc_MemoryError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_MemoryError)
+
 /* PyBaseException_Check.proto */
 #define __Pyx_PyExc_BaseException_Check(obj)  PyExceptionInstance_Check(obj)
 
@@ -3083,29 +3109,6 @@ enum __Pyx_ImportType_CheckSize_3_3_1 {
 };
 static PyTypeObject *__Pyx_ImportType_3_3_1(PyObject* module, const char *module_name, const char *class_name, size_t size, size_t alignment, enum __Pyx_ImportType_CheckSize_3_3_1 check_size);
 #endif
-
-/* HasAttr.proto (used by ImportImpl) */
-#if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
-#define __Pyx_HasAttr(o, n)  PyObject_HasAttrWithError(o, n)
-#else
-static CYTHON_INLINE int __Pyx_HasAttr(PyObject *, PyObject *);
-#endif
-
-/* TupleOrListFromArrayImpl.proto (used by ListFromArray) */
-CYTHON_UNUSED static PyObject *
-__Pyx_PyList_FromArray(PyObject *const *src, Py_ssize_t n);
-
-/* ListFromArray.proto (used by ImportImpl) */
-
-
-/* ImportImpl.export */
-static PyObject *__Pyx__Import(PyObject *name, PyObject *const *imported_names, Py_ssize_t len_imported_names, PyObject *qualname, PyObject *moddict, int level);
-
-/* Import.proto */
-static CYTHON_INLINE PyObject *__Pyx_Import(PyObject *name, PyObject *const *imported_names, Py_ssize_t len_imported_names, PyObject *qualname, int level);
-
-/* ImportFrom.export */
-static PyObject* __Pyx_ImportFrom(PyObject* module, PyObject* name);
 
 /* dict_setdefault.proto (used by FetchCommonType) */
 static CYTHON_INLINE PyObject *__Pyx_PyDict_SetDefault(PyObject *d, PyObject *key, PyObject *default_value);
@@ -3484,13 +3487,14 @@ static int __pyx_f_7ivshmem_6native_11descriptors_fail(void); /*proto*/
 static int __pyx_f_7ivshmem_6native_11descriptors_fail_with(int); /*proto*/
 static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int, struct epoll_event *, int, int64_t); /*proto*/
 static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int); /*proto*/
-static int __pyx_f_7ivshmem_6native_11descriptors_add_one_if_room(int); /*proto*/
 static CYTHON_INLINE double __pyx_f_7ivshmem_6native_11descriptors_seconds_of(PyObject *); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uint64_t); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int); /*proto*/
 static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int); /*proto*/
 static int __pyx_f_7ivshmem_6native_11descriptors_taken(PyObject *); /*proto*/
+static int __pyx_f_7ivshmem_6native_11descriptors_ring_by_thread(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *, int); /*proto*/
+static int __pyx_f_7ivshmem_6native_11descriptors_has_room(int); /*proto*/
 /* #### Code section: typeinfo ### */
 /* #### Code section: before_global_var ### */
 #define __Pyx_MODULE_NAME "ivshmem.native.descriptors"
@@ -3521,11 +3525,12 @@ static Py_ssize_t __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_12__len__(str
 static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_14__getitem__(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self, Py_ssize_t __pyx_v_index); /* proto */
 static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_16__iter__(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_18signal(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self, Py_ssize_t __pyx_v_index); /* proto */
-static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_20drain(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self, Py_ssize_t __pyx_v_index); /* proto */
-static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_22close(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self); /* proto */
-static void __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_24__dealloc__(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_26__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_28__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_20ring(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self, int __pyx_v_fd); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_22drain(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self, Py_ssize_t __pyx_v_index); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_24close(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self); /* proto */
+static void __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_26__dealloc__(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_28__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_30__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
 static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_v_self, PyObject *__pyx_v_fds); /* proto */
 static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_4close(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_v_self); /* proto */
@@ -3736,8 +3741,8 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     int __pyx_k__2;
     PyObject *__pyx_tuple[3];
-    PyObject *__pyx_codeobj_tab[37];
-    PyObject *__pyx_string_tab[195];
+    PyObject *__pyx_codeobj_tab[38];
+    PyObject *__pyx_string_tab[200];
     PyObject *__pyx_number_tab[3];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
@@ -3801,187 +3806,192 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u_gc __pyx_string_tab[11]
 #define __pyx_kp_u_isenabled __pyx_string_tab[12]
 #define __pyx_kp_u_ivshmem_errors __pyx_string_tab[13]
-#define __pyx_kp_u_ivshmem_native_descriptors_pyx __pyx_string_tab[14]
-#define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[15]
-#define __pyx_kp_u_the_descriptor_was_taken_or_clos __pyx_string_tab[16]
-#define __pyx_kp_u_the_descriptors_are_closed __pyx_string_tab[17]
-#define __pyx_kp_u_the_epoll_object_is_closed __pyx_string_tab[18]
-#define __pyx_kp_u_the_signaller_is_closed __pyx_string_tab[19]
-#define __pyx_kp_u_the_timer_is_closed __pyx_string_tab[20]
-#define __pyx_kp_u_timeout_is_not_a_number __pyx_string_tab[21]
-#define __pyx_n_u_ClosedError __pyx_string_tab[22]
-#define __pyx_n_u_EPOLLERR __pyx_string_tab[23]
-#define __pyx_n_u_EPOLLHUP __pyx_string_tab[24]
-#define __pyx_n_u_EPOLLIN __pyx_string_tab[25]
-#define __pyx_n_u_EPOLLOUT __pyx_string_tab[26]
-#define __pyx_n_u_Epoll __pyx_string_tab[27]
-#define __pyx_n_u_Epoll___reduce_cython __pyx_string_tab[28]
-#define __pyx_n_u_Epoll___setstate_cython __pyx_string_tab[29]
-#define __pyx_n_u_Epoll_add __pyx_string_tab[30]
-#define __pyx_n_u_Epoll_close __pyx_string_tab[31]
-#define __pyx_n_u_Epoll_fileno __pyx_string_tab[32]
-#define __pyx_n_u_Epoll_modify __pyx_string_tab[33]
-#define __pyx_n_u_Epoll_remove __pyx_string_tab[34]
-#define __pyx_n_u_Epoll_wait __pyx_string_tab[35]
-#define __pyx_n_u_Fd __pyx_string_tab[36]
-#define __pyx_n_u_Fd___reduce_cython __pyx_string_tab[37]
-#define __pyx_n_u_Fd___setstate_cython __pyx_string_tab[38]
-#define __pyx_n_u_Fd_close __pyx_string_tab[39]
-#define __pyx_n_u_Fd_fileno __pyx_string_tab[40]
-#define __pyx_n_u_FdArray __pyx_string_tab[41]
-#define __pyx_n_u_FdArray___reduce_cython __pyx_string_tab[42]
-#define __pyx_n_u_FdArray___setstate_cython __pyx_string_tab[43]
-#define __pyx_n_u_FdArray_close __pyx_string_tab[44]
-#define __pyx_n_u_FdArray_copy __pyx_string_tab[45]
-#define __pyx_n_u_FdArray_drain __pyx_string_tab[46]
-#define __pyx_n_u_FdArray_eventfds __pyx_string_tab[47]
-#define __pyx_n_u_FdArray_memfd __pyx_string_tab[48]
-#define __pyx_n_u_FdArray_open __pyx_string_tab[49]
-#define __pyx_n_u_FdArray_signal __pyx_string_tab[50]
-#define __pyx_n_u_FdArray_take __pyx_string_tab[51]
-#define __pyx_n_u_O_CLOEXEC __pyx_string_tab[52]
-#define __pyx_n_u_O_RDONLY __pyx_string_tab[53]
-#define __pyx_n_u_Relay __pyx_string_tab[54]
-#define __pyx_n_u_Relay___reduce_cython __pyx_string_tab[55]
-#define __pyx_n_u_Relay___setstate_cython __pyx_string_tab[56]
-#define __pyx_n_u_Relay_close __pyx_string_tab[57]
-#define __pyx_n_u_Signaller __pyx_string_tab[58]
-#define __pyx_n_u_Signaller___reduce_cython __pyx_string_tab[59]
-#define __pyx_n_u_Signaller___setstate_cython __pyx_string_tab[60]
-#define __pyx_n_u_Signaller_close __pyx_string_tab[61]
-#define __pyx_n_u_Signaller_signal __pyx_string_tab[62]
-#define __pyx_n_u_Timer __pyx_string_tab[63]
-#define __pyx_n_u_Timer___reduce_cython __pyx_string_tab[64]
-#define __pyx_n_u_Timer___setstate_cython __pyx_string_tab[65]
-#define __pyx_n_u_Timer_close __pyx_string_tab[66]
-#define __pyx_n_u_Timer_fileno __pyx_string_tab[67]
-#define __pyx_n_u_Timer_set __pyx_string_tab[68]
-#define __pyx_n_u__4 __pyx_string_tab[69]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[70]
-#define __pyx_n_u_annotate __pyx_string_tab[71]
-#define __pyx_n_u_dict __pyx_string_tab[72]
-#define __pyx_n_u_enter __pyx_string_tab[73]
-#define __pyx_n_u_exit __pyx_string_tab[74]
-#define __pyx_n_u_func __pyx_string_tab[75]
-#define __pyx_n_u_getstate __pyx_string_tab[76]
-#define __pyx_n_u_main __pyx_string_tab[77]
-#define __pyx_n_u_module __pyx_string_tab[78]
-#define __pyx_n_u_name_2 __pyx_string_tab[79]
-#define __pyx_n_u_pyx_capi __pyx_string_tab[80]
-#define __pyx_n_u_pyx_state __pyx_string_tab[81]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[82]
-#define __pyx_n_u_qualname __pyx_string_tab[83]
-#define __pyx_n_u_reduce __pyx_string_tab[84]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[85]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[86]
-#define __pyx_n_u_set_name __pyx_string_tab[87]
-#define __pyx_n_u_setstate __pyx_string_tab[88]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[89]
-#define __pyx_n_u_test __pyx_string_tab[90]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[91]
-#define __pyx_n_u_add __pyx_string_tab[92]
-#define __pyx_n_u_array __pyx_string_tab[93]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[94]
-#define __pyx_n_u_batch __pyx_string_tab[95]
-#define __pyx_n_u_called __pyx_string_tab[96]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[97]
-#define __pyx_n_u_close __pyx_string_tab[98]
-#define __pyx_n_u_code __pyx_string_tab[99]
-#define __pyx_n_u_context __pyx_string_tab[100]
-#define __pyx_n_u_copy __pyx_string_tab[101]
-#define __pyx_n_u_count __pyx_string_tab[102]
-#define __pyx_n_u_count_of_eventfd __pyx_string_tab[103]
-#define __pyx_n_u_deadline __pyx_string_tab[104]
-#define __pyx_n_u_dir_fd __pyx_string_tab[105]
-#define __pyx_n_u_directory __pyx_string_tab[106]
-#define __pyx_n_u_drain __pyx_string_tab[107]
-#define __pyx_n_u_epfd __pyx_string_tab[108]
-#define __pyx_n_u_errors __pyx_string_tab[109]
-#define __pyx_n_u_eventfds __pyx_string_tab[110]
-#define __pyx_n_u_events __pyx_string_tab[111]
-#define __pyx_n_u_fd __pyx_string_tab[112]
-#define __pyx_n_u_fds __pyx_string_tab[113]
-#define __pyx_n_u_fileno __pyx_string_tab[114]
-#define __pyx_n_u_first __pyx_string_tab[115]
-#define __pyx_n_u_flags __pyx_string_tab[116]
-#define __pyx_n_u_fork_sharing_files __pyx_string_tab[117]
-#define __pyx_n_u_fsencode __pyx_string_tab[118]
-#define __pyx_n_u_i __pyx_string_tab[119]
-#define __pyx_n_u_index __pyx_string_tab[120]
-#define __pyx_n_u_info __pyx_string_tab[121]
-#define __pyx_n_u_items __pyx_string_tab[122]
-#define __pyx_n_u_ivshmem_native_descriptors __pyx_string_tab[123]
-#define __pyx_n_u_line __pyx_string_tab[124]
-#define __pyx_n_u_memfd __pyx_string_tab[125]
-#define __pyx_n_u_mode __pyx_string_tab[126]
-#define __pyx_n_u_modify __pyx_string_tab[127]
-#define __pyx_n_u_n __pyx_string_tab[128]
-#define __pyx_n_u_name __pyx_string_tab[129]
-#define __pyx_n_u_new __pyx_string_tab[130]
-#define __pyx_n_u_new_text __pyx_string_tab[131]
-#define __pyx_n_u_number __pyx_string_tab[132]
-#define __pyx_n_u_old __pyx_string_tab[133]
-#define __pyx_n_u_old_text __pyx_string_tab[134]
-#define __pyx_n_u_open __pyx_string_tab[135]
-#define __pyx_n_u_os __pyx_string_tab[136]
-#define __pyx_n_u_other __pyx_string_tab[137]
-#define __pyx_n_u_path __pyx_string_tab[138]
-#define __pyx_n_u_pid __pyx_string_tab[139]
-#define __pyx_n_u_pop __pyx_string_tab[140]
-#define __pyx_n_u_rb __pyx_string_tab[141]
-#define __pyx_n_u_ref __pyx_string_tab[142]
-#define __pyx_n_u_remove __pyx_string_tab[143]
-#define __pyx_n_u_rename_exclusive __pyx_string_tab[144]
-#define __pyx_n_u_result __pyx_string_tab[145]
-#define __pyx_n_u_seconds __pyx_string_tab[146]
-#define __pyx_n_u_self __pyx_string_tab[147]
-#define __pyx_n_u_set __pyx_string_tab[148]
-#define __pyx_n_u_setdefault __pyx_string_tab[149]
-#define __pyx_n_u_signal __pyx_string_tab[150]
-#define __pyx_n_u_source __pyx_string_tab[151]
-#define __pyx_n_u_spec __pyx_string_tab[152]
-#define __pyx_n_u_split __pyx_string_tab[153]
-#define __pyx_n_u_startswith __pyx_string_tab[154]
-#define __pyx_n_u_staticmethod __pyx_string_tab[155]
-#define __pyx_n_u_strerror __pyx_string_tab[156]
-#define __pyx_n_u_take __pyx_string_tab[157]
-#define __pyx_n_u_target __pyx_string_tab[158]
-#define __pyx_n_u_targets __pyx_string_tab[159]
-#define __pyx_n_u_text __pyx_string_tab[160]
-#define __pyx_n_u_timeout __pyx_string_tab[161]
-#define __pyx_n_u_token __pyx_string_tab[162]
-#define __pyx_n_u_values __pyx_string_tab[163]
-#define __pyx_n_u_wait __pyx_string_tab[164]
-#define __pyx_n_u_weakref __pyx_string_tab[165]
-#define __pyx_n_u_where __pyx_string_tab[166]
-#define __pyx_kp_b_eventfd_count __pyx_string_tab[167]
-#define __pyx_kp_b_int_PyObject_int_int_int_int_int __pyx_string_tab[168]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[169]
-#define __pyx_kp_b_iso88591_Q_6_HA_t_aq_s_4vRq_A __pyx_string_tab[170]
-#define __pyx_kp_b_iso88591_Ry_Ry_Zq_wb_A __pyx_string_tab[171]
-#define __pyx_kp_b_iso88591_1_A_1_t3a_A_q_t2Q_1 __pyx_string_tab[172]
-#define __pyx_kp_b_iso88591_A_4t2Q_Qa_t1 __pyx_string_tab[173]
-#define __pyx_kp_b_iso88591_A_4vRq_Qa_t1 __pyx_string_tab[174]
-#define __pyx_kp_b_iso88591_A_HA_D_1 __pyx_string_tab[175]
-#define __pyx_kp_b_iso88591_A_HA_D_2 __pyx_string_tab[176]
-#define __pyx_kp_b_iso88591_A_d_G1_3c_1A __pyx_string_tab[177]
-#define __pyx_kp_b_iso88591_A_A_IQ_5_1_1A __pyx_string_tab[178]
-#define __pyx_kp_b_iso88591_A_4xr_Qa_t1 __pyx_string_tab[179]
-#define __pyx_kp_b_iso88591_A_4y_F_S_A_at1_Kq_4vS_1D_IQ __pyx_string_tab[180]
-#define __pyx_kp_b_iso88591_A_q_Q __pyx_string_tab[181]
-#define __pyx_kp_b_iso88591_A_D_aq __pyx_string_tab[182]
-#define __pyx_kp_b_iso88591_A_HA_D __pyx_string_tab[183]
-#define __pyx_kp_b_iso88591_A_T_Kq_84vS_4q_aq __pyx_string_tab[184]
-#define __pyx_kp_b_iso88591_A_4xs_1D_Kq __pyx_string_tab[185]
-#define __pyx_kp_b_iso88591_A_4_AQd_wat4q_2S_L_F_1_Qa __pyx_string_tab[186]
-#define __pyx_kp_b_iso88591_A_aq_c_IZvQ_I_1_4wd_QfF_A __pyx_string_tab[187]
-#define __pyx_kp_b_iso88591_A_z_aq __pyx_string_tab[188]
-#define __pyx_kp_b_iso88591_A_4vRq_Qa_IU_3c_A_c_QiuA_q_q __pyx_string_tab[189]
-#define __pyx_kp_b_iso88591_A_Biq_l_86_1_3b_D_q __pyx_string_tab[190]
-#define __pyx_kp_b_iso88591_A_WA_at_4A_6_1_T_q __pyx_string_tab[191]
-#define __pyx_kp_b_iso88591_A_WA_E_aq_3l_A_s_A_q_Qa_q __pyx_string_tab[192]
-#define __pyx_kp_b_iso88591_1_1A_G1_1F_r_A_r_q_vV1Bit5_Qa __pyx_string_tab[193]
-#define __pyx_kp_b_iso88591_66K1_2Yaq_6_A_AQ_XQhfF_Kq_q_s_Q __pyx_string_tab[194]
+#define __pyx_kp_u_ivshmem_native_ringers __pyx_string_tab[14]
+#define __pyx_kp_u_ivshmem_native_descriptors_pyx __pyx_string_tab[15]
+#define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[16]
+#define __pyx_kp_u_the_descriptor_was_taken_or_clos __pyx_string_tab[17]
+#define __pyx_kp_u_the_descriptors_are_closed __pyx_string_tab[18]
+#define __pyx_kp_u_the_epoll_object_is_closed __pyx_string_tab[19]
+#define __pyx_kp_u_the_signaller_is_closed __pyx_string_tab[20]
+#define __pyx_kp_u_the_timer_is_closed __pyx_string_tab[21]
+#define __pyx_kp_u_timeout_is_not_a_number __pyx_string_tab[22]
+#define __pyx_n_u_ClosedError __pyx_string_tab[23]
+#define __pyx_n_u_EPOLLERR __pyx_string_tab[24]
+#define __pyx_n_u_EPOLLHUP __pyx_string_tab[25]
+#define __pyx_n_u_EPOLLIN __pyx_string_tab[26]
+#define __pyx_n_u_EPOLLOUT __pyx_string_tab[27]
+#define __pyx_n_u_Epoll __pyx_string_tab[28]
+#define __pyx_n_u_Epoll___reduce_cython __pyx_string_tab[29]
+#define __pyx_n_u_Epoll___setstate_cython __pyx_string_tab[30]
+#define __pyx_n_u_Epoll_add __pyx_string_tab[31]
+#define __pyx_n_u_Epoll_close __pyx_string_tab[32]
+#define __pyx_n_u_Epoll_fileno __pyx_string_tab[33]
+#define __pyx_n_u_Epoll_modify __pyx_string_tab[34]
+#define __pyx_n_u_Epoll_remove __pyx_string_tab[35]
+#define __pyx_n_u_Epoll_wait __pyx_string_tab[36]
+#define __pyx_n_u_Fd __pyx_string_tab[37]
+#define __pyx_n_u_Fd___reduce_cython __pyx_string_tab[38]
+#define __pyx_n_u_Fd___setstate_cython __pyx_string_tab[39]
+#define __pyx_n_u_Fd_close __pyx_string_tab[40]
+#define __pyx_n_u_Fd_fileno __pyx_string_tab[41]
+#define __pyx_n_u_FdArray __pyx_string_tab[42]
+#define __pyx_n_u_FdArray___reduce_cython __pyx_string_tab[43]
+#define __pyx_n_u_FdArray___setstate_cython __pyx_string_tab[44]
+#define __pyx_n_u_FdArray_close __pyx_string_tab[45]
+#define __pyx_n_u_FdArray_copy __pyx_string_tab[46]
+#define __pyx_n_u_FdArray_drain __pyx_string_tab[47]
+#define __pyx_n_u_FdArray_eventfds __pyx_string_tab[48]
+#define __pyx_n_u_FdArray_memfd __pyx_string_tab[49]
+#define __pyx_n_u_FdArray_open __pyx_string_tab[50]
+#define __pyx_n_u_FdArray_ring __pyx_string_tab[51]
+#define __pyx_n_u_FdArray_signal __pyx_string_tab[52]
+#define __pyx_n_u_FdArray_take __pyx_string_tab[53]
+#define __pyx_n_u_O_CLOEXEC __pyx_string_tab[54]
+#define __pyx_n_u_O_RDONLY __pyx_string_tab[55]
+#define __pyx_n_u_Relay __pyx_string_tab[56]
+#define __pyx_n_u_Relay___reduce_cython __pyx_string_tab[57]
+#define __pyx_n_u_Relay___setstate_cython __pyx_string_tab[58]
+#define __pyx_n_u_Relay_close __pyx_string_tab[59]
+#define __pyx_n_u_Signaller __pyx_string_tab[60]
+#define __pyx_n_u_Signaller___reduce_cython __pyx_string_tab[61]
+#define __pyx_n_u_Signaller___setstate_cython __pyx_string_tab[62]
+#define __pyx_n_u_Signaller_close __pyx_string_tab[63]
+#define __pyx_n_u_Signaller_signal __pyx_string_tab[64]
+#define __pyx_n_u_Timer __pyx_string_tab[65]
+#define __pyx_n_u_Timer___reduce_cython __pyx_string_tab[66]
+#define __pyx_n_u_Timer___setstate_cython __pyx_string_tab[67]
+#define __pyx_n_u_Timer_close __pyx_string_tab[68]
+#define __pyx_n_u_Timer_fileno __pyx_string_tab[69]
+#define __pyx_n_u_Timer_set __pyx_string_tab[70]
+#define __pyx_n_u__4 __pyx_string_tab[71]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[72]
+#define __pyx_n_u_annotate __pyx_string_tab[73]
+#define __pyx_n_u_dict __pyx_string_tab[74]
+#define __pyx_n_u_enter __pyx_string_tab[75]
+#define __pyx_n_u_exit __pyx_string_tab[76]
+#define __pyx_n_u_func __pyx_string_tab[77]
+#define __pyx_n_u_getstate __pyx_string_tab[78]
+#define __pyx_n_u_main __pyx_string_tab[79]
+#define __pyx_n_u_module __pyx_string_tab[80]
+#define __pyx_n_u_name_2 __pyx_string_tab[81]
+#define __pyx_n_u_pyx_capi __pyx_string_tab[82]
+#define __pyx_n_u_pyx_state __pyx_string_tab[83]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[84]
+#define __pyx_n_u_qualname __pyx_string_tab[85]
+#define __pyx_n_u_reduce __pyx_string_tab[86]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[87]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[88]
+#define __pyx_n_u_set_name __pyx_string_tab[89]
+#define __pyx_n_u_setstate __pyx_string_tab[90]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[91]
+#define __pyx_n_u_test __pyx_string_tab[92]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[93]
+#define __pyx_n_u_add __pyx_string_tab[94]
+#define __pyx_n_u_array __pyx_string_tab[95]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[96]
+#define __pyx_n_u_batch __pyx_string_tab[97]
+#define __pyx_n_u_called __pyx_string_tab[98]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[99]
+#define __pyx_n_u_close __pyx_string_tab[100]
+#define __pyx_n_u_code __pyx_string_tab[101]
+#define __pyx_n_u_context __pyx_string_tab[102]
+#define __pyx_n_u_copy __pyx_string_tab[103]
+#define __pyx_n_u_count __pyx_string_tab[104]
+#define __pyx_n_u_count_of_eventfd __pyx_string_tab[105]
+#define __pyx_n_u_deadline __pyx_string_tab[106]
+#define __pyx_n_u_dir_fd __pyx_string_tab[107]
+#define __pyx_n_u_directory __pyx_string_tab[108]
+#define __pyx_n_u_drain __pyx_string_tab[109]
+#define __pyx_n_u_epfd __pyx_string_tab[110]
+#define __pyx_n_u_errors __pyx_string_tab[111]
+#define __pyx_n_u_eventfds __pyx_string_tab[112]
+#define __pyx_n_u_events __pyx_string_tab[113]
+#define __pyx_n_u_fd __pyx_string_tab[114]
+#define __pyx_n_u_fds __pyx_string_tab[115]
+#define __pyx_n_u_fileno __pyx_string_tab[116]
+#define __pyx_n_u_first __pyx_string_tab[117]
+#define __pyx_n_u_flags __pyx_string_tab[118]
+#define __pyx_n_u_fork_sharing_files __pyx_string_tab[119]
+#define __pyx_n_u_fsencode __pyx_string_tab[120]
+#define __pyx_n_u_i __pyx_string_tab[121]
+#define __pyx_n_u_index __pyx_string_tab[122]
+#define __pyx_n_u_info __pyx_string_tab[123]
+#define __pyx_n_u_items __pyx_string_tab[124]
+#define __pyx_n_u_ivshmem_native_descriptors __pyx_string_tab[125]
+#define __pyx_n_u_line __pyx_string_tab[126]
+#define __pyx_n_u_memfd __pyx_string_tab[127]
+#define __pyx_n_u_mode __pyx_string_tab[128]
+#define __pyx_n_u_modify __pyx_string_tab[129]
+#define __pyx_n_u_n __pyx_string_tab[130]
+#define __pyx_n_u_name __pyx_string_tab[131]
+#define __pyx_n_u_new __pyx_string_tab[132]
+#define __pyx_n_u_new_text __pyx_string_tab[133]
+#define __pyx_n_u_number __pyx_string_tab[134]
+#define __pyx_n_u_old __pyx_string_tab[135]
+#define __pyx_n_u_old_text __pyx_string_tab[136]
+#define __pyx_n_u_open __pyx_string_tab[137]
+#define __pyx_n_u_os __pyx_string_tab[138]
+#define __pyx_n_u_other __pyx_string_tab[139]
+#define __pyx_n_u_path __pyx_string_tab[140]
+#define __pyx_n_u_pid __pyx_string_tab[141]
+#define __pyx_n_u_pop __pyx_string_tab[142]
+#define __pyx_n_u_rb __pyx_string_tab[143]
+#define __pyx_n_u_ref __pyx_string_tab[144]
+#define __pyx_n_u_remove __pyx_string_tab[145]
+#define __pyx_n_u_rename_exclusive __pyx_string_tab[146]
+#define __pyx_n_u_result __pyx_string_tab[147]
+#define __pyx_n_u_ring __pyx_string_tab[148]
+#define __pyx_n_u_ringers __pyx_string_tab[149]
+#define __pyx_n_u_seconds __pyx_string_tab[150]
+#define __pyx_n_u_self __pyx_string_tab[151]
+#define __pyx_n_u_set __pyx_string_tab[152]
+#define __pyx_n_u_setdefault __pyx_string_tab[153]
+#define __pyx_n_u_signal __pyx_string_tab[154]
+#define __pyx_n_u_source __pyx_string_tab[155]
+#define __pyx_n_u_spec __pyx_string_tab[156]
+#define __pyx_n_u_split __pyx_string_tab[157]
+#define __pyx_n_u_startswith __pyx_string_tab[158]
+#define __pyx_n_u_staticmethod __pyx_string_tab[159]
+#define __pyx_n_u_strerror __pyx_string_tab[160]
+#define __pyx_n_u_take __pyx_string_tab[161]
+#define __pyx_n_u_target __pyx_string_tab[162]
+#define __pyx_n_u_targets __pyx_string_tab[163]
+#define __pyx_n_u_text __pyx_string_tab[164]
+#define __pyx_n_u_timeout __pyx_string_tab[165]
+#define __pyx_n_u_token __pyx_string_tab[166]
+#define __pyx_n_u_values __pyx_string_tab[167]
+#define __pyx_n_u_wait __pyx_string_tab[168]
+#define __pyx_n_u_weakref __pyx_string_tab[169]
+#define __pyx_n_u_where __pyx_string_tab[170]
+#define __pyx_kp_b_eventfd_count __pyx_string_tab[171]
+#define __pyx_kp_b_int_PyObject_int_int_int_int_int __pyx_string_tab[172]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[173]
+#define __pyx_kp_b_iso88591_Q_6_HA_t_aq_s_4vRq_A __pyx_string_tab[174]
+#define __pyx_kp_b_iso88591_Ry_Ry_Zq_wb_A __pyx_string_tab[175]
+#define __pyx_kp_b_iso88591_1_A_1_t3a_A_q_t2Q_1 __pyx_string_tab[176]
+#define __pyx_kp_b_iso88591_A_4t2Q_Qa_t1 __pyx_string_tab[177]
+#define __pyx_kp_b_iso88591_A_4vRq_Qa_t1 __pyx_string_tab[178]
+#define __pyx_kp_b_iso88591_A_HA_D_1 __pyx_string_tab[179]
+#define __pyx_kp_b_iso88591_A_HA_D_2 __pyx_string_tab[180]
+#define __pyx_kp_b_iso88591_A_d_G1_3c_1A __pyx_string_tab[181]
+#define __pyx_kp_b_iso88591_A_A_IQ_5_1_1A __pyx_string_tab[182]
+#define __pyx_kp_b_iso88591_A_4xr_Qa_t1 __pyx_string_tab[183]
+#define __pyx_kp_b_iso88591_A_4y_F_S_A_at1_Kq_4vS_1D_IQ __pyx_string_tab[184]
+#define __pyx_kp_b_iso88591_A_q_Q __pyx_string_tab[185]
+#define __pyx_kp_b_iso88591_A_D_aq __pyx_string_tab[186]
+#define __pyx_kp_b_iso88591_A_HA_D __pyx_string_tab[187]
+#define __pyx_kp_b_iso88591_A_T_Kq_84vS_4q_aq __pyx_string_tab[188]
+#define __pyx_kp_b_iso88591_A_4xs_1D_Kq __pyx_string_tab[189]
+#define __pyx_kp_b_iso88591_A_4_AQd_wat4q_2S_L_F_1_Qa __pyx_string_tab[190]
+#define __pyx_kp_b_iso88591_A_aq_c_IZvQ_I_1_4wd_QfF_A __pyx_string_tab[191]
+#define __pyx_kp_b_iso88591_A_z_aq __pyx_string_tab[192]
+#define __pyx_kp_b_iso88591_A_4_AQd_s_waq_F __pyx_string_tab[193]
+#define __pyx_kp_b_iso88591_A_4vRq_Qa_IU_3c_A_c_QiuA_q_q __pyx_string_tab[194]
+#define __pyx_kp_b_iso88591_A_Biq_l_86_1_3b_D_q __pyx_string_tab[195]
+#define __pyx_kp_b_iso88591_A_WA_at_4A_6_1_T_q __pyx_string_tab[196]
+#define __pyx_kp_b_iso88591_A_WA_E_aq_3l_A_s_A_q_Qa_q __pyx_string_tab[197]
+#define __pyx_kp_b_iso88591_1_1A_G1_1F_r_A_r_q_vV1Bit5_Qa __pyx_string_tab[198]
+#define __pyx_kp_b_iso88591_66K1_2Yaq_6_A_AQ_XQhfF_Kq_q_s_Q __pyx_string_tab[199]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_16 __pyx_number_tab[1]
 #define __pyx_int_511 __pyx_number_tab[2]
@@ -4016,8 +4026,8 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<37; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<195; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<38; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<200; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -4058,8 +4068,8 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<37; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<195; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<38; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<200; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -8489,7 +8499,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_18signal(struc
  *         if code:
  *             fail_with(code)             # <<<<<<<<<<<<<<
  * 
- *     def drain(self, Py_ssize_t index):
+ *     def ring(self, int fd):
 */
     __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 282, __pyx_L1_error)
 
@@ -8527,22 +8537,251 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_18signal(struc
 /* "ivshmem/native/descriptors.pyx":284
  *             fail_with(code)
  * 
- *     def drain(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
- *         """Set the count of eventfd `index` to 0, and return what it was.
+ *     def ring(self, int fd):             # <<<<<<<<<<<<<<
+ *         """Add 1 to `fd`, an eventfd of this array; do nothing if closed. A peer can make it wait.
  * 
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_21drain(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_21ring(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_7FdArray_20drain, "Set the count of eventfd `index` to 0, and return what it was.\n\n        It never blocks, whatever other processes that have the eventfd do.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_21drain = {"drain", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_21drain, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_20drain};
-static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_21drain(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_7FdArray_20ring, "Add 1 to `fd`, an eventfd of this array; do nothing if closed. A peer can make it wait.\n\n        Not for the main thread: it takes EINTR for no reason to run signal handlers.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_21ring = {"ring", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_21ring, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_20ring};
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_21ring(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  int __pyx_v_fd;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[1] = {0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("ring (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 284, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 284, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring", 0) < (0)) __PYX_ERR(0, 284, __pyx_L3_error)
+      for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("ring", 1, 1, 1, i); __PYX_ERR(0, 284, __pyx_L3_error) }
+      }
+    } else if (unlikely(__pyx_nargs != 1)) {
+      goto __pyx_L5_argtuple_error;
+    } else {
+      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 284, __pyx_L3_error)
+    }
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 284, __pyx_L3_error)
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("ring", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 284, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem.native.descriptors.FdArray.ring", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_20ring(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_self), __pyx_v_fd);
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_20ring(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self, int __pyx_v_fd) {
+  int __pyx_v_code;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  __Pyx_RefNannySetupContext("ring", 0);
+
+  /* "ivshmem/native/descriptors.pyx":289
+ *         Not for the main thread: it takes EINTR for no reason to run signal handlers.
+ *         """
+ *         cdef int code = EINTR             # <<<<<<<<<<<<<<
+ *         if not ivshmem_enter(&self.state):
+ *             return
+*/
+  __pyx_v_code = EINTR;
+
+  /* "ivshmem/native/descriptors.pyx":290
+ *         """
+ *         cdef int code = EINTR
+ *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
+ *             return
+ *         with nogil:
+*/
+  __pyx_t_1 = (!ivshmem_enter((&__pyx_v_self->state)));
+
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/native/descriptors.pyx":291
+ *         cdef int code = EINTR
+ *         if not ivshmem_enter(&self.state):
+ *             return             # <<<<<<<<<<<<<<
+ *         with nogil:
+ *             while code == EINTR:
+*/
+    {
+      PyObject *__pyx_temp;
+      {
+        __pyx_temp = __pyx_r;
+        __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+      }
+      __Pyx_XDECREF(__pyx_temp);
+    }
+    goto __pyx_L0;
+
+    /* "ivshmem/native/descriptors.pyx":290
+ *         """
+ *         cdef int code = EINTR
+ *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
+ *             return
+ *         with nogil:
+*/
+  }
+
+  /* "ivshmem/native/descriptors.pyx":292
+ *         if not ivshmem_enter(&self.state):
+ *             return
+ *         with nogil:             # <<<<<<<<<<<<<<
+ *             while code == EINTR:
+ *                 code = add_one(fd)
+*/
+  {
+      PyThreadState * _save;
+      _save = PyEval_SaveThread();
+      __Pyx_FastGIL_Remember();
+      /*try:*/ {
+
+        /* "ivshmem/native/descriptors.pyx":293
+ *             return
+ *         with nogil:
+ *             while code == EINTR:             # <<<<<<<<<<<<<<
+ *                 code = add_one(fd)
+ *         self.leave()
+*/
+        while (1) {
+          __pyx_t_1 = (__pyx_v_code == EINTR);
+
+
+          if (!__pyx_t_1) break;
+
+          /* "ivshmem/native/descriptors.pyx":294
+ *         with nogil:
+ *             while code == EINTR:
+ *                 code = add_one(fd)             # <<<<<<<<<<<<<<
+ *         self.leave()
+ * 
+*/
+          __pyx_v_code = __pyx_f_7ivshmem_6native_11descriptors_add_one(__pyx_v_fd);
+        }
+      }
+
+      /* "ivshmem/native/descriptors.pyx":292
+ *         if not ivshmem_enter(&self.state):
+ *             return
+ *         with nogil:             # <<<<<<<<<<<<<<
+ *             while code == EINTR:
+ *                 code = add_one(fd)
+*/
+      /*finally:*/ {
+        /*normal exit:*/{
+          __Pyx_FastGIL_Forget();
+          PyEval_RestoreThread(_save);
+          goto __pyx_L6;
+        }
+        __pyx_L6:;
+      }
+  }
+
+  /* "ivshmem/native/descriptors.pyx":295
+ *             while code == EINTR:
+ *                 code = add_one(fd)
+ *         self.leave()             # <<<<<<<<<<<<<<
+ * 
+ *     def drain(self, Py_ssize_t index):
+*/
+  __pyx_f_7ivshmem_6native_11descriptors_7FdArray_leave(__pyx_v_self);
+
+  /* "ivshmem/native/descriptors.pyx":284
+ *             fail_with(code)
+ * 
+ *     def ring(self, int fd):             # <<<<<<<<<<<<<<
+ *         """Add 1 to `fd`, an eventfd of this array; do nothing if closed. A peer can make it wait.
+ * 
+*/
+
+  /* function exit code */
+  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+  __pyx_L0:;
+
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/native/descriptors.pyx":297
+ *         self.leave()
+ * 
+ *     def drain(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
+ *         """Set the count of eventfd `index` to 0, and return what it was.
+ * 
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_23drain(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_7FdArray_22drain, "Set the count of eventfd `index` to 0, and return what it was.\n\n        It never blocks, whatever other processes that have the eventfd do.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_23drain = {"drain", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_23drain, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_22drain};
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_23drain(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -8572,32 +8811,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_index,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 284, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 297, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 284, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 297, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "drain", 0) < (0)) __PYX_ERR(0, 284, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "drain", 0) < (0)) __PYX_ERR(0, 297, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("drain", 1, 1, 1, i); __PYX_ERR(0, 284, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("drain", 1, 1, 1, i); __PYX_ERR(0, 297, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 284, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 297, __pyx_L3_error)
     }
-    __pyx_v_index = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_index == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 284, __pyx_L3_error)
+    __pyx_v_index = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_index == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 297, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("drain", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 284, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("drain", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 297, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8608,7 +8847,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_20drain(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_self), __pyx_v_index);
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_22drain(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_self), __pyx_v_index);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -8619,7 +8858,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_20drain(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self, Py_ssize_t __pyx_v_index) {
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_22drain(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self, Py_ssize_t __pyx_v_index) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -8630,20 +8869,20 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_20drain(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("drain", 0);
 
-  /* "ivshmem/native/descriptors.pyx":289
+  /* "ivshmem/native/descriptors.pyx":302
  *         It never blocks, whatever other processes that have the eventfd do.
  *         """
  *         return take_count(self[index])             # <<<<<<<<<<<<<<
  * 
  *     cdef void release(self) noexcept nogil:
 */
-  __pyx_t_1 = __Pyx_GetItemInt(((PyObject *)__pyx_v_self), __pyx_v_index, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_FunctionArgument); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 289, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_GetItemInt(((PyObject *)__pyx_v_self), __pyx_v_index, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_FunctionArgument); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 302, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_2 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 289, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_2 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 302, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_take_count(__pyx_t_2); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 289, __pyx_L1_error)
+  __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_take_count(__pyx_t_2); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 302, __pyx_L1_error)
 
-  __pyx_t_1 = __Pyx_PyLong_From_int64_t(__pyx_t_3); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 289, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_int64_t(__pyx_t_3); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 302, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
 
   {
@@ -8657,8 +8896,8 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_20drain(struct
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":284
- *             fail_with(code)
+  /* "ivshmem/native/descriptors.pyx":297
+ *         self.leave()
  * 
  *     def drain(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
  *         """Set the count of eventfd `index` to 0, and return what it was.
@@ -8676,7 +8915,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_20drain(struct
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":291
+/* "ivshmem/native/descriptors.pyx":304
  *         return take_count(self[index])
  * 
  *     cdef void release(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8691,7 +8930,7 @@ static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(struct __pyx
   Py_ssize_t __pyx_t_2;
   Py_ssize_t __pyx_t_3;
 
-  /* "ivshmem/native/descriptors.pyx":293
+  /* "ivshmem/native/descriptors.pyx":306
  *     cdef void release(self) noexcept nogil:
  *         cdef Py_ssize_t i
  *         cdef Py_ssize_t count = self.count             # <<<<<<<<<<<<<<
@@ -8702,7 +8941,7 @@ static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(struct __pyx
 
   __pyx_v_count = __pyx_t_1;
 
-  /* "ivshmem/native/descriptors.pyx":294
+  /* "ivshmem/native/descriptors.pyx":307
  *         cdef Py_ssize_t i
  *         cdef Py_ssize_t count = self.count
  *         ivshmem_set_length(&self.count, 0)             # <<<<<<<<<<<<<<
@@ -8711,7 +8950,7 @@ static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(struct __pyx
 */
   ivshmem_set_length((&__pyx_v_self->count), 0);
 
-  /* "ivshmem/native/descriptors.pyx":295
+  /* "ivshmem/native/descriptors.pyx":308
  *         cdef Py_ssize_t count = self.count
  *         ivshmem_set_length(&self.count, 0)
  *         for i in range(count):             # <<<<<<<<<<<<<<
@@ -8725,7 +8964,7 @@ static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(struct __pyx
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_i = __pyx_t_3;
 
-    /* "ivshmem/native/descriptors.pyx":296
+    /* "ivshmem/native/descriptors.pyx":309
  *         ivshmem_set_length(&self.count, 0)
  *         for i in range(count):
  *             c_close(self.fds[i])             # <<<<<<<<<<<<<<
@@ -8736,7 +8975,7 @@ static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(struct __pyx
   }
 
 
-  /* "ivshmem/native/descriptors.pyx":291
+  /* "ivshmem/native/descriptors.pyx":304
  *         return take_count(self[index])
  * 
  *     cdef void release(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8749,7 +8988,7 @@ static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(struct __pyx
 
 }
 
-/* "ivshmem/native/descriptors.pyx":298
+/* "ivshmem/native/descriptors.pyx":311
  *             c_close(self.fds[i])
  * 
  *     cdef bint enter(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8760,7 +8999,7 @@ static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(struct __pyx
 static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_enter(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/native/descriptors.pyx":300
+  /* "ivshmem/native/descriptors.pyx":313
  *     cdef bint enter(self) noexcept nogil:
  *         """Count one more user, and return True; return False if the array is closed."""
  *         return ivshmem_enter(&self.state)             # <<<<<<<<<<<<<<
@@ -8773,7 +9012,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_enter(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":298
+  /* "ivshmem/native/descriptors.pyx":311
  *             c_close(self.fds[i])
  * 
  *     cdef bint enter(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8786,7 +9025,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_enter(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":302
+/* "ivshmem/native/descriptors.pyx":315
  *         return ivshmem_enter(&self.state)
  * 
  *     cdef void leave(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8797,7 +9036,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_enter(struct __pyx_ob
 static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_leave(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/native/descriptors.pyx":304
+  /* "ivshmem/native/descriptors.pyx":317
  *     cdef void leave(self) noexcept nogil:
  *         """Count one user less. The last user of a closed array closes the descriptors."""
  *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -8809,7 +9048,7 @@ static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_leave(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":305
+    /* "ivshmem/native/descriptors.pyx":318
  *         """Count one user less. The last user of a closed array closes the descriptors."""
  *         if ivshmem_leave(&self.state):
  *             self.release()             # <<<<<<<<<<<<<<
@@ -8818,7 +9057,7 @@ static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_leave(struct __pyx_o
 */
     __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(__pyx_v_self);
 
-    /* "ivshmem/native/descriptors.pyx":304
+    /* "ivshmem/native/descriptors.pyx":317
  *     cdef void leave(self) noexcept nogil:
  *         """Count one user less. The last user of a closed array closes the descriptors."""
  *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -8827,7 +9066,7 @@ static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_leave(struct __pyx_o
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":302
+  /* "ivshmem/native/descriptors.pyx":315
  *         return ivshmem_enter(&self.state)
  * 
  *     cdef void leave(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8838,7 +9077,7 @@ static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_leave(struct __pyx_o
   /* function exit code */
 }
 
-/* "ivshmem/native/descriptors.pyx":307
+/* "ivshmem/native/descriptors.pyx":320
  *             self.release()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8847,16 +9086,16 @@ static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_leave(struct __pyx_o
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_23close(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_25close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_7FdArray_22close, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_23close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_23close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_22close};
-static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_23close(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_7FdArray_24close, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_25close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_25close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_24close};
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_25close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -8882,14 +9121,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("close", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_22close(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_24close(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_22close(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_24close(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -8902,7 +9141,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_22close(struct
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/native/descriptors.pyx":309
+        /* "ivshmem/native/descriptors.pyx":322
  *     @cython.critical_section
  *     def close(self):
  *         if ivshmem_shut(&self.state):             # <<<<<<<<<<<<<<
@@ -8914,7 +9153,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_22close(struct
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/native/descriptors.pyx":310
+          /* "ivshmem/native/descriptors.pyx":323
  *     def close(self):
  *         if ivshmem_shut(&self.state):
  *             self.release()             # <<<<<<<<<<<<<<
@@ -8923,7 +9162,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_22close(struct
 */
           __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(__pyx_v_self);
 
-          /* "ivshmem/native/descriptors.pyx":309
+          /* "ivshmem/native/descriptors.pyx":322
  *     @cython.critical_section
  *     def close(self):
  *         if ivshmem_shut(&self.state):             # <<<<<<<<<<<<<<
@@ -8933,7 +9172,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_22close(struct
         }
       }
 
-      /* "ivshmem/native/descriptors.pyx":307
+      /* "ivshmem/native/descriptors.pyx":320
  *             self.release()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8957,7 +9196,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_22close(struct
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":312
+/* "ivshmem/native/descriptors.pyx":325
  *             self.release()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -8966,25 +9205,25 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_22close(struct
 */
 
 /* Python wrapper */
-static void __pyx_pw_7ivshmem_6native_11descriptors_7FdArray_25__dealloc__(PyObject *__pyx_v_self); /*proto*/
-static void __pyx_pw_7ivshmem_6native_11descriptors_7FdArray_25__dealloc__(PyObject *__pyx_v_self) {
+static void __pyx_pw_7ivshmem_6native_11descriptors_7FdArray_27__dealloc__(PyObject *__pyx_v_self); /*proto*/
+static void __pyx_pw_7ivshmem_6native_11descriptors_7FdArray_27__dealloc__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__dealloc__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_24__dealloc__(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_self));
+  __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_26__dealloc__(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
 }
 
-static void __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_24__dealloc__(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self) {
+static void __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_26__dealloc__(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self) {
   int __pyx_v_i;
   int __pyx_t_1;
   int __pyx_t_2;
   int __pyx_t_3;
 
-  /* "ivshmem/native/descriptors.pyx":314
+  /* "ivshmem/native/descriptors.pyx":327
  *     def __dealloc__(self):
  *         cdef int i
  *         self.release()             # <<<<<<<<<<<<<<
@@ -8993,7 +9232,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_24__dealloc__(struc
 */
   __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(__pyx_v_self);
 
-  /* "ivshmem/native/descriptors.pyx":315
+  /* "ivshmem/native/descriptors.pyx":328
  *         cdef int i
  *         self.release()
  *         free(self.fds)             # <<<<<<<<<<<<<<
@@ -9002,7 +9241,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_24__dealloc__(struc
 */
   free(__pyx_v_self->fds);
 
-  /* "ivshmem/native/descriptors.pyx":316
+  /* "ivshmem/native/descriptors.pyx":329
  *         self.release()
  *         free(self.fds)
  *         for i in range(self.outgrown_count):             # <<<<<<<<<<<<<<
@@ -9016,7 +9255,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_24__dealloc__(struc
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_i = __pyx_t_3;
 
-    /* "ivshmem/native/descriptors.pyx":317
+    /* "ivshmem/native/descriptors.pyx":330
  *         free(self.fds)
  *         for i in range(self.outgrown_count):
  *             free(self.outgrown[i])             # <<<<<<<<<<<<<<
@@ -9027,7 +9266,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_24__dealloc__(struc
   }
 
 
-  /* "ivshmem/native/descriptors.pyx":312
+  /* "ivshmem/native/descriptors.pyx":325
  *             self.release()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -9047,16 +9286,16 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_24__dealloc__(struc
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_27__reduce_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_29__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_7FdArray_26__reduce_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_27__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_27__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_26__reduce_cython__};
-static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_27__reduce_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_7FdArray_28__reduce_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_29__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_29__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_28__reduce_cython__};
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_29__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -9082,14 +9321,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_26__reduce_cython__(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_28__reduce_cython__(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_26__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_28__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -9129,16 +9368,16 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_26__reduce_cyt
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_29__setstate_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_31__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_7FdArray_28__setstate_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_29__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_29__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_28__setstate_cython__};
-static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_29__setstate_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_11descriptors_7FdArray_30__setstate_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_31__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_31__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_30__setstate_cython__};
+static PyObject *__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_31__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -9204,7 +9443,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_28__setstate_cython__(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_self), __pyx_v___pyx_state);
+  __pyx_r = __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_30__setstate_cython__(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_self), __pyx_v___pyx_state);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -9214,7 +9453,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_28__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
+static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_30__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -9246,7 +9485,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_28__setstate_c
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":334
+/* "ivshmem/native/descriptors.pyx":347
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -9320,7 +9559,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/native/descriptors.pyx":335
+  /* "ivshmem/native/descriptors.pyx":348
  * 
  *     def __cinit__(self):
  *         self.context = 0             # <<<<<<<<<<<<<<
@@ -9329,7 +9568,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
 */
   __pyx_v_self->context = 0;
 
-  /* "ivshmem/native/descriptors.pyx":336
+  /* "ivshmem/native/descriptors.pyx":349
  *     def __cinit__(self):
  *         self.context = 0
  *         self.zero = -1             # <<<<<<<<<<<<<<
@@ -9338,7 +9577,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
 */
   __pyx_v_self->zero = -1;
 
-  /* "ivshmem/native/descriptors.pyx":337
+  /* "ivshmem/native/descriptors.pyx":350
  *         self.context = 0
  *         self.zero = -1
  *         self.pid = getpid()             # <<<<<<<<<<<<<<
@@ -9347,7 +9586,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
 */
   __pyx_v_self->pid = getpid();
 
-  /* "ivshmem/native/descriptors.pyx":338
+  /* "ivshmem/native/descriptors.pyx":351
  *         self.zero = -1
  *         self.pid = getpid()
  *         self.zero = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)             # <<<<<<<<<<<<<<
@@ -9355,22 +9594,22 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 338, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 351, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_open); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 338, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_open); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 351, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 338, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 351, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_O_RDONLY); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 338, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_O_RDONLY); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 351, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 338, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 351, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_O_CLOEXEC); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 338, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_O_CLOEXEC); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 351, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyNumber_Or_object_object(__pyx_t_5, __pyx_t_6); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 338, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyNumber_Or_object_object(__pyx_t_5, __pyx_t_6); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 351, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -9392,14 +9631,14 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 338, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 351, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_8 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_8 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 338, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_8 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 351, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_self->zero = __pyx_t_8;
 
-  /* "ivshmem/native/descriptors.pyx":340
+  /* "ivshmem/native/descriptors.pyx":353
  *         self.zero = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
  *         # A request counts until its end is taken off the ring. Each call does that for its own.
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:             # <<<<<<<<<<<<<<
@@ -9411,7 +9650,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
   if (__pyx_t_9) {
 
 
-    /* "ivshmem/native/descriptors.pyx":341
+    /* "ivshmem/native/descriptors.pyx":354
  *         # A request counts until its end is taken off the ring. Each call does that for its own.
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:
  *             try:             # <<<<<<<<<<<<<<
@@ -9420,18 +9659,18 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
 */
     /*try:*/ {
 
-      /* "ivshmem/native/descriptors.pyx":342
+      /* "ivshmem/native/descriptors.pyx":355
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:
  *             try:
  *                 fail()             # <<<<<<<<<<<<<<
  *             finally:
  *                 self.close()
 */
-      __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 342, __pyx_L5_error)
+      __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 355, __pyx_L5_error)
 
     }
 
-    /* "ivshmem/native/descriptors.pyx":344
+    /* "ivshmem/native/descriptors.pyx":357
  *                 fail()
  *             finally:
  *                 self.close()             # <<<<<<<<<<<<<<
@@ -9447,7 +9686,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
           PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
           __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_7, (1-__pyx_t_7) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 344, __pyx_L1_error)
+          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 357, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_1);
         }
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -9481,7 +9720,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
             PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
             __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_7, (1-__pyx_t_7) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-            if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 344, __pyx_L8_error)
+            if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 357, __pyx_L8_error)
             __Pyx_GOTREF(__pyx_t_1);
           }
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -9511,7 +9750,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
       __pyx_L6:;
     }
 
-    /* "ivshmem/native/descriptors.pyx":340
+    /* "ivshmem/native/descriptors.pyx":353
  *         self.zero = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
  *         # A request counts until its end is taken off the ring. Each call does that for its own.
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:             # <<<<<<<<<<<<<<
@@ -9520,7 +9759,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":334
+  /* "ivshmem/native/descriptors.pyx":347
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -9546,7 +9785,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":346
+/* "ivshmem/native/descriptors.pyx":359
  *                 self.close()
  * 
  *     def signal(self, fds):             # <<<<<<<<<<<<<<
@@ -9594,32 +9833,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fds,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 346, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 359, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 346, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 359, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "signal", 0) < (0)) __PYX_ERR(0, 346, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "signal", 0) < (0)) __PYX_ERR(0, 359, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, i); __PYX_ERR(0, 346, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, i); __PYX_ERR(0, 359, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 346, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 359, __pyx_L3_error)
     }
     __pyx_v_fds = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 346, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 359, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9664,7 +9903,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("signal", 0);
 
-  /* "ivshmem/native/descriptors.pyx":352
+  /* "ivshmem/native/descriptors.pyx":365
  *         cdef long count
  *         cdef unsigned int number
  *         if self.zero < 0:             # <<<<<<<<<<<<<<
@@ -9676,7 +9915,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/native/descriptors.pyx":353
+    /* "ivshmem/native/descriptors.pyx":366
  *         cdef unsigned int number
  *         if self.zero < 0:
  *             raise ClosedError("the signaller is closed")             # <<<<<<<<<<<<<<
@@ -9684,7 +9923,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
  *             count = 0
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 353, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 366, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -9703,14 +9942,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 353, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 366, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 353, __pyx_L1_error)
+    __PYX_ERR(0, 366, __pyx_L1_error)
 
-    /* "ivshmem/native/descriptors.pyx":352
+    /* "ivshmem/native/descriptors.pyx":365
  *         cdef long count
  *         cdef unsigned int number
  *         if self.zero < 0:             # <<<<<<<<<<<<<<
@@ -9719,7 +9958,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":354
+  /* "ivshmem/native/descriptors.pyx":367
  *         if self.zero < 0:
  *             raise ClosedError("the signaller is closed")
  *         for first in range(0, len(fds), BATCH):             # <<<<<<<<<<<<<<
@@ -9727,11 +9966,11 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
  *             for fd in fds[first : first + BATCH]:
 */
   __pyx_t_4 = NULL;
-  __pyx_t_6 = PyObject_Length(__pyx_v_fds); if (unlikely(__pyx_t_6 == ((Py_ssize_t)-1))) __PYX_ERR(0, 354, __pyx_L1_error)
-  __pyx_t_3 = PyLong_FromSsize_t(__pyx_t_6); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 354, __pyx_L1_error)
+  __pyx_t_6 = PyObject_Length(__pyx_v_fds); if (unlikely(__pyx_t_6 == ((Py_ssize_t)-1))) __PYX_ERR(0, 367, __pyx_L1_error)
+  __pyx_t_3 = PyLong_FromSsize_t(__pyx_t_6); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 367, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
-  __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_6native_11descriptors_BATCH); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 354, __pyx_L1_error)
+  __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_6native_11descriptors_BATCH); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 367, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
   __pyx_t_5 = 1;
   {
@@ -9740,12 +9979,12 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 354, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 367, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  __pyx_t_7 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 354, __pyx_L1_error)
+  __pyx_t_7 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 367, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
-  __pyx_t_8 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_7); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 354, __pyx_L1_error)
+  __pyx_t_8 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_7); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 367, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   for (;;) {
     {
@@ -9753,18 +9992,18 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
       if (unlikely(!__pyx_t_2)) {
         PyObject* exc_type = PyErr_Occurred();
         if (exc_type) {
-          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 354, __pyx_L1_error)
+          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 367, __pyx_L1_error)
           PyErr_Clear();
         }
         break;
       }
     }
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_t_2); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 354, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_t_2); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 367, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     __pyx_v_first = __pyx_t_6;
 
-    /* "ivshmem/native/descriptors.pyx":355
+    /* "ivshmem/native/descriptors.pyx":368
  *             raise ClosedError("the signaller is closed")
  *         for first in range(0, len(fds), BATCH):
  *             count = 0             # <<<<<<<<<<<<<<
@@ -9773,23 +10012,23 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
 */
     __pyx_v_count = 0;
 
-    /* "ivshmem/native/descriptors.pyx":356
+    /* "ivshmem/native/descriptors.pyx":369
  *         for first in range(0, len(fds), BATCH):
  *             count = 0
  *             for fd in fds[first : first + BATCH]:             # <<<<<<<<<<<<<<
  *                 number = fd
  *                 batch[count] = <int>number
 */
-    __pyx_t_2 = __Pyx_PyObject_GetSlice(__pyx_v_fds, __pyx_v_first, (__pyx_v_first + __pyx_e_7ivshmem_6native_11descriptors_BATCH), NULL, NULL, NULL, 1, 1, 1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 356, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyObject_GetSlice(__pyx_v_fds, __pyx_v_first, (__pyx_v_first + __pyx_e_7ivshmem_6native_11descriptors_BATCH), NULL, NULL, NULL, 1, 1, 1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 369, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     if (likely(PyList_CheckExact(__pyx_t_2)) || PyTuple_CheckExact(__pyx_t_2)) {
       __pyx_t_3 = __pyx_t_2; __Pyx_INCREF(__pyx_t_3);
       __pyx_t_6 = 0;
       __pyx_t_9 = NULL;
     } else {
-      __pyx_t_6 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 356, __pyx_L1_error)
+      __pyx_t_6 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 369, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
-      __pyx_t_9 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 356, __pyx_L1_error)
+      __pyx_t_9 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 369, __pyx_L1_error)
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     for (;;) {
@@ -9798,7 +10037,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
           {
             Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_3);
             #if !CYTHON_ASSUME_SAFE_SIZE
-            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 356, __pyx_L1_error)
+            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 369, __pyx_L1_error)
             #endif
             if (__pyx_t_6 >= __pyx_temp) break;
           }
@@ -9808,7 +10047,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
           {
             Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_3);
             #if !CYTHON_ASSUME_SAFE_SIZE
-            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 356, __pyx_L1_error)
+            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 369, __pyx_L1_error)
             #endif
             if (__pyx_t_6 >= __pyx_temp) break;
           }
@@ -9819,13 +10058,13 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
           #endif
           ++__pyx_t_6;
         }
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 356, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 369, __pyx_L1_error)
       } else {
         __pyx_t_2 = __pyx_t_9(__pyx_t_3);
         if (unlikely(!__pyx_t_2)) {
           PyObject* exc_type = PyErr_Occurred();
           if (exc_type) {
-            if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 356, __pyx_L1_error)
+            if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 369, __pyx_L1_error)
             PyErr_Clear();
           }
           break;
@@ -9835,17 +10074,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
       __Pyx_XDECREF_SET(__pyx_v_fd, __pyx_t_2);
       __pyx_t_2 = 0;
 
-      /* "ivshmem/native/descriptors.pyx":357
+      /* "ivshmem/native/descriptors.pyx":370
  *             count = 0
  *             for fd in fds[first : first + BATCH]:
  *                 number = fd             # <<<<<<<<<<<<<<
  *                 batch[count] = <int>number
  *                 count += 1
 */
-      __pyx_t_10 = __Pyx_PyLong_As_unsigned_int(__pyx_v_fd); if (unlikely((__pyx_t_10 == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 357, __pyx_L1_error)
+      __pyx_t_10 = __Pyx_PyLong_As_unsigned_int(__pyx_v_fd); if (unlikely((__pyx_t_10 == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 370, __pyx_L1_error)
       __pyx_v_number = __pyx_t_10;
 
-      /* "ivshmem/native/descriptors.pyx":358
+      /* "ivshmem/native/descriptors.pyx":371
  *             for fd in fds[first : first + BATCH]:
  *                 number = fd
  *                 batch[count] = <int>number             # <<<<<<<<<<<<<<
@@ -9854,7 +10093,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
 */
       (__pyx_v_batch[__pyx_v_count]) = ((int)__pyx_v_number);
 
-      /* "ivshmem/native/descriptors.pyx":359
+      /* "ivshmem/native/descriptors.pyx":372
  *                 number = fd
  *                 batch[count] = <int>number
  *                 count += 1             # <<<<<<<<<<<<<<
@@ -9863,7 +10102,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
 */
       __pyx_v_count = (__pyx_v_count + 1);
 
-      /* "ivshmem/native/descriptors.pyx":356
+      /* "ivshmem/native/descriptors.pyx":369
  *         for first in range(0, len(fds), BATCH):
  *             count = 0
  *             for fd in fds[first : first + BATCH]:             # <<<<<<<<<<<<<<
@@ -9873,17 +10112,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
     }
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-    /* "ivshmem/native/descriptors.pyx":360
+    /* "ivshmem/native/descriptors.pyx":373
  *                 batch[count] = <int>number
  *                 count += 1
  *             self.submit(batch, count)             # <<<<<<<<<<<<<<
  * 
  *     cdef int submit(self, int *fds, long count) except -1:
 */
-    __pyx_t_11 = __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(__pyx_v_self, __pyx_v_batch, __pyx_v_count); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 360, __pyx_L1_error)
+    __pyx_t_11 = __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(__pyx_v_self, __pyx_v_batch, __pyx_v_count); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 373, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":354
+    /* "ivshmem/native/descriptors.pyx":367
  *         if self.zero < 0:
  *             raise ClosedError("the signaller is closed")
  *         for first in range(0, len(fds), BATCH):             # <<<<<<<<<<<<<<
@@ -9893,7 +10132,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
   }
   __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":346
+  /* "ivshmem/native/descriptors.pyx":359
  *                 self.close()
  * 
  *     def signal(self, fds):             # <<<<<<<<<<<<<<
@@ -9922,7 +10161,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":362
+/* "ivshmem/native/descriptors.pyx":375
  *             self.submit(batch, count)
  * 
  *     cdef int submit(self, int *fds, long count) except -1:             # <<<<<<<<<<<<<<
@@ -9946,7 +10185,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("submit", 0);
 
-  /* "ivshmem/native/descriptors.pyx":368
+  /* "ivshmem/native/descriptors.pyx":381
  *         """
  *         cdef int code
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -9960,7 +10199,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/native/descriptors.pyx":369
+        /* "ivshmem/native/descriptors.pyx":382
  *         cdef int code
  *         with cython.critical_section(self):
  *             if self.zero < 0:             # <<<<<<<<<<<<<<
@@ -9972,7 +10211,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
         if (unlikely(__pyx_t_2)) {
 
 
-          /* "ivshmem/native/descriptors.pyx":370
+          /* "ivshmem/native/descriptors.pyx":383
  *         with cython.critical_section(self):
  *             if self.zero < 0:
  *                 raise ClosedError("the signaller is closed")             # <<<<<<<<<<<<<<
@@ -9980,7 +10219,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
  *         if code:
 */
           __pyx_t_4 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 370, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 383, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_5);
           __pyx_t_6 = 1;
           #if CYTHON_UNPACK_METHODS
@@ -9999,14 +10238,14 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
             __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 370, __pyx_L4_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 383, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
           __Pyx_Raise(__pyx_t_3, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-          __PYX_ERR(0, 370, __pyx_L4_error)
+          __PYX_ERR(0, 383, __pyx_L4_error)
 
-          /* "ivshmem/native/descriptors.pyx":369
+          /* "ivshmem/native/descriptors.pyx":382
  *         cdef int code
  *         with cython.critical_section(self):
  *             if self.zero < 0:             # <<<<<<<<<<<<<<
@@ -10015,7 +10254,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
 */
         }
 
-        /* "ivshmem/native/descriptors.pyx":371
+        /* "ivshmem/native/descriptors.pyx":384
  *             if self.zero < 0:
  *                 raise ClosedError("the signaller is closed")
  *             code = self.send(fds, count)             # <<<<<<<<<<<<<<
@@ -10025,7 +10264,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
         __pyx_v_code = __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(__pyx_v_self, __pyx_v_fds, __pyx_v_count);
       }
 
-      /* "ivshmem/native/descriptors.pyx":368
+      /* "ivshmem/native/descriptors.pyx":381
  *         """
  *         cdef int code
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -10046,7 +10285,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/native/descriptors.pyx":372
+  /* "ivshmem/native/descriptors.pyx":385
  *                 raise ClosedError("the signaller is closed")
  *             code = self.send(fds, count)
  *         if code:             # <<<<<<<<<<<<<<
@@ -10058,17 +10297,17 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/native/descriptors.pyx":373
+    /* "ivshmem/native/descriptors.pyx":386
  *             code = self.send(fds, count)
  *         if code:
  *             fail_with(code)             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_7 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 373, __pyx_L1_error)
+    __pyx_t_7 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 386, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":372
+    /* "ivshmem/native/descriptors.pyx":385
  *                 raise ClosedError("the signaller is closed")
  *             code = self.send(fds, count)
  *         if code:             # <<<<<<<<<<<<<<
@@ -10077,7 +10316,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":374
+  /* "ivshmem/native/descriptors.pyx":387
  *         if code:
  *             fail_with(code)
  *         return 0             # <<<<<<<<<<<<<<
@@ -10090,7 +10329,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":362
+  /* "ivshmem/native/descriptors.pyx":375
  *             self.submit(batch, count)
  * 
  *     cdef int submit(self, int *fds, long count) except -1:             # <<<<<<<<<<<<<<
@@ -10113,7 +10352,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":376
+/* "ivshmem/native/descriptors.pyx":389
  *         return 0
  * 
  *     cdef int send(self, int *fds, long count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -10135,7 +10374,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
   int __pyx_t_4;
   int __pyx_t_5;
 
-  /* "ivshmem/native/descriptors.pyx":382
+  /* "ivshmem/native/descriptors.pyx":395
  *         cdef char byte[1]
  *         cdef long i, n
  *         cdef long done = 0             # <<<<<<<<<<<<<<
@@ -10144,7 +10383,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
 */
   __pyx_v_done = 0;
 
-  /* "ivshmem/native/descriptors.pyx":383
+  /* "ivshmem/native/descriptors.pyx":396
  *         cdef long i, n
  *         cdef long done = 0
  *         memset(requests, 0, count * sizeof(iocb))             # <<<<<<<<<<<<<<
@@ -10153,7 +10392,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
 */
   (void)(memset(__pyx_v_requests, 0, (__pyx_v_count * (sizeof(struct iocb)))));
 
-  /* "ivshmem/native/descriptors.pyx":384
+  /* "ivshmem/native/descriptors.pyx":397
  *         cdef long done = 0
  *         memset(requests, 0, count * sizeof(iocb))
  *         for i in range(count):             # <<<<<<<<<<<<<<
@@ -10167,7 +10406,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_i = __pyx_t_3;
 
-    /* "ivshmem/native/descriptors.pyx":385
+    /* "ivshmem/native/descriptors.pyx":398
  *         memset(requests, 0, count * sizeof(iocb))
  *         for i in range(count):
  *             requests[i].aio_lio_opcode = IOCB_CMD_PREAD             # <<<<<<<<<<<<<<
@@ -10176,7 +10415,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
 */
     (__pyx_v_requests[__pyx_v_i]).aio_lio_opcode = IOCB_CMD_PREAD;
 
-    /* "ivshmem/native/descriptors.pyx":386
+    /* "ivshmem/native/descriptors.pyx":399
  *         for i in range(count):
  *             requests[i].aio_lio_opcode = IOCB_CMD_PREAD
  *             requests[i].aio_fildes = self.zero             # <<<<<<<<<<<<<<
@@ -10187,7 +10426,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
 
     (__pyx_v_requests[__pyx_v_i]).aio_fildes = __pyx_t_4;
 
-    /* "ivshmem/native/descriptors.pyx":387
+    /* "ivshmem/native/descriptors.pyx":400
  *             requests[i].aio_lio_opcode = IOCB_CMD_PREAD
  *             requests[i].aio_fildes = self.zero
  *             requests[i].aio_buf = <uint64_t>&byte[0]             # <<<<<<<<<<<<<<
@@ -10196,7 +10435,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
 */
     (__pyx_v_requests[__pyx_v_i]).aio_buf = ((uint64_t)(&(__pyx_v_byte[0])));
 
-    /* "ivshmem/native/descriptors.pyx":388
+    /* "ivshmem/native/descriptors.pyx":401
  *             requests[i].aio_fildes = self.zero
  *             requests[i].aio_buf = <uint64_t>&byte[0]
  *             requests[i].aio_nbytes = 1             # <<<<<<<<<<<<<<
@@ -10205,7 +10444,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
 */
     (__pyx_v_requests[__pyx_v_i]).aio_nbytes = 1;
 
-    /* "ivshmem/native/descriptors.pyx":389
+    /* "ivshmem/native/descriptors.pyx":402
  *             requests[i].aio_buf = <uint64_t>&byte[0]
  *             requests[i].aio_nbytes = 1
  *             requests[i].aio_flags = IOCB_FLAG_RESFD             # <<<<<<<<<<<<<<
@@ -10214,7 +10453,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
 */
     (__pyx_v_requests[__pyx_v_i]).aio_flags = IOCB_FLAG_RESFD;
 
-    /* "ivshmem/native/descriptors.pyx":390
+    /* "ivshmem/native/descriptors.pyx":403
  *             requests[i].aio_nbytes = 1
  *             requests[i].aio_flags = IOCB_FLAG_RESFD
  *             requests[i].aio_resfd = fds[i]             # <<<<<<<<<<<<<<
@@ -10223,7 +10462,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
 */
     (__pyx_v_requests[__pyx_v_i]).aio_resfd = (__pyx_v_fds[__pyx_v_i]);
 
-    /* "ivshmem/native/descriptors.pyx":391
+    /* "ivshmem/native/descriptors.pyx":404
  *             requests[i].aio_flags = IOCB_FLAG_RESFD
  *             requests[i].aio_resfd = fds[i]
  *             pointers[i] = &requests[i]             # <<<<<<<<<<<<<<
@@ -10234,7 +10473,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
   }
 
 
-  /* "ivshmem/native/descriptors.pyx":392
+  /* "ivshmem/native/descriptors.pyx":405
  *             requests[i].aio_resfd = fds[i]
  *             pointers[i] = &requests[i]
  *         while done < count:             # <<<<<<<<<<<<<<
@@ -10247,7 +10486,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
 
     if (!__pyx_t_5) break;
 
-    /* "ivshmem/native/descriptors.pyx":393
+    /* "ivshmem/native/descriptors.pyx":406
  *             pointers[i] = &requests[i]
  *         while done < count:
  *             n = ivshmem_io_submit(self.context, count - done, &pointers[done])             # <<<<<<<<<<<<<<
@@ -10256,7 +10495,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
 */
     __pyx_v_n = ivshmem_io_submit(__pyx_v_self->context, (__pyx_v_count - __pyx_v_done), (&(__pyx_v_pointers[__pyx_v_done])));
 
-    /* "ivshmem/native/descriptors.pyx":394
+    /* "ivshmem/native/descriptors.pyx":407
  *         while done < count:
  *             n = ivshmem_io_submit(self.context, count - done, &pointers[done])
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -10268,7 +10507,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/native/descriptors.pyx":395
+      /* "ivshmem/native/descriptors.pyx":408
  *             n = ivshmem_io_submit(self.context, count - done, &pointers[done])
  *             if n >= 0:
  *                 done += n             # <<<<<<<<<<<<<<
@@ -10277,7 +10516,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
 */
       __pyx_v_done = (__pyx_v_done + __pyx_v_n);
 
-      /* "ivshmem/native/descriptors.pyx":396
+      /* "ivshmem/native/descriptors.pyx":409
  *             if n >= 0:
  *                 done += n
  *                 ivshmem_io_forget(self.context, n)             # <<<<<<<<<<<<<<
@@ -10286,7 +10525,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
 */
       ivshmem_io_forget(__pyx_v_self->context, __pyx_v_n);
 
-      /* "ivshmem/native/descriptors.pyx":394
+      /* "ivshmem/native/descriptors.pyx":407
  *         while done < count:
  *             n = ivshmem_io_submit(self.context, count - done, &pointers[done])
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -10296,7 +10535,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
       goto __pyx_L7;
     }
 
-    /* "ivshmem/native/descriptors.pyx":397
+    /* "ivshmem/native/descriptors.pyx":410
  *                 done += n
  *                 ivshmem_io_forget(self.context, n)
  *             elif errno != EINTR and errno != EAGAIN:             # <<<<<<<<<<<<<<
@@ -10315,7 +10554,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/native/descriptors.pyx":398
+      /* "ivshmem/native/descriptors.pyx":411
  *                 ivshmem_io_forget(self.context, n)
  *             elif errno != EINTR and errno != EAGAIN:
  *                 return errno             # <<<<<<<<<<<<<<
@@ -10328,7 +10567,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
       }
       goto __pyx_L0;
 
-      /* "ivshmem/native/descriptors.pyx":397
+      /* "ivshmem/native/descriptors.pyx":410
  *                 done += n
  *                 ivshmem_io_forget(self.context, n)
  *             elif errno != EINTR and errno != EAGAIN:             # <<<<<<<<<<<<<<
@@ -10339,7 +10578,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
     __pyx_L7:;
   }
 
-  /* "ivshmem/native/descriptors.pyx":399
+  /* "ivshmem/native/descriptors.pyx":412
  *             elif errno != EINTR and errno != EAGAIN:
  *                 return errno
  *         return 0             # <<<<<<<<<<<<<<
@@ -10352,7 +10591,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":376
+  /* "ivshmem/native/descriptors.pyx":389
  *         return 0
  * 
  *     cdef int send(self, int *fds, long count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -10371,7 +10610,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":401
+/* "ivshmem/native/descriptors.pyx":414
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -10436,7 +10675,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_4close(struc
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/native/descriptors.pyx":403
+        /* "ivshmem/native/descriptors.pyx":416
  *     @cython.critical_section
  *     def close(self):
  *         if self.context and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -10462,7 +10701,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_4close(struc
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/native/descriptors.pyx":404
+          /* "ivshmem/native/descriptors.pyx":417
  *     def close(self):
  *         if self.context and getpid() == self.pid:
  *             ivshmem_io_destroy(self.context)             # <<<<<<<<<<<<<<
@@ -10471,7 +10710,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_4close(struc
 */
           (void)(ivshmem_io_destroy(__pyx_v_self->context));
 
-          /* "ivshmem/native/descriptors.pyx":403
+          /* "ivshmem/native/descriptors.pyx":416
  *     @cython.critical_section
  *     def close(self):
  *         if self.context and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -10480,7 +10719,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_4close(struc
 */
         }
 
-        /* "ivshmem/native/descriptors.pyx":405
+        /* "ivshmem/native/descriptors.pyx":418
  *         if self.context and getpid() == self.pid:
  *             ivshmem_io_destroy(self.context)
  *         self.context = 0             # <<<<<<<<<<<<<<
@@ -10489,7 +10728,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_4close(struc
 */
         __pyx_v_self->context = 0;
 
-        /* "ivshmem/native/descriptors.pyx":406
+        /* "ivshmem/native/descriptors.pyx":419
  *             ivshmem_io_destroy(self.context)
  *         self.context = 0
  *         if self.zero >= 0:             # <<<<<<<<<<<<<<
@@ -10501,7 +10740,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_4close(struc
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/native/descriptors.pyx":407
+          /* "ivshmem/native/descriptors.pyx":420
  *         self.context = 0
  *         if self.zero >= 0:
  *             c_close(self.zero)             # <<<<<<<<<<<<<<
@@ -10510,7 +10749,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_4close(struc
 */
           (void)(close(__pyx_v_self->zero));
 
-          /* "ivshmem/native/descriptors.pyx":406
+          /* "ivshmem/native/descriptors.pyx":419
  *             ivshmem_io_destroy(self.context)
  *         self.context = 0
  *         if self.zero >= 0:             # <<<<<<<<<<<<<<
@@ -10519,7 +10758,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_4close(struc
 */
         }
 
-        /* "ivshmem/native/descriptors.pyx":408
+        /* "ivshmem/native/descriptors.pyx":421
  *         if self.zero >= 0:
  *             c_close(self.zero)
  *         self.zero = -1             # <<<<<<<<<<<<<<
@@ -10529,7 +10768,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_4close(struc
         __pyx_v_self->zero = -1;
       }
 
-      /* "ivshmem/native/descriptors.pyx":401
+      /* "ivshmem/native/descriptors.pyx":414
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -10553,7 +10792,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_4close(struc
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":410
+/* "ivshmem/native/descriptors.pyx":423
  *         self.zero = -1
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -10584,7 +10823,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_9Signaller_6__dealloc__(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__dealloc__", 0);
 
-  /* "ivshmem/native/descriptors.pyx":411
+  /* "ivshmem/native/descriptors.pyx":424
  * 
  *     def __dealloc__(self):
  *         self.close()             # <<<<<<<<<<<<<<
@@ -10598,12 +10837,12 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_9Signaller_6__dealloc__(stru
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 411, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 424, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":410
+  /* "ivshmem/native/descriptors.pyx":423
  *         self.zero = -1
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -10828,7 +11067,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_10__setstate
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":418
+/* "ivshmem/native/descriptors.pyx":431
  * 
  * 
  * cdef Signaller shared_signaller():             # <<<<<<<<<<<<<<
@@ -10856,7 +11095,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("shared_signaller", 0);
 
-  /* "ivshmem/native/descriptors.pyx":425
+  /* "ivshmem/native/descriptors.pyx":438
  *     """
  *     global _shared
  *     cdef Signaller signaller = None if _shared is None else _shared()             # <<<<<<<<<<<<<<
@@ -10888,19 +11127,19 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 425, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 438, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
-    if (!(likely(((__pyx_t_3) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_3, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller))))) __PYX_ERR(0, 425, __pyx_L1_error)
+    if (!(likely(((__pyx_t_3) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_3, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller))))) __PYX_ERR(0, 438, __pyx_L1_error)
     __pyx_t_1 = __pyx_t_3;
     __pyx_t_3 = 0;
   }
 
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller))))) __PYX_ERR(0, 425, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller))))) __PYX_ERR(0, 438, __pyx_L1_error)
   __pyx_v_signaller = ((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":426
+  /* "ivshmem/native/descriptors.pyx":439
  *     global _shared
  *     cdef Signaller signaller = None if _shared is None else _shared()
  *     if signaller is None or signaller.pid != getpid():             # <<<<<<<<<<<<<<
@@ -10925,7 +11164,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/native/descriptors.pyx":427
+    /* "ivshmem/native/descriptors.pyx":440
  *     cdef Signaller signaller = None if _shared is None else _shared()
  *     if signaller is None or signaller.pid != getpid():
  *         try:             # <<<<<<<<<<<<<<
@@ -10941,7 +11180,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
       __Pyx_XGOTREF(__pyx_t_10);
       /*try:*/ {
 
-        /* "ivshmem/native/descriptors.pyx":428
+        /* "ivshmem/native/descriptors.pyx":441
  *     if signaller is None or signaller.pid != getpid():
  *         try:
  *             signaller = Signaller()             # <<<<<<<<<<<<<<
@@ -10954,13 +11193,13 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
           PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
           __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 428, __pyx_L6_error)
+          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 441, __pyx_L6_error)
           __Pyx_GOTREF((PyObject *)__pyx_t_1);
         }
         __Pyx_DECREF_SET(__pyx_v_signaller, ((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)__pyx_t_1));
         __pyx_t_1 = 0;
 
-        /* "ivshmem/native/descriptors.pyx":427
+        /* "ivshmem/native/descriptors.pyx":440
  *     cdef Signaller signaller = None if _shared is None else _shared()
  *     if signaller is None or signaller.pid != getpid():
  *         try:             # <<<<<<<<<<<<<<
@@ -10978,7 +11217,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-      /* "ivshmem/native/descriptors.pyx":429
+      /* "ivshmem/native/descriptors.pyx":442
  *         try:
  *             signaller = Signaller()
  *         except OSError:             # <<<<<<<<<<<<<<
@@ -10989,7 +11228,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
       if (__pyx_t_11) {
         __Pyx_ErrRestore(0,0,0);
 
-        /* "ivshmem/native/descriptors.pyx":430
+        /* "ivshmem/native/descriptors.pyx":443
  *             signaller = Signaller()
  *         except OSError:
  *             return None             # <<<<<<<<<<<<<<
@@ -11008,7 +11247,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
       }
       goto __pyx_L8_except_error;
 
-      /* "ivshmem/native/descriptors.pyx":427
+      /* "ivshmem/native/descriptors.pyx":440
  *     cdef Signaller signaller = None if _shared is None else _shared()
  *     if signaller is None or signaller.pid != getpid():
  *         try:             # <<<<<<<<<<<<<<
@@ -11030,7 +11269,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
       __pyx_L11_try_end:;
     }
 
-    /* "ivshmem/native/descriptors.pyx":431
+    /* "ivshmem/native/descriptors.pyx":444
  *         except OSError:
  *             return None
  *         _shared = weakref.ref(signaller)             # <<<<<<<<<<<<<<
@@ -11038,9 +11277,9 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 431, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 444, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 431, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 444, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __pyx_t_6 = 1;
@@ -11060,7 +11299,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 431, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 444, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_XGOTREF(__pyx_v_7ivshmem_6native_11descriptors__shared);
@@ -11068,7 +11307,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
     __Pyx_GIVEREF(__pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/native/descriptors.pyx":426
+    /* "ivshmem/native/descriptors.pyx":439
  *     global _shared
  *     cdef Signaller signaller = None if _shared is None else _shared()
  *     if signaller is None or signaller.pid != getpid():             # <<<<<<<<<<<<<<
@@ -11077,7 +11316,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":432
+  /* "ivshmem/native/descriptors.pyx":445
  *             return None
  *         _shared = weakref.ref(signaller)
  *     return signaller             # <<<<<<<<<<<<<<
@@ -11095,7 +11334,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":418
+  /* "ivshmem/native/descriptors.pyx":431
  * 
  * 
  * cdef Signaller shared_signaller():             # <<<<<<<<<<<<<<
@@ -11118,71 +11357,242 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":435
+/* "ivshmem/native/descriptors.pyx":448
  * 
  * 
- * cdef int add_one_nowait(Signaller signaller, int fd) except -1:             # <<<<<<<<<<<<<<
- *     """Add 1 to an eventfd that other processes have, too, without waiting for them."""
- *     cdef int code = EINTR
+ * cdef bint ring_by_thread(FdArray bells, int fd) except -1:             # <<<<<<<<<<<<<<
+ *     """Have a thread add 1 to `fd`; return whether there could be one."""
+ *     from .ringers import ring  # here, since few processes need threads
 */
 
-static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_v_signaller, int __pyx_v_fd) {
+static int __pyx_f_7ivshmem_6native_11descriptors_ring_by_thread(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_bells, int __pyx_v_fd) {
+  PyObject *__pyx_v_ring = NULL;
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  Py_ssize_t __pyx_t_3;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
+  size_t __pyx_t_8;
+  int __pyx_t_9;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("ring_by_thread", 0);
+
+  /* "ivshmem/native/descriptors.pyx":450
+ * cdef bint ring_by_thread(FdArray bells, int fd) except -1:
+ *     """Have a thread add 1 to `fd`; return whether there could be one."""
+ *     from .ringers import ring  # here, since few processes need threads             # <<<<<<<<<<<<<<
+ * 
+ *     return ring(bells.ring, fd)
+*/
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ring};
+    __pyx_t_2 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_ringers, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_native_ringers, 1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 450, __pyx_L1_error)
+  }
+  __pyx_t_1 = __pyx_t_2;
+  __Pyx_GOTREF(__pyx_t_1);
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ring};
+    __pyx_t_3 = 0; {
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_1, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 450, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
+      switch (__pyx_t_3) {
+        case 0:
+        __Pyx_INCREF(__pyx_t_4);
+        __pyx_v_ring = __pyx_t_4;
+        break;
+        default:;
+      }
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    }
+  }
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+
+  /* "ivshmem/native/descriptors.pyx":452
+ *     from .ringers import ring  # here, since few processes need threads
+ * 
+ *     return ring(bells.ring, fd)             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  __pyx_t_4 = NULL;
+  __Pyx_INCREF(__pyx_v_ring);
+  __pyx_t_5 = __pyx_v_ring; 
+  __pyx_t_6 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_bells), __pyx_mstate_global->__pyx_n_u_ring); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 452, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_6);
+  __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 452, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_7);
+  __pyx_t_8 = 1;
+  #if CYTHON_UNPACK_METHODS
+  if (unlikely(PyMethod_Check(__pyx_t_5))) {
+    __pyx_t_4 = PyMethod_GET_SELF(__pyx_t_5);
+    assert(__pyx_t_4);
+    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_5);
+    __Pyx_INCREF(__pyx_t_4);
+    __Pyx_INCREF(__pyx__function);
+    __Pyx_DECREF_SET(__pyx_t_5, __pyx__function);
+    __pyx_t_8 = 0;
+  }
+  #endif
+  {
+    PyObject *__pyx_callargs[3] = {__pyx_t_4, __pyx_t_6, __pyx_t_7};
+    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_8, (3-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+    __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 452, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+  }
+  __pyx_t_9 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_9 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 452, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  {
+    __pyx_r = __pyx_t_9;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/native/descriptors.pyx":448
+ * 
+ * 
+ * cdef bint ring_by_thread(FdArray bells, int fd) except -1:             # <<<<<<<<<<<<<<
+ *     """Have a thread add 1 to `fd`; return whether there could be one."""
+ *     from .ringers import ring  # here, since few processes need threads
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.ring_by_thread", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+  __Pyx_XDECREF(__pyx_v_ring);
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/native/descriptors.pyx":455
+ * 
+ * 
+ * cdef int add_one_nowait(Signaller signaller, FdArray bells, int fd) except -1:             # <<<<<<<<<<<<<<
+ *     """Add 1 to an eventfd that other processes have, too, without waiting for them.
+ * 
+*/
+
+static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_v_signaller, struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_bells, int __pyx_v_fd) {
   int __pyx_v_code;
   int __pyx_r;
   int __pyx_t_1;
   int __pyx_t_2;
+  int __pyx_t_3;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/native/descriptors.pyx":437
- * cdef int add_one_nowait(Signaller signaller, int fd) except -1:
- *     """Add 1 to an eventfd that other processes have, too, without waiting for them."""
+  /* "ivshmem/native/descriptors.pyx":463
+ *         bells: has `fd`, and has been entered by the caller.
+ *     """
  *     cdef int code = EINTR             # <<<<<<<<<<<<<<
  *     if signaller is not None:
  *         return signaller.submit(&fd, 1)
 */
   __pyx_v_code = EINTR;
 
-  /* "ivshmem/native/descriptors.pyx":438
- *     """Add 1 to an eventfd that other processes have, too, without waiting for them."""
+  /* "ivshmem/native/descriptors.pyx":464
+ *     """
  *     cdef int code = EINTR
  *     if signaller is not None:             # <<<<<<<<<<<<<<
  *         return signaller.submit(&fd, 1)
- *     while code == EINTR:
+ *     if not has_room(fd) or ring_by_thread(bells, fd):
 */
   __pyx_t_1 = (((PyObject *)__pyx_v_signaller) != Py_None);
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":439
+    /* "ivshmem/native/descriptors.pyx":465
  *     cdef int code = EINTR
  *     if signaller is not None:
  *         return signaller.submit(&fd, 1)             # <<<<<<<<<<<<<<
- *     while code == EINTR:
- *         PyErr_CheckSignals()
+ *     if not has_room(fd) or ring_by_thread(bells, fd):
+ *         return 0
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(__pyx_v_signaller, (&__pyx_v_fd), 1); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 439, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(__pyx_v_signaller, (&__pyx_v_fd), 1); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 465, __pyx_L1_error)
     {
       __pyx_r = __pyx_t_2;
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pyx":438
- *     """Add 1 to an eventfd that other processes have, too, without waiting for them."""
+    /* "ivshmem/native/descriptors.pyx":464
+ *     """
  *     cdef int code = EINTR
  *     if signaller is not None:             # <<<<<<<<<<<<<<
  *         return signaller.submit(&fd, 1)
+ *     if not has_room(fd) or ring_by_thread(bells, fd):
+*/
+  }
+
+  /* "ivshmem/native/descriptors.pyx":466
+ *     if signaller is not None:
+ *         return signaller.submit(&fd, 1)
+ *     if not has_room(fd) or ring_by_thread(bells, fd):             # <<<<<<<<<<<<<<
+ *         return 0
+ *     while code == EINTR:
+*/
+  __pyx_t_3 = (!__pyx_f_7ivshmem_6native_11descriptors_has_room(__pyx_v_fd));
+
+  if (!__pyx_t_3) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_3;
+
+    goto __pyx_L5_bool_binop_done;
+  }
+  __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_ring_by_thread(__pyx_v_bells, __pyx_v_fd); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 466, __pyx_L1_error)
+
+  __pyx_t_1 = __pyx_t_3;
+
+  __pyx_L5_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/native/descriptors.pyx":467
+ *         return signaller.submit(&fd, 1)
+ *     if not has_room(fd) or ring_by_thread(bells, fd):
+ *         return 0             # <<<<<<<<<<<<<<
+ *     while code == EINTR:
+ *         PyErr_CheckSignals()
+*/
+    {
+
+      __pyx_r = 0;
+    }
+    goto __pyx_L0;
+
+    /* "ivshmem/native/descriptors.pyx":466
+ *     if signaller is not None:
+ *         return signaller.submit(&fd, 1)
+ *     if not has_room(fd) or ring_by_thread(bells, fd):             # <<<<<<<<<<<<<<
+ *         return 0
  *     while code == EINTR:
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":440
- *     if signaller is not None:
- *         return signaller.submit(&fd, 1)
+  /* "ivshmem/native/descriptors.pyx":468
+ *     if not has_room(fd) or ring_by_thread(bells, fd):
+ *         return 0
  *     while code == EINTR:             # <<<<<<<<<<<<<<
  *         PyErr_CheckSignals()
- *         code = add_one_if_room(fd)
+ *         code = add_one(fd)
 */
   while (1) {
     __pyx_t_1 = (__pyx_v_code == EINTR);
@@ -11190,29 +11600,29 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(struct __pyx_ob
 
     if (!__pyx_t_1) break;
 
-    /* "ivshmem/native/descriptors.pyx":441
- *         return signaller.submit(&fd, 1)
+    /* "ivshmem/native/descriptors.pyx":469
+ *         return 0
  *     while code == EINTR:
  *         PyErr_CheckSignals()             # <<<<<<<<<<<<<<
- *         code = add_one_if_room(fd)
+ *         code = add_one(fd)
  *     if code:
 */
-    __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 441, __pyx_L1_error)
+    __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 469, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":442
+    /* "ivshmem/native/descriptors.pyx":470
  *     while code == EINTR:
  *         PyErr_CheckSignals()
- *         code = add_one_if_room(fd)             # <<<<<<<<<<<<<<
+ *         code = add_one(fd)             # <<<<<<<<<<<<<<
  *     if code:
  *         fail_with(code)
 */
-    __pyx_v_code = __pyx_f_7ivshmem_6native_11descriptors_add_one_if_room(__pyx_v_fd);
+    __pyx_v_code = __pyx_f_7ivshmem_6native_11descriptors_add_one(__pyx_v_fd);
   }
 
-  /* "ivshmem/native/descriptors.pyx":443
+  /* "ivshmem/native/descriptors.pyx":471
  *         PyErr_CheckSignals()
- *         code = add_one_if_room(fd)
+ *         code = add_one(fd)
  *     if code:             # <<<<<<<<<<<<<<
  *         fail_with(code)
  *     return 0
@@ -11222,26 +11632,26 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(struct __pyx_ob
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":444
- *         code = add_one_if_room(fd)
+    /* "ivshmem/native/descriptors.pyx":472
+ *         code = add_one(fd)
  *     if code:
  *         fail_with(code)             # <<<<<<<<<<<<<<
  *     return 0
  * 
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 444, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 472, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":443
+    /* "ivshmem/native/descriptors.pyx":471
  *         PyErr_CheckSignals()
- *         code = add_one_if_room(fd)
+ *         code = add_one(fd)
  *     if code:             # <<<<<<<<<<<<<<
  *         fail_with(code)
  *     return 0
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":445
+  /* "ivshmem/native/descriptors.pyx":473
  *     if code:
  *         fail_with(code)
  *     return 0             # <<<<<<<<<<<<<<
@@ -11254,12 +11664,12 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":435
+  /* "ivshmem/native/descriptors.pyx":455
  * 
  * 
- * cdef int add_one_nowait(Signaller signaller, int fd) except -1:             # <<<<<<<<<<<<<<
- *     """Add 1 to an eventfd that other processes have, too, without waiting for them."""
- *     cdef int code = EINTR
+ * cdef int add_one_nowait(Signaller signaller, FdArray bells, int fd) except -1:             # <<<<<<<<<<<<<<
+ *     """Add 1 to an eventfd that other processes have, too, without waiting for them.
+ * 
 */
 
   /* function exit code */
@@ -11272,22 +11682,276 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":448
+/* "ivshmem/native/descriptors.pyx":476
  * 
  * 
- * cdef int add_one_if_room(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
- *     """If the counter has room, add 1; return 0 or errno.
- * 
+ * cdef int add_one_nowait_nogil(FdArray bells, int fd) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """Do the same for a caller that has no signaller; return 0 or errno."""
+ *     if not has_room(fd):
 */
 
-static int __pyx_f_7ivshmem_6native_11descriptors_add_one_if_room(int __pyx_v_fd) {
+static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait_nogil(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_bells, int __pyx_v_fd) {
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  int __pyx_t_5;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
+  PyObject *__pyx_t_8 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyGILState_STATE __pyx_gilstate_save;
+  __Pyx_RefNannySetupContext("add_one_nowait_nogil", 1);
+
+  /* "ivshmem/native/descriptors.pyx":478
+ * cdef int add_one_nowait_nogil(FdArray bells, int fd) noexcept nogil:
+ *     """Do the same for a caller that has no signaller; return 0 or errno."""
+ *     if not has_room(fd):             # <<<<<<<<<<<<<<
+ *         return 0
+ *     with gil:
+*/
+  __pyx_t_1 = (!__pyx_f_7ivshmem_6native_11descriptors_has_room(__pyx_v_fd));
+
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/native/descriptors.pyx":479
+ *     """Do the same for a caller that has no signaller; return 0 or errno."""
+ *     if not has_room(fd):
+ *         return 0             # <<<<<<<<<<<<<<
+ *     with gil:
+ *         try:
+*/
+    {
+
+      __pyx_r = 0;
+    }
+    goto __pyx_L0;
+
+    /* "ivshmem/native/descriptors.pyx":478
+ * cdef int add_one_nowait_nogil(FdArray bells, int fd) noexcept nogil:
+ *     """Do the same for a caller that has no signaller; return 0 or errno."""
+ *     if not has_room(fd):             # <<<<<<<<<<<<<<
+ *         return 0
+ *     with gil:
+*/
+  }
+
+  /* "ivshmem/native/descriptors.pyx":480
+ *     if not has_room(fd):
+ *         return 0
+ *     with gil:             # <<<<<<<<<<<<<<
+ *         try:
+ *             if ring_by_thread(bells, fd):
+*/
+  {
+      PyGILState_STATE __pyx_gilstate_save = __Pyx_PyGILState_Ensure();
+      /*try:*/ {
+
+        /* "ivshmem/native/descriptors.pyx":481
+ *         return 0
+ *     with gil:
+ *         try:             # <<<<<<<<<<<<<<
+ *             if ring_by_thread(bells, fd):
+ *                 return 0
+*/
+        {
+          __Pyx_PyThreadState_declare
+          __Pyx_PyThreadState_assign
+          __Pyx_ExceptionSave(&__pyx_t_2, &__pyx_t_3, &__pyx_t_4);
+          __Pyx_XGOTREF(__pyx_t_2);
+          __Pyx_XGOTREF(__pyx_t_3);
+          __Pyx_XGOTREF(__pyx_t_4);
+          /*try:*/ {
+
+            /* "ivshmem/native/descriptors.pyx":482
+ *     with gil:
+ *         try:
+ *             if ring_by_thread(bells, fd):             # <<<<<<<<<<<<<<
+ *                 return 0
+ *         except MemoryError:
+*/
+            __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_ring_by_thread(__pyx_v_bells, __pyx_v_fd); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 482, __pyx_L7_error)
+            if (__pyx_t_1) {
+
+
+              /* "ivshmem/native/descriptors.pyx":483
+ *         try:
+ *             if ring_by_thread(bells, fd):
+ *                 return 0             # <<<<<<<<<<<<<<
+ *         except MemoryError:
+ *             return ENOMEM
+*/
+              {
+
+                __pyx_r = 0;
+              }
+              goto __pyx_L11_try_return;
+
+              /* "ivshmem/native/descriptors.pyx":482
+ *     with gil:
+ *         try:
+ *             if ring_by_thread(bells, fd):             # <<<<<<<<<<<<<<
+ *                 return 0
+ *         except MemoryError:
+*/
+            }
+
+            /* "ivshmem/native/descriptors.pyx":481
+ *         return 0
+ *     with gil:
+ *         try:             # <<<<<<<<<<<<<<
+ *             if ring_by_thread(bells, fd):
+ *                 return 0
+*/
+          }
+          __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+          __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+          __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+          goto __pyx_L12_try_end;
+          __pyx_L7_error:;
+
+          /* "ivshmem/native/descriptors.pyx":484
+ *             if ring_by_thread(bells, fd):
+ *                 return 0
+ *         except MemoryError:             # <<<<<<<<<<<<<<
+ *             return ENOMEM
+ *     return add_one(fd)
+*/
+          __pyx_t_5 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_MemoryError))));
+          if (__pyx_t_5) {
+            __Pyx_AddTraceback("ivshmem.native.descriptors.add_one_nowait_nogil", __pyx_clineno, __pyx_lineno, __pyx_filename);
+            if (__Pyx_GetException(&__pyx_t_6, &__pyx_t_7, &__pyx_t_8) < 0) __PYX_ERR(0, 484, __pyx_L9_except_error)
+            __Pyx_XGOTREF(__pyx_t_6);
+            __Pyx_XGOTREF(__pyx_t_7);
+            __Pyx_XGOTREF(__pyx_t_8);
+
+            /* "ivshmem/native/descriptors.pyx":485
+ *                 return 0
+ *         except MemoryError:
+ *             return ENOMEM             # <<<<<<<<<<<<<<
+ *     return add_one(fd)
+ * 
+*/
+            {
+
+              __pyx_r = ENOMEM;
+            }
+            __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+            __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+            __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+            goto __pyx_L10_except_return;
+          }
+          goto __pyx_L9_except_error;
+
+          /* "ivshmem/native/descriptors.pyx":481
+ *         return 0
+ *     with gil:
+ *         try:             # <<<<<<<<<<<<<<
+ *             if ring_by_thread(bells, fd):
+ *                 return 0
+*/
+          __pyx_L9_except_error:;
+          __Pyx_XGIVEREF(__pyx_t_2);
+          __Pyx_XGIVEREF(__pyx_t_3);
+          __Pyx_XGIVEREF(__pyx_t_4);
+          __Pyx_ExceptionReset(__pyx_t_2, __pyx_t_3, __pyx_t_4);
+          goto __pyx_L5_error;
+          __pyx_L11_try_return:;
+          __Pyx_XGIVEREF(__pyx_t_2);
+          __Pyx_XGIVEREF(__pyx_t_3);
+          __Pyx_XGIVEREF(__pyx_t_4);
+          __Pyx_ExceptionReset(__pyx_t_2, __pyx_t_3, __pyx_t_4);
+          goto __pyx_L4_return;
+          __pyx_L10_except_return:;
+          __Pyx_XGIVEREF(__pyx_t_2);
+          __Pyx_XGIVEREF(__pyx_t_3);
+          __Pyx_XGIVEREF(__pyx_t_4);
+          __Pyx_ExceptionReset(__pyx_t_2, __pyx_t_3, __pyx_t_4);
+          goto __pyx_L4_return;
+          __pyx_L12_try_end:;
+        }
+      }
+
+      /* "ivshmem/native/descriptors.pyx":480
+ *     if not has_room(fd):
+ *         return 0
+ *     with gil:             # <<<<<<<<<<<<<<
+ *         try:
+ *             if ring_by_thread(bells, fd):
+*/
+      /*finally:*/ {
+        /*normal exit:*/{
+          __Pyx_PyGILState_Release(__pyx_gilstate_save);
+          goto __pyx_L6;
+        }
+        __pyx_L4_return: {
+          __Pyx_PyGILState_Release(__pyx_gilstate_save);
+          goto __pyx_L0;
+        }
+        __pyx_L5_error: {
+          __Pyx_PyGILState_Release(__pyx_gilstate_save);
+          goto __pyx_L1_error;
+        }
+        __pyx_L6:;
+      }
+  }
+
+  /* "ivshmem/native/descriptors.pyx":486
+ *         except MemoryError:
+ *             return ENOMEM
+ *     return add_one(fd)             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = __pyx_f_7ivshmem_6native_11descriptors_add_one(__pyx_v_fd);
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/native/descriptors.pyx":476
+ * 
+ * 
+ * cdef int add_one_nowait_nogil(FdArray bells, int fd) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """Do the same for a caller that has no signaller; return 0 or errno."""
+ *     if not has_room(fd):
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __pyx_gilstate_save = __Pyx_PyGILState_Ensure();
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_WriteUnraisable("ivshmem.native.descriptors.add_one_nowait_nogil", __pyx_clineno, __pyx_lineno, __pyx_filename, 1, 0);
+  __pyx_r = 0;
+  __Pyx_PyGILState_Release(__pyx_gilstate_save);
+  __pyx_L0:;
+  __Pyx_RefNannyFinishContextNogil()
+  return __pyx_r;
+}
+
+/* "ivshmem/native/descriptors.pyx":489
+ * 
+ * 
+ * cdef bint has_room(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """Whether the counter is not full: if it is, an interrupt is already pending."""
+ *     cdef pollfd one
+*/
+
+static int __pyx_f_7ivshmem_6native_11descriptors_has_room(int __pyx_v_fd) {
   struct pollfd __pyx_v_one;
   struct timespec __pyx_v_none;
   int __pyx_r;
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/native/descriptors.pyx":456
+  /* "ivshmem/native/descriptors.pyx":493
  *     cdef pollfd one
  *     cdef timespec none
  *     none.tv_sec = none.tv_nsec = 0             # <<<<<<<<<<<<<<
@@ -11297,30 +11961,30 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_if_room(int __pyx_v_fd
   __pyx_v_none.tv_sec = 0;
   __pyx_v_none.tv_nsec = 0;
 
-  /* "ivshmem/native/descriptors.pyx":457
+  /* "ivshmem/native/descriptors.pyx":494
  *     cdef timespec none
  *     none.tv_sec = none.tv_nsec = 0
  *     one.fd = fd             # <<<<<<<<<<<<<<
  *     one.events = POLLOUT
- *     if ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT:
+ *     return ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT
 */
   __pyx_v_one.fd = __pyx_v_fd;
 
-  /* "ivshmem/native/descriptors.pyx":458
+  /* "ivshmem/native/descriptors.pyx":495
  *     none.tv_sec = none.tv_nsec = 0
  *     one.fd = fd
  *     one.events = POLLOUT             # <<<<<<<<<<<<<<
- *     if ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT:
- *         return add_one(fd)
+ *     return ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT
+ * 
 */
   __pyx_v_one.events = POLLOUT;
 
-  /* "ivshmem/native/descriptors.pyx":459
+  /* "ivshmem/native/descriptors.pyx":496
  *     one.fd = fd
  *     one.events = POLLOUT
- *     if ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT:             # <<<<<<<<<<<<<<
- *         return add_one(fd)
- *     return 0  # a full counter: an interrupt is already pending
+ *     return ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT             # <<<<<<<<<<<<<<
+ * 
+ * 
 */
   __pyx_t_2 = (ppoll((&__pyx_v_one), 1, (&__pyx_v_none), NULL) == 1);
 
@@ -11330,58 +11994,25 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_if_room(int __pyx_v_fd
 
     __pyx_t_1 = __pyx_t_2;
 
-    goto __pyx_L4_bool_binop_done;
+    goto __pyx_L3_bool_binop_done;
   }
   __pyx_t_2 = ((__pyx_v_one.revents & POLLOUT) != 0);
 
 
   __pyx_t_1 = __pyx_t_2;
 
-  __pyx_L4_bool_binop_done:;
-  if (__pyx_t_1) {
-
-
-    /* "ivshmem/native/descriptors.pyx":460
- *     one.events = POLLOUT
- *     if ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT:
- *         return add_one(fd)             # <<<<<<<<<<<<<<
- *     return 0  # a full counter: an interrupt is already pending
- * 
-*/
-    {
-
-      __pyx_r = __pyx_f_7ivshmem_6native_11descriptors_add_one(__pyx_v_fd);
-    }
-    goto __pyx_L0;
-
-    /* "ivshmem/native/descriptors.pyx":459
- *     one.fd = fd
- *     one.events = POLLOUT
- *     if ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT:             # <<<<<<<<<<<<<<
- *         return add_one(fd)
- *     return 0  # a full counter: an interrupt is already pending
-*/
-  }
-
-  /* "ivshmem/native/descriptors.pyx":461
- *     if ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT:
- *         return add_one(fd)
- *     return 0  # a full counter: an interrupt is already pending             # <<<<<<<<<<<<<<
- * 
- * 
-*/
+  __pyx_L3_bool_binop_done:;
   {
-
-    __pyx_r = 0;
+    __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":448
+  /* "ivshmem/native/descriptors.pyx":489
  * 
  * 
- * cdef int add_one_if_room(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
- *     """If the counter has room, add 1; return 0 or errno.
- * 
+ * cdef bint has_room(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """Whether the counter is not full: if it is, an interrupt is already pending."""
+ *     cdef pollfd one
 */
 
   /* function exit code */
@@ -11391,7 +12022,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_if_room(int __pyx_v_fd
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":479
+/* "ivshmem/native/descriptors.pyx":514
  *     """
  * 
  *     def __cinit__(self, int source, targets):             # <<<<<<<<<<<<<<
@@ -11438,39 +12069,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_source,&__pyx_mstate_global->__pyx_n_u_targets,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 479, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 514, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 479, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 514, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 479, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 514, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 479, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 514, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, i); __PYX_ERR(0, 479, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, i); __PYX_ERR(0, 514, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 479, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 514, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 479, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 514, __pyx_L3_error)
     }
-    __pyx_v_source = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_source == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 479, __pyx_L3_error)
+    __pyx_v_source = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_source == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 514, __pyx_L3_error)
     __pyx_v_targets = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 479, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 514, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11519,7 +12150,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/native/descriptors.pyx":481
+  /* "ivshmem/native/descriptors.pyx":516
  *     def __cinit__(self, int source, targets):
  *         cdef iocb request
  *         cdef iocb *pointer = &request             # <<<<<<<<<<<<<<
@@ -11528,7 +12159,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
   __pyx_v_pointer = (&__pyx_v_request);
 
-  /* "ivshmem/native/descriptors.pyx":482
+  /* "ivshmem/native/descriptors.pyx":517
  *         cdef iocb request
  *         cdef iocb *pointer = &request
  *         self.context = 0             # <<<<<<<<<<<<<<
@@ -11537,7 +12168,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
   __pyx_v_self->context = 0;
 
-  /* "ivshmem/native/descriptors.pyx":483
+  /* "ivshmem/native/descriptors.pyx":518
  *         cdef iocb *pointer = &request
  *         self.context = 0
  *         self.pid = getpid()             # <<<<<<<<<<<<<<
@@ -11546,7 +12177,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
   __pyx_v_self->pid = getpid();
 
-  /* "ivshmem/native/descriptors.pyx":484
+  /* "ivshmem/native/descriptors.pyx":519
  *         self.context = 0
  *         self.pid = getpid()
  *         try:             # <<<<<<<<<<<<<<
@@ -11562,7 +12193,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
     __Pyx_XGOTREF(__pyx_t_3);
     /*try:*/ {
 
-      /* "ivshmem/native/descriptors.pyx":485
+      /* "ivshmem/native/descriptors.pyx":520
  *         self.pid = getpid()
  *         try:
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:             # <<<<<<<<<<<<<<
@@ -11571,7 +12202,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
 
       __pyx_t_4 = 1;
-      __pyx_t_5 = PyObject_Length(__pyx_v_targets); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 485, __pyx_L3_error)
+      __pyx_t_5 = PyObject_Length(__pyx_v_targets); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 520, __pyx_L3_error)
       __pyx_t_7 = (__pyx_t_4 > __pyx_t_5);
 
       if (__pyx_t_7) {
@@ -11589,17 +12220,17 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
       if (__pyx_t_7) {
 
 
-        /* "ivshmem/native/descriptors.pyx":486
+        /* "ivshmem/native/descriptors.pyx":521
  *         try:
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:
  *                 fail()             # <<<<<<<<<<<<<<
  *             if not ivshmem_io_has_ring(self.context):
  *                 fail_with(ENOSYS)
 */
-        __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 486, __pyx_L3_error)
+        __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 521, __pyx_L3_error)
 
 
-        /* "ivshmem/native/descriptors.pyx":485
+        /* "ivshmem/native/descriptors.pyx":520
  *         self.pid = getpid()
  *         try:
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:             # <<<<<<<<<<<<<<
@@ -11608,7 +12239,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
       }
 
-      /* "ivshmem/native/descriptors.pyx":487
+      /* "ivshmem/native/descriptors.pyx":522
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:
  *                 fail()
  *             if not ivshmem_io_has_ring(self.context):             # <<<<<<<<<<<<<<
@@ -11620,17 +12251,17 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
       if (__pyx_t_7) {
 
 
-        /* "ivshmem/native/descriptors.pyx":488
+        /* "ivshmem/native/descriptors.pyx":523
  *                 fail()
  *             if not ivshmem_io_has_ring(self.context):
  *                 fail_with(ENOSYS)             # <<<<<<<<<<<<<<
  *             for fd in targets:
  *                 memset(&request, 0, sizeof(iocb))
 */
-        __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(ENOSYS); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 488, __pyx_L3_error)
+        __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(ENOSYS); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 523, __pyx_L3_error)
 
 
-        /* "ivshmem/native/descriptors.pyx":487
+        /* "ivshmem/native/descriptors.pyx":522
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:
  *                 fail()
  *             if not ivshmem_io_has_ring(self.context):             # <<<<<<<<<<<<<<
@@ -11639,7 +12270,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
       }
 
-      /* "ivshmem/native/descriptors.pyx":489
+      /* "ivshmem/native/descriptors.pyx":524
  *             if not ivshmem_io_has_ring(self.context):
  *                 fail_with(ENOSYS)
  *             for fd in targets:             # <<<<<<<<<<<<<<
@@ -11651,9 +12282,9 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
         __pyx_t_6 = 0;
         __pyx_t_10 = NULL;
       } else {
-        __pyx_t_6 = -1; __pyx_t_9 = PyObject_GetIter(__pyx_v_targets); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 489, __pyx_L3_error)
+        __pyx_t_6 = -1; __pyx_t_9 = PyObject_GetIter(__pyx_v_targets); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 524, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_9);
-        __pyx_t_10 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_9); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 489, __pyx_L3_error)
+        __pyx_t_10 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_9); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 524, __pyx_L3_error)
       }
       for (;;) {
         if (likely(!__pyx_t_10)) {
@@ -11661,7 +12292,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
             {
               Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_9);
               #if !CYTHON_ASSUME_SAFE_SIZE
-              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 489, __pyx_L3_error)
+              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 524, __pyx_L3_error)
               #endif
               if (__pyx_t_6 >= __pyx_temp) break;
             }
@@ -11671,7 +12302,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
             {
               Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_9);
               #if !CYTHON_ASSUME_SAFE_SIZE
-              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 489, __pyx_L3_error)
+              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 524, __pyx_L3_error)
               #endif
               if (__pyx_t_6 >= __pyx_temp) break;
             }
@@ -11682,13 +12313,13 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
             #endif
             ++__pyx_t_6;
           }
-          if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 489, __pyx_L3_error)
+          if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 524, __pyx_L3_error)
         } else {
           __pyx_t_11 = __pyx_t_10(__pyx_t_9);
           if (unlikely(!__pyx_t_11)) {
             PyObject* exc_type = PyErr_Occurred();
             if (exc_type) {
-              if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 489, __pyx_L3_error)
+              if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 524, __pyx_L3_error)
               PyErr_Clear();
             }
             break;
@@ -11698,7 +12329,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
         __Pyx_XDECREF_SET(__pyx_v_fd, __pyx_t_11);
         __pyx_t_11 = 0;
 
-        /* "ivshmem/native/descriptors.pyx":490
+        /* "ivshmem/native/descriptors.pyx":525
  *                 fail_with(ENOSYS)
  *             for fd in targets:
  *                 memset(&request, 0, sizeof(iocb))             # <<<<<<<<<<<<<<
@@ -11707,7 +12338,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
         (void)(memset((&__pyx_v_request), 0, (sizeof(struct iocb))));
 
-        /* "ivshmem/native/descriptors.pyx":491
+        /* "ivshmem/native/descriptors.pyx":526
  *             for fd in targets:
  *                 memset(&request, 0, sizeof(iocb))
  *                 request.aio_lio_opcode = IOCB_CMD_POLL             # <<<<<<<<<<<<<<
@@ -11716,7 +12347,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
         __pyx_v_request.aio_lio_opcode = IOCB_CMD_POLL;
 
-        /* "ivshmem/native/descriptors.pyx":492
+        /* "ivshmem/native/descriptors.pyx":527
  *                 memset(&request, 0, sizeof(iocb))
  *                 request.aio_lio_opcode = IOCB_CMD_POLL
  *                 request.aio_fildes = source             # <<<<<<<<<<<<<<
@@ -11725,7 +12356,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
         __pyx_v_request.aio_fildes = __pyx_v_source;
 
-        /* "ivshmem/native/descriptors.pyx":493
+        /* "ivshmem/native/descriptors.pyx":528
  *                 request.aio_lio_opcode = IOCB_CMD_POLL
  *                 request.aio_fildes = source
  *                 request.aio_buf = _EPOLLIN  # which is POLLIN             # <<<<<<<<<<<<<<
@@ -11734,7 +12365,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
         __pyx_v_request.aio_buf = EPOLLIN;
 
-        /* "ivshmem/native/descriptors.pyx":494
+        /* "ivshmem/native/descriptors.pyx":529
  *                 request.aio_fildes = source
  *                 request.aio_buf = _EPOLLIN  # which is POLLIN
  *                 request.aio_flags = IOCB_FLAG_RESFD             # <<<<<<<<<<<<<<
@@ -11743,17 +12374,17 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
         __pyx_v_request.aio_flags = IOCB_FLAG_RESFD;
 
-        /* "ivshmem/native/descriptors.pyx":495
+        /* "ivshmem/native/descriptors.pyx":530
  *                 request.aio_buf = _EPOLLIN  # which is POLLIN
  *                 request.aio_flags = IOCB_FLAG_RESFD
  *                 request.aio_resfd = fd             # <<<<<<<<<<<<<<
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:
  *                     fail()
 */
-        __pyx_t_12 = __Pyx_PyLong_As_uint32_t(__pyx_v_fd); if (unlikely((__pyx_t_12 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 495, __pyx_L3_error)
+        __pyx_t_12 = __Pyx_PyLong_As_uint32_t(__pyx_v_fd); if (unlikely((__pyx_t_12 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 530, __pyx_L3_error)
         __pyx_v_request.aio_resfd = __pyx_t_12;
 
-        /* "ivshmem/native/descriptors.pyx":496
+        /* "ivshmem/native/descriptors.pyx":531
  *                 request.aio_flags = IOCB_FLAG_RESFD
  *                 request.aio_resfd = fd
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:             # <<<<<<<<<<<<<<
@@ -11765,17 +12396,17 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
         if (__pyx_t_7) {
 
 
-          /* "ivshmem/native/descriptors.pyx":497
+          /* "ivshmem/native/descriptors.pyx":532
  *                 request.aio_resfd = fd
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:
  *                     fail()             # <<<<<<<<<<<<<<
  *         except BaseException:
  *             self.close()
 */
-          __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 497, __pyx_L3_error)
+          __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 532, __pyx_L3_error)
 
 
-          /* "ivshmem/native/descriptors.pyx":496
+          /* "ivshmem/native/descriptors.pyx":531
  *                 request.aio_flags = IOCB_FLAG_RESFD
  *                 request.aio_resfd = fd
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:             # <<<<<<<<<<<<<<
@@ -11784,7 +12415,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
         }
 
-        /* "ivshmem/native/descriptors.pyx":489
+        /* "ivshmem/native/descriptors.pyx":524
  *             if not ivshmem_io_has_ring(self.context):
  *                 fail_with(ENOSYS)
  *             for fd in targets:             # <<<<<<<<<<<<<<
@@ -11794,7 +12425,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
       }
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-      /* "ivshmem/native/descriptors.pyx":484
+      /* "ivshmem/native/descriptors.pyx":519
  *         self.context = 0
  *         self.pid = getpid()
  *         try:             # <<<<<<<<<<<<<<
@@ -11810,7 +12441,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
     __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
     __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-    /* "ivshmem/native/descriptors.pyx":498
+    /* "ivshmem/native/descriptors.pyx":533
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:
  *                     fail()
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -11820,12 +12451,12 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
     __pyx_t_8 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_8) {
       __Pyx_AddTraceback("ivshmem.native.descriptors.Relay.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_11, &__pyx_t_13) < 0) __PYX_ERR(0, 498, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_11, &__pyx_t_13) < 0) __PYX_ERR(0, 533, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_9);
       __Pyx_XGOTREF(__pyx_t_11);
       __Pyx_XGOTREF(__pyx_t_13);
 
-      /* "ivshmem/native/descriptors.pyx":499
+      /* "ivshmem/native/descriptors.pyx":534
  *                     fail()
  *         except BaseException:
  *             self.close()             # <<<<<<<<<<<<<<
@@ -11839,12 +12470,12 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
         PyObject *__pyx_callargs[2] = {__pyx_t_15, NULL};
         __pyx_t_14 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_16, (1-__pyx_t_16) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_15); __pyx_t_15 = 0;
-        if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 499, __pyx_L5_except_error)
+        if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 534, __pyx_L5_except_error)
         __Pyx_GOTREF(__pyx_t_14);
       }
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
 
-      /* "ivshmem/native/descriptors.pyx":500
+      /* "ivshmem/native/descriptors.pyx":535
  *         except BaseException:
  *             self.close()
  *             raise             # <<<<<<<<<<<<<<
@@ -11856,11 +12487,11 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
       __Pyx_XGIVEREF(__pyx_t_13);
       __Pyx_ErrRestoreWithState(__pyx_t_9, __pyx_t_11, __pyx_t_13);
       __pyx_t_9 = 0;  __pyx_t_11 = 0;  __pyx_t_13 = 0; 
-      __PYX_ERR(0, 500, __pyx_L5_except_error)
+      __PYX_ERR(0, 535, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/native/descriptors.pyx":484
+    /* "ivshmem/native/descriptors.pyx":519
  *         self.context = 0
  *         self.pid = getpid()
  *         try:             # <<<<<<<<<<<<<<
@@ -11876,7 +12507,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/native/descriptors.pyx":479
+  /* "ivshmem/native/descriptors.pyx":514
  *     """
  * 
  *     def __cinit__(self, int source, targets):             # <<<<<<<<<<<<<<
@@ -11904,7 +12535,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":502
+/* "ivshmem/native/descriptors.pyx":537
  *             raise
  * 
  *     cdef bint fired(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -11917,7 +12548,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Relay_fired(struct __pyx_obj_
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/native/descriptors.pyx":504
+  /* "ivshmem/native/descriptors.pyx":539
  *     cdef bint fired(self) noexcept nogil:
  *         """Whether that has happened. This takes no system call: the kernel's ring shows it."""
  *         return self.context != 0 and ivshmem_io_any_end(self.context)             # <<<<<<<<<<<<<<
@@ -11945,7 +12576,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Relay_fired(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":502
+  /* "ivshmem/native/descriptors.pyx":537
  *             raise
  * 
  *     cdef bint fired(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -11958,7 +12589,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Relay_fired(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":506
+/* "ivshmem/native/descriptors.pyx":541
  *         return self.context != 0 and ivshmem_io_any_end(self.context)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -12018,7 +12649,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_2close(struct __
   int __pyx_t_3;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/native/descriptors.pyx":508
+  /* "ivshmem/native/descriptors.pyx":543
  *     def close(self):
  *         """Stop the polls. May be called twice."""
  *         cdef aio_context_t context = self.context             # <<<<<<<<<<<<<<
@@ -12029,7 +12660,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_2close(struct __
 
   __pyx_v_context = __pyx_t_1;
 
-  /* "ivshmem/native/descriptors.pyx":509
+  /* "ivshmem/native/descriptors.pyx":544
  *         """Stop the polls. May be called twice."""
  *         cdef aio_context_t context = self.context
  *         self.context = 0             # <<<<<<<<<<<<<<
@@ -12038,7 +12669,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_2close(struct __
 */
   __pyx_v_self->context = 0;
 
-  /* "ivshmem/native/descriptors.pyx":510
+  /* "ivshmem/native/descriptors.pyx":545
  *         cdef aio_context_t context = self.context
  *         self.context = 0
  *         if context and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -12064,7 +12695,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_2close(struct __
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/native/descriptors.pyx":511
+    /* "ivshmem/native/descriptors.pyx":546
  *         self.context = 0
  *         if context and getpid() == self.pid:
  *             ivshmem_io_destroy(context)             # <<<<<<<<<<<<<<
@@ -12073,7 +12704,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_2close(struct __
 */
     (void)(ivshmem_io_destroy(__pyx_v_context));
 
-    /* "ivshmem/native/descriptors.pyx":510
+    /* "ivshmem/native/descriptors.pyx":545
  *         cdef aio_context_t context = self.context
  *         self.context = 0
  *         if context and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -12082,7 +12713,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_2close(struct __
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":506
+  /* "ivshmem/native/descriptors.pyx":541
  *         return self.context != 0 and ivshmem_io_any_end(self.context)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -12098,7 +12729,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_2close(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":513
+/* "ivshmem/native/descriptors.pyx":548
  *             ivshmem_io_destroy(context)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -12129,7 +12760,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_5Relay_4__dealloc__(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__dealloc__", 0);
 
-  /* "ivshmem/native/descriptors.pyx":514
+  /* "ivshmem/native/descriptors.pyx":549
  * 
  *     def __dealloc__(self):
  *         self.close()             # <<<<<<<<<<<<<<
@@ -12143,12 +12774,12 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_5Relay_4__dealloc__(struct _
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 514, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 549, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":513
+  /* "ivshmem/native/descriptors.pyx":548
  *             ivshmem_io_destroy(context)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -12373,7 +13004,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_8__setstate_cyth
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":525
+/* "ivshmem/native/descriptors.pyx":560
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -12430,7 +13061,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Epoll___cinit__(struct __pyx
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/native/descriptors.pyx":526
+  /* "ivshmem/native/descriptors.pyx":561
  * 
  *     def __cinit__(self):
  *         self.epfd = -1             # <<<<<<<<<<<<<<
@@ -12439,7 +13070,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Epoll___cinit__(struct __pyx
 */
   __pyx_v_self->epfd = -1;
 
-  /* "ivshmem/native/descriptors.pyx":527
+  /* "ivshmem/native/descriptors.pyx":562
  *     def __cinit__(self):
  *         self.epfd = -1
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)             # <<<<<<<<<<<<<<
@@ -12448,7 +13079,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Epoll___cinit__(struct __pyx
 */
   __pyx_v_self->epfd = epoll_create1(EPOLL_CLOEXEC);
 
-  /* "ivshmem/native/descriptors.pyx":528
+  /* "ivshmem/native/descriptors.pyx":563
  *         self.epfd = -1
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -12460,17 +13091,17 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Epoll___cinit__(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":529
+    /* "ivshmem/native/descriptors.pyx":564
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)
  *         if self.epfd < 0:
  *             fail()             # <<<<<<<<<<<<<<
  * 
  *     def fileno(self):
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 529, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 564, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":528
+    /* "ivshmem/native/descriptors.pyx":563
  *         self.epfd = -1
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -12479,7 +13110,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Epoll___cinit__(struct __pyx
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":525
+  /* "ivshmem/native/descriptors.pyx":560
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -12498,7 +13129,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Epoll___cinit__(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":531
+/* "ivshmem/native/descriptors.pyx":566
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -12562,7 +13193,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_2fileno(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/native/descriptors.pyx":532
+  /* "ivshmem/native/descriptors.pyx":567
  * 
  *     def fileno(self):
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -12574,7 +13205,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_2fileno(struct _
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/native/descriptors.pyx":533
+    /* "ivshmem/native/descriptors.pyx":568
  *     def fileno(self):
  *         if self.epfd < 0:
  *             raise ClosedError("the epoll object is closed")             # <<<<<<<<<<<<<<
@@ -12582,7 +13213,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_2fileno(struct _
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 533, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 568, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -12601,14 +13232,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_2fileno(struct _
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 533, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 568, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 533, __pyx_L1_error)
+    __PYX_ERR(0, 568, __pyx_L1_error)
 
-    /* "ivshmem/native/descriptors.pyx":532
+    /* "ivshmem/native/descriptors.pyx":567
  * 
  *     def fileno(self):
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -12617,14 +13248,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_2fileno(struct _
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":534
+  /* "ivshmem/native/descriptors.pyx":569
  *         if self.epfd < 0:
  *             raise ClosedError("the epoll object is closed")
  *         return self.epfd             # <<<<<<<<<<<<<<
  * 
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:
 */
-  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->epfd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 534, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->epfd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 569, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject *__pyx_temp;
@@ -12637,7 +13268,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_2fileno(struct _
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":531
+  /* "ivshmem/native/descriptors.pyx":566
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -12658,7 +13289,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_2fileno(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":536
+/* "ivshmem/native/descriptors.pyx":571
  *         return self.epfd
  * 
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:             # <<<<<<<<<<<<<<
@@ -12680,7 +13311,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("control", 0);
 
-  /* "ivshmem/native/descriptors.pyx":538
+  /* "ivshmem/native/descriptors.pyx":573
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:
  *         cdef epoll_event event
  *         memset(&event, 0, sizeof(event))             # <<<<<<<<<<<<<<
@@ -12689,7 +13320,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_ob
 */
   (void)(memset((&__pyx_v_event), 0, (sizeof(__pyx_v_event))));
 
-  /* "ivshmem/native/descriptors.pyx":539
+  /* "ivshmem/native/descriptors.pyx":574
  *         cdef epoll_event event
  *         memset(&event, 0, sizeof(event))
  *         event.events = events             # <<<<<<<<<<<<<<
@@ -12698,7 +13329,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_ob
 */
   __pyx_v_event.events = __pyx_v_events;
 
-  /* "ivshmem/native/descriptors.pyx":540
+  /* "ivshmem/native/descriptors.pyx":575
  *         memset(&event, 0, sizeof(event))
  *         event.events = events
  *         event.data.u64 = token             # <<<<<<<<<<<<<<
@@ -12707,7 +13338,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_ob
 */
   __pyx_v_event.data.u64 = __pyx_v_token;
 
-  /* "ivshmem/native/descriptors.pyx":541
+  /* "ivshmem/native/descriptors.pyx":576
  *         event.events = events
  *         event.data.u64 = token
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:             # <<<<<<<<<<<<<<
@@ -12721,10 +13352,10 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_ob
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 541, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 576, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 541, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 576, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_5 = (epoll_ctl(__pyx_t_4, __pyx_v_op, __pyx_v_fd, (&__pyx_v_event)) < 0);
 
@@ -12732,17 +13363,17 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_ob
   if (__pyx_t_5) {
 
 
-    /* "ivshmem/native/descriptors.pyx":542
+    /* "ivshmem/native/descriptors.pyx":577
  *         event.data.u64 = token
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:
  *             fail()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_4 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 542, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 577, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":541
+    /* "ivshmem/native/descriptors.pyx":576
  *         event.events = events
  *         event.data.u64 = token
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:             # <<<<<<<<<<<<<<
@@ -12751,7 +13382,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":543
+  /* "ivshmem/native/descriptors.pyx":578
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:
  *             fail()
  *         return 0             # <<<<<<<<<<<<<<
@@ -12764,7 +13395,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":536
+  /* "ivshmem/native/descriptors.pyx":571
  *         return self.epfd
  * 
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:             # <<<<<<<<<<<<<<
@@ -12785,7 +13416,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":545
+/* "ivshmem/native/descriptors.pyx":580
  *         return 0
  * 
  *     def add(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -12835,46 +13466,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_token,&__pyx_mstate_global->__pyx_n_u_events,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 545, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 580, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 545, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 580, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 545, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 580, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 545, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 580, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "add", 0) < (0)) __PYX_ERR(0, 545, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "add", 0) < (0)) __PYX_ERR(0, 580, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, i); __PYX_ERR(0, 545, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, i); __PYX_ERR(0, 580, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 545, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 580, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 545, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 580, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 545, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 580, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 545, __pyx_L3_error)
-    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 545, __pyx_L3_error)
-    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 545, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 580, __pyx_L3_error)
+    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 580, __pyx_L3_error)
+    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 580, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 545, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 580, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12907,17 +13538,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_4add(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("add", 0);
 
-  /* "ivshmem/native/descriptors.pyx":547
+  /* "ivshmem/native/descriptors.pyx":582
  *     def add(self, int fd, uint64_t token, unsigned int events):
  *         """Watch `fd`. EPOLLHUP and EPOLLERR are reported even if `events` is 0."""
  *         self.control(EPOLL_CTL_ADD, fd, events, token)             # <<<<<<<<<<<<<<
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(__pyx_v_self, EPOLL_CTL_ADD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 547, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(__pyx_v_self, EPOLL_CTL_ADD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 582, __pyx_L1_error)
 
 
-  /* "ivshmem/native/descriptors.pyx":545
+  /* "ivshmem/native/descriptors.pyx":580
  *         return 0
  * 
  *     def add(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -12937,7 +13568,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_4add(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":549
+/* "ivshmem/native/descriptors.pyx":584
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -12987,46 +13618,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_token,&__pyx_mstate_global->__pyx_n_u_events,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 549, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 584, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 549, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 584, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 549, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 584, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 549, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 584, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "modify", 0) < (0)) __PYX_ERR(0, 549, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "modify", 0) < (0)) __PYX_ERR(0, 584, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, i); __PYX_ERR(0, 549, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, i); __PYX_ERR(0, 584, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 549, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 584, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 549, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 584, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 549, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 584, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 549, __pyx_L3_error)
-    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 549, __pyx_L3_error)
-    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 549, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 584, __pyx_L3_error)
+    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 584, __pyx_L3_error)
+    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 584, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 549, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 584, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13059,17 +13690,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_6modify(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("modify", 0);
 
-  /* "ivshmem/native/descriptors.pyx":550
+  /* "ivshmem/native/descriptors.pyx":585
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):
  *         self.control(EPOLL_CTL_MOD, fd, events, token)             # <<<<<<<<<<<<<<
  * 
  *     def remove(self, int fd):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(__pyx_v_self, EPOLL_CTL_MOD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 550, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(__pyx_v_self, EPOLL_CTL_MOD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 585, __pyx_L1_error)
 
 
-  /* "ivshmem/native/descriptors.pyx":549
+  /* "ivshmem/native/descriptors.pyx":584
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -13089,7 +13720,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_6modify(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":552
+/* "ivshmem/native/descriptors.pyx":587
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
  *     def remove(self, int fd):             # <<<<<<<<<<<<<<
@@ -13137,32 +13768,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 552, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 587, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 552, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 587, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "remove", 0) < (0)) __PYX_ERR(0, 552, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "remove", 0) < (0)) __PYX_ERR(0, 587, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, i); __PYX_ERR(0, 552, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, i); __PYX_ERR(0, 587, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 552, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 587, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 552, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 587, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 552, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 587, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13193,17 +13824,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_8remove(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("remove", 0);
 
-  /* "ivshmem/native/descriptors.pyx":553
+  /* "ivshmem/native/descriptors.pyx":588
  * 
  *     def remove(self, int fd):
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)             # <<<<<<<<<<<<<<
  * 
  *     def wait(self, timeout=None):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(__pyx_v_self, EPOLL_CTL_DEL, __pyx_v_fd, 0, 0); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 553, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(__pyx_v_self, EPOLL_CTL_DEL, __pyx_v_fd, 0, 0); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 588, __pyx_L1_error)
 
 
-  /* "ivshmem/native/descriptors.pyx":552
+  /* "ivshmem/native/descriptors.pyx":587
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
  *     def remove(self, int fd):             # <<<<<<<<<<<<<<
@@ -13223,7 +13854,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_8remove(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":555
+/* "ivshmem/native/descriptors.pyx":590
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -13271,24 +13902,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 555, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 590, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 555, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 590, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 555, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 590, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 555, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 590, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -13299,7 +13930,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 555, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 590, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13343,17 +13974,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait", 0);
 
-  /* "ivshmem/native/descriptors.pyx":561
+  /* "ivshmem/native/descriptors.pyx":596
  *         """
  *         cdef epoll_event events[BATCH]
  *         cdef int64_t deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
  *         cdef int n
  *         cdef int epfd = self.fileno()
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 561, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 596, __pyx_L1_error)
   __pyx_v_deadline = __pyx_t_1;
 
-  /* "ivshmem/native/descriptors.pyx":563
+  /* "ivshmem/native/descriptors.pyx":598
  *         cdef int64_t deadline = deadline_of(timeout)
  *         cdef int n
  *         cdef int epfd = self.fileno()             # <<<<<<<<<<<<<<
@@ -13367,14 +13998,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __
     PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 563, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 598, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  __pyx_t_5 = __Pyx_PyLong_As_int(__pyx_t_2); if (unlikely((__pyx_t_5 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 563, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyLong_As_int(__pyx_t_2); if (unlikely((__pyx_t_5 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 598, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_v_epfd = __pyx_t_5;
 
-  /* "ivshmem/native/descriptors.pyx":564
+  /* "ivshmem/native/descriptors.pyx":599
  *         cdef int n
  *         cdef int epfd = self.fileno()
  *         while True:             # <<<<<<<<<<<<<<
@@ -13383,17 +14014,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __
 */
   while (1) {
 
-    /* "ivshmem/native/descriptors.pyx":565
+    /* "ivshmem/native/descriptors.pyx":600
  *         cdef int epfd = self.fileno()
  *         while True:
  *             n = epoll_sleep(epfd, events, BATCH, deadline)             # <<<<<<<<<<<<<<
  *             if n >= 0:
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
 */
-    __pyx_t_5 = __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(__pyx_v_epfd, __pyx_v_events, __pyx_e_7ivshmem_6native_11descriptors_BATCH, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 565, __pyx_L1_error)
+    __pyx_t_5 = __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(__pyx_v_epfd, __pyx_v_events, __pyx_e_7ivshmem_6native_11descriptors_BATCH, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 600, __pyx_L1_error)
     __pyx_v_n = __pyx_t_5;
 
-    /* "ivshmem/native/descriptors.pyx":566
+    /* "ivshmem/native/descriptors.pyx":601
  *         while True:
  *             n = epoll_sleep(epfd, events, BATCH, deadline)
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -13405,7 +14036,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/native/descriptors.pyx":567
+      /* "ivshmem/native/descriptors.pyx":602
  *             n = epoll_sleep(epfd, events, BATCH, deadline)
  *             if n >= 0:
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]             # <<<<<<<<<<<<<<
@@ -13413,7 +14044,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __
  *     def close(self):
 */
       { /* enter inner scope */
-        __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 567, __pyx_L1_error)
+        __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 602, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
 
         __pyx_t_5 = __pyx_v_n;
@@ -13421,20 +14052,20 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __
 
         for (__pyx_t_8 = 0; __pyx_t_8 < __pyx_t_7; __pyx_t_8+=1) {
           __pyx_8genexpr1__pyx_v_i = __pyx_t_8;
-          __pyx_t_3 = __Pyx_PyLong_From_uint64_t((__pyx_v_events[__pyx_8genexpr1__pyx_v_i]).data.u64); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 567, __pyx_L1_error)
+          __pyx_t_3 = __Pyx_PyLong_From_uint64_t((__pyx_v_events[__pyx_8genexpr1__pyx_v_i]).data.u64); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 602, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_3);
-          __pyx_t_9 = __Pyx_PyLong_From_uint32_t((__pyx_v_events[__pyx_8genexpr1__pyx_v_i]).events); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 567, __pyx_L1_error)
+          __pyx_t_9 = __Pyx_PyLong_From_uint32_t((__pyx_v_events[__pyx_8genexpr1__pyx_v_i]).events); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 602, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_9);
-          __pyx_t_10 = PyTuple_New(2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 567, __pyx_L1_error)
+          __pyx_t_10 = PyTuple_New(2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 602, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_10);
           __Pyx_GIVEREF(__pyx_t_3);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 567, __pyx_L1_error);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 602, __pyx_L1_error);
           __Pyx_GIVEREF(__pyx_t_9);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 1, __pyx_t_9) != (0)) __PYX_ERR(0, 567, __pyx_L1_error);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 1, __pyx_t_9) != (0)) __PYX_ERR(0, 602, __pyx_L1_error);
           __pyx_t_3 = 0;
           __pyx_t_9 = 0;
           __Pyx_GIVEREF(__pyx_t_10);
-          if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_2, __pyx_t_10))) __PYX_ERR(0, 567, __pyx_L1_error)
+          if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_2, __pyx_t_10))) __PYX_ERR(0, 602, __pyx_L1_error)
           __pyx_t_10 = 0;
         }
 
@@ -13450,7 +14081,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __
       __pyx_t_2 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/native/descriptors.pyx":566
+      /* "ivshmem/native/descriptors.pyx":601
  *         while True:
  *             n = epoll_sleep(epfd, events, BATCH, deadline)
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -13460,7 +14091,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __
     }
   }
 
-  /* "ivshmem/native/descriptors.pyx":555
+  /* "ivshmem/native/descriptors.pyx":590
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -13489,7 +14120,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":569
+/* "ivshmem/native/descriptors.pyx":604
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -13548,7 +14179,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_12close(struct _
   int __pyx_t_2;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/native/descriptors.pyx":570
+  /* "ivshmem/native/descriptors.pyx":605
  * 
  *     def close(self):
  *         cdef int epfd = self.epfd             # <<<<<<<<<<<<<<
@@ -13559,7 +14190,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_12close(struct _
 
   __pyx_v_epfd = __pyx_t_1;
 
-  /* "ivshmem/native/descriptors.pyx":571
+  /* "ivshmem/native/descriptors.pyx":606
  *     def close(self):
  *         cdef int epfd = self.epfd
  *         self.epfd = -1             # <<<<<<<<<<<<<<
@@ -13568,7 +14199,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_12close(struct _
 */
   __pyx_v_self->epfd = -1;
 
-  /* "ivshmem/native/descriptors.pyx":572
+  /* "ivshmem/native/descriptors.pyx":607
  *         cdef int epfd = self.epfd
  *         self.epfd = -1
  *         if epfd >= 0:             # <<<<<<<<<<<<<<
@@ -13580,7 +14211,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_12close(struct _
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/native/descriptors.pyx":573
+    /* "ivshmem/native/descriptors.pyx":608
  *         self.epfd = -1
  *         if epfd >= 0:
  *             c_close(epfd)             # <<<<<<<<<<<<<<
@@ -13589,7 +14220,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_12close(struct _
 */
     (void)(close(__pyx_v_epfd));
 
-    /* "ivshmem/native/descriptors.pyx":572
+    /* "ivshmem/native/descriptors.pyx":607
  *         cdef int epfd = self.epfd
  *         self.epfd = -1
  *         if epfd >= 0:             # <<<<<<<<<<<<<<
@@ -13598,7 +14229,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_12close(struct _
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":569
+  /* "ivshmem/native/descriptors.pyx":604
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -13614,7 +14245,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_12close(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":575
+/* "ivshmem/native/descriptors.pyx":610
  *             c_close(epfd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -13638,7 +14269,7 @@ static void __pyx_pw_7ivshmem_6native_11descriptors_5Epoll_15__dealloc__(PyObjec
 static void __pyx_pf_7ivshmem_6native_11descriptors_5Epoll_14__dealloc__(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/native/descriptors.pyx":576
+  /* "ivshmem/native/descriptors.pyx":611
  * 
  *     def __dealloc__(self):
  *         if self.epfd >= 0:             # <<<<<<<<<<<<<<
@@ -13650,7 +14281,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_5Epoll_14__dealloc__(struct 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":577
+    /* "ivshmem/native/descriptors.pyx":612
  *     def __dealloc__(self):
  *         if self.epfd >= 0:
  *             c_close(self.epfd)             # <<<<<<<<<<<<<<
@@ -13659,7 +14290,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_5Epoll_14__dealloc__(struct 
 */
     (void)(close(__pyx_v_self->epfd));
 
-    /* "ivshmem/native/descriptors.pyx":576
+    /* "ivshmem/native/descriptors.pyx":611
  * 
  *     def __dealloc__(self):
  *         if self.epfd >= 0:             # <<<<<<<<<<<<<<
@@ -13668,7 +14299,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_5Epoll_14__dealloc__(struct 
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":575
+  /* "ivshmem/native/descriptors.pyx":610
  *             c_close(epfd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -13886,7 +14517,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_18__setstate_cyt
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":580
+/* "ivshmem/native/descriptors.pyx":615
  * 
  * 
  * cdef int epoll_sleep(int epfd, epoll_event *events, int limit, int64_t deadline) except -2:             # <<<<<<<<<<<<<<
@@ -13910,7 +14541,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/native/descriptors.pyx":584
+  /* "ivshmem/native/descriptors.pyx":619
  *     cdef int64_t left
  *     cdef int milliseconds, n, code
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -13922,7 +14553,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":585
+    /* "ivshmem/native/descriptors.pyx":620
  *     cdef int milliseconds, n, code
  *     if deadline == INT64_MAX:
  *         milliseconds = -1             # <<<<<<<<<<<<<<
@@ -13931,7 +14562,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
 */
     __pyx_v_milliseconds = -1;
 
-    /* "ivshmem/native/descriptors.pyx":584
+    /* "ivshmem/native/descriptors.pyx":619
  *     cdef int64_t left
  *     cdef int milliseconds, n, code
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -13941,7 +14572,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
     goto __pyx_L3;
   }
 
-  /* "ivshmem/native/descriptors.pyx":587
+  /* "ivshmem/native/descriptors.pyx":622
  *         milliseconds = -1
  *     else:
  *         left = deadline - now() if deadline else 0             # <<<<<<<<<<<<<<
@@ -13961,7 +14592,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
 
     __pyx_v_left = __pyx_t_2;
 
-    /* "ivshmem/native/descriptors.pyx":589
+    /* "ivshmem/native/descriptors.pyx":624
  *         left = deadline - now() if deadline else 0
  *         # Round up: otherwise the last fraction of a millisecond would be spent spinning.
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0             # <<<<<<<<<<<<<<
@@ -13997,7 +14628,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
   }
   __pyx_L3:;
 
-  /* "ivshmem/native/descriptors.pyx":590
+  /* "ivshmem/native/descriptors.pyx":625
  *         # Round up: otherwise the last fraction of a millisecond would be spent spinning.
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -14010,7 +14641,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
       __Pyx_FastGIL_Remember();
       /*try:*/ {
 
-        /* "ivshmem/native/descriptors.pyx":591
+        /* "ivshmem/native/descriptors.pyx":626
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0
  *     with nogil:
  *         n = epoll_wait(epfd, events, limit, milliseconds)             # <<<<<<<<<<<<<<
@@ -14019,7 +14650,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
 */
         __pyx_v_n = epoll_wait(__pyx_v_epfd, __pyx_v_events, __pyx_v_limit, __pyx_v_milliseconds);
 
-        /* "ivshmem/native/descriptors.pyx":592
+        /* "ivshmem/native/descriptors.pyx":627
  *     with nogil:
  *         n = epoll_wait(epfd, events, limit, milliseconds)
  *         code = errno             # <<<<<<<<<<<<<<
@@ -14029,7 +14660,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
         __pyx_v_code = errno;
       }
 
-      /* "ivshmem/native/descriptors.pyx":590
+      /* "ivshmem/native/descriptors.pyx":625
  *         # Round up: otherwise the last fraction of a millisecond would be spent spinning.
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -14046,7 +14677,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
       }
   }
 
-  /* "ivshmem/native/descriptors.pyx":593
+  /* "ivshmem/native/descriptors.pyx":628
  *         n = epoll_wait(epfd, events, limit, milliseconds)
  *         code = errno
  *     if n >= 0:             # <<<<<<<<<<<<<<
@@ -14058,7 +14689,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":594
+    /* "ivshmem/native/descriptors.pyx":629
  *         code = errno
  *     if n >= 0:
  *         return n             # <<<<<<<<<<<<<<
@@ -14071,7 +14702,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pyx":593
+    /* "ivshmem/native/descriptors.pyx":628
  *         n = epoll_wait(epfd, events, limit, milliseconds)
  *         code = errno
  *     if n >= 0:             # <<<<<<<<<<<<<<
@@ -14080,7 +14711,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":595
+  /* "ivshmem/native/descriptors.pyx":630
  *     if n >= 0:
  *         return n
  *     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -14092,17 +14723,17 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":596
+    /* "ivshmem/native/descriptors.pyx":631
  *         return n
  *     if code != EINTR:
  *         fail_with(code)             # <<<<<<<<<<<<<<
  *     PyErr_CheckSignals()
  *     return -1
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 596, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 631, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":595
+    /* "ivshmem/native/descriptors.pyx":630
  *     if n >= 0:
  *         return n
  *     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -14111,17 +14742,17 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":597
+  /* "ivshmem/native/descriptors.pyx":632
  *     if code != EINTR:
  *         fail_with(code)
  *     PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *     return -1
  * 
 */
-  __pyx_t_3 = PyErr_CheckSignals(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 597, __pyx_L1_error)
+  __pyx_t_3 = PyErr_CheckSignals(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 632, __pyx_L1_error)
 
 
-  /* "ivshmem/native/descriptors.pyx":598
+  /* "ivshmem/native/descriptors.pyx":633
  *         fail_with(code)
  *     PyErr_CheckSignals()
  *     return -1             # <<<<<<<<<<<<<<
@@ -14134,7 +14765,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":580
+  /* "ivshmem/native/descriptors.pyx":615
  * 
  * 
  * cdef int epoll_sleep(int epfd, epoll_event *events, int limit, int64_t deadline) except -2:             # <<<<<<<<<<<<<<
@@ -14155,7 +14786,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":601
+/* "ivshmem/native/descriptors.pyx":636
  * 
  * 
  * cdef int fail_with(int code) except -1:             # <<<<<<<<<<<<<<
@@ -14178,7 +14809,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_fail_with(int __pyx_v_code) {
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fail_with", 0);
 
-  /* "ivshmem/native/descriptors.pyx":602
+  /* "ivshmem/native/descriptors.pyx":637
  * 
  * cdef int fail_with(int code) except -1:
  *     raise OSError(code, strerror(code).decode())             # <<<<<<<<<<<<<<
@@ -14186,15 +14817,15 @@ static int __pyx_f_7ivshmem_6native_11descriptors_fail_with(int __pyx_v_code) {
  * 
 */
   __pyx_t_2 = NULL;
-  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 602, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 637, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
   __pyx_t_4 = strerror(__pyx_v_code);
-  __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_4); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 602, __pyx_L1_error)
-  __pyx_t_6 = __Pyx_decode_c_string(__pyx_t_4, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 602, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_4); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 637, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_decode_c_string(__pyx_t_4, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 637, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
 
-  if (!(likely(PyUnicode_CheckExact(__pyx_t_6)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_6))) __PYX_ERR(0, 602, __pyx_L1_error)
+  if (!(likely(PyUnicode_CheckExact(__pyx_t_6)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_6))) __PYX_ERR(0, 637, __pyx_L1_error)
   __pyx_t_7 = 1;
   {
     PyObject *__pyx_callargs[3] = {__pyx_t_2, __pyx_t_3, __pyx_t_6};
@@ -14202,14 +14833,14 @@ static int __pyx_f_7ivshmem_6native_11descriptors_fail_with(int __pyx_v_code) {
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 602, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 637, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 602, __pyx_L1_error)
+  __PYX_ERR(0, 637, __pyx_L1_error)
 
-  /* "ivshmem/native/descriptors.pyx":601
+  /* "ivshmem/native/descriptors.pyx":636
  * 
  * 
  * cdef int fail_with(int code) except -1:             # <<<<<<<<<<<<<<
@@ -14230,7 +14861,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_fail_with(int __pyx_v_code) {
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":611
+/* "ivshmem/native/descriptors.pyx":646
  *     cdef int fd
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -14287,7 +14918,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Timer___cinit__(struct __pyx
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/native/descriptors.pyx":612
+  /* "ivshmem/native/descriptors.pyx":647
  * 
  *     def __cinit__(self):
  *         self.fd = -1             # <<<<<<<<<<<<<<
@@ -14296,7 +14927,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Timer___cinit__(struct __pyx
 */
   __pyx_v_self->fd = -1;
 
-  /* "ivshmem/native/descriptors.pyx":613
+  /* "ivshmem/native/descriptors.pyx":648
  *     def __cinit__(self):
  *         self.fd = -1
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)             # <<<<<<<<<<<<<<
@@ -14305,7 +14936,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Timer___cinit__(struct __pyx
 */
   __pyx_v_self->fd = timerfd_create(CLOCK_MONOTONIC, (TFD_CLOEXEC | TFD_NONBLOCK));
 
-  /* "ivshmem/native/descriptors.pyx":614
+  /* "ivshmem/native/descriptors.pyx":649
  *         self.fd = -1
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -14317,17 +14948,17 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Timer___cinit__(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":615
+    /* "ivshmem/native/descriptors.pyx":650
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
  *         if self.fd < 0:
  *             fail()             # <<<<<<<<<<<<<<
  * 
  *     def fileno(self):
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 615, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 650, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":614
+    /* "ivshmem/native/descriptors.pyx":649
  *         self.fd = -1
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -14336,7 +14967,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Timer___cinit__(struct __pyx
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":611
+  /* "ivshmem/native/descriptors.pyx":646
  *     cdef int fd
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -14355,7 +14986,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Timer___cinit__(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":617
+/* "ivshmem/native/descriptors.pyx":652
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -14419,7 +15050,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_2fileno(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/native/descriptors.pyx":618
+  /* "ivshmem/native/descriptors.pyx":653
  * 
  *     def fileno(self):
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -14431,7 +15062,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_2fileno(struct _
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/native/descriptors.pyx":619
+    /* "ivshmem/native/descriptors.pyx":654
  *     def fileno(self):
  *         if self.fd < 0:
  *             raise ClosedError("the timer is closed")             # <<<<<<<<<<<<<<
@@ -14439,7 +15070,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_2fileno(struct _
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 619, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 654, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -14458,14 +15089,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_2fileno(struct _
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 619, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 654, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 619, __pyx_L1_error)
+    __PYX_ERR(0, 654, __pyx_L1_error)
 
-    /* "ivshmem/native/descriptors.pyx":618
+    /* "ivshmem/native/descriptors.pyx":653
  * 
  *     def fileno(self):
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -14474,14 +15105,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_2fileno(struct _
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":620
+  /* "ivshmem/native/descriptors.pyx":655
  *         if self.fd < 0:
  *             raise ClosedError("the timer is closed")
  *         return self.fd             # <<<<<<<<<<<<<<
  * 
  *     def set(self, double seconds):
 */
-  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->fd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 620, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->fd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 655, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject *__pyx_temp;
@@ -14494,7 +15125,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_2fileno(struct _
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":617
+  /* "ivshmem/native/descriptors.pyx":652
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -14515,7 +15146,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_2fileno(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":622
+/* "ivshmem/native/descriptors.pyx":657
  *         return self.fd
  * 
  *     def set(self, double seconds):             # <<<<<<<<<<<<<<
@@ -14563,32 +15194,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_seconds,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 622, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 657, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 622, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 657, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "set", 0) < (0)) __PYX_ERR(0, 622, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "set", 0) < (0)) __PYX_ERR(0, 657, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, i); __PYX_ERR(0, 622, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, i); __PYX_ERR(0, 657, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 622, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 657, __pyx_L3_error)
     }
-    __pyx_v_seconds = __Pyx_PyFloat_AsDouble(values[0]); if (unlikely((__pyx_v_seconds == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 622, __pyx_L3_error)
+    __pyx_v_seconds = __Pyx_PyFloat_AsDouble(values[0]); if (unlikely((__pyx_v_seconds == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 657, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 622, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 657, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -14624,7 +15255,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_4set(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("set", 0);
 
-  /* "ivshmem/native/descriptors.pyx":625
+  /* "ivshmem/native/descriptors.pyx":660
  *         """Make the descriptor readable `seconds` from now, and not before. 0: never."""
  *         cdef itimerspec spec
  *         memset(&spec, 0, sizeof(spec))             # <<<<<<<<<<<<<<
@@ -14633,7 +15264,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_4set(struct __py
 */
   (void)(memset((&__pyx_v_spec), 0, (sizeof(__pyx_v_spec))));
 
-  /* "ivshmem/native/descriptors.pyx":626
+  /* "ivshmem/native/descriptors.pyx":661
  *         cdef itimerspec spec
  *         memset(&spec, 0, sizeof(spec))
  *         spec.it_value.tv_sec = <long>seconds             # <<<<<<<<<<<<<<
@@ -14642,7 +15273,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_4set(struct __py
 */
   __pyx_v_spec.it_value.tv_sec = ((long)__pyx_v_seconds);
 
-  /* "ivshmem/native/descriptors.pyx":627
+  /* "ivshmem/native/descriptors.pyx":662
  *         memset(&spec, 0, sizeof(spec))
  *         spec.it_value.tv_sec = <long>seconds
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)             # <<<<<<<<<<<<<<
@@ -14651,7 +15282,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_4set(struct __py
 */
   __pyx_v_spec.it_value.tv_nsec = ((long)((__pyx_v_seconds - ((long)__pyx_v_seconds)) * 1e9));
 
-  /* "ivshmem/native/descriptors.pyx":628
+  /* "ivshmem/native/descriptors.pyx":663
  *         spec.it_value.tv_sec = <long>seconds
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
  *         if timerfd_settime(self.fileno(), 0, &spec, NULL) < 0:             # <<<<<<<<<<<<<<
@@ -14665,10 +15296,10 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_4set(struct __py
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 628, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 663, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 628, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 663, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_5 = (timerfd_settime(__pyx_t_4, 0, (&__pyx_v_spec), NULL) < 0);
 
@@ -14676,17 +15307,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_4set(struct __py
   if (__pyx_t_5) {
 
 
-    /* "ivshmem/native/descriptors.pyx":629
+    /* "ivshmem/native/descriptors.pyx":664
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
  *         if timerfd_settime(self.fileno(), 0, &spec, NULL) < 0:
  *             fail()             # <<<<<<<<<<<<<<
  * 
  *     def close(self):
 */
-    __pyx_t_4 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 629, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 664, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":628
+    /* "ivshmem/native/descriptors.pyx":663
  *         spec.it_value.tv_sec = <long>seconds
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
  *         if timerfd_settime(self.fileno(), 0, &spec, NULL) < 0:             # <<<<<<<<<<<<<<
@@ -14695,7 +15326,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_4set(struct __py
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":622
+  /* "ivshmem/native/descriptors.pyx":657
  *         return self.fd
  * 
  *     def set(self, double seconds):             # <<<<<<<<<<<<<<
@@ -14718,7 +15349,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_4set(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":631
+/* "ivshmem/native/descriptors.pyx":666
  *             fail()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -14777,7 +15408,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_6close(struct __
   int __pyx_t_2;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/native/descriptors.pyx":632
+  /* "ivshmem/native/descriptors.pyx":667
  * 
  *     def close(self):
  *         cdef int fd = self.fd             # <<<<<<<<<<<<<<
@@ -14788,7 +15419,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_6close(struct __
 
   __pyx_v_fd = __pyx_t_1;
 
-  /* "ivshmem/native/descriptors.pyx":633
+  /* "ivshmem/native/descriptors.pyx":668
  *     def close(self):
  *         cdef int fd = self.fd
  *         self.fd = -1             # <<<<<<<<<<<<<<
@@ -14797,7 +15428,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_6close(struct __
 */
   __pyx_v_self->fd = -1;
 
-  /* "ivshmem/native/descriptors.pyx":634
+  /* "ivshmem/native/descriptors.pyx":669
  *         cdef int fd = self.fd
  *         self.fd = -1
  *         if fd >= 0:             # <<<<<<<<<<<<<<
@@ -14809,7 +15440,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_6close(struct __
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/native/descriptors.pyx":635
+    /* "ivshmem/native/descriptors.pyx":670
  *         self.fd = -1
  *         if fd >= 0:
  *             c_close(fd)             # <<<<<<<<<<<<<<
@@ -14818,7 +15449,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_6close(struct __
 */
     (void)(close(__pyx_v_fd));
 
-    /* "ivshmem/native/descriptors.pyx":634
+    /* "ivshmem/native/descriptors.pyx":669
  *         cdef int fd = self.fd
  *         self.fd = -1
  *         if fd >= 0:             # <<<<<<<<<<<<<<
@@ -14827,7 +15458,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_6close(struct __
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":631
+  /* "ivshmem/native/descriptors.pyx":666
  *             fail()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -14843,7 +15474,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_6close(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":637
+/* "ivshmem/native/descriptors.pyx":672
  *             c_close(fd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -14867,7 +15498,7 @@ static void __pyx_pw_7ivshmem_6native_11descriptors_5Timer_9__dealloc__(PyObject
 static void __pyx_pf_7ivshmem_6native_11descriptors_5Timer_8__dealloc__(struct __pyx_obj_7ivshmem_6native_11descriptors_Timer *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/native/descriptors.pyx":638
+  /* "ivshmem/native/descriptors.pyx":673
  * 
  *     def __dealloc__(self):
  *         if self.fd >= 0:             # <<<<<<<<<<<<<<
@@ -14879,7 +15510,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_5Timer_8__dealloc__(struct _
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":639
+    /* "ivshmem/native/descriptors.pyx":674
  *     def __dealloc__(self):
  *         if self.fd >= 0:
  *             c_close(self.fd)             # <<<<<<<<<<<<<<
@@ -14888,7 +15519,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_5Timer_8__dealloc__(struct _
 */
     (void)(close(__pyx_v_self->fd));
 
-    /* "ivshmem/native/descriptors.pyx":638
+    /* "ivshmem/native/descriptors.pyx":673
  * 
  *     def __dealloc__(self):
  *         if self.fd >= 0:             # <<<<<<<<<<<<<<
@@ -14897,7 +15528,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_5Timer_8__dealloc__(struct _
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":637
+  /* "ivshmem/native/descriptors.pyx":672
  *             c_close(fd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -15115,7 +15746,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_12__setstate_cyt
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":642
+/* "ivshmem/native/descriptors.pyx":677
  * 
  * 
  * def fork_sharing_files():             # <<<<<<<<<<<<<<
@@ -15153,7 +15784,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fork_sharing_files", 0);
 
-  /* "ivshmem/native/descriptors.pyx":653
+  /* "ivshmem/native/descriptors.pyx":688
  *     cdef long pid
  *     cdef int code
  *     PyOS_BeforeFork()             # <<<<<<<<<<<<<<
@@ -15162,7 +15793,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
 */
   PyOS_BeforeFork();
 
-  /* "ivshmem/native/descriptors.pyx":654
+  /* "ivshmem/native/descriptors.pyx":689
  *     cdef int code
  *     PyOS_BeforeFork()
  *     pid = ivshmem_fork_sharing_files()             # <<<<<<<<<<<<<<
@@ -15171,7 +15802,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
 */
   __pyx_v_pid = ivshmem_fork_sharing_files();
 
-  /* "ivshmem/native/descriptors.pyx":655
+  /* "ivshmem/native/descriptors.pyx":690
  *     PyOS_BeforeFork()
  *     pid = ivshmem_fork_sharing_files()
  *     code = errno             # <<<<<<<<<<<<<<
@@ -15180,7 +15811,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
 */
   __pyx_v_code = errno;
 
-  /* "ivshmem/native/descriptors.pyx":656
+  /* "ivshmem/native/descriptors.pyx":691
  *     pid = ivshmem_fork_sharing_files()
  *     code = errno
  *     if pid == 0:             # <<<<<<<<<<<<<<
@@ -15192,7 +15823,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":657
+    /* "ivshmem/native/descriptors.pyx":692
  *     code = errno
  *     if pid == 0:
  *         PyOS_AfterFork_Child()             # <<<<<<<<<<<<<<
@@ -15201,7 +15832,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
 */
     PyOS_AfterFork_Child();
 
-    /* "ivshmem/native/descriptors.pyx":658
+    /* "ivshmem/native/descriptors.pyx":693
  *     if pid == 0:
  *         PyOS_AfterFork_Child()
  *         return 0             # <<<<<<<<<<<<<<
@@ -15219,7 +15850,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pyx":656
+    /* "ivshmem/native/descriptors.pyx":691
  *     pid = ivshmem_fork_sharing_files()
  *     code = errno
  *     if pid == 0:             # <<<<<<<<<<<<<<
@@ -15228,7 +15859,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":659
+  /* "ivshmem/native/descriptors.pyx":694
  *         PyOS_AfterFork_Child()
  *         return 0
  *     PyOS_AfterFork_Parent()             # <<<<<<<<<<<<<<
@@ -15237,7 +15868,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
 */
   PyOS_AfterFork_Parent();
 
-  /* "ivshmem/native/descriptors.pyx":660
+  /* "ivshmem/native/descriptors.pyx":695
  *         return 0
  *     PyOS_AfterFork_Parent()
  *     if pid < 0:             # <<<<<<<<<<<<<<
@@ -15249,17 +15880,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":661
+    /* "ivshmem/native/descriptors.pyx":696
  *     PyOS_AfterFork_Parent()
  *     if pid < 0:
  *         fail_with(code)             # <<<<<<<<<<<<<<
  *     return pid
  * 
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 661, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 696, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":660
+    /* "ivshmem/native/descriptors.pyx":695
  *         return 0
  *     PyOS_AfterFork_Parent()
  *     if pid < 0:             # <<<<<<<<<<<<<<
@@ -15268,14 +15899,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":662
+  /* "ivshmem/native/descriptors.pyx":697
  *     if pid < 0:
  *         fail_with(code)
  *     return pid             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_3 = __Pyx_PyLong_From_long(__pyx_v_pid); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 662, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_long(__pyx_v_pid); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 697, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   {
     PyObject *__pyx_temp;
@@ -15288,7 +15919,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":642
+  /* "ivshmem/native/descriptors.pyx":677
  * 
  * 
  * def fork_sharing_files():             # <<<<<<<<<<<<<<
@@ -15309,7 +15940,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":665
+/* "ivshmem/native/descriptors.pyx":700
  * 
  * 
  * def rename_exclusive(int directory, source, target):             # <<<<<<<<<<<<<<
@@ -15359,46 +15990,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_directory,&__pyx_mstate_global->__pyx_n_u_source,&__pyx_mstate_global->__pyx_n_u_target,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 665, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 700, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 665, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 700, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 665, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 700, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 665, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 700, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "rename_exclusive", 0) < (0)) __PYX_ERR(0, 665, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "rename_exclusive", 0) < (0)) __PYX_ERR(0, 700, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("rename_exclusive", 1, 3, 3, i); __PYX_ERR(0, 665, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("rename_exclusive", 1, 3, 3, i); __PYX_ERR(0, 700, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 665, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 700, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 665, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 700, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 665, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 700, __pyx_L3_error)
     }
-    __pyx_v_directory = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_directory == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 665, __pyx_L3_error)
+    __pyx_v_directory = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_directory == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 700, __pyx_L3_error)
     __pyx_v_source = values[1];
     __pyx_v_target = values[2];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("rename_exclusive", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 665, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("rename_exclusive", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 700, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15442,7 +16073,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("rename_exclusive", 0);
 
-  /* "ivshmem/native/descriptors.pyx":671
+  /* "ivshmem/native/descriptors.pyx":706
  *         OSError: EEXIST; EINVAL or ENOSYS if the file system or the kernel cannot do it.
  *     """
  *     cdef bytes old = os.fsencode(source)             # <<<<<<<<<<<<<<
@@ -15450,9 +16081,9 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
  *     cdef const char *old_text = old
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 671, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 706, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 671, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 706, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5 = 1;
@@ -15472,14 +16103,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 671, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 706, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 671, __pyx_L1_error)
+  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 706, __pyx_L1_error)
   __pyx_v_old = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":672
+  /* "ivshmem/native/descriptors.pyx":707
  *     """
  *     cdef bytes old = os.fsencode(source)
  *     cdef bytes new = os.fsencode(target)             # <<<<<<<<<<<<<<
@@ -15487,9 +16118,9 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
  *     cdef const char *new_text = new
 */
   __pyx_t_4 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 672, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 707, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 672, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 707, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_t_5 = 1;
@@ -15509,14 +16140,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 672, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 707, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 672, __pyx_L1_error)
+  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 707, __pyx_L1_error)
   __pyx_v_new = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":673
+  /* "ivshmem/native/descriptors.pyx":708
  *     cdef bytes old = os.fsencode(source)
  *     cdef bytes new = os.fsencode(target)
  *     cdef const char *old_text = old             # <<<<<<<<<<<<<<
@@ -15525,12 +16156,12 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
 */
   if (unlikely(__pyx_v_old == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "expected bytes, NoneType found");
-    __PYX_ERR(0, 673, __pyx_L1_error)
+    __PYX_ERR(0, 708, __pyx_L1_error)
   }
-  __pyx_t_6 = __Pyx_PyBytes_AsString(__pyx_v_old); if (unlikely((!__pyx_t_6) && PyErr_Occurred())) __PYX_ERR(0, 673, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyBytes_AsString(__pyx_v_old); if (unlikely((!__pyx_t_6) && PyErr_Occurred())) __PYX_ERR(0, 708, __pyx_L1_error)
   __pyx_v_old_text = __pyx_t_6;
 
-  /* "ivshmem/native/descriptors.pyx":674
+  /* "ivshmem/native/descriptors.pyx":709
  *     cdef bytes new = os.fsencode(target)
  *     cdef const char *old_text = old
  *     cdef const char *new_text = new             # <<<<<<<<<<<<<<
@@ -15539,12 +16170,12 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
 */
   if (unlikely(__pyx_v_new == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "expected bytes, NoneType found");
-    __PYX_ERR(0, 674, __pyx_L1_error)
+    __PYX_ERR(0, 709, __pyx_L1_error)
   }
-  __pyx_t_7 = __Pyx_PyBytes_AsString(__pyx_v_new); if (unlikely((!__pyx_t_7) && PyErr_Occurred())) __PYX_ERR(0, 674, __pyx_L1_error)
+  __pyx_t_7 = __Pyx_PyBytes_AsString(__pyx_v_new); if (unlikely((!__pyx_t_7) && PyErr_Occurred())) __PYX_ERR(0, 709, __pyx_L1_error)
   __pyx_v_new_text = __pyx_t_7;
 
-  /* "ivshmem/native/descriptors.pyx":676
+  /* "ivshmem/native/descriptors.pyx":711
  *     cdef const char *new_text = new
  *     cdef long result
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -15557,7 +16188,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
       __Pyx_FastGIL_Remember();
       /*try:*/ {
 
-        /* "ivshmem/native/descriptors.pyx":677
+        /* "ivshmem/native/descriptors.pyx":712
  *     cdef long result
  *     with nogil:
  *         result = ivshmem_rename_exclusive(directory, old_text, new_text)             # <<<<<<<<<<<<<<
@@ -15567,7 +16198,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
         __pyx_v_result = ivshmem_rename_exclusive(__pyx_v_directory, __pyx_v_old_text, __pyx_v_new_text);
       }
 
-      /* "ivshmem/native/descriptors.pyx":676
+      /* "ivshmem/native/descriptors.pyx":711
  *     cdef const char *new_text = new
  *     cdef long result
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -15584,7 +16215,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
       }
   }
 
-  /* "ivshmem/native/descriptors.pyx":678
+  /* "ivshmem/native/descriptors.pyx":713
  *     with nogil:
  *         result = ivshmem_rename_exclusive(directory, old_text, new_text)
  *     if result < 0:             # <<<<<<<<<<<<<<
@@ -15596,17 +16227,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
   if (__pyx_t_8) {
 
 
-    /* "ivshmem/native/descriptors.pyx":679
+    /* "ivshmem/native/descriptors.pyx":714
  *         result = ivshmem_rename_exclusive(directory, old_text, new_text)
  *     if result < 0:
  *         fail()             # <<<<<<<<<<<<<<
  * 
  * 
 */
-    __pyx_t_9 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 679, __pyx_L1_error)
+    __pyx_t_9 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 714, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":678
+    /* "ivshmem/native/descriptors.pyx":713
  *     with nogil:
  *         result = ivshmem_rename_exclusive(directory, old_text, new_text)
  *     if result < 0:             # <<<<<<<<<<<<<<
@@ -15615,7 +16246,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":665
+  /* "ivshmem/native/descriptors.pyx":700
  * 
  * 
  * def rename_exclusive(int directory, source, target):             # <<<<<<<<<<<<<<
@@ -15644,7 +16275,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":682
+/* "ivshmem/native/descriptors.pyx":717
  * 
  * 
  * cdef int64_t take_count(int fd) except -1:             # <<<<<<<<<<<<<<
@@ -15667,7 +16298,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int __pyx_v_fd)
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("take_count", 0);
 
-  /* "ivshmem/native/descriptors.pyx":684
+  /* "ivshmem/native/descriptors.pyx":719
  * cdef int64_t take_count(int fd) except -1:
  *     """Do what `look` does, but raise OSError on failure."""
  *     cdef int64_t count = look(fd)             # <<<<<<<<<<<<<<
@@ -15676,7 +16307,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int __pyx_v_fd)
 */
   __pyx_v_count = __pyx_f_7ivshmem_6native_11descriptors_look(__pyx_v_fd);
 
-  /* "ivshmem/native/descriptors.pyx":685
+  /* "ivshmem/native/descriptors.pyx":720
  *     """Do what `look` does, but raise OSError on failure."""
  *     cdef int64_t count = look(fd)
  *     if count == -EINVAL:             # <<<<<<<<<<<<<<
@@ -15688,7 +16319,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int __pyx_v_fd)
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/native/descriptors.pyx":686
+    /* "ivshmem/native/descriptors.pyx":721
  *     cdef int64_t count = look(fd)
  *     if count == -EINVAL:
  *         raise OSError(EINVAL, "a vector's descriptor is not an eventfd")             # <<<<<<<<<<<<<<
@@ -15696,7 +16327,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int __pyx_v_fd)
  *         fail_with(<int>-count)
 */
     __pyx_t_3 = NULL;
-    __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 686, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 721, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     {
@@ -15704,14 +16335,14 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int __pyx_v_fd)
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_OSError)), __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 686, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 721, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 686, __pyx_L1_error)
+    __PYX_ERR(0, 721, __pyx_L1_error)
 
-    /* "ivshmem/native/descriptors.pyx":685
+    /* "ivshmem/native/descriptors.pyx":720
  *     """Do what `look` does, but raise OSError on failure."""
  *     cdef int64_t count = look(fd)
  *     if count == -EINVAL:             # <<<<<<<<<<<<<<
@@ -15720,7 +16351,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int __pyx_v_fd)
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":687
+  /* "ivshmem/native/descriptors.pyx":722
  *     if count == -EINVAL:
  *         raise OSError(EINVAL, "a vector's descriptor is not an eventfd")
  *     if count < 0:             # <<<<<<<<<<<<<<
@@ -15732,17 +16363,17 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int __pyx_v_fd)
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":688
+    /* "ivshmem/native/descriptors.pyx":723
  *         raise OSError(EINVAL, "a vector's descriptor is not an eventfd")
  *     if count < 0:
  *         fail_with(<int>-count)             # <<<<<<<<<<<<<<
  *     return count
  * 
 */
-    __pyx_t_6 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(((int)(-__pyx_v_count))); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 688, __pyx_L1_error)
+    __pyx_t_6 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(((int)(-__pyx_v_count))); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 723, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":687
+    /* "ivshmem/native/descriptors.pyx":722
  *     if count == -EINVAL:
  *         raise OSError(EINVAL, "a vector's descriptor is not an eventfd")
  *     if count < 0:             # <<<<<<<<<<<<<<
@@ -15751,7 +16382,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int __pyx_v_fd)
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":689
+  /* "ivshmem/native/descriptors.pyx":724
  *     if count < 0:
  *         fail_with(<int>-count)
  *     return count             # <<<<<<<<<<<<<<
@@ -15764,7 +16395,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int __pyx_v_fd)
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":682
+  /* "ivshmem/native/descriptors.pyx":717
  * 
  * 
  * cdef int64_t take_count(int fd) except -1:             # <<<<<<<<<<<<<<
@@ -15786,7 +16417,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int __pyx_v_fd)
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":692
+/* "ivshmem/native/descriptors.pyx":727
  * 
  * 
  * def count_of_eventfd(int fd):             # <<<<<<<<<<<<<<
@@ -15834,32 +16465,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 692, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 727, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 692, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 727, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "count_of_eventfd", 0) < (0)) __PYX_ERR(0, 692, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "count_of_eventfd", 0) < (0)) __PYX_ERR(0, 727, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("count_of_eventfd", 1, 1, 1, i); __PYX_ERR(0, 692, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("count_of_eventfd", 1, 1, 1, i); __PYX_ERR(0, 727, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 692, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 727, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 692, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 727, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("count_of_eventfd", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 692, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("count_of_eventfd", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 727, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15906,7 +16537,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("count_of_eventfd", 0);
 
-  /* "ivshmem/native/descriptors.pyx":694
+  /* "ivshmem/native/descriptors.pyx":729
  * def count_of_eventfd(int fd):
  *     """Return the count of an eventfd without changing it: proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:             # <<<<<<<<<<<<<<
@@ -15915,9 +16546,9 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
 */
   /*with:*/ {
     __pyx_t_2 = NULL;
-    __pyx_t_3 = __Pyx_PyUnicode_From_int(__pyx_v_fd, 0, ' ', 'd'); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 694, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyUnicode_From_int(__pyx_v_fd, 0, ' ', 'd'); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 729, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_4 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_proc_self_fdinfo, __pyx_t_3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 694, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_proc_self_fdinfo, __pyx_t_3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 729, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_5 = 1;
@@ -15926,13 +16557,13 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_open, __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 694, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 729, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
-    __pyx_t_6 = __Pyx_PyObject_LookupSpecial(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 694, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_LookupSpecial(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 729, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_2 = NULL;
-    __pyx_t_3 = __Pyx_PyObject_LookupSpecial(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 694, __pyx_L3_error)
+    __pyx_t_3 = __Pyx_PyObject_LookupSpecial(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 729, __pyx_L3_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -15951,7 +16582,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 694, __pyx_L3_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 729, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __pyx_t_3 = __pyx_t_4;
@@ -15969,7 +16600,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
           __pyx_v_info = __pyx_t_3;
           __pyx_t_3 = 0;
 
-          /* "ivshmem/native/descriptors.pyx":695
+          /* "ivshmem/native/descriptors.pyx":730
  *     """Return the count of an eventfd without changing it: proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
  *         for line in info:             # <<<<<<<<<<<<<<
@@ -15981,9 +16612,9 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
             __pyx_t_10 = 0;
             __pyx_t_11 = NULL;
           } else {
-            __pyx_t_10 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_v_info); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 695, __pyx_L7_error)
+            __pyx_t_10 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_v_info); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 730, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_3);
-            __pyx_t_11 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 695, __pyx_L7_error)
+            __pyx_t_11 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 730, __pyx_L7_error)
           }
           for (;;) {
             if (likely(!__pyx_t_11)) {
@@ -15991,7 +16622,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
                 {
                   Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_3);
                   #if !CYTHON_ASSUME_SAFE_SIZE
-                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 695, __pyx_L7_error)
+                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 730, __pyx_L7_error)
                   #endif
                   if (__pyx_t_10 >= __pyx_temp) break;
                 }
@@ -16001,7 +16632,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
                 {
                   Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_3);
                   #if !CYTHON_ASSUME_SAFE_SIZE
-                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 695, __pyx_L7_error)
+                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 730, __pyx_L7_error)
                   #endif
                   if (__pyx_t_10 >= __pyx_temp) break;
                 }
@@ -16012,13 +16643,13 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
                 #endif
                 ++__pyx_t_10;
               }
-              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 695, __pyx_L7_error)
+              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 730, __pyx_L7_error)
             } else {
               __pyx_t_1 = __pyx_t_11(__pyx_t_3);
               if (unlikely(!__pyx_t_1)) {
                 PyObject* exc_type = PyErr_Occurred();
                 if (exc_type) {
-                  if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 695, __pyx_L7_error)
+                  if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 730, __pyx_L7_error)
                   PyErr_Clear();
                 }
                 break;
@@ -16028,7 +16659,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
             __Pyx_XDECREF_SET(__pyx_v_line, __pyx_t_1);
             __pyx_t_1 = 0;
 
-            /* "ivshmem/native/descriptors.pyx":696
+            /* "ivshmem/native/descriptors.pyx":731
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
  *         for line in info:
  *             if line.startswith(b"eventfd-count:"):             # <<<<<<<<<<<<<<
@@ -16042,15 +16673,15 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
               PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_b_eventfd_count};
               __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_startswith, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 696, __pyx_L7_error)
+              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 731, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_1);
             }
-            __pyx_t_12 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_12 < 0))) __PYX_ERR(0, 696, __pyx_L7_error)
+            __pyx_t_12 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_12 < 0))) __PYX_ERR(0, 731, __pyx_L7_error)
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
             if (__pyx_t_12) {
 
 
-              /* "ivshmem/native/descriptors.pyx":697
+              /* "ivshmem/native/descriptors.pyx":732
  *         for line in info:
  *             if line.startswith(b"eventfd-count:"):
  *                 return int(line.split()[1], 16)             # <<<<<<<<<<<<<<
@@ -16065,10 +16696,10 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
                 PyObject *__pyx_callargs[2] = {__pyx_t_13, NULL};
                 __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_split, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
                 __Pyx_XDECREF(__pyx_t_13); __pyx_t_13 = 0;
-                if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 697, __pyx_L7_error)
+                if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 732, __pyx_L7_error)
                 __Pyx_GOTREF(__pyx_t_2);
               }
-              __pyx_t_13 = __Pyx_GetItemInt(__pyx_t_2, 1, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 697, __pyx_L7_error)
+              __pyx_t_13 = __Pyx_GetItemInt(__pyx_t_2, 1, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 732, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_13);
               __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
               __pyx_t_5 = 1;
@@ -16077,7 +16708,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
                 __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(&PyLong_Type), __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
                 __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
                 __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-                if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 697, __pyx_L7_error)
+                if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 732, __pyx_L7_error)
                 __Pyx_GOTREF(__pyx_t_1);
               }
               {
@@ -16092,7 +16723,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
               __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
               goto __pyx_L11_try_return;
 
-              /* "ivshmem/native/descriptors.pyx":696
+              /* "ivshmem/native/descriptors.pyx":731
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
  *         for line in info:
  *             if line.startswith(b"eventfd-count:"):             # <<<<<<<<<<<<<<
@@ -16101,7 +16732,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
 */
             }
 
-            /* "ivshmem/native/descriptors.pyx":695
+            /* "ivshmem/native/descriptors.pyx":730
  *     """Return the count of an eventfd without changing it: proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
  *         for line in info:             # <<<<<<<<<<<<<<
@@ -16111,7 +16742,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
           }
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-          /* "ivshmem/native/descriptors.pyx":694
+          /* "ivshmem/native/descriptors.pyx":729
  * def count_of_eventfd(int fd):
  *     """Return the count of an eventfd without changing it: proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:             # <<<<<<<<<<<<<<
@@ -16131,23 +16762,23 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
         /*except:*/ {
           __Pyx_AddTraceback("ivshmem.native.descriptors.count_of_eventfd", __pyx_clineno, __pyx_lineno, __pyx_filename);
-          if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_1, &__pyx_t_13) < 0) __PYX_ERR(0, 694, __pyx_L9_except_error)
+          if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_1, &__pyx_t_13) < 0) __PYX_ERR(0, 729, __pyx_L9_except_error)
           __Pyx_XGOTREF(__pyx_t_3);
           __Pyx_XGOTREF(__pyx_t_1);
           __Pyx_XGOTREF(__pyx_t_13);
           {
             PyObject* __pyx_temp[3] = {__pyx_t_3, __pyx_t_1, __pyx_t_13};
-            __pyx_t_4 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 694, __pyx_L9_except_error)
+            __pyx_t_4 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 729, __pyx_L9_except_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
           __pyx_t_14 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_t_4, NULL);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 694, __pyx_L9_except_error)
+          if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 729, __pyx_L9_except_error)
           __Pyx_GOTREF(__pyx_t_14);
           __pyx_t_12 = __Pyx_PyObject_IsTrue(__pyx_t_14);
           __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-          if (__pyx_t_12 < (0)) __PYX_ERR(0, 694, __pyx_L9_except_error)
+          if (__pyx_t_12 < (0)) __PYX_ERR(0, 729, __pyx_L9_except_error)
           __pyx_t_15 = (!__pyx_t_12);
 
 
@@ -16158,7 +16789,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
             __Pyx_XGIVEREF(__pyx_t_13);
             __Pyx_ErrRestoreWithState(__pyx_t_3, __pyx_t_1, __pyx_t_13);
             __pyx_t_3 = 0;  __pyx_t_1 = 0;  __pyx_t_13 = 0; 
-            __PYX_ERR(0, 694, __pyx_L9_except_error)
+            __PYX_ERR(0, 729, __pyx_L9_except_error)
           }
           __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
           __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -16190,7 +16821,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
         if (__pyx_t_6) {
           __pyx_t_9 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_mstate_global->__pyx_tuple[0], NULL);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 694, __pyx_L1_error)
+          if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 729, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_9);
           __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
         }
@@ -16202,7 +16833,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
         if (__pyx_t_6) {
           __pyx_t_8 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_mstate_global->__pyx_tuple[0], NULL);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 694, __pyx_L1_error)
+          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 729, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
         }
@@ -16219,7 +16850,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
     __pyx_L20:;
   }
 
-  /* "ivshmem/native/descriptors.pyx":698
+  /* "ivshmem/native/descriptors.pyx":733
  *             if line.startswith(b"eventfd-count:"):
  *                 return int(line.split()[1], 16)
  *     raise OSError(EINVAL, "a vector's descriptor is not an eventfd")             # <<<<<<<<<<<<<<
@@ -16227,7 +16858,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
  * 
 */
   __pyx_t_1 = NULL;
-  __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 698, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 733, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5 = 1;
   {
@@ -16235,14 +16866,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
     __pyx_t_13 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_OSError)), __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 698, __pyx_L1_error)
+    if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 733, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
   }
   __Pyx_Raise(__pyx_t_13, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-  __PYX_ERR(0, 698, __pyx_L1_error)
+  __PYX_ERR(0, 733, __pyx_L1_error)
 
-  /* "ivshmem/native/descriptors.pyx":692
+  /* "ivshmem/native/descriptors.pyx":727
  * 
  * 
  * def count_of_eventfd(int fd):             # <<<<<<<<<<<<<<
@@ -16267,7 +16898,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":701
+/* "ivshmem/native/descriptors.pyx":736
  * 
  * 
  * cdef bint is_eventfd(int fd, int known) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -16284,7 +16915,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/native/descriptors.pyx":714
+  /* "ivshmem/native/descriptors.pyx":749
  *     cdef iovec iov
  *     cdef file_stat one, other
  *     if c_fstat(fd, &one) < 0 or c_fstat(known, &other) < 0:             # <<<<<<<<<<<<<<
@@ -16310,7 +16941,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":715
+    /* "ivshmem/native/descriptors.pyx":750
  *     cdef file_stat one, other
  *     if c_fstat(fd, &one) < 0 or c_fstat(known, &other) < 0:
  *         return False             # <<<<<<<<<<<<<<
@@ -16323,7 +16954,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pyx":714
+    /* "ivshmem/native/descriptors.pyx":749
  *     cdef iovec iov
  *     cdef file_stat one, other
  *     if c_fstat(fd, &one) < 0 or c_fstat(known, &other) < 0:             # <<<<<<<<<<<<<<
@@ -16332,7 +16963,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":716
+  /* "ivshmem/native/descriptors.pyx":751
  *     if c_fstat(fd, &one) < 0 or c_fstat(known, &other) < 0:
  *         return False
  *     if one.st_dev != other.st_dev or one.st_ino != other.st_ino:             # <<<<<<<<<<<<<<
@@ -16358,7 +16989,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":717
+    /* "ivshmem/native/descriptors.pyx":752
  *         return False
  *     if one.st_dev != other.st_dev or one.st_ino != other.st_ino:
  *         return False             # <<<<<<<<<<<<<<
@@ -16371,7 +17002,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pyx":716
+    /* "ivshmem/native/descriptors.pyx":751
  *     if c_fstat(fd, &one) < 0 or c_fstat(known, &other) < 0:
  *         return False
  *     if one.st_dev != other.st_dev or one.st_ino != other.st_ino:             # <<<<<<<<<<<<<<
@@ -16380,7 +17011,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":718
+  /* "ivshmem/native/descriptors.pyx":753
  *     if one.st_dev != other.st_dev or one.st_ino != other.st_ino:
  *         return False
  *     iov.iov_base = data             # <<<<<<<<<<<<<<
@@ -16389,7 +17020,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
 */
   __pyx_v_iov.iov_base = __pyx_v_data;
 
-  /* "ivshmem/native/descriptors.pyx":719
+  /* "ivshmem/native/descriptors.pyx":754
  *         return False
  *     iov.iov_base = data
  *     iov.iov_len = sizeof(data)             # <<<<<<<<<<<<<<
@@ -16398,7 +17029,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_data));
 
-  /* "ivshmem/native/descriptors.pyx":720
+  /* "ivshmem/native/descriptors.pyx":755
  *     iov.iov_base = data
  *     iov.iov_len = sizeof(data)
  *     if preadv2(fd, &iov, 1, -1, RWF_NOWAIT) >= 0 or errno != EINVAL:             # <<<<<<<<<<<<<<
@@ -16424,7 +17055,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":721
+    /* "ivshmem/native/descriptors.pyx":756
  *     iov.iov_len = sizeof(data)
  *     if preadv2(fd, &iov, 1, -1, RWF_NOWAIT) >= 0 or errno != EINVAL:
  *         return False             # <<<<<<<<<<<<<<
@@ -16437,7 +17068,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pyx":720
+    /* "ivshmem/native/descriptors.pyx":755
  *     iov.iov_base = data
  *     iov.iov_len = sizeof(data)
  *     if preadv2(fd, &iov, 1, -1, RWF_NOWAIT) >= 0 or errno != EINVAL:             # <<<<<<<<<<<<<<
@@ -16446,7 +17077,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":722
+  /* "ivshmem/native/descriptors.pyx":757
  *     if preadv2(fd, &iov, 1, -1, RWF_NOWAIT) >= 0 or errno != EINVAL:
  *         return False
  *     iov.iov_len = 0             # <<<<<<<<<<<<<<
@@ -16454,7 +17085,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
 */
   __pyx_v_iov.iov_len = 0;
 
-  /* "ivshmem/native/descriptors.pyx":723
+  /* "ivshmem/native/descriptors.pyx":758
  *         return False
  *     iov.iov_len = 0
  *     return writev(fd, &iov, 1) == 0             # <<<<<<<<<<<<<<
@@ -16465,7 +17096,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":701
+  /* "ivshmem/native/descriptors.pyx":736
  * 
  * 
  * cdef bint is_eventfd(int fd, int known) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -16746,7 +17377,7 @@ static void __pyx_tp_dealloc_7ivshmem_6native_11descriptors_FdArray(PyObject *o)
     PyObject *etype, *eval, *etb;
     __Pyx_PyErr_FetchException(&etype, &eval, &etb);
     __Pyx_DeallocKeepAliveBegin(o);
-    __pyx_pw_7ivshmem_6native_11descriptors_7FdArray_25__dealloc__(o);
+    __pyx_pw_7ivshmem_6native_11descriptors_7FdArray_27__dealloc__(o);
     __Pyx_DeallocKeepAliveEnd(o);
     __Pyx_PyErr_RestoreException(etype, eval, etb);
   }
@@ -16780,10 +17411,11 @@ static PyMethodDef __pyx_methods_7ivshmem_6native_11descriptors_FdArray[] = {
   {"memfd", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_9memfd, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_8memfd},
   {"take", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_11take, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_10take},
   {"signal", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_19signal, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_18signal},
-  {"drain", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_21drain, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_20drain},
-  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_23close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_22close},
-  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_27__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_26__reduce_cython__},
-  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_29__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_28__setstate_cython__},
+  {"ring", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_21ring, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_20ring},
+  {"drain", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_23drain, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_22drain},
+  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_25close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_24close},
+  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_29__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_28__reduce_cython__},
+  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_11descriptors_7FdArray_31__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_30__setstate_cython__},
   {0, 0, 0, 0}
 };
 #if CYTHON_USE_TYPE_SPECS
@@ -17739,8 +18371,8 @@ static int __Pyx_modinit_Function_export_code(__pyx_mstatetype *__pyx_mstate) {
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (unlikely(!__pyx_export_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
     #endif
-    const char * __pyx_export_name = __pyx_export_signature + 272;
-    void (*const __pyx_export_pointers[])(void) = {(void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_taken, (void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_add_one_if_room, (void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_fail_with, (void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_is_eventfd, (void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_epoll_sleep, (void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_add_one_nowait, (void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_fail, (void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_deadline_of, (void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_take_count, (void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_shared_signaller, (void (*)(void)) NULL};
+    const char * __pyx_export_name = __pyx_export_signature + 399;
+    void (*const __pyx_export_pointers[])(void) = {(void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_taken, (void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_fail_with, (void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_is_eventfd, (void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_epoll_sleep, (void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_add_one_nowait_nogil, (void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_add_one_nowait, (void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_fail, (void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_deadline_of, (void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_take_count, (void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_shared_signaller, (void (*)(void)) NULL};
     void (*const *__pyx_export_pointer)(void) = __pyx_export_pointers;
     const char *__pyx_export_current_signature = __pyx_export_signature;
     while (*__pyx_export_pointer) {
@@ -17868,14 +18500,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Signal
   __pyx_vtable_7ivshmem_6native_11descriptors_Signaller.submit = (int (*)(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int *, long))__pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit;
   __pyx_vtable_7ivshmem_6native_11descriptors_Signaller.send = (int (*)(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int *, long))__pyx_f_7ivshmem_6native_11descriptors_9Signaller_send;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Signaller_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller)) __PYX_ERR(0, 320, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Signaller_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller)) __PYX_ERR(0, 333, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller = &__pyx_type_7ivshmem_6native_11descriptors_Signaller;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) < (0)) __PYX_ERR(0, 320, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) < (0)) __PYX_ERR(0, 333, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller);
@@ -17885,12 +18517,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Signal
     __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, __pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) < (0)) __PYX_ERR(0, 320, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Signaller, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) < (0)) __PYX_ERR(0, 320, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, __pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) < (0)) __PYX_ERR(0, 333, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Signaller, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) < (0)) __PYX_ERR(0, 333, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller, __weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) < (0)) __PYX_ERR(0, 320, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) < (0)) __PYX_ERR(0, 333, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -17909,14 +18541,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Relay(
   __pyx_vtabptr_7ivshmem_6native_11descriptors_Relay = &__pyx_vtable_7ivshmem_6native_11descriptors_Relay;
   __pyx_vtable_7ivshmem_6native_11descriptors_Relay.fired = (int (*)(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay *))__pyx_f_7ivshmem_6native_11descriptors_5Relay_fired;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Relay_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay)) __PYX_ERR(0, 464, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Relay_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay)) __PYX_ERR(0, 499, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay = &__pyx_type_7ivshmem_6native_11descriptors_Relay;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) < (0)) __PYX_ERR(0, 464, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) < (0)) __PYX_ERR(0, 499, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay);
@@ -17926,9 +18558,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Relay(
     __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, __pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) < (0)) __PYX_ERR(0, 464, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Relay, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) < (0)) __PYX_ERR(0, 464, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) < (0)) __PYX_ERR(0, 464, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, __pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) < (0)) __PYX_ERR(0, 499, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Relay, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) < (0)) __PYX_ERR(0, 499, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) < (0)) __PYX_ERR(0, 499, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -17947,14 +18579,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Epoll(
   __pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll = &__pyx_vtable_7ivshmem_6native_11descriptors_Epoll;
   __pyx_vtable_7ivshmem_6native_11descriptors_Epoll.control = (int (*)(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *, int, int, unsigned int, uint64_t))__pyx_f_7ivshmem_6native_11descriptors_5Epoll_control;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Epoll_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll)) __PYX_ERR(0, 517, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Epoll_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll)) __PYX_ERR(0, 552, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll = &__pyx_type_7ivshmem_6native_11descriptors_Epoll;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) < (0)) __PYX_ERR(0, 517, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) < (0)) __PYX_ERR(0, 552, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll);
@@ -17964,9 +18596,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Epoll(
     __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) < (0)) __PYX_ERR(0, 517, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Epoll, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) < (0)) __PYX_ERR(0, 517, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) < (0)) __PYX_ERR(0, 517, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) < (0)) __PYX_ERR(0, 552, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Epoll, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) < (0)) __PYX_ERR(0, 552, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) < (0)) __PYX_ERR(0, 552, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -17983,14 +18615,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Timer(
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Timer", 0);
   /*--- Exttype __pyx_obj_7ivshmem_6native_11descriptors_Timer ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Timer_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer)) __PYX_ERR(0, 605, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Timer_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer)) __PYX_ERR(0, 640, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer = &__pyx_type_7ivshmem_6native_11descriptors_Timer;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer) < (0)) __PYX_ERR(0, 605, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer) < (0)) __PYX_ERR(0, 640, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer);
@@ -18000,8 +18632,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Timer(
     __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Timer, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer) < (0)) __PYX_ERR(0, 605, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer) < (0)) __PYX_ERR(0, 605, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Timer, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer) < (0)) __PYX_ERR(0, 640, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer) < (0)) __PYX_ERR(0, 640, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -18634,31 +19266,46 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
   /* "ivshmem/native/descriptors.pyx":284
  *             fail_with(code)
  * 
- *     def drain(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
- *         """Set the count of eventfd `index` to 0, and return what it was.
+ *     def ring(self, int fd):             # <<<<<<<<<<<<<<
+ *         """Add 1 to `fd`, an eventfd of this array; do nothing if closed. A peer can make it wait.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_21drain, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_drain, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 284, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_21ring, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_ring, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 284, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_drain, __pyx_t_4) < (0)) __PYX_ERR(0, 284, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_ring, __pyx_t_4) < (0)) __PYX_ERR(0, 284, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":307
+  /* "ivshmem/native/descriptors.pyx":297
+ *         self.leave()
+ * 
+ *     def drain(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
+ *         """Set the count of eventfd `index` to 0, and return what it was.
+ * 
+*/
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_23drain, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_drain, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 297, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_drain, __pyx_t_4) < (0)) __PYX_ERR(0, 297, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+
+  /* "ivshmem/native/descriptors.pyx":320
  *             self.release()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def close(self):
  *         if ivshmem_shut(&self.state):
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_23close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 307, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_25close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 320, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 307, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 320, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -18666,7 +19313,7 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_27__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_4)) __PYX_ERR(2, 1, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_29__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_4)) __PYX_ERR(2, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -18680,7 +19327,7 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_29__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_4)) __PYX_ERR(2, 3, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_31__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_4)) __PYX_ERR(2, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -18688,34 +19335,34 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(2, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":346
+  /* "ivshmem/native/descriptors.pyx":359
  *                 self.close()
  * 
  *     def signal(self, fds):             # <<<<<<<<<<<<<<
  *         """Add 1 to each eventfd of a sequence. A full counter stays full."""
  *         cdef int batch[BATCH]
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_9Signaller_3signal, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller_signal, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 346, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_9Signaller_3signal, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller_signal, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 359, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, __pyx_mstate_global->__pyx_n_u_signal, __pyx_t_4) < (0)) __PYX_ERR(0, 346, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, __pyx_mstate_global->__pyx_n_u_signal, __pyx_t_4) < (0)) __PYX_ERR(0, 359, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":401
+  /* "ivshmem/native/descriptors.pyx":414
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def close(self):
  *         if self.context and getpid() == self.pid:
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_9Signaller_5close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 401, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_9Signaller_5close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 414, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 401, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 414, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -18723,7 +19370,7 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_9Signaller_9__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_4)) __PYX_ERR(2, 1, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_9Signaller_9__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_4)) __PYX_ERR(2, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -18737,7 +19384,7 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_9Signaller_11__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_4)) __PYX_ERR(2, 3, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_9Signaller_11__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_4)) __PYX_ERR(2, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -18745,7 +19392,7 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(2, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":415
+  /* "ivshmem/native/descriptors.pyx":428
  * 
  * # All endpoints of a process share a Signaller: fs.aio-max-nr has room for a few hundred in all.
  * cdef object _shared = None             # <<<<<<<<<<<<<<
@@ -18757,19 +19404,19 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
   __Pyx_DECREF_SET(__pyx_v_7ivshmem_6native_11descriptors__shared, Py_None);
   __Pyx_GIVEREF(Py_None);
 
-  /* "ivshmem/native/descriptors.pyx":506
+  /* "ivshmem/native/descriptors.pyx":541
  *         return self.context != 0 and ivshmem_io_any_end(self.context)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Stop the polls. May be called twice."""
  *         cdef aio_context_t context = self.context
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Relay_3close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Relay_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 506, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Relay_3close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Relay_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 541, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 506, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 541, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -18777,7 +19424,7 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Relay_7__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Relay___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_4)) __PYX_ERR(2, 1, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Relay_7__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Relay___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_4)) __PYX_ERR(2, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -18791,7 +19438,7 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Relay_9__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Relay___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_4)) __PYX_ERR(2, 3, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Relay_9__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Relay___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_4)) __PYX_ERR(2, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -18799,95 +19446,95 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(2, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":531
+  /* "ivshmem/native/descriptors.pyx":566
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         if self.epfd < 0:
  *             raise ClosedError("the epoll object is closed")
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 531, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 566, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_4) < (0)) __PYX_ERR(0, 531, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_4) < (0)) __PYX_ERR(0, 566, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":545
+  /* "ivshmem/native/descriptors.pyx":580
  *         return 0
  * 
  *     def add(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
  *         """Watch `fd`. EPOLLHUP and EPOLLERR are reported even if `events` is 0."""
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_5add, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_add, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 545, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_5add, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_add, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 580, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_add, __pyx_t_4) < (0)) __PYX_ERR(0, 545, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_add, __pyx_t_4) < (0)) __PYX_ERR(0, 580, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":549
+  /* "ivshmem/native/descriptors.pyx":584
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_7modify, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_modify, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 549, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_7modify, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_modify, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 584, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_modify, __pyx_t_4) < (0)) __PYX_ERR(0, 549, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_modify, __pyx_t_4) < (0)) __PYX_ERR(0, 584, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":552
+  /* "ivshmem/native/descriptors.pyx":587
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
  *     def remove(self, int fd):             # <<<<<<<<<<<<<<
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_9remove, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_remove, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 552, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_9remove, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_remove, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[25])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 587, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_remove, __pyx_t_4) < (0)) __PYX_ERR(0, 552, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_remove, __pyx_t_4) < (0)) __PYX_ERR(0, 587, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":555
+  /* "ivshmem/native/descriptors.pyx":590
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """Wait for events, and return a list of (token, events).
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_11wait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_wait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[25])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 555, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_11wait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_wait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[26])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 590, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_wait, __pyx_t_4) < (0)) __PYX_ERR(0, 555, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_wait, __pyx_t_4) < (0)) __PYX_ERR(0, 590, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":569
+  /* "ivshmem/native/descriptors.pyx":604
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         cdef int epfd = self.epfd
  *         self.epfd = -1
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[26])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 569, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[27])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 604, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 569, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 604, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -18895,7 +19542,7 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_17__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[27])); if (unlikely(!__pyx_t_4)) __PYX_ERR(2, 1, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_17__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[28])); if (unlikely(!__pyx_t_4)) __PYX_ERR(2, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -18909,7 +19556,7 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_19__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[28])); if (unlikely(!__pyx_t_4)) __PYX_ERR(2, 3, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_19__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[29])); if (unlikely(!__pyx_t_4)) __PYX_ERR(2, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -18917,49 +19564,49 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(2, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":617
+  /* "ivshmem/native/descriptors.pyx":652
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         if self.fd < 0:
  *             raise ClosedError("the timer is closed")
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Timer_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[29])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 617, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Timer_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[30])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 652, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Timer, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_4) < (0)) __PYX_ERR(0, 617, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Timer, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_4) < (0)) __PYX_ERR(0, 652, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":622
+  /* "ivshmem/native/descriptors.pyx":657
  *         return self.fd
  * 
  *     def set(self, double seconds):             # <<<<<<<<<<<<<<
  *         """Make the descriptor readable `seconds` from now, and not before. 0: never."""
  *         cdef itimerspec spec
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Timer_5set, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_set, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[30])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 622, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Timer_5set, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_set, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[31])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 657, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Timer, __pyx_mstate_global->__pyx_n_u_set, __pyx_t_4) < (0)) __PYX_ERR(0, 622, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Timer, __pyx_mstate_global->__pyx_n_u_set, __pyx_t_4) < (0)) __PYX_ERR(0, 657, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":631
+  /* "ivshmem/native/descriptors.pyx":666
  *             fail()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         cdef int fd = self.fd
  *         self.fd = -1
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Timer_7close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[31])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 631, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Timer_7close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[32])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 666, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Timer, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 631, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Timer, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 666, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -18967,7 +19614,7 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Timer_11__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[32])); if (unlikely(!__pyx_t_4)) __PYX_ERR(2, 1, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Timer_11__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[33])); if (unlikely(!__pyx_t_4)) __PYX_ERR(2, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -18981,7 +19628,7 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Timer_13__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[33])); if (unlikely(!__pyx_t_4)) __PYX_ERR(2, 3, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Timer_13__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[34])); if (unlikely(!__pyx_t_4)) __PYX_ERR(2, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -18989,49 +19636,49 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(2, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":642
+  /* "ivshmem/native/descriptors.pyx":677
  * 
  * 
  * def fork_sharing_files():             # <<<<<<<<<<<<<<
  *     """Do what os.fork does, but share the table of descriptors: clone(2) with CLONE_FILES.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_1fork_sharing_files, 0, __pyx_mstate_global->__pyx_n_u_fork_sharing_files, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[34])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 642, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_1fork_sharing_files, 0, __pyx_mstate_global->__pyx_n_u_fork_sharing_files, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[35])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 677, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_fork_sharing_files, __pyx_t_4) < (0)) __PYX_ERR(0, 642, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_fork_sharing_files, __pyx_t_4) < (0)) __PYX_ERR(0, 677, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":665
+  /* "ivshmem/native/descriptors.pyx":700
  * 
  * 
  * def rename_exclusive(int directory, source, target):             # <<<<<<<<<<<<<<
  *     """Rename in an open directory, unless `target` exists: renameat2(2), RENAME_NOREPLACE.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_3rename_exclusive, 0, __pyx_mstate_global->__pyx_n_u_rename_exclusive, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[35])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 665, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_3rename_exclusive, 0, __pyx_mstate_global->__pyx_n_u_rename_exclusive, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[36])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 700, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_rename_exclusive, __pyx_t_4) < (0)) __PYX_ERR(0, 665, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_rename_exclusive, __pyx_t_4) < (0)) __PYX_ERR(0, 700, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":692
+  /* "ivshmem/native/descriptors.pyx":727
  * 
  * 
  * def count_of_eventfd(int fd):             # <<<<<<<<<<<<<<
  *     """Return the count of an eventfd without changing it: proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5count_of_eventfd, 0, __pyx_mstate_global->__pyx_n_u_count_of_eventfd, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[36])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 692, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5count_of_eventfd, 0, __pyx_mstate_global->__pyx_n_u_count_of_eventfd, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[37])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 727, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_count_of_eventfd, __pyx_t_4) < (0)) __PYX_ERR(0, 692, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_count_of_eventfd, __pyx_t_4) < (0)) __PYX_ERR(0, 727, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "ivshmem/native/descriptors.pyx":1
@@ -19086,7 +19733,7 @@ static int __Pyx_InitCachedBuiltins(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __pyx_builtin_staticmethod = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_staticmethod); if (!__pyx_builtin_staticmethod) __PYX_ERR(0, 160, __pyx_L1_error)
-  __pyx_builtin_open = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_open); if (!__pyx_builtin_open) __PYX_ERR(0, 694, __pyx_L1_error)
+  __pyx_builtin_open = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_open); if (!__pyx_builtin_open) __PYX_ERR(0, 729, __pyx_L1_error)
 
   /* Cached unbound methods */
   __pyx_mstate->__pyx_umethod_PyDict_Type_items.type = (PyObject*)&PyDict_Type;
@@ -19109,7 +19756,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/native/descriptors.pyx":694
+  /* "ivshmem/native/descriptors.pyx":729
  * def count_of_eventfd(int fd):
  *     """Return the count of an eventfd without changing it: proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:             # <<<<<<<<<<<<<<
@@ -19118,7 +19765,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[3] = {Py_None, Py_None, Py_None};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 694, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 729, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
@@ -19137,7 +19784,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "ivshmem/native/descriptors.pyx":555
+  /* "ivshmem/native/descriptors.pyx":590
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -19146,7 +19793,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 555, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 590, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
@@ -19187,41 +19834,41 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 6; } str_length_index[] = {{4},{15},{1},{9},{18},{1},{39},{11},{7},{18},{6},{2},{9},{14},{30},{50},{34},{26},{26},{23},{19},{23},{11},{8},{8},{7},{8},{5},{23},{25},{9},{11},{12},{12},{12},{10},{2},{20},{22},{8},{9},{7},{25},{27},{13},{12},{13},{16},{13},{12},{14},{12},{9},{8},{5},{23},{25},{11},{9},{27},{29},{15},{16},{5},{23},{25},{11},{12},{9},{1},{20},{12},{8},{9},{8},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{3},{5},{18},{5},{6},{18},{5},{4},{7},{4},{5},{16},{8},{6},{9},{5},{4},{6},{8},{6},{2},{3},{6},{5},{5},{18},{8},{1},{5},{4},{5},{26},{4},{5},{4},{6},{1},{4},{3},{8},{6},{3},{8},{4},{2},{5},{4},{3},{3},{2},{3},{6},{16},{6},{7},{4},{3},{10},{6},{6},{4},{5},{10},{12},{8},{4},{6},{7},{4},{7},{5},{6},{4},{7},{5}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{14},{386},{9},{66},{67},{67},{29},{29},{17},{17},{32},{32},{29},{64},{22},{15},{17},{40},{31},{68},{81},{17},{97},{58},{53},{75},{85},{130}};
+    const struct { const unsigned int length: 6; } str_length_index[] = {{4},{15},{1},{9},{18},{1},{39},{11},{7},{18},{6},{2},{9},{14},{22},{30},{50},{34},{26},{26},{23},{19},{23},{11},{8},{8},{7},{8},{5},{23},{25},{9},{11},{12},{12},{12},{10},{2},{20},{22},{8},{9},{7},{25},{27},{13},{12},{13},{16},{13},{12},{12},{14},{12},{9},{8},{5},{23},{25},{11},{9},{27},{29},{15},{16},{5},{23},{25},{11},{12},{9},{1},{20},{12},{8},{9},{8},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{3},{5},{18},{5},{6},{18},{5},{4},{7},{4},{5},{16},{8},{6},{9},{5},{4},{6},{8},{6},{2},{3},{6},{5},{5},{18},{8},{1},{5},{4},{5},{26},{4},{5},{4},{6},{1},{4},{3},{8},{6},{3},{8},{4},{2},{5},{4},{3},{3},{2},{3},{6},{16},{6},{4},{7},{7},{4},{3},{10},{6},{6},{4},{5},{10},{12},{8},{4},{6},{7},{4},{7},{5},{6},{4},{7},{5}};
+    const struct { const unsigned int length: 10; } bytes_length_index[] = {{14},{518},{9},{66},{67},{67},{29},{29},{17},{17},{32},{32},{29},{64},{22},{15},{17},{40},{31},{68},{81},{17},{55},{97},{58},{53},{75},{85},{130}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1778 bytes) */
-static const char cstring[] = "x\332\245U\317S\033G\026\226l\034\013[\216%\202q\250dS\003Nbl\047P\262\t\233JR\225\302\006\222\224)c\201\275\233d\017S\315L\017t<\232\226\246[\022J\325Vq\324\261\217}\234\343\034u\344\350#G\216:\362\047\370O\330\367\272g\204\260|[\025\314t\277\367\372{\277\276~\343\360\300Y\2221\245N\020\223\203\006\215\344\203\345\025\237vV\376\2461_i\306\334[\0214\014V\002\237E\001_\371\2318\035\352I\036\337\027\216O\205\027\263&l\034&\234\210K\207D\016\355\000D\340\217\351|&\310~Hic\237\202\330w\242v\030:\373=Ii\204\362\003\217\t\273\362YG\0346hc\231\3061\217E\266[\211\210d\035\272r\201(\226\233\275\243\210\203\377\200\264C\351\270nL\375\266G]\327\361\333\324\221\034b\211\276\2251\3530\022\202\326c\021\223\256+\017\351x\310]\"\034I\336\320\310\201\215\027rA\375\313\026\302!1\035\323\320&\207\300\371\376_\220?&|\241\021\354 \"aH\343\313b\311\032\227D\260\345m9\252\025\024\002J\022?3\312MLy\363\345\316\366\366\346\356\256y\377\372\372\245y\377\366\302\274v^\277\332\304\000\314cy\224\262\327\223\207<r\335\\,\250\024\222\310\367\025\304\367\355\302\204b\227\001\013i\304\355\272\301}\026\364\354:\246\r\336\311l\272\204\311-\177\313\237thd\023\336@j<\300\333\302o\371\353qLz\331\353C0\271\342\003XV\225\001f\033\336\034\201\3711aQ\276\311x\047\362=0\047\360\363\ro\322\221\241mV\276C\006\354\270\317\266w6\177\337|\266\343\356n\354\274\330\376c\227\206\244g\036\223\001\347\342\211p\255\302\004\273\227\363a\264\230\304\031WM`](/\343e\301\277Bb\231\307$n.\236\300\264\n\203g\227\266Av\r\326\256\353\276\354\035\301\377\006\363\244\373\202\036\311]\032\270.\211\200\254\210\003?\0375\360\203J\323\330,\216\230\021\004\355\310\303\367A\356\024~\rh\216ys\277\035\032ID\032\346\r\267\327\365H\223\345\353\354\010.;\022\007\001*Zm\022\346\007\362\353=\221\354H@\217p\203Y\344g\304X(\023\265\200a@\005F\316\204\353\361\030n%\213(\334\021\202\234 \242\027y\214/\217\024b\237H\357\320\303\016\370^\010\002\0272\2231\361\350>\361\336\230\212z\334\207\177(\313\221D\206z\274\035I\363py\340\216F\"\361\361\264""\317b\027v,6s\264gXL\233\201o\247^\316c\363\026\201\017K\333\250\200\305B\006!9\020\001\217\337\270\342\220\304,:pQ)\002\230\240\030\002c\221\017=\201A\315$m\344\023t\331N\320\345\261\321\206q\230\033\002\335\241\366\362GX\271\210v\341\317\305<\354t\342\241\017\177F\200\227\210\013\016\223-n\022y\330d~\2237\343\375\230\006vb\304\324\324\236\036ya\033\\\303^\300t\306\332D\276\300o\010\266\201\312lj[&\013\336\216=*\232\324\023\315\220a\227b)\272L\036b\277\230\327\240\320/_\300\347\tk\203w\025\014\200d\366)0\252l\252J\016\223\274C\3026\0258\263\272\224\274\201\300\272\020+\315*\372\255\351\307\017,\222\316\322\313\336\216\035\343\017\037\024\214\000\036\017\n\243\3457\216\331_l!\2026X\233/\200m\247\363\320\030\231\307\332\252\233[g\206\226\314\360\251p\377\231\365\300]\263Mpk\265\2616\\\\\364\014/\203\351p\346\233%BO\204k\205\306\372\377\360\22791\237\300\002p\337\345H\354\300\2159o\024\002\302B\027\373P\200\033\222\025\260`\323\027\360)o\216\016D\034\313m\354\0139\301\201\363\006\3265\025/ S\251\357\216>\222\307\305\341\324\215\376#U?.\236O\337\352\327\317>^L\026\222\265t~\2600,\225\373\277\252\365a\371v_\252\0375\321\255a\345\256\022zA\257\352N\262\233\264\322\251t\035O\337WU\265\244\027\216\213\357\312\205ksjW\365\222bR\035N\335\271X:I\321<\316\247o\014K\325\263\352\203\264\232>\032\374y\322\032N]?\356\366\367U\021\275\255\003\304\\\341\332\254\252\001\354\331\215/\023\200\277\331\257\241\215\354?\351\223a\351s\275>,\335\356\303\261y]\265\362\307\375:@B\010\013\306\370\030\014n\366W!\344\307\252>,\317\250G\272\256\t\036\222j\244\354@d\255\017)M\306\312M6\322\253\351{\202\322\240\210\2029\345kS\232_ J\000{\322\367TuX\376D\325\324:\352?\325S\332\234\373\r\334\203\376;u\025\014s\375\271q\177\244b\210~\302\275U\366\000`+\271\227\354\231\362\226\277\200\302\313\244\206\210\317!\346,\374=]\264\230\033\272\2309\263\347\177R-]\324\263\032R\257\250\222.\242\264\334\337PEuG\021\325\262\333K)\235\227\276J^\245\3251\007\337\253U\325\321{\311\325d5i\331\010\340\340\273\217\n""\323e\023<P\340\222\363\347jL\375_\275\016I\371\t\230\334\302\314\272\340V\002cZ\311\315\364q\2727(\235L\235l\237\232s[\320\262\022\366\267|G\325\025\261\030\267\373\244\337R\037)O\337M\262\324\376\004\272\325\355\362?I\t\242\2762\370\372d\372\355\314[\323\200\237\r!\273\211\237\336K\353i0\330:Y<Y\307\354!\267w7\n\323\225\376\337\272\252\277\314\222(\333(\337\047\000b\277\006\240\047\332K\252\311\327)TwV\031\024\214\244\252\227@v%]\030V\220v\025\014\227\3516\320\323\354\301\352:\224\375z\356\340\037\372\251fp=\212\310\226\020\256\323\367\351\332`f\220\321\005\271\216\321\r\263\276T\r\241\341\344\307\205\351/\364\277\001\2644\257\357`\327\317\356\255\016\014a\327\324\014r\310\034\272\325\177e\270\376\336!l\353\246\355\361\260\\U\363&\2270]L\315\375\025j\021\262\251T\207\263\237\352\342\371\354\274\236\323\306l\026\353n\240\316\246>\3235\014~\001\372TK\001\017\211\374\013\022o\032=\337\3245`\345Rz\177PE\300X}\202\200w\201\310\000\225\\I\276J:\351\277\006\265\301\323\001;\221o\277;\275vZ?%gSkgk\317Ok\357*\205\351\317\365c\375GB\200P%\234\003&+\304\200\036<D\312\240\237\352\014\326\366wh\311a\022\244[\203\305\301\363\0233tZ6\211{p\245*\263H;\354B&n\253g\260\250\314\251\0038\027$O\023\226\266\006\327\007\226\270\377\003%u\036D";
-    PyObject *data = __Pyx_DecompressString(cstring, 1778, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1821 bytes) */
+static const char cstring[] = "x\332\255VOS\033G\026\227l\034\013#\333\210`\034j\263\251\001\3071\2667P\262\t\233\332\335\252\0246\220\244L\031\013\354\335${\230j\246{\240\327\243\031i\272%\241Tm\025G\035\373\330\3079\316QG\216>r\344\250#\037\301\037a\337\353\236\021\002\371\264\273*i\372\365{\335\357\357\357\275\221\023\371\316\222\214\031s\374\230\034\324Y(\037/\257P\326^\371\235\305\321J#\216\274\025\301\002\177\305\247<\364\243\225\037\210\323f\236\214\342G\302\241Lx1o\300\306\341\302\t#\351\220\320amP\341\323\021\031\345\202\354\007\214\325\367\031\260\251\023\266\202\300\331\357J\306B\344\037x\\X\212\362\2668\254\263\3722\213\343(\026\371.$\222\267\331r\314\303\0036\344\256X\356\312\205\035\261\334\350\036\205\021x\345\223V \035\327\215\031my\314u\035\332b\216\214\300\303\360[\031\3636\047\001H=\036r\351\272\362\220\215\006\322!\302\221\344=\013\035\330xA$\030\275|B8$f#\022\326\210 \234h\377_\220\025L\303\205D\360\203\220\004\001\213/\263%\257_b\3016j\311a\006!=\220\250\370\245\021nb\"6\337\354loo\356\356\232\365\247wo\314\372\363k\263\354\274{\273\211\016\230\307\3620d\257+\017\243\320us\266`RH\"\257\n\010\245\2260\256X\322\347\001\013#K\327#\312\375\256\245cV\217\332\331\231\016\341r\213n\321q\203\2067f\r\270\306\002\254V\375\026]\217c\322\315\226O\251\311\005\237\320eE\231\302l\0235\206\312hLx\230o24\212|\017\310\361i\276\211\032lx\020\321\225\323\266p\371\016\321\260\343\276\334\336\331\374e\363\345\216\273\273\261\363z\373\327]\026\220\256y\214;\237\263\307\\\267\002\343\370^\216\215!1\256gT4\246\353BxY_\346\374[\004\231y\214\353\315\331c:\255\300\350\263\244-\226\245\341\264\353\272o\272G\360\333\340\236t_\263#\271\313|\327%!\000\027\365\300\207\242\004>\220u\026\033\342\210\033\206\337\n=\\\017r\243\360\251C\241\314\032\321V`8!\251\233\025:\331\365H\203\347tv\005\311\266\304Q\201\202f\213\004\371\205\274\325\307\202\0352\330\021n0\212\374\216\030qe,\0270\030\230@\317\271p\275(\206\016\345!\203~!\210\t\"\272\241\307\243\345\241@\354\023\351\035zX\001\352\005\300p!2\031\023\217\355""\023\357\275\311\250\027Q\370AZ\216$\242\325\213Z\2414\0177\362\335\341\320$\024oS\036\273\260\343\261\231\264]\203h\326\360\251\235\2139\246\315*|\n\244-\224\317c!\375\200\034\010?\212\337\273\342\220 \252]\024\n\037f,\272\300yH\241&0\312\271d\365\2533vd\314\241\037\246[\240:\314\016\202\0203\027\262\016|]\214\303N\252(\240\3605\014l\250HD0\345\342\006\221\207\rN\033Q#\336\217\231o\247G\314L\356\331\221\027\264\3004\354\005Ljt2\033\356\230\246\220\n|\341`E\230\314\206\271\005\265\210Z\261\307D\203y\242\021p,X,E\207\313C,\035\367\352\014JG\005\274\3130M\330\266p\000\360f\237\002\035\314\206\255\214`\300\267I\320b\002GY\207\221\367\340c\007\334fYr\2775\245\371\013\017\245\263\364\246\273c\247\373\223\307\005\303\200\307\005\365\047\347\312\026\034h\301a\363^\260\205u\236\230C\346\261\266\352\346\247\263\203\026\326\360\002q\377\234U\303]\263\345p\253\325\221\202\344\223/\323\366_*\031\016\nT\363\177\361\240\035qjH\014m,[\226iN\377\017\256fF\314\213\271\340\023\036\270X\366\002\364fV\257\202M\267\200\277\031\215\002\264\251\033A\017\206\021V\027\226\003\036\\a\032%\205\274\337\240\005\215n\327T\275\200\215\303\250;|\177\037\027\007\023\267zOU\355\270x>y\273W;\273\263\230,$k\351|\177aP*\367~R\353\203\362\335\236T\177\325D7\007\323\367\225\320\013zU\267\223\335\244\231N\244\353x\373\221\252\250%\275p\\\374X.\334\230S\273\252\233\024\223\312`\342\336\005\351$E\3638\237\2745(U\316*\217\323J\372\264\377\333Is0q\363\270\323\333WE\264\266\016*\346\n7fU\025\324\236\335\372:\001\365S\275*\236\221\275\347=2(}\251\327\007\245\273=\2706\257+\226\377\254W\003\225\340\302\2029|\014\007\246z\253\340\3623U\033\224g\324S]\323\004/I5\024\266\301\263\346\247\204&b\345&\033\351\365\364\n\243\324/\"cNQmR\363#x\t\312\236\367<U\031\224?WU\265\216\362/\364\2046\367~\006\363 \377N]\207\203\271\374\334\230?R1x?f\336\n\273\240`+y\220\354\231\364\226\277\202\304\313\244\212\032_\201\317\231\373{\272hun\350bf\314\336\377\233j\352\242\236\325\020\372\264*\351\"r\313\275\rUT\367\024QM\273\275\024""\322y\351a\3626\255\214\030\370^\255\252\266\336K\256\047\253I\323z\000\027?~V\230,\033\347\001\002\227\214\277R#\342\177\353u\010\212&p\3446F\326\001\263\022\020\323L\246\322g\351^\277t2q\262}j\356mA\311JX\337\362=US\304\352\270\333#\275\246\372Ly\372~\222\205\366\033\300\255f\311\177&%\360\372Z\377\233\223\311\0173\037L\001~0\200\354$4}\220\326R\277\277u\262x\262\216\321Cl\037o\025&\247{\277\353\212\376:\013\002\030\363\350\365\324UWo\337\301\202<4\301\001\314;\006\357\326I\270V\266\301]\305\r\272\364\016\354?\327^RI\276I\241(\263\312\030\307\000*z\tx\327RP\210h\235\306(\271n\001\252\315\036N\335\204j\3354~\201\201?\352\027\232CW\025\021d\001t\341\367\351Z\177\246\237\241\014[\004\203\032d\345\254\230>\200\233w\n\223_\351\177\200\322\322\274\276\207`9{\260\33278_S3\010=s\351v\357\255i\221+\227\020\r\233\026\032\203rE\315\233X\202t15m/\324\"D3]\031\314~\241\213\347\263\363zN\233c\263X.\243\352l\342\017\272\212\316/@y\253)\350C\374\377\210x\235D\313S\272\n`^J\037\365+\2500V\237\243\302\373\200\177P\225\\K\036&\355\364\357\375j\377E\237\237\310\017\337\235\3368\255\235\222\263\211\265\263\265W\247\325\217\323\205\311/\3653\375kB\000\207%\034\037&*\324\0015x\202\345C;\225\031\314\355/P\222\303\304O\267\372\213\375W\047fV5m\020\017\240\023\247g\021\255X\205\214\335R/\201\230\236S\007p\317O^$<m\366o\366-\336\377\003\331\273vD";
+    PyObject *data = __Pyx_DecompressString(cstring, 1821, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2347 bytes) */
-static const char cstring[] = "\377 of (tre\377e fragme\377nt)./dev\377/zero/pr\377oc/self/\377fdinfo/?\377a vector\377\047s descr\373ip\n\000 is n\377ot an ev\366@\000fd\021\010disa\177bleembe\024\000\377d null b\337yteen\024\001gc\373is\004\003divsh\377mem.erro\373rs\007\004/nati\367ve/d\007s.py\367xno}\000faul\377t __redu\377ce__ due\367 to\211\000n-tr\337ivial\033\000ci\377nit__the\376\247\twas tak\377en or cl\357osed\024\013s a\273re\017\010epo\266\000o\343bj\375\000\355\001*\007sig\277naller\t\013tsim\006\n\014\000out\243&\254\206 \220 rCv\002E\357\001E\177POLLERR\003\002\267HUP\013\002IN\022\002O\247UTE}\001\000\002.\352\006c\177ython__\017\005\377setstate\035_\013\013add3\003\344\002>\003\277filenoJ\003m\337odifyV\003re\357moveb\003wai\037tFdFd_\017\017\002]\016\360\047\000\306\"/\000Y\003FdAr\007ray\000\0043\021\033\002\316\0009\020\330\025\003J\004\006\004opD\006dr\047ainR\005\361dsb\005\305`;fdo\005ope \006\247C\374\211\005\376AO_CLOE\377XECO_RDO\377NLYRelay@\000\002\327/\017\005\330.*\003\304bS\210e@\000\006\237O\017\t\244N.\007B\013.\344c\001T\325a\000\002\367O\017\005\370N*\003\344\204\002\3605\003\372CA\003\264`___P\373yx\001\000Dict_\377NextRef_\237_anno\314b\035\000d|\026\001%\000enter-\000\367_ex\325\205\001__fuKnc\014\001g\366eJ\000m\232@\334 \001\330`ule*\001na\365m\003\002pd\000capih>\001\010\001\253\204\003_\023\001vt\247\207\001\036W\001qual)\005\327\206\005\345\204\016F\361\206\006ex\213\001\302\001]\005s\200\010~\204\205\016__test\357\000\377is_corou\377tineadda\376\250\204\001asyncio\375.\020\006sbatch\335c\336\206\001dcl\047\000_i\377n_traceb\367ack\266\207\002code\373co\224 xtcop\237ycoun\006\000\002\000_\267of_\212\211\006ad:\001d\237ir_fd\003\000\303\211\002y\036\301\204\002epfd\360\210\003\300\204\005\303\211\002\277sfdfds\243\206\003f\377irstflag\377sfork_sh\277aring_\302\206\001s\357fsen\177\001iin\375d\221@nfoite\025m\272\211\005.\274\211\003.\267\211\010\302\001\235\205\002\351m\266\000\367\206\003n\233Anew\274\000\000\233 xtnu\232\210\001o\343ld\000\000\014""\002\301\205\001oso\377therpath\377pidpoprb\267ref\254\207\003re\334Be\377xclusive\177results\224!\363ds\300\213\001\230\210\001etde\374\261\212\002\256\211\003source\377specspli\376\267\210\001rtswith\376\301\210\001icmetho\317dstr\215\213\002\252\212\001ta\371r\342`\000\003stext\375t\320\211\003tokenv\337alues\260\210\001we\253ak\226\000w\251\000e\213\214\004-\376\220B:int (P;yO\301\212\003*)\000\014\002\023\000\233)\000\002\006, \013\002\022\005,= \177\000uct \375\212\002\311C\363 * \002%\00264_t\364A\004\"\004_\310\204\002obj_\3557\315\214\004_6\301\214\003_11\342\276\214\010_\241\207\006I\004\210\004voi\201d\225\002W\001\236\016\017\003\256\00258(\374_\003\376\214\002\000add_o\377ne_if_ro\377om\000fail_\256\204A\000is\270\204\005\000\371\003soleep(\006no\237\213\001\356+\002\000de\333\204\003_of\325\000\326\215\001_\202\205\002\000\246\204\001ed\375_\234\215\006\200\001\330\004\n\210\377+\220Q\200\001\340\t\r\377\210Q\320\016\"\240!\240\3776\250\031\260!\330\010\014\377\210H\220A\330\014\017\210\377t\220;\230a\230q\330\377\020\027\220s\230!\2304\377\230v\240R\240q\250\004\373\250A:\001\047\220\021\220(\377\230!\200\001\360\014\000\005\377\026\220R\220y\240\001\240o\021\330\004\025\001\007 \240e\000\376\002\000\340\t\n\330\010\021\320\377\021)\250\021\250+\260Z\377\270q\330\004\007\200w\210\327b\220\001j\001A@\000\026\000\357\005\024\2201\222\000\320\n$\355\240\\\000\013\210\n\000\007\200t\377\2103\210a\330\010\034\230\337A\330\010\017\2104\000\031\230\234_\000\024\0012\210QP\000\200\000!\353\330\004*\000\200\036\000\013\2104\376\260\0002\220Q\330\014\022\220O+\230Q\2307\000\301\0011\025\005\345v\242\000q\t\021\355\002\220_\240\317D\250\003\250)\002\007\007\010\260\275\001X\001\026\220d\230\226\"G\366\243\000\010\013\224\000c\220\021\330\277\014\023\2201\220Ax\001\030;\230\004\240\001\014\210I|\000\035\000\2475\220\003\314\000\030\005\340/\0004\217\210x\220r\273\000\213\016\027\003y\276>\000F\240#\240S\332\"\014\335\036\366 t\2401\211AK\220\373q\330;\002v\220S""\230\001fn\003D\230\265\"j\000\200AY\001\377<\220q\230\001\230\024\230^\370\000\020\220\010\230\260\000\340\304@\377D\220\001\220\025\220a\220\371q!\001\304\014\340\010%\240T\373\250\021V\0108\2204\220v\177\230S\240\003\2404\240\243 |~\0016\000\360\006\000\t\014\326 \261x\377Ap\n\225\000\200A\027\005}\373\230A\356 d\240!\330\014\325\r\247Awt\000t\257`q\240\377\013\2502\250S\260\010\270o\004\270L\310\352BF\220\341`~\334A\014\025\220Q\220a>\003\377\017\210a\210q\220\006\220/c\230\027\240\324\004Z\354`\341@\376\317![\240\010\250\010\260\002\177\260&\270\t\300\022\300\223 \367\013\210?\214\204\002w\240d\250\377#\250Q\250f\260F\270\177\"\270A\330\014\020\220\254@\377\360\n\000\t\020\210z\230\047\021\230$\274\204\001\243\000\014\277\003\361M\376\253AU\230!\2303\230c_\240\021\240&\250\333 \024\367\204\001\335\020\205\002\021\230(\021\000\002\250\327!\330\020\363a\020\253\001i\230\247u\240A\n\003i\000\007\364 \007\373\230q[\003\035\230B\230i\373\240qB\000\010\026\220l\240\377!\2408\2506\260\022\260R\251\0023\347\204\002\232\001\330\221D\021\314\204\002\376\276 \016\000\t\036\230W\240\277A\330\010\031\230\025\362A\320w#4\260\311\204\0026\220\022\300a>\320\000\330\010\r\210T\347\204\002\202\205\001\364*\010\342AE\336C\330\014\021\220\275\031\307\002l\250\"\250\273\206\002s\367\220\"\220\252\000\021\330\024\030\377\230\001\340\024\031\230\026\230\345q#\001\024\364!\314\205\002\320\004\033\327\2301\360\233 !\245@1\250\324\311`\305\204\001G\365a\t\311!\013\230\3771\230F\240(\250\047\260\335\021\215\207\001r\220\023M\001\027\220\375rG\001\240\002\240%\240v\377\250V\2601\260B\260i\377\270t\3005\310\005\310Q\377\310a\320\0046\3206K\377\3101\360\020\000\t\034\230_2\230Y\240a\316`\010\204\207\001\357\010\013\2106?\002\014\022\220\375*\257a\330\010\t\330\021\022\375\330\331 X\230Q\230h\240\377f\250F\260\"\260K\270\372\360\207\002q\201\210\001s\220#\220Q\377\330\020\024\220D\230\001\230\371\021\210\210\001\022\002u\220C\220q\377\330\020\026\220g\230Q\230\377f\240B\240i\250q\260\003""\007\260\263\204\003";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2347, 3409);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2402 bytes) */
+static const char cstring[] = "\377 of (tre\377e fragme\377nt)./dev\377/zero/pr\377oc/self/\377fdinfo/?\377a vector\377\047s descr\373ip\n\000 is n\377ot an ev\366@\000fd\021\010disa\177bleembe\024\000\377d null b\337yteen\024\001gc\373is\004\003divsh\377mem.erro\373rs\006\005nativ\177e.ringe\r\006\365/\020\003/z\007s.py\367xno\223\000faul\377t __redu\377ce__ due\367 to\237\000n-tr\337ivial\033\000ci\377nit__the\376\275\twas tak\377en or cl\357osed\024\013s a\273re\017\010epo\314\000o\343bj\223 \203!*\007sig\277naller\t\013tsim\006\n\014\000out\271&\254\234 \246 rCv\002E\205!E\177POLLERR\003\002\267HUP\013\002IN\022\002O\247UTE}\001\000\002.\352\006c\177ython__\017\005\377setstate\035_\013\013add3\003\344\002>\003\277filenoJ\003m\337odifyV\003re\357moveb\003wai\037tFdFd_\017\017\002]\016\360\047\000\306\"/\000Y\003FdAr\007ray\000\0043\021\033\002\316\0009\020\330\025\003J\004\006\004opD\006dr\047ainR\005\207\204\004sb\005\333`;fdo\005ope \006\332a\360\207\005\263C\225\005\212aO_CL\377OEXECO_R\377DONLYRel\003ay\000\002\343/\017\005\344.*\003\320b\001S\224e\000\006\253O\017\t\260N.\007B\013\005.\360cT\341a\000\002\203o\017\005\204n\300*\003\360\204\0025\003\206cA\003\300`__\357_Pyx\001\000Dic\377t_NextRe\177f__anno\330b\362\035\000d\026\001%\000ente\335r-\000_ex\341\205\001__/func\014\001g\202\204\005J\000qm\246@ \001\344`ule*\001\327nam\003\002pd\000ca\243pi>\001\010\001\267\204\003_\023\001vyt\311\207\001W\001qual)\005\030\343\206\005\361\204\016\375\206\006ex\213\001\302\001]\005\371s\200\010\220\205\016__tes\375t\357\000is_cor\377outinead\373da\264\204\001async\367io.\020\006sbatwchc\352\206\001dcl\047\000\377_in_trac\337eback\302\207\002co\357deco\224 xtc\177opycoun\006\000\336\002\000_of_\254\211\006ad~:\001dir_fd\003\000z\345\211\002y\315\204\002epfd\222\211\003\374\314\204\005\345\211\002sfdfds\376\257\206\003firstfl\377agsfork_\327sha\260\211\001_\316\206\001sf\367sen\177\001iind\376\221@nfoitem\220\324\211\r\303\211\010\302\001\251\205\002m\266\000\203\207\003n\316\233Anew\000\000\233 xt;""nu\246\210\001old\000\000\014\002\376\315\205\001osother\377pathpidp\177oprbref\270\207\003\373re\334Bexclu\377siveresu\323lt\325\212\001\326\212\004s\237!ds<\355\213\001\257\210\001etde\310\212\002\305\211\003\377sourcesp\277ecspli\316\210\001r\277tswith\330\210\001i\377cmethodsstr\272\213\002\301\212\001tar\355`~\000\003stextt\347\211\003\377tokenval\367ues\307\210\001weak\252\241\000w\264\000e\270\214\004-\233B:\377int (PyO\216\330\212\003*)\000\014\002\023\000\000\007,y \000\014~\000uct \223\213\002\346\323C * \002%\00264_\351t@\004\"\004_\322\204\002obj\333_7\371\214\004_6\355\214\003_1\0051\324\214\010_\256\211\004G\004\0164\360\207\006\221\001\036=Bvoid\224\"\327\001\235.\220\017\003\255\"\300\200-\240\010(_\003\224\216\002\000\337fail_\363A\000i\365s\262\205\005\000\351#slee\377p\000add_on\317e_no\245\214\001\004\000gi\271l\006\014@\002\000de\352\205\003_Wof\000\361\216\001_\221\206\002\000\265\205\001\367ed_\267\216\006\200\001\330\004\377\n\210+\220Q\200\001\340\377\t\r\210Q\320\016\"\240\377!\2406\250\031\260!\330\377\010\014\210H\220A\330\014\377\017\210t\220;\230a\230\377q\330\020\027\220s\230!\377\2304\230v\240R\240q\357\250\004\250A:\001\047\220\021\377\220(\230!\200\001\360\014\377\000\005\026\220R\220y\240\277\001\240\021\330\004\025\001\007 \371\240e\000\002\000\340\t\n\330\010\377\021\320\021)\250\021\250+\377\260Z\270q\330\004\007\200_w\210b\220\001j\001A@\000\277\026\000\005\024\2201\222\000\320\267\n$\240\\\000\013\210\n\000\007\377\200t\2103\210a\330\010\177\034\230A\330\010\017\2104\000s\031\230_\000\024\0012\210QP\000\256\200\000!\330\004*\000\200\036\000\013\373\2104\260\0002\220Q\330\014?\022\220+\230Q\2307\000\301\001\2251\025\005v\242\000q\t\021\355\002\220?_\240D\250\003\250)\002\007\007\367\010\260\001X\001\026\220d\230\332\226\"G\243\000\010\013\224\000c\220\377\021\330\014\023\2201\220A\356x\001\030\230\004\240\001\014\210I\234|\000\035\0005\220\003\314\000\030\005\340>/\0004\210x\220r\273\000\213\016\372\027\003y>\000F\240#\240Sv""\332\"\014\036\366 t\2401\211A\357K\220q\330;\002v\220S\233\230\001n\003D\230\265\"j\000\200\375AY\001<\220q\230\001\230{\024\230\370\000\020\220\010\230\260\000\375\340\304@D\220\001\220\025\220\347a\220q!\001\304\014\340\010%\357\240T\250\021V\0108\2204\377\220v\230S\240\003\2404\361\240\243 ~\0016\000\360\006\000\t\305\014\326 x\377Ap\n\225\000\200A\356\027\005}\230A\356 d\240!W\330\014\r\247Awt\000t\257`\377q\240\013\2502\250S\260\277\010\270\004\270L\310\352BF\371\220\341`\334A\014\025\220Q\220\375a>\003\017\210a\210q\220\277\006\220c\230\027\240\324\004Z\370\354`\341@\317![\240\010\250\010\377\260\002\260&\270\t\300\022\335\300\223 \013\210?\214\204\002w\240\377d\250#\250Q\250f\260\377F\270\"\270A\330\014\020\375\220\254@\360\n\000\t\020\210\037z\230\021\230$\274\204\001\243\000\016\000\261\031\257!\237a\236\n\r\016\251a%\336\330\002\020\027\220w\353\204\002\010\014\211\210\242\000\332\000\014\366\003\250m\342AU\377\230!\2303\230c\240\021W\240&\250\222@\024\256\205\001\020\274\002\367\021\230(\021\000\002\250!\330\365\020\252\204\001\020\342\001i\230u\240\351A\n\003\240\000\007\253@\007\230q\376[\003\035\230B\230i\240q\376B\000\010\026\220l\240!\240\2778\2506\260\022\260\340\0023\224\236\205\002\321\001\330\310D\021\203\205\002\365 \016\377\000\t\036\230W\240A\330\357\010\031\230\025\251a\320#4\235\260\200\205\0026\220\022\367a\207 \330\017\010\r\210T\236\205\002\271\205\001*\010\231a}E\225c\330\014\021\220\031\307\002\357l\250\"\250\362\206\002s\220\"\375\220\252\000\021\330\024\030\230\001\177\340\024\031\230\026\230q#\001\371\024\253A\203\206\002\320\004\033\2301\365\360\233 !\334@1\250A\340\325\010\374\204\001G\254\204\001\t\200A\013\230\3771\230F\240(\250\047\260\335\021\304\207\001r\220\023M\001\027\220\375rG\001\240\002\240%\240v\377\250V\2601\260B\260i\377\270t\3005\310\005\310Q\377\310a\320\0046\3206K\377\3101\360\020\000\t\034\230\3772\230Y\240a\240q\330\275\010\273\207\001\010\013\2106?\002\014\367\022\220*\346a\330\010\t\330\367\021\022\330\331 X""\230Q\230\377h\240f\250F\260\"\260\353K\270\247\210\002q\270\210\001s\220#\377\220Q\330\020\024\220D\230\347\001\230\021\277\210\001\022\002u\220C\377\220q\330\020\026\220g\230\377Q\230f\240B\240i\250\017q\260\007\260\352\204\003";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2402, 3641);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (3409 bytes) */
-static const char bytes[] = " of (tree fragment)./dev/zero/proc/self/fdinfo/?a vector\047s descriptor is not an eventfddescriptor disableembedded null byteenablegcisenabledivshmem.errorsivshmem/native/descriptors.pyxno default __reduce__ due to non-trivial __cinit__the descriptor was taken or closedthe descriptors are closedthe epoll object is closedthe signaller is closedthe timer is closedtimeout is not a numberClosedErrorEPOLLERREPOLLHUPEPOLLINEPOLLOUTEpollEpoll.__reduce_cython__Epoll.__setstate_cython__Epoll.addEpoll.closeEpoll.filenoEpoll.modifyEpoll.removeEpoll.waitFdFd.__reduce_cython__Fd.__setstate_cython__Fd.closeFd.filenoFdArrayFdArray.__reduce_cython__FdArray.__setstate_cython__FdArray.closeFdArray.copyFdArray.drainFdArray.eventfdsFdArray.memfdFdArray.openFdArray.signalFdArray.takeO_CLOEXECO_RDONLYRelayRelay.__reduce_cython__Relay.__setstate_cython__Relay.closeSignallerSignaller.__reduce_cython__Signaller.__setstate_cython__Signaller.closeSignaller.signalTimerTimer.__reduce_cython__Timer.__setstate_cython__Timer.closeTimer.filenoTimer.set___Pyx_PyDict_NextRef__annotate____dict____enter____exit____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineaddarrayasyncio.coroutinesbatchcalledcline_in_tracebackclosecodecontextcopycountcount_of_eventfddeadlinedir_fddirectorydrainepfderrorseventfdseventsfdfdsfilenofirstflagsfork_sharing_filesfsencodeiindexinfoitemsivshmem.native.descriptorslinememfdmodemodifynnamenewnew_textnumberoldold_textopenosotherpathpidpoprbrefremoverename_exclusiveresultsecondsselfsetsetdefaultsignalsourcespecsplitstartswithstaticmethodstrerrortaketargettargetstexttimeouttokenvalueswaitweakrefwhereeventfd-count:int (PyObject *)\000int (int)\000\000int (int, int)\000int (int, struct epoll_event *, int, int64_t)\000int (struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int)\000int (void)\000int64_t (PyObject *)\000int64""_t (int)\000struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *(void)\000taken\000add_one_if_room\000fail_with\000is_eventfd\000epoll_sleep\000add_one_nowait\000fail\000deadline_of\000take_count\000shared_signaller\200\001\330\004\n\210+\220Q\200\001\340\t\r\210Q\320\016\"\240!\2406\250\031\260!\330\010\014\210H\220A\330\014\017\210t\220;\230a\230q\330\020\027\220s\230!\2304\230v\240R\240q\250\004\250A\330\004\n\210\047\220\021\220(\230!\200\001\360\014\000\005\026\220R\220y\240\001\240\021\330\004\025\220R\220y\240\001\240\021\330\004 \240\001\330\004 \240\001\340\t\n\330\010\021\320\021)\250\021\250+\260Z\270q\330\004\007\200w\210b\220\001\330\010\014\210A\200\001\360\026\000\005\024\2201\330\004\n\320\n$\240A\330\004\013\2101\330\004\007\200t\2103\210a\330\010\034\230A\330\010\017\210q\330\004\031\230\021\330\004\007\200t\2102\210Q\330\010\021\220\021\220!\330\004\013\2101\200A\330\010\013\2104\210t\2202\220Q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\013\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\014\210H\220A\220_\240D\250\003\2501\200A\330\010\014\210H\220A\220_\240D\250\010\260\001\200A\330\010\026\220d\230!\330\010\014\210G\2201\330\010\013\2103\210c\220\021\330\014\023\2201\220A\200A\330\010\030\230\004\230A\330\010\014\210I\220Q\330\010\013\2105\220\003\2201\330\014\023\2201\220A\200A\340\010\013\2104\210x\220r\230\021\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\340\010\013\2104\210y\230\004\230F\240#\240S\250\004\250A\330\014\036\230a\230t\2401\330\010\014\210K\220q\330\010\013\2104\210v\220S\230\001\330\014\023\2201\220D\230\001\330\010\014\210I\220Q\200A\340\010\013\210<\220q\230\001\230\024\230Q\330\014\020\220\010\230\001\200A\340\010\014\210D\220\001\220\025\220a\220q\200A\340\010\014\210H\220A\220_\240D\250\010\260\001\200A\340\010%\240T\250\021\330\010\014\210K\220q\330\010\013\2108\2204\220v\230S\240\003\2404\240q\330\014\036\230a\230q\200A\360\006\000\t\014\2104\210x\220s""\230!\330\014\023\2201\220D\230\001\330\010\014\210K\220q\200A\360\006\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\017\210w\220a\220t\2304\230q\240\013\2502\250S\260\010\270\004\270L\310\001\330\010\014\210F\220!\330\010\013\2101\330\014\025\220Q\220a\200A\360\006\000\t\017\210a\210q\220\006\220c\230\027\240\001\330\010\014\210I\220Z\230v\240Q\330\010\014\210I\220[\240\010\250\010\260\002\260&\270\t\300\022\3001\330\010\013\210?\230!\2304\230w\240d\250#\250Q\250f\260F\270\"\270A\330\014\020\220\001\200A\360\n\000\t\020\210z\230\021\230$\230a\230q\200A\360\014\000\t\014\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\014\210I\220U\230!\2303\230c\240\021\240&\250\001\330\014\024\220A\330\014\020\220\006\220c\230\021\230(\240&\250\002\250!\330\020\031\230\021\330\020\025\220Q\220i\230u\240A\330\020\031\230\021\330\014\020\220\007\220q\230\007\230q\200A\360\014\000\t\035\230B\230i\240q\250\001\330\010\026\220l\240!\2408\2506\260\022\2601\330\010\013\2103\210b\220\001\330\014\020\220\001\330\010\014\210D\220\001\220\021\330\010\017\210q\200A\360\016\000\t\036\230W\240A\330\010\031\230\025\230a\230t\320#4\260A\330\010\013\2106\220\022\2201\330\014\020\220\001\330\010\r\210T\220\021\220!\330\010\017\210q\200A\360\016\000\t\036\230W\240A\340\010\014\210E\220\025\220a\220q\330\014\021\220\031\230!\2303\230l\250\"\250A\330\014\017\210s\220\"\220A\330\020\021\330\024\030\230\001\340\024\031\230\026\230q\330\014\021\220\024\220Q\220a\330\010\017\210q\320\004\033\2301\360\014\000\t!\240\013\2501\250A\340\010\030\230\004\230G\2401\330\010\t\330\014\020\220\013\2301\230F\240(\250\047\260\021\330\014\017\210r\220\023\220A\330\020\027\220r\230\026\230q\240\002\240%\240v\250V\2601\260B\260i\270t\3005\310\005\310Q\310a\320\0046\3206K\3101\360\020\000\t\034\2302\230Y\240a\240q\330\010 \240\001\340\010\013\2106\220\023\220A\330\014\022\220*\230A\230Q\330\010\t\330\021\022\330\020\025\220X\230Q\230h\240f\250F\260\"\260K\270q\330\020\027\220q\330\014\017\210s\220#""\220Q\330\020\024\220D\230\001\230\021\330\020\027\220q\330\014\017\210u\220C\220q\330\020\026\220g\230Q\230f\240B\240i\250q\260\007\260q\330\014\036\230a";
+    #else /* compression: none (3641 bytes) */
+static const char bytes[] = " of (tree fragment)./dev/zero/proc/self/fdinfo/?a vector\047s descriptor is not an eventfddescriptor disableembedded null byteenablegcisenabledivshmem.errorsivshmem.native.ringersivshmem/native/descriptors.pyxno default __reduce__ due to non-trivial __cinit__the descriptor was taken or closedthe descriptors are closedthe epoll object is closedthe signaller is closedthe timer is closedtimeout is not a numberClosedErrorEPOLLERREPOLLHUPEPOLLINEPOLLOUTEpollEpoll.__reduce_cython__Epoll.__setstate_cython__Epoll.addEpoll.closeEpoll.filenoEpoll.modifyEpoll.removeEpoll.waitFdFd.__reduce_cython__Fd.__setstate_cython__Fd.closeFd.filenoFdArrayFdArray.__reduce_cython__FdArray.__setstate_cython__FdArray.closeFdArray.copyFdArray.drainFdArray.eventfdsFdArray.memfdFdArray.openFdArray.ringFdArray.signalFdArray.takeO_CLOEXECO_RDONLYRelayRelay.__reduce_cython__Relay.__setstate_cython__Relay.closeSignallerSignaller.__reduce_cython__Signaller.__setstate_cython__Signaller.closeSignaller.signalTimerTimer.__reduce_cython__Timer.__setstate_cython__Timer.closeTimer.filenoTimer.set___Pyx_PyDict_NextRef__annotate____dict____enter____exit____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineaddarrayasyncio.coroutinesbatchcalledcline_in_tracebackclosecodecontextcopycountcount_of_eventfddeadlinedir_fddirectorydrainepfderrorseventfdseventsfdfdsfilenofirstflagsfork_sharing_filesfsencodeiindexinfoitemsivshmem.native.descriptorslinememfdmodemodifynnamenewnew_textnumberoldold_textopenosotherpathpidpoprbrefremoverename_exclusiveresultringringerssecondsselfsetsetdefaultsignalsourcespecsplitstartswithstaticmethodstrerrortaketargettargetstexttimeouttokenvalueswaitweakrefwhereeventfd-count:int (PyObject *)\000int (int)\000int (int, int)\000int (int, struct epoll_event *, int, int64_t)\000int (struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *, int)\000int ""(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *, int)\000int (void)\000int64_t (PyObject *)\000int64_t (int)\000struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *(void)\000taken\000fail_with\000is_eventfd\000epoll_sleep\000add_one_nowait_nogil\000add_one_nowait\000fail\000deadline_of\000take_count\000shared_signaller\200\001\330\004\n\210+\220Q\200\001\340\t\r\210Q\320\016\"\240!\2406\250\031\260!\330\010\014\210H\220A\330\014\017\210t\220;\230a\230q\330\020\027\220s\230!\2304\230v\240R\240q\250\004\250A\330\004\n\210\047\220\021\220(\230!\200\001\360\014\000\005\026\220R\220y\240\001\240\021\330\004\025\220R\220y\240\001\240\021\330\004 \240\001\330\004 \240\001\340\t\n\330\010\021\320\021)\250\021\250+\260Z\270q\330\004\007\200w\210b\220\001\330\010\014\210A\200\001\360\026\000\005\024\2201\330\004\n\320\n$\240A\330\004\013\2101\330\004\007\200t\2103\210a\330\010\034\230A\330\010\017\210q\330\004\031\230\021\330\004\007\200t\2102\210Q\330\010\021\220\021\220!\330\004\013\2101\200A\330\010\013\2104\210t\2202\220Q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\013\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\014\210H\220A\220_\240D\250\003\2501\200A\330\010\014\210H\220A\220_\240D\250\010\260\001\200A\330\010\026\220d\230!\330\010\014\210G\2201\330\010\013\2103\210c\220\021\330\014\023\2201\220A\200A\330\010\030\230\004\230A\330\010\014\210I\220Q\330\010\013\2105\220\003\2201\330\014\023\2201\220A\200A\340\010\013\2104\210x\220r\230\021\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\340\010\013\2104\210y\230\004\230F\240#\240S\250\004\250A\330\014\036\230a\230t\2401\330\010\014\210K\220q\330\010\013\2104\210v\220S\230\001\330\014\023\2201\220D\230\001\330\010\014\210I\220Q\200A\340\010\013\210<\220q\230\001\230\024\230Q\330\014\020\220\010\230\001\200A\340\010\014\210D\220\001\220\025\220a\220q\200A\340\010\014\210H\220A\220_""\240D\250\010\260\001\200A\340\010%\240T\250\021\330\010\014\210K\220q\330\010\013\2108\2204\220v\230S\240\003\2404\240q\330\014\036\230a\230q\200A\360\006\000\t\014\2104\210x\220s\230!\330\014\023\2201\220D\230\001\330\010\014\210K\220q\200A\360\006\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\017\210w\220a\220t\2304\230q\240\013\2502\250S\260\010\270\004\270L\310\001\330\010\014\210F\220!\330\010\013\2101\330\014\025\220Q\220a\200A\360\006\000\t\017\210a\210q\220\006\220c\230\027\240\001\330\010\014\210I\220Z\230v\240Q\330\010\014\210I\220[\240\010\250\010\260\002\260&\270\t\300\022\3001\330\010\013\210?\230!\2304\230w\240d\250#\250Q\250f\260F\270\"\270A\330\014\020\220\001\200A\360\n\000\t\020\210z\230\021\230$\230a\230q\200A\360\n\000\t\031\230\001\330\010\013\2104\210}\230A\230Q\230d\240!\330\014\r\330\r\016\330\014\022\220%\220s\230!\330\020\027\220w\230a\230q\330\010\014\210F\220!\200A\360\014\000\t\014\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\014\210I\220U\230!\2303\230c\240\021\240&\250\001\330\014\024\220A\330\014\020\220\006\220c\230\021\230(\240&\250\002\250!\330\020\031\230\021\330\020\025\220Q\220i\230u\240A\330\020\031\230\021\330\014\020\220\007\220q\230\007\230q\200A\360\014\000\t\035\230B\230i\240q\250\001\330\010\026\220l\240!\2408\2506\260\022\2601\330\010\013\2103\210b\220\001\330\014\020\220\001\330\010\014\210D\220\001\220\021\330\010\017\210q\200A\360\016\000\t\036\230W\240A\330\010\031\230\025\230a\230t\320#4\260A\330\010\013\2106\220\022\2201\330\014\020\220\001\330\010\r\210T\220\021\220!\330\010\017\210q\200A\360\016\000\t\036\230W\240A\340\010\014\210E\220\025\220a\220q\330\014\021\220\031\230!\2303\230l\250\"\250A\330\014\017\210s\220\"\220A\330\020\021\330\024\030\230\001\340\024\031\230\026\230q\330\014\021\220\024\220Q\220a\330\010\017\210q\320\004\033\2301\360\014\000\t!\240\013\2501\250A\340\010\030\230\004\230G\2401\330\010\t\330\014\020\220\013\2301\230F\240(\250\047\260\021\330\014\017\210r\220\023""\220A\330\020\027\220r\230\026\230q\240\002\240%\240v\250V\2601\260B\260i\270t\3005\310\005\310Q\310a\320\0046\3206K\3101\360\020\000\t\034\2302\230Y\240a\240q\330\010 \240\001\340\010\013\2106\220\023\220A\330\014\022\220*\230A\230Q\330\010\t\330\021\022\330\020\025\220X\230Q\230h\240f\250F\260\"\260K\270q\330\020\027\220q\330\014\017\210s\220#\220Q\330\020\024\220D\230\001\230\021\330\020\027\220q\330\014\017\210u\220C\220q\330\020\026\220g\230Q\230f\240B\240i\250q\260\007\260q\330\014\036\230a";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 167; i++) {
+    for (int i = 0; i < 171; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 22) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 23) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)
@@ -19229,8 +19876,8 @@ static const char bytes[] = " of (tree fragment)./dev/zero/proc/self/fdinfo/?a v
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 167; i < 195; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-167].length;
+    for (int i = 171; i < 200; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-171].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -19240,15 +19887,15 @@ static const char bytes[] = " of (tree fragment)./dev/zero/proc/self/fdinfo/?a v
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 195; i++) {
+    for (Py_ssize_t i = 0; i < 200; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 167;
-      for (Py_ssize_t i=0; i<28; ++i) {
+      PyObject **table = stringtab + 171;
+      for (Py_ssize_t i=0; i<29; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
         #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -19385,139 +20032,144 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_signal, __pyx_mstate->__pyx_kp_b_iso88591_A_4_AQd_wat4q_2S_L_F_1_Qa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 284};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 284};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_code};
+    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_ring, __pyx_mstate->__pyx_kp_b_iso88591_A_4_AQd_s_waq_F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 297};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_index};
-    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_drain, __pyx_mstate->__pyx_kp_b_iso88591_A_z_aq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_drain, __pyx_mstate->__pyx_kp_b_iso88591_A_z_aq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 307};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 320};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_q_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_q_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 346};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 359};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fds, __pyx_mstate->__pyx_n_u_batch, __pyx_mstate->__pyx_n_u_first, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_number, __pyx_mstate->__pyx_n_u_fd};
-    __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_signal, __pyx_mstate->__pyx_kp_b_iso88591_A_4vRq_Qa_IU_3c_A_c_QiuA_q_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_signal, __pyx_mstate->__pyx_kp_b_iso88591_A_4vRq_Qa_IU_3c_A_c_QiuA_q_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 401};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 414};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4y_F_S_A_at1_Kq_4vS_1D_IQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4y_F_S_A_at1_Kq_4vS_1D_IQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 506};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 541};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_context};
-    __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_T_Kq_84vS_4q_aq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_T_Kq_84vS_4q_aq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 531};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 566};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_4vRq_Qa_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_4vRq_Qa_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 545};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 580};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_token, __pyx_mstate->__pyx_n_u_events};
-    __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_add, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[23] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_add, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[23])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 549};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 584};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_token, __pyx_mstate->__pyx_n_u_events};
-    __pyx_mstate_global->__pyx_codeobj_tab[23] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_modify, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[23])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[24] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_modify, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[24])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 552};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 587};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
-    __pyx_mstate_global->__pyx_codeobj_tab[24] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_remove, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[24])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[25] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_remove, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[25])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 555};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 590};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_events, __pyx_mstate->__pyx_n_u_deadline, __pyx_mstate->__pyx_n_u_n, __pyx_mstate->__pyx_n_u_epfd, __pyx_mstate->__pyx_n_u_i};
-    __pyx_mstate_global->__pyx_codeobj_tab[25] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_wait, __pyx_mstate->__pyx_kp_b_iso88591_1_1A_G1_1F_r_A_r_q_vV1Bit5_Qa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[25])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[26] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_wait, __pyx_mstate->__pyx_kp_b_iso88591_1_1A_G1_1F_r_A_r_q_vV1Bit5_Qa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[26])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 569};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 604};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_epfd};
-    __pyx_mstate_global->__pyx_codeobj_tab[26] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_A_IQ_5_1_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[26])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[27] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_A_IQ_5_1_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[27])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[27] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[27])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[28] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[28])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[28] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[28])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[29] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[29])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 617};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 652};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[29] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_4t2Q_Qa_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[29])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[30] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_4t2Q_Qa_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[30])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 622};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 657};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_seconds, __pyx_mstate->__pyx_n_u_spec};
-    __pyx_mstate_global->__pyx_codeobj_tab[30] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_set, __pyx_mstate->__pyx_kp_b_iso88591_A_aq_c_IZvQ_I_1_4wd_QfF_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[30])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[31] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_set, __pyx_mstate->__pyx_kp_b_iso88591_A_aq_c_IZvQ_I_1_4wd_QfF_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[31])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 631};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 666};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
-    __pyx_mstate_global->__pyx_codeobj_tab[31] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_d_G1_3c_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[31])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[32] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_d_G1_3c_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[32])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[32] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[32])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[33] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[33])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[33] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[33])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[34] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[34])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 642};
+    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 677};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_pid, __pyx_mstate->__pyx_n_u_code};
-    __pyx_mstate_global->__pyx_codeobj_tab[34] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_fork_sharing_files, __pyx_mstate->__pyx_kp_b_iso88591_1_A_1_t3a_A_q_t2Q_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[34])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[35] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_fork_sharing_files, __pyx_mstate->__pyx_kp_b_iso88591_1_A_1_t3a_A_q_t2Q_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[35])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 665};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 700};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_directory, __pyx_mstate->__pyx_n_u_source, __pyx_mstate->__pyx_n_u_target, __pyx_mstate->__pyx_n_u_old, __pyx_mstate->__pyx_n_u_new, __pyx_mstate->__pyx_n_u_old_text, __pyx_mstate->__pyx_n_u_new_text, __pyx_mstate->__pyx_n_u_result};
-    __pyx_mstate_global->__pyx_codeobj_tab[35] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_rename_exclusive, __pyx_mstate->__pyx_kp_b_iso88591_Ry_Ry_Zq_wb_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[35])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[36] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_rename_exclusive, __pyx_mstate->__pyx_kp_b_iso88591_Ry_Ry_Zq_wb_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[36])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 692};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 727};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_info, __pyx_mstate->__pyx_n_u_line};
-    __pyx_mstate_global->__pyx_codeobj_tab[36] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_count_of_eventfd, __pyx_mstate->__pyx_kp_b_iso88591_Q_6_HA_t_aq_s_4vRq_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[36])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[37] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_count_of_eventfd, __pyx_mstate->__pyx_kp_b_iso88591_Q_6_HA_t_aq_s_4vRq_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[37])) goto bad;
   }
   Py_DECREF(tuple_dedup_map);
   return 0;
@@ -22096,6 +22748,199 @@ static void __Pyx_WriteUnraisable(const char *name, int clineno,
         PyGILState_Release(state);
 }
 
+/* HasAttr (used by ImportImpl) */
+#if __PYX_LIMITED_VERSION_HEX < 0x030d0000
+static CYTHON_INLINE int __Pyx_HasAttr(PyObject *o, PyObject *n) {
+    PyObject *r;
+    if (unlikely(!PyUnicode_Check(n))) {
+        PyErr_SetString(PyExc_TypeError,
+                        "hasattr(): attribute name must be string");
+        return -1;
+    }
+    r = __Pyx_PyObject_GetAttrStrNoError(o, n);
+    if (!r) {
+        return (unlikely(PyErr_Occurred())) ? -1 : 0;
+    } else {
+        Py_DECREF(r);
+        return 1;
+    }
+}
+#endif
+
+/* TupleOrListFromArrayImpl (used by ListFromArray) */
+CYTHON_UNUSED static PyObject *
+__Pyx_PyList_FromArray(PyObject *const *src, Py_ssize_t n) {
+    PyObject *res = PyList_New(n);
+    if (unlikely(res == NULL)) return NULL;
+    #if CYTHON_COMPILING_IN_CPYTHON
+    __Pyx_copy_object_array(src, ((PyListObject*)res)->ob_item, n);
+    #else
+    Py_ssize_t i;
+    for (i = 0; i < n; i++) {
+        Py_INCREF(src[i]);
+        if (unlikely(__Pyx_PyList_SET_ITEM(res, i, src[i]) < (0))) {
+            Py_DECREF(res);
+            return NULL;
+        }
+    }
+    #endif
+    return res;
+}
+
+/* ImportImpl (used by Import) */
+static int __Pyx__Import_GetModule(PyObject *qualname, PyObject **module) {
+    PyObject *imported_module = PyImport_GetModule(qualname);
+    if (unlikely(!imported_module)) {
+        *module = NULL;
+        if (PyErr_Occurred()) {
+            return -1;
+        }
+        return 0;
+    }
+    *module = imported_module;
+    return 1;
+}
+static int __Pyx__Import_Lookup(PyObject *qualname, PyObject *const *imported_names, Py_ssize_t len_imported_names, PyObject **module) {
+    PyObject *imported_module;
+    PyObject *top_level_package_name;
+    Py_ssize_t i;
+    int status, module_found;
+    Py_ssize_t dot_index;
+    module_found = __Pyx__Import_GetModule(qualname, &imported_module);
+    if (unlikely(!module_found || module_found == -1)) {
+        *module = NULL;
+        return module_found;
+    }
+    if (imported_names) {
+        for (i = 0; i < len_imported_names; i++) {
+            PyObject *imported_name = imported_names[i];
+#if __PYX_LIMITED_VERSION_HEX < 0x030d0000
+            int has_imported_attribute = PyObject_HasAttr(imported_module, imported_name);
+#else
+            int has_imported_attribute = PyObject_HasAttrWithError(imported_module, imported_name);
+            if (unlikely(has_imported_attribute == -1)) goto error;
+#endif
+            if (!has_imported_attribute) {
+                goto not_found;
+            }
+        }
+        *module = imported_module;
+        return 1;
+    }
+    dot_index = PyUnicode_FindChar(qualname, '.', 0, PY_SSIZE_T_MAX, 1);
+    if (dot_index == -1) {
+        *module = imported_module;
+        return 1;
+    }
+    if (unlikely(dot_index == -2)) goto error;
+    top_level_package_name = PyUnicode_Substring(qualname, 0, dot_index);
+    if (unlikely(!top_level_package_name)) goto error;
+    Py_DECREF(imported_module);
+    status = __Pyx__Import_GetModule(top_level_package_name, module);
+    Py_DECREF(top_level_package_name);
+    return status;
+error:
+    Py_DECREF(imported_module);
+    *module = NULL;
+    return -1;
+not_found:
+    Py_DECREF(imported_module);
+    *module = NULL;
+    return 0;
+}
+static PyObject *__Pyx__Import(PyObject *name, PyObject *const *imported_names, Py_ssize_t len_imported_names, PyObject *qualname, PyObject *moddict, int level) {
+    PyObject *module = 0;
+    PyObject *empty_dict = 0;
+    PyObject *from_list = 0;
+    int module_found;
+    if (!qualname) {
+        qualname = name;
+    }
+    module_found = __Pyx__Import_Lookup(qualname, imported_names, len_imported_names, &module);
+    if (likely(module_found == 1)) {
+        return module;
+    } else if (unlikely(module_found == -1)) {
+        return NULL;
+    }
+    #if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030f00a6
+    empty_dict = PyFrozenDict_New(NULL);
+    #else
+    empty_dict = PyDict_New();
+    #endif
+    if (unlikely(!empty_dict))
+        goto bad;
+    if (imported_names) {
+        from_list = __Pyx_PyList_FromArray(imported_names, len_imported_names);
+        if (unlikely(!from_list))
+            goto bad;
+    }
+    if (level == -1) {
+        const char* package_sep = strchr(__Pyx_MODULE_NAME, '.');
+        if (package_sep != (0)) {
+            module = PyImport_ImportModuleLevelObject(
+                name, moddict, empty_dict, from_list, 1);
+            if (unlikely(!module)) {
+                if (unlikely(!PyErr_ExceptionMatches(PyExc_ImportError)))
+                    goto bad;
+                PyErr_Clear();
+            }
+        }
+        level = 0;
+    }
+    if (!module) {
+        module = PyImport_ImportModuleLevelObject(
+            name, moddict, empty_dict, from_list, level);
+    }
+bad:
+    Py_XDECREF(from_list);
+    Py_XDECREF(empty_dict);
+    return module;
+}
+
+/* Import */
+static PyObject *__Pyx_Import(PyObject *name, PyObject *const *imported_names, Py_ssize_t len_imported_names, PyObject *qualname, int level) {
+    return __Pyx__Import(name, imported_names, len_imported_names, qualname, __pyx_mstate_global->__pyx_d, level);
+}
+
+/* ImportFrom */
+static PyObject* __Pyx_ImportFrom(PyObject* module, PyObject* name) {
+    PyObject* value = __Pyx_PyObject_GetAttrStr(module, name);
+    if (unlikely(!value) && PyErr_ExceptionMatches(PyExc_AttributeError)) {
+        const char* module_name_str = 0;
+        PyObject* module_name = 0;
+        PyObject* module_dot = 0;
+        PyObject* full_name = 0;
+        PyErr_Clear();
+        module_name_str = PyModule_GetName(module);
+        if (unlikely(!module_name_str)) { goto modbad; }
+        module_name = PyUnicode_FromString(module_name_str);
+        if (unlikely(!module_name)) { goto modbad; }
+        module_dot = PyUnicode_Concat(module_name, __pyx_mstate_global->__pyx_kp_u__3);
+        if (unlikely(!module_dot)) { goto modbad; }
+        full_name = PyUnicode_Concat(module_dot, name);
+        if (unlikely(!full_name)) { goto modbad; }
+        #if (CYTHON_COMPILING_IN_PYPY && PYPY_VERSION_NUM  < 0x07030400) ||\
+                CYTHON_COMPILING_IN_GRAAL
+        {
+            PyObject *modules = PyImport_GetModuleDict();
+            if (unlikely(!modules))
+                goto modbad;
+            value = PyObject_GetItem(modules, full_name);
+        }
+        #else
+        value = PyImport_GetModule(full_name);
+        #endif
+      modbad:
+        Py_XDECREF(full_name);
+        Py_XDECREF(module_dot);
+        Py_XDECREF(module_name);
+    }
+    if (unlikely(!value)) {
+        PyErr_Format(PyExc_ImportError, "cannot import name %S", name);
+    }
+    return value;
+}
+
 /* decode_c_string */
 static CYTHON_INLINE PyObject* __Pyx_decode_c_string(
          const char* cstring, Py_ssize_t start, Py_ssize_t stop,
@@ -23068,199 +23913,6 @@ bad:
     return NULL;
 }
 #endif
-
-/* HasAttr (used by ImportImpl) */
-#if __PYX_LIMITED_VERSION_HEX < 0x030d0000
-static CYTHON_INLINE int __Pyx_HasAttr(PyObject *o, PyObject *n) {
-    PyObject *r;
-    if (unlikely(!PyUnicode_Check(n))) {
-        PyErr_SetString(PyExc_TypeError,
-                        "hasattr(): attribute name must be string");
-        return -1;
-    }
-    r = __Pyx_PyObject_GetAttrStrNoError(o, n);
-    if (!r) {
-        return (unlikely(PyErr_Occurred())) ? -1 : 0;
-    } else {
-        Py_DECREF(r);
-        return 1;
-    }
-}
-#endif
-
-/* TupleOrListFromArrayImpl (used by ListFromArray) */
-CYTHON_UNUSED static PyObject *
-__Pyx_PyList_FromArray(PyObject *const *src, Py_ssize_t n) {
-    PyObject *res = PyList_New(n);
-    if (unlikely(res == NULL)) return NULL;
-    #if CYTHON_COMPILING_IN_CPYTHON
-    __Pyx_copy_object_array(src, ((PyListObject*)res)->ob_item, n);
-    #else
-    Py_ssize_t i;
-    for (i = 0; i < n; i++) {
-        Py_INCREF(src[i]);
-        if (unlikely(__Pyx_PyList_SET_ITEM(res, i, src[i]) < (0))) {
-            Py_DECREF(res);
-            return NULL;
-        }
-    }
-    #endif
-    return res;
-}
-
-/* ImportImpl (used by Import) */
-static int __Pyx__Import_GetModule(PyObject *qualname, PyObject **module) {
-    PyObject *imported_module = PyImport_GetModule(qualname);
-    if (unlikely(!imported_module)) {
-        *module = NULL;
-        if (PyErr_Occurred()) {
-            return -1;
-        }
-        return 0;
-    }
-    *module = imported_module;
-    return 1;
-}
-static int __Pyx__Import_Lookup(PyObject *qualname, PyObject *const *imported_names, Py_ssize_t len_imported_names, PyObject **module) {
-    PyObject *imported_module;
-    PyObject *top_level_package_name;
-    Py_ssize_t i;
-    int status, module_found;
-    Py_ssize_t dot_index;
-    module_found = __Pyx__Import_GetModule(qualname, &imported_module);
-    if (unlikely(!module_found || module_found == -1)) {
-        *module = NULL;
-        return module_found;
-    }
-    if (imported_names) {
-        for (i = 0; i < len_imported_names; i++) {
-            PyObject *imported_name = imported_names[i];
-#if __PYX_LIMITED_VERSION_HEX < 0x030d0000
-            int has_imported_attribute = PyObject_HasAttr(imported_module, imported_name);
-#else
-            int has_imported_attribute = PyObject_HasAttrWithError(imported_module, imported_name);
-            if (unlikely(has_imported_attribute == -1)) goto error;
-#endif
-            if (!has_imported_attribute) {
-                goto not_found;
-            }
-        }
-        *module = imported_module;
-        return 1;
-    }
-    dot_index = PyUnicode_FindChar(qualname, '.', 0, PY_SSIZE_T_MAX, 1);
-    if (dot_index == -1) {
-        *module = imported_module;
-        return 1;
-    }
-    if (unlikely(dot_index == -2)) goto error;
-    top_level_package_name = PyUnicode_Substring(qualname, 0, dot_index);
-    if (unlikely(!top_level_package_name)) goto error;
-    Py_DECREF(imported_module);
-    status = __Pyx__Import_GetModule(top_level_package_name, module);
-    Py_DECREF(top_level_package_name);
-    return status;
-error:
-    Py_DECREF(imported_module);
-    *module = NULL;
-    return -1;
-not_found:
-    Py_DECREF(imported_module);
-    *module = NULL;
-    return 0;
-}
-static PyObject *__Pyx__Import(PyObject *name, PyObject *const *imported_names, Py_ssize_t len_imported_names, PyObject *qualname, PyObject *moddict, int level) {
-    PyObject *module = 0;
-    PyObject *empty_dict = 0;
-    PyObject *from_list = 0;
-    int module_found;
-    if (!qualname) {
-        qualname = name;
-    }
-    module_found = __Pyx__Import_Lookup(qualname, imported_names, len_imported_names, &module);
-    if (likely(module_found == 1)) {
-        return module;
-    } else if (unlikely(module_found == -1)) {
-        return NULL;
-    }
-    #if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030f00a6
-    empty_dict = PyFrozenDict_New(NULL);
-    #else
-    empty_dict = PyDict_New();
-    #endif
-    if (unlikely(!empty_dict))
-        goto bad;
-    if (imported_names) {
-        from_list = __Pyx_PyList_FromArray(imported_names, len_imported_names);
-        if (unlikely(!from_list))
-            goto bad;
-    }
-    if (level == -1) {
-        const char* package_sep = strchr(__Pyx_MODULE_NAME, '.');
-        if (package_sep != (0)) {
-            module = PyImport_ImportModuleLevelObject(
-                name, moddict, empty_dict, from_list, 1);
-            if (unlikely(!module)) {
-                if (unlikely(!PyErr_ExceptionMatches(PyExc_ImportError)))
-                    goto bad;
-                PyErr_Clear();
-            }
-        }
-        level = 0;
-    }
-    if (!module) {
-        module = PyImport_ImportModuleLevelObject(
-            name, moddict, empty_dict, from_list, level);
-    }
-bad:
-    Py_XDECREF(from_list);
-    Py_XDECREF(empty_dict);
-    return module;
-}
-
-/* Import */
-static PyObject *__Pyx_Import(PyObject *name, PyObject *const *imported_names, Py_ssize_t len_imported_names, PyObject *qualname, int level) {
-    return __Pyx__Import(name, imported_names, len_imported_names, qualname, __pyx_mstate_global->__pyx_d, level);
-}
-
-/* ImportFrom */
-static PyObject* __Pyx_ImportFrom(PyObject* module, PyObject* name) {
-    PyObject* value = __Pyx_PyObject_GetAttrStr(module, name);
-    if (unlikely(!value) && PyErr_ExceptionMatches(PyExc_AttributeError)) {
-        const char* module_name_str = 0;
-        PyObject* module_name = 0;
-        PyObject* module_dot = 0;
-        PyObject* full_name = 0;
-        PyErr_Clear();
-        module_name_str = PyModule_GetName(module);
-        if (unlikely(!module_name_str)) { goto modbad; }
-        module_name = PyUnicode_FromString(module_name_str);
-        if (unlikely(!module_name)) { goto modbad; }
-        module_dot = PyUnicode_Concat(module_name, __pyx_mstate_global->__pyx_kp_u__3);
-        if (unlikely(!module_dot)) { goto modbad; }
-        full_name = PyUnicode_Concat(module_dot, name);
-        if (unlikely(!full_name)) { goto modbad; }
-        #if (CYTHON_COMPILING_IN_PYPY && PYPY_VERSION_NUM  < 0x07030400) ||\
-                CYTHON_COMPILING_IN_GRAAL
-        {
-            PyObject *modules = PyImport_GetModuleDict();
-            if (unlikely(!modules))
-                goto modbad;
-            value = PyObject_GetItem(modules, full_name);
-        }
-        #else
-        value = PyImport_GetModule(full_name);
-        #endif
-      modbad:
-        Py_XDECREF(full_name);
-        Py_XDECREF(module_dot);
-        Py_XDECREF(module_name);
-    }
-    if (unlikely(!value)) {
-        PyErr_Format(PyExc_ImportError, "cannot import name %S", name);
-    }
-    return value;
-}
 
 /* dict_setdefault (used by FetchCommonType) */
 static CYTHON_INLINE PyObject *__Pyx_PyDict_SetDefault(PyObject *d, PyObject *key, PyObject *default_value) {

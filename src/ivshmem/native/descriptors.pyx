@@ -24,7 +24,7 @@ from libc.string cimport memset, strerror
 
 from .syscalls cimport (
     aio_context_t, c_close, c_eventfd, c_fstat, CLOCK_MONOTONIC, EAGAIN, EFD_CLOEXEC, EFD_NONBLOCK,
-    EINTR, EINVAL, ENOSYS, EPOLL_CLOEXEC, epoll_create1, epoll_ctl, EPOLL_CTL_ADD,
+    EINTR, EINVAL, ENOMEM, ENOSYS, EPOLL_CLOEXEC, epoll_create1, epoll_ctl, EPOLL_CTL_ADD,
     EPOLL_CTL_DEL, EPOLL_CTL_MOD, epoll_event, epoll_wait, errno, file_stat, getpid, iocb,
     IOCB_CMD_POLL, IOCB_CMD_PREAD, IOCB_FLAG_RESFD, iovec, itimerspec, IVSHMEM_CLOSING,
     ivshmem_enter, ivshmem_fork_sharing_files, ivshmem_io_any_end, ivshmem_io_destroy,
@@ -281,6 +281,19 @@ cdef class FdArray:
         if code:
             fail_with(code)
 
+    def ring(self, int fd):
+        """Add 1 to `fd`, an eventfd of this array; do nothing if closed. A peer can make it wait.
+
+        Not for the main thread: it takes EINTR for no reason to run signal handlers.
+        """
+        cdef int code = EINTR
+        if not ivshmem_enter(&self.state):
+            return
+        with nogil:
+            while code == EINTR:
+                code = add_one(fd)
+        self.leave()
+
     def drain(self, Py_ssize_t index):
         """Set the count of eventfd `index` to 0, and return what it was.
 
@@ -418,8 +431,8 @@ cdef object _shared = None
 cdef Signaller shared_signaller():
     """Return the Signaller of this process, which lives as long as it is used; None: none can be.
 
-    None, if the kernel has no AIO, or descriptors or fs.aio-max-nr are used up. Then
-    `add_one_nowait` looks for room in the counter instead.
+    None, if the kernel has no AIO, or descriptors or fs.aio-max-nr are used up. Then a thread
+    writes for `add_one_nowait`.
     """
     global _shared
     cdef Signaller signaller = None if _shared is None else _shared()
@@ -432,33 +445,55 @@ cdef Signaller shared_signaller():
     return signaller
 
 
-cdef int add_one_nowait(Signaller signaller, int fd) except -1:
-    """Add 1 to an eventfd that other processes have, too, without waiting for them."""
+cdef bint ring_by_thread(FdArray bells, int fd) except -1:
+    """Have a thread add 1 to `fd`; return whether there could be one."""
+    from .ringers import ring  # here, since few processes need threads
+
+    return ring(bells.ring, fd)
+
+
+cdef int add_one_nowait(Signaller signaller, FdArray bells, int fd) except -1:
+    """Add 1 to an eventfd that other processes have, too, without waiting for them.
+
+    Args:
+        signaller: None: a thread of `ringers` writes. If no thread can be started either, this one
+            looks for room in the counter, and writes.
+        bells: has `fd`, and has been entered by the caller.
+    """
     cdef int code = EINTR
     if signaller is not None:
         return signaller.submit(&fd, 1)
+    if not has_room(fd) or ring_by_thread(bells, fd):
+        return 0
     while code == EINTR:
         PyErr_CheckSignals()
-        code = add_one_if_room(fd)
+        code = add_one(fd)
     if code:
         fail_with(code)
     return 0
 
 
-cdef int add_one_if_room(int fd) noexcept nogil:
-    """If the counter has room, add 1; return 0 or errno.
+cdef int add_one_nowait_nogil(FdArray bells, int fd) noexcept nogil:
+    """Do the same for a caller that has no signaller; return 0 or errno."""
+    if not has_room(fd):
+        return 0
+    with gil:
+        try:
+            if ring_by_thread(bells, fd):
+                return 0
+        except MemoryError:
+            return ENOMEM
+    return add_one(fd)
 
-    A hostile peer can fill the counter in the microsecond between the look and the write, which
-    then waits. Therefore this is only for processes without a Signaller.
-    """
+
+cdef bint has_room(int fd) noexcept nogil:
+    """Whether the counter is not full: if it is, an interrupt is already pending."""
     cdef pollfd one
     cdef timespec none
     none.tv_sec = none.tv_nsec = 0
     one.fd = fd
     one.events = POLLOUT
-    if ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT:
-        return add_one(fd)
-    return 0  # a full counter: an interrupt is already pending
+    return ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT
 
 
 @cython.final
