@@ -29,7 +29,7 @@ hypothesis.settings.register_profile(
     deadline=None,  # noisy machines
     print_blob=True,
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
-    max_examples=40,
+    max_examples=25,
 )
 hypothesis.settings.load_profile("ivshmem")
 hypothesis.settings.register_profile("nightly", max_examples=400)  # the rest as above

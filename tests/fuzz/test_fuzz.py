@@ -22,12 +22,12 @@ from fuzz.target import Finding, Target
 from fuzz.targets import TARGETS
 
 COUNTS = {
-    "client": 350,
-    "server": 175,
-    "directory": 350,
-    "control": 100,
-    "config": 500,
-    "channel": 50,
+    "client": 200,
+    "server": 120,
+    "directory": 200,
+    "control": 70,
+    "config": 300,
+    "channel": 40,
     "header": 1,
 }
 

@@ -348,7 +348,7 @@ GOOD = {
 }
 
 
-@pytest.mark.sampled(9)
+@pytest.mark.sampled(18)
 @pytest.mark.parametrize(
     ("option", "kind"), [(o, k) for o in ("--file", "--directory") for k in MAKE]
 )

@@ -761,7 +761,7 @@ def test_cancelled_by_whom_the_ring_woke(bare: AsyncEndpoint[Bare], run: Run[Non
     run(main())
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("seed", range(3))
 def test_no_ring_is_lost_in_a_storm(
     server: MakeServer, socket_path: str, run: Run[None], seed: int

@@ -107,6 +107,7 @@ def test_a_ratio_is_of_messages() -> None:
     )
 
 
+@pytest.mark.nightly
 @needs_compiler
 def test_the_command(tmp_path: Path) -> None:
     file = tmp_path / "a.json"

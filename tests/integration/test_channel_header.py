@@ -218,6 +218,7 @@ def test_positions_that_wrap(build: Build) -> None:
     assert output_of(build("wrapped", *ADDRESSES)) == "ended well\n"
 
 
+@pytest.mark.nightly
 def test_positions_that_are_old(build: Build) -> None:
     """Also of what a reader keeps while others read 2^27 to 2^40 messages more."""
     assert output_of(build("positions", *ADDRESSES)) == "ended well\n"

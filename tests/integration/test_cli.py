@@ -257,6 +257,7 @@ class TestServe:
             assert not os.path.exists(path)
             assert not Path("/dev/shm", name).exists()
 
+    @pytest.mark.nightly
     def test_news_that_nobody_reads_delay_nobody(self, path: str) -> None:
         read, write = os.pipe()
         fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)

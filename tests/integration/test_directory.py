@@ -94,6 +94,7 @@ def test_many_at_once(region: Region, publisher: Publish) -> None:
         assert owners(region, table) == [0] * 7
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("ids", ["all the same", "each its own"])
 def test_one_name_for_many_at_once(region: Region, publisher: Publish, ids: str) -> None:
     with Directory.create(region) as table:

@@ -255,6 +255,7 @@ def test_each_signal(
     run(tmp_path, lives, case)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("number", [signal.SIGTSTP, signal.SIGSTOP], ids=["TSTP", "STOP"])
 @pytest.mark.parametrize("who", ["parent", "child"])
 def test_a_stop_lasts_until_it_continues(

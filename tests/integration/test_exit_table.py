@@ -249,7 +249,7 @@ SOON = [
 LATER = [pytest.param(*c, marks=pytest.mark.nightly) for c in BY_THEMSELVES if c not in SOON]
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize(("command", "output", "end"), [*SOON, *LATER])
 def test_a_command_ends(directory: Path, command: str, output: str, end: signal.Signals) -> None:
     words = [*IVSHMEM, *(word.format(s=directory / "s") for word in COMMANDS[command])]

@@ -102,6 +102,7 @@ def test_says_how_it_is(manage: Manage, region: list[str], path: str) -> None:
     assert not os.path.exists(path)
 
 
+@pytest.mark.nightly
 def test_a_socket_is_there_already(
     manage: Manage, listener: socket.socket, path: str, peers: list[RawPeer]
 ) -> None:
@@ -281,6 +282,7 @@ def test_what_cannot_begin_never_begins(region: list[str], tmp_path: Path) -> No
         manager.close()
 
 
+@pytest.mark.nightly
 def test_what_is_seen_cannot_be_had(
     manage: Manage, region: list[str], path: str, peers: list[RawPeer]
 ) -> None:

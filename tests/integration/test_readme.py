@@ -102,7 +102,7 @@ def test_the_readme_is_one_page() -> None:
     assert len(README.read_text().splitlines()) <= 150
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem
 )

@@ -38,7 +38,7 @@ def test_the_table_has_each_command() -> None:
     assert set(LINES) == found - {"EOF"}
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("json_wanted", [False, True], ids=["text", "json"])
 @pytest.mark.parametrize("command", LINES)
 def test_a_command(command: str, json_wanted: bool) -> None:

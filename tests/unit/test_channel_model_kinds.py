@@ -34,7 +34,7 @@ LONG = [
 ]
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(16)
 @pytest.mark.parametrize(("kind", "name"), BY_DAY)
 def test_no_interleaving_has_a_fault(kind: str, name: str) -> None:
     assert holds(KINDS[kind].BY_DAY[name].case()).ends

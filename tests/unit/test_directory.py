@@ -705,6 +705,7 @@ def test_any_bytes_in_the_trailer(trailer: bytes) -> None:
             Directory.open(region)
 
 
+@pytest.mark.nightly
 @settings(max_examples=30)
 @given(st.randoms(use_true_random=False))
 def test_flips_while_publishing_and_listing(random: object) -> None:

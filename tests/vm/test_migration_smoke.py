@@ -46,7 +46,8 @@ def region(path: Path) -> list[str]:
     return cmdline.plain(str(path), SIZE, ident="db", master=True)
 
 
-@pytest.mark.parametrize("machine", [pytest.param("pc", marks=pytest.mark.nightly), "q35"])
+@pytest.mark.nightly
+@pytest.mark.parametrize("machine", ["pc", "q35"])
 def test_memory_moves_while_written(guest: MakeGuest, tmp_path: Path, machine: str) -> None:
     kind = ["-machine", machine]
     here, there = tmp_path / "here", tmp_path / "there"
