@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 from support.forwards import Forward
+from support.waiting import until
 
 import ivshmem
 from ivshmem import Server, channel
@@ -135,6 +137,37 @@ def test_ssh_and_iperf3(pair: Pair, pair_host: ivshmem.Client, keys: Path) -> No
                 assert found["end"][direction]["bytes"] > 100_000, found["end"]
         finally:
             assert near.end() == 0
+
+
+@pytest.mark.nightly
+def test_ssh_as_a_socks_proxy(pair: Pair, pair_host: ivshmem.Client, keys: Path) -> None:
+    """With -D, ssh leads to any port that the guest reaches: here to its sshd once more."""
+    ivshmem.Directory.create(pair_host.region, channels="768K").close()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    with in_guest(pair.a, keys):
+        command = ssh(keys, pair.server.path)
+        command[-1:] = ["-N", "-D", f"127.0.0.1:{port}", command[-1]]
+        with subprocess.Popen(command) as proxy:
+            try:
+                end = until(lambda: connected(port), "a proxy that listens")
+                with end, end.makefile("rwb") as file:
+                    file.write(b"\5\1\0")  # version 5; one way to log in: none
+                    file.flush()
+                    assert file.read(2) == b"\5\0"
+                    file.write(b"\5\1\0\1" + bytes([127, 0, 0, 1]) + (22).to_bytes(2, "big"))
+                    file.flush()
+                    assert file.read(10)[:2] == b"\5\0"
+                    assert file.readline().startswith(b"SSH-2.0-OpenSSH")
+            finally:
+                proxy.terminate()
+
+
+def connected(port: int) -> socket.socket | None:
+    try:
+        return socket.create_connection(("127.0.0.1", port), TIMEOUT)
+    except ConnectionRefusedError:
+        return None
 
 
 @pytest.fixture
