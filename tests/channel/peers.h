@@ -58,7 +58,7 @@ static int join(struct peer *peer)
     return ivshmem_join(&peer->member, (uint64_t)random() << 9 ^ (uint64_t)getpid(), name);
 }
 
-static int create(struct peer *peer, const char *name, const struct ivshmem_geometry *geometry)
+static inline int create(struct peer *peer, const char *name, const struct ivshmem_geometry *geometry)
 {
     struct ivshmem_record record;
     memset(&record, 0, sizeof record);
@@ -67,7 +67,7 @@ static int create(struct peer *peer, const char *name, const struct ivshmem_geom
     return ivshmem_create(&peer->member, &record);
 }
 
-static int open_channel(struct peer *peer, const char *name)
+static inline int open_channel(struct peer *peer, const char *name)
 {
     struct ivshmem_record record;
     int code = ivshmem_find(&peer->member.area, name, &record);

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -255,6 +256,56 @@ def test_hostile_words(build: Build, seed: int) -> None:
     said = output_of(build("hostile", *ADDRESSES), str(count), str(seed), timeout=1800)
     assert said.startswith(f"{count} states"), said
     assert " -2: 0 " not in said  # IVSHMEM_CORRUPT was met
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(("3000",), ("1", "300")),
+        *(pytest.param(each, marks=pytest.mark.nightly) for each in (("50000",), ("1", "5000"))),
+    ],
+)
+def test_those_that_join_and_create_at_once(build: Build, words: tuple[str, ...]) -> None:
+    """No place, no memory and no name is ever two processes'; the killed leave nothing."""
+    said = output_of(build("creators"), *words)
+    assert re.match(r"ended well: \d{3,} created, \d+ refused", said)
+
+
+# What each of them takes by a compare-exchange, and how it would be taken without.
+CLAIMS = {
+    "a place of two processes": (
+        *("places.h", "if (!ivshmem_exchange(memory, at, number, joining))"),
+        "if ((ivshmem_store(memory, at, joining), 0))",
+    ),
+    "a unit of two channels": (
+        *("records.h", "!ivshmem_exchange(memory, at, before, owner))"),
+        "(ivshmem_store(memory, at, owner), 0))",
+    ),
+    "a name of two channels": (
+        *("records.h", "state == 0)\n            continue;"),
+        "state == 0 || ivshmem_flags(state) == IVSHMEM_MAKING)\n            continue;",
+    ),
+}
+
+
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("fault", CLAIMS)
+def test_each_claim_is_needed(fault: str, tmp_path: Path) -> None:
+    """What the test before is worth."""
+    name, old, new = CLAIMS[fault]
+    shutil.copytree(channel.get_include(), tmp_path / "include")
+    header = tmp_path / "include/ivshmem_channel" / name
+    text = header.read_text()
+    assert text.count(old) == 1
+    header.write_text(text.replace(old, new))
+    source, program = str(PROGRAMS / "creators.c"), tmp_path / "creators"
+    include = f"-I{tmp_path}/include"
+    subprocess.run([needs("cc"), "-std=gnu11", include, source, "-o", program], check=True)
+    done = subprocess.run(
+        [program, "100000"], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 1
+    assert fault in done.stdout
 
 
 def test_threads(build: Build) -> None:
