@@ -551,7 +551,7 @@ cdef class Doorbells:
                 signaller.signal([(<Doorbell>bell).bell.fd for bell in entered])
             else:
                 for bell in entered:
-                    add_one_nowait(None, <FdArray>(<Doorbell>bell).bell.fds, (<Doorbell>bell).bell.fd)
+                    (<Doorbell>bell).add_one_gently(None)
         finally:
             for bell in entered:
                 (<FdArray>(<Doorbell>bell).bell.fds).leave()

@@ -2825,6 +2825,7 @@ static struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *__pyx_vtabptr_7iv
 
 struct __pyx_vtabstruct_7ivshmem_6native_4bell_Doorbell {
   int (*ring_nogil)(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *);
+  int (*add_one_gently)(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *, struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *);
   int (*ring_gently)(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *);
 };
 static struct __pyx_vtabstruct_7ivshmem_6native_4bell_Doorbell *__pyx_vtabptr_7ivshmem_6native_4bell_Doorbell;

@@ -2443,10 +2443,12 @@ static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Registers *__pyx_vtabpt
 
 struct __pyx_vtabstruct_7ivshmem_6native_4bell_Doorbell {
   int (*ring_nogil)(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *);
+  int (*add_one_gently)(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *, struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *);
   int (*ring_gently)(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *);
 };
 static struct __pyx_vtabstruct_7ivshmem_6native_4bell_Doorbell *__pyx_vtabptr_7ivshmem_6native_4bell_Doorbell;
 static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_nogil(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *);
+static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_add_one_gently(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *, struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *);
 static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *);
 /* #### Code section: utility_code_proto ### */
 
@@ -3377,6 +3379,7 @@ static int __Pyx_State_RemoveModule(void*);
 #define __PYX_TYPE_MODULE_PREFIX __PYX_ABI_MODULE_NAME "."
 
 static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_nogil(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_add_one_gently(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_v_self, struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_v_signaller); /* proto*/
 static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_v_self); /* proto*/
 
 /* Module declarations from "libc.stdint" */
@@ -4830,7 +4833,7 @@ static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_nogil(struct __pyx_obj_
  *     cdef int ring_nogil(self) noexcept nogil:
  *         return ring_bell(&self.bell, 1)             # <<<<<<<<<<<<<<
  * 
- *     cdef int ring_gently(self) except -1:
+ *     cdef int add_one_gently(self, Signaller signaller) except -1:
 */
   {
 
@@ -4854,6 +4857,59 @@ static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_nogil(struct __pyx_obj_
 /* "ivshmem/native/bell.pyx":58
  *         return ring_bell(&self.bell, 1)
  * 
+ *     cdef int add_one_gently(self, Signaller signaller) except -1:             # <<<<<<<<<<<<<<
+ *         """Ring, once the caller has entered the eventfds."""
+ *         return add_one_nowait(signaller, <FdArray>self.bell.fds, self.bell.fd)
+*/
+
+static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_add_one_gently(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_v_self, struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_v_signaller) {
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_t_2;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("add_one_gently", 0);
+
+  /* "ivshmem/native/bell.pyx":60
+ *     cdef int add_one_gently(self, Signaller signaller) except -1:
+ *         """Ring, once the caller has entered the eventfds."""
+ *         return add_one_nowait(signaller, <FdArray>self.bell.fds, self.bell.fd)             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int ring_gently(self) except -1:
+*/
+  __pyx_t_1 = ((PyObject *)__pyx_v_self->bell.fds);
+  __Pyx_INCREF(__pyx_t_1);
+  __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(__pyx_v_signaller, ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1), __pyx_v_self->bell.fd); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 60, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  {
+    __pyx_r = __pyx_t_2;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/native/bell.pyx":58
+ *         return ring_bell(&self.bell, 1)
+ * 
+ *     cdef int add_one_gently(self, Signaller signaller) except -1:             # <<<<<<<<<<<<<<
+ *         """Ring, once the caller has entered the eventfds."""
+ *         return add_one_nowait(signaller, <FdArray>self.bell.fds, self.bell.fd)
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_AddTraceback("ivshmem.native.bell.Doorbell.add_one_gently", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/native/bell.pyx":62
+ *         return add_one_nowait(signaller, <FdArray>self.bell.fds, self.bell.fd)
+ * 
  *     cdef int ring_gently(self) except -1:             # <<<<<<<<<<<<<<
  *         if not ivshmem_enter(self.bell.state):
  *             return ESHUTDOWN
@@ -4864,22 +4920,21 @@ static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently(struct __pyx_obj
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
   PyObject *__pyx_t_2 = NULL;
-  PyObject *__pyx_t_3 = NULL;
+  int __pyx_t_3;
   int __pyx_t_4;
-  int __pyx_t_5;
-  char const *__pyx_t_6;
+  char const *__pyx_t_5;
+  PyObject *__pyx_t_6 = NULL;
   PyObject *__pyx_t_7 = NULL;
   PyObject *__pyx_t_8 = NULL;
   PyObject *__pyx_t_9 = NULL;
   PyObject *__pyx_t_10 = NULL;
   PyObject *__pyx_t_11 = NULL;
-  PyObject *__pyx_t_12 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ring_gently", 0);
 
-  /* "ivshmem/native/bell.pyx":59
+  /* "ivshmem/native/bell.pyx":63
  * 
  *     cdef int ring_gently(self) except -1:
  *         if not ivshmem_enter(self.bell.state):             # <<<<<<<<<<<<<<
@@ -4891,12 +4946,12 @@ static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently(struct __pyx_obj
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/bell.pyx":60
+    /* "ivshmem/native/bell.pyx":64
  *     cdef int ring_gently(self) except -1:
  *         if not ivshmem_enter(self.bell.state):
  *             return ESHUTDOWN             # <<<<<<<<<<<<<<
  *         try:
- *             add_one_nowait(self.signaller, <FdArray>self.bell.fds, self.bell.fd)
+ *             self.add_one_gently(self.signaller)
 */
     {
 
@@ -4904,7 +4959,7 @@ static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently(struct __pyx_obj
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/bell.pyx":59
+    /* "ivshmem/native/bell.pyx":63
  * 
  *     cdef int ring_gently(self) except -1:
  *         if not ivshmem_enter(self.bell.state):             # <<<<<<<<<<<<<<
@@ -4913,34 +4968,31 @@ static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/native/bell.pyx":61
+  /* "ivshmem/native/bell.pyx":65
  *         if not ivshmem_enter(self.bell.state):
  *             return ESHUTDOWN
  *         try:             # <<<<<<<<<<<<<<
- *             add_one_nowait(self.signaller, <FdArray>self.bell.fds, self.bell.fd)
+ *             self.add_one_gently(self.signaller)
  *         finally:
 */
   /*try:*/ {
 
-    /* "ivshmem/native/bell.pyx":62
+    /* "ivshmem/native/bell.pyx":66
  *             return ESHUTDOWN
  *         try:
- *             add_one_nowait(self.signaller, <FdArray>self.bell.fds, self.bell.fd)             # <<<<<<<<<<<<<<
+ *             self.add_one_gently(self.signaller)             # <<<<<<<<<<<<<<
  *         finally:
  *             (<FdArray>self.bell.fds).leave()
 */
     __pyx_t_2 = ((PyObject *)__pyx_v_self->signaller);
     __Pyx_INCREF(__pyx_t_2);
-    __pyx_t_3 = ((PyObject *)__pyx_v_self->bell.fds);
-    __Pyx_INCREF(__pyx_t_3);
-    __pyx_t_4 = __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)__pyx_t_2), ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_3), __pyx_v_self->bell.fd); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 62, __pyx_L5_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_6native_4bell_8Doorbell_add_one_gently(__pyx_v_self, ((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)__pyx_t_2)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 66, __pyx_L5_error)
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   }
 
-  /* "ivshmem/native/bell.pyx":64
- *             add_one_nowait(self.signaller, <FdArray>self.bell.fds, self.bell.fd)
+  /* "ivshmem/native/bell.pyx":68
+ *             self.add_one_gently(self.signaller)
  *         finally:
  *             (<FdArray>self.bell.fds).leave()             # <<<<<<<<<<<<<<
  *         return 0
@@ -4955,37 +5007,36 @@ static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently(struct __pyx_obj
     /*exception exit:*/{
       __Pyx_PyThreadState_declare
       __Pyx_PyThreadState_assign
-      __pyx_t_7 = 0; __pyx_t_8 = 0; __pyx_t_9 = 0; __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0;
+      __pyx_t_6 = 0; __pyx_t_7 = 0; __pyx_t_8 = 0; __pyx_t_9 = 0; __pyx_t_10 = 0; __pyx_t_11 = 0;
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-       __Pyx_ExceptionSwap(&__pyx_t_10, &__pyx_t_11, &__pyx_t_12);
-      if ( unlikely(__Pyx_GetException(&__pyx_t_7, &__pyx_t_8, &__pyx_t_9) < 0)) __Pyx_ErrFetch(&__pyx_t_7, &__pyx_t_8, &__pyx_t_9);
+       __Pyx_ExceptionSwap(&__pyx_t_9, &__pyx_t_10, &__pyx_t_11);
+      if ( unlikely(__Pyx_GetException(&__pyx_t_6, &__pyx_t_7, &__pyx_t_8) < 0)) __Pyx_ErrFetch(&__pyx_t_6, &__pyx_t_7, &__pyx_t_8);
+      __Pyx_XGOTREF(__pyx_t_6);
       __Pyx_XGOTREF(__pyx_t_7);
       __Pyx_XGOTREF(__pyx_t_8);
       __Pyx_XGOTREF(__pyx_t_9);
       __Pyx_XGOTREF(__pyx_t_10);
       __Pyx_XGOTREF(__pyx_t_11);
-      __Pyx_XGOTREF(__pyx_t_12);
-      __pyx_t_4 = __pyx_lineno; __pyx_t_5 = __pyx_clineno; __pyx_t_6 = __pyx_filename;
+      __pyx_t_3 = __pyx_lineno; __pyx_t_4 = __pyx_clineno; __pyx_t_5 = __pyx_filename;
       {
         ((struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *)((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_self->bell.fds)->__pyx_vtab)->leave(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_self->bell.fds));
       }
+      __Pyx_XGIVEREF(__pyx_t_9);
       __Pyx_XGIVEREF(__pyx_t_10);
       __Pyx_XGIVEREF(__pyx_t_11);
-      __Pyx_XGIVEREF(__pyx_t_12);
-      __Pyx_ExceptionReset(__pyx_t_10, __pyx_t_11, __pyx_t_12);
+      __Pyx_ExceptionReset(__pyx_t_9, __pyx_t_10, __pyx_t_11);
+      __Pyx_XGIVEREF(__pyx_t_6);
       __Pyx_XGIVEREF(__pyx_t_7);
       __Pyx_XGIVEREF(__pyx_t_8);
-      __Pyx_XGIVEREF(__pyx_t_9);
-      __Pyx_ErrRestore(__pyx_t_7, __pyx_t_8, __pyx_t_9);
-      __pyx_t_7 = 0; __pyx_t_8 = 0; __pyx_t_9 = 0; __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0;
-      __pyx_lineno = __pyx_t_4; __pyx_clineno = __pyx_t_5; __pyx_filename = __pyx_t_6;
+      __Pyx_ErrRestore(__pyx_t_6, __pyx_t_7, __pyx_t_8);
+      __pyx_t_6 = 0; __pyx_t_7 = 0; __pyx_t_8 = 0; __pyx_t_9 = 0; __pyx_t_10 = 0; __pyx_t_11 = 0;
+      __pyx_lineno = __pyx_t_3; __pyx_clineno = __pyx_t_4; __pyx_filename = __pyx_t_5;
       goto __pyx_L1_error;
     }
     __pyx_L6:;
   }
 
-  /* "ivshmem/native/bell.pyx":65
+  /* "ivshmem/native/bell.pyx":69
  *         finally:
  *             (<FdArray>self.bell.fds).leave()
  *         return 0             # <<<<<<<<<<<<<<
@@ -4998,8 +5049,8 @@ static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently(struct __pyx_obj
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/bell.pyx":58
- *         return ring_bell(&self.bell, 1)
+  /* "ivshmem/native/bell.pyx":62
+ *         return add_one_nowait(signaller, <FdArray>self.bell.fds, self.bell.fd)
  * 
  *     cdef int ring_gently(self) except -1:             # <<<<<<<<<<<<<<
  *         if not ivshmem_enter(self.bell.state):
@@ -5009,7 +5060,6 @@ static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently(struct __pyx_obj
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_XDECREF(__pyx_t_3);
   __Pyx_AddTraceback("ivshmem.native.bell.Doorbell.ring_gently", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
@@ -5018,7 +5068,7 @@ static int __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/native/bell.pyx":67
+/* "ivshmem/native/bell.pyx":71
  *         return 0
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -5087,7 +5137,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ring", 0);
 
-  /* "ivshmem/native/bell.pyx":79
+  /* "ivshmem/native/bell.pyx":83
  *         """
  *         cdef int code
  *         while True:             # <<<<<<<<<<<<<<
@@ -5096,7 +5146,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
 */
   while (1) {
 
-    /* "ivshmem/native/bell.pyx":80
+    /* "ivshmem/native/bell.pyx":84
  *         cdef int code
  *         while True:
  *             if self.nowait:             # <<<<<<<<<<<<<<
@@ -5105,17 +5155,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
 */
     if (__pyx_v_self->nowait) {
 
-      /* "ivshmem/native/bell.pyx":81
+      /* "ivshmem/native/bell.pyx":85
  *         while True:
  *             if self.nowait:
  *                 code = self.ring_gently()             # <<<<<<<<<<<<<<
  *             elif ivshmem_is_only_thread():
  *                 code = ring_bell(&self.bell, 1)
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 81, __pyx_L1_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 85, __pyx_L1_error)
       __pyx_v_code = __pyx_t_1;
 
-      /* "ivshmem/native/bell.pyx":80
+      /* "ivshmem/native/bell.pyx":84
  *         cdef int code
  *         while True:
  *             if self.nowait:             # <<<<<<<<<<<<<<
@@ -5125,7 +5175,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
       goto __pyx_L5;
     }
 
-    /* "ivshmem/native/bell.pyx":82
+    /* "ivshmem/native/bell.pyx":86
  *             if self.nowait:
  *                 code = self.ring_gently()
  *             elif ivshmem_is_only_thread():             # <<<<<<<<<<<<<<
@@ -5137,7 +5187,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/native/bell.pyx":83
+      /* "ivshmem/native/bell.pyx":87
  *                 code = self.ring_gently()
  *             elif ivshmem_is_only_thread():
  *                 code = ring_bell(&self.bell, 1)             # <<<<<<<<<<<<<<
@@ -5146,7 +5196,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
 */
       __pyx_v_code = __pyx_f_7ivshmem_6native_4bell_ring_bell((&__pyx_v_self->bell), 1);
 
-      /* "ivshmem/native/bell.pyx":82
+      /* "ivshmem/native/bell.pyx":86
  *             if self.nowait:
  *                 code = self.ring_gently()
  *             elif ivshmem_is_only_thread():             # <<<<<<<<<<<<<<
@@ -5156,7 +5206,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
       goto __pyx_L5;
     }
 
-    /* "ivshmem/native/bell.pyx":85
+    /* "ivshmem/native/bell.pyx":89
  *                 code = ring_bell(&self.bell, 1)
  *             else:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -5170,7 +5220,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/native/bell.pyx":86
+            /* "ivshmem/native/bell.pyx":90
  *             else:
  *                 with nogil:
  *                     code = ring_bell(&self.bell, 1)             # <<<<<<<<<<<<<<
@@ -5180,7 +5230,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
             __pyx_v_code = __pyx_f_7ivshmem_6native_4bell_ring_bell((&__pyx_v_self->bell), 1);
           }
 
-          /* "ivshmem/native/bell.pyx":85
+          /* "ivshmem/native/bell.pyx":89
  *                 code = ring_bell(&self.bell, 1)
  *             else:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -5199,7 +5249,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
     }
     __pyx_L5:;
 
-    /* "ivshmem/native/bell.pyx":87
+    /* "ivshmem/native/bell.pyx":91
  *                 with nogil:
  *                     code = ring_bell(&self.bell, 1)
  *             if code == 0:             # <<<<<<<<<<<<<<
@@ -5211,7 +5261,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/native/bell.pyx":88
+      /* "ivshmem/native/bell.pyx":92
  *                     code = ring_bell(&self.bell, 1)
  *             if code == 0:
  *                 return             # <<<<<<<<<<<<<<
@@ -5228,7 +5278,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
       }
       goto __pyx_L0;
 
-      /* "ivshmem/native/bell.pyx":87
+      /* "ivshmem/native/bell.pyx":91
  *                 with nogil:
  *                     code = ring_bell(&self.bell, 1)
  *             if code == 0:             # <<<<<<<<<<<<<<
@@ -5237,7 +5287,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
 */
     }
 
-    /* "ivshmem/native/bell.pyx":89
+    /* "ivshmem/native/bell.pyx":93
  *             if code == 0:
  *                 return
  *             if code == ESHUTDOWN:             # <<<<<<<<<<<<<<
@@ -5249,7 +5299,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/native/bell.pyx":90
+      /* "ivshmem/native/bell.pyx":94
  *                 return
  *             if code == ESHUTDOWN:
  *                 if self.endpoint is None:             # <<<<<<<<<<<<<<
@@ -5260,7 +5310,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
       if (unlikely(__pyx_t_2)) {
 
 
-        /* "ivshmem/native/bell.pyx":91
+        /* "ivshmem/native/bell.pyx":95
  *             if code == ESHUTDOWN:
  *                 if self.endpoint is None:
  *                     raise TypeError("a Doorbell is made by Endpoint.doorbell(peer, vector)")             # <<<<<<<<<<<<<<
@@ -5273,14 +5323,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
           PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_a_Doorbell_is_made_by_Endpoint_d};
           __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 91, __pyx_L1_error)
+          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 95, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_3);
         }
         __Pyx_Raise(__pyx_t_3, 0, 0, 0);
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-        __PYX_ERR(0, 91, __pyx_L1_error)
+        __PYX_ERR(0, 95, __pyx_L1_error)
 
-        /* "ivshmem/native/bell.pyx":90
+        /* "ivshmem/native/bell.pyx":94
  *                 return
  *             if code == ESHUTDOWN:
  *                 if self.endpoint is None:             # <<<<<<<<<<<<<<
@@ -5289,21 +5339,21 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
 */
       }
 
-      /* "ivshmem/native/bell.pyx":92
+      /* "ivshmem/native/bell.pyx":96
  *                 if self.endpoint is None:
  *                     raise TypeError("a Doorbell is made by Endpoint.doorbell(peer, vector)")
  *                 if self.endpoint.closed:             # <<<<<<<<<<<<<<
  *                     raise ClosedError("the endpoint is closed")
  *                 raise NoSuchPeer(f"peer {self.peer} is gone: its doorbells were closed")
 */
-      __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_v_self->endpoint, __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 92, __pyx_L1_error)
+      __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_v_self->endpoint, __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 96, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
-      __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 92, __pyx_L1_error)
+      __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 96, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       if (unlikely(__pyx_t_2)) {
 
 
-        /* "ivshmem/native/bell.pyx":93
+        /* "ivshmem/native/bell.pyx":97
  *                     raise TypeError("a Doorbell is made by Endpoint.doorbell(peer, vector)")
  *                 if self.endpoint.closed:
  *                     raise ClosedError("the endpoint is closed")             # <<<<<<<<<<<<<<
@@ -5311,7 +5361,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
  *             if code != EINTR:
 */
         __pyx_t_4 = NULL;
-        __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 93, __pyx_L1_error)
+        __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 97, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_6);
         __pyx_t_5 = 1;
         #if CYTHON_UNPACK_METHODS
@@ -5330,14 +5380,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
           __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 93, __pyx_L1_error)
+          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 97, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_3);
         }
         __Pyx_Raise(__pyx_t_3, 0, 0, 0);
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-        __PYX_ERR(0, 93, __pyx_L1_error)
+        __PYX_ERR(0, 97, __pyx_L1_error)
 
-        /* "ivshmem/native/bell.pyx":92
+        /* "ivshmem/native/bell.pyx":96
  *                 if self.endpoint is None:
  *                     raise TypeError("a Doorbell is made by Endpoint.doorbell(peer, vector)")
  *                 if self.endpoint.closed:             # <<<<<<<<<<<<<<
@@ -5346,7 +5396,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
 */
       }
 
-      /* "ivshmem/native/bell.pyx":94
+      /* "ivshmem/native/bell.pyx":98
  *                 if self.endpoint.closed:
  *                     raise ClosedError("the endpoint is closed")
  *                 raise NoSuchPeer(f"peer {self.peer} is gone: its doorbells were closed")             # <<<<<<<<<<<<<<
@@ -5354,9 +5404,9 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
  *                 fail_with(code)
 */
       __pyx_t_6 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_NoSuchPeer); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 94, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_NoSuchPeer); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 98, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
-      __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_self->peer, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 94, __pyx_L1_error)
+      __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_self->peer, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 98, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_8[0] = __pyx_mstate_global->__pyx_kp_u_peer;
       __pyx_t_8[1] = __pyx_t_7;
@@ -5370,7 +5420,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
       __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_8[1]);
       #endif
       __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_8, 3, __pyx_t_9, __pyx_t_1);
-      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 94, __pyx_L1_error)
+      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 98, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __pyx_t_5 = 1;
@@ -5391,14 +5441,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
         __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 94, __pyx_L1_error)
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 98, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_3);
       }
       __Pyx_Raise(__pyx_t_3, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __PYX_ERR(0, 94, __pyx_L1_error)
+      __PYX_ERR(0, 98, __pyx_L1_error)
 
-      /* "ivshmem/native/bell.pyx":89
+      /* "ivshmem/native/bell.pyx":93
  *             if code == 0:
  *                 return
  *             if code == ESHUTDOWN:             # <<<<<<<<<<<<<<
@@ -5407,7 +5457,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
 */
     }
 
-    /* "ivshmem/native/bell.pyx":95
+    /* "ivshmem/native/bell.pyx":99
  *                     raise ClosedError("the endpoint is closed")
  *                 raise NoSuchPeer(f"peer {self.peer} is gone: its doorbells were closed")
  *             if code != EINTR:             # <<<<<<<<<<<<<<
@@ -5419,17 +5469,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/native/bell.pyx":96
+      /* "ivshmem/native/bell.pyx":100
  *                 raise NoSuchPeer(f"peer {self.peer} is gone: its doorbells were closed")
  *             if code != EINTR:
  *                 fail_with(code)             # <<<<<<<<<<<<<<
  *             PyErr_CheckSignals()
  * 
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 96, __pyx_L1_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 100, __pyx_L1_error)
 
 
-      /* "ivshmem/native/bell.pyx":95
+      /* "ivshmem/native/bell.pyx":99
  *                     raise ClosedError("the endpoint is closed")
  *                 raise NoSuchPeer(f"peer {self.peer} is gone: its doorbells were closed")
  *             if code != EINTR:             # <<<<<<<<<<<<<<
@@ -5438,18 +5488,18 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
 */
     }
 
-    /* "ivshmem/native/bell.pyx":97
+    /* "ivshmem/native/bell.pyx":101
  *             if code != EINTR:
  *                 fail_with(code)
  *             PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  * 
  *     def __reduce__(self):
 */
-    __pyx_t_1 = PyErr_CheckSignals(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 97, __pyx_L1_error)
+    __pyx_t_1 = PyErr_CheckSignals(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 101, __pyx_L1_error)
 
   }
 
-  /* "ivshmem/native/bell.pyx":67
+  /* "ivshmem/native/bell.pyx":71
  *         return 0
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -5475,7 +5525,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4ring(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/native/bell.pyx":99
+/* "ivshmem/native/bell.pyx":103
  *             PyErr_CheckSignals()
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -5537,7 +5587,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_6__reduce__(CYTHON_UN
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__reduce__", 0);
 
-  /* "ivshmem/native/bell.pyx":100
+  /* "ivshmem/native/bell.pyx":104
  * 
  *     def __reduce__(self):
  *         raise TypeError("a Doorbell cannot be copied or pickled: ask the endpoint for another one")             # <<<<<<<<<<<<<<
@@ -5550,14 +5600,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_6__reduce__(CYTHON_UN
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_a_Doorbell_cannot_be_copied_or_p};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 100, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 104, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 100, __pyx_L1_error)
+  __PYX_ERR(0, 104, __pyx_L1_error)
 
-  /* "ivshmem/native/bell.pyx":99
+  /* "ivshmem/native/bell.pyx":103
  *             PyErr_CheckSignals()
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -5576,7 +5626,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_6__reduce__(CYTHON_UN
   return __pyx_r;
 }
 
-/* "ivshmem/native/bell.pyx":102
+/* "ivshmem/native/bell.pyx":106
  *         raise TypeError("a Doorbell cannot be copied or pickled: ask the endpoint for another one")
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -5612,14 +5662,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_8__repr__(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__repr__", 0);
 
-  /* "ivshmem/native/bell.pyx":103
+  /* "ivshmem/native/bell.pyx":107
  * 
  *     def __repr__(self):
  *         return f"<ivshmem.Doorbell of peer {self.peer}, vector {self.vector}>"             # <<<<<<<<<<<<<<
 */
-  __pyx_t_1 = __Pyx_PyObject_FormatSimple(__pyx_v_self->peer, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 103, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_FormatSimple(__pyx_v_self->peer, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 107, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->vector, 0, ' ', 'd'); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 103, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->vector, 0, ' ', 'd'); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 107, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_t_3[0] = __pyx_mstate_global->__pyx_kp_u_ivshmem_Doorbell_of_peer;
   __pyx_t_3[1] = __pyx_t_1;
@@ -5635,7 +5685,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_8__repr__(struct __py
   __pyx_t_5 |= __Pyx_PyUnicode_KIND_04(__pyx_t_3[1]);
   #endif
   __pyx_t_6 = __Pyx_PyUnicode_Join(__pyx_t_3, 5, __pyx_t_4, __pyx_t_5);
-  if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 103, __pyx_L1_error)
+  if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 107, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -5650,7 +5700,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_8__repr__(struct __py
   __pyx_t_6 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/bell.pyx":102
+  /* "ivshmem/native/bell.pyx":106
  *         raise TypeError("a Doorbell cannot be copied or pickled: ask the endpoint for another one")
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -5742,7 +5792,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_4bell_8Doorbell_4peer___get__(struct 
  *     cdef readonly object peer
  *     cdef readonly Py_ssize_t vector             # <<<<<<<<<<<<<<
  *     cdef Bell bell
- *     cdef bint nowait  # ring by `signaller`, or by a look and a write if that is None
+ *     cdef bint nowait  # ring by `signaller`, or by a thread if that is None
 */
 
 /* Python wrapper */
@@ -6108,6 +6158,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_4bell_Doorbell(__pyx
   /*--- Exttype __pyx_obj_7ivshmem_6native_4bell_Doorbell ---*/
   __pyx_vtabptr_7ivshmem_6native_4bell_Doorbell = &__pyx_vtable_7ivshmem_6native_4bell_Doorbell;
   __pyx_vtable_7ivshmem_6native_4bell_Doorbell.ring_nogil = (int (*)(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *))__pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_nogil;
+  __pyx_vtable_7ivshmem_6native_4bell_Doorbell.add_one_gently = (int (*)(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *, struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *))__pyx_f_7ivshmem_6native_4bell_8Doorbell_add_one_gently;
   __pyx_vtable_7ivshmem_6native_4bell_Doorbell.ring_gently = (int (*)(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *))__pyx_f_7ivshmem_6native_4bell_8Doorbell_ring_gently;
   #if CYTHON_USE_TYPE_SPECS
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_4bell_Doorbell_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell)) __PYX_ERR(0, 38, __pyx_L1_error)
@@ -6632,19 +6683,19 @@ __Pyx_RefNannySetupContext("PyInit_bell", 0);
 */
   __pyx_v_7ivshmem_6native_4bell_NOBODY = IVSHMEM_CLOSING;
 
-  /* "ivshmem/native/bell.pyx":99
+  /* "ivshmem/native/bell.pyx":103
  *             PyErr_CheckSignals()
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
  *         raise TypeError("a Doorbell cannot be copied or pickled: ask the endpoint for another one")
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_4bell_8Doorbell_7__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbell___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_bell, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 99, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_4bell_8Doorbell_7__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbell___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_bell, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 103, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 99, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 103, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/native/bell.pyx":1
@@ -6835,7 +6886,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 99};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 103};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_bell_pyx, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }

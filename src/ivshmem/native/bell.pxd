@@ -26,9 +26,10 @@ cdef class Doorbell:
     cdef readonly object peer
     cdef readonly Py_ssize_t vector
     cdef Bell bell
-    cdef bint nowait  # ring by `signaller`, or by a look and a write if that is None
+    cdef bint nowait  # ring by `signaller`, or by a thread if that is None
     cdef Signaller signaller
 
     # 0, or errno: ESHUTDOWN when the peer left or the endpoint was closed, EINTR: again.
     cdef int ring_nogil(self) noexcept nogil
+    cdef int add_one_gently(self, Signaller signaller) except -1
     cdef int ring_gently(self) except -1

@@ -9,7 +9,7 @@ cimport cython
 from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport int64_t
 
-from .descriptors cimport add_one, add_one_nowait, fail_with, FdArray
+from .descriptors cimport add_one, add_one_nowait, fail_with, FdArray, Signaller
 from .syscalls cimport (
     EINTR, ESHUTDOWN, IVSHMEM_CLOSING, ivshmem_enter, ivshmem_is_only_thread,
 )
@@ -55,11 +55,15 @@ cdef class Doorbell:
     cdef int ring_nogil(self) noexcept nogil:
         return ring_bell(&self.bell, 1)
 
+    cdef int add_one_gently(self, Signaller signaller) except -1:
+        """Ring, once the caller has entered the eventfds."""
+        return add_one_nowait(signaller, <FdArray>self.bell.fds, self.bell.fd)
+
     cdef int ring_gently(self) except -1:
         if not ivshmem_enter(self.bell.state):
             return ESHUTDOWN
         try:
-            add_one_nowait(self.signaller, <FdArray>self.bell.fds, self.bell.fd)
+            self.add_one_gently(self.signaller)
         finally:
             (<FdArray>self.bell.fds).leave()
         return 0
