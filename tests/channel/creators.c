@@ -11,6 +11,7 @@
 #include <stdint.h>
 #include <stdio.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <time.h>
 
@@ -155,6 +156,7 @@ static pid_t begin(uint32_t number, long rounds, int killed)
     CHECK(pid >= 0, errno);
     if (pid != 0)
         return pid;
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
     me = number;
     chance = (uint64_t)getpid() * UINT64_C(0x9e3779b97f4a7c15) | 1u;
     srandom((unsigned)getpid());

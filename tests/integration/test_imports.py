@@ -45,12 +45,12 @@ OPTIONS = (
     "service.limits peer.default_paths cli cli.arguments"
 )
 PARENT = (
-    f"{OPTIONS} native native.descriptors lasting lasting.supervisor system "
+    f"{OPTIONS} native native.descriptors native.ringers lasting lasting.supervisor system "
     "system.accounts qemu qemu.accounts system.new_files system.safe_files cli cli.serve "
     "cli.daemon cli.pid_file cli.signals cli.supervise lasting.supervised"
 )
 SERVES = (
-    f"{OPTIONS} native native.descriptors system text native.mapping native.wire "
+    f"{OPTIONS} native native.descriptors native.ringers system text native.mapping native.wire "
     "server server.access system.accounts qemu qemu.accounts system.requests service "
     "service.reload_plan service.config service.control service.control_client "
     "system.processes system.new_files qemu.programs server.engine server.report lasting "
@@ -69,13 +69,14 @@ SERVES = (
     "cli.serve_process service.succession cli.supervise lasting.supervised"
 )
 ASKS = (
-    f"{OPTIONS} native native.descriptors system text system.accounts qemu qemu.accounts service "
-    "service.control_client server system.named_tuple system.json_shapes memory memory.sizes "
-    "system.sockets system.time_limits peer peer.inquiry peer.connecting system.credentials "
-    "system.uncopied cli cli.control_connection"
+    f"{OPTIONS} native native.descriptors native.ringers system text system.accounts qemu "
+    "qemu.accounts service service.control_client server system.named_tuple system.json_shapes "
+    "memory memory.sizes system.sockets system.time_limits peer peer.inquiry peer.connecting "
+    "system.credentials system.uncopied cli cli.control_connection"
 )
 LISTENS = (
-    f"{OPTIONS} native native.descriptors native.mapping native.wire server server.access "
+    f"{OPTIONS} native native.descriptors native.ringers native.mapping native.wire server "
+    "server.access "
     "system system.accounts qemu qemu.accounts service service.reload_plan service.config "
     "text system.new_files qemu.programs server.engine server.report lasting "
     "server.records server.region_server server.connection server.holds system.complaints "
@@ -125,7 +126,7 @@ TABLE = {
     "qemu": (
         [*IVSHMEM, "qemu", "-S", "PATH"],
         (
-            f"{OPTIONS} native native.descriptors system text system.accounts qemu "
+            f"{OPTIONS} native native.descriptors native.ringers system text system.accounts qemu "
             "qemu.accounts system.locks system.named_tuple system.json_shapes memory memory.sizes "
             "system.sockets system.time_limits peer peer.inquiry peer.connecting "
             "system.credentials cli cli.qemu "

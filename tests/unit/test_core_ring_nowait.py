@@ -17,6 +17,8 @@ import pickle
 import select
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -133,6 +135,28 @@ def test_without_a_descriptor_for_the_kernels_own_signal(bells: Bells, ring: Rin
         assert bells.rung() == [1, 0, 0]
 
     in_child(starve)
+
+
+FIRST = """
+import os, resource
+from ivshmem._core import Doorbells
+from ivshmem.native.descriptors import FdArray
+class Bells(Doorbells):
+    def _read_news(self): ...
+bells, theirs = Bells(), FdArray.eventfds(1)
+bells._add_bell(9, os.dup(theirs[0]))
+resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+bells.ring_nowait(9, 0)
+count = 0
+while not count:
+    count = theirs.drain(0)
+assert count == 1
+"""
+
+
+def test_the_first_ring_of_a_process_needs_no_descriptor() -> None:
+    """What it needs, Python has loaded before."""
+    subprocess.run([sys.executable, "-c", FIRST], check=True, timeout=PATIENCE)
 
 
 # -- the threads that ring where the kernel cannot ------------------------------------------------

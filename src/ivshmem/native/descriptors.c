@@ -2178,7 +2178,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll {
 };
 
 
-/* "ivshmem/native/descriptors.pyx":640
+/* "ivshmem/native/descriptors.pyx":634
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2192,7 +2192,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Timer {
 
 
 
-/* "ivshmem/native/descriptors.pyx":149
+/* "ivshmem/native/descriptors.pyx":150
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2213,7 +2213,7 @@ static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_leave(struct __pyx_o
 static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *);
 
 
-/* "ivshmem/native/descriptors.pyx":333
+/* "ivshmem/native/descriptors.pyx":334
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2230,7 +2230,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
 static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int *, long);
 
 
-/* "ivshmem/native/descriptors.pyx":499
+/* "ivshmem/native/descriptors.pyx":493
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2245,7 +2245,7 @@ static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay *__pyx_vtabp
 static int __pyx_f_7ivshmem_6native_11descriptors_5Relay_fired(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay *);
 
 
-/* "ivshmem/native/descriptors.pyx":552
+/* "ivshmem/native/descriptors.pyx":546
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2944,29 +2944,6 @@ static void __Pyx_WriteUnraisable(const char *name, int clineno,
                                   int lineno, const char *filename,
                                   int full_traceback, int nogil);
 
-/* HasAttr.proto (used by ImportImpl) */
-#if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
-#define __Pyx_HasAttr(o, n)  PyObject_HasAttrWithError(o, n)
-#else
-static CYTHON_INLINE int __Pyx_HasAttr(PyObject *, PyObject *);
-#endif
-
-/* TupleOrListFromArrayImpl.proto (used by ListFromArray) */
-CYTHON_UNUSED static PyObject *
-__Pyx_PyList_FromArray(PyObject *const *src, Py_ssize_t n);
-
-/* ListFromArray.proto (used by ImportImpl) */
-
-
-/* ImportImpl.export */
-static PyObject *__Pyx__Import(PyObject *name, PyObject *const *imported_names, Py_ssize_t len_imported_names, PyObject *qualname, PyObject *moddict, int level);
-
-/* Import.proto */
-static CYTHON_INLINE PyObject *__Pyx_Import(PyObject *name, PyObject *const *imported_names, Py_ssize_t len_imported_names, PyObject *qualname, int level);
-
-/* ImportFrom.export */
-static PyObject* __Pyx_ImportFrom(PyObject* module, PyObject* name);
-
 /* PyMemoryError_Check.proto */
 #define __Pyx_PyExc_MemoryError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_MemoryError)
 
@@ -3109,6 +3086,29 @@ enum __Pyx_ImportType_CheckSize_3_3_1 {
 };
 static PyTypeObject *__Pyx_ImportType_3_3_1(PyObject* module, const char *module_name, const char *class_name, size_t size, size_t alignment, enum __Pyx_ImportType_CheckSize_3_3_1 check_size);
 #endif
+
+/* HasAttr.proto (used by ImportImpl) */
+#if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
+#define __Pyx_HasAttr(o, n)  PyObject_HasAttrWithError(o, n)
+#else
+static CYTHON_INLINE int __Pyx_HasAttr(PyObject *, PyObject *);
+#endif
+
+/* TupleOrListFromArrayImpl.proto (used by ListFromArray) */
+CYTHON_UNUSED static PyObject *
+__Pyx_PyList_FromArray(PyObject *const *src, Py_ssize_t n);
+
+/* ListFromArray.proto (used by ImportImpl) */
+
+
+/* ImportImpl.export */
+static PyObject *__Pyx__Import(PyObject *name, PyObject *const *imported_names, Py_ssize_t len_imported_names, PyObject *qualname, PyObject *moddict, int level);
+
+/* Import.proto */
+static CYTHON_INLINE PyObject *__Pyx_Import(PyObject *name, PyObject *const *imported_names, Py_ssize_t len_imported_names, PyObject *qualname, int level);
+
+/* ImportFrom.export */
+static PyObject* __Pyx_ImportFrom(PyObject* module, PyObject* name);
 
 /* dict_setdefault.proto (used by FetchCommonType) */
 static CYTHON_INLINE PyObject *__Pyx_PyDict_SetDefault(PyObject *d, PyObject *key, PyObject *default_value);
@@ -3493,7 +3493,6 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int); /*proto*/
 static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int); /*proto*/
 static int __pyx_f_7ivshmem_6native_11descriptors_taken(PyObject *); /*proto*/
-static int __pyx_f_7ivshmem_6native_11descriptors_ring_by_thread(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *, int); /*proto*/
 static int __pyx_f_7ivshmem_6native_11descriptors_has_room(int); /*proto*/
 /* #### Code section: typeinfo ### */
 /* #### Code section: before_global_var ### */
@@ -3742,7 +3741,7 @@ namespace {
     int __pyx_k__2;
     PyObject *__pyx_tuple[3];
     PyObject *__pyx_codeobj_tab[38];
-    PyObject *__pyx_string_tab[200];
+    PyObject *__pyx_string_tab[201];
     PyObject *__pyx_number_tab[3];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
@@ -3941,57 +3940,58 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_rename_exclusive __pyx_string_tab[146]
 #define __pyx_n_u_result __pyx_string_tab[147]
 #define __pyx_n_u_ring __pyx_string_tab[148]
-#define __pyx_n_u_ringers __pyx_string_tab[149]
-#define __pyx_n_u_seconds __pyx_string_tab[150]
-#define __pyx_n_u_self __pyx_string_tab[151]
-#define __pyx_n_u_set __pyx_string_tab[152]
-#define __pyx_n_u_setdefault __pyx_string_tab[153]
-#define __pyx_n_u_signal __pyx_string_tab[154]
-#define __pyx_n_u_source __pyx_string_tab[155]
-#define __pyx_n_u_spec __pyx_string_tab[156]
-#define __pyx_n_u_split __pyx_string_tab[157]
-#define __pyx_n_u_startswith __pyx_string_tab[158]
-#define __pyx_n_u_staticmethod __pyx_string_tab[159]
-#define __pyx_n_u_strerror __pyx_string_tab[160]
-#define __pyx_n_u_take __pyx_string_tab[161]
-#define __pyx_n_u_target __pyx_string_tab[162]
-#define __pyx_n_u_targets __pyx_string_tab[163]
-#define __pyx_n_u_text __pyx_string_tab[164]
-#define __pyx_n_u_timeout __pyx_string_tab[165]
-#define __pyx_n_u_token __pyx_string_tab[166]
-#define __pyx_n_u_values __pyx_string_tab[167]
-#define __pyx_n_u_wait __pyx_string_tab[168]
-#define __pyx_n_u_weakref __pyx_string_tab[169]
-#define __pyx_n_u_where __pyx_string_tab[170]
-#define __pyx_kp_b_eventfd_count __pyx_string_tab[171]
-#define __pyx_kp_b_int_PyObject_int_int_int_int_int __pyx_string_tab[172]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[173]
-#define __pyx_kp_b_iso88591_Q_6_HA_t_aq_s_4vRq_A __pyx_string_tab[174]
-#define __pyx_kp_b_iso88591_Ry_Ry_Zq_wb_A __pyx_string_tab[175]
-#define __pyx_kp_b_iso88591_1_A_1_t3a_A_q_t2Q_1 __pyx_string_tab[176]
-#define __pyx_kp_b_iso88591_A_4t2Q_Qa_t1 __pyx_string_tab[177]
-#define __pyx_kp_b_iso88591_A_4vRq_Qa_t1 __pyx_string_tab[178]
-#define __pyx_kp_b_iso88591_A_HA_D_1 __pyx_string_tab[179]
-#define __pyx_kp_b_iso88591_A_HA_D_2 __pyx_string_tab[180]
-#define __pyx_kp_b_iso88591_A_d_G1_3c_1A __pyx_string_tab[181]
-#define __pyx_kp_b_iso88591_A_A_IQ_5_1_1A __pyx_string_tab[182]
-#define __pyx_kp_b_iso88591_A_4xr_Qa_t1 __pyx_string_tab[183]
-#define __pyx_kp_b_iso88591_A_4y_F_S_A_at1_Kq_4vS_1D_IQ __pyx_string_tab[184]
-#define __pyx_kp_b_iso88591_A_q_Q __pyx_string_tab[185]
-#define __pyx_kp_b_iso88591_A_D_aq __pyx_string_tab[186]
-#define __pyx_kp_b_iso88591_A_HA_D __pyx_string_tab[187]
-#define __pyx_kp_b_iso88591_A_T_Kq_84vS_4q_aq __pyx_string_tab[188]
-#define __pyx_kp_b_iso88591_A_4xs_1D_Kq __pyx_string_tab[189]
-#define __pyx_kp_b_iso88591_A_4_AQd_wat4q_2S_L_F_1_Qa __pyx_string_tab[190]
-#define __pyx_kp_b_iso88591_A_aq_c_IZvQ_I_1_4wd_QfF_A __pyx_string_tab[191]
-#define __pyx_kp_b_iso88591_A_z_aq __pyx_string_tab[192]
-#define __pyx_kp_b_iso88591_A_4_AQd_s_waq_F __pyx_string_tab[193]
-#define __pyx_kp_b_iso88591_A_4vRq_Qa_IU_3c_A_c_QiuA_q_q __pyx_string_tab[194]
-#define __pyx_kp_b_iso88591_A_Biq_l_86_1_3b_D_q __pyx_string_tab[195]
-#define __pyx_kp_b_iso88591_A_WA_at_4A_6_1_T_q __pyx_string_tab[196]
-#define __pyx_kp_b_iso88591_A_WA_E_aq_3l_A_s_A_q_Qa_q __pyx_string_tab[197]
-#define __pyx_kp_b_iso88591_1_1A_G1_1F_r_A_r_q_vV1Bit5_Qa __pyx_string_tab[198]
-#define __pyx_kp_b_iso88591_66K1_2Yaq_6_A_AQ_XQhfF_Kq_q_s_Q __pyx_string_tab[199]
+#define __pyx_n_u_ring_by_thread __pyx_string_tab[149]
+#define __pyx_n_u_ringers __pyx_string_tab[150]
+#define __pyx_n_u_seconds __pyx_string_tab[151]
+#define __pyx_n_u_self __pyx_string_tab[152]
+#define __pyx_n_u_set __pyx_string_tab[153]
+#define __pyx_n_u_setdefault __pyx_string_tab[154]
+#define __pyx_n_u_signal __pyx_string_tab[155]
+#define __pyx_n_u_source __pyx_string_tab[156]
+#define __pyx_n_u_spec __pyx_string_tab[157]
+#define __pyx_n_u_split __pyx_string_tab[158]
+#define __pyx_n_u_startswith __pyx_string_tab[159]
+#define __pyx_n_u_staticmethod __pyx_string_tab[160]
+#define __pyx_n_u_strerror __pyx_string_tab[161]
+#define __pyx_n_u_take __pyx_string_tab[162]
+#define __pyx_n_u_target __pyx_string_tab[163]
+#define __pyx_n_u_targets __pyx_string_tab[164]
+#define __pyx_n_u_text __pyx_string_tab[165]
+#define __pyx_n_u_timeout __pyx_string_tab[166]
+#define __pyx_n_u_token __pyx_string_tab[167]
+#define __pyx_n_u_values __pyx_string_tab[168]
+#define __pyx_n_u_wait __pyx_string_tab[169]
+#define __pyx_n_u_weakref __pyx_string_tab[170]
+#define __pyx_n_u_where __pyx_string_tab[171]
+#define __pyx_kp_b_eventfd_count __pyx_string_tab[172]
+#define __pyx_kp_b_int_PyObject_int_int_int_int_int __pyx_string_tab[173]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[174]
+#define __pyx_kp_b_iso88591_Q_6_HA_t_aq_s_4vRq_A __pyx_string_tab[175]
+#define __pyx_kp_b_iso88591_Ry_Ry_Zq_wb_A __pyx_string_tab[176]
+#define __pyx_kp_b_iso88591_1_A_1_t3a_A_q_t2Q_1 __pyx_string_tab[177]
+#define __pyx_kp_b_iso88591_A_4t2Q_Qa_t1 __pyx_string_tab[178]
+#define __pyx_kp_b_iso88591_A_4vRq_Qa_t1 __pyx_string_tab[179]
+#define __pyx_kp_b_iso88591_A_HA_D_1 __pyx_string_tab[180]
+#define __pyx_kp_b_iso88591_A_HA_D_2 __pyx_string_tab[181]
+#define __pyx_kp_b_iso88591_A_d_G1_3c_1A __pyx_string_tab[182]
+#define __pyx_kp_b_iso88591_A_A_IQ_5_1_1A __pyx_string_tab[183]
+#define __pyx_kp_b_iso88591_A_4xr_Qa_t1 __pyx_string_tab[184]
+#define __pyx_kp_b_iso88591_A_4y_F_S_A_at1_Kq_4vS_1D_IQ __pyx_string_tab[185]
+#define __pyx_kp_b_iso88591_A_q_Q __pyx_string_tab[186]
+#define __pyx_kp_b_iso88591_A_D_aq __pyx_string_tab[187]
+#define __pyx_kp_b_iso88591_A_HA_D __pyx_string_tab[188]
+#define __pyx_kp_b_iso88591_A_T_Kq_84vS_4q_aq __pyx_string_tab[189]
+#define __pyx_kp_b_iso88591_A_4xs_1D_Kq __pyx_string_tab[190]
+#define __pyx_kp_b_iso88591_A_4_AQd_wat4q_2S_L_F_1_Qa __pyx_string_tab[191]
+#define __pyx_kp_b_iso88591_A_aq_c_IZvQ_I_1_4wd_QfF_A __pyx_string_tab[192]
+#define __pyx_kp_b_iso88591_A_z_aq __pyx_string_tab[193]
+#define __pyx_kp_b_iso88591_A_4_AQd_s_waq_F __pyx_string_tab[194]
+#define __pyx_kp_b_iso88591_A_4vRq_Qa_IU_3c_A_c_QiuA_q_q __pyx_string_tab[195]
+#define __pyx_kp_b_iso88591_A_Biq_l_86_1_3b_D_q __pyx_string_tab[196]
+#define __pyx_kp_b_iso88591_A_WA_at_4A_6_1_T_q __pyx_string_tab[197]
+#define __pyx_kp_b_iso88591_A_WA_E_aq_3l_A_s_A_q_Qa_q __pyx_string_tab[198]
+#define __pyx_kp_b_iso88591_1_1A_G1_1F_r_A_r_q_vV1Bit5_Qa __pyx_string_tab[199]
+#define __pyx_kp_b_iso88591_66K1_2Yaq_6_A_AQ_XQhfF_Kq_q_s_Q __pyx_string_tab[200]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_16 __pyx_number_tab[1]
 #define __pyx_int_511 __pyx_number_tab[2]
@@ -4027,7 +4027,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
   for (int i=0; i<38; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<200; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<201; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -4069,7 +4069,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
   for (int i=0; i<38; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<200; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<201; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -4957,7 +4957,7 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":80
+/* "ivshmem/native/descriptors.pyx":81
  * # -- time and errors ------------------------------------------------------------------------------
  * 
  * cdef int64_t deadline_of(object timeout) except -1:             # <<<<<<<<<<<<<<
@@ -4974,7 +4974,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_of(PyObject *__py
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/native/descriptors.pyx":83
+  /* "ivshmem/native/descriptors.pyx":84
  *     """Return the monotonic nanoseconds at which `timeout` seconds end (None: never)."""
  *     cdef double seconds
  *     if timeout is None:             # <<<<<<<<<<<<<<
@@ -4985,7 +4985,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_of(PyObject *__py
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":84
+    /* "ivshmem/native/descriptors.pyx":85
  *     cdef double seconds
  *     if timeout is None:
  *         return INT64_MAX             # <<<<<<<<<<<<<<
@@ -4998,7 +4998,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_of(PyObject *__py
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pyx":83
+    /* "ivshmem/native/descriptors.pyx":84
  *     """Return the monotonic nanoseconds at which `timeout` seconds end (None: never)."""
  *     cdef double seconds
  *     if timeout is None:             # <<<<<<<<<<<<<<
@@ -5007,17 +5007,17 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_of(PyObject *__py
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":85
+  /* "ivshmem/native/descriptors.pyx":86
  *     if timeout is None:
  *         return INT64_MAX
  *     seconds = seconds_of(timeout)             # <<<<<<<<<<<<<<
  *     if seconds <= 0:
  *         return 0
 */
-  __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_seconds_of(__pyx_v_timeout); if (unlikely(__pyx_t_2 == ((double)-1.0) && PyErr_Occurred())) __PYX_ERR(0, 85, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_seconds_of(__pyx_v_timeout); if (unlikely(__pyx_t_2 == ((double)-1.0) && PyErr_Occurred())) __PYX_ERR(0, 86, __pyx_L1_error)
   __pyx_v_seconds = __pyx_t_2;
 
-  /* "ivshmem/native/descriptors.pyx":86
+  /* "ivshmem/native/descriptors.pyx":87
  *         return INT64_MAX
  *     seconds = seconds_of(timeout)
  *     if seconds <= 0:             # <<<<<<<<<<<<<<
@@ -5029,7 +5029,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_of(PyObject *__py
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":87
+    /* "ivshmem/native/descriptors.pyx":88
  *     seconds = seconds_of(timeout)
  *     if seconds <= 0:
  *         return 0             # <<<<<<<<<<<<<<
@@ -5042,7 +5042,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_of(PyObject *__py
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pyx":86
+    /* "ivshmem/native/descriptors.pyx":87
  *         return INT64_MAX
  *     seconds = seconds_of(timeout)
  *     if seconds <= 0:             # <<<<<<<<<<<<<<
@@ -5051,7 +5051,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_of(PyObject *__py
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":88
+  /* "ivshmem/native/descriptors.pyx":89
  *     if seconds <= 0:
  *         return 0
  *     if seconds > 1e9:  # 31 years             # <<<<<<<<<<<<<<
@@ -5063,7 +5063,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_of(PyObject *__py
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":89
+    /* "ivshmem/native/descriptors.pyx":90
  *         return 0
  *     if seconds > 1e9:  # 31 years
  *         return INT64_MAX             # <<<<<<<<<<<<<<
@@ -5076,7 +5076,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_of(PyObject *__py
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pyx":88
+    /* "ivshmem/native/descriptors.pyx":89
  *     if seconds <= 0:
  *         return 0
  *     if seconds > 1e9:  # 31 years             # <<<<<<<<<<<<<<
@@ -5085,7 +5085,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_of(PyObject *__py
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":90
+  /* "ivshmem/native/descriptors.pyx":91
  *     if seconds > 1e9:  # 31 years
  *         return INT64_MAX
  *     return now() + <int64_t>(seconds * 1e9)             # <<<<<<<<<<<<<<
@@ -5098,7 +5098,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_of(PyObject *__py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":80
+  /* "ivshmem/native/descriptors.pyx":81
  * # -- time and errors ------------------------------------------------------------------------------
  * 
  * cdef int64_t deadline_of(object timeout) except -1:             # <<<<<<<<<<<<<<
@@ -5116,7 +5116,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_of(PyObject *__py
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":93
+/* "ivshmem/native/descriptors.pyx":94
  * 
  * 
  * cdef int fail() except -1:             # <<<<<<<<<<<<<<
@@ -5131,17 +5131,17 @@ static int __pyx_f_7ivshmem_6native_11descriptors_fail(void) {
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/native/descriptors.pyx":94
+  /* "ivshmem/native/descriptors.pyx":95
  * 
  * cdef int fail() except -1:
  *     PyErr_SetFromErrno(OSError)             # <<<<<<<<<<<<<<
  *     return -1
  * 
 */
-  __pyx_t_1 = PyErr_SetFromErrno(((PyObject *)(((PyTypeObject*)PyExc_OSError)))); if (unlikely(__pyx_t_1 == ((void *)NULL))) __PYX_ERR(0, 94, __pyx_L1_error)
+  __pyx_t_1 = PyErr_SetFromErrno(((PyObject *)(((PyTypeObject*)PyExc_OSError)))); if (unlikely(__pyx_t_1 == ((void *)NULL))) __PYX_ERR(0, 95, __pyx_L1_error)
 
 
-  /* "ivshmem/native/descriptors.pyx":95
+  /* "ivshmem/native/descriptors.pyx":96
  * cdef int fail() except -1:
  *     PyErr_SetFromErrno(OSError)
  *     return -1             # <<<<<<<<<<<<<<
@@ -5154,7 +5154,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_fail(void) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":93
+  /* "ivshmem/native/descriptors.pyx":94
  * 
  * 
  * cdef int fail() except -1:             # <<<<<<<<<<<<<<
@@ -5171,7 +5171,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_fail(void) {
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":109
+/* "ivshmem/native/descriptors.pyx":110
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -5223,7 +5223,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 static int __pyx_pf_7ivshmem_6native_11descriptors_2Fd___cinit__(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/native/descriptors.pyx":110
+  /* "ivshmem/native/descriptors.pyx":111
  * 
  *     def __cinit__(self):
  *         self.number = -1             # <<<<<<<<<<<<<<
@@ -5232,7 +5232,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_2Fd___cinit__(struct __pyx_ob
 */
   __pyx_v_self->number = -1;
 
-  /* "ivshmem/native/descriptors.pyx":109
+  /* "ivshmem/native/descriptors.pyx":110
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -5246,7 +5246,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_2Fd___cinit__(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":112
+/* "ivshmem/native/descriptors.pyx":113
  *         self.number = -1
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -5278,14 +5278,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_5taken___get__(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/native/descriptors.pyx":115
+  /* "ivshmem/native/descriptors.pyx":116
  *     def taken(self):
  *         """Whether it has an owner or was closed."""
  *         return self.number < 0             # <<<<<<<<<<<<<<
  * 
  *     def fileno(self):
 */
-  __pyx_t_1 = __Pyx_PyBool_FromLong((__pyx_v_self->number < 0)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 115, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyBool_FromLong((__pyx_v_self->number < 0)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 116, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -5298,7 +5298,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_5taken___get__(stru
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":112
+  /* "ivshmem/native/descriptors.pyx":113
  *         self.number = -1
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -5317,7 +5317,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_5taken___get__(stru
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":117
+/* "ivshmem/native/descriptors.pyx":118
  *         return self.number < 0
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -5381,7 +5381,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_2fileno(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/native/descriptors.pyx":119
+  /* "ivshmem/native/descriptors.pyx":120
  *     def fileno(self):
  *         """Return the descriptor, which this object still owns."""
  *         if self.number < 0:             # <<<<<<<<<<<<<<
@@ -5393,7 +5393,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_2fileno(struct __py
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/native/descriptors.pyx":120
+    /* "ivshmem/native/descriptors.pyx":121
  *         """Return the descriptor, which this object still owns."""
  *         if self.number < 0:
  *             raise ClosedError("the descriptor was taken or closed")             # <<<<<<<<<<<<<<
@@ -5401,7 +5401,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_2fileno(struct __py
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 120, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 121, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -5420,14 +5420,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_2fileno(struct __py
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 120, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 121, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 120, __pyx_L1_error)
+    __PYX_ERR(0, 121, __pyx_L1_error)
 
-    /* "ivshmem/native/descriptors.pyx":119
+    /* "ivshmem/native/descriptors.pyx":120
  *     def fileno(self):
  *         """Return the descriptor, which this object still owns."""
  *         if self.number < 0:             # <<<<<<<<<<<<<<
@@ -5436,14 +5436,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_2fileno(struct __py
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":121
+  /* "ivshmem/native/descriptors.pyx":122
  *         if self.number < 0:
  *             raise ClosedError("the descriptor was taken or closed")
  *         return self.number             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->number); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 121, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->number); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 122, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject *__pyx_temp;
@@ -5456,7 +5456,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_2fileno(struct __py
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":117
+  /* "ivshmem/native/descriptors.pyx":118
  *         return self.number < 0
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -5477,7 +5477,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_2fileno(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":123
+/* "ivshmem/native/descriptors.pyx":124
  *         return self.number
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -5541,7 +5541,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_4close(struct __pyx
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/native/descriptors.pyx":126
+        /* "ivshmem/native/descriptors.pyx":127
  *     def close(self):
  *         """Close it, unless it has an owner. May be called twice."""
  *         if self.number >= 0:             # <<<<<<<<<<<<<<
@@ -5553,7 +5553,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_4close(struct __pyx
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/native/descriptors.pyx":127
+          /* "ivshmem/native/descriptors.pyx":128
  *         """Close it, unless it has an owner. May be called twice."""
  *         if self.number >= 0:
  *             c_close(self.number)             # <<<<<<<<<<<<<<
@@ -5562,7 +5562,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_4close(struct __pyx
 */
           (void)(close(__pyx_v_self->number));
 
-          /* "ivshmem/native/descriptors.pyx":126
+          /* "ivshmem/native/descriptors.pyx":127
  *     def close(self):
  *         """Close it, unless it has an owner. May be called twice."""
  *         if self.number >= 0:             # <<<<<<<<<<<<<<
@@ -5571,7 +5571,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_4close(struct __pyx
 */
         }
 
-        /* "ivshmem/native/descriptors.pyx":128
+        /* "ivshmem/native/descriptors.pyx":129
  *         if self.number >= 0:
  *             c_close(self.number)
  *         self.number = -1             # <<<<<<<<<<<<<<
@@ -5581,7 +5581,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_4close(struct __pyx
         __pyx_v_self->number = -1;
       }
 
-      /* "ivshmem/native/descriptors.pyx":123
+      /* "ivshmem/native/descriptors.pyx":124
  *         return self.number
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -5605,7 +5605,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_4close(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":130
+/* "ivshmem/native/descriptors.pyx":131
  *         self.number = -1
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -5629,7 +5629,7 @@ static void __pyx_pw_7ivshmem_6native_11descriptors_2Fd_7__dealloc__(PyObject *_
 static void __pyx_pf_7ivshmem_6native_11descriptors_2Fd_6__dealloc__(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/native/descriptors.pyx":131
+  /* "ivshmem/native/descriptors.pyx":132
  * 
  *     def __dealloc__(self):
  *         if self.number >= 0:             # <<<<<<<<<<<<<<
@@ -5641,7 +5641,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_2Fd_6__dealloc__(struct __py
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":132
+    /* "ivshmem/native/descriptors.pyx":133
  *     def __dealloc__(self):
  *         if self.number >= 0:
  *             c_close(self.number)             # <<<<<<<<<<<<<<
@@ -5650,7 +5650,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_2Fd_6__dealloc__(struct __py
 */
     (void)(close(__pyx_v_self->number));
 
-    /* "ivshmem/native/descriptors.pyx":131
+    /* "ivshmem/native/descriptors.pyx":132
  * 
  *     def __dealloc__(self):
  *         if self.number >= 0:             # <<<<<<<<<<<<<<
@@ -5659,7 +5659,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_2Fd_6__dealloc__(struct __py
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":130
+  /* "ivshmem/native/descriptors.pyx":131
  *         self.number = -1
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -5877,7 +5877,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_10__setstate_cython
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":135
+/* "ivshmem/native/descriptors.pyx":136
  * 
  * 
  * cdef int taken(object fd) except? -1:             # <<<<<<<<<<<<<<
@@ -5903,7 +5903,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_taken(PyObject *__pyx_v_fd) {
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("taken", 0);
 
-  /* "ivshmem/native/descriptors.pyx":139
+  /* "ivshmem/native/descriptors.pyx":140
  *     cdef Fd given
  *     cdef int number
  *     if not isinstance(fd, Fd):             # <<<<<<<<<<<<<<
@@ -5917,20 +5917,20 @@ static int __pyx_f_7ivshmem_6native_11descriptors_taken(PyObject *__pyx_v_fd) {
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/native/descriptors.pyx":140
+    /* "ivshmem/native/descriptors.pyx":141
  *     cdef int number
  *     if not isinstance(fd, Fd):
  *         return fd             # <<<<<<<<<<<<<<
  *     given = fd
  *     with cython.critical_section(given):
 */
-    __pyx_t_3 = __Pyx_PyLong_As_int(__pyx_v_fd); if (unlikely((__pyx_t_3 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 140, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyLong_As_int(__pyx_v_fd); if (unlikely((__pyx_t_3 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 141, __pyx_L1_error)
     {
       __pyx_r = __pyx_t_3;
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pyx":139
+    /* "ivshmem/native/descriptors.pyx":140
  *     cdef Fd given
  *     cdef int number
  *     if not isinstance(fd, Fd):             # <<<<<<<<<<<<<<
@@ -5939,7 +5939,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_taken(PyObject *__pyx_v_fd) {
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":141
+  /* "ivshmem/native/descriptors.pyx":142
  *     if not isinstance(fd, Fd):
  *         return fd
  *     given = fd             # <<<<<<<<<<<<<<
@@ -5948,11 +5948,11 @@ static int __pyx_f_7ivshmem_6native_11descriptors_taken(PyObject *__pyx_v_fd) {
 */
   __pyx_t_4 = __pyx_v_fd;
   __Pyx_INCREF(__pyx_t_4);
-  if (!(likely(((__pyx_t_4) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_4, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Fd))))) __PYX_ERR(0, 141, __pyx_L1_error)
+  if (!(likely(((__pyx_t_4) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_4, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Fd))))) __PYX_ERR(0, 142, __pyx_L1_error)
   __pyx_v_given = ((struct __pyx_obj_7ivshmem_6native_11descriptors_Fd *)__pyx_t_4);
   __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":142
+  /* "ivshmem/native/descriptors.pyx":143
  *         return fd
  *     given = fd
  *     with cython.critical_section(given):             # <<<<<<<<<<<<<<
@@ -5961,13 +5961,13 @@ static int __pyx_f_7ivshmem_6native_11descriptors_taken(PyObject *__pyx_v_fd) {
 */
   {
       __Pyx_PyCriticalSection __pyx_cs;
-      if (unlikely(!__pyx_v_given)) { __Pyx_RaiseUnboundLocalError("given"); __PYX_ERR(0, 142, __pyx_L1_error) }
+      if (unlikely(!__pyx_v_given)) { __Pyx_RaiseUnboundLocalError("given"); __PYX_ERR(0, 143, __pyx_L1_error) }
       __pyx_t_4 = ((PyObject *)__pyx_v_given);
       __Pyx_INCREF(__pyx_t_4);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_4);
       /*try:*/ {
 
-        /* "ivshmem/native/descriptors.pyx":143
+        /* "ivshmem/native/descriptors.pyx":144
  *     given = fd
  *     with cython.critical_section(given):
  *         number, given.number = given.number, -1             # <<<<<<<<<<<<<<
@@ -5982,7 +5982,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_taken(PyObject *__pyx_v_fd) {
         __pyx_v_given->number = __pyx_t_5;
       }
 
-      /* "ivshmem/native/descriptors.pyx":142
+      /* "ivshmem/native/descriptors.pyx":143
  *         return fd
  *     given = fd
  *     with cython.critical_section(given):             # <<<<<<<<<<<<<<
@@ -5999,7 +5999,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_taken(PyObject *__pyx_v_fd) {
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   }
 
-  /* "ivshmem/native/descriptors.pyx":144
+  /* "ivshmem/native/descriptors.pyx":145
  *     with cython.critical_section(given):
  *         number, given.number = given.number, -1
  *     if number < 0:             # <<<<<<<<<<<<<<
@@ -6011,7 +6011,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_taken(PyObject *__pyx_v_fd) {
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/native/descriptors.pyx":145
+    /* "ivshmem/native/descriptors.pyx":146
  *         number, given.number = given.number, -1
  *     if number < 0:
  *         raise ClosedError("the descriptor was taken or closed")             # <<<<<<<<<<<<<<
@@ -6019,7 +6019,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_taken(PyObject *__pyx_v_fd) {
  * 
 */
     __pyx_t_6 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 145, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 146, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_8 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -6038,14 +6038,14 @@ static int __pyx_f_7ivshmem_6native_11descriptors_taken(PyObject *__pyx_v_fd) {
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 145, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 146, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 145, __pyx_L1_error)
+    __PYX_ERR(0, 146, __pyx_L1_error)
 
-    /* "ivshmem/native/descriptors.pyx":144
+    /* "ivshmem/native/descriptors.pyx":145
  *     with cython.critical_section(given):
  *         number, given.number = given.number, -1
  *     if number < 0:             # <<<<<<<<<<<<<<
@@ -6054,7 +6054,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_taken(PyObject *__pyx_v_fd) {
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":146
+  /* "ivshmem/native/descriptors.pyx":147
  *     if number < 0:
  *         raise ClosedError("the descriptor was taken or closed")
  *     return number             # <<<<<<<<<<<<<<
@@ -6067,7 +6067,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_taken(PyObject *__pyx_v_fd) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":135
+  /* "ivshmem/native/descriptors.pyx":136
  * 
  * 
  * cdef int taken(object fd) except? -1:             # <<<<<<<<<<<<<<
@@ -6090,7 +6090,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_taken(PyObject *__pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":157
+/* "ivshmem/native/descriptors.pyx":158
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -6142,7 +6142,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 static int __pyx_pf_7ivshmem_6native_11descriptors_7FdArray___cinit__(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/native/descriptors.pyx":158
+  /* "ivshmem/native/descriptors.pyx":159
  * 
  *     def __cinit__(self):
  *         self.fds = NULL             # <<<<<<<<<<<<<<
@@ -6151,7 +6151,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_7FdArray___cinit__(struct __p
 */
   __pyx_v_self->fds = NULL;
 
-  /* "ivshmem/native/descriptors.pyx":157
+  /* "ivshmem/native/descriptors.pyx":158
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -6165,7 +6165,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_7FdArray___cinit__(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":160
+/* "ivshmem/native/descriptors.pyx":161
  *         self.fds = NULL
  * 
  *     @staticmethod             # <<<<<<<<<<<<<<
@@ -6213,32 +6213,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_count,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 160, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 161, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 160, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 161, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "eventfds", 0) < (0)) __PYX_ERR(0, 160, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "eventfds", 0) < (0)) __PYX_ERR(0, 161, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("eventfds", 1, 1, 1, i); __PYX_ERR(0, 160, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("eventfds", 1, 1, 1, i); __PYX_ERR(0, 161, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 160, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 161, __pyx_L3_error)
     }
-    __pyx_v_count = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_count == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 161, __pyx_L3_error)
+    __pyx_v_count = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_count == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 162, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("eventfds", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 160, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("eventfds", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 161, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6287,7 +6287,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_2eventfds(Py_s
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("eventfds", 0);
 
-  /* "ivshmem/native/descriptors.pyx":167
+  /* "ivshmem/native/descriptors.pyx":168
  *             OSError: EMFILE, ENFILE or ENOMEM. Then no descriptor is left open.
  *         """
  *         cdef FdArray array = FdArray()             # <<<<<<<<<<<<<<
@@ -6300,13 +6300,13 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_2eventfds(Py_s
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 167, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 168, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   __pyx_v_array = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":169
+  /* "ivshmem/native/descriptors.pyx":170
  *         cdef FdArray array = FdArray()
  *         cdef int fd
  *         for _ in range(count):             # <<<<<<<<<<<<<<
@@ -6320,7 +6320,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_2eventfds(Py_s
   for (__pyx_t_6 = 0; __pyx_t_6 < __pyx_t_5; __pyx_t_6+=1) {
     __pyx_v__ = __pyx_t_6;
 
-    /* "ivshmem/native/descriptors.pyx":170
+    /* "ivshmem/native/descriptors.pyx":171
  *         cdef int fd
  *         for _ in range(count):
  *             fd = c_eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)             # <<<<<<<<<<<<<<
@@ -6329,7 +6329,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_2eventfds(Py_s
 */
     __pyx_v_fd = eventfd(0, (EFD_CLOEXEC | EFD_NONBLOCK));
 
-    /* "ivshmem/native/descriptors.pyx":171
+    /* "ivshmem/native/descriptors.pyx":172
  *         for _ in range(count):
  *             fd = c_eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
  *             if fd < 0:             # <<<<<<<<<<<<<<
@@ -6341,7 +6341,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_2eventfds(Py_s
     if (__pyx_t_7) {
 
 
-      /* "ivshmem/native/descriptors.pyx":172
+      /* "ivshmem/native/descriptors.pyx":173
  *             fd = c_eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
  *             if fd < 0:
  *                 try:             # <<<<<<<<<<<<<<
@@ -6350,18 +6350,18 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_2eventfds(Py_s
 */
       /*try:*/ {
 
-        /* "ivshmem/native/descriptors.pyx":173
+        /* "ivshmem/native/descriptors.pyx":174
  *             if fd < 0:
  *                 try:
  *                     fail()             # <<<<<<<<<<<<<<
  *                 finally:
  *                     array.close()
 */
-        __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 173, __pyx_L9_error)
+        __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 174, __pyx_L9_error)
 
       }
 
-      /* "ivshmem/native/descriptors.pyx":175
+      /* "ivshmem/native/descriptors.pyx":176
  *                     fail()
  *                 finally:
  *                     array.close()             # <<<<<<<<<<<<<<
@@ -6377,7 +6377,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_2eventfds(Py_s
             PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
             __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-            if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 175, __pyx_L1_error)
+            if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 176, __pyx_L1_error)
             __Pyx_GOTREF(__pyx_t_1);
           }
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -6407,7 +6407,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_2eventfds(Py_s
               PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
               __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 175, __pyx_L14_error)
+              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 176, __pyx_L14_error)
               __Pyx_GOTREF(__pyx_t_1);
             }
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -6437,7 +6437,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_2eventfds(Py_s
         __pyx_L10:;
       }
 
-      /* "ivshmem/native/descriptors.pyx":171
+      /* "ivshmem/native/descriptors.pyx":172
  *         for _ in range(count):
  *             fd = c_eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
  *             if fd < 0:             # <<<<<<<<<<<<<<
@@ -6446,19 +6446,19 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_2eventfds(Py_s
 */
     }
 
-    /* "ivshmem/native/descriptors.pyx":176
+    /* "ivshmem/native/descriptors.pyx":177
  *                 finally:
  *                     array.close()
  *             array.add(fd)             # <<<<<<<<<<<<<<
  *         return array
  * 
 */
-    __pyx_t_9 = __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(__pyx_v_array, __pyx_v_fd); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 176, __pyx_L1_error)
+    __pyx_t_9 = __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(__pyx_v_array, __pyx_v_fd); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 177, __pyx_L1_error)
 
   }
 
 
-  /* "ivshmem/native/descriptors.pyx":177
+  /* "ivshmem/native/descriptors.pyx":178
  *                     array.close()
  *             array.add(fd)
  *         return array             # <<<<<<<<<<<<<<
@@ -6476,7 +6476,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_2eventfds(Py_s
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":160
+  /* "ivshmem/native/descriptors.pyx":161
  *         self.fds = NULL
  * 
  *     @staticmethod             # <<<<<<<<<<<<<<
@@ -6499,7 +6499,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_2eventfds(Py_s
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":179
+/* "ivshmem/native/descriptors.pyx":180
  *         return array
  * 
  *     @staticmethod             # <<<<<<<<<<<<<<
@@ -6547,32 +6547,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 179, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 180, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 179, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 180, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "copy", 0) < (0)) __PYX_ERR(0, 179, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "copy", 0) < (0)) __PYX_ERR(0, 180, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("copy", 1, 1, 1, i); __PYX_ERR(0, 179, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("copy", 1, 1, 1, i); __PYX_ERR(0, 180, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 179, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 180, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 180, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 181, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("copy", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 179, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("copy", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 180, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6609,7 +6609,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_4copy(int __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("copy", 0);
 
-  /* "ivshmem/native/descriptors.pyx":186
+  /* "ivshmem/native/descriptors.pyx":187
  *             OSError: EBADF or EMFILE.
  *         """
  *         cdef FdArray array = FdArray()             # <<<<<<<<<<<<<<
@@ -6622,13 +6622,13 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_4copy(int __py
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 186, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 187, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   __pyx_v_array = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":187
+  /* "ivshmem/native/descriptors.pyx":188
  *         """
  *         cdef FdArray array = FdArray()
  *         cdef int other = fcntl(fd, F_DUPFD_CLOEXEC, 0)             # <<<<<<<<<<<<<<
@@ -6637,7 +6637,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_4copy(int __py
 */
   __pyx_v_other = fcntl(__pyx_v_fd, F_DUPFD_CLOEXEC, 0);
 
-  /* "ivshmem/native/descriptors.pyx":188
+  /* "ivshmem/native/descriptors.pyx":189
  *         cdef FdArray array = FdArray()
  *         cdef int other = fcntl(fd, F_DUPFD_CLOEXEC, 0)
  *         if other < 0:             # <<<<<<<<<<<<<<
@@ -6649,17 +6649,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_4copy(int __py
   if (__pyx_t_4) {
 
 
-    /* "ivshmem/native/descriptors.pyx":189
+    /* "ivshmem/native/descriptors.pyx":190
  *         cdef int other = fcntl(fd, F_DUPFD_CLOEXEC, 0)
  *         if other < 0:
  *             fail()             # <<<<<<<<<<<<<<
  *         array.add(other)
  *         return array
 */
-    __pyx_t_5 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 189, __pyx_L1_error)
+    __pyx_t_5 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 190, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":188
+    /* "ivshmem/native/descriptors.pyx":189
  *         cdef FdArray array = FdArray()
  *         cdef int other = fcntl(fd, F_DUPFD_CLOEXEC, 0)
  *         if other < 0:             # <<<<<<<<<<<<<<
@@ -6668,17 +6668,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_4copy(int __py
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":190
+  /* "ivshmem/native/descriptors.pyx":191
  *         if other < 0:
  *             fail()
  *         array.add(other)             # <<<<<<<<<<<<<<
  *         return array
  * 
 */
-  __pyx_t_5 = __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(__pyx_v_array, __pyx_v_other); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 190, __pyx_L1_error)
+  __pyx_t_5 = __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(__pyx_v_array, __pyx_v_other); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 191, __pyx_L1_error)
 
 
-  /* "ivshmem/native/descriptors.pyx":191
+  /* "ivshmem/native/descriptors.pyx":192
  *             fail()
  *         array.add(other)
  *         return array             # <<<<<<<<<<<<<<
@@ -6696,7 +6696,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_4copy(int __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":179
+  /* "ivshmem/native/descriptors.pyx":180
  *         return array
  * 
  *     @staticmethod             # <<<<<<<<<<<<<<
@@ -6718,7 +6718,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_4copy(int __py
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":193
+/* "ivshmem/native/descriptors.pyx":194
  *         return array
  * 
  *     def open(self, path, int flags, unsigned int mode=0o777, *, int dir_fd=AT_FDCWD):             # <<<<<<<<<<<<<<
@@ -6769,60 +6769,60 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_path,&__pyx_mstate_global->__pyx_n_u_flags,&__pyx_mstate_global->__pyx_n_u_mode,&__pyx_mstate_global->__pyx_n_u_dir_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 193, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 194, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 193, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 194, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 193, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 194, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 193, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 194, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "open", 0) < (0)) __PYX_ERR(0, 193, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "open", 0) < (0)) __PYX_ERR(0, 194, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("open", 0, 2, 3, i); __PYX_ERR(0, 193, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("open", 0, 2, 3, i); __PYX_ERR(0, 194, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 193, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 194, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 193, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 194, __pyx_L3_error)
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 193, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 194, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
     }
     __pyx_v_path = values[0];
-    __pyx_v_flags = __Pyx_PyLong_As_int(values[1]); if (unlikely((__pyx_v_flags == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 193, __pyx_L3_error)
+    __pyx_v_flags = __Pyx_PyLong_As_int(values[1]); if (unlikely((__pyx_v_flags == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 194, __pyx_L3_error)
     if (values[2]) {
-      __pyx_v_mode = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_mode == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 193, __pyx_L3_error)
+      __pyx_v_mode = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_mode == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 194, __pyx_L3_error)
     } else {
       __pyx_v_mode = ((unsigned int)0777);
     }
     if (values[3]) {
-      __pyx_v_dir_fd = __Pyx_PyLong_As_int(values[3]); if (unlikely((__pyx_v_dir_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 193, __pyx_L3_error)
+      __pyx_v_dir_fd = __Pyx_PyLong_As_int(values[3]); if (unlikely((__pyx_v_dir_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 194, __pyx_L3_error)
     } else {
       __pyx_v_dir_fd = __pyx_mstate_global->__pyx_k__2;
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("open", 0, 2, 3, __pyx_nargs); __PYX_ERR(0, 193, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("open", 0, 2, 3, __pyx_nargs); __PYX_ERR(0, 194, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6869,7 +6869,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("open", 0);
 
-  /* "ivshmem/native/descriptors.pyx":201
+  /* "ivshmem/native/descriptors.pyx":202
  *             OSError: as open(2), with the path.
  *         """
  *         cdef bytes where = os.fsencode(path)             # <<<<<<<<<<<<<<
@@ -6877,9 +6877,9 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct _
  *         cdef int fd, code
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 201, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 202, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 201, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 202, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5 = 1;
@@ -6899,14 +6899,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct _
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 201, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 202, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 201, __pyx_L1_error)
+  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 202, __pyx_L1_error)
   __pyx_v_where = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":202
+  /* "ivshmem/native/descriptors.pyx":203
  *         """
  *         cdef bytes where = os.fsencode(path)
  *         cdef const char *text = where             # <<<<<<<<<<<<<<
@@ -6915,12 +6915,12 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct _
 */
   if (unlikely(__pyx_v_where == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "expected bytes, NoneType found");
-    __PYX_ERR(0, 202, __pyx_L1_error)
+    __PYX_ERR(0, 203, __pyx_L1_error)
   }
-  __pyx_t_6 = __Pyx_PyBytes_AsString(__pyx_v_where); if (unlikely((!__pyx_t_6) && PyErr_Occurred())) __PYX_ERR(0, 202, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyBytes_AsString(__pyx_v_where); if (unlikely((!__pyx_t_6) && PyErr_Occurred())) __PYX_ERR(0, 203, __pyx_L1_error)
   __pyx_v_text = __pyx_t_6;
 
-  /* "ivshmem/native/descriptors.pyx":204
+  /* "ivshmem/native/descriptors.pyx":205
  *         cdef const char *text = where
  *         cdef int fd, code
  *         if b"\0" in where:             # <<<<<<<<<<<<<<
@@ -6929,13 +6929,13 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct _
 */
   if (unlikely(__pyx_v_where == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "argument of type \047NoneType\047 is not iterable");
-    __PYX_ERR(0, 204, __pyx_L1_error)
+    __PYX_ERR(0, 205, __pyx_L1_error)
   }
-  __pyx_t_7 = (__Pyx_BytesContains('\x00', __pyx_v_where, Py_EQ)); if (unlikely((__pyx_t_7 < 0))) __PYX_ERR(0, 204, __pyx_L1_error)
+  __pyx_t_7 = (__Pyx_BytesContains('\x00', __pyx_v_where, Py_EQ)); if (unlikely((__pyx_t_7 < 0))) __PYX_ERR(0, 205, __pyx_L1_error)
   if (unlikely(__pyx_t_7)) {
 
 
-    /* "ivshmem/native/descriptors.pyx":205
+    /* "ivshmem/native/descriptors.pyx":206
  *         cdef int fd, code
  *         if b"\0" in where:
  *             raise ValueError("embedded null byte")             # <<<<<<<<<<<<<<
@@ -6948,14 +6948,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct _
       PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_embedded_null_byte};
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 205, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 206, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 205, __pyx_L1_error)
+    __PYX_ERR(0, 206, __pyx_L1_error)
 
-    /* "ivshmem/native/descriptors.pyx":204
+    /* "ivshmem/native/descriptors.pyx":205
  *         cdef const char *text = where
  *         cdef int fd, code
  *         if b"\0" in where:             # <<<<<<<<<<<<<<
@@ -6964,7 +6964,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct _
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":206
+  /* "ivshmem/native/descriptors.pyx":207
  *         if b"\0" in where:
  *             raise ValueError("embedded null byte")
  *         while True:             # <<<<<<<<<<<<<<
@@ -6973,7 +6973,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct _
 */
   while (1) {
 
-    /* "ivshmem/native/descriptors.pyx":207
+    /* "ivshmem/native/descriptors.pyx":208
  *             raise ValueError("embedded null byte")
  *         while True:
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -6986,7 +6986,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct _
         __Pyx_FastGIL_Remember();
         /*try:*/ {
 
-          /* "ivshmem/native/descriptors.pyx":208
+          /* "ivshmem/native/descriptors.pyx":209
  *         while True:
  *             with nogil:
  *                 fd = c_openat(dir_fd, text, flags | O_CLOEXEC, mode)             # <<<<<<<<<<<<<<
@@ -6995,7 +6995,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct _
 */
           __pyx_v_fd = openat(__pyx_v_dir_fd, __pyx_v_text, (__pyx_v_flags | O_CLOEXEC), __pyx_v_mode);
 
-          /* "ivshmem/native/descriptors.pyx":209
+          /* "ivshmem/native/descriptors.pyx":210
  *             with nogil:
  *                 fd = c_openat(dir_fd, text, flags | O_CLOEXEC, mode)
  *                 code = errno             # <<<<<<<<<<<<<<
@@ -7005,7 +7005,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct _
           __pyx_v_code = errno;
         }
 
-        /* "ivshmem/native/descriptors.pyx":207
+        /* "ivshmem/native/descriptors.pyx":208
  *             raise ValueError("embedded null byte")
  *         while True:
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -7022,7 +7022,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct _
         }
     }
 
-    /* "ivshmem/native/descriptors.pyx":210
+    /* "ivshmem/native/descriptors.pyx":211
  *                 fd = c_openat(dir_fd, text, flags | O_CLOEXEC, mode)
  *                 code = errno
  *             if fd >= 0:             # <<<<<<<<<<<<<<
@@ -7034,24 +7034,24 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct _
     if (__pyx_t_7) {
 
 
-      /* "ivshmem/native/descriptors.pyx":211
+      /* "ivshmem/native/descriptors.pyx":212
  *                 code = errno
  *             if fd >= 0:
  *                 self.add(fd)             # <<<<<<<<<<<<<<
  *                 return fd
  *             if code != EINTR:
 */
-      __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(__pyx_v_self, __pyx_v_fd); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 211, __pyx_L1_error)
+      __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(__pyx_v_self, __pyx_v_fd); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 212, __pyx_L1_error)
 
 
-      /* "ivshmem/native/descriptors.pyx":212
+      /* "ivshmem/native/descriptors.pyx":213
  *             if fd >= 0:
  *                 self.add(fd)
  *                 return fd             # <<<<<<<<<<<<<<
  *             if code != EINTR:
  *                 raise OSError(code, os.strerror(code), path)
 */
-      __pyx_t_1 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 212, __pyx_L1_error)
+      __pyx_t_1 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 213, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       {
         PyObject *__pyx_temp;
@@ -7064,7 +7064,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct _
       __pyx_t_1 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/native/descriptors.pyx":210
+      /* "ivshmem/native/descriptors.pyx":211
  *                 fd = c_openat(dir_fd, text, flags | O_CLOEXEC, mode)
  *                 code = errno
  *             if fd >= 0:             # <<<<<<<<<<<<<<
@@ -7073,7 +7073,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct _
 */
     }
 
-    /* "ivshmem/native/descriptors.pyx":213
+    /* "ivshmem/native/descriptors.pyx":214
  *                 self.add(fd)
  *                 return fd
  *             if code != EINTR:             # <<<<<<<<<<<<<<
@@ -7085,7 +7085,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct _
     if (unlikely(__pyx_t_7)) {
 
 
-      /* "ivshmem/native/descriptors.pyx":214
+      /* "ivshmem/native/descriptors.pyx":215
  *                 return fd
  *             if code != EINTR:
  *                 raise OSError(code, os.strerror(code), path)             # <<<<<<<<<<<<<<
@@ -7093,15 +7093,15 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct _
  * 
 */
       __pyx_t_4 = NULL;
-      __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 214, __pyx_L1_error)
+      __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 215, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
       __pyx_t_9 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 214, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 215, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
-      __pyx_t_11 = __Pyx_PyObject_GetAttrStr(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_strerror); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 214, __pyx_L1_error)
+      __pyx_t_11 = __Pyx_PyObject_GetAttrStr(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_strerror); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 215, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_11);
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-      __pyx_t_10 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 214, __pyx_L1_error)
+      __pyx_t_10 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 215, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
       __pyx_t_5 = 1;
       #if CYTHON_UNPACK_METHODS
@@ -7121,7 +7121,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct _
         __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
         __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
         __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 214, __pyx_L1_error)
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 215, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_3);
       }
       __pyx_t_5 = 1;
@@ -7131,14 +7131,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct _
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 214, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 215, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __Pyx_Raise(__pyx_t_1, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-      __PYX_ERR(0, 214, __pyx_L1_error)
+      __PYX_ERR(0, 215, __pyx_L1_error)
 
-      /* "ivshmem/native/descriptors.pyx":213
+      /* "ivshmem/native/descriptors.pyx":214
  *                 self.add(fd)
  *                 return fd
  *             if code != EINTR:             # <<<<<<<<<<<<<<
@@ -7147,18 +7147,18 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct _
 */
     }
 
-    /* "ivshmem/native/descriptors.pyx":215
+    /* "ivshmem/native/descriptors.pyx":216
  *             if code != EINTR:
  *                 raise OSError(code, os.strerror(code), path)
  *             PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  * 
  *     def memfd(self, name, unsigned int flags):
 */
-    __pyx_t_8 = PyErr_CheckSignals(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 215, __pyx_L1_error)
+    __pyx_t_8 = PyErr_CheckSignals(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 216, __pyx_L1_error)
 
   }
 
-  /* "ivshmem/native/descriptors.pyx":193
+  /* "ivshmem/native/descriptors.pyx":194
  *         return array
  * 
  *     def open(self, path, int flags, unsigned int mode=0o777, *, int dir_fd=AT_FDCWD):             # <<<<<<<<<<<<<<
@@ -7189,7 +7189,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":217
+/* "ivshmem/native/descriptors.pyx":218
  *             PyErr_CheckSignals()
  * 
  *     def memfd(self, name, unsigned int flags):             # <<<<<<<<<<<<<<
@@ -7238,39 +7238,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_name,&__pyx_mstate_global->__pyx_n_u_flags,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 217, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 218, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 217, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 218, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 217, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 218, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "memfd", 0) < (0)) __PYX_ERR(0, 217, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "memfd", 0) < (0)) __PYX_ERR(0, 218, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("memfd", 1, 2, 2, i); __PYX_ERR(0, 217, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("memfd", 1, 2, 2, i); __PYX_ERR(0, 218, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 217, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 218, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 217, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 218, __pyx_L3_error)
     }
     __pyx_v_name = values[0];
-    __pyx_v_flags = __Pyx_PyLong_As_unsigned_int(values[1]); if (unlikely((__pyx_v_flags == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 217, __pyx_L3_error)
+    __pyx_v_flags = __Pyx_PyLong_As_unsigned_int(values[1]); if (unlikely((__pyx_v_flags == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 218, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("memfd", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 217, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("memfd", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 218, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7310,7 +7310,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_8memfd(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("memfd", 0);
 
-  /* "ivshmem/native/descriptors.pyx":223
+  /* "ivshmem/native/descriptors.pyx":224
  *             OSError: as memfd_create(2).
  *         """
  *         cdef bytes called = os.fsencode(name)             # <<<<<<<<<<<<<<
@@ -7318,9 +7318,9 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_8memfd(struct 
  *         if fd < 0:
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 223, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 224, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 223, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 224, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5 = 1;
@@ -7340,14 +7340,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_8memfd(struct 
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 223, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 224, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 223, __pyx_L1_error)
+  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 224, __pyx_L1_error)
   __pyx_v_called = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":224
+  /* "ivshmem/native/descriptors.pyx":225
  *         """
  *         cdef bytes called = os.fsencode(name)
  *         cdef int fd = memfd_create(called, flags | MFD_CLOEXEC)             # <<<<<<<<<<<<<<
@@ -7356,13 +7356,13 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_8memfd(struct 
 */
   if (unlikely(__pyx_v_called == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "expected bytes, NoneType found");
-    __PYX_ERR(0, 224, __pyx_L1_error)
+    __PYX_ERR(0, 225, __pyx_L1_error)
   }
-  __pyx_t_6 = __Pyx_PyBytes_AsString(__pyx_v_called); if (unlikely((!__pyx_t_6) && PyErr_Occurred())) __PYX_ERR(0, 224, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyBytes_AsString(__pyx_v_called); if (unlikely((!__pyx_t_6) && PyErr_Occurred())) __PYX_ERR(0, 225, __pyx_L1_error)
   __pyx_v_fd = memfd_create(__pyx_t_6, (__pyx_v_flags | MFD_CLOEXEC));
 
 
-  /* "ivshmem/native/descriptors.pyx":225
+  /* "ivshmem/native/descriptors.pyx":226
  *         cdef bytes called = os.fsencode(name)
  *         cdef int fd = memfd_create(called, flags | MFD_CLOEXEC)
  *         if fd < 0:             # <<<<<<<<<<<<<<
@@ -7374,17 +7374,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_8memfd(struct 
   if (__pyx_t_7) {
 
 
-    /* "ivshmem/native/descriptors.pyx":226
+    /* "ivshmem/native/descriptors.pyx":227
  *         cdef int fd = memfd_create(called, flags | MFD_CLOEXEC)
  *         if fd < 0:
  *             fail()             # <<<<<<<<<<<<<<
  *         self.add(fd)
  *         return fd
 */
-    __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 226, __pyx_L1_error)
+    __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 227, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":225
+    /* "ivshmem/native/descriptors.pyx":226
  *         cdef bytes called = os.fsencode(name)
  *         cdef int fd = memfd_create(called, flags | MFD_CLOEXEC)
  *         if fd < 0:             # <<<<<<<<<<<<<<
@@ -7393,24 +7393,24 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_8memfd(struct 
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":227
+  /* "ivshmem/native/descriptors.pyx":228
  *         if fd < 0:
  *             fail()
  *         self.add(fd)             # <<<<<<<<<<<<<<
  *         return fd
  * 
 */
-  __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(__pyx_v_self, __pyx_v_fd); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 227, __pyx_L1_error)
+  __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(__pyx_v_self, __pyx_v_fd); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 228, __pyx_L1_error)
 
 
-  /* "ivshmem/native/descriptors.pyx":228
+  /* "ivshmem/native/descriptors.pyx":229
  *             fail()
  *         self.add(fd)
  *         return fd             # <<<<<<<<<<<<<<
  * 
  *     def take(self, fd):
 */
-  __pyx_t_1 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 228, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 229, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -7423,7 +7423,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_8memfd(struct 
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":217
+  /* "ivshmem/native/descriptors.pyx":218
  *             PyErr_CheckSignals()
  * 
  *     def memfd(self, name, unsigned int flags):             # <<<<<<<<<<<<<<
@@ -7447,7 +7447,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_8memfd(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":230
+/* "ivshmem/native/descriptors.pyx":231
  *         return fd
  * 
  *     def take(self, fd):             # <<<<<<<<<<<<<<
@@ -7495,32 +7495,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 230, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 231, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 230, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 231, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take", 0) < (0)) __PYX_ERR(0, 230, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take", 0) < (0)) __PYX_ERR(0, 231, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("take", 1, 1, 1, i); __PYX_ERR(0, 230, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("take", 1, 1, 1, i); __PYX_ERR(0, 231, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 230, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 231, __pyx_L3_error)
     }
     __pyx_v_fd = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("take", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 230, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("take", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 231, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7551,19 +7551,19 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_10take(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("take", 0);
 
-  /* "ivshmem/native/descriptors.pyx":232
+  /* "ivshmem/native/descriptors.pyx":233
  *     def take(self, fd):
  *         """Append `fd`, a number or an Fd. The array owns it from now on, even if this raises."""
  *         self.add(taken(fd))             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_taken(__pyx_v_fd); if (unlikely(__pyx_t_1 == ((int)-1) && PyErr_Occurred())) __PYX_ERR(0, 232, __pyx_L1_error)
-  __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(__pyx_v_self, __pyx_t_1); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 232, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_taken(__pyx_v_fd); if (unlikely(__pyx_t_1 == ((int)-1) && PyErr_Occurred())) __PYX_ERR(0, 233, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(__pyx_v_self, __pyx_t_1); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 233, __pyx_L1_error)
 
 
 
-  /* "ivshmem/native/descriptors.pyx":230
+  /* "ivshmem/native/descriptors.pyx":231
  *         return fd
  * 
  *     def take(self, fd):             # <<<<<<<<<<<<<<
@@ -7583,7 +7583,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_10take(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":234
+/* "ivshmem/native/descriptors.pyx":235
  *         self.add(taken(fd))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7618,7 +7618,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/native/descriptors.pyx":238
+        /* "ivshmem/native/descriptors.pyx":239
  *         cdef int *grown
  *         cdef Py_ssize_t i
  *         if self.state & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -7630,7 +7630,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
         if (unlikely(__pyx_t_2)) {
 
 
-          /* "ivshmem/native/descriptors.pyx":239
+          /* "ivshmem/native/descriptors.pyx":240
  *         cdef Py_ssize_t i
  *         if self.state & IVSHMEM_CLOSING:
  *             c_close(fd)             # <<<<<<<<<<<<<<
@@ -7639,7 +7639,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
 */
           (void)(close(__pyx_v_fd));
 
-          /* "ivshmem/native/descriptors.pyx":240
+          /* "ivshmem/native/descriptors.pyx":241
  *         if self.state & IVSHMEM_CLOSING:
  *             c_close(fd)
  *             raise ClosedError("the descriptors are closed")             # <<<<<<<<<<<<<<
@@ -7647,7 +7647,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
  *             # A thread that reads `fds` without the GIL may have the old address: keep it valid.
 */
           __pyx_t_4 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 240, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 241, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_5);
           __pyx_t_6 = 1;
           #if CYTHON_UNPACK_METHODS
@@ -7666,14 +7666,14 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
             __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 240, __pyx_L4_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 241, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
           __Pyx_Raise(__pyx_t_3, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-          __PYX_ERR(0, 240, __pyx_L4_error)
+          __PYX_ERR(0, 241, __pyx_L4_error)
 
-          /* "ivshmem/native/descriptors.pyx":238
+          /* "ivshmem/native/descriptors.pyx":239
  *         cdef int *grown
  *         cdef Py_ssize_t i
  *         if self.state & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -7682,7 +7682,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
 */
         }
 
-        /* "ivshmem/native/descriptors.pyx":241
+        /* "ivshmem/native/descriptors.pyx":242
  *             c_close(fd)
  *             raise ClosedError("the descriptors are closed")
  *         if self.count == self.room:             # <<<<<<<<<<<<<<
@@ -7694,7 +7694,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/native/descriptors.pyx":243
+          /* "ivshmem/native/descriptors.pyx":244
  *         if self.count == self.room:
  *             # A thread that reads `fds` without the GIL may have the old address: keep it valid.
  *             grown = NULL             # <<<<<<<<<<<<<<
@@ -7703,7 +7703,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
 */
           __pyx_v_grown = NULL;
 
-          /* "ivshmem/native/descriptors.pyx":244
+          /* "ivshmem/native/descriptors.pyx":245
  *             # A thread that reads `fds` without the GIL may have the old address: keep it valid.
  *             grown = NULL
  *             if self.outgrown_count < OUTGROWN:             # <<<<<<<<<<<<<<
@@ -7715,7 +7715,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
           if (__pyx_t_2) {
 
 
-            /* "ivshmem/native/descriptors.pyx":245
+            /* "ivshmem/native/descriptors.pyx":246
  *             grown = NULL
  *             if self.outgrown_count < OUTGROWN:
  *                 grown = <int *>malloc((self.room * 2 + 1) * sizeof(int))             # <<<<<<<<<<<<<<
@@ -7724,7 +7724,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
 */
             __pyx_v_grown = ((int *)malloc((((__pyx_v_self->room * 2) + 1) * (sizeof(int)))));
 
-            /* "ivshmem/native/descriptors.pyx":244
+            /* "ivshmem/native/descriptors.pyx":245
  *             # A thread that reads `fds` without the GIL may have the old address: keep it valid.
  *             grown = NULL
  *             if self.outgrown_count < OUTGROWN:             # <<<<<<<<<<<<<<
@@ -7733,7 +7733,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
 */
           }
 
-          /* "ivshmem/native/descriptors.pyx":246
+          /* "ivshmem/native/descriptors.pyx":247
  *             if self.outgrown_count < OUTGROWN:
  *                 grown = <int *>malloc((self.room * 2 + 1) * sizeof(int))
  *             if grown == NULL:             # <<<<<<<<<<<<<<
@@ -7745,7 +7745,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
           if (unlikely(__pyx_t_2)) {
 
 
-            /* "ivshmem/native/descriptors.pyx":247
+            /* "ivshmem/native/descriptors.pyx":248
  *                 grown = <int *>malloc((self.room * 2 + 1) * sizeof(int))
  *             if grown == NULL:
  *                 c_close(fd)             # <<<<<<<<<<<<<<
@@ -7754,16 +7754,16 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
 */
             (void)(close(__pyx_v_fd));
 
-            /* "ivshmem/native/descriptors.pyx":248
+            /* "ivshmem/native/descriptors.pyx":249
  *             if grown == NULL:
  *                 c_close(fd)
  *                 raise MemoryError             # <<<<<<<<<<<<<<
  *             for i in range(self.count):
  *                 grown[i] = self.fds[i]
 */
-            PyErr_NoMemory(); __PYX_ERR(0, 248, __pyx_L4_error)
+            PyErr_NoMemory(); __PYX_ERR(0, 249, __pyx_L4_error)
 
-            /* "ivshmem/native/descriptors.pyx":246
+            /* "ivshmem/native/descriptors.pyx":247
  *             if self.outgrown_count < OUTGROWN:
  *                 grown = <int *>malloc((self.room * 2 + 1) * sizeof(int))
  *             if grown == NULL:             # <<<<<<<<<<<<<<
@@ -7772,7 +7772,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
 */
           }
 
-          /* "ivshmem/native/descriptors.pyx":249
+          /* "ivshmem/native/descriptors.pyx":250
  *                 c_close(fd)
  *                 raise MemoryError
  *             for i in range(self.count):             # <<<<<<<<<<<<<<
@@ -7786,7 +7786,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
           for (__pyx_t_9 = 0; __pyx_t_9 < __pyx_t_8; __pyx_t_9+=1) {
             __pyx_v_i = __pyx_t_9;
 
-            /* "ivshmem/native/descriptors.pyx":250
+            /* "ivshmem/native/descriptors.pyx":251
  *                 raise MemoryError
  *             for i in range(self.count):
  *                 grown[i] = self.fds[i]             # <<<<<<<<<<<<<<
@@ -7797,7 +7797,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
           }
 
 
-          /* "ivshmem/native/descriptors.pyx":251
+          /* "ivshmem/native/descriptors.pyx":252
  *             for i in range(self.count):
  *                 grown[i] = self.fds[i]
  *             self.outgrown[self.outgrown_count] = self.fds             # <<<<<<<<<<<<<<
@@ -7809,7 +7809,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
           (__pyx_v_self->outgrown[__pyx_v_self->outgrown_count]) = __pyx_t_10;
 
 
-          /* "ivshmem/native/descriptors.pyx":252
+          /* "ivshmem/native/descriptors.pyx":253
  *                 grown[i] = self.fds[i]
  *             self.outgrown[self.outgrown_count] = self.fds
  *             self.outgrown_count += 1             # <<<<<<<<<<<<<<
@@ -7818,7 +7818,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
 */
           __pyx_v_self->outgrown_count = (__pyx_v_self->outgrown_count + 1);
 
-          /* "ivshmem/native/descriptors.pyx":253
+          /* "ivshmem/native/descriptors.pyx":254
  *             self.outgrown[self.outgrown_count] = self.fds
  *             self.outgrown_count += 1
  *             ivshmem_set_elements(&self.fds, grown)             # <<<<<<<<<<<<<<
@@ -7827,7 +7827,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
 */
           ivshmem_set_elements((&__pyx_v_self->fds), __pyx_v_grown);
 
-          /* "ivshmem/native/descriptors.pyx":254
+          /* "ivshmem/native/descriptors.pyx":255
  *             self.outgrown_count += 1
  *             ivshmem_set_elements(&self.fds, grown)
  *             self.room = self.room * 2 + 1             # <<<<<<<<<<<<<<
@@ -7836,7 +7836,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
 */
           __pyx_v_self->room = ((__pyx_v_self->room * 2) + 1);
 
-          /* "ivshmem/native/descriptors.pyx":241
+          /* "ivshmem/native/descriptors.pyx":242
  *             c_close(fd)
  *             raise ClosedError("the descriptors are closed")
  *         if self.count == self.room:             # <<<<<<<<<<<<<<
@@ -7845,7 +7845,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
 */
         }
 
-        /* "ivshmem/native/descriptors.pyx":255
+        /* "ivshmem/native/descriptors.pyx":256
  *             ivshmem_set_elements(&self.fds, grown)
  *             self.room = self.room * 2 + 1
  *         self.fds[self.count] = fd             # <<<<<<<<<<<<<<
@@ -7854,7 +7854,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
 */
         (__pyx_v_self->fds[__pyx_v_self->count]) = __pyx_v_fd;
 
-        /* "ivshmem/native/descriptors.pyx":256
+        /* "ivshmem/native/descriptors.pyx":257
  *             self.room = self.room * 2 + 1
  *         self.fds[self.count] = fd
  *         ivshmem_set_length(&self.count, self.count + 1)             # <<<<<<<<<<<<<<
@@ -7863,7 +7863,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
 */
         ivshmem_set_length((&__pyx_v_self->count), (__pyx_v_self->count + 1));
 
-        /* "ivshmem/native/descriptors.pyx":257
+        /* "ivshmem/native/descriptors.pyx":258
  *         self.fds[self.count] = fd
  *         ivshmem_set_length(&self.count, self.count + 1)
  *         return 0             # <<<<<<<<<<<<<<
@@ -7878,7 +7878,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/native/descriptors.pyx":234
+      /* "ivshmem/native/descriptors.pyx":235
  *         self.add(taken(fd))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7918,7 +7918,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":259
+/* "ivshmem/native/descriptors.pyx":260
  *         return 0
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -7946,7 +7946,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_12__len__(str
   Py_ssize_t __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/native/descriptors.pyx":260
+  /* "ivshmem/native/descriptors.pyx":261
  * 
  *     def __len__(self):
  *         return 0 if self.state & IVSHMEM_CLOSING else self.count             # <<<<<<<<<<<<<<
@@ -7968,7 +7968,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_12__len__(str
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":259
+  /* "ivshmem/native/descriptors.pyx":260
  *         return 0
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -7982,7 +7982,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_12__len__(str
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":262
+/* "ivshmem/native/descriptors.pyx":263
  *         return 0 if self.state & IVSHMEM_CLOSING else self.count
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8037,7 +8037,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_14__getitem__(
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/native/descriptors.pyx":265
+        /* "ivshmem/native/descriptors.pyx":266
  *     def __getitem__(self, Py_ssize_t index):
  *         """Return the descriptor, which the array still owns."""
  *         if index < 0 or index >= len(self):             # <<<<<<<<<<<<<<
@@ -8054,7 +8054,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_14__getitem__(
 
           goto __pyx_L7_bool_binop_done;
         }
-        __pyx_t_4 = PyObject_Length(((PyObject *)__pyx_v_self)); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 265, __pyx_L4_error)
+        __pyx_t_4 = PyObject_Length(((PyObject *)__pyx_v_self)); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 266, __pyx_L4_error)
         __pyx_t_3 = (__pyx_v_index >= __pyx_t_4);
 
 
@@ -8065,7 +8065,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_14__getitem__(
         if (unlikely(__pyx_t_2)) {
 
 
-          /* "ivshmem/native/descriptors.pyx":266
+          /* "ivshmem/native/descriptors.pyx":267
  *         """Return the descriptor, which the array still owns."""
  *         if index < 0 or index >= len(self):
  *             raise IndexError(f"descriptor {index} of {len(self)}")             # <<<<<<<<<<<<<<
@@ -8073,10 +8073,10 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_14__getitem__(
  * 
 */
           __pyx_t_6 = NULL;
-          __pyx_t_7 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 266, __pyx_L4_error)
+          __pyx_t_7 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 267, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
-          __pyx_t_4 = PyObject_Length(((PyObject *)__pyx_v_self)); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 266, __pyx_L4_error)
-          __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_t_4, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 266, __pyx_L4_error)
+          __pyx_t_4 = PyObject_Length(((PyObject *)__pyx_v_self)); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 267, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_t_4, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 267, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
 
           __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_descriptor;
@@ -8089,7 +8089,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_14__getitem__(
           #endif
           __pyx_t_10 = 0;
           __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_9, 4, __pyx_t_4, __pyx_t_10);
-          if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 266, __pyx_L4_error)
+          if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 267, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_11);
           __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
@@ -8099,14 +8099,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_14__getitem__(
             __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_IndexError)), __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
             __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-            if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 266, __pyx_L4_error)
+            if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 267, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_5);
           }
           __Pyx_Raise(__pyx_t_5, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-          __PYX_ERR(0, 266, __pyx_L4_error)
+          __PYX_ERR(0, 267, __pyx_L4_error)
 
-          /* "ivshmem/native/descriptors.pyx":265
+          /* "ivshmem/native/descriptors.pyx":266
  *     def __getitem__(self, Py_ssize_t index):
  *         """Return the descriptor, which the array still owns."""
  *         if index < 0 or index >= len(self):             # <<<<<<<<<<<<<<
@@ -8115,14 +8115,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_14__getitem__(
 */
         }
 
-        /* "ivshmem/native/descriptors.pyx":267
+        /* "ivshmem/native/descriptors.pyx":268
  *         if index < 0 or index >= len(self):
  *             raise IndexError(f"descriptor {index} of {len(self)}")
  *         return self.fds[index]             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-        __pyx_t_5 = __Pyx_PyLong_From_int((__pyx_v_self->fds[__pyx_v_index])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 267, __pyx_L4_error)
+        __pyx_t_5 = __Pyx_PyLong_From_int((__pyx_v_self->fds[__pyx_v_index])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 268, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_5);
         {
           PyObject *__pyx_temp;
@@ -8137,7 +8137,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_14__getitem__(
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/native/descriptors.pyx":262
+      /* "ivshmem/native/descriptors.pyx":263
  *         return 0 if self.state & IVSHMEM_CLOSING else self.count
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8179,7 +8179,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_14__getitem__(
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":269
+/* "ivshmem/native/descriptors.pyx":270
  *         return self.fds[index]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8228,7 +8228,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_16__iter__(str
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/native/descriptors.pyx":272
+        /* "ivshmem/native/descriptors.pyx":273
  *     def __iter__(self):
  *         """The descriptors that are here now; another thread's `close` ends no iteration early."""
  *         return iter([self.fds[i] for i in range(len(self))])             # <<<<<<<<<<<<<<
@@ -8236,23 +8236,23 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_16__iter__(str
  *     def signal(self, Py_ssize_t index):
 */
         { /* enter inner scope */
-          __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 272, __pyx_L4_error)
+          __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 273, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_2);
-          __pyx_t_3 = PyObject_Length(((PyObject *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 272, __pyx_L4_error)
+          __pyx_t_3 = PyObject_Length(((PyObject *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 273, __pyx_L4_error)
           __pyx_t_4 = __pyx_t_3;
 
           for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
             __pyx_7genexpr__pyx_v_i = __pyx_t_5;
-            __pyx_t_6 = __Pyx_PyLong_From_int((__pyx_v_self->fds[__pyx_7genexpr__pyx_v_i])); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 272, __pyx_L4_error)
+            __pyx_t_6 = __Pyx_PyLong_From_int((__pyx_v_self->fds[__pyx_7genexpr__pyx_v_i])); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 273, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_6);
             __Pyx_GIVEREF(__pyx_t_6);
-            if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_2, __pyx_t_6))) __PYX_ERR(0, 272, __pyx_L4_error)
+            if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_2, __pyx_t_6))) __PYX_ERR(0, 273, __pyx_L4_error)
             __pyx_t_6 = 0;
           }
 
 
         } /* exit inner scope */
-        __pyx_t_6 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 272, __pyx_L4_error)
+        __pyx_t_6 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 273, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_6);
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
         {
@@ -8268,7 +8268,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_16__iter__(str
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/native/descriptors.pyx":269
+      /* "ivshmem/native/descriptors.pyx":270
  *         return self.fds[index]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8308,7 +8308,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_16__iter__(str
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":274
+/* "ivshmem/native/descriptors.pyx":275
  *         return iter([self.fds[i] for i in range(len(self))])
  * 
  *     def signal(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
@@ -8356,32 +8356,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_index,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 274, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 275, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 274, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 275, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "signal", 0) < (0)) __PYX_ERR(0, 274, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "signal", 0) < (0)) __PYX_ERR(0, 275, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, i); __PYX_ERR(0, 274, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, i); __PYX_ERR(0, 275, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 274, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 275, __pyx_L3_error)
     }
-    __pyx_v_index = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_index == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 274, __pyx_L3_error)
+    __pyx_v_index = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_index == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 275, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 274, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 275, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8414,7 +8414,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_18signal(struc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("signal", 0);
 
-  /* "ivshmem/native/descriptors.pyx":277
+  /* "ivshmem/native/descriptors.pyx":278
  *         """Add 1 to eventfd `index`, which no other process may have; do nothing if closed."""
  *         cdef int code
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -8426,7 +8426,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_18signal(struc
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":278
+    /* "ivshmem/native/descriptors.pyx":279
  *         cdef int code
  *         if not ivshmem_enter(&self.state):
  *             return             # <<<<<<<<<<<<<<
@@ -8443,7 +8443,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_18signal(struc
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pyx":277
+    /* "ivshmem/native/descriptors.pyx":278
  *         """Add 1 to eventfd `index`, which no other process may have; do nothing if closed."""
  *         cdef int code
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -8452,7 +8452,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_18signal(struc
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":279
+  /* "ivshmem/native/descriptors.pyx":280
  *         if not ivshmem_enter(&self.state):
  *             return
  *         code = add_one(self.fds[index]) if 0 <= index < self.count else 0             # <<<<<<<<<<<<<<
@@ -8473,7 +8473,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_18signal(struc
 
   __pyx_v_code = __pyx_t_2;
 
-  /* "ivshmem/native/descriptors.pyx":280
+  /* "ivshmem/native/descriptors.pyx":281
  *             return
  *         code = add_one(self.fds[index]) if 0 <= index < self.count else 0
  *         self.leave()             # <<<<<<<<<<<<<<
@@ -8482,7 +8482,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_18signal(struc
 */
   __pyx_f_7ivshmem_6native_11descriptors_7FdArray_leave(__pyx_v_self);
 
-  /* "ivshmem/native/descriptors.pyx":281
+  /* "ivshmem/native/descriptors.pyx":282
  *         code = add_one(self.fds[index]) if 0 <= index < self.count else 0
  *         self.leave()
  *         if code:             # <<<<<<<<<<<<<<
@@ -8494,17 +8494,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_18signal(struc
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":282
+    /* "ivshmem/native/descriptors.pyx":283
  *         self.leave()
  *         if code:
  *             fail_with(code)             # <<<<<<<<<<<<<<
  * 
  *     def ring(self, int fd):
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 282, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 283, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":281
+    /* "ivshmem/native/descriptors.pyx":282
  *         code = add_one(self.fds[index]) if 0 <= index < self.count else 0
  *         self.leave()
  *         if code:             # <<<<<<<<<<<<<<
@@ -8513,7 +8513,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_18signal(struc
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":274
+  /* "ivshmem/native/descriptors.pyx":275
  *         return iter([self.fds[i] for i in range(len(self))])
  * 
  *     def signal(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
@@ -8534,7 +8534,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_18signal(struc
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":284
+/* "ivshmem/native/descriptors.pyx":285
  *             fail_with(code)
  * 
  *     def ring(self, int fd):             # <<<<<<<<<<<<<<
@@ -8582,32 +8582,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 284, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 285, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 284, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 285, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring", 0) < (0)) __PYX_ERR(0, 284, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring", 0) < (0)) __PYX_ERR(0, 285, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("ring", 1, 1, 1, i); __PYX_ERR(0, 284, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("ring", 1, 1, 1, i); __PYX_ERR(0, 285, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 284, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 285, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 284, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 285, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("ring", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 284, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("ring", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 285, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8636,7 +8636,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_20ring(struct 
   int __pyx_t_1;
   __Pyx_RefNannySetupContext("ring", 0);
 
-  /* "ivshmem/native/descriptors.pyx":289
+  /* "ivshmem/native/descriptors.pyx":290
  *         Not for the main thread: it takes EINTR for no reason to run signal handlers.
  *         """
  *         cdef int code = EINTR             # <<<<<<<<<<<<<<
@@ -8645,7 +8645,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_20ring(struct 
 */
   __pyx_v_code = EINTR;
 
-  /* "ivshmem/native/descriptors.pyx":290
+  /* "ivshmem/native/descriptors.pyx":291
  *         """
  *         cdef int code = EINTR
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -8657,7 +8657,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_20ring(struct 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":291
+    /* "ivshmem/native/descriptors.pyx":292
  *         cdef int code = EINTR
  *         if not ivshmem_enter(&self.state):
  *             return             # <<<<<<<<<<<<<<
@@ -8674,7 +8674,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_20ring(struct 
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pyx":290
+    /* "ivshmem/native/descriptors.pyx":291
  *         """
  *         cdef int code = EINTR
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -8683,7 +8683,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_20ring(struct 
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":292
+  /* "ivshmem/native/descriptors.pyx":293
  *         if not ivshmem_enter(&self.state):
  *             return
  *         with nogil:             # <<<<<<<<<<<<<<
@@ -8696,7 +8696,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_20ring(struct 
       __Pyx_FastGIL_Remember();
       /*try:*/ {
 
-        /* "ivshmem/native/descriptors.pyx":293
+        /* "ivshmem/native/descriptors.pyx":294
  *             return
  *         with nogil:
  *             while code == EINTR:             # <<<<<<<<<<<<<<
@@ -8709,7 +8709,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_20ring(struct 
 
           if (!__pyx_t_1) break;
 
-          /* "ivshmem/native/descriptors.pyx":294
+          /* "ivshmem/native/descriptors.pyx":295
  *         with nogil:
  *             while code == EINTR:
  *                 code = add_one(fd)             # <<<<<<<<<<<<<<
@@ -8720,7 +8720,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_20ring(struct 
         }
       }
 
-      /* "ivshmem/native/descriptors.pyx":292
+      /* "ivshmem/native/descriptors.pyx":293
  *         if not ivshmem_enter(&self.state):
  *             return
  *         with nogil:             # <<<<<<<<<<<<<<
@@ -8737,7 +8737,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_20ring(struct 
       }
   }
 
-  /* "ivshmem/native/descriptors.pyx":295
+  /* "ivshmem/native/descriptors.pyx":296
  *             while code == EINTR:
  *                 code = add_one(fd)
  *         self.leave()             # <<<<<<<<<<<<<<
@@ -8746,7 +8746,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_20ring(struct 
 */
   __pyx_f_7ivshmem_6native_11descriptors_7FdArray_leave(__pyx_v_self);
 
-  /* "ivshmem/native/descriptors.pyx":284
+  /* "ivshmem/native/descriptors.pyx":285
  *             fail_with(code)
  * 
  *     def ring(self, int fd):             # <<<<<<<<<<<<<<
@@ -8763,7 +8763,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_20ring(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":297
+/* "ivshmem/native/descriptors.pyx":298
  *         self.leave()
  * 
  *     def drain(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
@@ -8811,32 +8811,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_index,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 297, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 298, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 297, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 298, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "drain", 0) < (0)) __PYX_ERR(0, 297, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "drain", 0) < (0)) __PYX_ERR(0, 298, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("drain", 1, 1, 1, i); __PYX_ERR(0, 297, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("drain", 1, 1, 1, i); __PYX_ERR(0, 298, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 297, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 298, __pyx_L3_error)
     }
-    __pyx_v_index = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_index == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 297, __pyx_L3_error)
+    __pyx_v_index = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_index == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 298, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("drain", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 297, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("drain", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 298, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8869,20 +8869,20 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_22drain(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("drain", 0);
 
-  /* "ivshmem/native/descriptors.pyx":302
+  /* "ivshmem/native/descriptors.pyx":303
  *         It never blocks, whatever other processes that have the eventfd do.
  *         """
  *         return take_count(self[index])             # <<<<<<<<<<<<<<
  * 
  *     cdef void release(self) noexcept nogil:
 */
-  __pyx_t_1 = __Pyx_GetItemInt(((PyObject *)__pyx_v_self), __pyx_v_index, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_FunctionArgument); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 302, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_GetItemInt(((PyObject *)__pyx_v_self), __pyx_v_index, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_FunctionArgument); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 303, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_2 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 302, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_2 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 303, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_take_count(__pyx_t_2); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 302, __pyx_L1_error)
+  __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_take_count(__pyx_t_2); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 303, __pyx_L1_error)
 
-  __pyx_t_1 = __Pyx_PyLong_From_int64_t(__pyx_t_3); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 302, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_int64_t(__pyx_t_3); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 303, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
 
   {
@@ -8896,7 +8896,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_22drain(struct
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":297
+  /* "ivshmem/native/descriptors.pyx":298
  *         self.leave()
  * 
  *     def drain(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
@@ -8915,7 +8915,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_22drain(struct
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":304
+/* "ivshmem/native/descriptors.pyx":305
  *         return take_count(self[index])
  * 
  *     cdef void release(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8930,7 +8930,7 @@ static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(struct __pyx
   Py_ssize_t __pyx_t_2;
   Py_ssize_t __pyx_t_3;
 
-  /* "ivshmem/native/descriptors.pyx":306
+  /* "ivshmem/native/descriptors.pyx":307
  *     cdef void release(self) noexcept nogil:
  *         cdef Py_ssize_t i
  *         cdef Py_ssize_t count = self.count             # <<<<<<<<<<<<<<
@@ -8941,7 +8941,7 @@ static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(struct __pyx
 
   __pyx_v_count = __pyx_t_1;
 
-  /* "ivshmem/native/descriptors.pyx":307
+  /* "ivshmem/native/descriptors.pyx":308
  *         cdef Py_ssize_t i
  *         cdef Py_ssize_t count = self.count
  *         ivshmem_set_length(&self.count, 0)             # <<<<<<<<<<<<<<
@@ -8950,7 +8950,7 @@ static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(struct __pyx
 */
   ivshmem_set_length((&__pyx_v_self->count), 0);
 
-  /* "ivshmem/native/descriptors.pyx":308
+  /* "ivshmem/native/descriptors.pyx":309
  *         cdef Py_ssize_t count = self.count
  *         ivshmem_set_length(&self.count, 0)
  *         for i in range(count):             # <<<<<<<<<<<<<<
@@ -8964,7 +8964,7 @@ static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(struct __pyx
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_i = __pyx_t_3;
 
-    /* "ivshmem/native/descriptors.pyx":309
+    /* "ivshmem/native/descriptors.pyx":310
  *         ivshmem_set_length(&self.count, 0)
  *         for i in range(count):
  *             c_close(self.fds[i])             # <<<<<<<<<<<<<<
@@ -8975,7 +8975,7 @@ static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(struct __pyx
   }
 
 
-  /* "ivshmem/native/descriptors.pyx":304
+  /* "ivshmem/native/descriptors.pyx":305
  *         return take_count(self[index])
  * 
  *     cdef void release(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8988,7 +8988,7 @@ static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(struct __pyx
 
 }
 
-/* "ivshmem/native/descriptors.pyx":311
+/* "ivshmem/native/descriptors.pyx":312
  *             c_close(self.fds[i])
  * 
  *     cdef bint enter(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8999,7 +8999,7 @@ static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(struct __pyx
 static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_enter(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/native/descriptors.pyx":313
+  /* "ivshmem/native/descriptors.pyx":314
  *     cdef bint enter(self) noexcept nogil:
  *         """Count one more user, and return True; return False if the array is closed."""
  *         return ivshmem_enter(&self.state)             # <<<<<<<<<<<<<<
@@ -9012,7 +9012,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_enter(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":311
+  /* "ivshmem/native/descriptors.pyx":312
  *             c_close(self.fds[i])
  * 
  *     cdef bint enter(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -9025,7 +9025,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_enter(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":315
+/* "ivshmem/native/descriptors.pyx":316
  *         return ivshmem_enter(&self.state)
  * 
  *     cdef void leave(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -9036,7 +9036,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_enter(struct __pyx_ob
 static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_leave(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/native/descriptors.pyx":317
+  /* "ivshmem/native/descriptors.pyx":318
  *     cdef void leave(self) noexcept nogil:
  *         """Count one user less. The last user of a closed array closes the descriptors."""
  *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -9048,7 +9048,7 @@ static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_leave(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":318
+    /* "ivshmem/native/descriptors.pyx":319
  *         """Count one user less. The last user of a closed array closes the descriptors."""
  *         if ivshmem_leave(&self.state):
  *             self.release()             # <<<<<<<<<<<<<<
@@ -9057,7 +9057,7 @@ static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_leave(struct __pyx_o
 */
     __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(__pyx_v_self);
 
-    /* "ivshmem/native/descriptors.pyx":317
+    /* "ivshmem/native/descriptors.pyx":318
  *     cdef void leave(self) noexcept nogil:
  *         """Count one user less. The last user of a closed array closes the descriptors."""
  *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -9066,7 +9066,7 @@ static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_leave(struct __pyx_o
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":315
+  /* "ivshmem/native/descriptors.pyx":316
  *         return ivshmem_enter(&self.state)
  * 
  *     cdef void leave(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -9077,7 +9077,7 @@ static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_leave(struct __pyx_o
   /* function exit code */
 }
 
-/* "ivshmem/native/descriptors.pyx":320
+/* "ivshmem/native/descriptors.pyx":321
  *             self.release()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9141,7 +9141,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_24close(struct
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/native/descriptors.pyx":322
+        /* "ivshmem/native/descriptors.pyx":323
  *     @cython.critical_section
  *     def close(self):
  *         if ivshmem_shut(&self.state):             # <<<<<<<<<<<<<<
@@ -9153,7 +9153,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_24close(struct
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/native/descriptors.pyx":323
+          /* "ivshmem/native/descriptors.pyx":324
  *     def close(self):
  *         if ivshmem_shut(&self.state):
  *             self.release()             # <<<<<<<<<<<<<<
@@ -9162,7 +9162,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_24close(struct
 */
           __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(__pyx_v_self);
 
-          /* "ivshmem/native/descriptors.pyx":322
+          /* "ivshmem/native/descriptors.pyx":323
  *     @cython.critical_section
  *     def close(self):
  *         if ivshmem_shut(&self.state):             # <<<<<<<<<<<<<<
@@ -9172,7 +9172,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_24close(struct
         }
       }
 
-      /* "ivshmem/native/descriptors.pyx":320
+      /* "ivshmem/native/descriptors.pyx":321
  *             self.release()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9196,7 +9196,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_24close(struct
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":325
+/* "ivshmem/native/descriptors.pyx":326
  *             self.release()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -9223,7 +9223,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_26__dealloc__(struc
   int __pyx_t_2;
   int __pyx_t_3;
 
-  /* "ivshmem/native/descriptors.pyx":327
+  /* "ivshmem/native/descriptors.pyx":328
  *     def __dealloc__(self):
  *         cdef int i
  *         self.release()             # <<<<<<<<<<<<<<
@@ -9232,7 +9232,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_26__dealloc__(struc
 */
   __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(__pyx_v_self);
 
-  /* "ivshmem/native/descriptors.pyx":328
+  /* "ivshmem/native/descriptors.pyx":329
  *         cdef int i
  *         self.release()
  *         free(self.fds)             # <<<<<<<<<<<<<<
@@ -9241,7 +9241,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_26__dealloc__(struc
 */
   free(__pyx_v_self->fds);
 
-  /* "ivshmem/native/descriptors.pyx":329
+  /* "ivshmem/native/descriptors.pyx":330
  *         self.release()
  *         free(self.fds)
  *         for i in range(self.outgrown_count):             # <<<<<<<<<<<<<<
@@ -9255,7 +9255,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_26__dealloc__(struc
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_i = __pyx_t_3;
 
-    /* "ivshmem/native/descriptors.pyx":330
+    /* "ivshmem/native/descriptors.pyx":331
  *         free(self.fds)
  *         for i in range(self.outgrown_count):
  *             free(self.outgrown[i])             # <<<<<<<<<<<<<<
@@ -9266,7 +9266,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_26__dealloc__(struc
   }
 
 
-  /* "ivshmem/native/descriptors.pyx":325
+  /* "ivshmem/native/descriptors.pyx":326
  *             self.release()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -9485,7 +9485,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_30__setstate_c
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":347
+/* "ivshmem/native/descriptors.pyx":348
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -9559,7 +9559,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/native/descriptors.pyx":348
+  /* "ivshmem/native/descriptors.pyx":349
  * 
  *     def __cinit__(self):
  *         self.context = 0             # <<<<<<<<<<<<<<
@@ -9568,7 +9568,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
 */
   __pyx_v_self->context = 0;
 
-  /* "ivshmem/native/descriptors.pyx":349
+  /* "ivshmem/native/descriptors.pyx":350
  *     def __cinit__(self):
  *         self.context = 0
  *         self.zero = -1             # <<<<<<<<<<<<<<
@@ -9577,7 +9577,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
 */
   __pyx_v_self->zero = -1;
 
-  /* "ivshmem/native/descriptors.pyx":350
+  /* "ivshmem/native/descriptors.pyx":351
  *         self.context = 0
  *         self.zero = -1
  *         self.pid = getpid()             # <<<<<<<<<<<<<<
@@ -9586,7 +9586,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
 */
   __pyx_v_self->pid = getpid();
 
-  /* "ivshmem/native/descriptors.pyx":351
+  /* "ivshmem/native/descriptors.pyx":352
  *         self.zero = -1
  *         self.pid = getpid()
  *         self.zero = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)             # <<<<<<<<<<<<<<
@@ -9594,22 +9594,22 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 351, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 352, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_open); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 351, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_open); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 352, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 351, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 352, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_O_RDONLY); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 351, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_O_RDONLY); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 352, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 351, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 352, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_O_CLOEXEC); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 351, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_O_CLOEXEC); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 352, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyNumber_Or_object_object(__pyx_t_5, __pyx_t_6); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 351, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyNumber_Or_object_object(__pyx_t_5, __pyx_t_6); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 352, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -9631,14 +9631,14 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 351, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 352, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_8 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_8 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 351, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_8 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 352, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_self->zero = __pyx_t_8;
 
-  /* "ivshmem/native/descriptors.pyx":353
+  /* "ivshmem/native/descriptors.pyx":354
  *         self.zero = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
  *         # A request counts until its end is taken off the ring. Each call does that for its own.
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:             # <<<<<<<<<<<<<<
@@ -9650,7 +9650,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
   if (__pyx_t_9) {
 
 
-    /* "ivshmem/native/descriptors.pyx":354
+    /* "ivshmem/native/descriptors.pyx":355
  *         # A request counts until its end is taken off the ring. Each call does that for its own.
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:
  *             try:             # <<<<<<<<<<<<<<
@@ -9659,18 +9659,18 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
 */
     /*try:*/ {
 
-      /* "ivshmem/native/descriptors.pyx":355
+      /* "ivshmem/native/descriptors.pyx":356
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:
  *             try:
  *                 fail()             # <<<<<<<<<<<<<<
  *             finally:
  *                 self.close()
 */
-      __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 355, __pyx_L5_error)
+      __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 356, __pyx_L5_error)
 
     }
 
-    /* "ivshmem/native/descriptors.pyx":357
+    /* "ivshmem/native/descriptors.pyx":358
  *                 fail()
  *             finally:
  *                 self.close()             # <<<<<<<<<<<<<<
@@ -9686,7 +9686,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
           PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
           __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_7, (1-__pyx_t_7) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 357, __pyx_L1_error)
+          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 358, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_1);
         }
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -9720,7 +9720,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
             PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
             __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_7, (1-__pyx_t_7) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-            if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 357, __pyx_L8_error)
+            if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 358, __pyx_L8_error)
             __Pyx_GOTREF(__pyx_t_1);
           }
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -9750,7 +9750,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
       __pyx_L6:;
     }
 
-    /* "ivshmem/native/descriptors.pyx":353
+    /* "ivshmem/native/descriptors.pyx":354
  *         self.zero = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
  *         # A request counts until its end is taken off the ring. Each call does that for its own.
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:             # <<<<<<<<<<<<<<
@@ -9759,7 +9759,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":347
+  /* "ivshmem/native/descriptors.pyx":348
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -9785,7 +9785,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":359
+/* "ivshmem/native/descriptors.pyx":360
  *                 self.close()
  * 
  *     def signal(self, fds):             # <<<<<<<<<<<<<<
@@ -9833,32 +9833,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fds,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 359, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 360, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 359, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 360, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "signal", 0) < (0)) __PYX_ERR(0, 359, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "signal", 0) < (0)) __PYX_ERR(0, 360, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, i); __PYX_ERR(0, 359, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, i); __PYX_ERR(0, 360, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 359, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 360, __pyx_L3_error)
     }
     __pyx_v_fds = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 359, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 360, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9903,7 +9903,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("signal", 0);
 
-  /* "ivshmem/native/descriptors.pyx":365
+  /* "ivshmem/native/descriptors.pyx":366
  *         cdef long count
  *         cdef unsigned int number
  *         if self.zero < 0:             # <<<<<<<<<<<<<<
@@ -9915,7 +9915,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/native/descriptors.pyx":366
+    /* "ivshmem/native/descriptors.pyx":367
  *         cdef unsigned int number
  *         if self.zero < 0:
  *             raise ClosedError("the signaller is closed")             # <<<<<<<<<<<<<<
@@ -9923,7 +9923,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
  *             count = 0
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 366, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 367, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -9942,14 +9942,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 366, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 367, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 366, __pyx_L1_error)
+    __PYX_ERR(0, 367, __pyx_L1_error)
 
-    /* "ivshmem/native/descriptors.pyx":365
+    /* "ivshmem/native/descriptors.pyx":366
  *         cdef long count
  *         cdef unsigned int number
  *         if self.zero < 0:             # <<<<<<<<<<<<<<
@@ -9958,7 +9958,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":367
+  /* "ivshmem/native/descriptors.pyx":368
  *         if self.zero < 0:
  *             raise ClosedError("the signaller is closed")
  *         for first in range(0, len(fds), BATCH):             # <<<<<<<<<<<<<<
@@ -9966,11 +9966,11 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
  *             for fd in fds[first : first + BATCH]:
 */
   __pyx_t_4 = NULL;
-  __pyx_t_6 = PyObject_Length(__pyx_v_fds); if (unlikely(__pyx_t_6 == ((Py_ssize_t)-1))) __PYX_ERR(0, 367, __pyx_L1_error)
-  __pyx_t_3 = PyLong_FromSsize_t(__pyx_t_6); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 367, __pyx_L1_error)
+  __pyx_t_6 = PyObject_Length(__pyx_v_fds); if (unlikely(__pyx_t_6 == ((Py_ssize_t)-1))) __PYX_ERR(0, 368, __pyx_L1_error)
+  __pyx_t_3 = PyLong_FromSsize_t(__pyx_t_6); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 368, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
-  __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_6native_11descriptors_BATCH); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 367, __pyx_L1_error)
+  __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_6native_11descriptors_BATCH); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 368, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
   __pyx_t_5 = 1;
   {
@@ -9979,12 +9979,12 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 367, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 368, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  __pyx_t_7 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 367, __pyx_L1_error)
+  __pyx_t_7 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 368, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
-  __pyx_t_8 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_7); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 367, __pyx_L1_error)
+  __pyx_t_8 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_7); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 368, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   for (;;) {
     {
@@ -9992,18 +9992,18 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
       if (unlikely(!__pyx_t_2)) {
         PyObject* exc_type = PyErr_Occurred();
         if (exc_type) {
-          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 367, __pyx_L1_error)
+          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 368, __pyx_L1_error)
           PyErr_Clear();
         }
         break;
       }
     }
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_t_2); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 367, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_t_2); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 368, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     __pyx_v_first = __pyx_t_6;
 
-    /* "ivshmem/native/descriptors.pyx":368
+    /* "ivshmem/native/descriptors.pyx":369
  *             raise ClosedError("the signaller is closed")
  *         for first in range(0, len(fds), BATCH):
  *             count = 0             # <<<<<<<<<<<<<<
@@ -10012,23 +10012,23 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
 */
     __pyx_v_count = 0;
 
-    /* "ivshmem/native/descriptors.pyx":369
+    /* "ivshmem/native/descriptors.pyx":370
  *         for first in range(0, len(fds), BATCH):
  *             count = 0
  *             for fd in fds[first : first + BATCH]:             # <<<<<<<<<<<<<<
  *                 number = fd
  *                 batch[count] = <int>number
 */
-    __pyx_t_2 = __Pyx_PyObject_GetSlice(__pyx_v_fds, __pyx_v_first, (__pyx_v_first + __pyx_e_7ivshmem_6native_11descriptors_BATCH), NULL, NULL, NULL, 1, 1, 1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 369, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyObject_GetSlice(__pyx_v_fds, __pyx_v_first, (__pyx_v_first + __pyx_e_7ivshmem_6native_11descriptors_BATCH), NULL, NULL, NULL, 1, 1, 1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 370, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     if (likely(PyList_CheckExact(__pyx_t_2)) || PyTuple_CheckExact(__pyx_t_2)) {
       __pyx_t_3 = __pyx_t_2; __Pyx_INCREF(__pyx_t_3);
       __pyx_t_6 = 0;
       __pyx_t_9 = NULL;
     } else {
-      __pyx_t_6 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 369, __pyx_L1_error)
+      __pyx_t_6 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 370, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
-      __pyx_t_9 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 369, __pyx_L1_error)
+      __pyx_t_9 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 370, __pyx_L1_error)
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     for (;;) {
@@ -10037,7 +10037,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
           {
             Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_3);
             #if !CYTHON_ASSUME_SAFE_SIZE
-            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 369, __pyx_L1_error)
+            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 370, __pyx_L1_error)
             #endif
             if (__pyx_t_6 >= __pyx_temp) break;
           }
@@ -10047,7 +10047,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
           {
             Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_3);
             #if !CYTHON_ASSUME_SAFE_SIZE
-            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 369, __pyx_L1_error)
+            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 370, __pyx_L1_error)
             #endif
             if (__pyx_t_6 >= __pyx_temp) break;
           }
@@ -10058,13 +10058,13 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
           #endif
           ++__pyx_t_6;
         }
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 369, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 370, __pyx_L1_error)
       } else {
         __pyx_t_2 = __pyx_t_9(__pyx_t_3);
         if (unlikely(!__pyx_t_2)) {
           PyObject* exc_type = PyErr_Occurred();
           if (exc_type) {
-            if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 369, __pyx_L1_error)
+            if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 370, __pyx_L1_error)
             PyErr_Clear();
           }
           break;
@@ -10074,17 +10074,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
       __Pyx_XDECREF_SET(__pyx_v_fd, __pyx_t_2);
       __pyx_t_2 = 0;
 
-      /* "ivshmem/native/descriptors.pyx":370
+      /* "ivshmem/native/descriptors.pyx":371
  *             count = 0
  *             for fd in fds[first : first + BATCH]:
  *                 number = fd             # <<<<<<<<<<<<<<
  *                 batch[count] = <int>number
  *                 count += 1
 */
-      __pyx_t_10 = __Pyx_PyLong_As_unsigned_int(__pyx_v_fd); if (unlikely((__pyx_t_10 == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 370, __pyx_L1_error)
+      __pyx_t_10 = __Pyx_PyLong_As_unsigned_int(__pyx_v_fd); if (unlikely((__pyx_t_10 == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 371, __pyx_L1_error)
       __pyx_v_number = __pyx_t_10;
 
-      /* "ivshmem/native/descriptors.pyx":371
+      /* "ivshmem/native/descriptors.pyx":372
  *             for fd in fds[first : first + BATCH]:
  *                 number = fd
  *                 batch[count] = <int>number             # <<<<<<<<<<<<<<
@@ -10093,7 +10093,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
 */
       (__pyx_v_batch[__pyx_v_count]) = ((int)__pyx_v_number);
 
-      /* "ivshmem/native/descriptors.pyx":372
+      /* "ivshmem/native/descriptors.pyx":373
  *                 number = fd
  *                 batch[count] = <int>number
  *                 count += 1             # <<<<<<<<<<<<<<
@@ -10102,7 +10102,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
 */
       __pyx_v_count = (__pyx_v_count + 1);
 
-      /* "ivshmem/native/descriptors.pyx":369
+      /* "ivshmem/native/descriptors.pyx":370
  *         for first in range(0, len(fds), BATCH):
  *             count = 0
  *             for fd in fds[first : first + BATCH]:             # <<<<<<<<<<<<<<
@@ -10112,17 +10112,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
     }
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-    /* "ivshmem/native/descriptors.pyx":373
+    /* "ivshmem/native/descriptors.pyx":374
  *                 batch[count] = <int>number
  *                 count += 1
  *             self.submit(batch, count)             # <<<<<<<<<<<<<<
  * 
  *     cdef int submit(self, int *fds, long count) except -1:
 */
-    __pyx_t_11 = __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(__pyx_v_self, __pyx_v_batch, __pyx_v_count); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 373, __pyx_L1_error)
+    __pyx_t_11 = __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(__pyx_v_self, __pyx_v_batch, __pyx_v_count); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 374, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":367
+    /* "ivshmem/native/descriptors.pyx":368
  *         if self.zero < 0:
  *             raise ClosedError("the signaller is closed")
  *         for first in range(0, len(fds), BATCH):             # <<<<<<<<<<<<<<
@@ -10132,7 +10132,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
   }
   __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":359
+  /* "ivshmem/native/descriptors.pyx":360
  *                 self.close()
  * 
  *     def signal(self, fds):             # <<<<<<<<<<<<<<
@@ -10161,7 +10161,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":375
+/* "ivshmem/native/descriptors.pyx":376
  *             self.submit(batch, count)
  * 
  *     cdef int submit(self, int *fds, long count) except -1:             # <<<<<<<<<<<<<<
@@ -10185,7 +10185,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("submit", 0);
 
-  /* "ivshmem/native/descriptors.pyx":381
+  /* "ivshmem/native/descriptors.pyx":382
  *         """
  *         cdef int code
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -10199,7 +10199,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/native/descriptors.pyx":382
+        /* "ivshmem/native/descriptors.pyx":383
  *         cdef int code
  *         with cython.critical_section(self):
  *             if self.zero < 0:             # <<<<<<<<<<<<<<
@@ -10211,7 +10211,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
         if (unlikely(__pyx_t_2)) {
 
 
-          /* "ivshmem/native/descriptors.pyx":383
+          /* "ivshmem/native/descriptors.pyx":384
  *         with cython.critical_section(self):
  *             if self.zero < 0:
  *                 raise ClosedError("the signaller is closed")             # <<<<<<<<<<<<<<
@@ -10219,7 +10219,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
  *         if code:
 */
           __pyx_t_4 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 383, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 384, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_5);
           __pyx_t_6 = 1;
           #if CYTHON_UNPACK_METHODS
@@ -10238,14 +10238,14 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
             __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 383, __pyx_L4_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 384, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
           __Pyx_Raise(__pyx_t_3, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-          __PYX_ERR(0, 383, __pyx_L4_error)
+          __PYX_ERR(0, 384, __pyx_L4_error)
 
-          /* "ivshmem/native/descriptors.pyx":382
+          /* "ivshmem/native/descriptors.pyx":383
  *         cdef int code
  *         with cython.critical_section(self):
  *             if self.zero < 0:             # <<<<<<<<<<<<<<
@@ -10254,7 +10254,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
 */
         }
 
-        /* "ivshmem/native/descriptors.pyx":384
+        /* "ivshmem/native/descriptors.pyx":385
  *             if self.zero < 0:
  *                 raise ClosedError("the signaller is closed")
  *             code = self.send(fds, count)             # <<<<<<<<<<<<<<
@@ -10264,7 +10264,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
         __pyx_v_code = __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(__pyx_v_self, __pyx_v_fds, __pyx_v_count);
       }
 
-      /* "ivshmem/native/descriptors.pyx":381
+      /* "ivshmem/native/descriptors.pyx":382
  *         """
  *         cdef int code
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -10285,7 +10285,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/native/descriptors.pyx":385
+  /* "ivshmem/native/descriptors.pyx":386
  *                 raise ClosedError("the signaller is closed")
  *             code = self.send(fds, count)
  *         if code:             # <<<<<<<<<<<<<<
@@ -10297,17 +10297,17 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/native/descriptors.pyx":386
+    /* "ivshmem/native/descriptors.pyx":387
  *             code = self.send(fds, count)
  *         if code:
  *             fail_with(code)             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_7 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 386, __pyx_L1_error)
+    __pyx_t_7 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 387, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":385
+    /* "ivshmem/native/descriptors.pyx":386
  *                 raise ClosedError("the signaller is closed")
  *             code = self.send(fds, count)
  *         if code:             # <<<<<<<<<<<<<<
@@ -10316,7 +10316,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":387
+  /* "ivshmem/native/descriptors.pyx":388
  *         if code:
  *             fail_with(code)
  *         return 0             # <<<<<<<<<<<<<<
@@ -10329,7 +10329,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":375
+  /* "ivshmem/native/descriptors.pyx":376
  *             self.submit(batch, count)
  * 
  *     cdef int submit(self, int *fds, long count) except -1:             # <<<<<<<<<<<<<<
@@ -10352,7 +10352,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":389
+/* "ivshmem/native/descriptors.pyx":390
  *         return 0
  * 
  *     cdef int send(self, int *fds, long count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -10374,7 +10374,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
   int __pyx_t_4;
   int __pyx_t_5;
 
-  /* "ivshmem/native/descriptors.pyx":395
+  /* "ivshmem/native/descriptors.pyx":396
  *         cdef char byte[1]
  *         cdef long i, n
  *         cdef long done = 0             # <<<<<<<<<<<<<<
@@ -10383,7 +10383,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
 */
   __pyx_v_done = 0;
 
-  /* "ivshmem/native/descriptors.pyx":396
+  /* "ivshmem/native/descriptors.pyx":397
  *         cdef long i, n
  *         cdef long done = 0
  *         memset(requests, 0, count * sizeof(iocb))             # <<<<<<<<<<<<<<
@@ -10392,7 +10392,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
 */
   (void)(memset(__pyx_v_requests, 0, (__pyx_v_count * (sizeof(struct iocb)))));
 
-  /* "ivshmem/native/descriptors.pyx":397
+  /* "ivshmem/native/descriptors.pyx":398
  *         cdef long done = 0
  *         memset(requests, 0, count * sizeof(iocb))
  *         for i in range(count):             # <<<<<<<<<<<<<<
@@ -10406,7 +10406,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_i = __pyx_t_3;
 
-    /* "ivshmem/native/descriptors.pyx":398
+    /* "ivshmem/native/descriptors.pyx":399
  *         memset(requests, 0, count * sizeof(iocb))
  *         for i in range(count):
  *             requests[i].aio_lio_opcode = IOCB_CMD_PREAD             # <<<<<<<<<<<<<<
@@ -10415,7 +10415,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
 */
     (__pyx_v_requests[__pyx_v_i]).aio_lio_opcode = IOCB_CMD_PREAD;
 
-    /* "ivshmem/native/descriptors.pyx":399
+    /* "ivshmem/native/descriptors.pyx":400
  *         for i in range(count):
  *             requests[i].aio_lio_opcode = IOCB_CMD_PREAD
  *             requests[i].aio_fildes = self.zero             # <<<<<<<<<<<<<<
@@ -10426,7 +10426,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
 
     (__pyx_v_requests[__pyx_v_i]).aio_fildes = __pyx_t_4;
 
-    /* "ivshmem/native/descriptors.pyx":400
+    /* "ivshmem/native/descriptors.pyx":401
  *             requests[i].aio_lio_opcode = IOCB_CMD_PREAD
  *             requests[i].aio_fildes = self.zero
  *             requests[i].aio_buf = <uint64_t>&byte[0]             # <<<<<<<<<<<<<<
@@ -10435,7 +10435,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
 */
     (__pyx_v_requests[__pyx_v_i]).aio_buf = ((uint64_t)(&(__pyx_v_byte[0])));
 
-    /* "ivshmem/native/descriptors.pyx":401
+    /* "ivshmem/native/descriptors.pyx":402
  *             requests[i].aio_fildes = self.zero
  *             requests[i].aio_buf = <uint64_t>&byte[0]
  *             requests[i].aio_nbytes = 1             # <<<<<<<<<<<<<<
@@ -10444,7 +10444,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
 */
     (__pyx_v_requests[__pyx_v_i]).aio_nbytes = 1;
 
-    /* "ivshmem/native/descriptors.pyx":402
+    /* "ivshmem/native/descriptors.pyx":403
  *             requests[i].aio_buf = <uint64_t>&byte[0]
  *             requests[i].aio_nbytes = 1
  *             requests[i].aio_flags = IOCB_FLAG_RESFD             # <<<<<<<<<<<<<<
@@ -10453,7 +10453,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
 */
     (__pyx_v_requests[__pyx_v_i]).aio_flags = IOCB_FLAG_RESFD;
 
-    /* "ivshmem/native/descriptors.pyx":403
+    /* "ivshmem/native/descriptors.pyx":404
  *             requests[i].aio_nbytes = 1
  *             requests[i].aio_flags = IOCB_FLAG_RESFD
  *             requests[i].aio_resfd = fds[i]             # <<<<<<<<<<<<<<
@@ -10462,7 +10462,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
 */
     (__pyx_v_requests[__pyx_v_i]).aio_resfd = (__pyx_v_fds[__pyx_v_i]);
 
-    /* "ivshmem/native/descriptors.pyx":404
+    /* "ivshmem/native/descriptors.pyx":405
  *             requests[i].aio_flags = IOCB_FLAG_RESFD
  *             requests[i].aio_resfd = fds[i]
  *             pointers[i] = &requests[i]             # <<<<<<<<<<<<<<
@@ -10473,7 +10473,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
   }
 
 
-  /* "ivshmem/native/descriptors.pyx":405
+  /* "ivshmem/native/descriptors.pyx":406
  *             requests[i].aio_resfd = fds[i]
  *             pointers[i] = &requests[i]
  *         while done < count:             # <<<<<<<<<<<<<<
@@ -10486,7 +10486,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
 
     if (!__pyx_t_5) break;
 
-    /* "ivshmem/native/descriptors.pyx":406
+    /* "ivshmem/native/descriptors.pyx":407
  *             pointers[i] = &requests[i]
  *         while done < count:
  *             n = ivshmem_io_submit(self.context, count - done, &pointers[done])             # <<<<<<<<<<<<<<
@@ -10495,7 +10495,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
 */
     __pyx_v_n = ivshmem_io_submit(__pyx_v_self->context, (__pyx_v_count - __pyx_v_done), (&(__pyx_v_pointers[__pyx_v_done])));
 
-    /* "ivshmem/native/descriptors.pyx":407
+    /* "ivshmem/native/descriptors.pyx":408
  *         while done < count:
  *             n = ivshmem_io_submit(self.context, count - done, &pointers[done])
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -10507,7 +10507,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/native/descriptors.pyx":408
+      /* "ivshmem/native/descriptors.pyx":409
  *             n = ivshmem_io_submit(self.context, count - done, &pointers[done])
  *             if n >= 0:
  *                 done += n             # <<<<<<<<<<<<<<
@@ -10516,7 +10516,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
 */
       __pyx_v_done = (__pyx_v_done + __pyx_v_n);
 
-      /* "ivshmem/native/descriptors.pyx":409
+      /* "ivshmem/native/descriptors.pyx":410
  *             if n >= 0:
  *                 done += n
  *                 ivshmem_io_forget(self.context, n)             # <<<<<<<<<<<<<<
@@ -10525,7 +10525,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
 */
       ivshmem_io_forget(__pyx_v_self->context, __pyx_v_n);
 
-      /* "ivshmem/native/descriptors.pyx":407
+      /* "ivshmem/native/descriptors.pyx":408
  *         while done < count:
  *             n = ivshmem_io_submit(self.context, count - done, &pointers[done])
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -10535,7 +10535,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
       goto __pyx_L7;
     }
 
-    /* "ivshmem/native/descriptors.pyx":410
+    /* "ivshmem/native/descriptors.pyx":411
  *                 done += n
  *                 ivshmem_io_forget(self.context, n)
  *             elif errno != EINTR and errno != EAGAIN:             # <<<<<<<<<<<<<<
@@ -10554,7 +10554,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/native/descriptors.pyx":411
+      /* "ivshmem/native/descriptors.pyx":412
  *                 ivshmem_io_forget(self.context, n)
  *             elif errno != EINTR and errno != EAGAIN:
  *                 return errno             # <<<<<<<<<<<<<<
@@ -10567,7 +10567,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
       }
       goto __pyx_L0;
 
-      /* "ivshmem/native/descriptors.pyx":410
+      /* "ivshmem/native/descriptors.pyx":411
  *                 done += n
  *                 ivshmem_io_forget(self.context, n)
  *             elif errno != EINTR and errno != EAGAIN:             # <<<<<<<<<<<<<<
@@ -10578,7 +10578,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
     __pyx_L7:;
   }
 
-  /* "ivshmem/native/descriptors.pyx":412
+  /* "ivshmem/native/descriptors.pyx":413
  *             elif errno != EINTR and errno != EAGAIN:
  *                 return errno
  *         return 0             # <<<<<<<<<<<<<<
@@ -10591,7 +10591,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":389
+  /* "ivshmem/native/descriptors.pyx":390
  *         return 0
  * 
  *     cdef int send(self, int *fds, long count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -10610,7 +10610,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":414
+/* "ivshmem/native/descriptors.pyx":415
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -10675,7 +10675,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_4close(struc
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/native/descriptors.pyx":416
+        /* "ivshmem/native/descriptors.pyx":417
  *     @cython.critical_section
  *     def close(self):
  *         if self.context and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -10701,7 +10701,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_4close(struc
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/native/descriptors.pyx":417
+          /* "ivshmem/native/descriptors.pyx":418
  *     def close(self):
  *         if self.context and getpid() == self.pid:
  *             ivshmem_io_destroy(self.context)             # <<<<<<<<<<<<<<
@@ -10710,7 +10710,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_4close(struc
 */
           (void)(ivshmem_io_destroy(__pyx_v_self->context));
 
-          /* "ivshmem/native/descriptors.pyx":416
+          /* "ivshmem/native/descriptors.pyx":417
  *     @cython.critical_section
  *     def close(self):
  *         if self.context and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -10719,7 +10719,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_4close(struc
 */
         }
 
-        /* "ivshmem/native/descriptors.pyx":418
+        /* "ivshmem/native/descriptors.pyx":419
  *         if self.context and getpid() == self.pid:
  *             ivshmem_io_destroy(self.context)
  *         self.context = 0             # <<<<<<<<<<<<<<
@@ -10728,7 +10728,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_4close(struc
 */
         __pyx_v_self->context = 0;
 
-        /* "ivshmem/native/descriptors.pyx":419
+        /* "ivshmem/native/descriptors.pyx":420
  *             ivshmem_io_destroy(self.context)
  *         self.context = 0
  *         if self.zero >= 0:             # <<<<<<<<<<<<<<
@@ -10740,7 +10740,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_4close(struc
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/native/descriptors.pyx":420
+          /* "ivshmem/native/descriptors.pyx":421
  *         self.context = 0
  *         if self.zero >= 0:
  *             c_close(self.zero)             # <<<<<<<<<<<<<<
@@ -10749,7 +10749,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_4close(struc
 */
           (void)(close(__pyx_v_self->zero));
 
-          /* "ivshmem/native/descriptors.pyx":419
+          /* "ivshmem/native/descriptors.pyx":420
  *             ivshmem_io_destroy(self.context)
  *         self.context = 0
  *         if self.zero >= 0:             # <<<<<<<<<<<<<<
@@ -10758,7 +10758,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_4close(struc
 */
         }
 
-        /* "ivshmem/native/descriptors.pyx":421
+        /* "ivshmem/native/descriptors.pyx":422
  *         if self.zero >= 0:
  *             c_close(self.zero)
  *         self.zero = -1             # <<<<<<<<<<<<<<
@@ -10768,7 +10768,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_4close(struc
         __pyx_v_self->zero = -1;
       }
 
-      /* "ivshmem/native/descriptors.pyx":414
+      /* "ivshmem/native/descriptors.pyx":415
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -10792,7 +10792,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_4close(struc
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":423
+/* "ivshmem/native/descriptors.pyx":424
  *         self.zero = -1
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -10823,7 +10823,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_9Signaller_6__dealloc__(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__dealloc__", 0);
 
-  /* "ivshmem/native/descriptors.pyx":424
+  /* "ivshmem/native/descriptors.pyx":425
  * 
  *     def __dealloc__(self):
  *         self.close()             # <<<<<<<<<<<<<<
@@ -10837,12 +10837,12 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_9Signaller_6__dealloc__(stru
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 424, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 425, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":423
+  /* "ivshmem/native/descriptors.pyx":424
  *         self.zero = -1
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -11067,7 +11067,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_10__setstate
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":431
+/* "ivshmem/native/descriptors.pyx":432
  * 
  * 
  * cdef Signaller shared_signaller():             # <<<<<<<<<<<<<<
@@ -11095,7 +11095,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("shared_signaller", 0);
 
-  /* "ivshmem/native/descriptors.pyx":438
+  /* "ivshmem/native/descriptors.pyx":439
  *     """
  *     global _shared
  *     cdef Signaller signaller = None if _shared is None else _shared()             # <<<<<<<<<<<<<<
@@ -11127,19 +11127,19 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 438, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 439, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
-    if (!(likely(((__pyx_t_3) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_3, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller))))) __PYX_ERR(0, 438, __pyx_L1_error)
+    if (!(likely(((__pyx_t_3) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_3, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller))))) __PYX_ERR(0, 439, __pyx_L1_error)
     __pyx_t_1 = __pyx_t_3;
     __pyx_t_3 = 0;
   }
 
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller))))) __PYX_ERR(0, 438, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller))))) __PYX_ERR(0, 439, __pyx_L1_error)
   __pyx_v_signaller = ((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":439
+  /* "ivshmem/native/descriptors.pyx":440
  *     global _shared
  *     cdef Signaller signaller = None if _shared is None else _shared()
  *     if signaller is None or signaller.pid != getpid():             # <<<<<<<<<<<<<<
@@ -11164,7 +11164,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/native/descriptors.pyx":440
+    /* "ivshmem/native/descriptors.pyx":441
  *     cdef Signaller signaller = None if _shared is None else _shared()
  *     if signaller is None or signaller.pid != getpid():
  *         try:             # <<<<<<<<<<<<<<
@@ -11180,7 +11180,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
       __Pyx_XGOTREF(__pyx_t_10);
       /*try:*/ {
 
-        /* "ivshmem/native/descriptors.pyx":441
+        /* "ivshmem/native/descriptors.pyx":442
  *     if signaller is None or signaller.pid != getpid():
  *         try:
  *             signaller = Signaller()             # <<<<<<<<<<<<<<
@@ -11193,13 +11193,13 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
           PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
           __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 441, __pyx_L6_error)
+          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 442, __pyx_L6_error)
           __Pyx_GOTREF((PyObject *)__pyx_t_1);
         }
         __Pyx_DECREF_SET(__pyx_v_signaller, ((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)__pyx_t_1));
         __pyx_t_1 = 0;
 
-        /* "ivshmem/native/descriptors.pyx":440
+        /* "ivshmem/native/descriptors.pyx":441
  *     cdef Signaller signaller = None if _shared is None else _shared()
  *     if signaller is None or signaller.pid != getpid():
  *         try:             # <<<<<<<<<<<<<<
@@ -11217,7 +11217,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-      /* "ivshmem/native/descriptors.pyx":442
+      /* "ivshmem/native/descriptors.pyx":443
  *         try:
  *             signaller = Signaller()
  *         except OSError:             # <<<<<<<<<<<<<<
@@ -11228,7 +11228,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
       if (__pyx_t_11) {
         __Pyx_ErrRestore(0,0,0);
 
-        /* "ivshmem/native/descriptors.pyx":443
+        /* "ivshmem/native/descriptors.pyx":444
  *             signaller = Signaller()
  *         except OSError:
  *             return None             # <<<<<<<<<<<<<<
@@ -11247,7 +11247,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
       }
       goto __pyx_L8_except_error;
 
-      /* "ivshmem/native/descriptors.pyx":440
+      /* "ivshmem/native/descriptors.pyx":441
  *     cdef Signaller signaller = None if _shared is None else _shared()
  *     if signaller is None or signaller.pid != getpid():
  *         try:             # <<<<<<<<<<<<<<
@@ -11269,7 +11269,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
       __pyx_L11_try_end:;
     }
 
-    /* "ivshmem/native/descriptors.pyx":444
+    /* "ivshmem/native/descriptors.pyx":445
  *         except OSError:
  *             return None
  *         _shared = weakref.ref(signaller)             # <<<<<<<<<<<<<<
@@ -11277,9 +11277,9 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 444, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 445, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 444, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 445, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __pyx_t_6 = 1;
@@ -11299,7 +11299,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 444, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 445, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_XGOTREF(__pyx_v_7ivshmem_6native_11descriptors__shared);
@@ -11307,7 +11307,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
     __Pyx_GIVEREF(__pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/native/descriptors.pyx":439
+    /* "ivshmem/native/descriptors.pyx":440
  *     global _shared
  *     cdef Signaller signaller = None if _shared is None else _shared()
  *     if signaller is None or signaller.pid != getpid():             # <<<<<<<<<<<<<<
@@ -11316,7 +11316,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":445
+  /* "ivshmem/native/descriptors.pyx":446
  *             return None
  *         _shared = weakref.ref(signaller)
  *     return signaller             # <<<<<<<<<<<<<<
@@ -11334,7 +11334,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":431
+  /* "ivshmem/native/descriptors.pyx":432
  * 
  * 
  * cdef Signaller shared_signaller():             # <<<<<<<<<<<<<<
@@ -11357,130 +11357,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":448
- * 
- * 
- * cdef bint ring_by_thread(FdArray bells, int fd) except -1:             # <<<<<<<<<<<<<<
- *     """Have a thread add 1 to `fd`; return whether there could be one."""
- *     from .ringers import ring  # here, since few processes need threads
-*/
-
-static int __pyx_f_7ivshmem_6native_11descriptors_ring_by_thread(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_bells, int __pyx_v_fd) {
-  PyObject *__pyx_v_ring = NULL;
-  int __pyx_r;
-  __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  PyObject *__pyx_t_2 = NULL;
-  Py_ssize_t __pyx_t_3;
-  PyObject *__pyx_t_4 = NULL;
-  PyObject *__pyx_t_5 = NULL;
-  PyObject *__pyx_t_6 = NULL;
-  PyObject *__pyx_t_7 = NULL;
-  size_t __pyx_t_8;
-  int __pyx_t_9;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("ring_by_thread", 0);
-
-  /* "ivshmem/native/descriptors.pyx":450
- * cdef bint ring_by_thread(FdArray bells, int fd) except -1:
- *     """Have a thread add 1 to `fd`; return whether there could be one."""
- *     from .ringers import ring  # here, since few processes need threads             # <<<<<<<<<<<<<<
- * 
- *     return ring(bells.ring, fd)
-*/
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ring};
-    __pyx_t_2 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_ringers, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_native_ringers, 1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 450, __pyx_L1_error)
-  }
-  __pyx_t_1 = __pyx_t_2;
-  __Pyx_GOTREF(__pyx_t_1);
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ring};
-    __pyx_t_3 = 0; {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_1, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 450, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_4);
-      switch (__pyx_t_3) {
-        case 0:
-        __Pyx_INCREF(__pyx_t_4);
-        __pyx_v_ring = __pyx_t_4;
-        break;
-        default:;
-      }
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    }
-  }
-  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-
-  /* "ivshmem/native/descriptors.pyx":452
- *     from .ringers import ring  # here, since few processes need threads
- * 
- *     return ring(bells.ring, fd)             # <<<<<<<<<<<<<<
- * 
- * 
-*/
-  __pyx_t_4 = NULL;
-  __Pyx_INCREF(__pyx_v_ring);
-  __pyx_t_5 = __pyx_v_ring; 
-  __pyx_t_6 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_bells), __pyx_mstate_global->__pyx_n_u_ring); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 452, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_6);
-  __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 452, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_7);
-  __pyx_t_8 = 1;
-  #if CYTHON_UNPACK_METHODS
-  if (unlikely(PyMethod_Check(__pyx_t_5))) {
-    __pyx_t_4 = PyMethod_GET_SELF(__pyx_t_5);
-    assert(__pyx_t_4);
-    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_5);
-    __Pyx_INCREF(__pyx_t_4);
-    __Pyx_INCREF(__pyx__function);
-    __Pyx_DECREF_SET(__pyx_t_5, __pyx__function);
-    __pyx_t_8 = 0;
-  }
-  #endif
-  {
-    PyObject *__pyx_callargs[3] = {__pyx_t_4, __pyx_t_6, __pyx_t_7};
-    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_8, (3-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 452, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-  }
-  __pyx_t_9 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_9 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 452, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  {
-    __pyx_r = __pyx_t_9;
-  }
-  goto __pyx_L0;
-
-  /* "ivshmem/native/descriptors.pyx":448
- * 
- * 
- * cdef bint ring_by_thread(FdArray bells, int fd) except -1:             # <<<<<<<<<<<<<<
- *     """Have a thread add 1 to `fd`; return whether there could be one."""
- *     from .ringers import ring  # here, since few processes need threads
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_XDECREF(__pyx_t_5);
-  __Pyx_XDECREF(__pyx_t_6);
-  __Pyx_XDECREF(__pyx_t_7);
-  __Pyx_AddTraceback("ivshmem.native.descriptors.ring_by_thread", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = -1;
-  __pyx_L0:;
-  __Pyx_XDECREF(__pyx_v_ring);
-
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/native/descriptors.pyx":455
+/* "ivshmem/native/descriptors.pyx":449
  * 
  * 
  * cdef int add_one_nowait(Signaller signaller, FdArray bells, int fd) except -1:             # <<<<<<<<<<<<<<
@@ -11491,14 +11368,22 @@ static int __pyx_f_7ivshmem_6native_11descriptors_ring_by_thread(struct __pyx_ob
 static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_v_signaller, struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_bells, int __pyx_v_fd) {
   int __pyx_v_code;
   int __pyx_r;
+  __Pyx_RefNannyDeclarations
   int __pyx_t_1;
   int __pyx_t_2;
   int __pyx_t_3;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
+  PyObject *__pyx_t_8 = NULL;
+  size_t __pyx_t_9;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("add_one_nowait", 0);
 
-  /* "ivshmem/native/descriptors.pyx":463
+  /* "ivshmem/native/descriptors.pyx":457
  *         bells: has `fd`, and has been entered by the caller.
  *     """
  *     cdef int code = EINTR             # <<<<<<<<<<<<<<
@@ -11507,43 +11392,43 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(struct __pyx_ob
 */
   __pyx_v_code = EINTR;
 
-  /* "ivshmem/native/descriptors.pyx":464
+  /* "ivshmem/native/descriptors.pyx":458
  *     """
  *     cdef int code = EINTR
  *     if signaller is not None:             # <<<<<<<<<<<<<<
  *         return signaller.submit(&fd, 1)
- *     if not has_room(fd) or ring_by_thread(bells, fd):
+ *     if not has_room(fd) or ring_by_thread(bells.ring, fd):
 */
   __pyx_t_1 = (((PyObject *)__pyx_v_signaller) != Py_None);
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":465
+    /* "ivshmem/native/descriptors.pyx":459
  *     cdef int code = EINTR
  *     if signaller is not None:
  *         return signaller.submit(&fd, 1)             # <<<<<<<<<<<<<<
- *     if not has_room(fd) or ring_by_thread(bells, fd):
+ *     if not has_room(fd) or ring_by_thread(bells.ring, fd):
  *         return 0
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(__pyx_v_signaller, (&__pyx_v_fd), 1); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 465, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(__pyx_v_signaller, (&__pyx_v_fd), 1); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 459, __pyx_L1_error)
     {
       __pyx_r = __pyx_t_2;
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pyx":464
+    /* "ivshmem/native/descriptors.pyx":458
  *     """
  *     cdef int code = EINTR
  *     if signaller is not None:             # <<<<<<<<<<<<<<
  *         return signaller.submit(&fd, 1)
- *     if not has_room(fd) or ring_by_thread(bells, fd):
+ *     if not has_room(fd) or ring_by_thread(bells.ring, fd):
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":466
+  /* "ivshmem/native/descriptors.pyx":460
  *     if signaller is not None:
  *         return signaller.submit(&fd, 1)
- *     if not has_room(fd) or ring_by_thread(bells, fd):             # <<<<<<<<<<<<<<
+ *     if not has_room(fd) or ring_by_thread(bells.ring, fd):             # <<<<<<<<<<<<<<
  *         return 0
  *     while code == EINTR:
 */
@@ -11557,7 +11442,37 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(struct __pyx_ob
 
     goto __pyx_L5_bool_binop_done;
   }
-  __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_ring_by_thread(__pyx_v_bells, __pyx_v_fd); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 466, __pyx_L1_error)
+  __pyx_t_5 = NULL;
+  __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ring_by_thread); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 460, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_6);
+  __pyx_t_7 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_bells), __pyx_mstate_global->__pyx_n_u_ring); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 460, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_7);
+  __pyx_t_8 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 460, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_8);
+  __pyx_t_9 = 1;
+  #if CYTHON_UNPACK_METHODS
+  if (unlikely(PyMethod_Check(__pyx_t_6))) {
+    __pyx_t_5 = PyMethod_GET_SELF(__pyx_t_6);
+    assert(__pyx_t_5);
+    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_6);
+    __Pyx_INCREF(__pyx_t_5);
+    __Pyx_INCREF(__pyx__function);
+    __Pyx_DECREF_SET(__pyx_t_6, __pyx__function);
+    __pyx_t_9 = 0;
+  }
+  #endif
+  {
+    PyObject *__pyx_callargs[3] = {__pyx_t_5, __pyx_t_7, __pyx_t_8};
+    __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_9, (3-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+    __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 460, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+  }
+  __pyx_t_3 = __Pyx_PyObject_IsTrue(__pyx_t_4); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 460, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   __pyx_t_1 = __pyx_t_3;
 
@@ -11565,9 +11480,9 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(struct __pyx_ob
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":467
+    /* "ivshmem/native/descriptors.pyx":461
  *         return signaller.submit(&fd, 1)
- *     if not has_room(fd) or ring_by_thread(bells, fd):
+ *     if not has_room(fd) or ring_by_thread(bells.ring, fd):
  *         return 0             # <<<<<<<<<<<<<<
  *     while code == EINTR:
  *         PyErr_CheckSignals()
@@ -11578,17 +11493,17 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(struct __pyx_ob
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pyx":466
+    /* "ivshmem/native/descriptors.pyx":460
  *     if signaller is not None:
  *         return signaller.submit(&fd, 1)
- *     if not has_room(fd) or ring_by_thread(bells, fd):             # <<<<<<<<<<<<<<
+ *     if not has_room(fd) or ring_by_thread(bells.ring, fd):             # <<<<<<<<<<<<<<
  *         return 0
  *     while code == EINTR:
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":468
- *     if not has_room(fd) or ring_by_thread(bells, fd):
+  /* "ivshmem/native/descriptors.pyx":462
+ *     if not has_room(fd) or ring_by_thread(bells.ring, fd):
  *         return 0
  *     while code == EINTR:             # <<<<<<<<<<<<<<
  *         PyErr_CheckSignals()
@@ -11600,17 +11515,17 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(struct __pyx_ob
 
     if (!__pyx_t_1) break;
 
-    /* "ivshmem/native/descriptors.pyx":469
+    /* "ivshmem/native/descriptors.pyx":463
  *         return 0
  *     while code == EINTR:
  *         PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *         code = add_one(fd)
  *     if code:
 */
-    __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 469, __pyx_L1_error)
+    __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 463, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":470
+    /* "ivshmem/native/descriptors.pyx":464
  *     while code == EINTR:
  *         PyErr_CheckSignals()
  *         code = add_one(fd)             # <<<<<<<<<<<<<<
@@ -11620,7 +11535,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(struct __pyx_ob
     __pyx_v_code = __pyx_f_7ivshmem_6native_11descriptors_add_one(__pyx_v_fd);
   }
 
-  /* "ivshmem/native/descriptors.pyx":471
+  /* "ivshmem/native/descriptors.pyx":465
  *         PyErr_CheckSignals()
  *         code = add_one(fd)
  *     if code:             # <<<<<<<<<<<<<<
@@ -11632,17 +11547,17 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(struct __pyx_ob
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":472
+    /* "ivshmem/native/descriptors.pyx":466
  *         code = add_one(fd)
  *     if code:
  *         fail_with(code)             # <<<<<<<<<<<<<<
  *     return 0
  * 
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 472, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 466, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":471
+    /* "ivshmem/native/descriptors.pyx":465
  *         PyErr_CheckSignals()
  *         code = add_one(fd)
  *     if code:             # <<<<<<<<<<<<<<
@@ -11651,7 +11566,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":473
+  /* "ivshmem/native/descriptors.pyx":467
  *     if code:
  *         fail_with(code)
  *     return 0             # <<<<<<<<<<<<<<
@@ -11664,7 +11579,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":455
+  /* "ivshmem/native/descriptors.pyx":449
  * 
  * 
  * cdef int add_one_nowait(Signaller signaller, FdArray bells, int fd) except -1:             # <<<<<<<<<<<<<<
@@ -11674,15 +11589,21 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(struct __pyx_ob
 
   /* function exit code */
   __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_8);
   __Pyx_AddTraceback("ivshmem.native.descriptors.add_one_nowait", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
 
 
+  __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":476
+/* "ivshmem/native/descriptors.pyx":470
  * 
  * 
  * cdef int add_one_nowait_nogil(FdArray bells, int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -11697,17 +11618,20 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait_nogil(struct __
   PyObject *__pyx_t_2 = NULL;
   PyObject *__pyx_t_3 = NULL;
   PyObject *__pyx_t_4 = NULL;
-  int __pyx_t_5;
+  PyObject *__pyx_t_5 = NULL;
   PyObject *__pyx_t_6 = NULL;
   PyObject *__pyx_t_7 = NULL;
   PyObject *__pyx_t_8 = NULL;
+  PyObject *__pyx_t_9 = NULL;
+  size_t __pyx_t_10;
+  int __pyx_t_11;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   PyGILState_STATE __pyx_gilstate_save;
   __Pyx_RefNannySetupContext("add_one_nowait_nogil", 1);
 
-  /* "ivshmem/native/descriptors.pyx":478
+  /* "ivshmem/native/descriptors.pyx":472
  * cdef int add_one_nowait_nogil(FdArray bells, int fd) noexcept nogil:
  *     """Do the same for a caller that has no signaller; return 0 or errno."""
  *     if not has_room(fd):             # <<<<<<<<<<<<<<
@@ -11719,7 +11643,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait_nogil(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":479
+    /* "ivshmem/native/descriptors.pyx":473
  *     """Do the same for a caller that has no signaller; return 0 or errno."""
  *     if not has_room(fd):
  *         return 0             # <<<<<<<<<<<<<<
@@ -11732,7 +11656,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait_nogil(struct __
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pyx":478
+    /* "ivshmem/native/descriptors.pyx":472
  * cdef int add_one_nowait_nogil(FdArray bells, int fd) noexcept nogil:
  *     """Do the same for a caller that has no signaller; return 0 or errno."""
  *     if not has_room(fd):             # <<<<<<<<<<<<<<
@@ -11741,22 +11665,22 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait_nogil(struct __
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":480
+  /* "ivshmem/native/descriptors.pyx":474
  *     if not has_room(fd):
  *         return 0
  *     with gil:             # <<<<<<<<<<<<<<
  *         try:
- *             if ring_by_thread(bells, fd):
+ *             if ring_by_thread(bells.ring, fd):
 */
   {
       PyGILState_STATE __pyx_gilstate_save = __Pyx_PyGILState_Ensure();
       /*try:*/ {
 
-        /* "ivshmem/native/descriptors.pyx":481
+        /* "ivshmem/native/descriptors.pyx":475
  *         return 0
  *     with gil:
  *         try:             # <<<<<<<<<<<<<<
- *             if ring_by_thread(bells, fd):
+ *             if ring_by_thread(bells.ring, fd):
  *                 return 0
 */
         {
@@ -11768,20 +11692,50 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait_nogil(struct __
           __Pyx_XGOTREF(__pyx_t_4);
           /*try:*/ {
 
-            /* "ivshmem/native/descriptors.pyx":482
+            /* "ivshmem/native/descriptors.pyx":476
  *     with gil:
  *         try:
- *             if ring_by_thread(bells, fd):             # <<<<<<<<<<<<<<
+ *             if ring_by_thread(bells.ring, fd):             # <<<<<<<<<<<<<<
  *                 return 0
  *         except MemoryError:
 */
-            __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_ring_by_thread(__pyx_v_bells, __pyx_v_fd); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 482, __pyx_L7_error)
+            __pyx_t_6 = NULL;
+            __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ring_by_thread); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 476, __pyx_L7_error)
+            __Pyx_GOTREF(__pyx_t_7);
+            __pyx_t_8 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_bells), __pyx_mstate_global->__pyx_n_u_ring); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 476, __pyx_L7_error)
+            __Pyx_GOTREF(__pyx_t_8);
+            __pyx_t_9 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 476, __pyx_L7_error)
+            __Pyx_GOTREF(__pyx_t_9);
+            __pyx_t_10 = 1;
+            #if CYTHON_UNPACK_METHODS
+            if (unlikely(PyMethod_Check(__pyx_t_7))) {
+              __pyx_t_6 = PyMethod_GET_SELF(__pyx_t_7);
+              assert(__pyx_t_6);
+              PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_7);
+              __Pyx_INCREF(__pyx_t_6);
+              __Pyx_INCREF(__pyx__function);
+              __Pyx_DECREF_SET(__pyx_t_7, __pyx__function);
+              __pyx_t_10 = 0;
+            }
+            #endif
+            {
+              PyObject *__pyx_callargs[3] = {__pyx_t_6, __pyx_t_8, __pyx_t_9};
+              __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_10, (3-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+              __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+              __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+              __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+              __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+              if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 476, __pyx_L7_error)
+              __Pyx_GOTREF(__pyx_t_5);
+            }
+            __pyx_t_1 = __Pyx_PyObject_IsTrue(__pyx_t_5); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 476, __pyx_L7_error)
+            __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
             if (__pyx_t_1) {
 
 
-              /* "ivshmem/native/descriptors.pyx":483
+              /* "ivshmem/native/descriptors.pyx":477
  *         try:
- *             if ring_by_thread(bells, fd):
+ *             if ring_by_thread(bells.ring, fd):
  *                 return 0             # <<<<<<<<<<<<<<
  *         except MemoryError:
  *             return ENOMEM
@@ -11792,20 +11746,20 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait_nogil(struct __
               }
               goto __pyx_L11_try_return;
 
-              /* "ivshmem/native/descriptors.pyx":482
+              /* "ivshmem/native/descriptors.pyx":476
  *     with gil:
  *         try:
- *             if ring_by_thread(bells, fd):             # <<<<<<<<<<<<<<
+ *             if ring_by_thread(bells.ring, fd):             # <<<<<<<<<<<<<<
  *                 return 0
  *         except MemoryError:
 */
             }
 
-            /* "ivshmem/native/descriptors.pyx":481
+            /* "ivshmem/native/descriptors.pyx":475
  *         return 0
  *     with gil:
  *         try:             # <<<<<<<<<<<<<<
- *             if ring_by_thread(bells, fd):
+ *             if ring_by_thread(bells.ring, fd):
  *                 return 0
 */
           }
@@ -11814,23 +11768,28 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait_nogil(struct __
           __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
           goto __pyx_L12_try_end;
           __pyx_L7_error:;
+          __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+          __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+          __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+          __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
+          __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-          /* "ivshmem/native/descriptors.pyx":484
- *             if ring_by_thread(bells, fd):
+          /* "ivshmem/native/descriptors.pyx":478
+ *             if ring_by_thread(bells.ring, fd):
  *                 return 0
  *         except MemoryError:             # <<<<<<<<<<<<<<
  *             return ENOMEM
  *     return add_one(fd)
 */
-          __pyx_t_5 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_MemoryError))));
-          if (__pyx_t_5) {
+          __pyx_t_11 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_MemoryError))));
+          if (__pyx_t_11) {
             __Pyx_AddTraceback("ivshmem.native.descriptors.add_one_nowait_nogil", __pyx_clineno, __pyx_lineno, __pyx_filename);
-            if (__Pyx_GetException(&__pyx_t_6, &__pyx_t_7, &__pyx_t_8) < 0) __PYX_ERR(0, 484, __pyx_L9_except_error)
-            __Pyx_XGOTREF(__pyx_t_6);
+            if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_7, &__pyx_t_9) < 0) __PYX_ERR(0, 478, __pyx_L9_except_error)
+            __Pyx_XGOTREF(__pyx_t_5);
             __Pyx_XGOTREF(__pyx_t_7);
-            __Pyx_XGOTREF(__pyx_t_8);
+            __Pyx_XGOTREF(__pyx_t_9);
 
-            /* "ivshmem/native/descriptors.pyx":485
+            /* "ivshmem/native/descriptors.pyx":479
  *                 return 0
  *         except MemoryError:
  *             return ENOMEM             # <<<<<<<<<<<<<<
@@ -11841,18 +11800,18 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait_nogil(struct __
 
               __pyx_r = ENOMEM;
             }
-            __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+            __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
             __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-            __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+            __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
             goto __pyx_L10_except_return;
           }
           goto __pyx_L9_except_error;
 
-          /* "ivshmem/native/descriptors.pyx":481
+          /* "ivshmem/native/descriptors.pyx":475
  *         return 0
  *     with gil:
  *         try:             # <<<<<<<<<<<<<<
- *             if ring_by_thread(bells, fd):
+ *             if ring_by_thread(bells.ring, fd):
  *                 return 0
 */
           __pyx_L9_except_error:;
@@ -11877,12 +11836,12 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait_nogil(struct __
         }
       }
 
-      /* "ivshmem/native/descriptors.pyx":480
+      /* "ivshmem/native/descriptors.pyx":474
  *     if not has_room(fd):
  *         return 0
  *     with gil:             # <<<<<<<<<<<<<<
  *         try:
- *             if ring_by_thread(bells, fd):
+ *             if ring_by_thread(bells.ring, fd):
 */
       /*finally:*/ {
         /*normal exit:*/{
@@ -11901,7 +11860,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait_nogil(struct __
       }
   }
 
-  /* "ivshmem/native/descriptors.pyx":486
+  /* "ivshmem/native/descriptors.pyx":480
  *         except MemoryError:
  *             return ENOMEM
  *     return add_one(fd)             # <<<<<<<<<<<<<<
@@ -11914,7 +11873,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait_nogil(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":476
+  /* "ivshmem/native/descriptors.pyx":470
  * 
  * 
  * cdef int add_one_nowait_nogil(FdArray bells, int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -11925,9 +11884,11 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait_nogil(struct __
   /* function exit code */
   __pyx_L1_error:;
   __pyx_gilstate_save = __Pyx_PyGILState_Ensure();
+  __Pyx_XDECREF(__pyx_t_5);
   __Pyx_XDECREF(__pyx_t_6);
   __Pyx_XDECREF(__pyx_t_7);
   __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_XDECREF(__pyx_t_9);
   __Pyx_WriteUnraisable("ivshmem.native.descriptors.add_one_nowait_nogil", __pyx_clineno, __pyx_lineno, __pyx_filename, 1, 0);
   __pyx_r = 0;
   __Pyx_PyGILState_Release(__pyx_gilstate_save);
@@ -11936,7 +11897,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait_nogil(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":489
+/* "ivshmem/native/descriptors.pyx":483
  * 
  * 
  * cdef bint has_room(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -11951,7 +11912,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_has_room(int __pyx_v_fd) {
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/native/descriptors.pyx":493
+  /* "ivshmem/native/descriptors.pyx":487
  *     cdef pollfd one
  *     cdef timespec none
  *     none.tv_sec = none.tv_nsec = 0             # <<<<<<<<<<<<<<
@@ -11961,7 +11922,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_has_room(int __pyx_v_fd) {
   __pyx_v_none.tv_sec = 0;
   __pyx_v_none.tv_nsec = 0;
 
-  /* "ivshmem/native/descriptors.pyx":494
+  /* "ivshmem/native/descriptors.pyx":488
  *     cdef timespec none
  *     none.tv_sec = none.tv_nsec = 0
  *     one.fd = fd             # <<<<<<<<<<<<<<
@@ -11970,7 +11931,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_has_room(int __pyx_v_fd) {
 */
   __pyx_v_one.fd = __pyx_v_fd;
 
-  /* "ivshmem/native/descriptors.pyx":495
+  /* "ivshmem/native/descriptors.pyx":489
  *     none.tv_sec = none.tv_nsec = 0
  *     one.fd = fd
  *     one.events = POLLOUT             # <<<<<<<<<<<<<<
@@ -11979,7 +11940,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_has_room(int __pyx_v_fd) {
 */
   __pyx_v_one.events = POLLOUT;
 
-  /* "ivshmem/native/descriptors.pyx":496
+  /* "ivshmem/native/descriptors.pyx":490
  *     one.fd = fd
  *     one.events = POLLOUT
  *     return ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT             # <<<<<<<<<<<<<<
@@ -12007,7 +11968,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_has_room(int __pyx_v_fd) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":489
+  /* "ivshmem/native/descriptors.pyx":483
  * 
  * 
  * cdef bint has_room(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -12022,7 +11983,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_has_room(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":514
+/* "ivshmem/native/descriptors.pyx":508
  *     """
  * 
  *     def __cinit__(self, int source, targets):             # <<<<<<<<<<<<<<
@@ -12069,39 +12030,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_source,&__pyx_mstate_global->__pyx_n_u_targets,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 514, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 508, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 514, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 508, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 514, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 508, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 514, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 508, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, i); __PYX_ERR(0, 514, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, i); __PYX_ERR(0, 508, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 514, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 508, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 514, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 508, __pyx_L3_error)
     }
-    __pyx_v_source = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_source == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 514, __pyx_L3_error)
+    __pyx_v_source = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_source == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 508, __pyx_L3_error)
     __pyx_v_targets = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 514, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 508, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12150,7 +12111,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/native/descriptors.pyx":516
+  /* "ivshmem/native/descriptors.pyx":510
  *     def __cinit__(self, int source, targets):
  *         cdef iocb request
  *         cdef iocb *pointer = &request             # <<<<<<<<<<<<<<
@@ -12159,7 +12120,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
   __pyx_v_pointer = (&__pyx_v_request);
 
-  /* "ivshmem/native/descriptors.pyx":517
+  /* "ivshmem/native/descriptors.pyx":511
  *         cdef iocb request
  *         cdef iocb *pointer = &request
  *         self.context = 0             # <<<<<<<<<<<<<<
@@ -12168,7 +12129,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
   __pyx_v_self->context = 0;
 
-  /* "ivshmem/native/descriptors.pyx":518
+  /* "ivshmem/native/descriptors.pyx":512
  *         cdef iocb *pointer = &request
  *         self.context = 0
  *         self.pid = getpid()             # <<<<<<<<<<<<<<
@@ -12177,7 +12138,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
   __pyx_v_self->pid = getpid();
 
-  /* "ivshmem/native/descriptors.pyx":519
+  /* "ivshmem/native/descriptors.pyx":513
  *         self.context = 0
  *         self.pid = getpid()
  *         try:             # <<<<<<<<<<<<<<
@@ -12193,7 +12154,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
     __Pyx_XGOTREF(__pyx_t_3);
     /*try:*/ {
 
-      /* "ivshmem/native/descriptors.pyx":520
+      /* "ivshmem/native/descriptors.pyx":514
  *         self.pid = getpid()
  *         try:
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:             # <<<<<<<<<<<<<<
@@ -12202,7 +12163,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
 
       __pyx_t_4 = 1;
-      __pyx_t_5 = PyObject_Length(__pyx_v_targets); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 520, __pyx_L3_error)
+      __pyx_t_5 = PyObject_Length(__pyx_v_targets); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 514, __pyx_L3_error)
       __pyx_t_7 = (__pyx_t_4 > __pyx_t_5);
 
       if (__pyx_t_7) {
@@ -12220,17 +12181,17 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
       if (__pyx_t_7) {
 
 
-        /* "ivshmem/native/descriptors.pyx":521
+        /* "ivshmem/native/descriptors.pyx":515
  *         try:
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:
  *                 fail()             # <<<<<<<<<<<<<<
  *             if not ivshmem_io_has_ring(self.context):
  *                 fail_with(ENOSYS)
 */
-        __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 521, __pyx_L3_error)
+        __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 515, __pyx_L3_error)
 
 
-        /* "ivshmem/native/descriptors.pyx":520
+        /* "ivshmem/native/descriptors.pyx":514
  *         self.pid = getpid()
  *         try:
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:             # <<<<<<<<<<<<<<
@@ -12239,7 +12200,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
       }
 
-      /* "ivshmem/native/descriptors.pyx":522
+      /* "ivshmem/native/descriptors.pyx":516
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:
  *                 fail()
  *             if not ivshmem_io_has_ring(self.context):             # <<<<<<<<<<<<<<
@@ -12251,17 +12212,17 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
       if (__pyx_t_7) {
 
 
-        /* "ivshmem/native/descriptors.pyx":523
+        /* "ivshmem/native/descriptors.pyx":517
  *                 fail()
  *             if not ivshmem_io_has_ring(self.context):
  *                 fail_with(ENOSYS)             # <<<<<<<<<<<<<<
  *             for fd in targets:
  *                 memset(&request, 0, sizeof(iocb))
 */
-        __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(ENOSYS); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 523, __pyx_L3_error)
+        __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(ENOSYS); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 517, __pyx_L3_error)
 
 
-        /* "ivshmem/native/descriptors.pyx":522
+        /* "ivshmem/native/descriptors.pyx":516
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:
  *                 fail()
  *             if not ivshmem_io_has_ring(self.context):             # <<<<<<<<<<<<<<
@@ -12270,7 +12231,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
       }
 
-      /* "ivshmem/native/descriptors.pyx":524
+      /* "ivshmem/native/descriptors.pyx":518
  *             if not ivshmem_io_has_ring(self.context):
  *                 fail_with(ENOSYS)
  *             for fd in targets:             # <<<<<<<<<<<<<<
@@ -12282,9 +12243,9 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
         __pyx_t_6 = 0;
         __pyx_t_10 = NULL;
       } else {
-        __pyx_t_6 = -1; __pyx_t_9 = PyObject_GetIter(__pyx_v_targets); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 524, __pyx_L3_error)
+        __pyx_t_6 = -1; __pyx_t_9 = PyObject_GetIter(__pyx_v_targets); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 518, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_9);
-        __pyx_t_10 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_9); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 524, __pyx_L3_error)
+        __pyx_t_10 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_9); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 518, __pyx_L3_error)
       }
       for (;;) {
         if (likely(!__pyx_t_10)) {
@@ -12292,7 +12253,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
             {
               Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_9);
               #if !CYTHON_ASSUME_SAFE_SIZE
-              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 524, __pyx_L3_error)
+              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 518, __pyx_L3_error)
               #endif
               if (__pyx_t_6 >= __pyx_temp) break;
             }
@@ -12302,7 +12263,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
             {
               Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_9);
               #if !CYTHON_ASSUME_SAFE_SIZE
-              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 524, __pyx_L3_error)
+              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 518, __pyx_L3_error)
               #endif
               if (__pyx_t_6 >= __pyx_temp) break;
             }
@@ -12313,13 +12274,13 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
             #endif
             ++__pyx_t_6;
           }
-          if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 524, __pyx_L3_error)
+          if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 518, __pyx_L3_error)
         } else {
           __pyx_t_11 = __pyx_t_10(__pyx_t_9);
           if (unlikely(!__pyx_t_11)) {
             PyObject* exc_type = PyErr_Occurred();
             if (exc_type) {
-              if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 524, __pyx_L3_error)
+              if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 518, __pyx_L3_error)
               PyErr_Clear();
             }
             break;
@@ -12329,7 +12290,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
         __Pyx_XDECREF_SET(__pyx_v_fd, __pyx_t_11);
         __pyx_t_11 = 0;
 
-        /* "ivshmem/native/descriptors.pyx":525
+        /* "ivshmem/native/descriptors.pyx":519
  *                 fail_with(ENOSYS)
  *             for fd in targets:
  *                 memset(&request, 0, sizeof(iocb))             # <<<<<<<<<<<<<<
@@ -12338,7 +12299,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
         (void)(memset((&__pyx_v_request), 0, (sizeof(struct iocb))));
 
-        /* "ivshmem/native/descriptors.pyx":526
+        /* "ivshmem/native/descriptors.pyx":520
  *             for fd in targets:
  *                 memset(&request, 0, sizeof(iocb))
  *                 request.aio_lio_opcode = IOCB_CMD_POLL             # <<<<<<<<<<<<<<
@@ -12347,7 +12308,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
         __pyx_v_request.aio_lio_opcode = IOCB_CMD_POLL;
 
-        /* "ivshmem/native/descriptors.pyx":527
+        /* "ivshmem/native/descriptors.pyx":521
  *                 memset(&request, 0, sizeof(iocb))
  *                 request.aio_lio_opcode = IOCB_CMD_POLL
  *                 request.aio_fildes = source             # <<<<<<<<<<<<<<
@@ -12356,7 +12317,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
         __pyx_v_request.aio_fildes = __pyx_v_source;
 
-        /* "ivshmem/native/descriptors.pyx":528
+        /* "ivshmem/native/descriptors.pyx":522
  *                 request.aio_lio_opcode = IOCB_CMD_POLL
  *                 request.aio_fildes = source
  *                 request.aio_buf = _EPOLLIN  # which is POLLIN             # <<<<<<<<<<<<<<
@@ -12365,7 +12326,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
         __pyx_v_request.aio_buf = EPOLLIN;
 
-        /* "ivshmem/native/descriptors.pyx":529
+        /* "ivshmem/native/descriptors.pyx":523
  *                 request.aio_fildes = source
  *                 request.aio_buf = _EPOLLIN  # which is POLLIN
  *                 request.aio_flags = IOCB_FLAG_RESFD             # <<<<<<<<<<<<<<
@@ -12374,17 +12335,17 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
         __pyx_v_request.aio_flags = IOCB_FLAG_RESFD;
 
-        /* "ivshmem/native/descriptors.pyx":530
+        /* "ivshmem/native/descriptors.pyx":524
  *                 request.aio_buf = _EPOLLIN  # which is POLLIN
  *                 request.aio_flags = IOCB_FLAG_RESFD
  *                 request.aio_resfd = fd             # <<<<<<<<<<<<<<
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:
  *                     fail()
 */
-        __pyx_t_12 = __Pyx_PyLong_As_uint32_t(__pyx_v_fd); if (unlikely((__pyx_t_12 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 530, __pyx_L3_error)
+        __pyx_t_12 = __Pyx_PyLong_As_uint32_t(__pyx_v_fd); if (unlikely((__pyx_t_12 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 524, __pyx_L3_error)
         __pyx_v_request.aio_resfd = __pyx_t_12;
 
-        /* "ivshmem/native/descriptors.pyx":531
+        /* "ivshmem/native/descriptors.pyx":525
  *                 request.aio_flags = IOCB_FLAG_RESFD
  *                 request.aio_resfd = fd
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:             # <<<<<<<<<<<<<<
@@ -12396,17 +12357,17 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
         if (__pyx_t_7) {
 
 
-          /* "ivshmem/native/descriptors.pyx":532
+          /* "ivshmem/native/descriptors.pyx":526
  *                 request.aio_resfd = fd
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:
  *                     fail()             # <<<<<<<<<<<<<<
  *         except BaseException:
  *             self.close()
 */
-          __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 532, __pyx_L3_error)
+          __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 526, __pyx_L3_error)
 
 
-          /* "ivshmem/native/descriptors.pyx":531
+          /* "ivshmem/native/descriptors.pyx":525
  *                 request.aio_flags = IOCB_FLAG_RESFD
  *                 request.aio_resfd = fd
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:             # <<<<<<<<<<<<<<
@@ -12415,7 +12376,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
         }
 
-        /* "ivshmem/native/descriptors.pyx":524
+        /* "ivshmem/native/descriptors.pyx":518
  *             if not ivshmem_io_has_ring(self.context):
  *                 fail_with(ENOSYS)
  *             for fd in targets:             # <<<<<<<<<<<<<<
@@ -12425,7 +12386,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
       }
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-      /* "ivshmem/native/descriptors.pyx":519
+      /* "ivshmem/native/descriptors.pyx":513
  *         self.context = 0
  *         self.pid = getpid()
  *         try:             # <<<<<<<<<<<<<<
@@ -12441,7 +12402,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
     __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
     __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-    /* "ivshmem/native/descriptors.pyx":533
+    /* "ivshmem/native/descriptors.pyx":527
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:
  *                     fail()
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -12451,12 +12412,12 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
     __pyx_t_8 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_8) {
       __Pyx_AddTraceback("ivshmem.native.descriptors.Relay.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_11, &__pyx_t_13) < 0) __PYX_ERR(0, 533, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_11, &__pyx_t_13) < 0) __PYX_ERR(0, 527, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_9);
       __Pyx_XGOTREF(__pyx_t_11);
       __Pyx_XGOTREF(__pyx_t_13);
 
-      /* "ivshmem/native/descriptors.pyx":534
+      /* "ivshmem/native/descriptors.pyx":528
  *                     fail()
  *         except BaseException:
  *             self.close()             # <<<<<<<<<<<<<<
@@ -12470,12 +12431,12 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
         PyObject *__pyx_callargs[2] = {__pyx_t_15, NULL};
         __pyx_t_14 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_16, (1-__pyx_t_16) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_15); __pyx_t_15 = 0;
-        if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 534, __pyx_L5_except_error)
+        if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 528, __pyx_L5_except_error)
         __Pyx_GOTREF(__pyx_t_14);
       }
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
 
-      /* "ivshmem/native/descriptors.pyx":535
+      /* "ivshmem/native/descriptors.pyx":529
  *         except BaseException:
  *             self.close()
  *             raise             # <<<<<<<<<<<<<<
@@ -12487,11 +12448,11 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
       __Pyx_XGIVEREF(__pyx_t_13);
       __Pyx_ErrRestoreWithState(__pyx_t_9, __pyx_t_11, __pyx_t_13);
       __pyx_t_9 = 0;  __pyx_t_11 = 0;  __pyx_t_13 = 0; 
-      __PYX_ERR(0, 535, __pyx_L5_except_error)
+      __PYX_ERR(0, 529, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/native/descriptors.pyx":519
+    /* "ivshmem/native/descriptors.pyx":513
  *         self.context = 0
  *         self.pid = getpid()
  *         try:             # <<<<<<<<<<<<<<
@@ -12507,7 +12468,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/native/descriptors.pyx":514
+  /* "ivshmem/native/descriptors.pyx":508
  *     """
  * 
  *     def __cinit__(self, int source, targets):             # <<<<<<<<<<<<<<
@@ -12535,7 +12496,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":537
+/* "ivshmem/native/descriptors.pyx":531
  *             raise
  * 
  *     cdef bint fired(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -12548,7 +12509,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Relay_fired(struct __pyx_obj_
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/native/descriptors.pyx":539
+  /* "ivshmem/native/descriptors.pyx":533
  *     cdef bint fired(self) noexcept nogil:
  *         """Whether that has happened. This takes no system call: the kernel's ring shows it."""
  *         return self.context != 0 and ivshmem_io_any_end(self.context)             # <<<<<<<<<<<<<<
@@ -12576,7 +12537,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Relay_fired(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":537
+  /* "ivshmem/native/descriptors.pyx":531
  *             raise
  * 
  *     cdef bint fired(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -12589,7 +12550,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Relay_fired(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":541
+/* "ivshmem/native/descriptors.pyx":535
  *         return self.context != 0 and ivshmem_io_any_end(self.context)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -12649,7 +12610,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_2close(struct __
   int __pyx_t_3;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/native/descriptors.pyx":543
+  /* "ivshmem/native/descriptors.pyx":537
  *     def close(self):
  *         """Stop the polls. May be called twice."""
  *         cdef aio_context_t context = self.context             # <<<<<<<<<<<<<<
@@ -12660,7 +12621,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_2close(struct __
 
   __pyx_v_context = __pyx_t_1;
 
-  /* "ivshmem/native/descriptors.pyx":544
+  /* "ivshmem/native/descriptors.pyx":538
  *         """Stop the polls. May be called twice."""
  *         cdef aio_context_t context = self.context
  *         self.context = 0             # <<<<<<<<<<<<<<
@@ -12669,7 +12630,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_2close(struct __
 */
   __pyx_v_self->context = 0;
 
-  /* "ivshmem/native/descriptors.pyx":545
+  /* "ivshmem/native/descriptors.pyx":539
  *         cdef aio_context_t context = self.context
  *         self.context = 0
  *         if context and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -12695,7 +12656,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_2close(struct __
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/native/descriptors.pyx":546
+    /* "ivshmem/native/descriptors.pyx":540
  *         self.context = 0
  *         if context and getpid() == self.pid:
  *             ivshmem_io_destroy(context)             # <<<<<<<<<<<<<<
@@ -12704,7 +12665,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_2close(struct __
 */
     (void)(ivshmem_io_destroy(__pyx_v_context));
 
-    /* "ivshmem/native/descriptors.pyx":545
+    /* "ivshmem/native/descriptors.pyx":539
  *         cdef aio_context_t context = self.context
  *         self.context = 0
  *         if context and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -12713,7 +12674,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_2close(struct __
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":541
+  /* "ivshmem/native/descriptors.pyx":535
  *         return self.context != 0 and ivshmem_io_any_end(self.context)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -12729,7 +12690,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_2close(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":548
+/* "ivshmem/native/descriptors.pyx":542
  *             ivshmem_io_destroy(context)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -12760,7 +12721,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_5Relay_4__dealloc__(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__dealloc__", 0);
 
-  /* "ivshmem/native/descriptors.pyx":549
+  /* "ivshmem/native/descriptors.pyx":543
  * 
  *     def __dealloc__(self):
  *         self.close()             # <<<<<<<<<<<<<<
@@ -12774,12 +12735,12 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_5Relay_4__dealloc__(struct _
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 549, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 543, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":548
+  /* "ivshmem/native/descriptors.pyx":542
  *             ivshmem_io_destroy(context)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -13004,7 +12965,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_8__setstate_cyth
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":560
+/* "ivshmem/native/descriptors.pyx":554
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -13061,7 +13022,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Epoll___cinit__(struct __pyx
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/native/descriptors.pyx":561
+  /* "ivshmem/native/descriptors.pyx":555
  * 
  *     def __cinit__(self):
  *         self.epfd = -1             # <<<<<<<<<<<<<<
@@ -13070,7 +13031,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Epoll___cinit__(struct __pyx
 */
   __pyx_v_self->epfd = -1;
 
-  /* "ivshmem/native/descriptors.pyx":562
+  /* "ivshmem/native/descriptors.pyx":556
  *     def __cinit__(self):
  *         self.epfd = -1
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)             # <<<<<<<<<<<<<<
@@ -13079,7 +13040,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Epoll___cinit__(struct __pyx
 */
   __pyx_v_self->epfd = epoll_create1(EPOLL_CLOEXEC);
 
-  /* "ivshmem/native/descriptors.pyx":563
+  /* "ivshmem/native/descriptors.pyx":557
  *         self.epfd = -1
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -13091,17 +13052,17 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Epoll___cinit__(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":564
+    /* "ivshmem/native/descriptors.pyx":558
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)
  *         if self.epfd < 0:
  *             fail()             # <<<<<<<<<<<<<<
  * 
  *     def fileno(self):
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 564, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 558, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":563
+    /* "ivshmem/native/descriptors.pyx":557
  *         self.epfd = -1
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -13110,7 +13071,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Epoll___cinit__(struct __pyx
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":560
+  /* "ivshmem/native/descriptors.pyx":554
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -13129,7 +13090,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Epoll___cinit__(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":566
+/* "ivshmem/native/descriptors.pyx":560
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -13193,7 +13154,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_2fileno(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/native/descriptors.pyx":567
+  /* "ivshmem/native/descriptors.pyx":561
  * 
  *     def fileno(self):
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -13205,7 +13166,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_2fileno(struct _
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/native/descriptors.pyx":568
+    /* "ivshmem/native/descriptors.pyx":562
  *     def fileno(self):
  *         if self.epfd < 0:
  *             raise ClosedError("the epoll object is closed")             # <<<<<<<<<<<<<<
@@ -13213,7 +13174,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_2fileno(struct _
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 568, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 562, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -13232,14 +13193,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_2fileno(struct _
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 568, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 562, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 568, __pyx_L1_error)
+    __PYX_ERR(0, 562, __pyx_L1_error)
 
-    /* "ivshmem/native/descriptors.pyx":567
+    /* "ivshmem/native/descriptors.pyx":561
  * 
  *     def fileno(self):
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -13248,14 +13209,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_2fileno(struct _
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":569
+  /* "ivshmem/native/descriptors.pyx":563
  *         if self.epfd < 0:
  *             raise ClosedError("the epoll object is closed")
  *         return self.epfd             # <<<<<<<<<<<<<<
  * 
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:
 */
-  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->epfd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 569, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->epfd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 563, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject *__pyx_temp;
@@ -13268,7 +13229,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_2fileno(struct _
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":566
+  /* "ivshmem/native/descriptors.pyx":560
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -13289,7 +13250,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_2fileno(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":571
+/* "ivshmem/native/descriptors.pyx":565
  *         return self.epfd
  * 
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:             # <<<<<<<<<<<<<<
@@ -13311,7 +13272,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("control", 0);
 
-  /* "ivshmem/native/descriptors.pyx":573
+  /* "ivshmem/native/descriptors.pyx":567
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:
  *         cdef epoll_event event
  *         memset(&event, 0, sizeof(event))             # <<<<<<<<<<<<<<
@@ -13320,7 +13281,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_ob
 */
   (void)(memset((&__pyx_v_event), 0, (sizeof(__pyx_v_event))));
 
-  /* "ivshmem/native/descriptors.pyx":574
+  /* "ivshmem/native/descriptors.pyx":568
  *         cdef epoll_event event
  *         memset(&event, 0, sizeof(event))
  *         event.events = events             # <<<<<<<<<<<<<<
@@ -13329,7 +13290,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_ob
 */
   __pyx_v_event.events = __pyx_v_events;
 
-  /* "ivshmem/native/descriptors.pyx":575
+  /* "ivshmem/native/descriptors.pyx":569
  *         memset(&event, 0, sizeof(event))
  *         event.events = events
  *         event.data.u64 = token             # <<<<<<<<<<<<<<
@@ -13338,7 +13299,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_ob
 */
   __pyx_v_event.data.u64 = __pyx_v_token;
 
-  /* "ivshmem/native/descriptors.pyx":576
+  /* "ivshmem/native/descriptors.pyx":570
  *         event.events = events
  *         event.data.u64 = token
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:             # <<<<<<<<<<<<<<
@@ -13352,10 +13313,10 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_ob
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 576, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 570, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 576, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 570, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_5 = (epoll_ctl(__pyx_t_4, __pyx_v_op, __pyx_v_fd, (&__pyx_v_event)) < 0);
 
@@ -13363,17 +13324,17 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_ob
   if (__pyx_t_5) {
 
 
-    /* "ivshmem/native/descriptors.pyx":577
+    /* "ivshmem/native/descriptors.pyx":571
  *         event.data.u64 = token
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:
  *             fail()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_4 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 577, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 571, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":576
+    /* "ivshmem/native/descriptors.pyx":570
  *         event.events = events
  *         event.data.u64 = token
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:             # <<<<<<<<<<<<<<
@@ -13382,7 +13343,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":578
+  /* "ivshmem/native/descriptors.pyx":572
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:
  *             fail()
  *         return 0             # <<<<<<<<<<<<<<
@@ -13395,7 +13356,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":571
+  /* "ivshmem/native/descriptors.pyx":565
  *         return self.epfd
  * 
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:             # <<<<<<<<<<<<<<
@@ -13416,7 +13377,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":580
+/* "ivshmem/native/descriptors.pyx":574
  *         return 0
  * 
  *     def add(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -13466,46 +13427,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_token,&__pyx_mstate_global->__pyx_n_u_events,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 580, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 574, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 580, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 574, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 580, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 574, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 580, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 574, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "add", 0) < (0)) __PYX_ERR(0, 580, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "add", 0) < (0)) __PYX_ERR(0, 574, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, i); __PYX_ERR(0, 580, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, i); __PYX_ERR(0, 574, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 580, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 574, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 580, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 574, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 580, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 574, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 580, __pyx_L3_error)
-    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 580, __pyx_L3_error)
-    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 580, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 574, __pyx_L3_error)
+    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 574, __pyx_L3_error)
+    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 574, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 580, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 574, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13538,17 +13499,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_4add(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("add", 0);
 
-  /* "ivshmem/native/descriptors.pyx":582
+  /* "ivshmem/native/descriptors.pyx":576
  *     def add(self, int fd, uint64_t token, unsigned int events):
  *         """Watch `fd`. EPOLLHUP and EPOLLERR are reported even if `events` is 0."""
  *         self.control(EPOLL_CTL_ADD, fd, events, token)             # <<<<<<<<<<<<<<
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(__pyx_v_self, EPOLL_CTL_ADD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 582, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(__pyx_v_self, EPOLL_CTL_ADD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 576, __pyx_L1_error)
 
 
-  /* "ivshmem/native/descriptors.pyx":580
+  /* "ivshmem/native/descriptors.pyx":574
  *         return 0
  * 
  *     def add(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -13568,7 +13529,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_4add(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":584
+/* "ivshmem/native/descriptors.pyx":578
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -13618,46 +13579,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_token,&__pyx_mstate_global->__pyx_n_u_events,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 584, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 578, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 584, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 578, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 584, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 578, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 584, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 578, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "modify", 0) < (0)) __PYX_ERR(0, 584, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "modify", 0) < (0)) __PYX_ERR(0, 578, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, i); __PYX_ERR(0, 584, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, i); __PYX_ERR(0, 578, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 584, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 578, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 584, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 578, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 584, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 578, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 584, __pyx_L3_error)
-    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 584, __pyx_L3_error)
-    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 584, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 578, __pyx_L3_error)
+    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 578, __pyx_L3_error)
+    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 578, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 584, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 578, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13690,17 +13651,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_6modify(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("modify", 0);
 
-  /* "ivshmem/native/descriptors.pyx":585
+  /* "ivshmem/native/descriptors.pyx":579
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):
  *         self.control(EPOLL_CTL_MOD, fd, events, token)             # <<<<<<<<<<<<<<
  * 
  *     def remove(self, int fd):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(__pyx_v_self, EPOLL_CTL_MOD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 585, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(__pyx_v_self, EPOLL_CTL_MOD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 579, __pyx_L1_error)
 
 
-  /* "ivshmem/native/descriptors.pyx":584
+  /* "ivshmem/native/descriptors.pyx":578
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -13720,7 +13681,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_6modify(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":587
+/* "ivshmem/native/descriptors.pyx":581
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
  *     def remove(self, int fd):             # <<<<<<<<<<<<<<
@@ -13768,32 +13729,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 587, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 581, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 587, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 581, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "remove", 0) < (0)) __PYX_ERR(0, 587, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "remove", 0) < (0)) __PYX_ERR(0, 581, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, i); __PYX_ERR(0, 587, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, i); __PYX_ERR(0, 581, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 587, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 581, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 587, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 581, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 587, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 581, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13824,17 +13785,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_8remove(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("remove", 0);
 
-  /* "ivshmem/native/descriptors.pyx":588
+  /* "ivshmem/native/descriptors.pyx":582
  * 
  *     def remove(self, int fd):
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)             # <<<<<<<<<<<<<<
  * 
  *     def wait(self, timeout=None):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(__pyx_v_self, EPOLL_CTL_DEL, __pyx_v_fd, 0, 0); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 588, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(__pyx_v_self, EPOLL_CTL_DEL, __pyx_v_fd, 0, 0); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 582, __pyx_L1_error)
 
 
-  /* "ivshmem/native/descriptors.pyx":587
+  /* "ivshmem/native/descriptors.pyx":581
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
  *     def remove(self, int fd):             # <<<<<<<<<<<<<<
@@ -13854,7 +13815,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_8remove(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":590
+/* "ivshmem/native/descriptors.pyx":584
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -13902,24 +13863,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 590, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 584, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 590, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 584, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 590, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 584, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 590, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 584, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -13930,7 +13891,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 590, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 584, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13974,17 +13935,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait", 0);
 
-  /* "ivshmem/native/descriptors.pyx":596
+  /* "ivshmem/native/descriptors.pyx":590
  *         """
  *         cdef epoll_event events[BATCH]
  *         cdef int64_t deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
  *         cdef int n
  *         cdef int epfd = self.fileno()
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 596, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 590, __pyx_L1_error)
   __pyx_v_deadline = __pyx_t_1;
 
-  /* "ivshmem/native/descriptors.pyx":598
+  /* "ivshmem/native/descriptors.pyx":592
  *         cdef int64_t deadline = deadline_of(timeout)
  *         cdef int n
  *         cdef int epfd = self.fileno()             # <<<<<<<<<<<<<<
@@ -13998,14 +13959,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __
     PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 598, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 592, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  __pyx_t_5 = __Pyx_PyLong_As_int(__pyx_t_2); if (unlikely((__pyx_t_5 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 598, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyLong_As_int(__pyx_t_2); if (unlikely((__pyx_t_5 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 592, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_v_epfd = __pyx_t_5;
 
-  /* "ivshmem/native/descriptors.pyx":599
+  /* "ivshmem/native/descriptors.pyx":593
  *         cdef int n
  *         cdef int epfd = self.fileno()
  *         while True:             # <<<<<<<<<<<<<<
@@ -14014,17 +13975,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __
 */
   while (1) {
 
-    /* "ivshmem/native/descriptors.pyx":600
+    /* "ivshmem/native/descriptors.pyx":594
  *         cdef int epfd = self.fileno()
  *         while True:
  *             n = epoll_sleep(epfd, events, BATCH, deadline)             # <<<<<<<<<<<<<<
  *             if n >= 0:
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
 */
-    __pyx_t_5 = __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(__pyx_v_epfd, __pyx_v_events, __pyx_e_7ivshmem_6native_11descriptors_BATCH, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 600, __pyx_L1_error)
+    __pyx_t_5 = __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(__pyx_v_epfd, __pyx_v_events, __pyx_e_7ivshmem_6native_11descriptors_BATCH, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 594, __pyx_L1_error)
     __pyx_v_n = __pyx_t_5;
 
-    /* "ivshmem/native/descriptors.pyx":601
+    /* "ivshmem/native/descriptors.pyx":595
  *         while True:
  *             n = epoll_sleep(epfd, events, BATCH, deadline)
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -14036,7 +13997,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/native/descriptors.pyx":602
+      /* "ivshmem/native/descriptors.pyx":596
  *             n = epoll_sleep(epfd, events, BATCH, deadline)
  *             if n >= 0:
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]             # <<<<<<<<<<<<<<
@@ -14044,7 +14005,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __
  *     def close(self):
 */
       { /* enter inner scope */
-        __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 602, __pyx_L1_error)
+        __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 596, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
 
         __pyx_t_5 = __pyx_v_n;
@@ -14052,20 +14013,20 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __
 
         for (__pyx_t_8 = 0; __pyx_t_8 < __pyx_t_7; __pyx_t_8+=1) {
           __pyx_8genexpr1__pyx_v_i = __pyx_t_8;
-          __pyx_t_3 = __Pyx_PyLong_From_uint64_t((__pyx_v_events[__pyx_8genexpr1__pyx_v_i]).data.u64); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 602, __pyx_L1_error)
+          __pyx_t_3 = __Pyx_PyLong_From_uint64_t((__pyx_v_events[__pyx_8genexpr1__pyx_v_i]).data.u64); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 596, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_3);
-          __pyx_t_9 = __Pyx_PyLong_From_uint32_t((__pyx_v_events[__pyx_8genexpr1__pyx_v_i]).events); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 602, __pyx_L1_error)
+          __pyx_t_9 = __Pyx_PyLong_From_uint32_t((__pyx_v_events[__pyx_8genexpr1__pyx_v_i]).events); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 596, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_9);
-          __pyx_t_10 = PyTuple_New(2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 602, __pyx_L1_error)
+          __pyx_t_10 = PyTuple_New(2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 596, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_10);
           __Pyx_GIVEREF(__pyx_t_3);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 602, __pyx_L1_error);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 596, __pyx_L1_error);
           __Pyx_GIVEREF(__pyx_t_9);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 1, __pyx_t_9) != (0)) __PYX_ERR(0, 602, __pyx_L1_error);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 1, __pyx_t_9) != (0)) __PYX_ERR(0, 596, __pyx_L1_error);
           __pyx_t_3 = 0;
           __pyx_t_9 = 0;
           __Pyx_GIVEREF(__pyx_t_10);
-          if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_2, __pyx_t_10))) __PYX_ERR(0, 602, __pyx_L1_error)
+          if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_2, __pyx_t_10))) __PYX_ERR(0, 596, __pyx_L1_error)
           __pyx_t_10 = 0;
         }
 
@@ -14081,7 +14042,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __
       __pyx_t_2 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/native/descriptors.pyx":601
+      /* "ivshmem/native/descriptors.pyx":595
  *         while True:
  *             n = epoll_sleep(epfd, events, BATCH, deadline)
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -14091,7 +14052,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __
     }
   }
 
-  /* "ivshmem/native/descriptors.pyx":590
+  /* "ivshmem/native/descriptors.pyx":584
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -14120,7 +14081,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":604
+/* "ivshmem/native/descriptors.pyx":598
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -14179,7 +14140,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_12close(struct _
   int __pyx_t_2;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/native/descriptors.pyx":605
+  /* "ivshmem/native/descriptors.pyx":599
  * 
  *     def close(self):
  *         cdef int epfd = self.epfd             # <<<<<<<<<<<<<<
@@ -14190,7 +14151,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_12close(struct _
 
   __pyx_v_epfd = __pyx_t_1;
 
-  /* "ivshmem/native/descriptors.pyx":606
+  /* "ivshmem/native/descriptors.pyx":600
  *     def close(self):
  *         cdef int epfd = self.epfd
  *         self.epfd = -1             # <<<<<<<<<<<<<<
@@ -14199,7 +14160,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_12close(struct _
 */
   __pyx_v_self->epfd = -1;
 
-  /* "ivshmem/native/descriptors.pyx":607
+  /* "ivshmem/native/descriptors.pyx":601
  *         cdef int epfd = self.epfd
  *         self.epfd = -1
  *         if epfd >= 0:             # <<<<<<<<<<<<<<
@@ -14211,7 +14172,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_12close(struct _
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/native/descriptors.pyx":608
+    /* "ivshmem/native/descriptors.pyx":602
  *         self.epfd = -1
  *         if epfd >= 0:
  *             c_close(epfd)             # <<<<<<<<<<<<<<
@@ -14220,7 +14181,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_12close(struct _
 */
     (void)(close(__pyx_v_epfd));
 
-    /* "ivshmem/native/descriptors.pyx":607
+    /* "ivshmem/native/descriptors.pyx":601
  *         cdef int epfd = self.epfd
  *         self.epfd = -1
  *         if epfd >= 0:             # <<<<<<<<<<<<<<
@@ -14229,7 +14190,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_12close(struct _
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":604
+  /* "ivshmem/native/descriptors.pyx":598
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -14245,7 +14206,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_12close(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":610
+/* "ivshmem/native/descriptors.pyx":604
  *             c_close(epfd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -14269,7 +14230,7 @@ static void __pyx_pw_7ivshmem_6native_11descriptors_5Epoll_15__dealloc__(PyObjec
 static void __pyx_pf_7ivshmem_6native_11descriptors_5Epoll_14__dealloc__(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/native/descriptors.pyx":611
+  /* "ivshmem/native/descriptors.pyx":605
  * 
  *     def __dealloc__(self):
  *         if self.epfd >= 0:             # <<<<<<<<<<<<<<
@@ -14281,7 +14242,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_5Epoll_14__dealloc__(struct 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":612
+    /* "ivshmem/native/descriptors.pyx":606
  *     def __dealloc__(self):
  *         if self.epfd >= 0:
  *             c_close(self.epfd)             # <<<<<<<<<<<<<<
@@ -14290,7 +14251,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_5Epoll_14__dealloc__(struct 
 */
     (void)(close(__pyx_v_self->epfd));
 
-    /* "ivshmem/native/descriptors.pyx":611
+    /* "ivshmem/native/descriptors.pyx":605
  * 
  *     def __dealloc__(self):
  *         if self.epfd >= 0:             # <<<<<<<<<<<<<<
@@ -14299,7 +14260,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_5Epoll_14__dealloc__(struct 
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":610
+  /* "ivshmem/native/descriptors.pyx":604
  *             c_close(epfd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -14517,7 +14478,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_18__setstate_cyt
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":615
+/* "ivshmem/native/descriptors.pyx":609
  * 
  * 
  * cdef int epoll_sleep(int epfd, epoll_event *events, int limit, int64_t deadline) except -2:             # <<<<<<<<<<<<<<
@@ -14541,7 +14502,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/native/descriptors.pyx":619
+  /* "ivshmem/native/descriptors.pyx":613
  *     cdef int64_t left
  *     cdef int milliseconds, n, code
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -14553,7 +14514,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":620
+    /* "ivshmem/native/descriptors.pyx":614
  *     cdef int milliseconds, n, code
  *     if deadline == INT64_MAX:
  *         milliseconds = -1             # <<<<<<<<<<<<<<
@@ -14562,7 +14523,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
 */
     __pyx_v_milliseconds = -1;
 
-    /* "ivshmem/native/descriptors.pyx":619
+    /* "ivshmem/native/descriptors.pyx":613
  *     cdef int64_t left
  *     cdef int milliseconds, n, code
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -14572,7 +14533,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
     goto __pyx_L3;
   }
 
-  /* "ivshmem/native/descriptors.pyx":622
+  /* "ivshmem/native/descriptors.pyx":616
  *         milliseconds = -1
  *     else:
  *         left = deadline - now() if deadline else 0             # <<<<<<<<<<<<<<
@@ -14592,7 +14553,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
 
     __pyx_v_left = __pyx_t_2;
 
-    /* "ivshmem/native/descriptors.pyx":624
+    /* "ivshmem/native/descriptors.pyx":618
  *         left = deadline - now() if deadline else 0
  *         # Round up: otherwise the last fraction of a millisecond would be spent spinning.
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0             # <<<<<<<<<<<<<<
@@ -14628,7 +14589,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
   }
   __pyx_L3:;
 
-  /* "ivshmem/native/descriptors.pyx":625
+  /* "ivshmem/native/descriptors.pyx":619
  *         # Round up: otherwise the last fraction of a millisecond would be spent spinning.
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -14641,7 +14602,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
       __Pyx_FastGIL_Remember();
       /*try:*/ {
 
-        /* "ivshmem/native/descriptors.pyx":626
+        /* "ivshmem/native/descriptors.pyx":620
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0
  *     with nogil:
  *         n = epoll_wait(epfd, events, limit, milliseconds)             # <<<<<<<<<<<<<<
@@ -14650,7 +14611,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
 */
         __pyx_v_n = epoll_wait(__pyx_v_epfd, __pyx_v_events, __pyx_v_limit, __pyx_v_milliseconds);
 
-        /* "ivshmem/native/descriptors.pyx":627
+        /* "ivshmem/native/descriptors.pyx":621
  *     with nogil:
  *         n = epoll_wait(epfd, events, limit, milliseconds)
  *         code = errno             # <<<<<<<<<<<<<<
@@ -14660,7 +14621,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
         __pyx_v_code = errno;
       }
 
-      /* "ivshmem/native/descriptors.pyx":625
+      /* "ivshmem/native/descriptors.pyx":619
  *         # Round up: otherwise the last fraction of a millisecond would be spent spinning.
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -14677,7 +14638,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
       }
   }
 
-  /* "ivshmem/native/descriptors.pyx":628
+  /* "ivshmem/native/descriptors.pyx":622
  *         n = epoll_wait(epfd, events, limit, milliseconds)
  *         code = errno
  *     if n >= 0:             # <<<<<<<<<<<<<<
@@ -14689,7 +14650,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":629
+    /* "ivshmem/native/descriptors.pyx":623
  *         code = errno
  *     if n >= 0:
  *         return n             # <<<<<<<<<<<<<<
@@ -14702,7 +14663,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pyx":628
+    /* "ivshmem/native/descriptors.pyx":622
  *         n = epoll_wait(epfd, events, limit, milliseconds)
  *         code = errno
  *     if n >= 0:             # <<<<<<<<<<<<<<
@@ -14711,7 +14672,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":630
+  /* "ivshmem/native/descriptors.pyx":624
  *     if n >= 0:
  *         return n
  *     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -14723,17 +14684,17 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":631
+    /* "ivshmem/native/descriptors.pyx":625
  *         return n
  *     if code != EINTR:
  *         fail_with(code)             # <<<<<<<<<<<<<<
  *     PyErr_CheckSignals()
  *     return -1
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 631, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 625, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":630
+    /* "ivshmem/native/descriptors.pyx":624
  *     if n >= 0:
  *         return n
  *     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -14742,17 +14703,17 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":632
+  /* "ivshmem/native/descriptors.pyx":626
  *     if code != EINTR:
  *         fail_with(code)
  *     PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *     return -1
  * 
 */
-  __pyx_t_3 = PyErr_CheckSignals(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 632, __pyx_L1_error)
+  __pyx_t_3 = PyErr_CheckSignals(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 626, __pyx_L1_error)
 
 
-  /* "ivshmem/native/descriptors.pyx":633
+  /* "ivshmem/native/descriptors.pyx":627
  *         fail_with(code)
  *     PyErr_CheckSignals()
  *     return -1             # <<<<<<<<<<<<<<
@@ -14765,7 +14726,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":615
+  /* "ivshmem/native/descriptors.pyx":609
  * 
  * 
  * cdef int epoll_sleep(int epfd, epoll_event *events, int limit, int64_t deadline) except -2:             # <<<<<<<<<<<<<<
@@ -14786,7 +14747,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":636
+/* "ivshmem/native/descriptors.pyx":630
  * 
  * 
  * cdef int fail_with(int code) except -1:             # <<<<<<<<<<<<<<
@@ -14809,7 +14770,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_fail_with(int __pyx_v_code) {
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fail_with", 0);
 
-  /* "ivshmem/native/descriptors.pyx":637
+  /* "ivshmem/native/descriptors.pyx":631
  * 
  * cdef int fail_with(int code) except -1:
  *     raise OSError(code, strerror(code).decode())             # <<<<<<<<<<<<<<
@@ -14817,15 +14778,15 @@ static int __pyx_f_7ivshmem_6native_11descriptors_fail_with(int __pyx_v_code) {
  * 
 */
   __pyx_t_2 = NULL;
-  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 637, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 631, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
   __pyx_t_4 = strerror(__pyx_v_code);
-  __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_4); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 637, __pyx_L1_error)
-  __pyx_t_6 = __Pyx_decode_c_string(__pyx_t_4, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 637, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_4); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 631, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_decode_c_string(__pyx_t_4, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 631, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
 
-  if (!(likely(PyUnicode_CheckExact(__pyx_t_6)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_6))) __PYX_ERR(0, 637, __pyx_L1_error)
+  if (!(likely(PyUnicode_CheckExact(__pyx_t_6)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_6))) __PYX_ERR(0, 631, __pyx_L1_error)
   __pyx_t_7 = 1;
   {
     PyObject *__pyx_callargs[3] = {__pyx_t_2, __pyx_t_3, __pyx_t_6};
@@ -14833,14 +14794,14 @@ static int __pyx_f_7ivshmem_6native_11descriptors_fail_with(int __pyx_v_code) {
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 637, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 631, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 637, __pyx_L1_error)
+  __PYX_ERR(0, 631, __pyx_L1_error)
 
-  /* "ivshmem/native/descriptors.pyx":636
+  /* "ivshmem/native/descriptors.pyx":630
  * 
  * 
  * cdef int fail_with(int code) except -1:             # <<<<<<<<<<<<<<
@@ -14861,7 +14822,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_fail_with(int __pyx_v_code) {
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":646
+/* "ivshmem/native/descriptors.pyx":640
  *     cdef int fd
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -14918,7 +14879,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Timer___cinit__(struct __pyx
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/native/descriptors.pyx":647
+  /* "ivshmem/native/descriptors.pyx":641
  * 
  *     def __cinit__(self):
  *         self.fd = -1             # <<<<<<<<<<<<<<
@@ -14927,7 +14888,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Timer___cinit__(struct __pyx
 */
   __pyx_v_self->fd = -1;
 
-  /* "ivshmem/native/descriptors.pyx":648
+  /* "ivshmem/native/descriptors.pyx":642
  *     def __cinit__(self):
  *         self.fd = -1
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)             # <<<<<<<<<<<<<<
@@ -14936,7 +14897,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Timer___cinit__(struct __pyx
 */
   __pyx_v_self->fd = timerfd_create(CLOCK_MONOTONIC, (TFD_CLOEXEC | TFD_NONBLOCK));
 
-  /* "ivshmem/native/descriptors.pyx":649
+  /* "ivshmem/native/descriptors.pyx":643
  *         self.fd = -1
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -14948,17 +14909,17 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Timer___cinit__(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":650
+    /* "ivshmem/native/descriptors.pyx":644
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
  *         if self.fd < 0:
  *             fail()             # <<<<<<<<<<<<<<
  * 
  *     def fileno(self):
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 650, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 644, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":649
+    /* "ivshmem/native/descriptors.pyx":643
  *         self.fd = -1
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -14967,7 +14928,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Timer___cinit__(struct __pyx
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":646
+  /* "ivshmem/native/descriptors.pyx":640
  *     cdef int fd
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -14986,7 +14947,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Timer___cinit__(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":652
+/* "ivshmem/native/descriptors.pyx":646
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -15050,7 +15011,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_2fileno(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/native/descriptors.pyx":653
+  /* "ivshmem/native/descriptors.pyx":647
  * 
  *     def fileno(self):
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -15062,7 +15023,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_2fileno(struct _
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/native/descriptors.pyx":654
+    /* "ivshmem/native/descriptors.pyx":648
  *     def fileno(self):
  *         if self.fd < 0:
  *             raise ClosedError("the timer is closed")             # <<<<<<<<<<<<<<
@@ -15070,7 +15031,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_2fileno(struct _
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 654, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 648, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -15089,14 +15050,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_2fileno(struct _
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 654, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 648, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 654, __pyx_L1_error)
+    __PYX_ERR(0, 648, __pyx_L1_error)
 
-    /* "ivshmem/native/descriptors.pyx":653
+    /* "ivshmem/native/descriptors.pyx":647
  * 
  *     def fileno(self):
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -15105,14 +15066,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_2fileno(struct _
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":655
+  /* "ivshmem/native/descriptors.pyx":649
  *         if self.fd < 0:
  *             raise ClosedError("the timer is closed")
  *         return self.fd             # <<<<<<<<<<<<<<
  * 
  *     def set(self, double seconds):
 */
-  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->fd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 655, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->fd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 649, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject *__pyx_temp;
@@ -15125,7 +15086,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_2fileno(struct _
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":652
+  /* "ivshmem/native/descriptors.pyx":646
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -15146,7 +15107,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_2fileno(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":657
+/* "ivshmem/native/descriptors.pyx":651
  *         return self.fd
  * 
  *     def set(self, double seconds):             # <<<<<<<<<<<<<<
@@ -15194,32 +15155,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_seconds,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 657, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 651, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 657, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 651, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "set", 0) < (0)) __PYX_ERR(0, 657, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "set", 0) < (0)) __PYX_ERR(0, 651, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, i); __PYX_ERR(0, 657, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, i); __PYX_ERR(0, 651, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 657, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 651, __pyx_L3_error)
     }
-    __pyx_v_seconds = __Pyx_PyFloat_AsDouble(values[0]); if (unlikely((__pyx_v_seconds == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 657, __pyx_L3_error)
+    __pyx_v_seconds = __Pyx_PyFloat_AsDouble(values[0]); if (unlikely((__pyx_v_seconds == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 651, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 657, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 651, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15255,7 +15216,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_4set(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("set", 0);
 
-  /* "ivshmem/native/descriptors.pyx":660
+  /* "ivshmem/native/descriptors.pyx":654
  *         """Make the descriptor readable `seconds` from now, and not before. 0: never."""
  *         cdef itimerspec spec
  *         memset(&spec, 0, sizeof(spec))             # <<<<<<<<<<<<<<
@@ -15264,7 +15225,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_4set(struct __py
 */
   (void)(memset((&__pyx_v_spec), 0, (sizeof(__pyx_v_spec))));
 
-  /* "ivshmem/native/descriptors.pyx":661
+  /* "ivshmem/native/descriptors.pyx":655
  *         cdef itimerspec spec
  *         memset(&spec, 0, sizeof(spec))
  *         spec.it_value.tv_sec = <long>seconds             # <<<<<<<<<<<<<<
@@ -15273,7 +15234,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_4set(struct __py
 */
   __pyx_v_spec.it_value.tv_sec = ((long)__pyx_v_seconds);
 
-  /* "ivshmem/native/descriptors.pyx":662
+  /* "ivshmem/native/descriptors.pyx":656
  *         memset(&spec, 0, sizeof(spec))
  *         spec.it_value.tv_sec = <long>seconds
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)             # <<<<<<<<<<<<<<
@@ -15282,7 +15243,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_4set(struct __py
 */
   __pyx_v_spec.it_value.tv_nsec = ((long)((__pyx_v_seconds - ((long)__pyx_v_seconds)) * 1e9));
 
-  /* "ivshmem/native/descriptors.pyx":663
+  /* "ivshmem/native/descriptors.pyx":657
  *         spec.it_value.tv_sec = <long>seconds
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
  *         if timerfd_settime(self.fileno(), 0, &spec, NULL) < 0:             # <<<<<<<<<<<<<<
@@ -15296,10 +15257,10 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_4set(struct __py
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 663, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 657, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 663, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 657, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_5 = (timerfd_settime(__pyx_t_4, 0, (&__pyx_v_spec), NULL) < 0);
 
@@ -15307,17 +15268,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_4set(struct __py
   if (__pyx_t_5) {
 
 
-    /* "ivshmem/native/descriptors.pyx":664
+    /* "ivshmem/native/descriptors.pyx":658
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
  *         if timerfd_settime(self.fileno(), 0, &spec, NULL) < 0:
  *             fail()             # <<<<<<<<<<<<<<
  * 
  *     def close(self):
 */
-    __pyx_t_4 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 664, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 658, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":663
+    /* "ivshmem/native/descriptors.pyx":657
  *         spec.it_value.tv_sec = <long>seconds
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
  *         if timerfd_settime(self.fileno(), 0, &spec, NULL) < 0:             # <<<<<<<<<<<<<<
@@ -15326,7 +15287,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_4set(struct __py
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":657
+  /* "ivshmem/native/descriptors.pyx":651
  *         return self.fd
  * 
  *     def set(self, double seconds):             # <<<<<<<<<<<<<<
@@ -15349,7 +15310,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_4set(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":666
+/* "ivshmem/native/descriptors.pyx":660
  *             fail()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -15408,7 +15369,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_6close(struct __
   int __pyx_t_2;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/native/descriptors.pyx":667
+  /* "ivshmem/native/descriptors.pyx":661
  * 
  *     def close(self):
  *         cdef int fd = self.fd             # <<<<<<<<<<<<<<
@@ -15419,7 +15380,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_6close(struct __
 
   __pyx_v_fd = __pyx_t_1;
 
-  /* "ivshmem/native/descriptors.pyx":668
+  /* "ivshmem/native/descriptors.pyx":662
  *     def close(self):
  *         cdef int fd = self.fd
  *         self.fd = -1             # <<<<<<<<<<<<<<
@@ -15428,7 +15389,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_6close(struct __
 */
   __pyx_v_self->fd = -1;
 
-  /* "ivshmem/native/descriptors.pyx":669
+  /* "ivshmem/native/descriptors.pyx":663
  *         cdef int fd = self.fd
  *         self.fd = -1
  *         if fd >= 0:             # <<<<<<<<<<<<<<
@@ -15440,7 +15401,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_6close(struct __
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/native/descriptors.pyx":670
+    /* "ivshmem/native/descriptors.pyx":664
  *         self.fd = -1
  *         if fd >= 0:
  *             c_close(fd)             # <<<<<<<<<<<<<<
@@ -15449,7 +15410,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_6close(struct __
 */
     (void)(close(__pyx_v_fd));
 
-    /* "ivshmem/native/descriptors.pyx":669
+    /* "ivshmem/native/descriptors.pyx":663
  *         cdef int fd = self.fd
  *         self.fd = -1
  *         if fd >= 0:             # <<<<<<<<<<<<<<
@@ -15458,7 +15419,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_6close(struct __
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":666
+  /* "ivshmem/native/descriptors.pyx":660
  *             fail()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -15474,7 +15435,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_6close(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":672
+/* "ivshmem/native/descriptors.pyx":666
  *             c_close(fd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -15498,7 +15459,7 @@ static void __pyx_pw_7ivshmem_6native_11descriptors_5Timer_9__dealloc__(PyObject
 static void __pyx_pf_7ivshmem_6native_11descriptors_5Timer_8__dealloc__(struct __pyx_obj_7ivshmem_6native_11descriptors_Timer *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/native/descriptors.pyx":673
+  /* "ivshmem/native/descriptors.pyx":667
  * 
  *     def __dealloc__(self):
  *         if self.fd >= 0:             # <<<<<<<<<<<<<<
@@ -15510,7 +15471,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_5Timer_8__dealloc__(struct _
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":674
+    /* "ivshmem/native/descriptors.pyx":668
  *     def __dealloc__(self):
  *         if self.fd >= 0:
  *             c_close(self.fd)             # <<<<<<<<<<<<<<
@@ -15519,7 +15480,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_5Timer_8__dealloc__(struct _
 */
     (void)(close(__pyx_v_self->fd));
 
-    /* "ivshmem/native/descriptors.pyx":673
+    /* "ivshmem/native/descriptors.pyx":667
  * 
  *     def __dealloc__(self):
  *         if self.fd >= 0:             # <<<<<<<<<<<<<<
@@ -15528,7 +15489,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_5Timer_8__dealloc__(struct _
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":672
+  /* "ivshmem/native/descriptors.pyx":666
  *             c_close(fd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -15746,7 +15707,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_12__setstate_cyt
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":677
+/* "ivshmem/native/descriptors.pyx":671
  * 
  * 
  * def fork_sharing_files():             # <<<<<<<<<<<<<<
@@ -15784,7 +15745,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fork_sharing_files", 0);
 
-  /* "ivshmem/native/descriptors.pyx":688
+  /* "ivshmem/native/descriptors.pyx":682
  *     cdef long pid
  *     cdef int code
  *     PyOS_BeforeFork()             # <<<<<<<<<<<<<<
@@ -15793,7 +15754,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
 */
   PyOS_BeforeFork();
 
-  /* "ivshmem/native/descriptors.pyx":689
+  /* "ivshmem/native/descriptors.pyx":683
  *     cdef int code
  *     PyOS_BeforeFork()
  *     pid = ivshmem_fork_sharing_files()             # <<<<<<<<<<<<<<
@@ -15802,7 +15763,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
 */
   __pyx_v_pid = ivshmem_fork_sharing_files();
 
-  /* "ivshmem/native/descriptors.pyx":690
+  /* "ivshmem/native/descriptors.pyx":684
  *     PyOS_BeforeFork()
  *     pid = ivshmem_fork_sharing_files()
  *     code = errno             # <<<<<<<<<<<<<<
@@ -15811,7 +15772,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
 */
   __pyx_v_code = errno;
 
-  /* "ivshmem/native/descriptors.pyx":691
+  /* "ivshmem/native/descriptors.pyx":685
  *     pid = ivshmem_fork_sharing_files()
  *     code = errno
  *     if pid == 0:             # <<<<<<<<<<<<<<
@@ -15823,7 +15784,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":692
+    /* "ivshmem/native/descriptors.pyx":686
  *     code = errno
  *     if pid == 0:
  *         PyOS_AfterFork_Child()             # <<<<<<<<<<<<<<
@@ -15832,7 +15793,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
 */
     PyOS_AfterFork_Child();
 
-    /* "ivshmem/native/descriptors.pyx":693
+    /* "ivshmem/native/descriptors.pyx":687
  *     if pid == 0:
  *         PyOS_AfterFork_Child()
  *         return 0             # <<<<<<<<<<<<<<
@@ -15850,7 +15811,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pyx":691
+    /* "ivshmem/native/descriptors.pyx":685
  *     pid = ivshmem_fork_sharing_files()
  *     code = errno
  *     if pid == 0:             # <<<<<<<<<<<<<<
@@ -15859,7 +15820,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":694
+  /* "ivshmem/native/descriptors.pyx":688
  *         PyOS_AfterFork_Child()
  *         return 0
  *     PyOS_AfterFork_Parent()             # <<<<<<<<<<<<<<
@@ -15868,7 +15829,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
 */
   PyOS_AfterFork_Parent();
 
-  /* "ivshmem/native/descriptors.pyx":695
+  /* "ivshmem/native/descriptors.pyx":689
  *         return 0
  *     PyOS_AfterFork_Parent()
  *     if pid < 0:             # <<<<<<<<<<<<<<
@@ -15880,17 +15841,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":696
+    /* "ivshmem/native/descriptors.pyx":690
  *     PyOS_AfterFork_Parent()
  *     if pid < 0:
  *         fail_with(code)             # <<<<<<<<<<<<<<
  *     return pid
  * 
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 696, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 690, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":695
+    /* "ivshmem/native/descriptors.pyx":689
  *         return 0
  *     PyOS_AfterFork_Parent()
  *     if pid < 0:             # <<<<<<<<<<<<<<
@@ -15899,14 +15860,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":697
+  /* "ivshmem/native/descriptors.pyx":691
  *     if pid < 0:
  *         fail_with(code)
  *     return pid             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_3 = __Pyx_PyLong_From_long(__pyx_v_pid); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 697, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_long(__pyx_v_pid); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 691, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   {
     PyObject *__pyx_temp;
@@ -15919,7 +15880,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":677
+  /* "ivshmem/native/descriptors.pyx":671
  * 
  * 
  * def fork_sharing_files():             # <<<<<<<<<<<<<<
@@ -15940,7 +15901,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":700
+/* "ivshmem/native/descriptors.pyx":694
  * 
  * 
  * def rename_exclusive(int directory, source, target):             # <<<<<<<<<<<<<<
@@ -15990,46 +15951,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_directory,&__pyx_mstate_global->__pyx_n_u_source,&__pyx_mstate_global->__pyx_n_u_target,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 700, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 694, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 700, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 694, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 700, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 694, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 700, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 694, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "rename_exclusive", 0) < (0)) __PYX_ERR(0, 700, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "rename_exclusive", 0) < (0)) __PYX_ERR(0, 694, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("rename_exclusive", 1, 3, 3, i); __PYX_ERR(0, 700, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("rename_exclusive", 1, 3, 3, i); __PYX_ERR(0, 694, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 700, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 694, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 700, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 694, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 700, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 694, __pyx_L3_error)
     }
-    __pyx_v_directory = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_directory == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 700, __pyx_L3_error)
+    __pyx_v_directory = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_directory == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 694, __pyx_L3_error)
     __pyx_v_source = values[1];
     __pyx_v_target = values[2];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("rename_exclusive", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 700, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("rename_exclusive", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 694, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -16073,7 +16034,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("rename_exclusive", 0);
 
-  /* "ivshmem/native/descriptors.pyx":706
+  /* "ivshmem/native/descriptors.pyx":700
  *         OSError: EEXIST; EINVAL or ENOSYS if the file system or the kernel cannot do it.
  *     """
  *     cdef bytes old = os.fsencode(source)             # <<<<<<<<<<<<<<
@@ -16081,9 +16042,9 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
  *     cdef const char *old_text = old
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 706, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 700, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 706, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 700, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5 = 1;
@@ -16103,14 +16064,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 706, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 700, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 706, __pyx_L1_error)
+  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 700, __pyx_L1_error)
   __pyx_v_old = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":707
+  /* "ivshmem/native/descriptors.pyx":701
  *     """
  *     cdef bytes old = os.fsencode(source)
  *     cdef bytes new = os.fsencode(target)             # <<<<<<<<<<<<<<
@@ -16118,9 +16079,9 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
  *     cdef const char *new_text = new
 */
   __pyx_t_4 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 707, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 701, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 707, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 701, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_t_5 = 1;
@@ -16140,14 +16101,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 707, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 701, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 707, __pyx_L1_error)
+  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 701, __pyx_L1_error)
   __pyx_v_new = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":708
+  /* "ivshmem/native/descriptors.pyx":702
  *     cdef bytes old = os.fsencode(source)
  *     cdef bytes new = os.fsencode(target)
  *     cdef const char *old_text = old             # <<<<<<<<<<<<<<
@@ -16156,12 +16117,12 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
 */
   if (unlikely(__pyx_v_old == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "expected bytes, NoneType found");
-    __PYX_ERR(0, 708, __pyx_L1_error)
+    __PYX_ERR(0, 702, __pyx_L1_error)
   }
-  __pyx_t_6 = __Pyx_PyBytes_AsString(__pyx_v_old); if (unlikely((!__pyx_t_6) && PyErr_Occurred())) __PYX_ERR(0, 708, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyBytes_AsString(__pyx_v_old); if (unlikely((!__pyx_t_6) && PyErr_Occurred())) __PYX_ERR(0, 702, __pyx_L1_error)
   __pyx_v_old_text = __pyx_t_6;
 
-  /* "ivshmem/native/descriptors.pyx":709
+  /* "ivshmem/native/descriptors.pyx":703
  *     cdef bytes new = os.fsencode(target)
  *     cdef const char *old_text = old
  *     cdef const char *new_text = new             # <<<<<<<<<<<<<<
@@ -16170,12 +16131,12 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
 */
   if (unlikely(__pyx_v_new == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "expected bytes, NoneType found");
-    __PYX_ERR(0, 709, __pyx_L1_error)
+    __PYX_ERR(0, 703, __pyx_L1_error)
   }
-  __pyx_t_7 = __Pyx_PyBytes_AsString(__pyx_v_new); if (unlikely((!__pyx_t_7) && PyErr_Occurred())) __PYX_ERR(0, 709, __pyx_L1_error)
+  __pyx_t_7 = __Pyx_PyBytes_AsString(__pyx_v_new); if (unlikely((!__pyx_t_7) && PyErr_Occurred())) __PYX_ERR(0, 703, __pyx_L1_error)
   __pyx_v_new_text = __pyx_t_7;
 
-  /* "ivshmem/native/descriptors.pyx":711
+  /* "ivshmem/native/descriptors.pyx":705
  *     cdef const char *new_text = new
  *     cdef long result
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -16188,7 +16149,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
       __Pyx_FastGIL_Remember();
       /*try:*/ {
 
-        /* "ivshmem/native/descriptors.pyx":712
+        /* "ivshmem/native/descriptors.pyx":706
  *     cdef long result
  *     with nogil:
  *         result = ivshmem_rename_exclusive(directory, old_text, new_text)             # <<<<<<<<<<<<<<
@@ -16198,7 +16159,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
         __pyx_v_result = ivshmem_rename_exclusive(__pyx_v_directory, __pyx_v_old_text, __pyx_v_new_text);
       }
 
-      /* "ivshmem/native/descriptors.pyx":711
+      /* "ivshmem/native/descriptors.pyx":705
  *     cdef const char *new_text = new
  *     cdef long result
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -16215,7 +16176,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
       }
   }
 
-  /* "ivshmem/native/descriptors.pyx":713
+  /* "ivshmem/native/descriptors.pyx":707
  *     with nogil:
  *         result = ivshmem_rename_exclusive(directory, old_text, new_text)
  *     if result < 0:             # <<<<<<<<<<<<<<
@@ -16227,17 +16188,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
   if (__pyx_t_8) {
 
 
-    /* "ivshmem/native/descriptors.pyx":714
+    /* "ivshmem/native/descriptors.pyx":708
  *         result = ivshmem_rename_exclusive(directory, old_text, new_text)
  *     if result < 0:
  *         fail()             # <<<<<<<<<<<<<<
  * 
  * 
 */
-    __pyx_t_9 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 714, __pyx_L1_error)
+    __pyx_t_9 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 708, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":713
+    /* "ivshmem/native/descriptors.pyx":707
  *     with nogil:
  *         result = ivshmem_rename_exclusive(directory, old_text, new_text)
  *     if result < 0:             # <<<<<<<<<<<<<<
@@ -16246,7 +16207,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":700
+  /* "ivshmem/native/descriptors.pyx":694
  * 
  * 
  * def rename_exclusive(int directory, source, target):             # <<<<<<<<<<<<<<
@@ -16275,7 +16236,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":717
+/* "ivshmem/native/descriptors.pyx":711
  * 
  * 
  * cdef int64_t take_count(int fd) except -1:             # <<<<<<<<<<<<<<
@@ -16298,7 +16259,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int __pyx_v_fd)
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("take_count", 0);
 
-  /* "ivshmem/native/descriptors.pyx":719
+  /* "ivshmem/native/descriptors.pyx":713
  * cdef int64_t take_count(int fd) except -1:
  *     """Do what `look` does, but raise OSError on failure."""
  *     cdef int64_t count = look(fd)             # <<<<<<<<<<<<<<
@@ -16307,7 +16268,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int __pyx_v_fd)
 */
   __pyx_v_count = __pyx_f_7ivshmem_6native_11descriptors_look(__pyx_v_fd);
 
-  /* "ivshmem/native/descriptors.pyx":720
+  /* "ivshmem/native/descriptors.pyx":714
  *     """Do what `look` does, but raise OSError on failure."""
  *     cdef int64_t count = look(fd)
  *     if count == -EINVAL:             # <<<<<<<<<<<<<<
@@ -16319,7 +16280,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int __pyx_v_fd)
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/native/descriptors.pyx":721
+    /* "ivshmem/native/descriptors.pyx":715
  *     cdef int64_t count = look(fd)
  *     if count == -EINVAL:
  *         raise OSError(EINVAL, "a vector's descriptor is not an eventfd")             # <<<<<<<<<<<<<<
@@ -16327,7 +16288,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int __pyx_v_fd)
  *         fail_with(<int>-count)
 */
     __pyx_t_3 = NULL;
-    __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 721, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 715, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     {
@@ -16335,14 +16296,14 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int __pyx_v_fd)
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_OSError)), __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 721, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 715, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 721, __pyx_L1_error)
+    __PYX_ERR(0, 715, __pyx_L1_error)
 
-    /* "ivshmem/native/descriptors.pyx":720
+    /* "ivshmem/native/descriptors.pyx":714
  *     """Do what `look` does, but raise OSError on failure."""
  *     cdef int64_t count = look(fd)
  *     if count == -EINVAL:             # <<<<<<<<<<<<<<
@@ -16351,7 +16312,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int __pyx_v_fd)
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":722
+  /* "ivshmem/native/descriptors.pyx":716
  *     if count == -EINVAL:
  *         raise OSError(EINVAL, "a vector's descriptor is not an eventfd")
  *     if count < 0:             # <<<<<<<<<<<<<<
@@ -16363,17 +16324,17 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int __pyx_v_fd)
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":723
+    /* "ivshmem/native/descriptors.pyx":717
  *         raise OSError(EINVAL, "a vector's descriptor is not an eventfd")
  *     if count < 0:
  *         fail_with(<int>-count)             # <<<<<<<<<<<<<<
  *     return count
  * 
 */
-    __pyx_t_6 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(((int)(-__pyx_v_count))); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 723, __pyx_L1_error)
+    __pyx_t_6 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(((int)(-__pyx_v_count))); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 717, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":722
+    /* "ivshmem/native/descriptors.pyx":716
  *     if count == -EINVAL:
  *         raise OSError(EINVAL, "a vector's descriptor is not an eventfd")
  *     if count < 0:             # <<<<<<<<<<<<<<
@@ -16382,7 +16343,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int __pyx_v_fd)
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":724
+  /* "ivshmem/native/descriptors.pyx":718
  *     if count < 0:
  *         fail_with(<int>-count)
  *     return count             # <<<<<<<<<<<<<<
@@ -16395,7 +16356,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int __pyx_v_fd)
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":717
+  /* "ivshmem/native/descriptors.pyx":711
  * 
  * 
  * cdef int64_t take_count(int fd) except -1:             # <<<<<<<<<<<<<<
@@ -16417,7 +16378,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int __pyx_v_fd)
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":727
+/* "ivshmem/native/descriptors.pyx":721
  * 
  * 
  * def count_of_eventfd(int fd):             # <<<<<<<<<<<<<<
@@ -16465,32 +16426,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 727, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 721, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 727, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 721, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "count_of_eventfd", 0) < (0)) __PYX_ERR(0, 727, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "count_of_eventfd", 0) < (0)) __PYX_ERR(0, 721, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("count_of_eventfd", 1, 1, 1, i); __PYX_ERR(0, 727, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("count_of_eventfd", 1, 1, 1, i); __PYX_ERR(0, 721, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 727, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 721, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 727, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 721, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("count_of_eventfd", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 727, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("count_of_eventfd", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 721, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -16537,7 +16498,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("count_of_eventfd", 0);
 
-  /* "ivshmem/native/descriptors.pyx":729
+  /* "ivshmem/native/descriptors.pyx":723
  * def count_of_eventfd(int fd):
  *     """Return the count of an eventfd without changing it: proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:             # <<<<<<<<<<<<<<
@@ -16546,9 +16507,9 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
 */
   /*with:*/ {
     __pyx_t_2 = NULL;
-    __pyx_t_3 = __Pyx_PyUnicode_From_int(__pyx_v_fd, 0, ' ', 'd'); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 729, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyUnicode_From_int(__pyx_v_fd, 0, ' ', 'd'); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 723, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_4 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_proc_self_fdinfo, __pyx_t_3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 729, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_proc_self_fdinfo, __pyx_t_3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 723, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_5 = 1;
@@ -16557,13 +16518,13 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_open, __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 729, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 723, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
-    __pyx_t_6 = __Pyx_PyObject_LookupSpecial(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 729, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_LookupSpecial(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 723, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_2 = NULL;
-    __pyx_t_3 = __Pyx_PyObject_LookupSpecial(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 729, __pyx_L3_error)
+    __pyx_t_3 = __Pyx_PyObject_LookupSpecial(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 723, __pyx_L3_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -16582,7 +16543,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 729, __pyx_L3_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 723, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __pyx_t_3 = __pyx_t_4;
@@ -16600,7 +16561,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
           __pyx_v_info = __pyx_t_3;
           __pyx_t_3 = 0;
 
-          /* "ivshmem/native/descriptors.pyx":730
+          /* "ivshmem/native/descriptors.pyx":724
  *     """Return the count of an eventfd without changing it: proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
  *         for line in info:             # <<<<<<<<<<<<<<
@@ -16612,9 +16573,9 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
             __pyx_t_10 = 0;
             __pyx_t_11 = NULL;
           } else {
-            __pyx_t_10 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_v_info); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 730, __pyx_L7_error)
+            __pyx_t_10 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_v_info); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 724, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_3);
-            __pyx_t_11 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 730, __pyx_L7_error)
+            __pyx_t_11 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 724, __pyx_L7_error)
           }
           for (;;) {
             if (likely(!__pyx_t_11)) {
@@ -16622,7 +16583,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
                 {
                   Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_3);
                   #if !CYTHON_ASSUME_SAFE_SIZE
-                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 730, __pyx_L7_error)
+                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 724, __pyx_L7_error)
                   #endif
                   if (__pyx_t_10 >= __pyx_temp) break;
                 }
@@ -16632,7 +16593,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
                 {
                   Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_3);
                   #if !CYTHON_ASSUME_SAFE_SIZE
-                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 730, __pyx_L7_error)
+                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 724, __pyx_L7_error)
                   #endif
                   if (__pyx_t_10 >= __pyx_temp) break;
                 }
@@ -16643,13 +16604,13 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
                 #endif
                 ++__pyx_t_10;
               }
-              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 730, __pyx_L7_error)
+              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 724, __pyx_L7_error)
             } else {
               __pyx_t_1 = __pyx_t_11(__pyx_t_3);
               if (unlikely(!__pyx_t_1)) {
                 PyObject* exc_type = PyErr_Occurred();
                 if (exc_type) {
-                  if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 730, __pyx_L7_error)
+                  if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 724, __pyx_L7_error)
                   PyErr_Clear();
                 }
                 break;
@@ -16659,7 +16620,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
             __Pyx_XDECREF_SET(__pyx_v_line, __pyx_t_1);
             __pyx_t_1 = 0;
 
-            /* "ivshmem/native/descriptors.pyx":731
+            /* "ivshmem/native/descriptors.pyx":725
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
  *         for line in info:
  *             if line.startswith(b"eventfd-count:"):             # <<<<<<<<<<<<<<
@@ -16673,15 +16634,15 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
               PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_b_eventfd_count};
               __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_startswith, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 731, __pyx_L7_error)
+              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 725, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_1);
             }
-            __pyx_t_12 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_12 < 0))) __PYX_ERR(0, 731, __pyx_L7_error)
+            __pyx_t_12 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_12 < 0))) __PYX_ERR(0, 725, __pyx_L7_error)
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
             if (__pyx_t_12) {
 
 
-              /* "ivshmem/native/descriptors.pyx":732
+              /* "ivshmem/native/descriptors.pyx":726
  *         for line in info:
  *             if line.startswith(b"eventfd-count:"):
  *                 return int(line.split()[1], 16)             # <<<<<<<<<<<<<<
@@ -16696,10 +16657,10 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
                 PyObject *__pyx_callargs[2] = {__pyx_t_13, NULL};
                 __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_split, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
                 __Pyx_XDECREF(__pyx_t_13); __pyx_t_13 = 0;
-                if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 732, __pyx_L7_error)
+                if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 726, __pyx_L7_error)
                 __Pyx_GOTREF(__pyx_t_2);
               }
-              __pyx_t_13 = __Pyx_GetItemInt(__pyx_t_2, 1, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 732, __pyx_L7_error)
+              __pyx_t_13 = __Pyx_GetItemInt(__pyx_t_2, 1, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 726, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_13);
               __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
               __pyx_t_5 = 1;
@@ -16708,7 +16669,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
                 __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(&PyLong_Type), __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
                 __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
                 __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-                if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 732, __pyx_L7_error)
+                if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 726, __pyx_L7_error)
                 __Pyx_GOTREF(__pyx_t_1);
               }
               {
@@ -16723,7 +16684,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
               __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
               goto __pyx_L11_try_return;
 
-              /* "ivshmem/native/descriptors.pyx":731
+              /* "ivshmem/native/descriptors.pyx":725
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
  *         for line in info:
  *             if line.startswith(b"eventfd-count:"):             # <<<<<<<<<<<<<<
@@ -16732,7 +16693,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
 */
             }
 
-            /* "ivshmem/native/descriptors.pyx":730
+            /* "ivshmem/native/descriptors.pyx":724
  *     """Return the count of an eventfd without changing it: proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
  *         for line in info:             # <<<<<<<<<<<<<<
@@ -16742,7 +16703,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
           }
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-          /* "ivshmem/native/descriptors.pyx":729
+          /* "ivshmem/native/descriptors.pyx":723
  * def count_of_eventfd(int fd):
  *     """Return the count of an eventfd without changing it: proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:             # <<<<<<<<<<<<<<
@@ -16762,23 +16723,23 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
         /*except:*/ {
           __Pyx_AddTraceback("ivshmem.native.descriptors.count_of_eventfd", __pyx_clineno, __pyx_lineno, __pyx_filename);
-          if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_1, &__pyx_t_13) < 0) __PYX_ERR(0, 729, __pyx_L9_except_error)
+          if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_1, &__pyx_t_13) < 0) __PYX_ERR(0, 723, __pyx_L9_except_error)
           __Pyx_XGOTREF(__pyx_t_3);
           __Pyx_XGOTREF(__pyx_t_1);
           __Pyx_XGOTREF(__pyx_t_13);
           {
             PyObject* __pyx_temp[3] = {__pyx_t_3, __pyx_t_1, __pyx_t_13};
-            __pyx_t_4 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 729, __pyx_L9_except_error)
+            __pyx_t_4 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 723, __pyx_L9_except_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
           __pyx_t_14 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_t_4, NULL);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 729, __pyx_L9_except_error)
+          if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 723, __pyx_L9_except_error)
           __Pyx_GOTREF(__pyx_t_14);
           __pyx_t_12 = __Pyx_PyObject_IsTrue(__pyx_t_14);
           __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-          if (__pyx_t_12 < (0)) __PYX_ERR(0, 729, __pyx_L9_except_error)
+          if (__pyx_t_12 < (0)) __PYX_ERR(0, 723, __pyx_L9_except_error)
           __pyx_t_15 = (!__pyx_t_12);
 
 
@@ -16789,7 +16750,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
             __Pyx_XGIVEREF(__pyx_t_13);
             __Pyx_ErrRestoreWithState(__pyx_t_3, __pyx_t_1, __pyx_t_13);
             __pyx_t_3 = 0;  __pyx_t_1 = 0;  __pyx_t_13 = 0; 
-            __PYX_ERR(0, 729, __pyx_L9_except_error)
+            __PYX_ERR(0, 723, __pyx_L9_except_error)
           }
           __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
           __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -16821,7 +16782,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
         if (__pyx_t_6) {
           __pyx_t_9 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_mstate_global->__pyx_tuple[0], NULL);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 729, __pyx_L1_error)
+          if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 723, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_9);
           __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
         }
@@ -16833,7 +16794,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
         if (__pyx_t_6) {
           __pyx_t_8 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_mstate_global->__pyx_tuple[0], NULL);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 729, __pyx_L1_error)
+          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 723, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
         }
@@ -16850,7 +16811,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
     __pyx_L20:;
   }
 
-  /* "ivshmem/native/descriptors.pyx":733
+  /* "ivshmem/native/descriptors.pyx":727
  *             if line.startswith(b"eventfd-count:"):
  *                 return int(line.split()[1], 16)
  *     raise OSError(EINVAL, "a vector's descriptor is not an eventfd")             # <<<<<<<<<<<<<<
@@ -16858,7 +16819,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
  * 
 */
   __pyx_t_1 = NULL;
-  __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 733, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 727, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5 = 1;
   {
@@ -16866,14 +16827,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
     __pyx_t_13 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_OSError)), __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 733, __pyx_L1_error)
+    if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 727, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
   }
   __Pyx_Raise(__pyx_t_13, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-  __PYX_ERR(0, 733, __pyx_L1_error)
+  __PYX_ERR(0, 727, __pyx_L1_error)
 
-  /* "ivshmem/native/descriptors.pyx":727
+  /* "ivshmem/native/descriptors.pyx":721
  * 
  * 
  * def count_of_eventfd(int fd):             # <<<<<<<<<<<<<<
@@ -16898,7 +16859,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":736
+/* "ivshmem/native/descriptors.pyx":730
  * 
  * 
  * cdef bint is_eventfd(int fd, int known) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -16915,7 +16876,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/native/descriptors.pyx":749
+  /* "ivshmem/native/descriptors.pyx":743
  *     cdef iovec iov
  *     cdef file_stat one, other
  *     if c_fstat(fd, &one) < 0 or c_fstat(known, &other) < 0:             # <<<<<<<<<<<<<<
@@ -16941,7 +16902,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":750
+    /* "ivshmem/native/descriptors.pyx":744
  *     cdef file_stat one, other
  *     if c_fstat(fd, &one) < 0 or c_fstat(known, &other) < 0:
  *         return False             # <<<<<<<<<<<<<<
@@ -16954,7 +16915,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pyx":749
+    /* "ivshmem/native/descriptors.pyx":743
  *     cdef iovec iov
  *     cdef file_stat one, other
  *     if c_fstat(fd, &one) < 0 or c_fstat(known, &other) < 0:             # <<<<<<<<<<<<<<
@@ -16963,7 +16924,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":751
+  /* "ivshmem/native/descriptors.pyx":745
  *     if c_fstat(fd, &one) < 0 or c_fstat(known, &other) < 0:
  *         return False
  *     if one.st_dev != other.st_dev or one.st_ino != other.st_ino:             # <<<<<<<<<<<<<<
@@ -16989,7 +16950,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":752
+    /* "ivshmem/native/descriptors.pyx":746
  *         return False
  *     if one.st_dev != other.st_dev or one.st_ino != other.st_ino:
  *         return False             # <<<<<<<<<<<<<<
@@ -17002,7 +16963,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pyx":751
+    /* "ivshmem/native/descriptors.pyx":745
  *     if c_fstat(fd, &one) < 0 or c_fstat(known, &other) < 0:
  *         return False
  *     if one.st_dev != other.st_dev or one.st_ino != other.st_ino:             # <<<<<<<<<<<<<<
@@ -17011,7 +16972,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":753
+  /* "ivshmem/native/descriptors.pyx":747
  *     if one.st_dev != other.st_dev or one.st_ino != other.st_ino:
  *         return False
  *     iov.iov_base = data             # <<<<<<<<<<<<<<
@@ -17020,7 +16981,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
 */
   __pyx_v_iov.iov_base = __pyx_v_data;
 
-  /* "ivshmem/native/descriptors.pyx":754
+  /* "ivshmem/native/descriptors.pyx":748
  *         return False
  *     iov.iov_base = data
  *     iov.iov_len = sizeof(data)             # <<<<<<<<<<<<<<
@@ -17029,7 +16990,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_data));
 
-  /* "ivshmem/native/descriptors.pyx":755
+  /* "ivshmem/native/descriptors.pyx":749
  *     iov.iov_base = data
  *     iov.iov_len = sizeof(data)
  *     if preadv2(fd, &iov, 1, -1, RWF_NOWAIT) >= 0 or errno != EINVAL:             # <<<<<<<<<<<<<<
@@ -17055,7 +17016,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":756
+    /* "ivshmem/native/descriptors.pyx":750
  *     iov.iov_len = sizeof(data)
  *     if preadv2(fd, &iov, 1, -1, RWF_NOWAIT) >= 0 or errno != EINVAL:
  *         return False             # <<<<<<<<<<<<<<
@@ -17068,7 +17029,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pyx":755
+    /* "ivshmem/native/descriptors.pyx":749
  *     iov.iov_base = data
  *     iov.iov_len = sizeof(data)
  *     if preadv2(fd, &iov, 1, -1, RWF_NOWAIT) >= 0 or errno != EINVAL:             # <<<<<<<<<<<<<<
@@ -17077,7 +17038,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":757
+  /* "ivshmem/native/descriptors.pyx":751
  *     if preadv2(fd, &iov, 1, -1, RWF_NOWAIT) >= 0 or errno != EINVAL:
  *         return False
  *     iov.iov_len = 0             # <<<<<<<<<<<<<<
@@ -17085,7 +17046,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
 */
   __pyx_v_iov.iov_len = 0;
 
-  /* "ivshmem/native/descriptors.pyx":758
+  /* "ivshmem/native/descriptors.pyx":752
  *         return False
  *     iov.iov_len = 0
  *     return writev(fd, &iov, 1) == 0             # <<<<<<<<<<<<<<
@@ -17096,7 +17057,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":736
+  /* "ivshmem/native/descriptors.pyx":730
  * 
  * 
  * cdef bint is_eventfd(int fd, int known) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -18401,14 +18362,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Fd(__p
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Fd", 0);
   /*--- Exttype __pyx_obj_7ivshmem_6native_11descriptors_Fd ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Fd_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd)) __PYX_ERR(0, 100, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Fd_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd)) __PYX_ERR(0, 101, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd = &__pyx_type_7ivshmem_6native_11descriptors_Fd;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) < (0)) __PYX_ERR(0, 100, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) < (0)) __PYX_ERR(0, 101, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd);
@@ -18418,8 +18379,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Fd(__p
     __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Fd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) < (0)) __PYX_ERR(0, 100, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) < (0)) __PYX_ERR(0, 100, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Fd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) < (0)) __PYX_ERR(0, 101, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) < (0)) __PYX_ERR(0, 101, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -18441,14 +18402,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_FdArra
   __pyx_vtable_7ivshmem_6native_11descriptors_FdArray.leave = (void (*)(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *))__pyx_f_7ivshmem_6native_11descriptors_7FdArray_leave;
   __pyx_vtable_7ivshmem_6native_11descriptors_FdArray.release = (void (*)(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *))__pyx_f_7ivshmem_6native_11descriptors_7FdArray_release;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_FdArray_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray)) __PYX_ERR(0, 149, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_FdArray_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray)) __PYX_ERR(0, 150, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray = &__pyx_type_7ivshmem_6native_11descriptors_FdArray;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) < (0)) __PYX_ERR(0, 149, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) < (0)) __PYX_ERR(0, 150, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray);
@@ -18460,7 +18421,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_FdArra
   #endif
   #if CYTHON_UPDATE_DESCRIPTOR_DOC
   {
-    PyObject *wrapper = PyObject_GetAttrString((PyObject *)__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, "__getitem__"); if (unlikely(!wrapper)) __PYX_ERR(0, 149, __pyx_L1_error)
+    PyObject *wrapper = PyObject_GetAttrString((PyObject *)__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, "__getitem__"); if (unlikely(!wrapper)) __PYX_ERR(0, 150, __pyx_L1_error)
     if (Py_IS_TYPE(wrapper, &PyWrapperDescr_Type)) {
       __pyx_wrapperbase_7ivshmem_6native_11descriptors_7FdArray_14__getitem__ = *((PyWrapperDescrObject *)wrapper)->d_base;
       __pyx_wrapperbase_7ivshmem_6native_11descriptors_7FdArray_14__getitem__.doc = __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_14__getitem__;
@@ -18470,7 +18431,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_FdArra
   #endif
   #if CYTHON_UPDATE_DESCRIPTOR_DOC
   {
-    PyObject *wrapper = PyObject_GetAttrString((PyObject *)__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, "__iter__"); if (unlikely(!wrapper)) __PYX_ERR(0, 149, __pyx_L1_error)
+    PyObject *wrapper = PyObject_GetAttrString((PyObject *)__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, "__iter__"); if (unlikely(!wrapper)) __PYX_ERR(0, 150, __pyx_L1_error)
     if (Py_IS_TYPE(wrapper, &PyWrapperDescr_Type)) {
       __pyx_wrapperbase_7ivshmem_6native_11descriptors_7FdArray_16__iter__ = *((PyWrapperDescrObject *)wrapper)->d_base;
       __pyx_wrapperbase_7ivshmem_6native_11descriptors_7FdArray_16__iter__.doc = __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_16__iter__;
@@ -18478,9 +18439,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_FdArra
     }
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray) < (0)) __PYX_ERR(0, 149, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_FdArray, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) < (0)) __PYX_ERR(0, 149, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) < (0)) __PYX_ERR(0, 149, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray) < (0)) __PYX_ERR(0, 150, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_FdArray, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) < (0)) __PYX_ERR(0, 150, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) < (0)) __PYX_ERR(0, 150, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -18500,14 +18461,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Signal
   __pyx_vtable_7ivshmem_6native_11descriptors_Signaller.submit = (int (*)(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int *, long))__pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit;
   __pyx_vtable_7ivshmem_6native_11descriptors_Signaller.send = (int (*)(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int *, long))__pyx_f_7ivshmem_6native_11descriptors_9Signaller_send;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Signaller_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller)) __PYX_ERR(0, 333, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Signaller_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller)) __PYX_ERR(0, 334, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller = &__pyx_type_7ivshmem_6native_11descriptors_Signaller;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) < (0)) __PYX_ERR(0, 333, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) < (0)) __PYX_ERR(0, 334, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller);
@@ -18517,12 +18478,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Signal
     __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, __pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) < (0)) __PYX_ERR(0, 333, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Signaller, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) < (0)) __PYX_ERR(0, 333, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, __pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) < (0)) __PYX_ERR(0, 334, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Signaller, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) < (0)) __PYX_ERR(0, 334, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller, __weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) < (0)) __PYX_ERR(0, 333, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) < (0)) __PYX_ERR(0, 334, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -18541,14 +18502,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Relay(
   __pyx_vtabptr_7ivshmem_6native_11descriptors_Relay = &__pyx_vtable_7ivshmem_6native_11descriptors_Relay;
   __pyx_vtable_7ivshmem_6native_11descriptors_Relay.fired = (int (*)(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay *))__pyx_f_7ivshmem_6native_11descriptors_5Relay_fired;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Relay_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay)) __PYX_ERR(0, 499, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Relay_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay)) __PYX_ERR(0, 493, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay = &__pyx_type_7ivshmem_6native_11descriptors_Relay;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) < (0)) __PYX_ERR(0, 499, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) < (0)) __PYX_ERR(0, 493, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay);
@@ -18558,9 +18519,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Relay(
     __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, __pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) < (0)) __PYX_ERR(0, 499, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Relay, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) < (0)) __PYX_ERR(0, 499, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) < (0)) __PYX_ERR(0, 499, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, __pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) < (0)) __PYX_ERR(0, 493, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Relay, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) < (0)) __PYX_ERR(0, 493, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) < (0)) __PYX_ERR(0, 493, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -18579,14 +18540,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Epoll(
   __pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll = &__pyx_vtable_7ivshmem_6native_11descriptors_Epoll;
   __pyx_vtable_7ivshmem_6native_11descriptors_Epoll.control = (int (*)(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *, int, int, unsigned int, uint64_t))__pyx_f_7ivshmem_6native_11descriptors_5Epoll_control;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Epoll_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll)) __PYX_ERR(0, 552, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Epoll_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll)) __PYX_ERR(0, 546, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll = &__pyx_type_7ivshmem_6native_11descriptors_Epoll;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) < (0)) __PYX_ERR(0, 552, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) < (0)) __PYX_ERR(0, 546, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll);
@@ -18596,9 +18557,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Epoll(
     __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) < (0)) __PYX_ERR(0, 552, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Epoll, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) < (0)) __PYX_ERR(0, 552, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) < (0)) __PYX_ERR(0, 552, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) < (0)) __PYX_ERR(0, 546, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Epoll, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) < (0)) __PYX_ERR(0, 546, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) < (0)) __PYX_ERR(0, 546, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -18615,14 +18576,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Timer(
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Timer", 0);
   /*--- Exttype __pyx_obj_7ivshmem_6native_11descriptors_Timer ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Timer_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer)) __PYX_ERR(0, 640, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Timer_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer)) __PYX_ERR(0, 634, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer = &__pyx_type_7ivshmem_6native_11descriptors_Timer;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer) < (0)) __PYX_ERR(0, 640, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer) < (0)) __PYX_ERR(0, 634, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer);
@@ -18632,8 +18593,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Timer(
     __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Timer, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer) < (0)) __PYX_ERR(0, 640, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer) < (0)) __PYX_ERR(0, 640, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Timer, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer) < (0)) __PYX_ERR(0, 634, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer) < (0)) __PYX_ERR(0, 634, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -19008,8 +18969,8 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
  * import weakref
  * 
  * from ..errors import ClosedError             # <<<<<<<<<<<<<<
+ * from .ringers import ring as ring_by_thread
  * 
- * cdef extern from "<fcntl.h>" nogil:
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ClosedError};
@@ -19028,82 +18989,111 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":73
+  /* "ivshmem/native/descriptors.pyx":45
+ * 
+ * from ..errors import ClosedError
+ * from .ringers import ring as ring_by_thread             # <<<<<<<<<<<<<<
+ * 
+ * cdef extern from "<fcntl.h>" nogil:
+*/
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ring};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_ringers, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_native_ringers, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 45, __pyx_L1_error)
+  }
+  __pyx_t_2 = __pyx_t_1;
+  __Pyx_GOTREF(__pyx_t_2);
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ring};
+    __pyx_t_3 = 0; {
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 45, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
+      switch (__pyx_t_3) {
+        case 0:
+        if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_ring_by_thread, __pyx_t_4) < (0)) __PYX_ERR(0, 45, __pyx_L1_error)
+        break;
+        default:;
+      }
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    }
+  }
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/native/descriptors.pyx":74
  *     enum: MFD_CLOEXEC
  * 
  * EPOLLIN = _EPOLLIN             # <<<<<<<<<<<<<<
  * EPOLLOUT = _EPOLLOUT
  * EPOLLERR = _EPOLLERR
 */
-  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 73, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 74, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_EPOLLIN, __pyx_t_2) < (0)) __PYX_ERR(0, 73, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_EPOLLIN, __pyx_t_2) < (0)) __PYX_ERR(0, 74, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":74
+  /* "ivshmem/native/descriptors.pyx":75
  * 
  * EPOLLIN = _EPOLLIN
  * EPOLLOUT = _EPOLLOUT             # <<<<<<<<<<<<<<
  * EPOLLERR = _EPOLLERR
  * EPOLLHUP = _EPOLLHUP
 */
-  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLOUT); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 74, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLOUT); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 75, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_EPOLLOUT, __pyx_t_2) < (0)) __PYX_ERR(0, 74, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_EPOLLOUT, __pyx_t_2) < (0)) __PYX_ERR(0, 75, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":75
+  /* "ivshmem/native/descriptors.pyx":76
  * EPOLLIN = _EPOLLIN
  * EPOLLOUT = _EPOLLOUT
  * EPOLLERR = _EPOLLERR             # <<<<<<<<<<<<<<
  * EPOLLHUP = _EPOLLHUP
  * 
 */
-  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLERR); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 75, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLERR); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 76, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_EPOLLERR, __pyx_t_2) < (0)) __PYX_ERR(0, 75, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_EPOLLERR, __pyx_t_2) < (0)) __PYX_ERR(0, 76, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":76
+  /* "ivshmem/native/descriptors.pyx":77
  * EPOLLOUT = _EPOLLOUT
  * EPOLLERR = _EPOLLERR
  * EPOLLHUP = _EPOLLHUP             # <<<<<<<<<<<<<<
  * 
  * # -- time and errors ------------------------------------------------------------------------------
 */
-  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLHUP); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 76, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLHUP); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 77, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_EPOLLHUP, __pyx_t_2) < (0)) __PYX_ERR(0, 76, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_EPOLLHUP, __pyx_t_2) < (0)) __PYX_ERR(0, 77, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":117
+  /* "ivshmem/native/descriptors.pyx":118
  *         return self.number < 0
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         """Return the descriptor, which this object still owns."""
  *         if self.number < 0:
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_2Fd_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Fd_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 117, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_2Fd_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Fd_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 118, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Fd, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 117, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Fd, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 118, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":123
+  /* "ivshmem/native/descriptors.pyx":124
  *         return self.number
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def close(self):
  *         """Close it, unless it has an owner. May be called twice."""
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_2Fd_5close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Fd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 123, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_2Fd_5close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Fd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 124, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Fd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 123, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Fd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 124, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -19133,22 +19123,22 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(2, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":160
+  /* "ivshmem/native/descriptors.pyx":161
  *         self.fds = NULL
  * 
  *     @staticmethod             # <<<<<<<<<<<<<<
  *     def eventfds(Py_ssize_t count):
  *         """Return an array of `count` new eventfds: counter mode, non-blocking, close-on-exec.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_3eventfds, __Pyx_CYFUNCTION_STATICMETHOD | __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_eventfds, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 160, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_3eventfds, __Pyx_CYFUNCTION_STATICMETHOD | __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_eventfds, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 161, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds, __pyx_t_2) < (0)) __PYX_ERR(0, 160, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds, __pyx_t_2) < (0)) __PYX_ERR(0, 161, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_t_4 = NULL;
-  __Pyx_GetNameInClass(__pyx_t_5, (PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 160, __pyx_L1_error)
+  __Pyx_GetNameInClass(__pyx_t_5, (PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 161, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_6 = 1;
   {
@@ -19156,28 +19146,28 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
     __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_staticmethod, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 160, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 161, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds, __pyx_t_2) < (0)) __PYX_ERR(0, 160, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds, __pyx_t_2) < (0)) __PYX_ERR(0, 161, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":179
+  /* "ivshmem/native/descriptors.pyx":180
  *         return array
  * 
  *     @staticmethod             # <<<<<<<<<<<<<<
  *     def copy(int fd):
  *         """Return an array of one copy of `fd`, made as by dup(2), close-on-exec.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_5copy, __Pyx_CYFUNCTION_STATICMETHOD | __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_copy, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 179, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_5copy, __Pyx_CYFUNCTION_STATICMETHOD | __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_copy, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 180, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_copy, __pyx_t_2) < (0)) __PYX_ERR(0, 179, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_copy, __pyx_t_2) < (0)) __PYX_ERR(0, 180, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_t_5 = NULL;
-  __Pyx_GetNameInClass(__pyx_t_4, (PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_copy); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 179, __pyx_L1_error)
+  __Pyx_GetNameInClass(__pyx_t_4, (PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_copy); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 180, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __pyx_t_6 = 1;
   {
@@ -19185,13 +19175,13 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
     __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_staticmethod, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 179, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 180, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_copy, __pyx_t_2) < (0)) __PYX_ERR(0, 179, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_copy, __pyx_t_2) < (0)) __PYX_ERR(0, 180, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":193
+  /* "ivshmem/native/descriptors.pyx":194
  *         return array
  * 
  *     def open(self, path, int flags, unsigned int mode=0o777, *, int dir_fd=AT_FDCWD):             # <<<<<<<<<<<<<<
@@ -19201,13 +19191,13 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
 
   __pyx_mstate_global->__pyx_k__2 = AT_FDCWD;
 
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 193, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 194, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(AT_FDCWD); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 193, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(AT_FDCWD); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 194, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_dir_fd, __pyx_t_4) < (0)) __PYX_ERR(0, 193, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_dir_fd, __pyx_t_4) < (0)) __PYX_ERR(0, 194, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_7open, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_open, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 193, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_7open, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_open, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 194, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -19215,97 +19205,97 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[1]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_open, __pyx_t_4) < (0)) __PYX_ERR(0, 193, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_open, __pyx_t_4) < (0)) __PYX_ERR(0, 194, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":217
+  /* "ivshmem/native/descriptors.pyx":218
  *             PyErr_CheckSignals()
  * 
  *     def memfd(self, name, unsigned int flags):             # <<<<<<<<<<<<<<
  *         """Call memfd_create(2) and append the descriptor, as `open` does; return it.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_9memfd, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_memfd, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 217, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_9memfd, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_memfd, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 218, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_memfd, __pyx_t_4) < (0)) __PYX_ERR(0, 217, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_memfd, __pyx_t_4) < (0)) __PYX_ERR(0, 218, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":230
+  /* "ivshmem/native/descriptors.pyx":231
  *         return fd
  * 
  *     def take(self, fd):             # <<<<<<<<<<<<<<
  *         """Append `fd`, a number or an Fd. The array owns it from now on, even if this raises."""
  *         self.add(taken(fd))
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_11take, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_take, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 230, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_11take, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_take, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 231, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_take, __pyx_t_4) < (0)) __PYX_ERR(0, 230, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_take, __pyx_t_4) < (0)) __PYX_ERR(0, 231, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":274
+  /* "ivshmem/native/descriptors.pyx":275
  *         return iter([self.fds[i] for i in range(len(self))])
  * 
  *     def signal(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
  *         """Add 1 to eventfd `index`, which no other process may have; do nothing if closed."""
  *         cdef int code
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_19signal, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_signal, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 274, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_19signal, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_signal, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 275, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_signal, __pyx_t_4) < (0)) __PYX_ERR(0, 274, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_signal, __pyx_t_4) < (0)) __PYX_ERR(0, 275, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":284
+  /* "ivshmem/native/descriptors.pyx":285
  *             fail_with(code)
  * 
  *     def ring(self, int fd):             # <<<<<<<<<<<<<<
  *         """Add 1 to `fd`, an eventfd of this array; do nothing if closed. A peer can make it wait.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_21ring, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_ring, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 284, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_21ring, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_ring, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 285, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_ring, __pyx_t_4) < (0)) __PYX_ERR(0, 284, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_ring, __pyx_t_4) < (0)) __PYX_ERR(0, 285, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":297
+  /* "ivshmem/native/descriptors.pyx":298
  *         self.leave()
  * 
  *     def drain(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
  *         """Set the count of eventfd `index` to 0, and return what it was.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_23drain, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_drain, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 297, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_23drain, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_drain, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 298, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_drain, __pyx_t_4) < (0)) __PYX_ERR(0, 297, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_drain, __pyx_t_4) < (0)) __PYX_ERR(0, 298, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":320
+  /* "ivshmem/native/descriptors.pyx":321
  *             self.release()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def close(self):
  *         if ivshmem_shut(&self.state):
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_25close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 320, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_25close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 321, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 320, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 321, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -19335,34 +19325,34 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(2, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":359
+  /* "ivshmem/native/descriptors.pyx":360
  *                 self.close()
  * 
  *     def signal(self, fds):             # <<<<<<<<<<<<<<
  *         """Add 1 to each eventfd of a sequence. A full counter stays full."""
  *         cdef int batch[BATCH]
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_9Signaller_3signal, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller_signal, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 359, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_9Signaller_3signal, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller_signal, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 360, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, __pyx_mstate_global->__pyx_n_u_signal, __pyx_t_4) < (0)) __PYX_ERR(0, 359, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, __pyx_mstate_global->__pyx_n_u_signal, __pyx_t_4) < (0)) __PYX_ERR(0, 360, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":414
+  /* "ivshmem/native/descriptors.pyx":415
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def close(self):
  *         if self.context and getpid() == self.pid:
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_9Signaller_5close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 414, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_9Signaller_5close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 415, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 414, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 415, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -19392,7 +19382,7 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(2, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":428
+  /* "ivshmem/native/descriptors.pyx":429
  * 
  * # All endpoints of a process share a Signaller: fs.aio-max-nr has room for a few hundred in all.
  * cdef object _shared = None             # <<<<<<<<<<<<<<
@@ -19404,19 +19394,19 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
   __Pyx_DECREF_SET(__pyx_v_7ivshmem_6native_11descriptors__shared, Py_None);
   __Pyx_GIVEREF(Py_None);
 
-  /* "ivshmem/native/descriptors.pyx":541
+  /* "ivshmem/native/descriptors.pyx":535
  *         return self.context != 0 and ivshmem_io_any_end(self.context)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Stop the polls. May be called twice."""
  *         cdef aio_context_t context = self.context
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Relay_3close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Relay_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 541, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Relay_3close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Relay_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 535, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 541, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 535, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -19446,95 +19436,95 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(2, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":566
+  /* "ivshmem/native/descriptors.pyx":560
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         if self.epfd < 0:
  *             raise ClosedError("the epoll object is closed")
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 566, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 560, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_4) < (0)) __PYX_ERR(0, 566, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_4) < (0)) __PYX_ERR(0, 560, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":580
+  /* "ivshmem/native/descriptors.pyx":574
  *         return 0
  * 
  *     def add(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
  *         """Watch `fd`. EPOLLHUP and EPOLLERR are reported even if `events` is 0."""
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_5add, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_add, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 580, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_5add, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_add, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 574, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_add, __pyx_t_4) < (0)) __PYX_ERR(0, 580, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_add, __pyx_t_4) < (0)) __PYX_ERR(0, 574, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":584
+  /* "ivshmem/native/descriptors.pyx":578
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_7modify, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_modify, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 584, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_7modify, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_modify, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 578, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_modify, __pyx_t_4) < (0)) __PYX_ERR(0, 584, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_modify, __pyx_t_4) < (0)) __PYX_ERR(0, 578, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":587
+  /* "ivshmem/native/descriptors.pyx":581
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
  *     def remove(self, int fd):             # <<<<<<<<<<<<<<
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_9remove, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_remove, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[25])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 587, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_9remove, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_remove, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[25])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 581, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_remove, __pyx_t_4) < (0)) __PYX_ERR(0, 587, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_remove, __pyx_t_4) < (0)) __PYX_ERR(0, 581, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":590
+  /* "ivshmem/native/descriptors.pyx":584
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """Wait for events, and return a list of (token, events).
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_11wait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_wait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[26])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 590, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_11wait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_wait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[26])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 584, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_wait, __pyx_t_4) < (0)) __PYX_ERR(0, 590, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_wait, __pyx_t_4) < (0)) __PYX_ERR(0, 584, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":604
+  /* "ivshmem/native/descriptors.pyx":598
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         cdef int epfd = self.epfd
  *         self.epfd = -1
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[27])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 604, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[27])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 598, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 604, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 598, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -19564,49 +19554,49 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(2, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":652
+  /* "ivshmem/native/descriptors.pyx":646
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         if self.fd < 0:
  *             raise ClosedError("the timer is closed")
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Timer_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[30])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 652, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Timer_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[30])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 646, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Timer, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_4) < (0)) __PYX_ERR(0, 652, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Timer, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_4) < (0)) __PYX_ERR(0, 646, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":657
+  /* "ivshmem/native/descriptors.pyx":651
  *         return self.fd
  * 
  *     def set(self, double seconds):             # <<<<<<<<<<<<<<
  *         """Make the descriptor readable `seconds` from now, and not before. 0: never."""
  *         cdef itimerspec spec
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Timer_5set, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_set, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[31])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 657, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Timer_5set, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_set, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[31])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 651, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Timer, __pyx_mstate_global->__pyx_n_u_set, __pyx_t_4) < (0)) __PYX_ERR(0, 657, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Timer, __pyx_mstate_global->__pyx_n_u_set, __pyx_t_4) < (0)) __PYX_ERR(0, 651, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":666
+  /* "ivshmem/native/descriptors.pyx":660
  *             fail()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         cdef int fd = self.fd
  *         self.fd = -1
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Timer_7close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[32])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 666, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Timer_7close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[32])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 660, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Timer, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 666, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Timer, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 660, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -19636,49 +19626,49 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(2, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":677
+  /* "ivshmem/native/descriptors.pyx":671
  * 
  * 
  * def fork_sharing_files():             # <<<<<<<<<<<<<<
  *     """Do what os.fork does, but share the table of descriptors: clone(2) with CLONE_FILES.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_1fork_sharing_files, 0, __pyx_mstate_global->__pyx_n_u_fork_sharing_files, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[35])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 677, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_1fork_sharing_files, 0, __pyx_mstate_global->__pyx_n_u_fork_sharing_files, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[35])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 671, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_fork_sharing_files, __pyx_t_4) < (0)) __PYX_ERR(0, 677, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_fork_sharing_files, __pyx_t_4) < (0)) __PYX_ERR(0, 671, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":700
+  /* "ivshmem/native/descriptors.pyx":694
  * 
  * 
  * def rename_exclusive(int directory, source, target):             # <<<<<<<<<<<<<<
  *     """Rename in an open directory, unless `target` exists: renameat2(2), RENAME_NOREPLACE.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_3rename_exclusive, 0, __pyx_mstate_global->__pyx_n_u_rename_exclusive, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[36])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 700, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_3rename_exclusive, 0, __pyx_mstate_global->__pyx_n_u_rename_exclusive, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[36])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 694, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_rename_exclusive, __pyx_t_4) < (0)) __PYX_ERR(0, 700, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_rename_exclusive, __pyx_t_4) < (0)) __PYX_ERR(0, 694, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":727
+  /* "ivshmem/native/descriptors.pyx":721
  * 
  * 
  * def count_of_eventfd(int fd):             # <<<<<<<<<<<<<<
  *     """Return the count of an eventfd without changing it: proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5count_of_eventfd, 0, __pyx_mstate_global->__pyx_n_u_count_of_eventfd, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[37])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 727, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5count_of_eventfd, 0, __pyx_mstate_global->__pyx_n_u_count_of_eventfd, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[37])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 721, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_count_of_eventfd, __pyx_t_4) < (0)) __PYX_ERR(0, 727, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_count_of_eventfd, __pyx_t_4) < (0)) __PYX_ERR(0, 721, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "ivshmem/native/descriptors.pyx":1
@@ -19732,8 +19722,8 @@ static int __Pyx_InitCachedBuiltins(__pyx_mstatetype *__pyx_mstate) {
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __pyx_builtin_staticmethod = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_staticmethod); if (!__pyx_builtin_staticmethod) __PYX_ERR(0, 160, __pyx_L1_error)
-  __pyx_builtin_open = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_open); if (!__pyx_builtin_open) __PYX_ERR(0, 729, __pyx_L1_error)
+  __pyx_builtin_staticmethod = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_staticmethod); if (!__pyx_builtin_staticmethod) __PYX_ERR(0, 161, __pyx_L1_error)
+  __pyx_builtin_open = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_open); if (!__pyx_builtin_open) __PYX_ERR(0, 723, __pyx_L1_error)
 
   /* Cached unbound methods */
   __pyx_mstate->__pyx_umethod_PyDict_Type_items.type = (PyObject*)&PyDict_Type;
@@ -19756,7 +19746,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/native/descriptors.pyx":729
+  /* "ivshmem/native/descriptors.pyx":723
  * def count_of_eventfd(int fd):
  *     """Return the count of an eventfd without changing it: proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:             # <<<<<<<<<<<<<<
@@ -19765,12 +19755,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[3] = {Py_None, Py_None, Py_None};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 729, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 723, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
 
-  /* "ivshmem/native/descriptors.pyx":193
+  /* "ivshmem/native/descriptors.pyx":194
  *         return array
  * 
  *     def open(self, path, int flags, unsigned int mode=0o777, *, int dir_fd=AT_FDCWD):             # <<<<<<<<<<<<<<
@@ -19779,12 +19769,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_int_511};
-    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 193, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 194, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "ivshmem/native/descriptors.pyx":590
+  /* "ivshmem/native/descriptors.pyx":584
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -19793,7 +19783,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 590, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 584, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
@@ -19834,38 +19824,38 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 6; } str_length_index[] = {{4},{15},{1},{9},{18},{1},{39},{11},{7},{18},{6},{2},{9},{14},{22},{30},{50},{34},{26},{26},{23},{19},{23},{11},{8},{8},{7},{8},{5},{23},{25},{9},{11},{12},{12},{12},{10},{2},{20},{22},{8},{9},{7},{25},{27},{13},{12},{13},{16},{13},{12},{12},{14},{12},{9},{8},{5},{23},{25},{11},{9},{27},{29},{15},{16},{5},{23},{25},{11},{12},{9},{1},{20},{12},{8},{9},{8},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{3},{5},{18},{5},{6},{18},{5},{4},{7},{4},{5},{16},{8},{6},{9},{5},{4},{6},{8},{6},{2},{3},{6},{5},{5},{18},{8},{1},{5},{4},{5},{26},{4},{5},{4},{6},{1},{4},{3},{8},{6},{3},{8},{4},{2},{5},{4},{3},{3},{2},{3},{6},{16},{6},{4},{7},{7},{4},{3},{10},{6},{6},{4},{5},{10},{12},{8},{4},{6},{7},{4},{7},{5},{6},{4},{7},{5}};
+    const struct { const unsigned int length: 6; } str_length_index[] = {{4},{15},{1},{9},{18},{1},{39},{11},{7},{18},{6},{2},{9},{14},{22},{30},{50},{34},{26},{26},{23},{19},{23},{11},{8},{8},{7},{8},{5},{23},{25},{9},{11},{12},{12},{12},{10},{2},{20},{22},{8},{9},{7},{25},{27},{13},{12},{13},{16},{13},{12},{12},{14},{12},{9},{8},{5},{23},{25},{11},{9},{27},{29},{15},{16},{5},{23},{25},{11},{12},{9},{1},{20},{12},{8},{9},{8},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{3},{5},{18},{5},{6},{18},{5},{4},{7},{4},{5},{16},{8},{6},{9},{5},{4},{6},{8},{6},{2},{3},{6},{5},{5},{18},{8},{1},{5},{4},{5},{26},{4},{5},{4},{6},{1},{4},{3},{8},{6},{3},{8},{4},{2},{5},{4},{3},{3},{2},{3},{6},{16},{6},{4},{14},{7},{7},{4},{3},{10},{6},{6},{4},{5},{10},{12},{8},{4},{6},{7},{4},{7},{5},{6},{4},{7},{5}};
     const struct { const unsigned int length: 10; } bytes_length_index[] = {{14},{518},{9},{66},{67},{67},{29},{29},{17},{17},{32},{32},{29},{64},{22},{15},{17},{40},{31},{68},{81},{17},{55},{97},{58},{53},{75},{85},{130}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1821 bytes) */
-static const char cstring[] = "x\332\255VOS\033G\026\227l\034\013#\333\210`\034j\263\251\001\3071\2667P\262\t\233\332\335\252\0246\220\244L\031\013\354\335${\230j\246{\240\327\243\031i\272%\241Tm\025G\035\373\330\3079\316QG\216>r\344\250#\037\301\037a\337\353\236\021\002\371\264\273*i\372\365{\335\357\357\357\275\221\023\371\316\222\214\031s\374\230\034\324Y(\037/\257P\326^\371\235\305\321J#\216\274\025\301\002\177\305\247<\364\243\225\037\210\323f\236\214\342G\302\241Lx1o\300\306\341\302\t#\351\220\320amP\341\323\021\031\345\202\354\007\214\325\367\031\260\251\023\266\202\300\331\357J\306B\344\037x\\X\212\362\2668\254\263\3722\213\343(\026\371.$\222\267\331r\314\303\0036\344\256X\356\312\205\035\261\334\350\036\205\021x\345\223V \035\327\215\031my\314u\035\332b\216\214\300\303\360[\031\3636\047\001H=\036r\351\272\362\220\215\006\322!\302\221\344=\013\035\330xA$\030\275|B8$f#\022\326\210 \234h\377_\220\025L\303\205D\360\203\220\004\001\213/\263%\257_b\3016j\311a\006!=\220\250\370\245\021nb\"6\337\354loo\356\356\232\365\247wo\314\372\363k\263\354\274{\273\211\016\230\307\3620d\257+\017\243\320us\266`RH\"\257\n\010\245\2260\256X\322\347\001\013#K\327#\312\375\256\245cV\217\332\331\231\016\341r\213n\321q\203\2067f\r\270\306\002\254V\375\026]\217c\322\315\226O\251\311\005\237\320eE\231\302l\0235\206\312hLx\230o24\212|\017\310\361i\276\211\032lx\020\321\225\323\266p\371\016\321\260\343\276\334\336\331\374e\363\345\216\273\273\261\363z\373\327]\026\220\256y\214;\237\263\307\\\267\002\343\370^\216\215!1\256gT4\246\353BxY_\346\374[\004\231y\214\353\315\331c:\255\300\350\263\244-\226\245\341\264\353\272o\272G\360\333\340\236t_\263#\271\313|\327%!\000\027\365\300\207\242\004>\220u\026\033\342\210\033\206\337\n=\\\017r\243\360\251C\241\314\032\321V`8!\251\233\025:\331\365H\203\347tv\005\311\266\304Q\201\202f\213\004\371\205\274\325\307\202\0352\330\021n0\212\374\216\030qe,\0270\030\230@\317\271p\275(\206\016\345!\203~!\210\t\"\272\241\307\243\345\241@\354\023\351\035zX\001\352\005\300p!2\031\023\217\355""\023\357\275\311\250\027Q\370AZ\216$\242\325\213Z\2414\0177\362\335\341\320$\024oS\036\273\260\343\261\231\264]\203h\326\360\251\235\2139\246\315*|\n\244-\224\317c!\375\200\034\010?\212\337\273\342\220 \252]\024\n\037f,\272\300yH\241&0\312\271d\365\2533vd\314\241\037\246[\240:\314\016\202\0203\027\262\016|]\214\303N\252(\240\3605\014l\250HD0\345\342\006\221\207\rN\033Q#\336\217\231o\247G\314L\356\331\221\027\264\3004\354\005Ljt2\033\356\230\246\220\n|\341`E\230\314\206\271\005\265\210Z\261\307D\203y\242\021p,X,E\207\313C,\035\367\352\014JG\005\274\3130M\330\266p\000\360f\237\002\035\314\206\255\214`\300\267I\320b\002GY\207\221\367\340c\007\334fYr\2775\245\371\013\017\245\263\364\246\273c\247\373\223\307\005\303\200\307\005\365\047\347\312\026\034h\301a\363^\260\205u\236\230C\346\261\266\352\346\247\263\203\026\326\360\002q\377\234U\303]\263\345p\253\325\221\202\344\223/\323\366_*\031\016\nT\363\177\361\240\035qjH\014m,[\226iN\377\017\256fF\314\213\271\340\023\036\270X\366\002\364fV\257\202M\267\200\277\031\215\002\264\251\033A\017\206\021V\027\226\003\036\\a\032%\205\274\337\240\005\215n\327T\275\200\215\303\250;|\177\037\027\007\023\267zOU\355\270x>y\273W;\273\263\230,$k\351|\177aP*\367~R\353\203\362\335\236T\177\325D7\007\323\367\225\320\013zU\267\223\335\244\231N\244\353x\373\221\252\250%\275p\\\374X.\334\230S\273\252\233\024\223\312`\342\336\005\351$E\3638\237\2745(U\316*\217\323J\372\264\377\333Is0q\363\270\323\333WE\264\266\016*\346\n7fU\025\324\236\335\372:\001\365S\275*\236\221\275\347=2(}\251\327\007\245\273=\2706\257+\226\377\254W\003\225\340\302\2029|\014\007\246z\253\340\3623U\033\224g\324S]\323\004/I5\024\266\301\263\346\247\204&b\345&\033\351\365\364\n\243\324/\"cNQmR\363#x\t\312\236\367<U\031\224?WU\265\216\362/\364\2046\367~\006\363 \377N]\207\203\271\374\334\230?R1x?f\336\n\273\240`+y\220\354\231\364\226\277\202\304\313\244\212\032_\201\317\231\373{\272hun\350bf\314\336\377\233j\352\242\236\325\020\372\264*\351\"r\313\275\rUT\367\024QM\273\275\024""\322y\351a\3626\255\214\030\370^\255\252\266\336K\256\047\253I\323z\000\027?~V\230,\033\347\001\002\227\214\277R#\342\177\353u\010\212&p\3446F\326\001\263\022\020\323L\246\322g\351^\277t2q\262}j\356mA\311JX\337\362=US\304\352\270\333#\275\246\372Ly\372~\222\205\366\033\300\255f\311\177&%\360\372Z\377\233\223\311\0173\037L\001~0\200\354$4}\220\326R\277\277u\262x\262\216\321Cl\037o\025&\247{\277\353\212\376:\013\002\030\363\350\365\324UWo\337\301\202<4\301\001\314;\006\357\326I\270V\266\301]\305\r\272\364\016\354?\327^RI\276I\241(\263\312\030\307\000*z\tx\327RP\210h\235\306(\271n\001\252\315\036N\335\204j\3354~\201\201?\352\027\232CW\025\021d\001t\341\367\351Z\177\246\237\241\014[\004\203\032d\345\254\230>\200\233w\n\223_\351\177\200\322\322\274\276\207`9{\260\33278_S3\010=s\351v\357\255i\221+\227\020\r\233\026\032\203rE\315\233X\202t15m/\324\"D3]\031\314~\241\213\347\263\363zN\233c\263X.\243\352l\342\017\272\212\316/@y\253)\350C\374\377\210x\235D\313S\272\n`^J\037\365+\2500V\237\243\302\373\200\177P\225\\K\036&\355\364\357\375j\377E\237\237\310\017\337\235\3368\255\235\222\263\211\265\263\265W\247\325\217\323\205\311/\3653\375kB\000\207%\034\037&*\324\0015x\202\345C;\225\031\314\355/P\222\303\304O\267\372\213\375W\047fV5m\020\017\240\023\247g\021\255X\205\214\335R/\201\230\236S\007p\317O^$<m\366o\366-\336\377\003\331\273vD";
-    PyObject *data = __Pyx_DecompressString(cstring, 1821, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1829 bytes) */
+static const char cstring[] = "x\332\255VOS\033G\026\227l\034\013#\333\210`\034j\263\251\001\3071\2667P\262\t\233\332\335\252\0246\220\244L\031\013\354\335${\230j\246{\240\327\243\031i\272%\241Tm\025G\035\373\330\3079\316QG\216>r\344\250#\037\301\037a\337\353\236\021\002\371\264\273*i\372\365{\335\357\357\357\275\221\023\371\316\222\214\031s\374\230\034\324Y(\037/\257P\326^\371\235\305\321J#\216\274\025\301\002\177\305\247<\364\243\225\037\210\323f\236\214\342G\302\241Lx1o\300\306\341\302\t#\351\220\320amP\341\323\021\031\345\202\354\007\214\325\367\031\260\251\023\266\202\300\331\357J\306B\344\037x\\X\212\362\2668\254\263\3722\213\343(\026\371.$\222\267\331r\314\303\0036\344\256X\356\312\205\035\261\334\350\036\205\021x\345\223V \035\327\215\031my\314u\035\332b\216\214\300\303\360[\031\3636\047\001H=\036r\351\272\362\220\215\006\322!\302\221\344=\013\035\330xA$\030\275|B8$f#\022\326\210 \234h\377_\220\025L\303\205D\360\203\220\004\001\213/\263%\257_b\3016j\311a\006!=\220\250\370\245\021nb\"6\337\354loo\356\356\232\365\247wo\314\372\363k\263\354\274{\273\211\016\230\307\3620d\257+\017\243\320us\266`RH\"\257\n\010\245\2260\256X\322\347\001\013#K\327#\312\375\256\245cV\217\332\331\231\016\341r\213n\321q\203\2067f\r\270\306\002\254V\375\026]\217c\322\315\226O\251\311\005\237\320eE\231\302l\0235\206\312hLx\230o24\212|\017\310\361i\276\211\032lx\020\321\225\323\266p\371\016\321\260\343\276\334\336\331\374e\363\345\216\273\273\261\363z\373\327]\026\220\256y\214;\237\263\307\\\267\002\343\370^\216\215!1\256gT4\246\353BxY_\346\374[\004\231y\214\353\315\331c:\255\300\350\263\244-\226\245\341\264\353\272o\272G\360\333\340\236t_\263#\271\313|\327%!\000\027\365\300\207\242\004>\220u\026\033\342\210\033\206\337\n=\\\017r\243\360\251C\241\314\032\321V`8!\251\233\025:\331\365H\203\347tv\005\311\266\304Q\201\202f\213\004\371\205\274\325\307\202\0352\330\021n0\212\374\216\030qe,\0270\030\230@\317\271p\275(\206\016\345!\203~!\210\t\"\272\241\307\243\345\241@\354\023\351\035zX\001\352\005\300p!2\031\023\217\355""\023\357\275\311\250\027Q\370AZ\216$\242\325\213Z\2414\0177\362\335\341\320$\024oS\036\273\260\343\261\231\264]\203h\326\360\251\235\2139\246\315*|\n\244-\224\317c!\375\200\034\010?\212\337\273\342\220 \252]\024\n\037f,\272\300yH\241&0\312\271d\365\2533vd\314\241\037\246[\240:\314\016\202\0203\027\262\016|]\214\303N\252(\240\3605\014l\250HD0\345\342\006\221\207\rN\033Q#\336\217\231o\247G\314L\356\331\221\027\264\3004\354\005Ljt\3228\272\337\205i\034C\016\262Q\217I\013\251\300\327\017\326\207\311l\264[\210\213\250\025{L4\230\047\032\001\307\362\305Rt\270<\304Br\257\316\240\220T\300\233\r\223\206M\014\007\000}\366)\320\335l\364\312\010\306}\233\004-&p\260u\030y\017\036w \010\226\245\372[S\250\277\360P:Ko\272;v\326?y\\0\014x\\P\177r\256l\301\201\026\0346o\t[f\347\2119d\036k\253n~:;hA\016\257\023\367\317Ym\3345[\034\267Z\035)O>\0073m\377\245\222\341\330@5\377\027\017\332\021\247\206\304\320\306\262e\231\346\364\377\340jf\304\274\246\013>\341\201\213e/@\247f\365*\330t\013\370\323\321(@\323\272\021td\030aua9\340\301\025\246QR\310\273\017\032\322\350vM\325\013\330F\214\272\303\267\371qq0q\253\367T\325\216\213\347\223\267{\265\263;\213\311B\262\226\316\367\027\006\245r\357\047\265>(\337\355I\365WMts0}_\t\275\240Wu;\331M\232\351D\272\216\267\037\251\212Z\322\013\307\305\217\345\302\2159\265\253\272I1\251\014&\356]\220NR4\217\363\311[\203R\345\254\3628\255\244O\373\277\2354\007\0237\217;\275}UDk\353\240b\256pcVUA\355\331\255\257\023P?\325\253\342\031\331{\336#\203\322\227z}P\272\333\203k\363\272b\371\317z5P\t.,\230\303\307p`\252\267\n.?S\265AyF=\3255M\360\222TCa\033<k~Jh\"Vn\262\221^O\2570J\375\"2\346\024\325&5?\202\227\240\354y\317S\225A\371sUU\353(\377BOhs\357g0\017\362\357\324u8\230\313\317\215\371#\025\203\367c\346\255\260\013\n\266\222\007\311\236Io\371+H\274L\252\250\361\025\370\234\271\277\247\213V\347\206.f\306\354\375\277\251\246.\352Y\r\241O\253\222.\"\267\334\333PEuO\021\325\264\333K!\235\227\036&o\323\312\210\201\357\325\252j\353\275\344z\262\2324\255\007p\361""\343g\205\311\262q\036 p\311\370+5\"\376\267^\207\240h\002Gncd\0350+\0011\315d*}\226\356\365K\047\023\047\333\247\346\336\026\224\254\204\365-\337S5E\254\216\273=\322k\252\317\224\247\357\047Yh\277\001\334j\226\374gR\002\257\257\365\2779\231\3740\363\301\024\340\007\003\310NB\323\007i-\365\373[\047\213\047\353\030=\304\366\361Var\272\367\273\256\350\257\263 \2001\217^O]u\365\366\035,\310C\023\034\300\274c\360n\235\204ke\033\334U\334\240K\357\300\376s\355%\225\344\233\024\2122\253\214q\014\240\242\227\200w-\005\205\210\326i\214\222\353\026\240\332\354\341\324M\250\326M\343\027\030\370\243~\2419tU\021A\026@\027~\237\256\365g\372\031\312\260E0\250AV\316\212\351\003\270y\2470\371\225\376\007(-\315\353{\010\226\263\007\253}\203\36355\203\3203\227n\367\336\232\026\271r\t\321\260i\2411(W\324\274\211%H\027S\323\366B-B4\323\225\301\354\027\272x>;\257\347\26496\213\3452\252\316&\376\240\253\350\374\002\224\267\232\202>\304\377\217\210\327I\264<\245\253\000\346\245\364Q\277\202\nc\3659*\274\017\370\007U\311\265\344a\322N\377\336\257\366_\364\371\211\374\360\335\351\215\323\332)9\233X;[{uZ\3758]\230\374R?\323\277&\004pX\302\361a\242B\035P\203\047X>\264S\231\301\334\376\002%9L\374t\253\277\330\177ubfU\323\006\361\000:qz\026\321\212U\310\330-\365\022\210\3519u\000\367\374\344E\302\323f\377f\337\342\375?/\317|\005";
+    PyObject *data = __Pyx_DecompressString(cstring, 1829, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2402 bytes) */
-static const char cstring[] = "\377 of (tre\377e fragme\377nt)./dev\377/zero/pr\377oc/self/\377fdinfo/?\377a vector\377\047s descr\373ip\n\000 is n\377ot an ev\366@\000fd\021\010disa\177bleembe\024\000\377d null b\337yteen\024\001gc\373is\004\003divsh\377mem.erro\373rs\006\005nativ\177e.ringe\r\006\365/\020\003/z\007s.py\367xno\223\000faul\377t __redu\377ce__ due\367 to\237\000n-tr\337ivial\033\000ci\377nit__the\376\275\twas tak\377en or cl\357osed\024\013s a\273re\017\010epo\314\000o\343bj\223 \203!*\007sig\277naller\t\013tsim\006\n\014\000out\271&\254\234 \246 rCv\002E\205!E\177POLLERR\003\002\267HUP\013\002IN\022\002O\247UTE}\001\000\002.\352\006c\177ython__\017\005\377setstate\035_\013\013add3\003\344\002>\003\277filenoJ\003m\337odifyV\003re\357moveb\003wai\037tFdFd_\017\017\002]\016\360\047\000\306\"/\000Y\003FdAr\007ray\000\0043\021\033\002\316\0009\020\330\025\003J\004\006\004opD\006dr\047ainR\005\207\204\004sb\005\333`;fdo\005ope \006\332a\360\207\005\263C\225\005\212aO_CL\377OEXECO_R\377DONLYRel\003ay\000\002\343/\017\005\344.*\003\320b\001S\224e\000\006\253O\017\t\260N.\007B\013\005.\360cT\341a\000\002\203o\017\005\204n\300*\003\360\204\0025\003\206cA\003\300`__\357_Pyx\001\000Dic\377t_NextRe\177f__anno\330b\362\035\000d\026\001%\000ente\335r-\000_ex\341\205\001__/func\014\001g\202\204\005J\000qm\246@ \001\344`ule*\001\327nam\003\002pd\000ca\243pi>\001\010\001\267\204\003_\023\001vyt\311\207\001W\001qual)\005\030\343\206\005\361\204\016\375\206\006ex\213\001\302\001]\005\371s\200\010\220\205\016__tes\375t\357\000is_cor\377outinead\373da\264\204\001async\367io.\020\006sbatwchc\352\206\001dcl\047\000\377_in_trac\337eback\302\207\002co\357deco\224 xtc\177opycoun\006\000\336\002\000_of_\254\211\006ad~:\001dir_fd\003\000z\345\211\002y\315\204\002epfd\222\211\003\374\314\204\005\345\211\002sfdfds\376\257\206\003firstfl\377agsfork_\327sha\260\211\001_\316\206\001sf\367sen\177\001iind\376\221@nfoitem\220\324\211\r\303\211\010\302\001\251\205\002m\266\000\203\207\003n\316\233Anew\000\000\233 xt;""nu\246\210\001old\000\000\014\002\376\315\205\001osother\377pathpidp\177oprbref\270\207\003\373re\334Bexclu\377siveresu\323lt\325\212\001\326\212\004s\237!ds<\355\213\001\257\210\001etde\310\212\002\305\211\003\377sourcesp\277ecspli\316\210\001r\277tswith\330\210\001i\377cmethodsstr\272\213\002\301\212\001tar\355`~\000\003stextt\347\211\003\377tokenval\367ues\307\210\001weak\252\241\000w\264\000e\270\214\004-\233B:\377int (PyO\216\330\212\003*)\000\014\002\023\000\000\007,y \000\014~\000uct \223\213\002\346\323C * \002%\00264_\351t@\004\"\004_\322\204\002obj\333_7\371\214\004_6\355\214\003_1\0051\324\214\010_\256\211\004G\004\0164\360\207\006\221\001\036=Bvoid\224\"\327\001\235.\220\017\003\255\"\300\200-\240\010(_\003\224\216\002\000\337fail_\363A\000i\365s\262\205\005\000\351#slee\377p\000add_on\317e_no\245\214\001\004\000gi\271l\006\014@\002\000de\352\205\003_Wof\000\361\216\001_\221\206\002\000\265\205\001\367ed_\267\216\006\200\001\330\004\377\n\210+\220Q\200\001\340\377\t\r\210Q\320\016\"\240\377!\2406\250\031\260!\330\377\010\014\210H\220A\330\014\377\017\210t\220;\230a\230\377q\330\020\027\220s\230!\377\2304\230v\240R\240q\357\250\004\250A:\001\047\220\021\377\220(\230!\200\001\360\014\377\000\005\026\220R\220y\240\277\001\240\021\330\004\025\001\007 \371\240e\000\002\000\340\t\n\330\010\377\021\320\021)\250\021\250+\377\260Z\270q\330\004\007\200_w\210b\220\001j\001A@\000\277\026\000\005\024\2201\222\000\320\267\n$\240\\\000\013\210\n\000\007\377\200t\2103\210a\330\010\177\034\230A\330\010\017\2104\000s\031\230_\000\024\0012\210QP\000\256\200\000!\330\004*\000\200\036\000\013\373\2104\260\0002\220Q\330\014?\022\220+\230Q\2307\000\301\001\2251\025\005v\242\000q\t\021\355\002\220?_\240D\250\003\250)\002\007\007\367\010\260\001X\001\026\220d\230\332\226\"G\243\000\010\013\224\000c\220\377\021\330\014\023\2201\220A\356x\001\030\230\004\240\001\014\210I\234|\000\035\0005\220\003\314\000\030\005\340>/\0004\210x\220r\273\000\213\016\372\027\003y>\000F\240#\240Sv""\332\"\014\036\366 t\2401\211A\357K\220q\330;\002v\220S\233\230\001n\003D\230\265\"j\000\200\375AY\001<\220q\230\001\230{\024\230\370\000\020\220\010\230\260\000\375\340\304@D\220\001\220\025\220\347a\220q!\001\304\014\340\010%\357\240T\250\021V\0108\2204\377\220v\230S\240\003\2404\361\240\243 ~\0016\000\360\006\000\t\305\014\326 x\377Ap\n\225\000\200A\356\027\005}\230A\356 d\240!W\330\014\r\247Awt\000t\257`\377q\240\013\2502\250S\260\277\010\270\004\270L\310\352BF\371\220\341`\334A\014\025\220Q\220\375a>\003\017\210a\210q\220\277\006\220c\230\027\240\324\004Z\370\354`\341@\317![\240\010\250\010\377\260\002\260&\270\t\300\022\335\300\223 \013\210?\214\204\002w\240\377d\250#\250Q\250f\260\377F\270\"\270A\330\014\020\375\220\254@\360\n\000\t\020\210\037z\230\021\230$\274\204\001\243\000\016\000\261\031\257!\237a\236\n\r\016\251a%\336\330\002\020\027\220w\353\204\002\010\014\211\210\242\000\332\000\014\366\003\250m\342AU\377\230!\2303\230c\240\021W\240&\250\222@\024\256\205\001\020\274\002\367\021\230(\021\000\002\250!\330\365\020\252\204\001\020\342\001i\230u\240\351A\n\003\240\000\007\253@\007\230q\376[\003\035\230B\230i\240q\376B\000\010\026\220l\240!\240\2778\2506\260\022\260\340\0023\224\236\205\002\321\001\330\310D\021\203\205\002\365 \016\377\000\t\036\230W\240A\330\357\010\031\230\025\251a\320#4\235\260\200\205\0026\220\022\367a\207 \330\017\010\r\210T\236\205\002\271\205\001*\010\231a}E\225c\330\014\021\220\031\307\002\357l\250\"\250\362\206\002s\220\"\375\220\252\000\021\330\024\030\230\001\177\340\024\031\230\026\230q#\001\371\024\253A\203\206\002\320\004\033\2301\365\360\233 !\334@1\250A\340\325\010\374\204\001G\254\204\001\t\200A\013\230\3771\230F\240(\250\047\260\335\021\304\207\001r\220\023M\001\027\220\375rG\001\240\002\240%\240v\377\250V\2601\260B\260i\377\270t\3005\310\005\310Q\377\310a\320\0046\3206K\377\3101\360\020\000\t\034\230\3772\230Y\240a\240q\330\275\010\273\207\001\010\013\2106?\002\014\367\022\220*\346a\330\010\t\330\367\021\022\330\331 X""\230Q\230\377h\240f\250F\260\"\260\353K\270\247\210\002q\270\210\001s\220#\377\220Q\330\020\024\220D\230\347\001\230\021\277\210\001\022\002u\220C\377\220q\330\020\026\220g\230\377Q\230f\240B\240i\250\017q\260\007\260\352\204\003";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2402, 3641);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2413 bytes) */
+static const char cstring[] = "\377 of (tre\377e fragme\377nt)./dev\377/zero/pr\377oc/self/\377fdinfo/?\377a vector\377\047s descr\373ip\n\000 is n\377ot an ev\366@\000fd\021\010disa\177bleembe\024\000\377d null b\337yteen\024\001gc\373is\004\003divsh\377mem.erro\373rs\006\005nativ\177e.ringe\r\006\365/\020\003/z\007s.py\367xno\223\000faul\377t __redu\377ce__ due\367 to\237\000n-tr\337ivial\033\000ci\377nit__the\376\275\twas tak\377en or cl\357osed\024\013s a\273re\017\010epo\314\000o\343bj\223 \203!*\007sig\277naller\t\013tsim\006\n\014\000out\271&\254\234 \246 rCv\002E\205!E\177POLLERR\003\002\267HUP\013\002IN\022\002O\247UTE}\001\000\002.\352\006c\177ython__\017\005\377setstate\035_\013\013add3\003\344\002>\003\277filenoJ\003m\337odifyV\003re\357moveb\003wai\037tFdFd_\017\017\002]\016\360\047\000\306\"/\000Y\003FdAr\007ray\000\0043\021\033\002\316\0009\020\330\025\003J\004\006\004opD\006dr\047ainR\005\207\204\004sb\005\333`;fdo\005ope \006\332a\360\207\005\263C\225\005\212aO_CL\377OEXECO_R\377DONLYRel\003ay\000\002\343/\017\005\344.*\003\320b\001S\224e\000\006\253O\017\t\260N.\007B\013\005.\360cT\341a\000\002\203o\017\005\204n\300*\003\360\204\0025\003\206cA\003\300`__\357_Pyx\001\000Dic\377t_NextRe\177f__anno\330b\362\035\000d\026\001%\000ente\335r-\000_ex\341\205\001__/func\014\001g\202\204\005J\000qm\246@ \001\344`ule*\001\327nam\003\002pd\000ca\243pi>\001\010\001\267\204\003_\023\001vyt\311\207\001W\001qual)\005\030\343\206\005\361\204\016\375\206\006ex\213\001\302\001]\005\371s\200\010\220\205\016__tes\375t\357\000is_cor\377outinead\373da\264\204\001async\367io.\020\006sbatwchc\352\206\001dcl\047\000\377_in_trac\337eback\302\207\002co\357deco\224 xtc\177opycoun\006\000\336\002\000_of_\254\211\006ad~:\001dir_fd\003\000z\345\211\002y\315\204\002epfd\222\211\003\374\314\204\005\345\211\002sfdfds\376\257\206\003firstfl\377agsfork_\327sha\260\211\001_\316\206\001sf\367sen\177\001iind\376\221@nfoitem\220\324\211\r\303\211\010\302\001\251\205\002m\266\000\203\207\003n\316\233Anew\000\000\233 xt;""nu\246\210\001old\000\000\014\002\376\315\205\001osother\377pathpidp\177oprbref\270\207\003\373re\334Bexclu\377siveresu\363lt\325\212\001\244\002by_t\323hr\343 \344\212\004s\255!ds<\373\213\001\275\210\001etde\326\212\002\323\211\003\377sourcesp\277ecspli\334\210\001r\277tswith\346\210\001i\377cmethodsstr\310\213\002\317\212\001tar\373`~\000\003stextt\365\211\003\377tokenval\367ues\325\210\001weak\252\257\000w\302\000e\306\214\004-\251B:\377int (PyO\216\346\212\003*)\000\014\002\023\000\000\007,y \000\014~\000uct \241\213\002\346\341C * \002%\00264_\351t@\004\"\004_\340\204\002obj\333_7\207\215\004_6\373\214\003_1\0051\342\214\010_\274\211\004G\004\0164\376\207\006\221\001\036=Bvoid\224\"\327\001\235.\220\017\003\255\"\300\200-\240\010(_\003\242\216\002\000\337fail_\363A\000i\365s\300\205\005\000\351#slee\377p\000add_on\317e_no\263\214\001\004\000gi\271l\006\014@\002\000de\370\205\003_Wof\000\377\216\001_\237\206\002\000\303\205\001\367ed_\305\216\006\200\001\330\004\377\n\210+\220Q\200\001\340\377\t\r\210Q\320\016\"\240\377!\2406\250\031\260!\330\377\010\014\210H\220A\330\014\377\017\210t\220;\230a\230\377q\330\020\027\220s\230!\377\2304\230v\240R\240q\357\250\004\250A:\001\047\220\021\377\220(\230!\200\001\360\014\377\000\005\026\220R\220y\240\277\001\240\021\330\004\025\001\007 \371\240e\000\002\000\340\t\n\330\010\377\021\320\021)\250\021\250+\377\260Z\270q\330\004\007\200_w\210b\220\001j\001A@\000\277\026\000\005\024\2201\222\000\320\267\n$\240\\\000\013\210\n\000\007\377\200t\2103\210a\330\010\177\034\230A\330\010\017\2104\000s\031\230_\000\024\0012\210QP\000\256\200\000!\330\004*\000\200\036\000\013\373\2104\260\0002\220Q\330\014?\022\220+\230Q\2307\000\301\001\2251\025\005v\242\000q\t\021\355\002\220?_\240D\250\003\250)\002\007\007\367\010\260\001X\001\026\220d\230\332\226\"G\243\000\010\013\224\000c\220\377\021\330\014\023\2201\220A\356x\001\030\230\004\240\001\014\210I\234|\000\035\0005\220\003\314\000\030\005\340>/\0004\210x\220r\273\000\213\016\372\027""\003y>\000F\240#\240Sv\332\"\014\036\366 t\2401\211A\357K\220q\330;\002v\220S\233\230\001n\003D\230\265\"j\000\200\375AY\001<\220q\230\001\230{\024\230\370\000\020\220\010\230\260\000\375\340\304@D\220\001\220\025\220\347a\220q!\001\304\014\340\010%\357\240T\250\021V\0108\2204\377\220v\230S\240\003\2404\361\240\243 ~\0016\000\360\006\000\t\305\014\326 x\377Ap\n\225\000\200A\356\027\005}\230A\356 d\240!W\330\014\r\247Awt\000t\257`\377q\240\013\2502\250S\260\277\010\270\004\270L\310\352BF\371\220\341`\334A\014\025\220Q\220\375a>\003\017\210a\210q\220\277\006\220c\230\027\240\324\004Z\370\354`\341@\317![\240\010\250\010\377\260\002\260&\270\t\300\022\335\300\223 \013\210?\214\204\002w\240\377d\250#\250Q\250f\260\377F\270\"\270A\330\014\020\375\220\254@\360\n\000\t\020\210\037z\230\021\230$\274\204\001\243\000\016\000\261\031\257!\237a\236\n\r\016\251a%\336\330\002\020\027\220w\353\204\002\010\014\211\210\242\000\332\000\014\366\003\250m\342AU\377\230!\2303\230c\240\021W\240&\250\222@\024\256\205\001\020\274\002\367\021\230(\021\000\002\250!\330\365\020\252\204\001\020\342\001i\230u\240\351A\n\003\240\000\007\253@\007\230q\376[\003\035\230B\230i\240q\376B\000\010\026\220l\240!\240\2778\2506\260\022\260\340\0023\224\236\205\002\321\001\330\310D\021\203\205\002\365 \016\377\000\t\036\230W\240A\330\357\010\031\230\025\251a\320#4\235\260\200\205\0026\220\022\367a\207 \330\017\010\r\210T\236\205\002\271\205\001*\010\231a}E\225c\330\014\021\220\031\307\002\357l\250\"\250\362\206\002s\220\"\375\220\252\000\021\330\024\030\230\001\177\340\024\031\230\026\230q#\001\371\024\253A\203\206\002\320\004\033\2301\365\360\233 !\334@1\250A\340\325\010\374\204\001G\254\204\001\t\200A\013\230\3771\230F\240(\250\047\260\335\021\304\207\001r\220\023M\001\027\220\375rG\001\240\002\240%\240v\377\250V\2601\260B\260i\377\270t\3005\310\005\310Q\377\310a\320\0046\3206K\377\3101\360\020\000\t\034\230\3772\230Y\240a\240q\330\275\010\273\207\001\010\013\2106?\002\014\367\022\220*\346a\330\010\t\330""\367\021\022\330\331 X\230Q\230\377h\240f\250F\260\"\260\353K\270\247\210\002q\270\210\001s\220#\377\220Q\330\020\024\220D\230\347\001\230\021\277\210\001\022\002u\220C\377\220q\330\020\026\220g\230\377Q\230f\240B\240i\250\017q\260\007\260\352\204\003";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2413, 3655);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (3641 bytes) */
-static const char bytes[] = " of (tree fragment)./dev/zero/proc/self/fdinfo/?a vector\047s descriptor is not an eventfddescriptor disableembedded null byteenablegcisenabledivshmem.errorsivshmem.native.ringersivshmem/native/descriptors.pyxno default __reduce__ due to non-trivial __cinit__the descriptor was taken or closedthe descriptors are closedthe epoll object is closedthe signaller is closedthe timer is closedtimeout is not a numberClosedErrorEPOLLERREPOLLHUPEPOLLINEPOLLOUTEpollEpoll.__reduce_cython__Epoll.__setstate_cython__Epoll.addEpoll.closeEpoll.filenoEpoll.modifyEpoll.removeEpoll.waitFdFd.__reduce_cython__Fd.__setstate_cython__Fd.closeFd.filenoFdArrayFdArray.__reduce_cython__FdArray.__setstate_cython__FdArray.closeFdArray.copyFdArray.drainFdArray.eventfdsFdArray.memfdFdArray.openFdArray.ringFdArray.signalFdArray.takeO_CLOEXECO_RDONLYRelayRelay.__reduce_cython__Relay.__setstate_cython__Relay.closeSignallerSignaller.__reduce_cython__Signaller.__setstate_cython__Signaller.closeSignaller.signalTimerTimer.__reduce_cython__Timer.__setstate_cython__Timer.closeTimer.filenoTimer.set___Pyx_PyDict_NextRef__annotate____dict____enter____exit____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineaddarrayasyncio.coroutinesbatchcalledcline_in_tracebackclosecodecontextcopycountcount_of_eventfddeadlinedir_fddirectorydrainepfderrorseventfdseventsfdfdsfilenofirstflagsfork_sharing_filesfsencodeiindexinfoitemsivshmem.native.descriptorslinememfdmodemodifynnamenewnew_textnumberoldold_textopenosotherpathpidpoprbrefremoverename_exclusiveresultringringerssecondsselfsetsetdefaultsignalsourcespecsplitstartswithstaticmethodstrerrortaketargettargetstexttimeouttokenvalueswaitweakrefwhereeventfd-count:int (PyObject *)\000int (int)\000int (int, int)\000int (int, struct epoll_event *, int, int64_t)\000int (struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *, int)\000int ""(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *, int)\000int (void)\000int64_t (PyObject *)\000int64_t (int)\000struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *(void)\000taken\000fail_with\000is_eventfd\000epoll_sleep\000add_one_nowait_nogil\000add_one_nowait\000fail\000deadline_of\000take_count\000shared_signaller\200\001\330\004\n\210+\220Q\200\001\340\t\r\210Q\320\016\"\240!\2406\250\031\260!\330\010\014\210H\220A\330\014\017\210t\220;\230a\230q\330\020\027\220s\230!\2304\230v\240R\240q\250\004\250A\330\004\n\210\047\220\021\220(\230!\200\001\360\014\000\005\026\220R\220y\240\001\240\021\330\004\025\220R\220y\240\001\240\021\330\004 \240\001\330\004 \240\001\340\t\n\330\010\021\320\021)\250\021\250+\260Z\270q\330\004\007\200w\210b\220\001\330\010\014\210A\200\001\360\026\000\005\024\2201\330\004\n\320\n$\240A\330\004\013\2101\330\004\007\200t\2103\210a\330\010\034\230A\330\010\017\210q\330\004\031\230\021\330\004\007\200t\2102\210Q\330\010\021\220\021\220!\330\004\013\2101\200A\330\010\013\2104\210t\2202\220Q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\013\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\014\210H\220A\220_\240D\250\003\2501\200A\330\010\014\210H\220A\220_\240D\250\010\260\001\200A\330\010\026\220d\230!\330\010\014\210G\2201\330\010\013\2103\210c\220\021\330\014\023\2201\220A\200A\330\010\030\230\004\230A\330\010\014\210I\220Q\330\010\013\2105\220\003\2201\330\014\023\2201\220A\200A\340\010\013\2104\210x\220r\230\021\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\340\010\013\2104\210y\230\004\230F\240#\240S\250\004\250A\330\014\036\230a\230t\2401\330\010\014\210K\220q\330\010\013\2104\210v\220S\230\001\330\014\023\2201\220D\230\001\330\010\014\210I\220Q\200A\340\010\013\210<\220q\230\001\230\024\230Q\330\014\020\220\010\230\001\200A\340\010\014\210D\220\001\220\025\220a\220q\200A\340\010\014\210H\220A\220_""\240D\250\010\260\001\200A\340\010%\240T\250\021\330\010\014\210K\220q\330\010\013\2108\2204\220v\230S\240\003\2404\240q\330\014\036\230a\230q\200A\360\006\000\t\014\2104\210x\220s\230!\330\014\023\2201\220D\230\001\330\010\014\210K\220q\200A\360\006\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\017\210w\220a\220t\2304\230q\240\013\2502\250S\260\010\270\004\270L\310\001\330\010\014\210F\220!\330\010\013\2101\330\014\025\220Q\220a\200A\360\006\000\t\017\210a\210q\220\006\220c\230\027\240\001\330\010\014\210I\220Z\230v\240Q\330\010\014\210I\220[\240\010\250\010\260\002\260&\270\t\300\022\3001\330\010\013\210?\230!\2304\230w\240d\250#\250Q\250f\260F\270\"\270A\330\014\020\220\001\200A\360\n\000\t\020\210z\230\021\230$\230a\230q\200A\360\n\000\t\031\230\001\330\010\013\2104\210}\230A\230Q\230d\240!\330\014\r\330\r\016\330\014\022\220%\220s\230!\330\020\027\220w\230a\230q\330\010\014\210F\220!\200A\360\014\000\t\014\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\014\210I\220U\230!\2303\230c\240\021\240&\250\001\330\014\024\220A\330\014\020\220\006\220c\230\021\230(\240&\250\002\250!\330\020\031\230\021\330\020\025\220Q\220i\230u\240A\330\020\031\230\021\330\014\020\220\007\220q\230\007\230q\200A\360\014\000\t\035\230B\230i\240q\250\001\330\010\026\220l\240!\2408\2506\260\022\2601\330\010\013\2103\210b\220\001\330\014\020\220\001\330\010\014\210D\220\001\220\021\330\010\017\210q\200A\360\016\000\t\036\230W\240A\330\010\031\230\025\230a\230t\320#4\260A\330\010\013\2106\220\022\2201\330\014\020\220\001\330\010\r\210T\220\021\220!\330\010\017\210q\200A\360\016\000\t\036\230W\240A\340\010\014\210E\220\025\220a\220q\330\014\021\220\031\230!\2303\230l\250\"\250A\330\014\017\210s\220\"\220A\330\020\021\330\024\030\230\001\340\024\031\230\026\230q\330\014\021\220\024\220Q\220a\330\010\017\210q\320\004\033\2301\360\014\000\t!\240\013\2501\250A\340\010\030\230\004\230G\2401\330\010\t\330\014\020\220\013\2301\230F\240(\250\047\260\021\330\014\017\210r\220\023""\220A\330\020\027\220r\230\026\230q\240\002\240%\240v\250V\2601\260B\260i\270t\3005\310\005\310Q\310a\320\0046\3206K\3101\360\020\000\t\034\2302\230Y\240a\240q\330\010 \240\001\340\010\013\2106\220\023\220A\330\014\022\220*\230A\230Q\330\010\t\330\021\022\330\020\025\220X\230Q\230h\240f\250F\260\"\260K\270q\330\020\027\220q\330\014\017\210s\220#\220Q\330\020\024\220D\230\001\230\021\330\020\027\220q\330\014\017\210u\220C\220q\330\020\026\220g\230Q\230f\240B\240i\250q\260\007\260q\330\014\036\230a";
+    #else /* compression: none (3655 bytes) */
+static const char bytes[] = " of (tree fragment)./dev/zero/proc/self/fdinfo/?a vector\047s descriptor is not an eventfddescriptor disableembedded null byteenablegcisenabledivshmem.errorsivshmem.native.ringersivshmem/native/descriptors.pyxno default __reduce__ due to non-trivial __cinit__the descriptor was taken or closedthe descriptors are closedthe epoll object is closedthe signaller is closedthe timer is closedtimeout is not a numberClosedErrorEPOLLERREPOLLHUPEPOLLINEPOLLOUTEpollEpoll.__reduce_cython__Epoll.__setstate_cython__Epoll.addEpoll.closeEpoll.filenoEpoll.modifyEpoll.removeEpoll.waitFdFd.__reduce_cython__Fd.__setstate_cython__Fd.closeFd.filenoFdArrayFdArray.__reduce_cython__FdArray.__setstate_cython__FdArray.closeFdArray.copyFdArray.drainFdArray.eventfdsFdArray.memfdFdArray.openFdArray.ringFdArray.signalFdArray.takeO_CLOEXECO_RDONLYRelayRelay.__reduce_cython__Relay.__setstate_cython__Relay.closeSignallerSignaller.__reduce_cython__Signaller.__setstate_cython__Signaller.closeSignaller.signalTimerTimer.__reduce_cython__Timer.__setstate_cython__Timer.closeTimer.filenoTimer.set___Pyx_PyDict_NextRef__annotate____dict____enter____exit____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineaddarrayasyncio.coroutinesbatchcalledcline_in_tracebackclosecodecontextcopycountcount_of_eventfddeadlinedir_fddirectorydrainepfderrorseventfdseventsfdfdsfilenofirstflagsfork_sharing_filesfsencodeiindexinfoitemsivshmem.native.descriptorslinememfdmodemodifynnamenewnew_textnumberoldold_textopenosotherpathpidpoprbrefremoverename_exclusiveresultringring_by_threadringerssecondsselfsetsetdefaultsignalsourcespecsplitstartswithstaticmethodstrerrortaketargettargetstexttimeouttokenvalueswaitweakrefwhereeventfd-count:int (PyObject *)\000int (int)\000int (int, int)\000int (int, struct epoll_event *, int, int64_t)\000int (struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *"", int)\000int (struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *, int)\000int (void)\000int64_t (PyObject *)\000int64_t (int)\000struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *(void)\000taken\000fail_with\000is_eventfd\000epoll_sleep\000add_one_nowait_nogil\000add_one_nowait\000fail\000deadline_of\000take_count\000shared_signaller\200\001\330\004\n\210+\220Q\200\001\340\t\r\210Q\320\016\"\240!\2406\250\031\260!\330\010\014\210H\220A\330\014\017\210t\220;\230a\230q\330\020\027\220s\230!\2304\230v\240R\240q\250\004\250A\330\004\n\210\047\220\021\220(\230!\200\001\360\014\000\005\026\220R\220y\240\001\240\021\330\004\025\220R\220y\240\001\240\021\330\004 \240\001\330\004 \240\001\340\t\n\330\010\021\320\021)\250\021\250+\260Z\270q\330\004\007\200w\210b\220\001\330\010\014\210A\200\001\360\026\000\005\024\2201\330\004\n\320\n$\240A\330\004\013\2101\330\004\007\200t\2103\210a\330\010\034\230A\330\010\017\210q\330\004\031\230\021\330\004\007\200t\2102\210Q\330\010\021\220\021\220!\330\004\013\2101\200A\330\010\013\2104\210t\2202\220Q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\013\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\014\210H\220A\220_\240D\250\003\2501\200A\330\010\014\210H\220A\220_\240D\250\010\260\001\200A\330\010\026\220d\230!\330\010\014\210G\2201\330\010\013\2103\210c\220\021\330\014\023\2201\220A\200A\330\010\030\230\004\230A\330\010\014\210I\220Q\330\010\013\2105\220\003\2201\330\014\023\2201\220A\200A\340\010\013\2104\210x\220r\230\021\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\340\010\013\2104\210y\230\004\230F\240#\240S\250\004\250A\330\014\036\230a\230t\2401\330\010\014\210K\220q\330\010\013\2104\210v\220S\230\001\330\014\023\2201\220D\230\001\330\010\014\210I\220Q\200A\340\010\013\210<\220q\230\001\230\024\230Q\330\014\020\220\010\230\001\200A\340\010\014\210D\220\001\220\025\220a\220q\200A\340\010\014""\210H\220A\220_\240D\250\010\260\001\200A\340\010%\240T\250\021\330\010\014\210K\220q\330\010\013\2108\2204\220v\230S\240\003\2404\240q\330\014\036\230a\230q\200A\360\006\000\t\014\2104\210x\220s\230!\330\014\023\2201\220D\230\001\330\010\014\210K\220q\200A\360\006\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\017\210w\220a\220t\2304\230q\240\013\2502\250S\260\010\270\004\270L\310\001\330\010\014\210F\220!\330\010\013\2101\330\014\025\220Q\220a\200A\360\006\000\t\017\210a\210q\220\006\220c\230\027\240\001\330\010\014\210I\220Z\230v\240Q\330\010\014\210I\220[\240\010\250\010\260\002\260&\270\t\300\022\3001\330\010\013\210?\230!\2304\230w\240d\250#\250Q\250f\260F\270\"\270A\330\014\020\220\001\200A\360\n\000\t\020\210z\230\021\230$\230a\230q\200A\360\n\000\t\031\230\001\330\010\013\2104\210}\230A\230Q\230d\240!\330\014\r\330\r\016\330\014\022\220%\220s\230!\330\020\027\220w\230a\230q\330\010\014\210F\220!\200A\360\014\000\t\014\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\014\210I\220U\230!\2303\230c\240\021\240&\250\001\330\014\024\220A\330\014\020\220\006\220c\230\021\230(\240&\250\002\250!\330\020\031\230\021\330\020\025\220Q\220i\230u\240A\330\020\031\230\021\330\014\020\220\007\220q\230\007\230q\200A\360\014\000\t\035\230B\230i\240q\250\001\330\010\026\220l\240!\2408\2506\260\022\2601\330\010\013\2103\210b\220\001\330\014\020\220\001\330\010\014\210D\220\001\220\021\330\010\017\210q\200A\360\016\000\t\036\230W\240A\330\010\031\230\025\230a\230t\320#4\260A\330\010\013\2106\220\022\2201\330\014\020\220\001\330\010\r\210T\220\021\220!\330\010\017\210q\200A\360\016\000\t\036\230W\240A\340\010\014\210E\220\025\220a\220q\330\014\021\220\031\230!\2303\230l\250\"\250A\330\014\017\210s\220\"\220A\330\020\021\330\024\030\230\001\340\024\031\230\026\230q\330\014\021\220\024\220Q\220a\330\010\017\210q\320\004\033\2301\360\014\000\t!\240\013\2501\250A\340\010\030\230\004\230G\2401\330\010\t\330\014\020\220\013\2301\230F\240(\250\047\260\021\330\014\017""\210r\220\023\220A\330\020\027\220r\230\026\230q\240\002\240%\240v\250V\2601\260B\260i\270t\3005\310\005\310Q\310a\320\0046\3206K\3101\360\020\000\t\034\2302\230Y\240a\240q\330\010 \240\001\340\010\013\2106\220\023\220A\330\014\022\220*\230A\230Q\330\010\t\330\021\022\330\020\025\220X\230Q\230h\240f\250F\260\"\260K\270q\330\020\027\220q\330\014\017\210s\220#\220Q\330\020\024\220D\230\001\230\021\330\020\027\220q\330\014\017\210u\220C\220q\330\020\026\220g\230Q\230f\240B\240i\250q\260\007\260q\330\014\036\230a";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 171; i++) {
+    for (int i = 0; i < 172; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
       if (likely(string) && i >= 23) PyUnicode_InternInPlace(&string);
@@ -19876,8 +19866,8 @@ static const char bytes[] = " of (tree fragment)./dev/zero/proc/self/fdinfo/?a v
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 171; i < 200; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-171].length;
+    for (int i = 172; i < 201; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-172].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -19887,14 +19877,14 @@ static const char bytes[] = " of (tree fragment)./dev/zero/proc/self/fdinfo/?a v
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 200; i++) {
+    for (Py_ssize_t i = 0; i < 201; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 171;
+      PyObject **table = stringtab + 172;
       for (Py_ssize_t i=0; i<29; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
@@ -19982,12 +19972,12 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 117};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 118};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_4xr_Qa_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 123};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 124};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4xs_1D_Kq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
@@ -20002,47 +19992,47 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 160};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 161};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_array, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u__4};
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_eventfds, __pyx_mstate->__pyx_kp_b_iso88591_A_WA_E_aq_3l_A_s_A_q_Qa_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 179};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 180};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_array, __pyx_mstate->__pyx_n_u_other};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_copy, __pyx_mstate->__pyx_kp_b_iso88591_A_WA_at_4A_6_1_T_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 1, 9, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 193};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 1, 9, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 194};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_path, __pyx_mstate->__pyx_n_u_flags, __pyx_mstate->__pyx_n_u_mode, __pyx_mstate->__pyx_n_u_dir_fd, __pyx_mstate->__pyx_n_u_where, __pyx_mstate->__pyx_n_u_text, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_code};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_open, __pyx_mstate->__pyx_kp_b_iso88591_66K1_2Yaq_6_A_AQ_XQhfF_Kq_q_s_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 217};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 218};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_name, __pyx_mstate->__pyx_n_u_flags, __pyx_mstate->__pyx_n_u_called, __pyx_mstate->__pyx_n_u_fd};
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_memfd, __pyx_mstate->__pyx_kp_b_iso88591_A_Biq_l_86_1_3b_D_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 230};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 231};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
     __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_take, __pyx_mstate->__pyx_kp_b_iso88591_A_D_aq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 274};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 275};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_index, __pyx_mstate->__pyx_n_u_code};
     __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_signal, __pyx_mstate->__pyx_kp_b_iso88591_A_4_AQd_wat4q_2S_L_F_1_Qa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 284};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 285};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_code};
     __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_ring, __pyx_mstate->__pyx_kp_b_iso88591_A_4_AQd_s_waq_F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 297};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 298};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_index};
     __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_drain, __pyx_mstate->__pyx_kp_b_iso88591_A_z_aq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 320};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 321};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_q_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
   }
@@ -20057,12 +20047,12 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 359};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 360};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fds, __pyx_mstate->__pyx_n_u_batch, __pyx_mstate->__pyx_n_u_first, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_number, __pyx_mstate->__pyx_n_u_fd};
     __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_signal, __pyx_mstate->__pyx_kp_b_iso88591_A_4vRq_Qa_IU_3c_A_c_QiuA_q_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 414};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 415};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4y_F_S_A_at1_Kq_4vS_1D_IQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
   }
@@ -20077,7 +20067,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 541};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 535};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_context};
     __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_T_Kq_84vS_4q_aq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
   }
@@ -20092,32 +20082,32 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 566};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 560};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_4vRq_Qa_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 580};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 574};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_token, __pyx_mstate->__pyx_n_u_events};
     __pyx_mstate_global->__pyx_codeobj_tab[23] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_add, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[23])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 584};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 578};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_token, __pyx_mstate->__pyx_n_u_events};
     __pyx_mstate_global->__pyx_codeobj_tab[24] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_modify, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[24])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 587};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 581};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
     __pyx_mstate_global->__pyx_codeobj_tab[25] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_remove, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[25])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 590};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 584};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_events, __pyx_mstate->__pyx_n_u_deadline, __pyx_mstate->__pyx_n_u_n, __pyx_mstate->__pyx_n_u_epfd, __pyx_mstate->__pyx_n_u_i};
     __pyx_mstate_global->__pyx_codeobj_tab[26] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_wait, __pyx_mstate->__pyx_kp_b_iso88591_1_1A_G1_1F_r_A_r_q_vV1Bit5_Qa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[26])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 604};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 598};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_epfd};
     __pyx_mstate_global->__pyx_codeobj_tab[27] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_A_IQ_5_1_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[27])) goto bad;
   }
@@ -20132,17 +20122,17 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[29] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[29])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 652};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 646};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[30] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_4t2Q_Qa_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[30])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 657};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 651};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_seconds, __pyx_mstate->__pyx_n_u_spec};
     __pyx_mstate_global->__pyx_codeobj_tab[31] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_set, __pyx_mstate->__pyx_kp_b_iso88591_A_aq_c_IZvQ_I_1_4wd_QfF_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[31])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 666};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 660};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
     __pyx_mstate_global->__pyx_codeobj_tab[32] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_d_G1_3c_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[32])) goto bad;
   }
@@ -20157,17 +20147,17 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[34] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[34])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 677};
+    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 671};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_pid, __pyx_mstate->__pyx_n_u_code};
     __pyx_mstate_global->__pyx_codeobj_tab[35] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_fork_sharing_files, __pyx_mstate->__pyx_kp_b_iso88591_1_A_1_t3a_A_q_t2Q_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[35])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 700};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 694};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_directory, __pyx_mstate->__pyx_n_u_source, __pyx_mstate->__pyx_n_u_target, __pyx_mstate->__pyx_n_u_old, __pyx_mstate->__pyx_n_u_new, __pyx_mstate->__pyx_n_u_old_text, __pyx_mstate->__pyx_n_u_new_text, __pyx_mstate->__pyx_n_u_result};
     __pyx_mstate_global->__pyx_codeobj_tab[36] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_rename_exclusive, __pyx_mstate->__pyx_kp_b_iso88591_Ry_Ry_Zq_wb_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[36])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 727};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 721};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_info, __pyx_mstate->__pyx_n_u_line};
     __pyx_mstate_global->__pyx_codeobj_tab[37] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_count_of_eventfd, __pyx_mstate->__pyx_kp_b_iso88591_Q_6_HA_t_aq_s_4vRq_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[37])) goto bad;
   }
@@ -22748,199 +22738,6 @@ static void __Pyx_WriteUnraisable(const char *name, int clineno,
         PyGILState_Release(state);
 }
 
-/* HasAttr (used by ImportImpl) */
-#if __PYX_LIMITED_VERSION_HEX < 0x030d0000
-static CYTHON_INLINE int __Pyx_HasAttr(PyObject *o, PyObject *n) {
-    PyObject *r;
-    if (unlikely(!PyUnicode_Check(n))) {
-        PyErr_SetString(PyExc_TypeError,
-                        "hasattr(): attribute name must be string");
-        return -1;
-    }
-    r = __Pyx_PyObject_GetAttrStrNoError(o, n);
-    if (!r) {
-        return (unlikely(PyErr_Occurred())) ? -1 : 0;
-    } else {
-        Py_DECREF(r);
-        return 1;
-    }
-}
-#endif
-
-/* TupleOrListFromArrayImpl (used by ListFromArray) */
-CYTHON_UNUSED static PyObject *
-__Pyx_PyList_FromArray(PyObject *const *src, Py_ssize_t n) {
-    PyObject *res = PyList_New(n);
-    if (unlikely(res == NULL)) return NULL;
-    #if CYTHON_COMPILING_IN_CPYTHON
-    __Pyx_copy_object_array(src, ((PyListObject*)res)->ob_item, n);
-    #else
-    Py_ssize_t i;
-    for (i = 0; i < n; i++) {
-        Py_INCREF(src[i]);
-        if (unlikely(__Pyx_PyList_SET_ITEM(res, i, src[i]) < (0))) {
-            Py_DECREF(res);
-            return NULL;
-        }
-    }
-    #endif
-    return res;
-}
-
-/* ImportImpl (used by Import) */
-static int __Pyx__Import_GetModule(PyObject *qualname, PyObject **module) {
-    PyObject *imported_module = PyImport_GetModule(qualname);
-    if (unlikely(!imported_module)) {
-        *module = NULL;
-        if (PyErr_Occurred()) {
-            return -1;
-        }
-        return 0;
-    }
-    *module = imported_module;
-    return 1;
-}
-static int __Pyx__Import_Lookup(PyObject *qualname, PyObject *const *imported_names, Py_ssize_t len_imported_names, PyObject **module) {
-    PyObject *imported_module;
-    PyObject *top_level_package_name;
-    Py_ssize_t i;
-    int status, module_found;
-    Py_ssize_t dot_index;
-    module_found = __Pyx__Import_GetModule(qualname, &imported_module);
-    if (unlikely(!module_found || module_found == -1)) {
-        *module = NULL;
-        return module_found;
-    }
-    if (imported_names) {
-        for (i = 0; i < len_imported_names; i++) {
-            PyObject *imported_name = imported_names[i];
-#if __PYX_LIMITED_VERSION_HEX < 0x030d0000
-            int has_imported_attribute = PyObject_HasAttr(imported_module, imported_name);
-#else
-            int has_imported_attribute = PyObject_HasAttrWithError(imported_module, imported_name);
-            if (unlikely(has_imported_attribute == -1)) goto error;
-#endif
-            if (!has_imported_attribute) {
-                goto not_found;
-            }
-        }
-        *module = imported_module;
-        return 1;
-    }
-    dot_index = PyUnicode_FindChar(qualname, '.', 0, PY_SSIZE_T_MAX, 1);
-    if (dot_index == -1) {
-        *module = imported_module;
-        return 1;
-    }
-    if (unlikely(dot_index == -2)) goto error;
-    top_level_package_name = PyUnicode_Substring(qualname, 0, dot_index);
-    if (unlikely(!top_level_package_name)) goto error;
-    Py_DECREF(imported_module);
-    status = __Pyx__Import_GetModule(top_level_package_name, module);
-    Py_DECREF(top_level_package_name);
-    return status;
-error:
-    Py_DECREF(imported_module);
-    *module = NULL;
-    return -1;
-not_found:
-    Py_DECREF(imported_module);
-    *module = NULL;
-    return 0;
-}
-static PyObject *__Pyx__Import(PyObject *name, PyObject *const *imported_names, Py_ssize_t len_imported_names, PyObject *qualname, PyObject *moddict, int level) {
-    PyObject *module = 0;
-    PyObject *empty_dict = 0;
-    PyObject *from_list = 0;
-    int module_found;
-    if (!qualname) {
-        qualname = name;
-    }
-    module_found = __Pyx__Import_Lookup(qualname, imported_names, len_imported_names, &module);
-    if (likely(module_found == 1)) {
-        return module;
-    } else if (unlikely(module_found == -1)) {
-        return NULL;
-    }
-    #if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030f00a6
-    empty_dict = PyFrozenDict_New(NULL);
-    #else
-    empty_dict = PyDict_New();
-    #endif
-    if (unlikely(!empty_dict))
-        goto bad;
-    if (imported_names) {
-        from_list = __Pyx_PyList_FromArray(imported_names, len_imported_names);
-        if (unlikely(!from_list))
-            goto bad;
-    }
-    if (level == -1) {
-        const char* package_sep = strchr(__Pyx_MODULE_NAME, '.');
-        if (package_sep != (0)) {
-            module = PyImport_ImportModuleLevelObject(
-                name, moddict, empty_dict, from_list, 1);
-            if (unlikely(!module)) {
-                if (unlikely(!PyErr_ExceptionMatches(PyExc_ImportError)))
-                    goto bad;
-                PyErr_Clear();
-            }
-        }
-        level = 0;
-    }
-    if (!module) {
-        module = PyImport_ImportModuleLevelObject(
-            name, moddict, empty_dict, from_list, level);
-    }
-bad:
-    Py_XDECREF(from_list);
-    Py_XDECREF(empty_dict);
-    return module;
-}
-
-/* Import */
-static PyObject *__Pyx_Import(PyObject *name, PyObject *const *imported_names, Py_ssize_t len_imported_names, PyObject *qualname, int level) {
-    return __Pyx__Import(name, imported_names, len_imported_names, qualname, __pyx_mstate_global->__pyx_d, level);
-}
-
-/* ImportFrom */
-static PyObject* __Pyx_ImportFrom(PyObject* module, PyObject* name) {
-    PyObject* value = __Pyx_PyObject_GetAttrStr(module, name);
-    if (unlikely(!value) && PyErr_ExceptionMatches(PyExc_AttributeError)) {
-        const char* module_name_str = 0;
-        PyObject* module_name = 0;
-        PyObject* module_dot = 0;
-        PyObject* full_name = 0;
-        PyErr_Clear();
-        module_name_str = PyModule_GetName(module);
-        if (unlikely(!module_name_str)) { goto modbad; }
-        module_name = PyUnicode_FromString(module_name_str);
-        if (unlikely(!module_name)) { goto modbad; }
-        module_dot = PyUnicode_Concat(module_name, __pyx_mstate_global->__pyx_kp_u__3);
-        if (unlikely(!module_dot)) { goto modbad; }
-        full_name = PyUnicode_Concat(module_dot, name);
-        if (unlikely(!full_name)) { goto modbad; }
-        #if (CYTHON_COMPILING_IN_PYPY && PYPY_VERSION_NUM  < 0x07030400) ||\
-                CYTHON_COMPILING_IN_GRAAL
-        {
-            PyObject *modules = PyImport_GetModuleDict();
-            if (unlikely(!modules))
-                goto modbad;
-            value = PyObject_GetItem(modules, full_name);
-        }
-        #else
-        value = PyImport_GetModule(full_name);
-        #endif
-      modbad:
-        Py_XDECREF(full_name);
-        Py_XDECREF(module_dot);
-        Py_XDECREF(module_name);
-    }
-    if (unlikely(!value)) {
-        PyErr_Format(PyExc_ImportError, "cannot import name %S", name);
-    }
-    return value;
-}
-
 /* decode_c_string */
 static CYTHON_INLINE PyObject* __Pyx_decode_c_string(
          const char* cstring, Py_ssize_t start, Py_ssize_t stop,
@@ -23913,6 +23710,199 @@ bad:
     return NULL;
 }
 #endif
+
+/* HasAttr (used by ImportImpl) */
+#if __PYX_LIMITED_VERSION_HEX < 0x030d0000
+static CYTHON_INLINE int __Pyx_HasAttr(PyObject *o, PyObject *n) {
+    PyObject *r;
+    if (unlikely(!PyUnicode_Check(n))) {
+        PyErr_SetString(PyExc_TypeError,
+                        "hasattr(): attribute name must be string");
+        return -1;
+    }
+    r = __Pyx_PyObject_GetAttrStrNoError(o, n);
+    if (!r) {
+        return (unlikely(PyErr_Occurred())) ? -1 : 0;
+    } else {
+        Py_DECREF(r);
+        return 1;
+    }
+}
+#endif
+
+/* TupleOrListFromArrayImpl (used by ListFromArray) */
+CYTHON_UNUSED static PyObject *
+__Pyx_PyList_FromArray(PyObject *const *src, Py_ssize_t n) {
+    PyObject *res = PyList_New(n);
+    if (unlikely(res == NULL)) return NULL;
+    #if CYTHON_COMPILING_IN_CPYTHON
+    __Pyx_copy_object_array(src, ((PyListObject*)res)->ob_item, n);
+    #else
+    Py_ssize_t i;
+    for (i = 0; i < n; i++) {
+        Py_INCREF(src[i]);
+        if (unlikely(__Pyx_PyList_SET_ITEM(res, i, src[i]) < (0))) {
+            Py_DECREF(res);
+            return NULL;
+        }
+    }
+    #endif
+    return res;
+}
+
+/* ImportImpl (used by Import) */
+static int __Pyx__Import_GetModule(PyObject *qualname, PyObject **module) {
+    PyObject *imported_module = PyImport_GetModule(qualname);
+    if (unlikely(!imported_module)) {
+        *module = NULL;
+        if (PyErr_Occurred()) {
+            return -1;
+        }
+        return 0;
+    }
+    *module = imported_module;
+    return 1;
+}
+static int __Pyx__Import_Lookup(PyObject *qualname, PyObject *const *imported_names, Py_ssize_t len_imported_names, PyObject **module) {
+    PyObject *imported_module;
+    PyObject *top_level_package_name;
+    Py_ssize_t i;
+    int status, module_found;
+    Py_ssize_t dot_index;
+    module_found = __Pyx__Import_GetModule(qualname, &imported_module);
+    if (unlikely(!module_found || module_found == -1)) {
+        *module = NULL;
+        return module_found;
+    }
+    if (imported_names) {
+        for (i = 0; i < len_imported_names; i++) {
+            PyObject *imported_name = imported_names[i];
+#if __PYX_LIMITED_VERSION_HEX < 0x030d0000
+            int has_imported_attribute = PyObject_HasAttr(imported_module, imported_name);
+#else
+            int has_imported_attribute = PyObject_HasAttrWithError(imported_module, imported_name);
+            if (unlikely(has_imported_attribute == -1)) goto error;
+#endif
+            if (!has_imported_attribute) {
+                goto not_found;
+            }
+        }
+        *module = imported_module;
+        return 1;
+    }
+    dot_index = PyUnicode_FindChar(qualname, '.', 0, PY_SSIZE_T_MAX, 1);
+    if (dot_index == -1) {
+        *module = imported_module;
+        return 1;
+    }
+    if (unlikely(dot_index == -2)) goto error;
+    top_level_package_name = PyUnicode_Substring(qualname, 0, dot_index);
+    if (unlikely(!top_level_package_name)) goto error;
+    Py_DECREF(imported_module);
+    status = __Pyx__Import_GetModule(top_level_package_name, module);
+    Py_DECREF(top_level_package_name);
+    return status;
+error:
+    Py_DECREF(imported_module);
+    *module = NULL;
+    return -1;
+not_found:
+    Py_DECREF(imported_module);
+    *module = NULL;
+    return 0;
+}
+static PyObject *__Pyx__Import(PyObject *name, PyObject *const *imported_names, Py_ssize_t len_imported_names, PyObject *qualname, PyObject *moddict, int level) {
+    PyObject *module = 0;
+    PyObject *empty_dict = 0;
+    PyObject *from_list = 0;
+    int module_found;
+    if (!qualname) {
+        qualname = name;
+    }
+    module_found = __Pyx__Import_Lookup(qualname, imported_names, len_imported_names, &module);
+    if (likely(module_found == 1)) {
+        return module;
+    } else if (unlikely(module_found == -1)) {
+        return NULL;
+    }
+    #if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030f00a6
+    empty_dict = PyFrozenDict_New(NULL);
+    #else
+    empty_dict = PyDict_New();
+    #endif
+    if (unlikely(!empty_dict))
+        goto bad;
+    if (imported_names) {
+        from_list = __Pyx_PyList_FromArray(imported_names, len_imported_names);
+        if (unlikely(!from_list))
+            goto bad;
+    }
+    if (level == -1) {
+        const char* package_sep = strchr(__Pyx_MODULE_NAME, '.');
+        if (package_sep != (0)) {
+            module = PyImport_ImportModuleLevelObject(
+                name, moddict, empty_dict, from_list, 1);
+            if (unlikely(!module)) {
+                if (unlikely(!PyErr_ExceptionMatches(PyExc_ImportError)))
+                    goto bad;
+                PyErr_Clear();
+            }
+        }
+        level = 0;
+    }
+    if (!module) {
+        module = PyImport_ImportModuleLevelObject(
+            name, moddict, empty_dict, from_list, level);
+    }
+bad:
+    Py_XDECREF(from_list);
+    Py_XDECREF(empty_dict);
+    return module;
+}
+
+/* Import */
+static PyObject *__Pyx_Import(PyObject *name, PyObject *const *imported_names, Py_ssize_t len_imported_names, PyObject *qualname, int level) {
+    return __Pyx__Import(name, imported_names, len_imported_names, qualname, __pyx_mstate_global->__pyx_d, level);
+}
+
+/* ImportFrom */
+static PyObject* __Pyx_ImportFrom(PyObject* module, PyObject* name) {
+    PyObject* value = __Pyx_PyObject_GetAttrStr(module, name);
+    if (unlikely(!value) && PyErr_ExceptionMatches(PyExc_AttributeError)) {
+        const char* module_name_str = 0;
+        PyObject* module_name = 0;
+        PyObject* module_dot = 0;
+        PyObject* full_name = 0;
+        PyErr_Clear();
+        module_name_str = PyModule_GetName(module);
+        if (unlikely(!module_name_str)) { goto modbad; }
+        module_name = PyUnicode_FromString(module_name_str);
+        if (unlikely(!module_name)) { goto modbad; }
+        module_dot = PyUnicode_Concat(module_name, __pyx_mstate_global->__pyx_kp_u__3);
+        if (unlikely(!module_dot)) { goto modbad; }
+        full_name = PyUnicode_Concat(module_dot, name);
+        if (unlikely(!full_name)) { goto modbad; }
+        #if (CYTHON_COMPILING_IN_PYPY && PYPY_VERSION_NUM  < 0x07030400) ||\
+                CYTHON_COMPILING_IN_GRAAL
+        {
+            PyObject *modules = PyImport_GetModuleDict();
+            if (unlikely(!modules))
+                goto modbad;
+            value = PyObject_GetItem(modules, full_name);
+        }
+        #else
+        value = PyImport_GetModule(full_name);
+        #endif
+      modbad:
+        Py_XDECREF(full_name);
+        Py_XDECREF(module_dot);
+        Py_XDECREF(module_name);
+    }
+    if (unlikely(!value)) {
+        PyErr_Format(PyExc_ImportError, "cannot import name %S", name);
+    }
+    return value;
+}
 
 /* dict_setdefault (used by FetchCommonType) */
 static CYTHON_INLINE PyObject *__Pyx_PyDict_SetDefault(PyObject *d, PyObject *key, PyObject *default_value) {

@@ -42,6 +42,7 @@ import os
 import weakref
 
 from ..errors import ClosedError
+from .ringers import ring as ring_by_thread
 
 cdef extern from "<fcntl.h>" nogil:
     int c_openat "openat"(int directory, const char *path, int flags, unsigned int mode)
@@ -445,13 +446,6 @@ cdef Signaller shared_signaller():
     return signaller
 
 
-cdef bint ring_by_thread(FdArray bells, int fd) except -1:
-    """Have a thread add 1 to `fd`; return whether there could be one."""
-    from .ringers import ring  # here, since few processes need threads
-
-    return ring(bells.ring, fd)
-
-
 cdef int add_one_nowait(Signaller signaller, FdArray bells, int fd) except -1:
     """Add 1 to an eventfd that other processes have, too, without waiting for them.
 
@@ -463,7 +457,7 @@ cdef int add_one_nowait(Signaller signaller, FdArray bells, int fd) except -1:
     cdef int code = EINTR
     if signaller is not None:
         return signaller.submit(&fd, 1)
-    if not has_room(fd) or ring_by_thread(bells, fd):
+    if not has_room(fd) or ring_by_thread(bells.ring, fd):
         return 0
     while code == EINTR:
         PyErr_CheckSignals()
@@ -479,7 +473,7 @@ cdef int add_one_nowait_nogil(FdArray bells, int fd) noexcept nogil:
         return 0
     with gil:
         try:
-            if ring_by_thread(bells, fd):
+            if ring_by_thread(bells.ring, fd):
                 return 0
         except MemoryError:
             return ENOMEM

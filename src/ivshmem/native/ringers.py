@@ -13,7 +13,6 @@ import _thread
 import os
 from collections import deque
 from collections.abc import Callable
-from queue import SimpleQueue
 
 # A counter that is full is not rung at all, so that each thread needs a peer that fills a counter
 # in the microsecond before the write. So many at once are an attack; further rings are then lost.
@@ -22,20 +21,26 @@ MOST = 64
 PATIENCE = 0.01
 
 
+class Ringer:
+    """What a thread sleeps on, and what it is to do next."""
+
+    def __init__(self) -> None:
+        self.sleep = _thread.allocate_lock()
+        self.sleep.acquire()
+        self.work: tuple[Callable[[int], object], int, _thread.LockType] | None = None
+
+
 class Ringers:
     """Threads of which each rings for one caller at a time. They end with the process.
 
     There are no locks that Python code could hold: a signal handler may ring while the frame that
-    it interrupted does.
+    it interrupted does. A ring neither imports nor opens anything: perhaps no descriptor is left.
     """
 
     def __init__(self) -> None:
         self.pid = os.getpid()
         self.started = 0
-        self._idle: deque[None] = deque()  # an entry for each thread that nobody has work for
-        self._work: SimpleQueue[tuple[Callable[[int], object], int, _thread.LockType]] = (
-            SimpleQueue()
-        )
+        self._idle: deque[Ringer] = deque()
 
     def ring(self, write: Callable[[int], object], fd: int) -> bool:
         """Have a thread call `write(fd)`. Return when it has, or after 10 ms.
@@ -44,29 +49,34 @@ class Ringers:
             False if no thread could be started: then `write` is never called.
         """
         try:
-            self._idle.pop()
+            ringer = self._idle.pop()
         except IndexError:
             if self.started >= MOST:
                 return True  # lost
+            ringer = Ringer()
             try:
                 self.started += 1
-                _thread.start_new_thread(self._serve, ())
+                _thread.start_new_thread(self._serve, (ringer,))
             except RuntimeError:  # no memory, RLIMIT_NPROC, or the interpreter ends
                 self.started -= 1
                 return False
         done = _thread.allocate_lock()
         done.acquire()
-        self._work.put((write, fd, done))
+        ringer.work = write, fd, done
+        ringer.sleep.release()
         done.acquire(timeout=PATIENCE)
         return True
 
-    def _serve(self) -> None:
+    def _serve(self, ringer: Ringer) -> None:
         while True:
-            write, fd, done = self._work.get()
+            ringer.sleep.acquire()
+            assert ringer.work is not None
+            write, fd, done = ringer.work
+            ringer.work = None  # what was rung need not live until the next ring
             write(fd)
-            self._idle.append(None)  # the caller may ring again at once
+            del write
+            self._idle.append(ringer)  # the caller may ring again at once
             done.release()
-            del write, done  # what was rung need not live until the next ring
 
 
 _shared: Ringers | None = None
