@@ -312,7 +312,7 @@ ROOMS_OF = {
     "save -S PATH NEW": PEER,
     "load -S PATH NEW": PEER,
     "migrate": "",
-    "systemd install": "system",
+    "systemd install --directory NEW": "system",
     "bench -h": f"{CONTROLS} bench guest lasting memory server",
 }
 
