@@ -16,13 +16,13 @@ from libc.stdlib cimport free, malloc
 
 from .native.bell cimport Bell, Doorbell, ring_bell
 from .native.descriptors cimport (
-    add_one, add_one_nowait, add_one_nowait_nogil, BATCH, count_of, deadline_in, deadline_of, Epoll,
+    add_one, add_one_nowait, BATCH, count_of, deadline_in, deadline_of, Epoll,
     epoll_sleep, fail_with, FdArray, is_eventfd, length_of, look, now, place_of, Relay,
     shared_signaller, Signaller, take_count, taken, time_left,
 )
 from .native.syscalls cimport (
-    c_read, EAGAIN, EINTR, EINVAL, EIO, epoll_event, epoll_wait, errno, ESHUTDOWN, F_SETFL, fcntl,
-    c_close, getpid, IVSHMEM_CLOSING, word_and, ivshmem_count, ivshmem_enter,
+    c_read, EAGAIN, ECANCELED, EINTR, EINVAL, EIO, epoll_event, epoll_wait, errno, ESHUTDOWN,
+    F_SETFL, fcntl, c_close, getpid, IVSHMEM_CLOSING, word_and, ivshmem_count, ivshmem_enter,
     ivshmem_is_only_thread, ivshmem_leave, word_load, word_or, ivshmem_pause, ivshmem_shut,
     ivshmem_state, word_store, O_NONBLOCK, O_RDWR, pollfd, ppoll, PyNumber_AsSsize_t, RELAXED,
     SEQ_CST, timespec,
@@ -133,6 +133,7 @@ cdef inline int64_t spin_for(
 cdef struct Gentle:
     Bell *bell  # of an eventfd
     void *signaller  # used by this thread alone; or None
+    void *raised  # a list: what ringing without one raised, perhaps in a signal handler
 
 
 cdef int ring_gently(void *context, int64_t rings) noexcept nogil:
@@ -144,7 +145,13 @@ cdef int ring_gently(void *context, int64_t rings) noexcept nogil:
     if <Signaller>gentle.signaller is not None:
         code = (<Signaller>gentle.signaller).send(&gentle.bell.fd, 1)
     else:
-        code = add_one_nowait_nogil(<FdArray>gentle.bell.fds, gentle.bell.fd)
+        with gil:
+            code = 0
+            try:
+                add_one_nowait(None, <FdArray>gentle.bell.fds, gentle.bell.fd)
+            except BaseException as error:
+                (<list>gentle.raised).append(error)
+                code = ECANCELED
     (<FdArray>gentle.bell.fds).leave()
     return code
 
@@ -1080,6 +1087,7 @@ cdef class Doorbells:
         cdef int stopped = 0
         cdef int64_t done = 0
         cdef Signaller own = None
+        cdef list raised = []
         cdef Gentle gentle
         cdef Doorbell bell
         if answer is None:
@@ -1094,6 +1102,7 @@ cdef class Doorbells:
                     own = Signaller()
         gentle.bell = &bell.bell
         gentle.signaller = <void *>own
+        gentle.raised = <void *>raised
         while True:
             done += self.serve(
                 vector,
@@ -1106,6 +1115,8 @@ cdef class Doorbells:
             )
             if stopped == 0:
                 return done
+            if raised:
+                raise raised[0]
             self.attend(-EINTR)
             bell.ring()  # raises what stopped the loop, unless a signal did
 

@@ -360,6 +360,21 @@ def test_echo_keeps_to_its_limit(bells: Bells, timeout: float, starved: bool) ->
     in_child(check)
 
 
+def test_what_a_signal_handler_raises_ends_an_echo_that_a_thread_rings_for(bells: Bells) -> None:
+    """The thread is waited for in Python, where the handler of Ctrl-C can run."""
+
+    class Interrupted(ringers.Ringers):
+        def ring(self, *_: object) -> bool:
+            raise KeyboardInterrupt
+
+    def play() -> None:
+        ringers._shared = Interrupted()
+        with free_fds(0), pytest.raises(KeyboardInterrupt):
+            answer(bells, PATIENCE)
+
+    in_child(play)
+
+
 def test_echo_with_a_limit_to_one_who_leaves(bells: Bells) -> None:
     """The answer that finds nobody is an error, as it is without a limit; nothing stays open."""
     bells.ring_nowait(OTHER, 1)  # what the process has for such rings is there from now on

@@ -2068,13 +2068,13 @@ static const char* const __pyx_f[] = {
 #define __Pyx_FastGIL_Forget()
 #define __Pyx_FastGilFuncInit()
 
+/* IncludeStructmemberH.proto */
+#include <structmember.h>
+
 /* ForceInitThreads.proto */
 #ifndef __PYX_FORCE_INIT_THREADS
   #define __PYX_FORCE_INIT_THREADS 0
 #endif
-
-/* IncludeStructmemberH.proto */
-#include <structmember.h>
 
 /* #### Code section: numeric_typedefs ### */
 /* #### Code section: complex_type_declarations ### */
@@ -2100,7 +2100,7 @@ enum  {
   __pyx_e_7ivshmem_6native_11descriptors_OUTGROWN = 24
 };
 
-/* "ivshmem/native/descriptors.pxd":101
+/* "ivshmem/native/descriptors.pxd":100
  * 
  * 
  * cdef class Fd:             # <<<<<<<<<<<<<<
@@ -2113,7 +2113,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Fd {
 };
 
 
-/* "ivshmem/native/descriptors.pxd":108
+/* "ivshmem/native/descriptors.pxd":107
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2132,7 +2132,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray {
 };
 
 
-/* "ivshmem/native/descriptors.pxd":132
+/* "ivshmem/native/descriptors.pxd":131
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2149,7 +2149,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller {
 };
 
 
-/* "ivshmem/native/descriptors.pxd":142
+/* "ivshmem/native/descriptors.pxd":141
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2164,7 +2164,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Relay {
 };
 
 
-/* "ivshmem/native/descriptors.pxd":149
+/* "ivshmem/native/descriptors.pxd":148
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2178,7 +2178,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll {
 };
 
 
-/* "ivshmem/native/descriptors.pyx":634
+/* "ivshmem/native/descriptors.pyx":621
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2230,7 +2230,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
 static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int *, long);
 
 
-/* "ivshmem/native/descriptors.pyx":493
+/* "ivshmem/native/descriptors.pyx":480
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2245,7 +2245,7 @@ static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay *__pyx_vtabp
 static int __pyx_f_7ivshmem_6native_11descriptors_5Relay_fired(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay *);
 
 
-/* "ivshmem/native/descriptors.pyx":546
+/* "ivshmem/native/descriptors.pyx":533
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2943,9 +2943,6 @@ static CYTHON_INLINE PyObject* __Pyx_PyObject_GetSlice(
 static void __Pyx_WriteUnraisable(const char *name, int clineno,
                                   int lineno, const char *filename,
                                   int full_traceback, int nogil);
-
-/* PyMemoryError_Check.proto */
-#define __Pyx_PyExc_MemoryError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_MemoryError)
 
 /* PyBaseException_Check.proto */
 #define __Pyx_PyExc_BaseException_Check(obj)  PyExceptionInstance_Check(obj)
@@ -4084,7 +4081,7 @@ return 0;
 #endif
 /* #### Code section: module_code ### */
 
-/* "ivshmem/native/descriptors.pxd":28
+/* "ivshmem/native/descriptors.pxd":27
  * 
  * 
  * cdef inline double seconds_of(object timeout) except? -1:             # <<<<<<<<<<<<<<
@@ -4106,17 +4103,17 @@ static CYTHON_INLINE double __pyx_f_7ivshmem_6native_11descriptors_seconds_of(Py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("seconds_of", 0);
 
-  /* "ivshmem/native/descriptors.pxd":30
+  /* "ivshmem/native/descriptors.pxd":29
  * cdef inline double seconds_of(object timeout) except? -1:
  *     """A time limit that is not None."""
  *     cdef double seconds = timeout             # <<<<<<<<<<<<<<
  *     if seconds != seconds:
  *         raise ValueError("timeout is not a number")
 */
-  __pyx_t_1 = __Pyx_PyFloat_AsDouble(__pyx_v_timeout); if (unlikely((__pyx_t_1 == (double)-1) && PyErr_Occurred())) __PYX_ERR(1, 30, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyFloat_AsDouble(__pyx_v_timeout); if (unlikely((__pyx_t_1 == (double)-1) && PyErr_Occurred())) __PYX_ERR(1, 29, __pyx_L1_error)
   __pyx_v_seconds = __pyx_t_1;
 
-  /* "ivshmem/native/descriptors.pxd":31
+  /* "ivshmem/native/descriptors.pxd":30
  *     """A time limit that is not None."""
  *     cdef double seconds = timeout
  *     if seconds != seconds:             # <<<<<<<<<<<<<<
@@ -4128,7 +4125,7 @@ static CYTHON_INLINE double __pyx_f_7ivshmem_6native_11descriptors_seconds_of(Py
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/native/descriptors.pxd":32
+    /* "ivshmem/native/descriptors.pxd":31
  *     cdef double seconds = timeout
  *     if seconds != seconds:
  *         raise ValueError("timeout is not a number")             # <<<<<<<<<<<<<<
@@ -4141,14 +4138,14 @@ static CYTHON_INLINE double __pyx_f_7ivshmem_6native_11descriptors_seconds_of(Py
       PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_timeout_is_not_a_number};
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 32, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 31, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(1, 32, __pyx_L1_error)
+    __PYX_ERR(1, 31, __pyx_L1_error)
 
-    /* "ivshmem/native/descriptors.pxd":31
+    /* "ivshmem/native/descriptors.pxd":30
  *     """A time limit that is not None."""
  *     cdef double seconds = timeout
  *     if seconds != seconds:             # <<<<<<<<<<<<<<
@@ -4157,7 +4154,7 @@ static CYTHON_INLINE double __pyx_f_7ivshmem_6native_11descriptors_seconds_of(Py
 */
   }
 
-  /* "ivshmem/native/descriptors.pxd":33
+  /* "ivshmem/native/descriptors.pxd":32
  *     if seconds != seconds:
  *         raise ValueError("timeout is not a number")
  *     return seconds             # <<<<<<<<<<<<<<
@@ -4170,7 +4167,7 @@ static CYTHON_INLINE double __pyx_f_7ivshmem_6native_11descriptors_seconds_of(Py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pxd":28
+  /* "ivshmem/native/descriptors.pxd":27
  * 
  * 
  * cdef inline double seconds_of(object timeout) except? -1:             # <<<<<<<<<<<<<<
@@ -4191,7 +4188,7 @@ static CYTHON_INLINE double __pyx_f_7ivshmem_6native_11descriptors_seconds_of(Py
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pxd":36
+/* "ivshmem/native/descriptors.pxd":35
  * 
  * 
  * cdef inline int check_timeout(object timeout) except -1:             # <<<<<<<<<<<<<<
@@ -4208,7 +4205,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_check_timeout(Py
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/native/descriptors.pxd":38
+  /* "ivshmem/native/descriptors.pxd":37
  * cdef inline int check_timeout(object timeout) except -1:
  *     """Refuse what is no time limit, also where nothing will wait."""
  *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns             # <<<<<<<<<<<<<<
@@ -4232,17 +4229,17 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_check_timeout(Py
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pxd":39
+    /* "ivshmem/native/descriptors.pxd":38
  *     """Refuse what is no time limit, also where nothing will wait."""
  *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
  *         seconds_of(timeout)             # <<<<<<<<<<<<<<
  *     return 0
  * 
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_seconds_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((double)-1.0) && PyErr_Occurred())) __PYX_ERR(1, 39, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_seconds_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((double)-1.0) && PyErr_Occurred())) __PYX_ERR(1, 38, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pxd":38
+    /* "ivshmem/native/descriptors.pxd":37
  * cdef inline int check_timeout(object timeout) except -1:
  *     """Refuse what is no time limit, also where nothing will wait."""
  *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns             # <<<<<<<<<<<<<<
@@ -4251,7 +4248,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_check_timeout(Py
 */
   }
 
-  /* "ivshmem/native/descriptors.pxd":40
+  /* "ivshmem/native/descriptors.pxd":39
  *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
  *         seconds_of(timeout)
  *     return 0             # <<<<<<<<<<<<<<
@@ -4264,7 +4261,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_check_timeout(Py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pxd":36
+  /* "ivshmem/native/descriptors.pxd":35
  * 
  * 
  * cdef inline int check_timeout(object timeout) except -1:             # <<<<<<<<<<<<<<
@@ -4281,7 +4278,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_check_timeout(Py
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pxd":43
+/* "ivshmem/native/descriptors.pxd":42
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4293,7 +4290,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   struct timespec __pyx_v_t;
   int64_t __pyx_r;
 
-  /* "ivshmem/native/descriptors.pxd":45
+  /* "ivshmem/native/descriptors.pxd":44
  * cdef inline int64_t now() noexcept nogil:
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)             # <<<<<<<<<<<<<<
@@ -4302,7 +4299,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
 */
   (void)(clock_gettime(CLOCK_MONOTONIC, (&__pyx_v_t)));
 
-  /* "ivshmem/native/descriptors.pxd":46
+  /* "ivshmem/native/descriptors.pxd":45
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
  *     return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec             # <<<<<<<<<<<<<<
@@ -4315,7 +4312,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pxd":43
+  /* "ivshmem/native/descriptors.pxd":42
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4329,7 +4326,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pxd":49
+/* "ivshmem/native/descriptors.pxd":48
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4346,7 +4343,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   int64_t __pyx_t_5;
   int __pyx_t_6;
 
-  /* "ivshmem/native/descriptors.pxd":51
+  /* "ivshmem/native/descriptors.pxd":50
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:
  *     """When they will be over; less than 0: never."""
  *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX             # <<<<<<<<<<<<<<
@@ -4383,7 +4380,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pxd":49
+  /* "ivshmem/native/descriptors.pxd":48
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4396,7 +4393,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pxd":54
+/* "ivshmem/native/descriptors.pxd":53
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4412,7 +4409,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   int64_t __pyx_t_3;
   int64_t __pyx_t_4;
 
-  /* "ivshmem/native/descriptors.pxd":57
+  /* "ivshmem/native/descriptors.pxd":56
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -4424,7 +4421,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pxd":58
+    /* "ivshmem/native/descriptors.pxd":57
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:
  *         return NULL             # <<<<<<<<<<<<<<
@@ -4437,7 +4434,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pxd":57
+    /* "ivshmem/native/descriptors.pxd":56
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -4446,7 +4443,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   }
 
-  /* "ivshmem/native/descriptors.pxd":59
+  /* "ivshmem/native/descriptors.pxd":58
  *     if deadline == INT64_MAX:
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)             # <<<<<<<<<<<<<<
@@ -4470,7 +4467,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   __pyx_v_nanoseconds = __pyx_t_4;
 
 
-  /* "ivshmem/native/descriptors.pxd":60
+  /* "ivshmem/native/descriptors.pxd":59
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000             # <<<<<<<<<<<<<<
@@ -4479,7 +4476,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   __pyx_v_left->tv_sec = __Pyx_div_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "ivshmem/native/descriptors.pxd":61
+  /* "ivshmem/native/descriptors.pxd":60
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000             # <<<<<<<<<<<<<<
@@ -4488,7 +4485,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   __pyx_v_left->tv_nsec = __Pyx_mod_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "ivshmem/native/descriptors.pxd":62
+  /* "ivshmem/native/descriptors.pxd":61
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000
  *     return left             # <<<<<<<<<<<<<<
@@ -4501,7 +4498,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pxd":54
+  /* "ivshmem/native/descriptors.pxd":53
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4515,7 +4512,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pxd":65
+/* "ivshmem/native/descriptors.pxd":64
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4530,7 +4527,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
   uint64_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "ivshmem/native/descriptors.pxd":67
+  /* "ivshmem/native/descriptors.pxd":66
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:
  *     """What was read from an eventfd; more than 2**63 - 1 rings are somebody's ill will."""
  *     return <int64_t>min(count, <uint64_t>INT64_MAX)             # <<<<<<<<<<<<<<
@@ -4558,7 +4555,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
 
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pxd":65
+  /* "ivshmem/native/descriptors.pxd":64
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4571,7 +4568,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pxd":70
+/* "ivshmem/native/descriptors.pxd":69
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4586,7 +4583,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
   int64_t __pyx_r;
   int __pyx_t_1;
 
-  /* "ivshmem/native/descriptors.pxd":76
+  /* "ivshmem/native/descriptors.pxd":75
  *     it since Linux 5.8, which is why that is the oldest kernel supported.
  *     """
  *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
@@ -4595,7 +4592,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_count = 0;
 
-  /* "ivshmem/native/descriptors.pxd":79
+  /* "ivshmem/native/descriptors.pxd":78
  *     cdef iovec iov
  *     cdef ssize_t n
  *     iov.iov_base = &count             # <<<<<<<<<<<<<<
@@ -4604,7 +4601,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_iov.iov_base = (&__pyx_v_count);
 
-  /* "ivshmem/native/descriptors.pxd":80
+  /* "ivshmem/native/descriptors.pxd":79
  *     cdef ssize_t n
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)             # <<<<<<<<<<<<<<
@@ -4613,7 +4610,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_count));
 
-  /* "ivshmem/native/descriptors.pxd":81
+  /* "ivshmem/native/descriptors.pxd":80
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)
  *     while True:             # <<<<<<<<<<<<<<
@@ -4622,7 +4619,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   while (1) {
 
-    /* "ivshmem/native/descriptors.pxd":82
+    /* "ivshmem/native/descriptors.pxd":81
  *     iov.iov_len = sizeof(count)
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)             # <<<<<<<<<<<<<<
@@ -4631,7 +4628,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     __pyx_v_n = preadv2(__pyx_v_fd, (&__pyx_v_iov), 1, -1L, RWF_NOWAIT);
 
-    /* "ivshmem/native/descriptors.pxd":83
+    /* "ivshmem/native/descriptors.pxd":82
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -4643,7 +4640,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/native/descriptors.pxd":84
+      /* "ivshmem/native/descriptors.pxd":83
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):
  *             return count_of(count)             # <<<<<<<<<<<<<<
@@ -4656,7 +4653,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "ivshmem/native/descriptors.pxd":83
+      /* "ivshmem/native/descriptors.pxd":82
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -4665,7 +4662,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "ivshmem/native/descriptors.pxd":85
+    /* "ivshmem/native/descriptors.pxd":84
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -4677,7 +4674,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/native/descriptors.pxd":86
+      /* "ivshmem/native/descriptors.pxd":85
  *             return count_of(count)
  *         if n >= 0:
  *             return -EINVAL  # no eventfd             # <<<<<<<<<<<<<<
@@ -4690,7 +4687,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "ivshmem/native/descriptors.pxd":85
+      /* "ivshmem/native/descriptors.pxd":84
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -4699,7 +4696,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "ivshmem/native/descriptors.pxd":87
+    /* "ivshmem/native/descriptors.pxd":86
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4711,7 +4708,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/native/descriptors.pxd":88
+      /* "ivshmem/native/descriptors.pxd":87
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:
  *             return 0             # <<<<<<<<<<<<<<
@@ -4724,7 +4721,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "ivshmem/native/descriptors.pxd":87
+      /* "ivshmem/native/descriptors.pxd":86
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4733,7 +4730,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "ivshmem/native/descriptors.pxd":89
+    /* "ivshmem/native/descriptors.pxd":88
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -4745,7 +4742,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/native/descriptors.pxd":90
+      /* "ivshmem/native/descriptors.pxd":89
  *             return 0
  *         if errno != EINTR:
  *             return -errno             # <<<<<<<<<<<<<<
@@ -4758,7 +4755,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "ivshmem/native/descriptors.pxd":89
+      /* "ivshmem/native/descriptors.pxd":88
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -4768,7 +4765,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     }
   }
 
-  /* "ivshmem/native/descriptors.pxd":70
+  /* "ivshmem/native/descriptors.pxd":69
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4785,7 +4782,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pxd":93
+/* "ivshmem/native/descriptors.pxd":92
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4799,7 +4796,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/native/descriptors.pxd":95
+  /* "ivshmem/native/descriptors.pxd":94
  * cdef inline int add_one(int fd) noexcept nogil:
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1             # <<<<<<<<<<<<<<
@@ -4808,7 +4805,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 */
   __pyx_v_one = 1;
 
-  /* "ivshmem/native/descriptors.pxd":96
+  /* "ivshmem/native/descriptors.pxd":95
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4834,7 +4831,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pxd":97
+    /* "ivshmem/native/descriptors.pxd":96
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0             # <<<<<<<<<<<<<<
@@ -4847,7 +4844,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pxd":96
+    /* "ivshmem/native/descriptors.pxd":95
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4856,7 +4853,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 */
   }
 
-  /* "ivshmem/native/descriptors.pxd":98
+  /* "ivshmem/native/descriptors.pxd":97
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0
  *     return errno             # <<<<<<<<<<<<<<
@@ -4869,7 +4866,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pxd":93
+  /* "ivshmem/native/descriptors.pxd":92
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4883,7 +4880,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pxd":122
+/* "ivshmem/native/descriptors.pxd":121
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4894,7 +4891,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array) {
   Py_ssize_t __pyx_r;
 
-  /* "ivshmem/native/descriptors.pxd":124
+  /* "ivshmem/native/descriptors.pxd":123
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:
  *     """How many descriptors there are, also while another thread adds one."""
  *     return ivshmem_length(&array.count)             # <<<<<<<<<<<<<<
@@ -4907,7 +4904,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pxd":122
+  /* "ivshmem/native/descriptors.pxd":121
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4920,7 +4917,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pxd":127
+/* "ivshmem/native/descriptors.pxd":126
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4931,7 +4928,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
 static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array, Py_ssize_t __pyx_v_index) {
   int *__pyx_r;
 
-  /* "ivshmem/native/descriptors.pxd":129
+  /* "ivshmem/native/descriptors.pxd":128
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:
  *     """Where a descriptor stands, of as many as `length_of` told; it stays there."""
  *     return &ivshmem_elements(&array.fds)[index]             # <<<<<<<<<<<<<<
@@ -4944,7 +4941,7 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pxd":127
+  /* "ivshmem/native/descriptors.pxd":126
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -11606,300 +11603,6 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(struct __pyx_ob
 /* "ivshmem/native/descriptors.pyx":470
  * 
  * 
- * cdef int add_one_nowait_nogil(FdArray bells, int fd) noexcept nogil:             # <<<<<<<<<<<<<<
- *     """Do the same for a caller that has no signaller; return 0 or errno."""
- *     if not has_room(fd):
-*/
-
-static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait_nogil(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_bells, int __pyx_v_fd) {
-  int __pyx_r;
-  __Pyx_RefNannyDeclarations
-  int __pyx_t_1;
-  PyObject *__pyx_t_2 = NULL;
-  PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  PyObject *__pyx_t_5 = NULL;
-  PyObject *__pyx_t_6 = NULL;
-  PyObject *__pyx_t_7 = NULL;
-  PyObject *__pyx_t_8 = NULL;
-  PyObject *__pyx_t_9 = NULL;
-  size_t __pyx_t_10;
-  int __pyx_t_11;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  PyGILState_STATE __pyx_gilstate_save;
-  __Pyx_RefNannySetupContext("add_one_nowait_nogil", 1);
-
-  /* "ivshmem/native/descriptors.pyx":472
- * cdef int add_one_nowait_nogil(FdArray bells, int fd) noexcept nogil:
- *     """Do the same for a caller that has no signaller; return 0 or errno."""
- *     if not has_room(fd):             # <<<<<<<<<<<<<<
- *         return 0
- *     with gil:
-*/
-  __pyx_t_1 = (!__pyx_f_7ivshmem_6native_11descriptors_has_room(__pyx_v_fd));
-
-  if (__pyx_t_1) {
-
-
-    /* "ivshmem/native/descriptors.pyx":473
- *     """Do the same for a caller that has no signaller; return 0 or errno."""
- *     if not has_room(fd):
- *         return 0             # <<<<<<<<<<<<<<
- *     with gil:
- *         try:
-*/
-    {
-
-      __pyx_r = 0;
-    }
-    goto __pyx_L0;
-
-    /* "ivshmem/native/descriptors.pyx":472
- * cdef int add_one_nowait_nogil(FdArray bells, int fd) noexcept nogil:
- *     """Do the same for a caller that has no signaller; return 0 or errno."""
- *     if not has_room(fd):             # <<<<<<<<<<<<<<
- *         return 0
- *     with gil:
-*/
-  }
-
-  /* "ivshmem/native/descriptors.pyx":474
- *     if not has_room(fd):
- *         return 0
- *     with gil:             # <<<<<<<<<<<<<<
- *         try:
- *             if ring_by_thread(bells.ring, fd):
-*/
-  {
-      PyGILState_STATE __pyx_gilstate_save = __Pyx_PyGILState_Ensure();
-      /*try:*/ {
-
-        /* "ivshmem/native/descriptors.pyx":475
- *         return 0
- *     with gil:
- *         try:             # <<<<<<<<<<<<<<
- *             if ring_by_thread(bells.ring, fd):
- *                 return 0
-*/
-        {
-          __Pyx_PyThreadState_declare
-          __Pyx_PyThreadState_assign
-          __Pyx_ExceptionSave(&__pyx_t_2, &__pyx_t_3, &__pyx_t_4);
-          __Pyx_XGOTREF(__pyx_t_2);
-          __Pyx_XGOTREF(__pyx_t_3);
-          __Pyx_XGOTREF(__pyx_t_4);
-          /*try:*/ {
-
-            /* "ivshmem/native/descriptors.pyx":476
- *     with gil:
- *         try:
- *             if ring_by_thread(bells.ring, fd):             # <<<<<<<<<<<<<<
- *                 return 0
- *         except MemoryError:
-*/
-            __pyx_t_6 = NULL;
-            __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ring_by_thread); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 476, __pyx_L7_error)
-            __Pyx_GOTREF(__pyx_t_7);
-            __pyx_t_8 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_bells), __pyx_mstate_global->__pyx_n_u_ring); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 476, __pyx_L7_error)
-            __Pyx_GOTREF(__pyx_t_8);
-            __pyx_t_9 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 476, __pyx_L7_error)
-            __Pyx_GOTREF(__pyx_t_9);
-            __pyx_t_10 = 1;
-            #if CYTHON_UNPACK_METHODS
-            if (unlikely(PyMethod_Check(__pyx_t_7))) {
-              __pyx_t_6 = PyMethod_GET_SELF(__pyx_t_7);
-              assert(__pyx_t_6);
-              PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_7);
-              __Pyx_INCREF(__pyx_t_6);
-              __Pyx_INCREF(__pyx__function);
-              __Pyx_DECREF_SET(__pyx_t_7, __pyx__function);
-              __pyx_t_10 = 0;
-            }
-            #endif
-            {
-              PyObject *__pyx_callargs[3] = {__pyx_t_6, __pyx_t_8, __pyx_t_9};
-              __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_10, (3-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-              __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
-              __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-              __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-              __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-              if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 476, __pyx_L7_error)
-              __Pyx_GOTREF(__pyx_t_5);
-            }
-            __pyx_t_1 = __Pyx_PyObject_IsTrue(__pyx_t_5); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 476, __pyx_L7_error)
-            __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (__pyx_t_1) {
-
-
-              /* "ivshmem/native/descriptors.pyx":477
- *         try:
- *             if ring_by_thread(bells.ring, fd):
- *                 return 0             # <<<<<<<<<<<<<<
- *         except MemoryError:
- *             return ENOMEM
-*/
-              {
-
-                __pyx_r = 0;
-              }
-              goto __pyx_L11_try_return;
-
-              /* "ivshmem/native/descriptors.pyx":476
- *     with gil:
- *         try:
- *             if ring_by_thread(bells.ring, fd):             # <<<<<<<<<<<<<<
- *                 return 0
- *         except MemoryError:
-*/
-            }
-
-            /* "ivshmem/native/descriptors.pyx":475
- *         return 0
- *     with gil:
- *         try:             # <<<<<<<<<<<<<<
- *             if ring_by_thread(bells.ring, fd):
- *                 return 0
-*/
-          }
-          __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-          __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-          __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-          goto __pyx_L12_try_end;
-          __pyx_L7_error:;
-          __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-          __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
-          __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-          __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
-          __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
-
-          /* "ivshmem/native/descriptors.pyx":478
- *             if ring_by_thread(bells.ring, fd):
- *                 return 0
- *         except MemoryError:             # <<<<<<<<<<<<<<
- *             return ENOMEM
- *     return add_one(fd)
-*/
-          __pyx_t_11 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_MemoryError))));
-          if (__pyx_t_11) {
-            __Pyx_AddTraceback("ivshmem.native.descriptors.add_one_nowait_nogil", __pyx_clineno, __pyx_lineno, __pyx_filename);
-            if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_7, &__pyx_t_9) < 0) __PYX_ERR(0, 478, __pyx_L9_except_error)
-            __Pyx_XGOTREF(__pyx_t_5);
-            __Pyx_XGOTREF(__pyx_t_7);
-            __Pyx_XGOTREF(__pyx_t_9);
-
-            /* "ivshmem/native/descriptors.pyx":479
- *                 return 0
- *         except MemoryError:
- *             return ENOMEM             # <<<<<<<<<<<<<<
- *     return add_one(fd)
- * 
-*/
-            {
-
-              __pyx_r = ENOMEM;
-            }
-            __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-            __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-            goto __pyx_L10_except_return;
-          }
-          goto __pyx_L9_except_error;
-
-          /* "ivshmem/native/descriptors.pyx":475
- *         return 0
- *     with gil:
- *         try:             # <<<<<<<<<<<<<<
- *             if ring_by_thread(bells.ring, fd):
- *                 return 0
-*/
-          __pyx_L9_except_error:;
-          __Pyx_XGIVEREF(__pyx_t_2);
-          __Pyx_XGIVEREF(__pyx_t_3);
-          __Pyx_XGIVEREF(__pyx_t_4);
-          __Pyx_ExceptionReset(__pyx_t_2, __pyx_t_3, __pyx_t_4);
-          goto __pyx_L5_error;
-          __pyx_L11_try_return:;
-          __Pyx_XGIVEREF(__pyx_t_2);
-          __Pyx_XGIVEREF(__pyx_t_3);
-          __Pyx_XGIVEREF(__pyx_t_4);
-          __Pyx_ExceptionReset(__pyx_t_2, __pyx_t_3, __pyx_t_4);
-          goto __pyx_L4_return;
-          __pyx_L10_except_return:;
-          __Pyx_XGIVEREF(__pyx_t_2);
-          __Pyx_XGIVEREF(__pyx_t_3);
-          __Pyx_XGIVEREF(__pyx_t_4);
-          __Pyx_ExceptionReset(__pyx_t_2, __pyx_t_3, __pyx_t_4);
-          goto __pyx_L4_return;
-          __pyx_L12_try_end:;
-        }
-      }
-
-      /* "ivshmem/native/descriptors.pyx":474
- *     if not has_room(fd):
- *         return 0
- *     with gil:             # <<<<<<<<<<<<<<
- *         try:
- *             if ring_by_thread(bells.ring, fd):
-*/
-      /*finally:*/ {
-        /*normal exit:*/{
-          __Pyx_PyGILState_Release(__pyx_gilstate_save);
-          goto __pyx_L6;
-        }
-        __pyx_L4_return: {
-          __Pyx_PyGILState_Release(__pyx_gilstate_save);
-          goto __pyx_L0;
-        }
-        __pyx_L5_error: {
-          __Pyx_PyGILState_Release(__pyx_gilstate_save);
-          goto __pyx_L1_error;
-        }
-        __pyx_L6:;
-      }
-  }
-
-  /* "ivshmem/native/descriptors.pyx":480
- *         except MemoryError:
- *             return ENOMEM
- *     return add_one(fd)             # <<<<<<<<<<<<<<
- * 
- * 
-*/
-  {
-
-    __pyx_r = __pyx_f_7ivshmem_6native_11descriptors_add_one(__pyx_v_fd);
-  }
-  goto __pyx_L0;
-
-  /* "ivshmem/native/descriptors.pyx":470
- * 
- * 
- * cdef int add_one_nowait_nogil(FdArray bells, int fd) noexcept nogil:             # <<<<<<<<<<<<<<
- *     """Do the same for a caller that has no signaller; return 0 or errno."""
- *     if not has_room(fd):
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __pyx_gilstate_save = __Pyx_PyGILState_Ensure();
-  __Pyx_XDECREF(__pyx_t_5);
-  __Pyx_XDECREF(__pyx_t_6);
-  __Pyx_XDECREF(__pyx_t_7);
-  __Pyx_XDECREF(__pyx_t_8);
-  __Pyx_XDECREF(__pyx_t_9);
-  __Pyx_WriteUnraisable("ivshmem.native.descriptors.add_one_nowait_nogil", __pyx_clineno, __pyx_lineno, __pyx_filename, 1, 0);
-  __pyx_r = 0;
-  __Pyx_PyGILState_Release(__pyx_gilstate_save);
-  __pyx_L0:;
-  __Pyx_RefNannyFinishContextNogil()
-  return __pyx_r;
-}
-
-/* "ivshmem/native/descriptors.pyx":483
- * 
- * 
  * cdef bint has_room(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
  *     """Whether the counter is not full: if it is, an interrupt is already pending."""
  *     cdef pollfd one
@@ -11912,7 +11615,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_has_room(int __pyx_v_fd) {
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/native/descriptors.pyx":487
+  /* "ivshmem/native/descriptors.pyx":474
  *     cdef pollfd one
  *     cdef timespec none
  *     none.tv_sec = none.tv_nsec = 0             # <<<<<<<<<<<<<<
@@ -11922,7 +11625,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_has_room(int __pyx_v_fd) {
   __pyx_v_none.tv_sec = 0;
   __pyx_v_none.tv_nsec = 0;
 
-  /* "ivshmem/native/descriptors.pyx":488
+  /* "ivshmem/native/descriptors.pyx":475
  *     cdef timespec none
  *     none.tv_sec = none.tv_nsec = 0
  *     one.fd = fd             # <<<<<<<<<<<<<<
@@ -11931,7 +11634,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_has_room(int __pyx_v_fd) {
 */
   __pyx_v_one.fd = __pyx_v_fd;
 
-  /* "ivshmem/native/descriptors.pyx":489
+  /* "ivshmem/native/descriptors.pyx":476
  *     none.tv_sec = none.tv_nsec = 0
  *     one.fd = fd
  *     one.events = POLLOUT             # <<<<<<<<<<<<<<
@@ -11940,7 +11643,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_has_room(int __pyx_v_fd) {
 */
   __pyx_v_one.events = POLLOUT;
 
-  /* "ivshmem/native/descriptors.pyx":490
+  /* "ivshmem/native/descriptors.pyx":477
  *     one.fd = fd
  *     one.events = POLLOUT
  *     return ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT             # <<<<<<<<<<<<<<
@@ -11968,7 +11671,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_has_room(int __pyx_v_fd) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":483
+  /* "ivshmem/native/descriptors.pyx":470
  * 
  * 
  * cdef bint has_room(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -11983,7 +11686,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_has_room(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":508
+/* "ivshmem/native/descriptors.pyx":495
  *     """
  * 
  *     def __cinit__(self, int source, targets):             # <<<<<<<<<<<<<<
@@ -12030,39 +11733,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_source,&__pyx_mstate_global->__pyx_n_u_targets,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 508, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 495, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 508, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 495, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 508, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 495, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 508, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 495, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, i); __PYX_ERR(0, 508, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, i); __PYX_ERR(0, 495, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 508, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 495, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 508, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 495, __pyx_L3_error)
     }
-    __pyx_v_source = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_source == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 508, __pyx_L3_error)
+    __pyx_v_source = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_source == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 495, __pyx_L3_error)
     __pyx_v_targets = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 508, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 495, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12111,7 +11814,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/native/descriptors.pyx":510
+  /* "ivshmem/native/descriptors.pyx":497
  *     def __cinit__(self, int source, targets):
  *         cdef iocb request
  *         cdef iocb *pointer = &request             # <<<<<<<<<<<<<<
@@ -12120,7 +11823,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
   __pyx_v_pointer = (&__pyx_v_request);
 
-  /* "ivshmem/native/descriptors.pyx":511
+  /* "ivshmem/native/descriptors.pyx":498
  *         cdef iocb request
  *         cdef iocb *pointer = &request
  *         self.context = 0             # <<<<<<<<<<<<<<
@@ -12129,7 +11832,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
   __pyx_v_self->context = 0;
 
-  /* "ivshmem/native/descriptors.pyx":512
+  /* "ivshmem/native/descriptors.pyx":499
  *         cdef iocb *pointer = &request
  *         self.context = 0
  *         self.pid = getpid()             # <<<<<<<<<<<<<<
@@ -12138,7 +11841,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
   __pyx_v_self->pid = getpid();
 
-  /* "ivshmem/native/descriptors.pyx":513
+  /* "ivshmem/native/descriptors.pyx":500
  *         self.context = 0
  *         self.pid = getpid()
  *         try:             # <<<<<<<<<<<<<<
@@ -12154,7 +11857,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
     __Pyx_XGOTREF(__pyx_t_3);
     /*try:*/ {
 
-      /* "ivshmem/native/descriptors.pyx":514
+      /* "ivshmem/native/descriptors.pyx":501
  *         self.pid = getpid()
  *         try:
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:             # <<<<<<<<<<<<<<
@@ -12163,7 +11866,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
 
       __pyx_t_4 = 1;
-      __pyx_t_5 = PyObject_Length(__pyx_v_targets); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 514, __pyx_L3_error)
+      __pyx_t_5 = PyObject_Length(__pyx_v_targets); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 501, __pyx_L3_error)
       __pyx_t_7 = (__pyx_t_4 > __pyx_t_5);
 
       if (__pyx_t_7) {
@@ -12181,17 +11884,17 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
       if (__pyx_t_7) {
 
 
-        /* "ivshmem/native/descriptors.pyx":515
+        /* "ivshmem/native/descriptors.pyx":502
  *         try:
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:
  *                 fail()             # <<<<<<<<<<<<<<
  *             if not ivshmem_io_has_ring(self.context):
  *                 fail_with(ENOSYS)
 */
-        __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 515, __pyx_L3_error)
+        __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 502, __pyx_L3_error)
 
 
-        /* "ivshmem/native/descriptors.pyx":514
+        /* "ivshmem/native/descriptors.pyx":501
  *         self.pid = getpid()
  *         try:
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:             # <<<<<<<<<<<<<<
@@ -12200,7 +11903,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
       }
 
-      /* "ivshmem/native/descriptors.pyx":516
+      /* "ivshmem/native/descriptors.pyx":503
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:
  *                 fail()
  *             if not ivshmem_io_has_ring(self.context):             # <<<<<<<<<<<<<<
@@ -12212,17 +11915,17 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
       if (__pyx_t_7) {
 
 
-        /* "ivshmem/native/descriptors.pyx":517
+        /* "ivshmem/native/descriptors.pyx":504
  *                 fail()
  *             if not ivshmem_io_has_ring(self.context):
  *                 fail_with(ENOSYS)             # <<<<<<<<<<<<<<
  *             for fd in targets:
  *                 memset(&request, 0, sizeof(iocb))
 */
-        __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(ENOSYS); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 517, __pyx_L3_error)
+        __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(ENOSYS); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 504, __pyx_L3_error)
 
 
-        /* "ivshmem/native/descriptors.pyx":516
+        /* "ivshmem/native/descriptors.pyx":503
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:
  *                 fail()
  *             if not ivshmem_io_has_ring(self.context):             # <<<<<<<<<<<<<<
@@ -12231,7 +11934,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
       }
 
-      /* "ivshmem/native/descriptors.pyx":518
+      /* "ivshmem/native/descriptors.pyx":505
  *             if not ivshmem_io_has_ring(self.context):
  *                 fail_with(ENOSYS)
  *             for fd in targets:             # <<<<<<<<<<<<<<
@@ -12243,9 +11946,9 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
         __pyx_t_6 = 0;
         __pyx_t_10 = NULL;
       } else {
-        __pyx_t_6 = -1; __pyx_t_9 = PyObject_GetIter(__pyx_v_targets); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 518, __pyx_L3_error)
+        __pyx_t_6 = -1; __pyx_t_9 = PyObject_GetIter(__pyx_v_targets); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 505, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_9);
-        __pyx_t_10 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_9); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 518, __pyx_L3_error)
+        __pyx_t_10 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_9); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 505, __pyx_L3_error)
       }
       for (;;) {
         if (likely(!__pyx_t_10)) {
@@ -12253,7 +11956,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
             {
               Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_9);
               #if !CYTHON_ASSUME_SAFE_SIZE
-              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 518, __pyx_L3_error)
+              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 505, __pyx_L3_error)
               #endif
               if (__pyx_t_6 >= __pyx_temp) break;
             }
@@ -12263,7 +11966,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
             {
               Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_9);
               #if !CYTHON_ASSUME_SAFE_SIZE
-              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 518, __pyx_L3_error)
+              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 505, __pyx_L3_error)
               #endif
               if (__pyx_t_6 >= __pyx_temp) break;
             }
@@ -12274,13 +11977,13 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
             #endif
             ++__pyx_t_6;
           }
-          if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 518, __pyx_L3_error)
+          if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 505, __pyx_L3_error)
         } else {
           __pyx_t_11 = __pyx_t_10(__pyx_t_9);
           if (unlikely(!__pyx_t_11)) {
             PyObject* exc_type = PyErr_Occurred();
             if (exc_type) {
-              if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 518, __pyx_L3_error)
+              if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 505, __pyx_L3_error)
               PyErr_Clear();
             }
             break;
@@ -12290,7 +11993,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
         __Pyx_XDECREF_SET(__pyx_v_fd, __pyx_t_11);
         __pyx_t_11 = 0;
 
-        /* "ivshmem/native/descriptors.pyx":519
+        /* "ivshmem/native/descriptors.pyx":506
  *                 fail_with(ENOSYS)
  *             for fd in targets:
  *                 memset(&request, 0, sizeof(iocb))             # <<<<<<<<<<<<<<
@@ -12299,7 +12002,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
         (void)(memset((&__pyx_v_request), 0, (sizeof(struct iocb))));
 
-        /* "ivshmem/native/descriptors.pyx":520
+        /* "ivshmem/native/descriptors.pyx":507
  *             for fd in targets:
  *                 memset(&request, 0, sizeof(iocb))
  *                 request.aio_lio_opcode = IOCB_CMD_POLL             # <<<<<<<<<<<<<<
@@ -12308,7 +12011,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
         __pyx_v_request.aio_lio_opcode = IOCB_CMD_POLL;
 
-        /* "ivshmem/native/descriptors.pyx":521
+        /* "ivshmem/native/descriptors.pyx":508
  *                 memset(&request, 0, sizeof(iocb))
  *                 request.aio_lio_opcode = IOCB_CMD_POLL
  *                 request.aio_fildes = source             # <<<<<<<<<<<<<<
@@ -12317,7 +12020,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
         __pyx_v_request.aio_fildes = __pyx_v_source;
 
-        /* "ivshmem/native/descriptors.pyx":522
+        /* "ivshmem/native/descriptors.pyx":509
  *                 request.aio_lio_opcode = IOCB_CMD_POLL
  *                 request.aio_fildes = source
  *                 request.aio_buf = _EPOLLIN  # which is POLLIN             # <<<<<<<<<<<<<<
@@ -12326,7 +12029,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
         __pyx_v_request.aio_buf = EPOLLIN;
 
-        /* "ivshmem/native/descriptors.pyx":523
+        /* "ivshmem/native/descriptors.pyx":510
  *                 request.aio_fildes = source
  *                 request.aio_buf = _EPOLLIN  # which is POLLIN
  *                 request.aio_flags = IOCB_FLAG_RESFD             # <<<<<<<<<<<<<<
@@ -12335,17 +12038,17 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
         __pyx_v_request.aio_flags = IOCB_FLAG_RESFD;
 
-        /* "ivshmem/native/descriptors.pyx":524
+        /* "ivshmem/native/descriptors.pyx":511
  *                 request.aio_buf = _EPOLLIN  # which is POLLIN
  *                 request.aio_flags = IOCB_FLAG_RESFD
  *                 request.aio_resfd = fd             # <<<<<<<<<<<<<<
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:
  *                     fail()
 */
-        __pyx_t_12 = __Pyx_PyLong_As_uint32_t(__pyx_v_fd); if (unlikely((__pyx_t_12 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 524, __pyx_L3_error)
+        __pyx_t_12 = __Pyx_PyLong_As_uint32_t(__pyx_v_fd); if (unlikely((__pyx_t_12 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 511, __pyx_L3_error)
         __pyx_v_request.aio_resfd = __pyx_t_12;
 
-        /* "ivshmem/native/descriptors.pyx":525
+        /* "ivshmem/native/descriptors.pyx":512
  *                 request.aio_flags = IOCB_FLAG_RESFD
  *                 request.aio_resfd = fd
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:             # <<<<<<<<<<<<<<
@@ -12357,17 +12060,17 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
         if (__pyx_t_7) {
 
 
-          /* "ivshmem/native/descriptors.pyx":526
+          /* "ivshmem/native/descriptors.pyx":513
  *                 request.aio_resfd = fd
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:
  *                     fail()             # <<<<<<<<<<<<<<
  *         except BaseException:
  *             self.close()
 */
-          __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 526, __pyx_L3_error)
+          __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 513, __pyx_L3_error)
 
 
-          /* "ivshmem/native/descriptors.pyx":525
+          /* "ivshmem/native/descriptors.pyx":512
  *                 request.aio_flags = IOCB_FLAG_RESFD
  *                 request.aio_resfd = fd
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:             # <<<<<<<<<<<<<<
@@ -12376,7 +12079,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
         }
 
-        /* "ivshmem/native/descriptors.pyx":518
+        /* "ivshmem/native/descriptors.pyx":505
  *             if not ivshmem_io_has_ring(self.context):
  *                 fail_with(ENOSYS)
  *             for fd in targets:             # <<<<<<<<<<<<<<
@@ -12386,7 +12089,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
       }
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-      /* "ivshmem/native/descriptors.pyx":513
+      /* "ivshmem/native/descriptors.pyx":500
  *         self.context = 0
  *         self.pid = getpid()
  *         try:             # <<<<<<<<<<<<<<
@@ -12402,7 +12105,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
     __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
     __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-    /* "ivshmem/native/descriptors.pyx":527
+    /* "ivshmem/native/descriptors.pyx":514
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:
  *                     fail()
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -12412,12 +12115,12 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
     __pyx_t_8 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_8) {
       __Pyx_AddTraceback("ivshmem.native.descriptors.Relay.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_11, &__pyx_t_13) < 0) __PYX_ERR(0, 527, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_11, &__pyx_t_13) < 0) __PYX_ERR(0, 514, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_9);
       __Pyx_XGOTREF(__pyx_t_11);
       __Pyx_XGOTREF(__pyx_t_13);
 
-      /* "ivshmem/native/descriptors.pyx":528
+      /* "ivshmem/native/descriptors.pyx":515
  *                     fail()
  *         except BaseException:
  *             self.close()             # <<<<<<<<<<<<<<
@@ -12431,12 +12134,12 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
         PyObject *__pyx_callargs[2] = {__pyx_t_15, NULL};
         __pyx_t_14 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_16, (1-__pyx_t_16) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_15); __pyx_t_15 = 0;
-        if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 528, __pyx_L5_except_error)
+        if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 515, __pyx_L5_except_error)
         __Pyx_GOTREF(__pyx_t_14);
       }
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
 
-      /* "ivshmem/native/descriptors.pyx":529
+      /* "ivshmem/native/descriptors.pyx":516
  *         except BaseException:
  *             self.close()
  *             raise             # <<<<<<<<<<<<<<
@@ -12448,11 +12151,11 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
       __Pyx_XGIVEREF(__pyx_t_13);
       __Pyx_ErrRestoreWithState(__pyx_t_9, __pyx_t_11, __pyx_t_13);
       __pyx_t_9 = 0;  __pyx_t_11 = 0;  __pyx_t_13 = 0; 
-      __PYX_ERR(0, 529, __pyx_L5_except_error)
+      __PYX_ERR(0, 516, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/native/descriptors.pyx":513
+    /* "ivshmem/native/descriptors.pyx":500
  *         self.context = 0
  *         self.pid = getpid()
  *         try:             # <<<<<<<<<<<<<<
@@ -12468,7 +12171,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/native/descriptors.pyx":508
+  /* "ivshmem/native/descriptors.pyx":495
  *     """
  * 
  *     def __cinit__(self, int source, targets):             # <<<<<<<<<<<<<<
@@ -12496,7 +12199,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":531
+/* "ivshmem/native/descriptors.pyx":518
  *             raise
  * 
  *     cdef bint fired(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -12509,7 +12212,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Relay_fired(struct __pyx_obj_
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/native/descriptors.pyx":533
+  /* "ivshmem/native/descriptors.pyx":520
  *     cdef bint fired(self) noexcept nogil:
  *         """Whether that has happened. This takes no system call: the kernel's ring shows it."""
  *         return self.context != 0 and ivshmem_io_any_end(self.context)             # <<<<<<<<<<<<<<
@@ -12537,7 +12240,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Relay_fired(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":531
+  /* "ivshmem/native/descriptors.pyx":518
  *             raise
  * 
  *     cdef bint fired(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -12550,7 +12253,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Relay_fired(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":535
+/* "ivshmem/native/descriptors.pyx":522
  *         return self.context != 0 and ivshmem_io_any_end(self.context)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -12610,7 +12313,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_2close(struct __
   int __pyx_t_3;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/native/descriptors.pyx":537
+  /* "ivshmem/native/descriptors.pyx":524
  *     def close(self):
  *         """Stop the polls. May be called twice."""
  *         cdef aio_context_t context = self.context             # <<<<<<<<<<<<<<
@@ -12621,7 +12324,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_2close(struct __
 
   __pyx_v_context = __pyx_t_1;
 
-  /* "ivshmem/native/descriptors.pyx":538
+  /* "ivshmem/native/descriptors.pyx":525
  *         """Stop the polls. May be called twice."""
  *         cdef aio_context_t context = self.context
  *         self.context = 0             # <<<<<<<<<<<<<<
@@ -12630,7 +12333,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_2close(struct __
 */
   __pyx_v_self->context = 0;
 
-  /* "ivshmem/native/descriptors.pyx":539
+  /* "ivshmem/native/descriptors.pyx":526
  *         cdef aio_context_t context = self.context
  *         self.context = 0
  *         if context and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -12656,7 +12359,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_2close(struct __
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/native/descriptors.pyx":540
+    /* "ivshmem/native/descriptors.pyx":527
  *         self.context = 0
  *         if context and getpid() == self.pid:
  *             ivshmem_io_destroy(context)             # <<<<<<<<<<<<<<
@@ -12665,7 +12368,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_2close(struct __
 */
     (void)(ivshmem_io_destroy(__pyx_v_context));
 
-    /* "ivshmem/native/descriptors.pyx":539
+    /* "ivshmem/native/descriptors.pyx":526
  *         cdef aio_context_t context = self.context
  *         self.context = 0
  *         if context and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -12674,7 +12377,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_2close(struct __
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":535
+  /* "ivshmem/native/descriptors.pyx":522
  *         return self.context != 0 and ivshmem_io_any_end(self.context)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -12690,7 +12393,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_2close(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":542
+/* "ivshmem/native/descriptors.pyx":529
  *             ivshmem_io_destroy(context)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -12721,7 +12424,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_5Relay_4__dealloc__(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__dealloc__", 0);
 
-  /* "ivshmem/native/descriptors.pyx":543
+  /* "ivshmem/native/descriptors.pyx":530
  * 
  *     def __dealloc__(self):
  *         self.close()             # <<<<<<<<<<<<<<
@@ -12735,12 +12438,12 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_5Relay_4__dealloc__(struct _
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 543, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 530, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":542
+  /* "ivshmem/native/descriptors.pyx":529
  *             ivshmem_io_destroy(context)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -12965,7 +12668,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_8__setstate_cyth
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":554
+/* "ivshmem/native/descriptors.pyx":541
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -13022,7 +12725,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Epoll___cinit__(struct __pyx
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/native/descriptors.pyx":555
+  /* "ivshmem/native/descriptors.pyx":542
  * 
  *     def __cinit__(self):
  *         self.epfd = -1             # <<<<<<<<<<<<<<
@@ -13031,7 +12734,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Epoll___cinit__(struct __pyx
 */
   __pyx_v_self->epfd = -1;
 
-  /* "ivshmem/native/descriptors.pyx":556
+  /* "ivshmem/native/descriptors.pyx":543
  *     def __cinit__(self):
  *         self.epfd = -1
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)             # <<<<<<<<<<<<<<
@@ -13040,7 +12743,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Epoll___cinit__(struct __pyx
 */
   __pyx_v_self->epfd = epoll_create1(EPOLL_CLOEXEC);
 
-  /* "ivshmem/native/descriptors.pyx":557
+  /* "ivshmem/native/descriptors.pyx":544
  *         self.epfd = -1
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -13052,17 +12755,17 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Epoll___cinit__(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":558
+    /* "ivshmem/native/descriptors.pyx":545
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)
  *         if self.epfd < 0:
  *             fail()             # <<<<<<<<<<<<<<
  * 
  *     def fileno(self):
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 558, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 545, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":557
+    /* "ivshmem/native/descriptors.pyx":544
  *         self.epfd = -1
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -13071,7 +12774,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Epoll___cinit__(struct __pyx
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":554
+  /* "ivshmem/native/descriptors.pyx":541
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -13090,7 +12793,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Epoll___cinit__(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":560
+/* "ivshmem/native/descriptors.pyx":547
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -13154,7 +12857,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_2fileno(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/native/descriptors.pyx":561
+  /* "ivshmem/native/descriptors.pyx":548
  * 
  *     def fileno(self):
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -13166,7 +12869,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_2fileno(struct _
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/native/descriptors.pyx":562
+    /* "ivshmem/native/descriptors.pyx":549
  *     def fileno(self):
  *         if self.epfd < 0:
  *             raise ClosedError("the epoll object is closed")             # <<<<<<<<<<<<<<
@@ -13174,7 +12877,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_2fileno(struct _
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 562, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 549, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -13193,14 +12896,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_2fileno(struct _
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 562, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 549, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 562, __pyx_L1_error)
+    __PYX_ERR(0, 549, __pyx_L1_error)
 
-    /* "ivshmem/native/descriptors.pyx":561
+    /* "ivshmem/native/descriptors.pyx":548
  * 
  *     def fileno(self):
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -13209,14 +12912,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_2fileno(struct _
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":563
+  /* "ivshmem/native/descriptors.pyx":550
  *         if self.epfd < 0:
  *             raise ClosedError("the epoll object is closed")
  *         return self.epfd             # <<<<<<<<<<<<<<
  * 
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:
 */
-  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->epfd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 563, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->epfd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 550, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject *__pyx_temp;
@@ -13229,7 +12932,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_2fileno(struct _
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":560
+  /* "ivshmem/native/descriptors.pyx":547
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -13250,7 +12953,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_2fileno(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":565
+/* "ivshmem/native/descriptors.pyx":552
  *         return self.epfd
  * 
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:             # <<<<<<<<<<<<<<
@@ -13272,7 +12975,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("control", 0);
 
-  /* "ivshmem/native/descriptors.pyx":567
+  /* "ivshmem/native/descriptors.pyx":554
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:
  *         cdef epoll_event event
  *         memset(&event, 0, sizeof(event))             # <<<<<<<<<<<<<<
@@ -13281,7 +12984,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_ob
 */
   (void)(memset((&__pyx_v_event), 0, (sizeof(__pyx_v_event))));
 
-  /* "ivshmem/native/descriptors.pyx":568
+  /* "ivshmem/native/descriptors.pyx":555
  *         cdef epoll_event event
  *         memset(&event, 0, sizeof(event))
  *         event.events = events             # <<<<<<<<<<<<<<
@@ -13290,7 +12993,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_ob
 */
   __pyx_v_event.events = __pyx_v_events;
 
-  /* "ivshmem/native/descriptors.pyx":569
+  /* "ivshmem/native/descriptors.pyx":556
  *         memset(&event, 0, sizeof(event))
  *         event.events = events
  *         event.data.u64 = token             # <<<<<<<<<<<<<<
@@ -13299,7 +13002,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_ob
 */
   __pyx_v_event.data.u64 = __pyx_v_token;
 
-  /* "ivshmem/native/descriptors.pyx":570
+  /* "ivshmem/native/descriptors.pyx":557
  *         event.events = events
  *         event.data.u64 = token
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:             # <<<<<<<<<<<<<<
@@ -13313,10 +13016,10 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_ob
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 570, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 557, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 570, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 557, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_5 = (epoll_ctl(__pyx_t_4, __pyx_v_op, __pyx_v_fd, (&__pyx_v_event)) < 0);
 
@@ -13324,17 +13027,17 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_ob
   if (__pyx_t_5) {
 
 
-    /* "ivshmem/native/descriptors.pyx":571
+    /* "ivshmem/native/descriptors.pyx":558
  *         event.data.u64 = token
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:
  *             fail()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_4 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 571, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 558, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":570
+    /* "ivshmem/native/descriptors.pyx":557
  *         event.events = events
  *         event.data.u64 = token
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:             # <<<<<<<<<<<<<<
@@ -13343,7 +13046,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":572
+  /* "ivshmem/native/descriptors.pyx":559
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:
  *             fail()
  *         return 0             # <<<<<<<<<<<<<<
@@ -13356,7 +13059,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":565
+  /* "ivshmem/native/descriptors.pyx":552
  *         return self.epfd
  * 
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:             # <<<<<<<<<<<<<<
@@ -13377,7 +13080,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":574
+/* "ivshmem/native/descriptors.pyx":561
  *         return 0
  * 
  *     def add(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -13427,46 +13130,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_token,&__pyx_mstate_global->__pyx_n_u_events,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 574, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 561, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 574, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 561, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 574, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 561, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 574, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 561, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "add", 0) < (0)) __PYX_ERR(0, 574, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "add", 0) < (0)) __PYX_ERR(0, 561, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, i); __PYX_ERR(0, 574, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, i); __PYX_ERR(0, 561, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 574, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 561, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 574, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 561, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 574, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 561, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 574, __pyx_L3_error)
-    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 574, __pyx_L3_error)
-    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 574, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 561, __pyx_L3_error)
+    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 561, __pyx_L3_error)
+    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 561, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 574, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 561, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13499,17 +13202,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_4add(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("add", 0);
 
-  /* "ivshmem/native/descriptors.pyx":576
+  /* "ivshmem/native/descriptors.pyx":563
  *     def add(self, int fd, uint64_t token, unsigned int events):
  *         """Watch `fd`. EPOLLHUP and EPOLLERR are reported even if `events` is 0."""
  *         self.control(EPOLL_CTL_ADD, fd, events, token)             # <<<<<<<<<<<<<<
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(__pyx_v_self, EPOLL_CTL_ADD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 576, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(__pyx_v_self, EPOLL_CTL_ADD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 563, __pyx_L1_error)
 
 
-  /* "ivshmem/native/descriptors.pyx":574
+  /* "ivshmem/native/descriptors.pyx":561
  *         return 0
  * 
  *     def add(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -13529,7 +13232,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_4add(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":578
+/* "ivshmem/native/descriptors.pyx":565
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -13579,46 +13282,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_token,&__pyx_mstate_global->__pyx_n_u_events,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 578, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 565, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 578, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 565, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 578, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 565, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 578, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 565, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "modify", 0) < (0)) __PYX_ERR(0, 578, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "modify", 0) < (0)) __PYX_ERR(0, 565, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, i); __PYX_ERR(0, 578, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, i); __PYX_ERR(0, 565, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 578, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 565, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 578, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 565, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 578, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 565, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 578, __pyx_L3_error)
-    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 578, __pyx_L3_error)
-    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 578, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 565, __pyx_L3_error)
+    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 565, __pyx_L3_error)
+    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 565, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 578, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 565, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13651,17 +13354,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_6modify(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("modify", 0);
 
-  /* "ivshmem/native/descriptors.pyx":579
+  /* "ivshmem/native/descriptors.pyx":566
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):
  *         self.control(EPOLL_CTL_MOD, fd, events, token)             # <<<<<<<<<<<<<<
  * 
  *     def remove(self, int fd):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(__pyx_v_self, EPOLL_CTL_MOD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 579, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(__pyx_v_self, EPOLL_CTL_MOD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 566, __pyx_L1_error)
 
 
-  /* "ivshmem/native/descriptors.pyx":578
+  /* "ivshmem/native/descriptors.pyx":565
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -13681,7 +13384,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_6modify(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":581
+/* "ivshmem/native/descriptors.pyx":568
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
  *     def remove(self, int fd):             # <<<<<<<<<<<<<<
@@ -13729,32 +13432,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 581, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 568, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 581, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 568, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "remove", 0) < (0)) __PYX_ERR(0, 581, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "remove", 0) < (0)) __PYX_ERR(0, 568, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, i); __PYX_ERR(0, 581, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, i); __PYX_ERR(0, 568, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 581, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 568, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 581, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 568, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 581, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 568, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13785,17 +13488,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_8remove(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("remove", 0);
 
-  /* "ivshmem/native/descriptors.pyx":582
+  /* "ivshmem/native/descriptors.pyx":569
  * 
  *     def remove(self, int fd):
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)             # <<<<<<<<<<<<<<
  * 
  *     def wait(self, timeout=None):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(__pyx_v_self, EPOLL_CTL_DEL, __pyx_v_fd, 0, 0); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 582, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(__pyx_v_self, EPOLL_CTL_DEL, __pyx_v_fd, 0, 0); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 569, __pyx_L1_error)
 
 
-  /* "ivshmem/native/descriptors.pyx":581
+  /* "ivshmem/native/descriptors.pyx":568
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
  *     def remove(self, int fd):             # <<<<<<<<<<<<<<
@@ -13815,7 +13518,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_8remove(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":584
+/* "ivshmem/native/descriptors.pyx":571
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -13863,24 +13566,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 584, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 571, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 584, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 571, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 584, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 571, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 584, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 571, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -13891,7 +13594,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 584, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 571, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13935,17 +13638,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait", 0);
 
-  /* "ivshmem/native/descriptors.pyx":590
+  /* "ivshmem/native/descriptors.pyx":577
  *         """
  *         cdef epoll_event events[BATCH]
  *         cdef int64_t deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
  *         cdef int n
  *         cdef int epfd = self.fileno()
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 590, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 577, __pyx_L1_error)
   __pyx_v_deadline = __pyx_t_1;
 
-  /* "ivshmem/native/descriptors.pyx":592
+  /* "ivshmem/native/descriptors.pyx":579
  *         cdef int64_t deadline = deadline_of(timeout)
  *         cdef int n
  *         cdef int epfd = self.fileno()             # <<<<<<<<<<<<<<
@@ -13959,14 +13662,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __
     PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 592, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 579, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  __pyx_t_5 = __Pyx_PyLong_As_int(__pyx_t_2); if (unlikely((__pyx_t_5 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 592, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyLong_As_int(__pyx_t_2); if (unlikely((__pyx_t_5 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 579, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_v_epfd = __pyx_t_5;
 
-  /* "ivshmem/native/descriptors.pyx":593
+  /* "ivshmem/native/descriptors.pyx":580
  *         cdef int n
  *         cdef int epfd = self.fileno()
  *         while True:             # <<<<<<<<<<<<<<
@@ -13975,17 +13678,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __
 */
   while (1) {
 
-    /* "ivshmem/native/descriptors.pyx":594
+    /* "ivshmem/native/descriptors.pyx":581
  *         cdef int epfd = self.fileno()
  *         while True:
  *             n = epoll_sleep(epfd, events, BATCH, deadline)             # <<<<<<<<<<<<<<
  *             if n >= 0:
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
 */
-    __pyx_t_5 = __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(__pyx_v_epfd, __pyx_v_events, __pyx_e_7ivshmem_6native_11descriptors_BATCH, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 594, __pyx_L1_error)
+    __pyx_t_5 = __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(__pyx_v_epfd, __pyx_v_events, __pyx_e_7ivshmem_6native_11descriptors_BATCH, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 581, __pyx_L1_error)
     __pyx_v_n = __pyx_t_5;
 
-    /* "ivshmem/native/descriptors.pyx":595
+    /* "ivshmem/native/descriptors.pyx":582
  *         while True:
  *             n = epoll_sleep(epfd, events, BATCH, deadline)
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -13997,7 +13700,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/native/descriptors.pyx":596
+      /* "ivshmem/native/descriptors.pyx":583
  *             n = epoll_sleep(epfd, events, BATCH, deadline)
  *             if n >= 0:
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]             # <<<<<<<<<<<<<<
@@ -14005,7 +13708,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __
  *     def close(self):
 */
       { /* enter inner scope */
-        __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 596, __pyx_L1_error)
+        __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 583, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
 
         __pyx_t_5 = __pyx_v_n;
@@ -14013,20 +13716,20 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __
 
         for (__pyx_t_8 = 0; __pyx_t_8 < __pyx_t_7; __pyx_t_8+=1) {
           __pyx_8genexpr1__pyx_v_i = __pyx_t_8;
-          __pyx_t_3 = __Pyx_PyLong_From_uint64_t((__pyx_v_events[__pyx_8genexpr1__pyx_v_i]).data.u64); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 596, __pyx_L1_error)
+          __pyx_t_3 = __Pyx_PyLong_From_uint64_t((__pyx_v_events[__pyx_8genexpr1__pyx_v_i]).data.u64); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 583, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_3);
-          __pyx_t_9 = __Pyx_PyLong_From_uint32_t((__pyx_v_events[__pyx_8genexpr1__pyx_v_i]).events); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 596, __pyx_L1_error)
+          __pyx_t_9 = __Pyx_PyLong_From_uint32_t((__pyx_v_events[__pyx_8genexpr1__pyx_v_i]).events); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 583, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_9);
-          __pyx_t_10 = PyTuple_New(2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 596, __pyx_L1_error)
+          __pyx_t_10 = PyTuple_New(2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 583, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_10);
           __Pyx_GIVEREF(__pyx_t_3);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 596, __pyx_L1_error);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 583, __pyx_L1_error);
           __Pyx_GIVEREF(__pyx_t_9);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 1, __pyx_t_9) != (0)) __PYX_ERR(0, 596, __pyx_L1_error);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 1, __pyx_t_9) != (0)) __PYX_ERR(0, 583, __pyx_L1_error);
           __pyx_t_3 = 0;
           __pyx_t_9 = 0;
           __Pyx_GIVEREF(__pyx_t_10);
-          if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_2, __pyx_t_10))) __PYX_ERR(0, 596, __pyx_L1_error)
+          if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_2, __pyx_t_10))) __PYX_ERR(0, 583, __pyx_L1_error)
           __pyx_t_10 = 0;
         }
 
@@ -14042,7 +13745,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __
       __pyx_t_2 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/native/descriptors.pyx":595
+      /* "ivshmem/native/descriptors.pyx":582
  *         while True:
  *             n = epoll_sleep(epfd, events, BATCH, deadline)
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -14052,7 +13755,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __
     }
   }
 
-  /* "ivshmem/native/descriptors.pyx":584
+  /* "ivshmem/native/descriptors.pyx":571
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -14081,7 +13784,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":598
+/* "ivshmem/native/descriptors.pyx":585
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -14140,7 +13843,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_12close(struct _
   int __pyx_t_2;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/native/descriptors.pyx":599
+  /* "ivshmem/native/descriptors.pyx":586
  * 
  *     def close(self):
  *         cdef int epfd = self.epfd             # <<<<<<<<<<<<<<
@@ -14151,7 +13854,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_12close(struct _
 
   __pyx_v_epfd = __pyx_t_1;
 
-  /* "ivshmem/native/descriptors.pyx":600
+  /* "ivshmem/native/descriptors.pyx":587
  *     def close(self):
  *         cdef int epfd = self.epfd
  *         self.epfd = -1             # <<<<<<<<<<<<<<
@@ -14160,7 +13863,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_12close(struct _
 */
   __pyx_v_self->epfd = -1;
 
-  /* "ivshmem/native/descriptors.pyx":601
+  /* "ivshmem/native/descriptors.pyx":588
  *         cdef int epfd = self.epfd
  *         self.epfd = -1
  *         if epfd >= 0:             # <<<<<<<<<<<<<<
@@ -14172,7 +13875,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_12close(struct _
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/native/descriptors.pyx":602
+    /* "ivshmem/native/descriptors.pyx":589
  *         self.epfd = -1
  *         if epfd >= 0:
  *             c_close(epfd)             # <<<<<<<<<<<<<<
@@ -14181,7 +13884,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_12close(struct _
 */
     (void)(close(__pyx_v_epfd));
 
-    /* "ivshmem/native/descriptors.pyx":601
+    /* "ivshmem/native/descriptors.pyx":588
  *         cdef int epfd = self.epfd
  *         self.epfd = -1
  *         if epfd >= 0:             # <<<<<<<<<<<<<<
@@ -14190,7 +13893,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_12close(struct _
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":598
+  /* "ivshmem/native/descriptors.pyx":585
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -14206,7 +13909,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_12close(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":604
+/* "ivshmem/native/descriptors.pyx":591
  *             c_close(epfd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -14230,7 +13933,7 @@ static void __pyx_pw_7ivshmem_6native_11descriptors_5Epoll_15__dealloc__(PyObjec
 static void __pyx_pf_7ivshmem_6native_11descriptors_5Epoll_14__dealloc__(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/native/descriptors.pyx":605
+  /* "ivshmem/native/descriptors.pyx":592
  * 
  *     def __dealloc__(self):
  *         if self.epfd >= 0:             # <<<<<<<<<<<<<<
@@ -14242,7 +13945,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_5Epoll_14__dealloc__(struct 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":606
+    /* "ivshmem/native/descriptors.pyx":593
  *     def __dealloc__(self):
  *         if self.epfd >= 0:
  *             c_close(self.epfd)             # <<<<<<<<<<<<<<
@@ -14251,7 +13954,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_5Epoll_14__dealloc__(struct 
 */
     (void)(close(__pyx_v_self->epfd));
 
-    /* "ivshmem/native/descriptors.pyx":605
+    /* "ivshmem/native/descriptors.pyx":592
  * 
  *     def __dealloc__(self):
  *         if self.epfd >= 0:             # <<<<<<<<<<<<<<
@@ -14260,7 +13963,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_5Epoll_14__dealloc__(struct 
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":604
+  /* "ivshmem/native/descriptors.pyx":591
  *             c_close(epfd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -14478,7 +14181,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_18__setstate_cyt
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":609
+/* "ivshmem/native/descriptors.pyx":596
  * 
  * 
  * cdef int epoll_sleep(int epfd, epoll_event *events, int limit, int64_t deadline) except -2:             # <<<<<<<<<<<<<<
@@ -14502,7 +14205,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/native/descriptors.pyx":613
+  /* "ivshmem/native/descriptors.pyx":600
  *     cdef int64_t left
  *     cdef int milliseconds, n, code
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -14514,7 +14217,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":614
+    /* "ivshmem/native/descriptors.pyx":601
  *     cdef int milliseconds, n, code
  *     if deadline == INT64_MAX:
  *         milliseconds = -1             # <<<<<<<<<<<<<<
@@ -14523,7 +14226,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
 */
     __pyx_v_milliseconds = -1;
 
-    /* "ivshmem/native/descriptors.pyx":613
+    /* "ivshmem/native/descriptors.pyx":600
  *     cdef int64_t left
  *     cdef int milliseconds, n, code
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -14533,7 +14236,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
     goto __pyx_L3;
   }
 
-  /* "ivshmem/native/descriptors.pyx":616
+  /* "ivshmem/native/descriptors.pyx":603
  *         milliseconds = -1
  *     else:
  *         left = deadline - now() if deadline else 0             # <<<<<<<<<<<<<<
@@ -14553,7 +14256,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
 
     __pyx_v_left = __pyx_t_2;
 
-    /* "ivshmem/native/descriptors.pyx":618
+    /* "ivshmem/native/descriptors.pyx":605
  *         left = deadline - now() if deadline else 0
  *         # Round up: otherwise the last fraction of a millisecond would be spent spinning.
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0             # <<<<<<<<<<<<<<
@@ -14589,7 +14292,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
   }
   __pyx_L3:;
 
-  /* "ivshmem/native/descriptors.pyx":619
+  /* "ivshmem/native/descriptors.pyx":606
  *         # Round up: otherwise the last fraction of a millisecond would be spent spinning.
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -14602,7 +14305,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
       __Pyx_FastGIL_Remember();
       /*try:*/ {
 
-        /* "ivshmem/native/descriptors.pyx":620
+        /* "ivshmem/native/descriptors.pyx":607
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0
  *     with nogil:
  *         n = epoll_wait(epfd, events, limit, milliseconds)             # <<<<<<<<<<<<<<
@@ -14611,7 +14314,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
 */
         __pyx_v_n = epoll_wait(__pyx_v_epfd, __pyx_v_events, __pyx_v_limit, __pyx_v_milliseconds);
 
-        /* "ivshmem/native/descriptors.pyx":621
+        /* "ivshmem/native/descriptors.pyx":608
  *     with nogil:
  *         n = epoll_wait(epfd, events, limit, milliseconds)
  *         code = errno             # <<<<<<<<<<<<<<
@@ -14621,7 +14324,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
         __pyx_v_code = errno;
       }
 
-      /* "ivshmem/native/descriptors.pyx":619
+      /* "ivshmem/native/descriptors.pyx":606
  *         # Round up: otherwise the last fraction of a millisecond would be spent spinning.
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -14638,7 +14341,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
       }
   }
 
-  /* "ivshmem/native/descriptors.pyx":622
+  /* "ivshmem/native/descriptors.pyx":609
  *         n = epoll_wait(epfd, events, limit, milliseconds)
  *         code = errno
  *     if n >= 0:             # <<<<<<<<<<<<<<
@@ -14650,7 +14353,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":623
+    /* "ivshmem/native/descriptors.pyx":610
  *         code = errno
  *     if n >= 0:
  *         return n             # <<<<<<<<<<<<<<
@@ -14663,7 +14366,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pyx":622
+    /* "ivshmem/native/descriptors.pyx":609
  *         n = epoll_wait(epfd, events, limit, milliseconds)
  *         code = errno
  *     if n >= 0:             # <<<<<<<<<<<<<<
@@ -14672,7 +14375,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":624
+  /* "ivshmem/native/descriptors.pyx":611
  *     if n >= 0:
  *         return n
  *     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -14684,17 +14387,17 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":625
+    /* "ivshmem/native/descriptors.pyx":612
  *         return n
  *     if code != EINTR:
  *         fail_with(code)             # <<<<<<<<<<<<<<
  *     PyErr_CheckSignals()
  *     return -1
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 625, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 612, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":624
+    /* "ivshmem/native/descriptors.pyx":611
  *     if n >= 0:
  *         return n
  *     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -14703,17 +14406,17 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":626
+  /* "ivshmem/native/descriptors.pyx":613
  *     if code != EINTR:
  *         fail_with(code)
  *     PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *     return -1
  * 
 */
-  __pyx_t_3 = PyErr_CheckSignals(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 626, __pyx_L1_error)
+  __pyx_t_3 = PyErr_CheckSignals(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 613, __pyx_L1_error)
 
 
-  /* "ivshmem/native/descriptors.pyx":627
+  /* "ivshmem/native/descriptors.pyx":614
  *         fail_with(code)
  *     PyErr_CheckSignals()
  *     return -1             # <<<<<<<<<<<<<<
@@ -14726,7 +14429,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":609
+  /* "ivshmem/native/descriptors.pyx":596
  * 
  * 
  * cdef int epoll_sleep(int epfd, epoll_event *events, int limit, int64_t deadline) except -2:             # <<<<<<<<<<<<<<
@@ -14747,7 +14450,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":630
+/* "ivshmem/native/descriptors.pyx":617
  * 
  * 
  * cdef int fail_with(int code) except -1:             # <<<<<<<<<<<<<<
@@ -14770,7 +14473,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_fail_with(int __pyx_v_code) {
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fail_with", 0);
 
-  /* "ivshmem/native/descriptors.pyx":631
+  /* "ivshmem/native/descriptors.pyx":618
  * 
  * cdef int fail_with(int code) except -1:
  *     raise OSError(code, strerror(code).decode())             # <<<<<<<<<<<<<<
@@ -14778,15 +14481,15 @@ static int __pyx_f_7ivshmem_6native_11descriptors_fail_with(int __pyx_v_code) {
  * 
 */
   __pyx_t_2 = NULL;
-  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 631, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 618, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
   __pyx_t_4 = strerror(__pyx_v_code);
-  __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_4); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 631, __pyx_L1_error)
-  __pyx_t_6 = __Pyx_decode_c_string(__pyx_t_4, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 631, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_4); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 618, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_decode_c_string(__pyx_t_4, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 618, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
 
-  if (!(likely(PyUnicode_CheckExact(__pyx_t_6)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_6))) __PYX_ERR(0, 631, __pyx_L1_error)
+  if (!(likely(PyUnicode_CheckExact(__pyx_t_6)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_6))) __PYX_ERR(0, 618, __pyx_L1_error)
   __pyx_t_7 = 1;
   {
     PyObject *__pyx_callargs[3] = {__pyx_t_2, __pyx_t_3, __pyx_t_6};
@@ -14794,14 +14497,14 @@ static int __pyx_f_7ivshmem_6native_11descriptors_fail_with(int __pyx_v_code) {
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 631, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 618, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 631, __pyx_L1_error)
+  __PYX_ERR(0, 618, __pyx_L1_error)
 
-  /* "ivshmem/native/descriptors.pyx":630
+  /* "ivshmem/native/descriptors.pyx":617
  * 
  * 
  * cdef int fail_with(int code) except -1:             # <<<<<<<<<<<<<<
@@ -14822,7 +14525,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_fail_with(int __pyx_v_code) {
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":640
+/* "ivshmem/native/descriptors.pyx":627
  *     cdef int fd
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -14879,7 +14582,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Timer___cinit__(struct __pyx
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/native/descriptors.pyx":641
+  /* "ivshmem/native/descriptors.pyx":628
  * 
  *     def __cinit__(self):
  *         self.fd = -1             # <<<<<<<<<<<<<<
@@ -14888,7 +14591,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Timer___cinit__(struct __pyx
 */
   __pyx_v_self->fd = -1;
 
-  /* "ivshmem/native/descriptors.pyx":642
+  /* "ivshmem/native/descriptors.pyx":629
  *     def __cinit__(self):
  *         self.fd = -1
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)             # <<<<<<<<<<<<<<
@@ -14897,7 +14600,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Timer___cinit__(struct __pyx
 */
   __pyx_v_self->fd = timerfd_create(CLOCK_MONOTONIC, (TFD_CLOEXEC | TFD_NONBLOCK));
 
-  /* "ivshmem/native/descriptors.pyx":643
+  /* "ivshmem/native/descriptors.pyx":630
  *         self.fd = -1
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -14909,17 +14612,17 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Timer___cinit__(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":644
+    /* "ivshmem/native/descriptors.pyx":631
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
  *         if self.fd < 0:
  *             fail()             # <<<<<<<<<<<<<<
  * 
  *     def fileno(self):
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 644, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 631, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":643
+    /* "ivshmem/native/descriptors.pyx":630
  *         self.fd = -1
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -14928,7 +14631,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Timer___cinit__(struct __pyx
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":640
+  /* "ivshmem/native/descriptors.pyx":627
  *     cdef int fd
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -14947,7 +14650,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Timer___cinit__(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":646
+/* "ivshmem/native/descriptors.pyx":633
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -15011,7 +14714,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_2fileno(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/native/descriptors.pyx":647
+  /* "ivshmem/native/descriptors.pyx":634
  * 
  *     def fileno(self):
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -15023,7 +14726,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_2fileno(struct _
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/native/descriptors.pyx":648
+    /* "ivshmem/native/descriptors.pyx":635
  *     def fileno(self):
  *         if self.fd < 0:
  *             raise ClosedError("the timer is closed")             # <<<<<<<<<<<<<<
@@ -15031,7 +14734,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_2fileno(struct _
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 648, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 635, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -15050,14 +14753,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_2fileno(struct _
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 648, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 635, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 648, __pyx_L1_error)
+    __PYX_ERR(0, 635, __pyx_L1_error)
 
-    /* "ivshmem/native/descriptors.pyx":647
+    /* "ivshmem/native/descriptors.pyx":634
  * 
  *     def fileno(self):
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -15066,14 +14769,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_2fileno(struct _
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":649
+  /* "ivshmem/native/descriptors.pyx":636
  *         if self.fd < 0:
  *             raise ClosedError("the timer is closed")
  *         return self.fd             # <<<<<<<<<<<<<<
  * 
  *     def set(self, double seconds):
 */
-  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->fd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 649, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->fd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 636, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject *__pyx_temp;
@@ -15086,7 +14789,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_2fileno(struct _
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":646
+  /* "ivshmem/native/descriptors.pyx":633
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -15107,7 +14810,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_2fileno(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":651
+/* "ivshmem/native/descriptors.pyx":638
  *         return self.fd
  * 
  *     def set(self, double seconds):             # <<<<<<<<<<<<<<
@@ -15155,32 +14858,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_seconds,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 651, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 638, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 651, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 638, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "set", 0) < (0)) __PYX_ERR(0, 651, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "set", 0) < (0)) __PYX_ERR(0, 638, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, i); __PYX_ERR(0, 651, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, i); __PYX_ERR(0, 638, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 651, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 638, __pyx_L3_error)
     }
-    __pyx_v_seconds = __Pyx_PyFloat_AsDouble(values[0]); if (unlikely((__pyx_v_seconds == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 651, __pyx_L3_error)
+    __pyx_v_seconds = __Pyx_PyFloat_AsDouble(values[0]); if (unlikely((__pyx_v_seconds == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 638, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 651, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 638, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15216,7 +14919,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_4set(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("set", 0);
 
-  /* "ivshmem/native/descriptors.pyx":654
+  /* "ivshmem/native/descriptors.pyx":641
  *         """Make the descriptor readable `seconds` from now, and not before. 0: never."""
  *         cdef itimerspec spec
  *         memset(&spec, 0, sizeof(spec))             # <<<<<<<<<<<<<<
@@ -15225,7 +14928,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_4set(struct __py
 */
   (void)(memset((&__pyx_v_spec), 0, (sizeof(__pyx_v_spec))));
 
-  /* "ivshmem/native/descriptors.pyx":655
+  /* "ivshmem/native/descriptors.pyx":642
  *         cdef itimerspec spec
  *         memset(&spec, 0, sizeof(spec))
  *         spec.it_value.tv_sec = <long>seconds             # <<<<<<<<<<<<<<
@@ -15234,7 +14937,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_4set(struct __py
 */
   __pyx_v_spec.it_value.tv_sec = ((long)__pyx_v_seconds);
 
-  /* "ivshmem/native/descriptors.pyx":656
+  /* "ivshmem/native/descriptors.pyx":643
  *         memset(&spec, 0, sizeof(spec))
  *         spec.it_value.tv_sec = <long>seconds
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)             # <<<<<<<<<<<<<<
@@ -15243,7 +14946,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_4set(struct __py
 */
   __pyx_v_spec.it_value.tv_nsec = ((long)((__pyx_v_seconds - ((long)__pyx_v_seconds)) * 1e9));
 
-  /* "ivshmem/native/descriptors.pyx":657
+  /* "ivshmem/native/descriptors.pyx":644
  *         spec.it_value.tv_sec = <long>seconds
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
  *         if timerfd_settime(self.fileno(), 0, &spec, NULL) < 0:             # <<<<<<<<<<<<<<
@@ -15257,10 +14960,10 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_4set(struct __py
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 657, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 644, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 657, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 644, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_5 = (timerfd_settime(__pyx_t_4, 0, (&__pyx_v_spec), NULL) < 0);
 
@@ -15268,17 +14971,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_4set(struct __py
   if (__pyx_t_5) {
 
 
-    /* "ivshmem/native/descriptors.pyx":658
+    /* "ivshmem/native/descriptors.pyx":645
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
  *         if timerfd_settime(self.fileno(), 0, &spec, NULL) < 0:
  *             fail()             # <<<<<<<<<<<<<<
  * 
  *     def close(self):
 */
-    __pyx_t_4 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 658, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 645, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":657
+    /* "ivshmem/native/descriptors.pyx":644
  *         spec.it_value.tv_sec = <long>seconds
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
  *         if timerfd_settime(self.fileno(), 0, &spec, NULL) < 0:             # <<<<<<<<<<<<<<
@@ -15287,7 +14990,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_4set(struct __py
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":651
+  /* "ivshmem/native/descriptors.pyx":638
  *         return self.fd
  * 
  *     def set(self, double seconds):             # <<<<<<<<<<<<<<
@@ -15310,7 +15013,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_4set(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":660
+/* "ivshmem/native/descriptors.pyx":647
  *             fail()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -15369,7 +15072,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_6close(struct __
   int __pyx_t_2;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/native/descriptors.pyx":661
+  /* "ivshmem/native/descriptors.pyx":648
  * 
  *     def close(self):
  *         cdef int fd = self.fd             # <<<<<<<<<<<<<<
@@ -15380,7 +15083,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_6close(struct __
 
   __pyx_v_fd = __pyx_t_1;
 
-  /* "ivshmem/native/descriptors.pyx":662
+  /* "ivshmem/native/descriptors.pyx":649
  *     def close(self):
  *         cdef int fd = self.fd
  *         self.fd = -1             # <<<<<<<<<<<<<<
@@ -15389,7 +15092,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_6close(struct __
 */
   __pyx_v_self->fd = -1;
 
-  /* "ivshmem/native/descriptors.pyx":663
+  /* "ivshmem/native/descriptors.pyx":650
  *         cdef int fd = self.fd
  *         self.fd = -1
  *         if fd >= 0:             # <<<<<<<<<<<<<<
@@ -15401,7 +15104,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_6close(struct __
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/native/descriptors.pyx":664
+    /* "ivshmem/native/descriptors.pyx":651
  *         self.fd = -1
  *         if fd >= 0:
  *             c_close(fd)             # <<<<<<<<<<<<<<
@@ -15410,7 +15113,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_6close(struct __
 */
     (void)(close(__pyx_v_fd));
 
-    /* "ivshmem/native/descriptors.pyx":663
+    /* "ivshmem/native/descriptors.pyx":650
  *         cdef int fd = self.fd
  *         self.fd = -1
  *         if fd >= 0:             # <<<<<<<<<<<<<<
@@ -15419,7 +15122,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_6close(struct __
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":660
+  /* "ivshmem/native/descriptors.pyx":647
  *             fail()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -15435,7 +15138,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_6close(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":666
+/* "ivshmem/native/descriptors.pyx":653
  *             c_close(fd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -15459,7 +15162,7 @@ static void __pyx_pw_7ivshmem_6native_11descriptors_5Timer_9__dealloc__(PyObject
 static void __pyx_pf_7ivshmem_6native_11descriptors_5Timer_8__dealloc__(struct __pyx_obj_7ivshmem_6native_11descriptors_Timer *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/native/descriptors.pyx":667
+  /* "ivshmem/native/descriptors.pyx":654
  * 
  *     def __dealloc__(self):
  *         if self.fd >= 0:             # <<<<<<<<<<<<<<
@@ -15471,7 +15174,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_5Timer_8__dealloc__(struct _
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":668
+    /* "ivshmem/native/descriptors.pyx":655
  *     def __dealloc__(self):
  *         if self.fd >= 0:
  *             c_close(self.fd)             # <<<<<<<<<<<<<<
@@ -15480,7 +15183,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_5Timer_8__dealloc__(struct _
 */
     (void)(close(__pyx_v_self->fd));
 
-    /* "ivshmem/native/descriptors.pyx":667
+    /* "ivshmem/native/descriptors.pyx":654
  * 
  *     def __dealloc__(self):
  *         if self.fd >= 0:             # <<<<<<<<<<<<<<
@@ -15489,7 +15192,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_5Timer_8__dealloc__(struct _
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":666
+  /* "ivshmem/native/descriptors.pyx":653
  *             c_close(fd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -15707,7 +15410,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_12__setstate_cyt
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":671
+/* "ivshmem/native/descriptors.pyx":658
  * 
  * 
  * def fork_sharing_files():             # <<<<<<<<<<<<<<
@@ -15745,7 +15448,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fork_sharing_files", 0);
 
-  /* "ivshmem/native/descriptors.pyx":682
+  /* "ivshmem/native/descriptors.pyx":669
  *     cdef long pid
  *     cdef int code
  *     PyOS_BeforeFork()             # <<<<<<<<<<<<<<
@@ -15754,7 +15457,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
 */
   PyOS_BeforeFork();
 
-  /* "ivshmem/native/descriptors.pyx":683
+  /* "ivshmem/native/descriptors.pyx":670
  *     cdef int code
  *     PyOS_BeforeFork()
  *     pid = ivshmem_fork_sharing_files()             # <<<<<<<<<<<<<<
@@ -15763,7 +15466,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
 */
   __pyx_v_pid = ivshmem_fork_sharing_files();
 
-  /* "ivshmem/native/descriptors.pyx":684
+  /* "ivshmem/native/descriptors.pyx":671
  *     PyOS_BeforeFork()
  *     pid = ivshmem_fork_sharing_files()
  *     code = errno             # <<<<<<<<<<<<<<
@@ -15772,7 +15475,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
 */
   __pyx_v_code = errno;
 
-  /* "ivshmem/native/descriptors.pyx":685
+  /* "ivshmem/native/descriptors.pyx":672
  *     pid = ivshmem_fork_sharing_files()
  *     code = errno
  *     if pid == 0:             # <<<<<<<<<<<<<<
@@ -15784,7 +15487,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":686
+    /* "ivshmem/native/descriptors.pyx":673
  *     code = errno
  *     if pid == 0:
  *         PyOS_AfterFork_Child()             # <<<<<<<<<<<<<<
@@ -15793,7 +15496,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
 */
     PyOS_AfterFork_Child();
 
-    /* "ivshmem/native/descriptors.pyx":687
+    /* "ivshmem/native/descriptors.pyx":674
  *     if pid == 0:
  *         PyOS_AfterFork_Child()
  *         return 0             # <<<<<<<<<<<<<<
@@ -15811,7 +15514,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pyx":685
+    /* "ivshmem/native/descriptors.pyx":672
  *     pid = ivshmem_fork_sharing_files()
  *     code = errno
  *     if pid == 0:             # <<<<<<<<<<<<<<
@@ -15820,7 +15523,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":688
+  /* "ivshmem/native/descriptors.pyx":675
  *         PyOS_AfterFork_Child()
  *         return 0
  *     PyOS_AfterFork_Parent()             # <<<<<<<<<<<<<<
@@ -15829,7 +15532,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
 */
   PyOS_AfterFork_Parent();
 
-  /* "ivshmem/native/descriptors.pyx":689
+  /* "ivshmem/native/descriptors.pyx":676
  *         return 0
  *     PyOS_AfterFork_Parent()
  *     if pid < 0:             # <<<<<<<<<<<<<<
@@ -15841,17 +15544,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":690
+    /* "ivshmem/native/descriptors.pyx":677
  *     PyOS_AfterFork_Parent()
  *     if pid < 0:
  *         fail_with(code)             # <<<<<<<<<<<<<<
  *     return pid
  * 
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 690, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 677, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":689
+    /* "ivshmem/native/descriptors.pyx":676
  *         return 0
  *     PyOS_AfterFork_Parent()
  *     if pid < 0:             # <<<<<<<<<<<<<<
@@ -15860,14 +15563,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":691
+  /* "ivshmem/native/descriptors.pyx":678
  *     if pid < 0:
  *         fail_with(code)
  *     return pid             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_3 = __Pyx_PyLong_From_long(__pyx_v_pid); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 691, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_long(__pyx_v_pid); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 678, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   {
     PyObject *__pyx_temp;
@@ -15880,7 +15583,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":671
+  /* "ivshmem/native/descriptors.pyx":658
  * 
  * 
  * def fork_sharing_files():             # <<<<<<<<<<<<<<
@@ -15901,7 +15604,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":694
+/* "ivshmem/native/descriptors.pyx":681
  * 
  * 
  * def rename_exclusive(int directory, source, target):             # <<<<<<<<<<<<<<
@@ -15951,46 +15654,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_directory,&__pyx_mstate_global->__pyx_n_u_source,&__pyx_mstate_global->__pyx_n_u_target,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 694, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 681, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 694, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 681, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 694, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 681, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 694, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 681, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "rename_exclusive", 0) < (0)) __PYX_ERR(0, 694, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "rename_exclusive", 0) < (0)) __PYX_ERR(0, 681, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("rename_exclusive", 1, 3, 3, i); __PYX_ERR(0, 694, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("rename_exclusive", 1, 3, 3, i); __PYX_ERR(0, 681, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 694, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 681, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 694, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 681, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 694, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 681, __pyx_L3_error)
     }
-    __pyx_v_directory = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_directory == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 694, __pyx_L3_error)
+    __pyx_v_directory = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_directory == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 681, __pyx_L3_error)
     __pyx_v_source = values[1];
     __pyx_v_target = values[2];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("rename_exclusive", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 694, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("rename_exclusive", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 681, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -16034,7 +15737,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("rename_exclusive", 0);
 
-  /* "ivshmem/native/descriptors.pyx":700
+  /* "ivshmem/native/descriptors.pyx":687
  *         OSError: EEXIST; EINVAL or ENOSYS if the file system or the kernel cannot do it.
  *     """
  *     cdef bytes old = os.fsencode(source)             # <<<<<<<<<<<<<<
@@ -16042,9 +15745,9 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
  *     cdef const char *old_text = old
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 700, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 687, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 700, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 687, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5 = 1;
@@ -16064,14 +15767,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 700, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 687, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 700, __pyx_L1_error)
+  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 687, __pyx_L1_error)
   __pyx_v_old = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":701
+  /* "ivshmem/native/descriptors.pyx":688
  *     """
  *     cdef bytes old = os.fsencode(source)
  *     cdef bytes new = os.fsencode(target)             # <<<<<<<<<<<<<<
@@ -16079,9 +15782,9 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
  *     cdef const char *new_text = new
 */
   __pyx_t_4 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 701, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 688, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 701, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 688, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_t_5 = 1;
@@ -16101,14 +15804,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 701, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 688, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 701, __pyx_L1_error)
+  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 688, __pyx_L1_error)
   __pyx_v_new = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":702
+  /* "ivshmem/native/descriptors.pyx":689
  *     cdef bytes old = os.fsencode(source)
  *     cdef bytes new = os.fsencode(target)
  *     cdef const char *old_text = old             # <<<<<<<<<<<<<<
@@ -16117,12 +15820,12 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
 */
   if (unlikely(__pyx_v_old == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "expected bytes, NoneType found");
-    __PYX_ERR(0, 702, __pyx_L1_error)
+    __PYX_ERR(0, 689, __pyx_L1_error)
   }
-  __pyx_t_6 = __Pyx_PyBytes_AsString(__pyx_v_old); if (unlikely((!__pyx_t_6) && PyErr_Occurred())) __PYX_ERR(0, 702, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyBytes_AsString(__pyx_v_old); if (unlikely((!__pyx_t_6) && PyErr_Occurred())) __PYX_ERR(0, 689, __pyx_L1_error)
   __pyx_v_old_text = __pyx_t_6;
 
-  /* "ivshmem/native/descriptors.pyx":703
+  /* "ivshmem/native/descriptors.pyx":690
  *     cdef bytes new = os.fsencode(target)
  *     cdef const char *old_text = old
  *     cdef const char *new_text = new             # <<<<<<<<<<<<<<
@@ -16131,12 +15834,12 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
 */
   if (unlikely(__pyx_v_new == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "expected bytes, NoneType found");
-    __PYX_ERR(0, 703, __pyx_L1_error)
+    __PYX_ERR(0, 690, __pyx_L1_error)
   }
-  __pyx_t_7 = __Pyx_PyBytes_AsString(__pyx_v_new); if (unlikely((!__pyx_t_7) && PyErr_Occurred())) __PYX_ERR(0, 703, __pyx_L1_error)
+  __pyx_t_7 = __Pyx_PyBytes_AsString(__pyx_v_new); if (unlikely((!__pyx_t_7) && PyErr_Occurred())) __PYX_ERR(0, 690, __pyx_L1_error)
   __pyx_v_new_text = __pyx_t_7;
 
-  /* "ivshmem/native/descriptors.pyx":705
+  /* "ivshmem/native/descriptors.pyx":692
  *     cdef const char *new_text = new
  *     cdef long result
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -16149,7 +15852,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
       __Pyx_FastGIL_Remember();
       /*try:*/ {
 
-        /* "ivshmem/native/descriptors.pyx":706
+        /* "ivshmem/native/descriptors.pyx":693
  *     cdef long result
  *     with nogil:
  *         result = ivshmem_rename_exclusive(directory, old_text, new_text)             # <<<<<<<<<<<<<<
@@ -16159,7 +15862,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
         __pyx_v_result = ivshmem_rename_exclusive(__pyx_v_directory, __pyx_v_old_text, __pyx_v_new_text);
       }
 
-      /* "ivshmem/native/descriptors.pyx":705
+      /* "ivshmem/native/descriptors.pyx":692
  *     cdef const char *new_text = new
  *     cdef long result
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -16176,7 +15879,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
       }
   }
 
-  /* "ivshmem/native/descriptors.pyx":707
+  /* "ivshmem/native/descriptors.pyx":694
  *     with nogil:
  *         result = ivshmem_rename_exclusive(directory, old_text, new_text)
  *     if result < 0:             # <<<<<<<<<<<<<<
@@ -16188,17 +15891,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
   if (__pyx_t_8) {
 
 
-    /* "ivshmem/native/descriptors.pyx":708
+    /* "ivshmem/native/descriptors.pyx":695
  *         result = ivshmem_rename_exclusive(directory, old_text, new_text)
  *     if result < 0:
  *         fail()             # <<<<<<<<<<<<<<
  * 
  * 
 */
-    __pyx_t_9 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 708, __pyx_L1_error)
+    __pyx_t_9 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 695, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":707
+    /* "ivshmem/native/descriptors.pyx":694
  *     with nogil:
  *         result = ivshmem_rename_exclusive(directory, old_text, new_text)
  *     if result < 0:             # <<<<<<<<<<<<<<
@@ -16207,7 +15910,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":694
+  /* "ivshmem/native/descriptors.pyx":681
  * 
  * 
  * def rename_exclusive(int directory, source, target):             # <<<<<<<<<<<<<<
@@ -16236,7 +15939,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":711
+/* "ivshmem/native/descriptors.pyx":698
  * 
  * 
  * cdef int64_t take_count(int fd) except -1:             # <<<<<<<<<<<<<<
@@ -16259,7 +15962,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int __pyx_v_fd)
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("take_count", 0);
 
-  /* "ivshmem/native/descriptors.pyx":713
+  /* "ivshmem/native/descriptors.pyx":700
  * cdef int64_t take_count(int fd) except -1:
  *     """Do what `look` does, but raise OSError on failure."""
  *     cdef int64_t count = look(fd)             # <<<<<<<<<<<<<<
@@ -16268,7 +15971,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int __pyx_v_fd)
 */
   __pyx_v_count = __pyx_f_7ivshmem_6native_11descriptors_look(__pyx_v_fd);
 
-  /* "ivshmem/native/descriptors.pyx":714
+  /* "ivshmem/native/descriptors.pyx":701
  *     """Do what `look` does, but raise OSError on failure."""
  *     cdef int64_t count = look(fd)
  *     if count == -EINVAL:             # <<<<<<<<<<<<<<
@@ -16280,7 +15983,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int __pyx_v_fd)
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/native/descriptors.pyx":715
+    /* "ivshmem/native/descriptors.pyx":702
  *     cdef int64_t count = look(fd)
  *     if count == -EINVAL:
  *         raise OSError(EINVAL, "a vector's descriptor is not an eventfd")             # <<<<<<<<<<<<<<
@@ -16288,7 +15991,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int __pyx_v_fd)
  *         fail_with(<int>-count)
 */
     __pyx_t_3 = NULL;
-    __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 715, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 702, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     {
@@ -16296,14 +15999,14 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int __pyx_v_fd)
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_OSError)), __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 715, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 702, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 715, __pyx_L1_error)
+    __PYX_ERR(0, 702, __pyx_L1_error)
 
-    /* "ivshmem/native/descriptors.pyx":714
+    /* "ivshmem/native/descriptors.pyx":701
  *     """Do what `look` does, but raise OSError on failure."""
  *     cdef int64_t count = look(fd)
  *     if count == -EINVAL:             # <<<<<<<<<<<<<<
@@ -16312,7 +16015,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int __pyx_v_fd)
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":716
+  /* "ivshmem/native/descriptors.pyx":703
  *     if count == -EINVAL:
  *         raise OSError(EINVAL, "a vector's descriptor is not an eventfd")
  *     if count < 0:             # <<<<<<<<<<<<<<
@@ -16324,17 +16027,17 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int __pyx_v_fd)
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":717
+    /* "ivshmem/native/descriptors.pyx":704
  *         raise OSError(EINVAL, "a vector's descriptor is not an eventfd")
  *     if count < 0:
  *         fail_with(<int>-count)             # <<<<<<<<<<<<<<
  *     return count
  * 
 */
-    __pyx_t_6 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(((int)(-__pyx_v_count))); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 717, __pyx_L1_error)
+    __pyx_t_6 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(((int)(-__pyx_v_count))); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 704, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":716
+    /* "ivshmem/native/descriptors.pyx":703
  *     if count == -EINVAL:
  *         raise OSError(EINVAL, "a vector's descriptor is not an eventfd")
  *     if count < 0:             # <<<<<<<<<<<<<<
@@ -16343,7 +16046,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int __pyx_v_fd)
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":718
+  /* "ivshmem/native/descriptors.pyx":705
  *     if count < 0:
  *         fail_with(<int>-count)
  *     return count             # <<<<<<<<<<<<<<
@@ -16356,7 +16059,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int __pyx_v_fd)
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":711
+  /* "ivshmem/native/descriptors.pyx":698
  * 
  * 
  * cdef int64_t take_count(int fd) except -1:             # <<<<<<<<<<<<<<
@@ -16378,7 +16081,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int __pyx_v_fd)
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":721
+/* "ivshmem/native/descriptors.pyx":708
  * 
  * 
  * def count_of_eventfd(int fd):             # <<<<<<<<<<<<<<
@@ -16426,32 +16129,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 721, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 708, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 721, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 708, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "count_of_eventfd", 0) < (0)) __PYX_ERR(0, 721, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "count_of_eventfd", 0) < (0)) __PYX_ERR(0, 708, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("count_of_eventfd", 1, 1, 1, i); __PYX_ERR(0, 721, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("count_of_eventfd", 1, 1, 1, i); __PYX_ERR(0, 708, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 721, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 708, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 721, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 708, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("count_of_eventfd", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 721, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("count_of_eventfd", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 708, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -16498,7 +16201,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("count_of_eventfd", 0);
 
-  /* "ivshmem/native/descriptors.pyx":723
+  /* "ivshmem/native/descriptors.pyx":710
  * def count_of_eventfd(int fd):
  *     """Return the count of an eventfd without changing it: proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:             # <<<<<<<<<<<<<<
@@ -16507,9 +16210,9 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
 */
   /*with:*/ {
     __pyx_t_2 = NULL;
-    __pyx_t_3 = __Pyx_PyUnicode_From_int(__pyx_v_fd, 0, ' ', 'd'); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 723, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyUnicode_From_int(__pyx_v_fd, 0, ' ', 'd'); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 710, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_4 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_proc_self_fdinfo, __pyx_t_3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 723, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_proc_self_fdinfo, __pyx_t_3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 710, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_5 = 1;
@@ -16518,13 +16221,13 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_open, __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 723, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 710, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
-    __pyx_t_6 = __Pyx_PyObject_LookupSpecial(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 723, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_LookupSpecial(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 710, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_2 = NULL;
-    __pyx_t_3 = __Pyx_PyObject_LookupSpecial(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 723, __pyx_L3_error)
+    __pyx_t_3 = __Pyx_PyObject_LookupSpecial(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 710, __pyx_L3_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -16543,7 +16246,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 723, __pyx_L3_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 710, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __pyx_t_3 = __pyx_t_4;
@@ -16561,7 +16264,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
           __pyx_v_info = __pyx_t_3;
           __pyx_t_3 = 0;
 
-          /* "ivshmem/native/descriptors.pyx":724
+          /* "ivshmem/native/descriptors.pyx":711
  *     """Return the count of an eventfd without changing it: proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
  *         for line in info:             # <<<<<<<<<<<<<<
@@ -16573,9 +16276,9 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
             __pyx_t_10 = 0;
             __pyx_t_11 = NULL;
           } else {
-            __pyx_t_10 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_v_info); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 724, __pyx_L7_error)
+            __pyx_t_10 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_v_info); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 711, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_3);
-            __pyx_t_11 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 724, __pyx_L7_error)
+            __pyx_t_11 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 711, __pyx_L7_error)
           }
           for (;;) {
             if (likely(!__pyx_t_11)) {
@@ -16583,7 +16286,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
                 {
                   Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_3);
                   #if !CYTHON_ASSUME_SAFE_SIZE
-                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 724, __pyx_L7_error)
+                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 711, __pyx_L7_error)
                   #endif
                   if (__pyx_t_10 >= __pyx_temp) break;
                 }
@@ -16593,7 +16296,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
                 {
                   Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_3);
                   #if !CYTHON_ASSUME_SAFE_SIZE
-                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 724, __pyx_L7_error)
+                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 711, __pyx_L7_error)
                   #endif
                   if (__pyx_t_10 >= __pyx_temp) break;
                 }
@@ -16604,13 +16307,13 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
                 #endif
                 ++__pyx_t_10;
               }
-              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 724, __pyx_L7_error)
+              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 711, __pyx_L7_error)
             } else {
               __pyx_t_1 = __pyx_t_11(__pyx_t_3);
               if (unlikely(!__pyx_t_1)) {
                 PyObject* exc_type = PyErr_Occurred();
                 if (exc_type) {
-                  if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 724, __pyx_L7_error)
+                  if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 711, __pyx_L7_error)
                   PyErr_Clear();
                 }
                 break;
@@ -16620,7 +16323,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
             __Pyx_XDECREF_SET(__pyx_v_line, __pyx_t_1);
             __pyx_t_1 = 0;
 
-            /* "ivshmem/native/descriptors.pyx":725
+            /* "ivshmem/native/descriptors.pyx":712
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
  *         for line in info:
  *             if line.startswith(b"eventfd-count:"):             # <<<<<<<<<<<<<<
@@ -16634,15 +16337,15 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
               PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_b_eventfd_count};
               __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_startswith, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 725, __pyx_L7_error)
+              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 712, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_1);
             }
-            __pyx_t_12 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_12 < 0))) __PYX_ERR(0, 725, __pyx_L7_error)
+            __pyx_t_12 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_12 < 0))) __PYX_ERR(0, 712, __pyx_L7_error)
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
             if (__pyx_t_12) {
 
 
-              /* "ivshmem/native/descriptors.pyx":726
+              /* "ivshmem/native/descriptors.pyx":713
  *         for line in info:
  *             if line.startswith(b"eventfd-count:"):
  *                 return int(line.split()[1], 16)             # <<<<<<<<<<<<<<
@@ -16657,10 +16360,10 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
                 PyObject *__pyx_callargs[2] = {__pyx_t_13, NULL};
                 __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_split, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
                 __Pyx_XDECREF(__pyx_t_13); __pyx_t_13 = 0;
-                if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 726, __pyx_L7_error)
+                if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 713, __pyx_L7_error)
                 __Pyx_GOTREF(__pyx_t_2);
               }
-              __pyx_t_13 = __Pyx_GetItemInt(__pyx_t_2, 1, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 726, __pyx_L7_error)
+              __pyx_t_13 = __Pyx_GetItemInt(__pyx_t_2, 1, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 713, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_13);
               __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
               __pyx_t_5 = 1;
@@ -16669,7 +16372,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
                 __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(&PyLong_Type), __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
                 __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
                 __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-                if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 726, __pyx_L7_error)
+                if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 713, __pyx_L7_error)
                 __Pyx_GOTREF(__pyx_t_1);
               }
               {
@@ -16684,7 +16387,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
               __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
               goto __pyx_L11_try_return;
 
-              /* "ivshmem/native/descriptors.pyx":725
+              /* "ivshmem/native/descriptors.pyx":712
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
  *         for line in info:
  *             if line.startswith(b"eventfd-count:"):             # <<<<<<<<<<<<<<
@@ -16693,7 +16396,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
 */
             }
 
-            /* "ivshmem/native/descriptors.pyx":724
+            /* "ivshmem/native/descriptors.pyx":711
  *     """Return the count of an eventfd without changing it: proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
  *         for line in info:             # <<<<<<<<<<<<<<
@@ -16703,7 +16406,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
           }
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-          /* "ivshmem/native/descriptors.pyx":723
+          /* "ivshmem/native/descriptors.pyx":710
  * def count_of_eventfd(int fd):
  *     """Return the count of an eventfd without changing it: proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:             # <<<<<<<<<<<<<<
@@ -16723,23 +16426,23 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
         /*except:*/ {
           __Pyx_AddTraceback("ivshmem.native.descriptors.count_of_eventfd", __pyx_clineno, __pyx_lineno, __pyx_filename);
-          if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_1, &__pyx_t_13) < 0) __PYX_ERR(0, 723, __pyx_L9_except_error)
+          if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_1, &__pyx_t_13) < 0) __PYX_ERR(0, 710, __pyx_L9_except_error)
           __Pyx_XGOTREF(__pyx_t_3);
           __Pyx_XGOTREF(__pyx_t_1);
           __Pyx_XGOTREF(__pyx_t_13);
           {
             PyObject* __pyx_temp[3] = {__pyx_t_3, __pyx_t_1, __pyx_t_13};
-            __pyx_t_4 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 723, __pyx_L9_except_error)
+            __pyx_t_4 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 710, __pyx_L9_except_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
           __pyx_t_14 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_t_4, NULL);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 723, __pyx_L9_except_error)
+          if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 710, __pyx_L9_except_error)
           __Pyx_GOTREF(__pyx_t_14);
           __pyx_t_12 = __Pyx_PyObject_IsTrue(__pyx_t_14);
           __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-          if (__pyx_t_12 < (0)) __PYX_ERR(0, 723, __pyx_L9_except_error)
+          if (__pyx_t_12 < (0)) __PYX_ERR(0, 710, __pyx_L9_except_error)
           __pyx_t_15 = (!__pyx_t_12);
 
 
@@ -16750,7 +16453,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
             __Pyx_XGIVEREF(__pyx_t_13);
             __Pyx_ErrRestoreWithState(__pyx_t_3, __pyx_t_1, __pyx_t_13);
             __pyx_t_3 = 0;  __pyx_t_1 = 0;  __pyx_t_13 = 0; 
-            __PYX_ERR(0, 723, __pyx_L9_except_error)
+            __PYX_ERR(0, 710, __pyx_L9_except_error)
           }
           __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
           __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -16782,7 +16485,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
         if (__pyx_t_6) {
           __pyx_t_9 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_mstate_global->__pyx_tuple[0], NULL);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 723, __pyx_L1_error)
+          if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 710, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_9);
           __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
         }
@@ -16794,7 +16497,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
         if (__pyx_t_6) {
           __pyx_t_8 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_mstate_global->__pyx_tuple[0], NULL);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 723, __pyx_L1_error)
+          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 710, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
         }
@@ -16811,7 +16514,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
     __pyx_L20:;
   }
 
-  /* "ivshmem/native/descriptors.pyx":727
+  /* "ivshmem/native/descriptors.pyx":714
  *             if line.startswith(b"eventfd-count:"):
  *                 return int(line.split()[1], 16)
  *     raise OSError(EINVAL, "a vector's descriptor is not an eventfd")             # <<<<<<<<<<<<<<
@@ -16819,7 +16522,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
  * 
 */
   __pyx_t_1 = NULL;
-  __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 727, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 714, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5 = 1;
   {
@@ -16827,14 +16530,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
     __pyx_t_13 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_OSError)), __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 727, __pyx_L1_error)
+    if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 714, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
   }
   __Pyx_Raise(__pyx_t_13, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-  __PYX_ERR(0, 727, __pyx_L1_error)
+  __PYX_ERR(0, 714, __pyx_L1_error)
 
-  /* "ivshmem/native/descriptors.pyx":721
+  /* "ivshmem/native/descriptors.pyx":708
  * 
  * 
  * def count_of_eventfd(int fd):             # <<<<<<<<<<<<<<
@@ -16859,7 +16562,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":730
+/* "ivshmem/native/descriptors.pyx":717
  * 
  * 
  * cdef bint is_eventfd(int fd, int known) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -16876,7 +16579,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/native/descriptors.pyx":743
+  /* "ivshmem/native/descriptors.pyx":730
  *     cdef iovec iov
  *     cdef file_stat one, other
  *     if c_fstat(fd, &one) < 0 or c_fstat(known, &other) < 0:             # <<<<<<<<<<<<<<
@@ -16902,7 +16605,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":744
+    /* "ivshmem/native/descriptors.pyx":731
  *     cdef file_stat one, other
  *     if c_fstat(fd, &one) < 0 or c_fstat(known, &other) < 0:
  *         return False             # <<<<<<<<<<<<<<
@@ -16915,7 +16618,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pyx":743
+    /* "ivshmem/native/descriptors.pyx":730
  *     cdef iovec iov
  *     cdef file_stat one, other
  *     if c_fstat(fd, &one) < 0 or c_fstat(known, &other) < 0:             # <<<<<<<<<<<<<<
@@ -16924,7 +16627,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":745
+  /* "ivshmem/native/descriptors.pyx":732
  *     if c_fstat(fd, &one) < 0 or c_fstat(known, &other) < 0:
  *         return False
  *     if one.st_dev != other.st_dev or one.st_ino != other.st_ino:             # <<<<<<<<<<<<<<
@@ -16950,7 +16653,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":746
+    /* "ivshmem/native/descriptors.pyx":733
  *         return False
  *     if one.st_dev != other.st_dev or one.st_ino != other.st_ino:
  *         return False             # <<<<<<<<<<<<<<
@@ -16963,7 +16666,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pyx":745
+    /* "ivshmem/native/descriptors.pyx":732
  *     if c_fstat(fd, &one) < 0 or c_fstat(known, &other) < 0:
  *         return False
  *     if one.st_dev != other.st_dev or one.st_ino != other.st_ino:             # <<<<<<<<<<<<<<
@@ -16972,7 +16675,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":747
+  /* "ivshmem/native/descriptors.pyx":734
  *     if one.st_dev != other.st_dev or one.st_ino != other.st_ino:
  *         return False
  *     iov.iov_base = data             # <<<<<<<<<<<<<<
@@ -16981,7 +16684,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
 */
   __pyx_v_iov.iov_base = __pyx_v_data;
 
-  /* "ivshmem/native/descriptors.pyx":748
+  /* "ivshmem/native/descriptors.pyx":735
  *         return False
  *     iov.iov_base = data
  *     iov.iov_len = sizeof(data)             # <<<<<<<<<<<<<<
@@ -16990,7 +16693,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_data));
 
-  /* "ivshmem/native/descriptors.pyx":749
+  /* "ivshmem/native/descriptors.pyx":736
  *     iov.iov_base = data
  *     iov.iov_len = sizeof(data)
  *     if preadv2(fd, &iov, 1, -1, RWF_NOWAIT) >= 0 or errno != EINVAL:             # <<<<<<<<<<<<<<
@@ -17016,7 +16719,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":750
+    /* "ivshmem/native/descriptors.pyx":737
  *     iov.iov_len = sizeof(data)
  *     if preadv2(fd, &iov, 1, -1, RWF_NOWAIT) >= 0 or errno != EINVAL:
  *         return False             # <<<<<<<<<<<<<<
@@ -17029,7 +16732,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pyx":749
+    /* "ivshmem/native/descriptors.pyx":736
  *     iov.iov_base = data
  *     iov.iov_len = sizeof(data)
  *     if preadv2(fd, &iov, 1, -1, RWF_NOWAIT) >= 0 or errno != EINVAL:             # <<<<<<<<<<<<<<
@@ -17038,7 +16741,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":751
+  /* "ivshmem/native/descriptors.pyx":738
  *     if preadv2(fd, &iov, 1, -1, RWF_NOWAIT) >= 0 or errno != EINVAL:
  *         return False
  *     iov.iov_len = 0             # <<<<<<<<<<<<<<
@@ -17046,7 +16749,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
 */
   __pyx_v_iov.iov_len = 0;
 
-  /* "ivshmem/native/descriptors.pyx":752
+  /* "ivshmem/native/descriptors.pyx":739
  *         return False
  *     iov.iov_len = 0
  *     return writev(fd, &iov, 1) == 0             # <<<<<<<<<<<<<<
@@ -17057,7 +16760,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":730
+  /* "ivshmem/native/descriptors.pyx":717
  * 
  * 
  * cdef bint is_eventfd(int fd, int known) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -18332,8 +18035,8 @@ static int __Pyx_modinit_Function_export_code(__pyx_mstatetype *__pyx_mstate) {
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (unlikely(!__pyx_export_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
     #endif
-    const char * __pyx_export_name = __pyx_export_signature + 399;
-    void (*const __pyx_export_pointers[])(void) = {(void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_taken, (void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_fail_with, (void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_is_eventfd, (void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_epoll_sleep, (void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_add_one_nowait_nogil, (void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_add_one_nowait, (void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_fail, (void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_deadline_of, (void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_take_count, (void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_shared_signaller, (void (*)(void)) NULL};
+    const char * __pyx_export_name = __pyx_export_signature + 330;
+    void (*const __pyx_export_pointers[])(void) = {(void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_taken, (void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_fail_with, (void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_is_eventfd, (void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_epoll_sleep, (void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_add_one_nowait, (void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_fail, (void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_deadline_of, (void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_take_count, (void (*)(void))&__pyx_f_7ivshmem_6native_11descriptors_shared_signaller, (void (*)(void)) NULL};
     void (*const *__pyx_export_pointer)(void) = __pyx_export_pointers;
     const char *__pyx_export_current_signature = __pyx_export_signature;
     while (*__pyx_export_pointer) {
@@ -18502,14 +18205,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Relay(
   __pyx_vtabptr_7ivshmem_6native_11descriptors_Relay = &__pyx_vtable_7ivshmem_6native_11descriptors_Relay;
   __pyx_vtable_7ivshmem_6native_11descriptors_Relay.fired = (int (*)(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay *))__pyx_f_7ivshmem_6native_11descriptors_5Relay_fired;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Relay_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay)) __PYX_ERR(0, 493, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Relay_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay)) __PYX_ERR(0, 480, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay = &__pyx_type_7ivshmem_6native_11descriptors_Relay;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) < (0)) __PYX_ERR(0, 493, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) < (0)) __PYX_ERR(0, 480, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay);
@@ -18519,9 +18222,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Relay(
     __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, __pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) < (0)) __PYX_ERR(0, 493, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Relay, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) < (0)) __PYX_ERR(0, 493, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) < (0)) __PYX_ERR(0, 493, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, __pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) < (0)) __PYX_ERR(0, 480, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Relay, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) < (0)) __PYX_ERR(0, 480, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) < (0)) __PYX_ERR(0, 480, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -18540,14 +18243,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Epoll(
   __pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll = &__pyx_vtable_7ivshmem_6native_11descriptors_Epoll;
   __pyx_vtable_7ivshmem_6native_11descriptors_Epoll.control = (int (*)(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *, int, int, unsigned int, uint64_t))__pyx_f_7ivshmem_6native_11descriptors_5Epoll_control;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Epoll_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll)) __PYX_ERR(0, 546, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Epoll_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll)) __PYX_ERR(0, 533, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll = &__pyx_type_7ivshmem_6native_11descriptors_Epoll;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) < (0)) __PYX_ERR(0, 546, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) < (0)) __PYX_ERR(0, 533, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll);
@@ -18557,9 +18260,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Epoll(
     __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) < (0)) __PYX_ERR(0, 546, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Epoll, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) < (0)) __PYX_ERR(0, 546, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) < (0)) __PYX_ERR(0, 546, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) < (0)) __PYX_ERR(0, 533, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Epoll, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) < (0)) __PYX_ERR(0, 533, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) < (0)) __PYX_ERR(0, 533, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -18576,14 +18279,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Timer(
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Timer", 0);
   /*--- Exttype __pyx_obj_7ivshmem_6native_11descriptors_Timer ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Timer_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer)) __PYX_ERR(0, 634, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Timer_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer)) __PYX_ERR(0, 621, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer = &__pyx_type_7ivshmem_6native_11descriptors_Timer;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer) < (0)) __PYX_ERR(0, 634, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer) < (0)) __PYX_ERR(0, 621, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer);
@@ -18593,8 +18296,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Timer(
     __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Timer, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer) < (0)) __PYX_ERR(0, 634, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer) < (0)) __PYX_ERR(0, 634, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Timer, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer) < (0)) __PYX_ERR(0, 621, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer) < (0)) __PYX_ERR(0, 621, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -19394,19 +19097,19 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
   __Pyx_DECREF_SET(__pyx_v_7ivshmem_6native_11descriptors__shared, Py_None);
   __Pyx_GIVEREF(Py_None);
 
-  /* "ivshmem/native/descriptors.pyx":535
+  /* "ivshmem/native/descriptors.pyx":522
  *         return self.context != 0 and ivshmem_io_any_end(self.context)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Stop the polls. May be called twice."""
  *         cdef aio_context_t context = self.context
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Relay_3close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Relay_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 535, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Relay_3close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Relay_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 522, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 535, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 522, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -19436,95 +19139,95 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(2, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":560
+  /* "ivshmem/native/descriptors.pyx":547
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         if self.epfd < 0:
  *             raise ClosedError("the epoll object is closed")
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 560, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 547, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_4) < (0)) __PYX_ERR(0, 560, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_4) < (0)) __PYX_ERR(0, 547, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":574
+  /* "ivshmem/native/descriptors.pyx":561
  *         return 0
  * 
  *     def add(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
  *         """Watch `fd`. EPOLLHUP and EPOLLERR are reported even if `events` is 0."""
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_5add, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_add, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 574, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_5add, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_add, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 561, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_add, __pyx_t_4) < (0)) __PYX_ERR(0, 574, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_add, __pyx_t_4) < (0)) __PYX_ERR(0, 561, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":578
+  /* "ivshmem/native/descriptors.pyx":565
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_7modify, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_modify, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 578, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_7modify, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_modify, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 565, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_modify, __pyx_t_4) < (0)) __PYX_ERR(0, 578, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_modify, __pyx_t_4) < (0)) __PYX_ERR(0, 565, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":581
+  /* "ivshmem/native/descriptors.pyx":568
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
  *     def remove(self, int fd):             # <<<<<<<<<<<<<<
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_9remove, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_remove, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[25])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 581, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_9remove, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_remove, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[25])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 568, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_remove, __pyx_t_4) < (0)) __PYX_ERR(0, 581, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_remove, __pyx_t_4) < (0)) __PYX_ERR(0, 568, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":584
+  /* "ivshmem/native/descriptors.pyx":571
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """Wait for events, and return a list of (token, events).
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_11wait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_wait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[26])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 584, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_11wait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_wait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[26])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 571, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_wait, __pyx_t_4) < (0)) __PYX_ERR(0, 584, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_wait, __pyx_t_4) < (0)) __PYX_ERR(0, 571, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":598
+  /* "ivshmem/native/descriptors.pyx":585
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         cdef int epfd = self.epfd
  *         self.epfd = -1
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[27])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 598, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[27])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 585, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 598, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 585, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -19554,49 +19257,49 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(2, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":646
+  /* "ivshmem/native/descriptors.pyx":633
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         if self.fd < 0:
  *             raise ClosedError("the timer is closed")
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Timer_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[30])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 646, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Timer_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[30])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 633, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Timer, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_4) < (0)) __PYX_ERR(0, 646, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Timer, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_4) < (0)) __PYX_ERR(0, 633, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":651
+  /* "ivshmem/native/descriptors.pyx":638
  *         return self.fd
  * 
  *     def set(self, double seconds):             # <<<<<<<<<<<<<<
  *         """Make the descriptor readable `seconds` from now, and not before. 0: never."""
  *         cdef itimerspec spec
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Timer_5set, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_set, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[31])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 651, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Timer_5set, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_set, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[31])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 638, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Timer, __pyx_mstate_global->__pyx_n_u_set, __pyx_t_4) < (0)) __PYX_ERR(0, 651, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Timer, __pyx_mstate_global->__pyx_n_u_set, __pyx_t_4) < (0)) __PYX_ERR(0, 638, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":660
+  /* "ivshmem/native/descriptors.pyx":647
  *             fail()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         cdef int fd = self.fd
  *         self.fd = -1
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Timer_7close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[32])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 660, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Timer_7close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[32])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 647, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Timer, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 660, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Timer, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 647, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -19626,49 +19329,49 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(2, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":671
+  /* "ivshmem/native/descriptors.pyx":658
  * 
  * 
  * def fork_sharing_files():             # <<<<<<<<<<<<<<
  *     """Do what os.fork does, but share the table of descriptors: clone(2) with CLONE_FILES.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_1fork_sharing_files, 0, __pyx_mstate_global->__pyx_n_u_fork_sharing_files, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[35])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 671, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_1fork_sharing_files, 0, __pyx_mstate_global->__pyx_n_u_fork_sharing_files, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[35])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 658, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_fork_sharing_files, __pyx_t_4) < (0)) __PYX_ERR(0, 671, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_fork_sharing_files, __pyx_t_4) < (0)) __PYX_ERR(0, 658, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":694
+  /* "ivshmem/native/descriptors.pyx":681
  * 
  * 
  * def rename_exclusive(int directory, source, target):             # <<<<<<<<<<<<<<
  *     """Rename in an open directory, unless `target` exists: renameat2(2), RENAME_NOREPLACE.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_3rename_exclusive, 0, __pyx_mstate_global->__pyx_n_u_rename_exclusive, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[36])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 694, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_3rename_exclusive, 0, __pyx_mstate_global->__pyx_n_u_rename_exclusive, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[36])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 681, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_rename_exclusive, __pyx_t_4) < (0)) __PYX_ERR(0, 694, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_rename_exclusive, __pyx_t_4) < (0)) __PYX_ERR(0, 681, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":721
+  /* "ivshmem/native/descriptors.pyx":708
  * 
  * 
  * def count_of_eventfd(int fd):             # <<<<<<<<<<<<<<
  *     """Return the count of an eventfd without changing it: proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5count_of_eventfd, 0, __pyx_mstate_global->__pyx_n_u_count_of_eventfd, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[37])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 721, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5count_of_eventfd, 0, __pyx_mstate_global->__pyx_n_u_count_of_eventfd, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[37])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 708, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_count_of_eventfd, __pyx_t_4) < (0)) __PYX_ERR(0, 721, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_count_of_eventfd, __pyx_t_4) < (0)) __PYX_ERR(0, 708, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "ivshmem/native/descriptors.pyx":1
@@ -19723,7 +19426,7 @@ static int __Pyx_InitCachedBuiltins(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __pyx_builtin_staticmethod = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_staticmethod); if (!__pyx_builtin_staticmethod) __PYX_ERR(0, 161, __pyx_L1_error)
-  __pyx_builtin_open = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_open); if (!__pyx_builtin_open) __PYX_ERR(0, 723, __pyx_L1_error)
+  __pyx_builtin_open = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_open); if (!__pyx_builtin_open) __PYX_ERR(0, 710, __pyx_L1_error)
 
   /* Cached unbound methods */
   __pyx_mstate->__pyx_umethod_PyDict_Type_items.type = (PyObject*)&PyDict_Type;
@@ -19746,7 +19449,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/native/descriptors.pyx":723
+  /* "ivshmem/native/descriptors.pyx":710
  * def count_of_eventfd(int fd):
  *     """Return the count of an eventfd without changing it: proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:             # <<<<<<<<<<<<<<
@@ -19755,7 +19458,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[3] = {Py_None, Py_None, Py_None};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 723, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 710, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
@@ -19774,7 +19477,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "ivshmem/native/descriptors.pyx":584
+  /* "ivshmem/native/descriptors.pyx":571
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -19783,7 +19486,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 584, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 571, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
@@ -19825,30 +19528,30 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
     const struct { const unsigned int length: 6; } str_length_index[] = {{4},{15},{1},{9},{18},{1},{39},{11},{7},{18},{6},{2},{9},{14},{22},{30},{50},{34},{26},{26},{23},{19},{23},{11},{8},{8},{7},{8},{5},{23},{25},{9},{11},{12},{12},{12},{10},{2},{20},{22},{8},{9},{7},{25},{27},{13},{12},{13},{16},{13},{12},{12},{14},{12},{9},{8},{5},{23},{25},{11},{9},{27},{29},{15},{16},{5},{23},{25},{11},{12},{9},{1},{20},{12},{8},{9},{8},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{3},{5},{18},{5},{6},{18},{5},{4},{7},{4},{5},{16},{8},{6},{9},{5},{4},{6},{8},{6},{2},{3},{6},{5},{5},{18},{8},{1},{5},{4},{5},{26},{4},{5},{4},{6},{1},{4},{3},{8},{6},{3},{8},{4},{2},{5},{4},{3},{3},{2},{3},{6},{16},{6},{4},{14},{7},{7},{4},{3},{10},{6},{6},{4},{5},{10},{12},{8},{4},{6},{7},{4},{7},{5},{6},{4},{7},{5}};
-    const struct { const unsigned int length: 10; } bytes_length_index[] = {{14},{518},{9},{66},{67},{67},{29},{29},{17},{17},{32},{32},{29},{64},{22},{15},{17},{40},{31},{68},{81},{17},{55},{97},{58},{53},{75},{85},{130}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{14},{428},{9},{66},{67},{67},{29},{29},{17},{17},{32},{32},{29},{64},{22},{15},{17},{40},{31},{68},{81},{17},{55},{97},{58},{53},{75},{85},{130}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1829 bytes) */
-static const char cstring[] = "x\332\255VOS\033G\026\227l\034\013#\333\210`\034j\263\251\001\3071\2667P\262\t\233\332\335\252\0246\220\244L\031\013\354\335${\230j\246{\240\327\243\031i\272%\241Tm\025G\035\373\330\3079\316QG\216>r\344\250#\037\301\037a\337\353\236\021\002\371\264\273*i\372\365{\335\357\357\357\275\221\023\371\316\222\214\031s\374\230\034\324Y(\037/\257P\326^\371\235\305\321J#\216\274\025\301\002\177\305\247<\364\243\225\037\210\323f\236\214\342G\302\241Lx1o\300\306\341\302\t#\351\220\320amP\341\323\021\031\345\202\354\007\214\325\367\031\260\251\023\266\202\300\331\357J\306B\344\037x\\X\212\362\2668\254\263\3722\213\343(\026\371.$\222\267\331r\314\303\0036\344\256X\356\312\205\035\261\334\350\036\205\021x\345\223V \035\327\215\031my\314u\035\332b\216\214\300\303\360[\031\3636\047\001H=\036r\351\272\362\220\215\006\322!\302\221\344=\013\035\330xA$\030\275|B8$f#\022\326\210 \234h\377_\220\025L\303\205D\360\203\220\004\001\213/\263%\257_b\3016j\311a\006!=\220\250\370\245\021nb\"6\337\354loo\356\356\232\365\247wo\314\372\363k\263\354\274{\273\211\016\230\307\3620d\257+\017\243\320us\266`RH\"\257\n\010\245\2260\256X\322\347\001\013#K\327#\312\375\256\245cV\217\332\331\231\016\341r\213n\321q\203\2067f\r\270\306\002\254V\375\026]\217c\322\315\226O\251\311\005\237\320eE\231\302l\0235\206\312hLx\230o24\212|\017\310\361i\276\211\032lx\020\321\225\323\266p\371\016\321\260\343\276\334\336\331\374e\363\345\216\273\273\261\363z\373\327]\026\220\256y\214;\237\263\307\\\267\002\343\370^\216\215!1\256gT4\246\353BxY_\346\374[\004\231y\214\353\315\331c:\255\300\350\263\244-\226\245\341\264\353\272o\272G\360\333\340\236t_\263#\271\313|\327%!\000\027\365\300\207\242\004>\220u\026\033\342\210\033\206\337\n=\\\017r\243\360\251C\241\314\032\321V`8!\251\233\025:\331\365H\203\347tv\005\311\266\304Q\201\202f\213\004\371\205\274\325\307\202\0352\330\021n0\212\374\216\030qe,\0270\030\230@\317\271p\275(\206\016\345!\203~!\210\t\"\272\241\307\243\345\241@\354\023\351\035zX\001\352\005\300p!2\031\023\217\355""\023\357\275\311\250\027Q\370AZ\216$\242\325\213Z\2414\0177\362\335\341\320$\024oS\036\273\260\343\261\231\264]\203h\326\360\251\235\2139\246\315*|\n\244-\224\317c!\375\200\034\010?\212\337\273\342\220 \252]\024\n\037f,\272\300yH\241&0\312\271d\365\2533vd\314\241\037\246[\240:\314\016\202\0203\027\262\016|]\214\303N\252(\240\3605\014l\250HD0\345\342\006\221\207\rN\033Q#\336\217\231o\247G\314L\356\331\221\027\264\3004\354\005Ljt\3228\272\337\205i\034C\016\262Q\217I\013\251\300\327\017\326\207\311l\264[\210\213\250\025{L4\230\047\032\001\307\362\305Rt\270<\304Br\257\316\240\220T\300\233\r\223\206M\014\007\000}\366)\320\335l\364\312\010\306}\233\004-&p\260u\030y\017\036w \010\226\245\372[S\250\277\360P:Ko\272;v\326?y\\0\014x\\P\177r\256l\301\201\026\0346o\t[f\347\2119d\036k\253n~:;hA\016\257\023\367\317Ym\3345[\034\267Z\035)O>\0073m\377\245\222\341\330@5\377\027\017\332\021\247\206\304\320\306\262e\231\346\364\377\340jf\304\274\246\013>\341\201\213e/@\247f\365*\330t\013\370\323\321(@\323\272\021td\030aua9\340\301\025\246QR\310\273\017\032\322\350vM\325\013\330F\214\272\303\267\371qq0q\253\367T\325\216\213\347\223\267{\265\263;\213\311B\262\226\316\367\027\006\245r\357\047\265>(\337\355I\365WMts0}_\t\275\240Wu;\331M\232\351D\272\216\267\037\251\212Z\322\013\307\305\217\345\302\2159\265\253\272I1\251\014&\356]\220NR4\217\363\311[\203R\345\254\3628\255\244O\373\277\2354\007\0237\217;\275}UDk\353\240b\256pcVUA\355\331\255\257\023P?\325\253\342\031\331{\336#\203\322\227z}P\272\333\203k\363\272b\371\317z5P\t.,\230\303\307p`\252\267\n.?S\265AyF=\3255M\360\222TCa\033<k~Jh\"Vn\262\221^O\2570J\375\"2\346\024\325&5?\202\227\240\354y\317S\225A\371sUU\353(\377BOhs\357g0\017\362\357\324u8\230\313\317\215\371#\025\203\367c\346\255\260\013\n\266\222\007\311\236Io\371+H\274L\252\250\361\025\370\234\271\277\247\213V\347\206.f\306\354\375\277\251\246.\352Y\r\241O\253\222.\"\267\334\333PEuO\021\325\264\333K!\235\227\036&o\323\312\210\201\357\325\252j\353\275\344z\262\2324\255\007p\361""\343g\205\311\262q\036 p\311\370+5\"\376\267^\207\240h\002Gncd\0350+\0011\315d*}\226\356\365K\047\023\047\333\247\346\336\026\224\254\204\365-\337S5E\254\216\273=\322k\252\317\224\247\357\047Yh\277\001\334j\226\374gR\002\257\257\365\2779\231\3740\363\301\024\340\007\003\310NB\323\007i-\365\373[\047\213\047\353\030=\304\366\361Var\272\367\273\256\350\257\263 \2001\217^O]u\365\366\035,\310C\023\034\300\274c\360n\235\204ke\033\334U\334\240K\357\300\376s\355%\225\344\233\024\2122\253\214q\014\240\242\227\200w-\005\205\210\326i\214\222\353\026\240\332\354\341\324M\250\326M\343\027\030\370\243~\2419tU\021A\026@\027~\237\256\365g\372\031\312\260E0\250AV\316\212\351\003\270y\2470\371\225\376\007(-\315\353{\010\226\263\007\253}\203\36355\203\3203\227n\367\336\232\026\271r\t\321\260i\2411(W\324\274\211%H\027S\323\366B-B4\323\225\301\354\027\272x>;\257\347\26496\213\3452\252\316&\376\240\253\350\374\002\224\267\232\202>\304\377\217\210\327I\264<\245\253\000\346\245\364Q\277\202\nc\3659*\274\017\370\007U\311\265\344a\322N\377\336\257\366_\364\371\211\374\360\335\351\215\323\332)9\233X;[{uZ\3758]\230\374R?\323\277&\004pX\302\361a\242B\035P\203\047X>\264S\231\301\334\376\002%9L\374t\253\277\330\177ubfU\323\006\361\000:qz\026\321\212U\310\330-\365\022\210\3519u\000\367\374\344E\302\323f\377f\337\342\375?/\317|\005";
-    PyObject *data = __Pyx_DecompressString(cstring, 1829, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1824 bytes) */
+static const char cstring[] = "x\332\245VAS\033G\026\226l\034\013#\333\210`\034j\263\251\001\3071\2667P\262\t\233\332\335\252\0246\220\244L\031\013\354\335${\230j\246{\240\327\243\031i\272%\241Tm\025G\035\373\330\3079\316QG\216>r\344\250#?\301?a\337\353\236\021\002\371\222Z\nf\272\337\353~\357{\357}\357\rN\344;K2f\314\361crPg\241|\274\274BY{\345w\026G+\2158\362V\004\013\374\025\237\362\320\217V~ N\233y2\212\037\t\2072\341\305\274\001\033\207\013\047\214\244CB\207\265\301\204OGt\224\013\262\0370V\337g \246N\330\n\002g\277+\031\013Q~\340qaW\224\267\305a\235\325\227Y\034G\261\310w!\221\274\315\226c\036\036\260\241t\305JW.\374\210\345F\367(\214\000\225OZ\201t\\7f\264\3451\327uh\21392\002\204\341\2672\346mN\002\320z<\344\322u\345!\033\r\244C\204#\311{\026:\260\361\202H0z\371\204pH\314F4\254\021A8\321\376\177 +\230\206\013\215\340\007!\t\002\026_\026K^\277$\202m\324\222\303\014Bz Q\361K\243\334\304Dl\276\331\331\336\336\334\3355\357\237\336\2751\357\237_\233\327\316\273\267\233\010\300<\226\207!{]y\030\205\256\233\213\005\223B\022yUA(\265\013\003\305.}\036\2600\262\353zD\271\337\265\353\230\325\243vv\246C\270\334\242[t\334\241\221\215y\003\251\361\000ok~\213\256\3071\351f\257O\231\311\025\237\260eU\231\301l\0235\206\306hLx\230o26\212|\017\314\361i\276\211\032lx\020\331\225\257m\341\362\035\262a\307}\271\275\263\371\313\346\313\035wwc\347\365\366\257\273, ]\363\030\007\237\213\307\240[\205\001\276\227sc\270\030\2673\252\032\263u\241\274l/\003\377\026If\036\343vs\361\230M\2530\366\354\322\026\313\256\341\264\353\272o\272G\360\267\301=\351\276fGr\227\371\256KB .\332\201\037\212\032\370\201\254\263\330,\216\270\021\370\255\320\303\367A\356\024~\352P(\363\216h+0\222\220\324\315\033:\331\365H\203\347\353\354\n.\333\022G\005*\232-\022\344\027\362V\037\013v(`G\270\301(\362;b\004\312X.`00\201\310\271p\275(\206\016\345!\203~!\310\t\"\272\241\307\243\345\241B\354\023\351\035zX\001\352\005 p!2\031\023\217\355\023\357\275\311\250\027Q\370\203\264\034Id\253\027\265Bi\036n\344\273\303\241I(\336\246<va\307c3i\273\206""\321\254\341S;\027sN\233\267\360),m\241|\036\013\351\007\344@\370Q\374\336\025\207\004Y\355\242R\3700c\021\002\347!\205\232\300(\347\222\325\257\316\330\2211\2078L\267@u\230\035\004!f.d\035\370u1\016;\251\242\200\302\257\021`CE\"\202)\0277\210<lp\332\210\032\361~\314|;=bfr\317\216\274\240\005\256a/`R#H\003t\277\013\3238\206\034d\243\036\223\026R\201\237\037\254\017\223\331h\267\024\027Q+\366\230h0O4\002\216\345\213\245\350py\210\205\344^\235A!\251\200/\033&\r\233\030\016\000\373\354S \334l\364\312\010\306}\233\004-&p\260u\030y\017\210;\020\004\313R\375\255)\324\337x(\235\2457\335\035;\353\237<.\030\001<.V\177q\256l\001@\013\016\233\257\204-\263\363\304\0342\217\265U7?\235\035\264$\207\317\211\373\327\2546\356\232-\216[\255\216\224\347b\000\240\275?z9\233m\031\224\014A;\342\324,\021\325X\240VhN\377\037P3\047\346\013[\360\t\017\\\254X\001\232,Ku\301fJ\300\377\013\215\002\364\233\033A3\205\021\026\306\234/\344=\002mc\314\270\2466\005$;\243\356\360\233{\\\034L\334\352=U\265\343\342\371\344\355^\355\354\316b\262\220\254\245\363\375\205A\251\334\373I\255\017\312w{R\375]\023\335\034L\337WB/\350U\335Nv\223f:\221\256\343\355G\252\242\226\364\302q\361c\271pcN\355\252nRL*\203\211{\027K\047)\232\307\371\344\255A\251rVy\234V\322\247\375\337N\232\203\211\233\307\235\336\276*\242\267u01W\2701\253\252`\366\354\326\327\t\230\237\352U\361\214\354=\357\221A\351K\275>(\335\355\301\265y]\261\362g\275\032\230\004\010\013\346\3601\034\230\352\255\002\344g\2526(\317\250\247\272\246\t^\222j\250l\003\262\346\247\224&b\345&\033\351\365\364\212\240\324/\242`NQmR\363#\240\004c\317{\236\252\014\312\237\253\252ZG\375\027zB\233{?\203{\320\177\247\256\303\301\\\177n\334\037\251\030\320\217\271\267\312.\030\330J\036${&\275\345\257 \3612\251\242\305W\2009\203\277\247\213\326\346\206.f\316\354\375\177\250\246.\352Y\r\241O\253\222.\242\264\334\333PEuO\021\325\264\333K!\235\227\036&o\323\312\210\203\357\325\252j\353\275\344z\262\2324-\002\270\370\361\263\302d\331\200\007\n\\r\376J\215\250\377\253\327!(""\232\300\221\333\030Y\007\334J`L3\231J\237\245{\375\322\311\304\311\366\251\271\267\005%+a}\313\367TM\021k\343n\217\364\232\3523\345\351\373I\026\332o@\267\232]\376;)\001\352k\375oN&?\314|0\005\370\301\020\262\223\320\364AZK\375\376\326\311\342\311:F\017\261}\274U\230\234\356\375\256+\372\353,\010\020\314#\352\251\253Po\337\301\202<4\301\001\315;\206\357\026$\\+\333\340\256\362\006!\275\003\377\317\265\227T\222oR(\312\2542\3161\200\212^\002\331\265\024\014\"[\2471J\256[\300j\263\207S7\241Z7\r.p\360g\375Bs\350\252\"\222,\200.\374>]\353\317\3643\226a\213`P\203\254\234\025\323\007p\363Na\362+\375/0Z\232\327\367\220,g\017V\373\206\347kj\006\251g.\335\356\2755-r\345\022\262a\323RcP\256\250y\023K\220.\246\246\355\205Z\204h\246+\203\331/t\361|v^\317isl\026\313eL\235M\374IW\021\374\002\224\267\232\202=\344\377\217\310\327I\364<\245\253@\346\245\364Q\277\202\006c\3659\032\274\017\374\007S\311\265\344a\322N\377\331\257\366_\364\371\211\374\360\335\351\215\323\332)9\233X;[{uZ\3758]\230\374R?\323\277&\004xX\302\361a\242B\033P\203\047X>\364S\231\301\334\376\002%9L\374t\253\277\330\177ubfU\323\006\361\000:qz\026\331\212U\310\304-\365\022\026\323s\352\000\356\371\311\213\204\247\315\376\315\276\345\373\377\000V\rZ\221";
+    PyObject *data = __Pyx_DecompressString(cstring, 1824, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2413 bytes) */
-static const char cstring[] = "\377 of (tre\377e fragme\377nt)./dev\377/zero/pr\377oc/self/\377fdinfo/?\377a vector\377\047s descr\373ip\n\000 is n\377ot an ev\366@\000fd\021\010disa\177bleembe\024\000\377d null b\337yteen\024\001gc\373is\004\003divsh\377mem.erro\373rs\006\005nativ\177e.ringe\r\006\365/\020\003/z\007s.py\367xno\223\000faul\377t __redu\377ce__ due\367 to\237\000n-tr\337ivial\033\000ci\377nit__the\376\275\twas tak\377en or cl\357osed\024\013s a\273re\017\010epo\314\000o\343bj\223 \203!*\007sig\277naller\t\013tsim\006\n\014\000out\271&\254\234 \246 rCv\002E\205!E\177POLLERR\003\002\267HUP\013\002IN\022\002O\247UTE}\001\000\002.\352\006c\177ython__\017\005\377setstate\035_\013\013add3\003\344\002>\003\277filenoJ\003m\337odifyV\003re\357moveb\003wai\037tFdFd_\017\017\002]\016\360\047\000\306\"/\000Y\003FdAr\007ray\000\0043\021\033\002\316\0009\020\330\025\003J\004\006\004opD\006dr\047ainR\005\207\204\004sb\005\333`;fdo\005ope \006\332a\360\207\005\263C\225\005\212aO_CL\377OEXECO_R\377DONLYRel\003ay\000\002\343/\017\005\344.*\003\320b\001S\224e\000\006\253O\017\t\260N.\007B\013\005.\360cT\341a\000\002\203o\017\005\204n\300*\003\360\204\0025\003\206cA\003\300`__\357_Pyx\001\000Dic\377t_NextRe\177f__anno\330b\362\035\000d\026\001%\000ente\335r-\000_ex\341\205\001__/func\014\001g\202\204\005J\000qm\246@ \001\344`ule*\001\327nam\003\002pd\000ca\243pi>\001\010\001\267\204\003_\023\001vyt\311\207\001W\001qual)\005\030\343\206\005\361\204\016\375\206\006ex\213\001\302\001]\005\371s\200\010\220\205\016__tes\375t\357\000is_cor\377outinead\373da\264\204\001async\367io.\020\006sbatwchc\352\206\001dcl\047\000\377_in_trac\337eback\302\207\002co\357deco\224 xtc\177opycoun\006\000\336\002\000_of_\254\211\006ad~:\001dir_fd\003\000z\345\211\002y\315\204\002epfd\222\211\003\374\314\204\005\345\211\002sfdfds\376\257\206\003firstfl\377agsfork_\327sha\260\211\001_\316\206\001sf\367sen\177\001iind\376\221@nfoitem\220\324\211\r\303\211\010\302\001\251\205\002m\266\000\203\207\003n\316\233Anew\000\000\233 xt;""nu\246\210\001old\000\000\014\002\376\315\205\001osother\377pathpidp\177oprbref\270\207\003\373re\334Bexclu\377siveresu\363lt\325\212\001\244\002by_t\323hr\343 \344\212\004s\255!ds<\373\213\001\275\210\001etde\326\212\002\323\211\003\377sourcesp\277ecspli\334\210\001r\277tswith\346\210\001i\377cmethodsstr\310\213\002\317\212\001tar\373`~\000\003stextt\365\211\003\377tokenval\367ues\325\210\001weak\252\257\000w\302\000e\306\214\004-\251B:\377int (PyO\216\346\212\003*)\000\014\002\023\000\000\007,y \000\014~\000uct \241\213\002\346\341C * \002%\00264_\351t@\004\"\004_\340\204\002obj\333_7\207\215\004_6\373\214\003_1\0051\342\214\010_\274\211\004G\004\0164\376\207\006\221\001\036=Bvoid\224\"\327\001\235.\220\017\003\255\"\300\200-\240\010(_\003\242\216\002\000\337fail_\363A\000i\365s\300\205\005\000\351#slee\377p\000add_on\317e_no\263\214\001\004\000gi\271l\006\014@\002\000de\370\205\003_Wof\000\377\216\001_\237\206\002\000\303\205\001\367ed_\305\216\006\200\001\330\004\377\n\210+\220Q\200\001\340\377\t\r\210Q\320\016\"\240\377!\2406\250\031\260!\330\377\010\014\210H\220A\330\014\377\017\210t\220;\230a\230\377q\330\020\027\220s\230!\377\2304\230v\240R\240q\357\250\004\250A:\001\047\220\021\377\220(\230!\200\001\360\014\377\000\005\026\220R\220y\240\277\001\240\021\330\004\025\001\007 \371\240e\000\002\000\340\t\n\330\010\377\021\320\021)\250\021\250+\377\260Z\270q\330\004\007\200_w\210b\220\001j\001A@\000\277\026\000\005\024\2201\222\000\320\267\n$\240\\\000\013\210\n\000\007\377\200t\2103\210a\330\010\177\034\230A\330\010\017\2104\000s\031\230_\000\024\0012\210QP\000\256\200\000!\330\004*\000\200\036\000\013\373\2104\260\0002\220Q\330\014?\022\220+\230Q\2307\000\301\001\2251\025\005v\242\000q\t\021\355\002\220?_\240D\250\003\250)\002\007\007\367\010\260\001X\001\026\220d\230\332\226\"G\243\000\010\013\224\000c\220\377\021\330\014\023\2201\220A\356x\001\030\230\004\240\001\014\210I\234|\000\035\0005\220\003\314\000\030\005\340>/\0004\210x\220r\273\000\213\016\372\027""\003y>\000F\240#\240Sv\332\"\014\036\366 t\2401\211A\357K\220q\330;\002v\220S\233\230\001n\003D\230\265\"j\000\200\375AY\001<\220q\230\001\230{\024\230\370\000\020\220\010\230\260\000\375\340\304@D\220\001\220\025\220\347a\220q!\001\304\014\340\010%\357\240T\250\021V\0108\2204\377\220v\230S\240\003\2404\361\240\243 ~\0016\000\360\006\000\t\305\014\326 x\377Ap\n\225\000\200A\356\027\005}\230A\356 d\240!W\330\014\r\247Awt\000t\257`\377q\240\013\2502\250S\260\277\010\270\004\270L\310\352BF\371\220\341`\334A\014\025\220Q\220\375a>\003\017\210a\210q\220\277\006\220c\230\027\240\324\004Z\370\354`\341@\317![\240\010\250\010\377\260\002\260&\270\t\300\022\335\300\223 \013\210?\214\204\002w\240\377d\250#\250Q\250f\260\377F\270\"\270A\330\014\020\375\220\254@\360\n\000\t\020\210\037z\230\021\230$\274\204\001\243\000\016\000\261\031\257!\237a\236\n\r\016\251a%\336\330\002\020\027\220w\353\204\002\010\014\211\210\242\000\332\000\014\366\003\250m\342AU\377\230!\2303\230c\240\021W\240&\250\222@\024\256\205\001\020\274\002\367\021\230(\021\000\002\250!\330\365\020\252\204\001\020\342\001i\230u\240\351A\n\003\240\000\007\253@\007\230q\376[\003\035\230B\230i\240q\376B\000\010\026\220l\240!\240\2778\2506\260\022\260\340\0023\224\236\205\002\321\001\330\310D\021\203\205\002\365 \016\377\000\t\036\230W\240A\330\357\010\031\230\025\251a\320#4\235\260\200\205\0026\220\022\367a\207 \330\017\010\r\210T\236\205\002\271\205\001*\010\231a}E\225c\330\014\021\220\031\307\002\357l\250\"\250\362\206\002s\220\"\375\220\252\000\021\330\024\030\230\001\177\340\024\031\230\026\230q#\001\371\024\253A\203\206\002\320\004\033\2301\365\360\233 !\334@1\250A\340\325\010\374\204\001G\254\204\001\t\200A\013\230\3771\230F\240(\250\047\260\335\021\304\207\001r\220\023M\001\027\220\375rG\001\240\002\240%\240v\377\250V\2601\260B\260i\377\270t\3005\310\005\310Q\377\310a\320\0046\3206K\377\3101\360\020\000\t\034\230\3772\230Y\240a\240q\330\275\010\273\207\001\010\013\2106?\002\014\367\022\220*\346a\330\010\t\330""\367\021\022\330\331 X\230Q\230\377h\240f\250F\260\"\260\353K\270\247\210\002q\270\210\001s\220#\377\220Q\330\020\024\220D\230\347\001\230\021\277\210\001\022\002u\220C\377\220q\330\020\026\220g\230\377Q\230f\240B\240i\250\017q\260\007\260\352\204\003";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2413, 3655);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2402 bytes) */
+static const char cstring[] = "\377 of (tre\377e fragme\377nt)./dev\377/zero/pr\377oc/self/\377fdinfo/?\377a vector\377\047s descr\373ip\n\000 is n\377ot an ev\366@\000fd\021\010disa\177bleembe\024\000\377d null b\337yteen\024\001gc\373is\004\003divsh\377mem.erro\373rs\006\005nativ\177e.ringe\r\006\365/\020\003/z\007s.py\367xno\223\000faul\377t __redu\377ce__ due\367 to\237\000n-tr\337ivial\033\000ci\377nit__the\376\275\twas tak\377en or cl\357osed\024\013s a\273re\017\010epo\314\000o\343bj\223 \203!*\007sig\277naller\t\013tsim\006\n\014\000out\271&\254\234 \246 rCv\002E\205!E\177POLLERR\003\002\267HUP\013\002IN\022\002O\247UTE}\001\000\002.\352\006c\177ython__\017\005\377setstate\035_\013\013add3\003\344\002>\003\277filenoJ\003m\337odifyV\003re\357moveb\003wai\037tFdFd_\017\017\002]\016\360\047\000\306\"/\000Y\003FdAr\007ray\000\0043\021\033\002\316\0009\020\330\025\003J\004\006\004opD\006dr\047ainR\005\207\204\004sb\005\333`;fdo\005ope \006\332a\360\207\005\263C\225\005\212aO_CL\377OEXECO_R\377DONLYRel\003ay\000\002\343/\017\005\344.*\003\320b\001S\224e\000\006\253O\017\t\260N.\007B\013\005.\360cT\341a\000\002\203o\017\005\204n\300*\003\360\204\0025\003\206cA\003\300`__\357_Pyx\001\000Dic\377t_NextRe\177f__anno\330b\362\035\000d\026\001%\000ente\335r-\000_ex\341\205\001__/func\014\001g\202\204\005J\000qm\246@ \001\344`ule*\001\327nam\003\002pd\000ca\243pi>\001\010\001\267\204\003_\023\001vyt\311\207\001W\001qual)\005\030\343\206\005\361\204\016\375\206\006ex\213\001\302\001]\005\371s\200\010\220\205\016__tes\375t\357\000is_cor\377outinead\373da\264\204\001async\367io.\020\006sbatwchc\352\206\001dcl\047\000\377_in_trac\337eback\302\207\002co\357deco\224 xtc\177opycoun\006\000\336\002\000_of_\254\211\006ad~:\001dir_fd\003\000z\345\211\002y\315\204\002epfd\222\211\003\374\314\204\005\345\211\002sfdfds\376\257\206\003firstfl\377agsfork_\327sha\260\211\001_\316\206\001sf\367sen\177\001iind\376\221@nfoitem\220\324\211\r\303\211\010\302\001\251\205\002m\266\000\203\207\003n\316\233Anew\000\000\233 xt;""nu\246\210\001old\000\000\014\002\376\315\205\001osother\377pathpidp\177oprbref\270\207\003\373re\334Bexclu\377siveresu\363lt\325\212\001\244\002by_t\323hr\343 \344\212\004s\255!ds<\373\213\001\275\210\001etde\326\212\002\323\211\003\377sourcesp\277ecspli\334\210\001r\277tswith\346\210\001i\377cmethodsstr\310\213\002\317\212\001tar\373`~\000\003stextt\365\211\003\377tokenval\367ues\325\210\001weak\252\257\000w\302\000e\306\214\004-\251B:\377int (PyO\216\346\212\003*)\000\014\002\023\000\000\007,y \000\014~\000uct \241\213\002\346\341C * \002%\00264_\351t@\004\"\004_\340\204\002obj\333_7\207\215\004_6\373\214\003_1\0051\342\214\010_\271\207\006L\001\r-\371\211\004\204\004\036\302\004void\317\002\222\001\330\016\310\017\003\350\002p8(_\003\335\215\002\000f\357ail_\256A\000is\372\373\204\005\000\244#sleep\377\000add_one\347_no\356\213\001+\002\000de^\236\205\003_of\000\245\216\001_\305\205\002\335\000\351\204\001ed_\353\215\006\200\001\377\330\004\n\210+\220Q\200\377\001\340\t\r\210Q\320\016\377\"\240!\2406\250\031\260\377!\330\010\014\210H\220A\377\330\014\017\210t\220;\230\377a\230q\330\020\027\220s\377\230!\2304\230v\240R\277\240q\250\004\250A:\001\047\377\220\021\220(\230!\200\001\377\360\014\000\005\026\220R\220\377y\240\001\240\021\330\004\025\346\001\007 \240e\000\002\000\340\t\n\377\330\010\021\320\021)\250\021\377\250+\260Z\270q\330\004\177\007\200w\210b\220\001j\001\375A@\000\026\000\005\024\2201\336\222\000\320\n$\240\\\000\013\210\376\n\000\007\200t\2103\210a\377\330\010\034\230A\330\010\017\315\2104\000\031\230_\000\024\0012\210\271QP\000\200\000!\330\004*\000\200\356\036\000\013\2104\260\0002\220Q\377\330\014\022\220+\230Q\230T7\000\301\0011\025\005v\242\000q\t\021\376\355\002\220_\240D\250\003\250\334)\002\007\007\010\260\001X\001\026\220kd\230\226\"G\243\000\010\013\224\000\377c\220\021\330\014\023\2201\273\220Ax\001\030\230\004\240\001\014s\210I|\000\035\0005\220\003\314\000\372\030\005\340/\0004\210x\220r\350\273\000\213\016\027\003y>\000F\240#\333""\240S\332\"\014\036\366 t\240\2751\211AK\220q\330;\002vo\220S\230\001n\003D\230\265\"\366j\000\200AY\001<\220q\230\357\001\230\024\230\370\000\020\220\010\365\230\260\000\340\304@D\220\001\220\237\025\220a\220q!\001\304\014\340\277\010%\240T\250\021V\0108\377\2204\220v\230S\240\003\307\2404\240\243 ~\0016\000\360\006\027\000\t\014\326 x\377Ap\n\225\000\273\200A\027\005}\230A\356 d_\240!\330\014\r\247Awt\000\375t\257`q\240\013\2502\250\377S\260\010\270\004\270L\310\346\352BF\220\341`\334A\014\025\220\367Q\220a>\003\017\210a\210\377q\220\006\220c\230\027\240\342\324\004Z\354`\341@\317![\240\010\377\250\010\260\002\260&\270\tw\300\022\300\223 \013\210?\214\204\002\377w\240d\250#\250Q\250\377f\260F\270\"\270A\330\367\014\020\220\254@\360\n\000\t\177\020\210z\230\021\230$\274\204\001\304\243\000\016\000\031\257!\237a\236\n\r\016z\251a%\330\002\020\027\220w\353\204\002\047\010\014\210\242\000\332\000\014\366\003\250m\376\342AU\230!\2303\230c_\240\021\240&\250\222@\024\256\205\001\335\020\274\002\021\230(\021\000\002\250\327!\330\020\252\204\001\020\342\001i\230\247u\240A\n\003\240\000\007\253@\007\373\230q[\003\035\230B\230i\373\240qB\000\010\026\220l\240\377!\2408\2506\260\022\260R\340\0023\236\205\002\321\001\330\310D\021\203\205\002\376\365 \016\000\t\036\230W\240\277A\330\010\031\230\025\251a\320w#4\260\200\205\0026\220\022\367a>\207 \330\010\r\210T\236\205\002\271\205\001\364*\010\231aE\225c\330\014\021\220\275\031\307\002l\250\"\250\362\206\002s\367\220\"\220\252\000\021\330\024\030\377\230\001\340\024\031\230\026\230\345q#\001\024\253A\203\206\002\320\004\033\327\2301\360\233 !\334@1\250WA\340\010\374\204\001G\254\204\001\t\200A\377\013\2301\230F\240(\250w\047\260\021\304\207\001r\220\023M\001\367\027\220rG\001\240\002\240%\377\240v\250V\2601\260B\377\260i\270t\3005\310\005\377\310Q\310a\320\0046\320\3776K\3101\360\020\000\t\377\034\2302\230Y\240a\240\367q\330\010\273\207\001\010\013\2106\336?\002\014\022\220*\346a\330\010\337\t\330\021\022\330\331 X\230\377Q\230h""\240f\250F\260\257\"\260K\270\247\210\002q\270\210\001s\377\220#\220Q\330\020\024\220\237D\230\001\230\021\277\210\001\022\002u\377\220C\220q\330\020\026\220\377g\230Q\230f\240B\240?i\250q\260\007\260\352\204\003";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2402, 3565);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (3655 bytes) */
-static const char bytes[] = " of (tree fragment)./dev/zero/proc/self/fdinfo/?a vector\047s descriptor is not an eventfddescriptor disableembedded null byteenablegcisenabledivshmem.errorsivshmem.native.ringersivshmem/native/descriptors.pyxno default __reduce__ due to non-trivial __cinit__the descriptor was taken or closedthe descriptors are closedthe epoll object is closedthe signaller is closedthe timer is closedtimeout is not a numberClosedErrorEPOLLERREPOLLHUPEPOLLINEPOLLOUTEpollEpoll.__reduce_cython__Epoll.__setstate_cython__Epoll.addEpoll.closeEpoll.filenoEpoll.modifyEpoll.removeEpoll.waitFdFd.__reduce_cython__Fd.__setstate_cython__Fd.closeFd.filenoFdArrayFdArray.__reduce_cython__FdArray.__setstate_cython__FdArray.closeFdArray.copyFdArray.drainFdArray.eventfdsFdArray.memfdFdArray.openFdArray.ringFdArray.signalFdArray.takeO_CLOEXECO_RDONLYRelayRelay.__reduce_cython__Relay.__setstate_cython__Relay.closeSignallerSignaller.__reduce_cython__Signaller.__setstate_cython__Signaller.closeSignaller.signalTimerTimer.__reduce_cython__Timer.__setstate_cython__Timer.closeTimer.filenoTimer.set___Pyx_PyDict_NextRef__annotate____dict____enter____exit____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineaddarrayasyncio.coroutinesbatchcalledcline_in_tracebackclosecodecontextcopycountcount_of_eventfddeadlinedir_fddirectorydrainepfderrorseventfdseventsfdfdsfilenofirstflagsfork_sharing_filesfsencodeiindexinfoitemsivshmem.native.descriptorslinememfdmodemodifynnamenewnew_textnumberoldold_textopenosotherpathpidpoprbrefremoverename_exclusiveresultringring_by_threadringerssecondsselfsetsetdefaultsignalsourcespecsplitstartswithstaticmethodstrerrortaketargettargetstexttimeouttokenvalueswaitweakrefwhereeventfd-count:int (PyObject *)\000int (int)\000int (int, int)\000int (int, struct epoll_event *, int, int64_t)\000int (struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *"", int)\000int (struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *, int)\000int (void)\000int64_t (PyObject *)\000int64_t (int)\000struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *(void)\000taken\000fail_with\000is_eventfd\000epoll_sleep\000add_one_nowait_nogil\000add_one_nowait\000fail\000deadline_of\000take_count\000shared_signaller\200\001\330\004\n\210+\220Q\200\001\340\t\r\210Q\320\016\"\240!\2406\250\031\260!\330\010\014\210H\220A\330\014\017\210t\220;\230a\230q\330\020\027\220s\230!\2304\230v\240R\240q\250\004\250A\330\004\n\210\047\220\021\220(\230!\200\001\360\014\000\005\026\220R\220y\240\001\240\021\330\004\025\220R\220y\240\001\240\021\330\004 \240\001\330\004 \240\001\340\t\n\330\010\021\320\021)\250\021\250+\260Z\270q\330\004\007\200w\210b\220\001\330\010\014\210A\200\001\360\026\000\005\024\2201\330\004\n\320\n$\240A\330\004\013\2101\330\004\007\200t\2103\210a\330\010\034\230A\330\010\017\210q\330\004\031\230\021\330\004\007\200t\2102\210Q\330\010\021\220\021\220!\330\004\013\2101\200A\330\010\013\2104\210t\2202\220Q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\013\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\014\210H\220A\220_\240D\250\003\2501\200A\330\010\014\210H\220A\220_\240D\250\010\260\001\200A\330\010\026\220d\230!\330\010\014\210G\2201\330\010\013\2103\210c\220\021\330\014\023\2201\220A\200A\330\010\030\230\004\230A\330\010\014\210I\220Q\330\010\013\2105\220\003\2201\330\014\023\2201\220A\200A\340\010\013\2104\210x\220r\230\021\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\340\010\013\2104\210y\230\004\230F\240#\240S\250\004\250A\330\014\036\230a\230t\2401\330\010\014\210K\220q\330\010\013\2104\210v\220S\230\001\330\014\023\2201\220D\230\001\330\010\014\210I\220Q\200A\340\010\013\210<\220q\230\001\230\024\230Q\330\014\020\220\010\230\001\200A\340\010\014\210D\220\001\220\025\220a\220q\200A\340\010\014""\210H\220A\220_\240D\250\010\260\001\200A\340\010%\240T\250\021\330\010\014\210K\220q\330\010\013\2108\2204\220v\230S\240\003\2404\240q\330\014\036\230a\230q\200A\360\006\000\t\014\2104\210x\220s\230!\330\014\023\2201\220D\230\001\330\010\014\210K\220q\200A\360\006\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\017\210w\220a\220t\2304\230q\240\013\2502\250S\260\010\270\004\270L\310\001\330\010\014\210F\220!\330\010\013\2101\330\014\025\220Q\220a\200A\360\006\000\t\017\210a\210q\220\006\220c\230\027\240\001\330\010\014\210I\220Z\230v\240Q\330\010\014\210I\220[\240\010\250\010\260\002\260&\270\t\300\022\3001\330\010\013\210?\230!\2304\230w\240d\250#\250Q\250f\260F\270\"\270A\330\014\020\220\001\200A\360\n\000\t\020\210z\230\021\230$\230a\230q\200A\360\n\000\t\031\230\001\330\010\013\2104\210}\230A\230Q\230d\240!\330\014\r\330\r\016\330\014\022\220%\220s\230!\330\020\027\220w\230a\230q\330\010\014\210F\220!\200A\360\014\000\t\014\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\014\210I\220U\230!\2303\230c\240\021\240&\250\001\330\014\024\220A\330\014\020\220\006\220c\230\021\230(\240&\250\002\250!\330\020\031\230\021\330\020\025\220Q\220i\230u\240A\330\020\031\230\021\330\014\020\220\007\220q\230\007\230q\200A\360\014\000\t\035\230B\230i\240q\250\001\330\010\026\220l\240!\2408\2506\260\022\2601\330\010\013\2103\210b\220\001\330\014\020\220\001\330\010\014\210D\220\001\220\021\330\010\017\210q\200A\360\016\000\t\036\230W\240A\330\010\031\230\025\230a\230t\320#4\260A\330\010\013\2106\220\022\2201\330\014\020\220\001\330\010\r\210T\220\021\220!\330\010\017\210q\200A\360\016\000\t\036\230W\240A\340\010\014\210E\220\025\220a\220q\330\014\021\220\031\230!\2303\230l\250\"\250A\330\014\017\210s\220\"\220A\330\020\021\330\024\030\230\001\340\024\031\230\026\230q\330\014\021\220\024\220Q\220a\330\010\017\210q\320\004\033\2301\360\014\000\t!\240\013\2501\250A\340\010\030\230\004\230G\2401\330\010\t\330\014\020\220\013\2301\230F\240(\250\047\260\021\330\014\017""\210r\220\023\220A\330\020\027\220r\230\026\230q\240\002\240%\240v\250V\2601\260B\260i\270t\3005\310\005\310Q\310a\320\0046\3206K\3101\360\020\000\t\034\2302\230Y\240a\240q\330\010 \240\001\340\010\013\2106\220\023\220A\330\014\022\220*\230A\230Q\330\010\t\330\021\022\330\020\025\220X\230Q\230h\240f\250F\260\"\260K\270q\330\020\027\220q\330\014\017\210s\220#\220Q\330\020\024\220D\230\001\230\021\330\020\027\220q\330\014\017\210u\220C\220q\330\020\026\220g\230Q\230f\240B\240i\250q\260\007\260q\330\014\036\230a";
+    #else /* compression: none (3565 bytes) */
+static const char bytes[] = " of (tree fragment)./dev/zero/proc/self/fdinfo/?a vector\047s descriptor is not an eventfddescriptor disableembedded null byteenablegcisenabledivshmem.errorsivshmem.native.ringersivshmem/native/descriptors.pyxno default __reduce__ due to non-trivial __cinit__the descriptor was taken or closedthe descriptors are closedthe epoll object is closedthe signaller is closedthe timer is closedtimeout is not a numberClosedErrorEPOLLERREPOLLHUPEPOLLINEPOLLOUTEpollEpoll.__reduce_cython__Epoll.__setstate_cython__Epoll.addEpoll.closeEpoll.filenoEpoll.modifyEpoll.removeEpoll.waitFdFd.__reduce_cython__Fd.__setstate_cython__Fd.closeFd.filenoFdArrayFdArray.__reduce_cython__FdArray.__setstate_cython__FdArray.closeFdArray.copyFdArray.drainFdArray.eventfdsFdArray.memfdFdArray.openFdArray.ringFdArray.signalFdArray.takeO_CLOEXECO_RDONLYRelayRelay.__reduce_cython__Relay.__setstate_cython__Relay.closeSignallerSignaller.__reduce_cython__Signaller.__setstate_cython__Signaller.closeSignaller.signalTimerTimer.__reduce_cython__Timer.__setstate_cython__Timer.closeTimer.filenoTimer.set___Pyx_PyDict_NextRef__annotate____dict____enter____exit____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineaddarrayasyncio.coroutinesbatchcalledcline_in_tracebackclosecodecontextcopycountcount_of_eventfddeadlinedir_fddirectorydrainepfderrorseventfdseventsfdfdsfilenofirstflagsfork_sharing_filesfsencodeiindexinfoitemsivshmem.native.descriptorslinememfdmodemodifynnamenewnew_textnumberoldold_textopenosotherpathpidpoprbrefremoverename_exclusiveresultringring_by_threadringerssecondsselfsetsetdefaultsignalsourcespecsplitstartswithstaticmethodstrerrortaketargettargetstexttimeouttokenvalueswaitweakrefwhereeventfd-count:int (PyObject *)\000int (int)\000int (int, int)\000int (int, struct epoll_event *, int, int64_t)\000int (struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller"" *, struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *, int)\000int (void)\000int64_t (PyObject *)\000int64_t (int)\000struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *(void)\000taken\000fail_with\000is_eventfd\000epoll_sleep\000add_one_nowait\000fail\000deadline_of\000take_count\000shared_signaller\200\001\330\004\n\210+\220Q\200\001\340\t\r\210Q\320\016\"\240!\2406\250\031\260!\330\010\014\210H\220A\330\014\017\210t\220;\230a\230q\330\020\027\220s\230!\2304\230v\240R\240q\250\004\250A\330\004\n\210\047\220\021\220(\230!\200\001\360\014\000\005\026\220R\220y\240\001\240\021\330\004\025\220R\220y\240\001\240\021\330\004 \240\001\330\004 \240\001\340\t\n\330\010\021\320\021)\250\021\250+\260Z\270q\330\004\007\200w\210b\220\001\330\010\014\210A\200\001\360\026\000\005\024\2201\330\004\n\320\n$\240A\330\004\013\2101\330\004\007\200t\2103\210a\330\010\034\230A\330\010\017\210q\330\004\031\230\021\330\004\007\200t\2102\210Q\330\010\021\220\021\220!\330\004\013\2101\200A\330\010\013\2104\210t\2202\220Q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\013\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\330\010\014\210H\220A\220_\240D\250\003\2501\200A\330\010\014\210H\220A\220_\240D\250\010\260\001\200A\330\010\026\220d\230!\330\010\014\210G\2201\330\010\013\2103\210c\220\021\330\014\023\2201\220A\200A\330\010\030\230\004\230A\330\010\014\210I\220Q\330\010\013\2105\220\003\2201\330\014\023\2201\220A\200A\340\010\013\2104\210x\220r\230\021\330\014\022\220+\230Q\230a\330\010\017\210t\2201\200A\340\010\013\2104\210y\230\004\230F\240#\240S\250\004\250A\330\014\036\230a\230t\2401\330\010\014\210K\220q\330\010\013\2104\210v\220S\230\001\330\014\023\2201\220D\230\001\330\010\014\210I\220Q\200A\340\010\013\210<\220q\230\001\230\024\230Q\330\014\020\220\010\230\001\200A\340\010\014\210D\220\001\220\025\220a\220q\200A\340\010\014\210H\220A\220_\240D\250\010\260\001\200A\340\010%\240T\250\021\330\010\014\210K\220q\330\010\013""\2108\2204\220v\230S\240\003\2404\240q\330\014\036\230a\230q\200A\360\006\000\t\014\2104\210x\220s\230!\330\014\023\2201\220D\230\001\330\010\014\210K\220q\200A\360\006\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\017\210w\220a\220t\2304\230q\240\013\2502\250S\260\010\270\004\270L\310\001\330\010\014\210F\220!\330\010\013\2101\330\014\025\220Q\220a\200A\360\006\000\t\017\210a\210q\220\006\220c\230\027\240\001\330\010\014\210I\220Z\230v\240Q\330\010\014\210I\220[\240\010\250\010\260\002\260&\270\t\300\022\3001\330\010\013\210?\230!\2304\230w\240d\250#\250Q\250f\260F\270\"\270A\330\014\020\220\001\200A\360\n\000\t\020\210z\230\021\230$\230a\230q\200A\360\n\000\t\031\230\001\330\010\013\2104\210}\230A\230Q\230d\240!\330\014\r\330\r\016\330\014\022\220%\220s\230!\330\020\027\220w\230a\230q\330\010\014\210F\220!\200A\360\014\000\t\014\2104\210v\220R\220q\330\014\022\220+\230Q\230a\330\010\014\210I\220U\230!\2303\230c\240\021\240&\250\001\330\014\024\220A\330\014\020\220\006\220c\230\021\230(\240&\250\002\250!\330\020\031\230\021\330\020\025\220Q\220i\230u\240A\330\020\031\230\021\330\014\020\220\007\220q\230\007\230q\200A\360\014\000\t\035\230B\230i\240q\250\001\330\010\026\220l\240!\2408\2506\260\022\2601\330\010\013\2103\210b\220\001\330\014\020\220\001\330\010\014\210D\220\001\220\021\330\010\017\210q\200A\360\016\000\t\036\230W\240A\330\010\031\230\025\230a\230t\320#4\260A\330\010\013\2106\220\022\2201\330\014\020\220\001\330\010\r\210T\220\021\220!\330\010\017\210q\200A\360\016\000\t\036\230W\240A\340\010\014\210E\220\025\220a\220q\330\014\021\220\031\230!\2303\230l\250\"\250A\330\014\017\210s\220\"\220A\330\020\021\330\024\030\230\001\340\024\031\230\026\230q\330\014\021\220\024\220Q\220a\330\010\017\210q\320\004\033\2301\360\014\000\t!\240\013\2501\250A\340\010\030\230\004\230G\2401\330\010\t\330\014\020\220\013\2301\230F\240(\250\047\260\021\330\014\017\210r\220\023\220A\330\020\027\220r\230\026\230q\240\002\240%\240v\250V\2601\260B\260i\270t\3005""\310\005\310Q\310a\320\0046\3206K\3101\360\020\000\t\034\2302\230Y\240a\240q\330\010 \240\001\340\010\013\2106\220\023\220A\330\014\022\220*\230A\230Q\330\010\t\330\021\022\330\020\025\220X\230Q\230h\240f\250F\260\"\260K\270q\330\020\027\220q\330\014\017\210s\220#\220Q\330\020\024\220D\230\001\230\021\330\020\027\220q\330\014\017\210u\220C\220q\330\020\026\220g\230Q\230f\240B\240i\250q\260\007\260q\330\014\036\230a";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
@@ -20067,7 +19770,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 535};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 522};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_context};
     __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_T_Kq_84vS_4q_aq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
   }
@@ -20082,32 +19785,32 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 560};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 547};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_4vRq_Qa_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 574};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 561};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_token, __pyx_mstate->__pyx_n_u_events};
     __pyx_mstate_global->__pyx_codeobj_tab[23] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_add, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[23])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 578};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 565};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_token, __pyx_mstate->__pyx_n_u_events};
     __pyx_mstate_global->__pyx_codeobj_tab[24] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_modify, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[24])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 581};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 568};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
     __pyx_mstate_global->__pyx_codeobj_tab[25] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_remove, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[25])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 584};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 571};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_events, __pyx_mstate->__pyx_n_u_deadline, __pyx_mstate->__pyx_n_u_n, __pyx_mstate->__pyx_n_u_epfd, __pyx_mstate->__pyx_n_u_i};
     __pyx_mstate_global->__pyx_codeobj_tab[26] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_wait, __pyx_mstate->__pyx_kp_b_iso88591_1_1A_G1_1F_r_A_r_q_vV1Bit5_Qa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[26])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 598};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 585};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_epfd};
     __pyx_mstate_global->__pyx_codeobj_tab[27] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_A_IQ_5_1_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[27])) goto bad;
   }
@@ -20122,17 +19825,17 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[29] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[29])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 646};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 633};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[30] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_4t2Q_Qa_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[30])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 651};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 638};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_seconds, __pyx_mstate->__pyx_n_u_spec};
     __pyx_mstate_global->__pyx_codeobj_tab[31] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_set, __pyx_mstate->__pyx_kp_b_iso88591_A_aq_c_IZvQ_I_1_4wd_QfF_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[31])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 660};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 647};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
     __pyx_mstate_global->__pyx_codeobj_tab[32] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_d_G1_3c_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[32])) goto bad;
   }
@@ -20147,17 +19850,17 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[34] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[34])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 671};
+    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 658};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_pid, __pyx_mstate->__pyx_n_u_code};
     __pyx_mstate_global->__pyx_codeobj_tab[35] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_fork_sharing_files, __pyx_mstate->__pyx_kp_b_iso88591_1_A_1_t3a_A_q_t2Q_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[35])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 694};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 681};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_directory, __pyx_mstate->__pyx_n_u_source, __pyx_mstate->__pyx_n_u_target, __pyx_mstate->__pyx_n_u_old, __pyx_mstate->__pyx_n_u_new, __pyx_mstate->__pyx_n_u_old_text, __pyx_mstate->__pyx_n_u_new_text, __pyx_mstate->__pyx_n_u_result};
     __pyx_mstate_global->__pyx_codeobj_tab[36] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_rename_exclusive, __pyx_mstate->__pyx_kp_b_iso88591_Ry_Ry_Zq_wb_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[36])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 721};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 708};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_info, __pyx_mstate->__pyx_n_u_line};
     __pyx_mstate_global->__pyx_codeobj_tab[37] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_count_of_eventfd, __pyx_mstate->__pyx_kp_b_iso88591_Q_6_HA_t_aq_s_4vRq_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[37])) goto bad;
   }

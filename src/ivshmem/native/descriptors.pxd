@@ -22,7 +22,6 @@ cdef int64_t take_count(int fd) except -1
 cdef bint is_eventfd(int fd, int known) noexcept nogil
 cdef Signaller shared_signaller()
 cdef int add_one_nowait(Signaller signaller, FdArray bells, int fd) except -1
-cdef int add_one_nowait_nogil(FdArray bells, int fd) noexcept nogil
 
 
 cdef inline double seconds_of(object timeout) except? -1:

@@ -24,7 +24,7 @@ from libc.string cimport memset, strerror
 
 from .syscalls cimport (
     aio_context_t, c_close, c_eventfd, c_fstat, CLOCK_MONOTONIC, EAGAIN, EFD_CLOEXEC, EFD_NONBLOCK,
-    EINTR, EINVAL, ENOMEM, ENOSYS, EPOLL_CLOEXEC, epoll_create1, epoll_ctl, EPOLL_CTL_ADD,
+    EINTR, EINVAL, ENOSYS, EPOLL_CLOEXEC, epoll_create1, epoll_ctl, EPOLL_CTL_ADD,
     EPOLL_CTL_DEL, EPOLL_CTL_MOD, epoll_event, epoll_wait, errno, file_stat, getpid, iocb,
     IOCB_CMD_POLL, IOCB_CMD_PREAD, IOCB_FLAG_RESFD, iovec, itimerspec, IVSHMEM_CLOSING,
     ivshmem_enter, ivshmem_fork_sharing_files, ivshmem_io_any_end, ivshmem_io_destroy,
@@ -465,19 +465,6 @@ cdef int add_one_nowait(Signaller signaller, FdArray bells, int fd) except -1:
     if code:
         fail_with(code)
     return 0
-
-
-cdef int add_one_nowait_nogil(FdArray bells, int fd) noexcept nogil:
-    """Do the same for a caller that has no signaller; return 0 or errno."""
-    if not has_room(fd):
-        return 0
-    with gil:
-        try:
-            if ring_by_thread(bells.ring, fd):
-                return 0
-        except MemoryError:
-            return ENOMEM
-    return add_one(fd)
 
 
 cdef bint has_room(int fd) noexcept nogil:

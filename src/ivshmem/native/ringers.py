@@ -33,8 +33,8 @@ class Ringer:
 class Ringers:
     """Threads of which each rings for one caller at a time. They end with the process.
 
-    There are no locks that Python code could hold: a signal handler may ring while the frame that
-    it interrupted does. A ring neither imports nor opens anything: perhaps no descriptor is left.
+    A signal handler may ring while it interrupts a ring: Python code holds no lock here. A ring
+    neither imports nor opens anything: perhaps no descriptor is left.
     """
 
     def __init__(self) -> None:

@@ -8,7 +8,7 @@ from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 
 cdef extern from "<errno.h>" nogil:
     int errno
-    enum: EAGAIN, EINTR, EINVAL, EIO, ENOMEM, ENOSYS, ESHUTDOWN
+    enum: EAGAIN, ECANCELED, EINTR, EINVAL, EIO, ENOSYS, ESHUTDOWN
 
 
 cdef extern from "<time.h>" nogil:
