@@ -68,8 +68,14 @@ endif
 # The files that have tests with a mark: to collect all tests takes longer than to run these.
 marked = $(shell grep -rl --include='*.py' 'mark\.$(1)\b' tests)
 
-parallel-tests:
+parallel-tests: build/rewritten
 	$(BIN)/python -m pytest $(AT_ONCE) -m 'not nightly and not serial'
+
+# pytest rewrites the assertions of a file when it first reads it, which takes 20 seconds for all: once,
+# and not by each worker.
+build/rewritten: | $(VENV)/tested
+	@$(BIN)/python -m pytest --collect-only -q >$@.said || { cat $@.said; exit 1; }
+	@touch $@
 
 check:
 	CI=true $(MAKE) test
@@ -100,7 +106,7 @@ test-python:
 	    $(or $(ARGS),$(filter-out $(OF_ONE_PYTHON),\
 	    $(wildcard $(patsubst %,tests/%.py,$(WITH_PYTHON) $(if $(NIGHTLY),$(WITH_PYTHON_NIGHTLY))))))
 
-nightly:
+nightly: $(VENV)/documented
 	rm -rf build/fresh  # of a run that did not look at all
 	$(MAKE) lint EACH_C_FILE=true
 	$(MAKE) sanitize NIGHTLY=true
@@ -176,6 +182,7 @@ SANITIZED_NIGHTLY := $(addprefix unit/test_,channel_area directory events guest_
     $(addprefix integration/test_,access aio broker directory each_call_fails embedding foreign_servers hostile \
     image lifecycle region region_shortage server_client service shortages sockets succession)
 SANITIZE := -fsanitize=address,undefined
+SITE := "import sysconfig; print(sysconfig.get_path('platlib'))"
 RUNTIME = $(shell $(CC) -print-file-name=libasan.so) $(shell $(CC) -print-file-name=libubsan.so)
 
 # To files, since pytest takes what goes to stderr, and what it holds is lost when the process aborts.
@@ -186,10 +193,8 @@ WATCHED = LD_PRELOAD="$(RUNTIME)" PYTHONMALLOC=malloc \
 # A report fails also if a test did not notice what became of a process that it started.
 REPORTED = cat $(REPORTS)/* 2>/dev/null | grep -A 100 'ERROR: \|runtime error: '
 
-sanitize: $(VENV)-sanitize/installed
+sanitize: $(VENV)-sanitize/installed $(VENV)/tested
 	@rm -rf $(REPORTS) && mkdir -p $(REPORTS)
-# What embeds the library is compiled by a test.
-	$(if $(NIGHTLY),$(VENV)-sanitize/bin/python $(INSTALL) Cython)
 	$(WATCHED) $(VENV)-sanitize/bin/python -m pytest \
 	    $(or $(ARGS),$(AT_ONCE) $(wildcard $(patsubst %,tests/%.py,$(SANITIZED) $(if $(NIGHTLY),$(SANITIZED_NIGHTLY))))) || \
 	    { $(REPORTED); exit 1; }
@@ -203,21 +208,24 @@ FUZZ = -m fuzz --count $(COUNT) --seed $(SEED) --target $(TARGET) $(REPLAY:%=--r
 fuzz: $(VENV)/tested
 	PYTHONPATH=tests $(BIN)/python $(FUZZ)
 
-fuzz-sanitized: $(VENV)-sanitize/installed
+fuzz-sanitized: $(VENV)-sanitize/installed $(VENV)/tested
 	@rm -rf $(REPORTS) && mkdir -p $(REPORTS)
 	$(WATCHED) PYTHONPATH=tests $(VENV)-sanitize/bin/python $(FUZZ) || { $(REPORTED); exit 1; }
 	@! $(REPORTED)
 
-$(VENV)-sanitize/installed: $(SOURCES) | $(VENV)
-	$(PYTHON) -m venv $(VENV)-sanitize
+# Its packages are those of $(VENV), but ivshmem is its own: what a .pth file names comes last. After
+# the build for $(VENV): neither would be ready earlier if both were made at once.
+$(VENV)-sanitize/installed: $(SOURCES) | $(VENV)/installed
+	$(PYTHON) -m venv --clear $(VENV)-sanitize
 	@$(CAN_BUILD)
 	@echo "building with $(SANITIZE) ..."
 	@rm -rf build/sanitize && mkdir -p build/sanitize  # a copy: objects of both kinds must not mix
 	@cp -r pyproject.toml setup.py README.md LICENSE src systemd build/sanitize
 # At -O0 the compiler takes a quarter of the time, and the tests take hardly longer.
-	@CFLAGS="$(SANITIZE) -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O0 -g" \
-	    LDFLAGS="$(SANITIZE)" $(VENV)-sanitize/bin/python $(INSTALL) --no-cache-dir \
-	    --force-reinstall "build/sanitize[test-run]"
+	@CFLAGS="$(SANITIZE) -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O0 -g1" \
+	    LDFLAGS="$(SANITIZE)" $(VENV)-sanitize/bin/python $(INSTALL) --no-cache-dir --no-deps \
+	    build/sanitize
+	@$(BIN)/python -c $(SITE) >$$($(VENV)-sanitize/bin/python -c $(SITE))/packages.pth
 	@touch $@
 
 cython: $(VENV)/tested
