@@ -312,6 +312,7 @@ def test_many_schedules_by_chance(build: Build, program: str, script: str) -> No
     build(program, "-O1").output("random", script, "300000", "1000")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("program", "script"), ALL)
 def test_all_schedules_with_one_preemption(build: Build, program: str, script: str) -> None:
     said = build(program).output("bounded", script, "1")

@@ -71,6 +71,7 @@ def unpacked(home: Path) -> list[Path]:
     return sorted((home / "ivshmem").glob("*/*"))
 
 
+@pytest.mark.nightly
 def test_a_program_runs_alone(bundles: Path, home: Path) -> None:
     file = bundles / "ivshmem.pyz"
     assert file.stat().st_size <= PYZ_LIMIT

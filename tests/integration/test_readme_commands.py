@@ -235,7 +235,7 @@ def session(page: Path, folder: Path) -> Iterator[Session]:
         made.close()
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(16)
 @pytest.mark.parametrize("page", SESSIONS, ids=name_of)
 def test_each_command_runs(page: Path, directory: Path) -> None:
     directory.chmod(0o700)

@@ -48,6 +48,7 @@ sshd = subprocess.Popen([
     "/usr/sbin/sshd", "-D", "-e", "-f", "/dev/null", "-h", "/run/host_key",
     *("-o", "ListenAddress=127.0.0.1:22", "-o", "StrictModes=no", "-o", "UsePAM=no"),
     *("-o", "AuthorizedKeysFile=/run/key.pub", "-o", "PidFile=none", "-o", "PermitRootLogin=yes"),
+    *("-o", "SetEnv=SHLVL=1"),  # bash reads no ~/.bashrc then: what that does may take seconds here
 ], stderr=subprocess.PIPE)
 iperf3 = subprocess.Popen(
     ["iperf3", "-s", "-B", "127.0.0.1", "--forceflush"], stdout=subprocess.PIPE
